@@ -1,0 +1,239 @@
+"""Every option of the project, once: its name, default, unit and meaning. Standard library only.
+
+The defaults are the paper's ImageNet baseline (arXiv 2011.10566, section 3 and appendix A). A preset is a plain
+table of overrides; what the user gives on the command line overrides both.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository: relative paths in options start here
+
+
+class UserError(Exception):
+    """Bad use: an option, a path or a folder layout that cannot work. One line, exit code 2."""
+
+
+class WorkError(Exception):
+    """The work itself failed: an unreadable image or checkpoint, a loss that is not finite. One line, exit code 1."""
+
+
+ALL = ('check_dataloader', 'train', 'evaluate', 'infer')
+
+
+def option(default, meaning, choices=None, low=None, high=None, used_by=ALL):
+    """One option: its default, its meaning with the unit, and what values it admits (both bounds included)."""
+    return field(
+        default=default, metadata={'meaning': meaning, 'choices': choices, 'low': low, 'high': high, 'used_by': used_by}
+    )
+
+
+@dataclass
+class Config:
+    # What to work on
+    preset: str = option(
+        'auto',
+        'set of defaults; auto is imagenet if data/imagenet/train is there, else demo',
+        ('auto', 'imagenet', 'cifar10', 'demo'),
+    )
+    image_path: str = option('data/imagenet', 'folder with train/, val/ and perhaps test/; for infer: the images')
+    download: bool = option(False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10')
+    image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024)
+    crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
+    num_workers: int = option(-1, 'processes that decode images; -1 is one per CPU core', low=-1, high=1024)
+    device: str = option('auto', 'auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps')
+    random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
+
+    # Augmentation (paper section 3; MoCo v2)
+    augmentation: str = option(
+        'moco', "distortion of the views: moco, or SimCLR's stronger one", ('moco', 'simclr'), used_by=ALL[:2]
+    )
+    warmup_augmentation: str = option(
+        'moco', 'distortion during the warmup_epochs', ('moco', 'simclr'), used_by=('train',)
+    )
+    blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=ALL[:2])
+
+    # Model (paper section 3)
+    model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=('train',))
+    backbone: str = option('resnet50', 'the encoder', ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'small'))
+    stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
+    proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
+    proj_dim: int = option(2048, "width of the projector, and dimension of z and p", low=2, high=65536)
+    pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536)
+
+    # Optimisation (paper section 3)
+    batch_size: int = option(512, 'images a step', low=2, high=65536)
+    max_epochs: int = option(100, 'passes over the training images', low=1, high=100000, used_by=('train',))
+    learning_rate: float = option(
+        0.05, 'base learning rate: a step uses this x batch_size / 256', low=0.0, high=100.0, used_by=('train',)
+    )
+    fix_pred_lr: bool = option(
+        True, "keep the predictor's learning rate constant (the paper's best row)", used_by=('train',)
+    )
+    momentum: float = option(0.9, 'momentum of SGD', low=0.0, high=0.9999, used_by=('train',))
+    weight_decay: float = option(
+        1e-4, 'L2 penalty on all parameters, biases and BN too', low=0.0, high=1.0, used_by=('train',)
+    )
+    warmup_epochs: int = option(
+        0, 'first epochs: learning rate rises linearly, warmup_augmentation is used', low=0, high=1000,
+        used_by=('train',),
+    )  # fmt: skip
+
+    # Watching a run
+    knn_every: int = option(1, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=('train',))
+    knn_k: int = option(200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000)
+    knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0)
+    collapse_threshold: float = option(
+        0.25, 'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1', low=0.0, high=1.0,
+        used_by=('train',),
+    )  # fmt: skip
+    save_every: int = option(10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000,
+                             used_by=('train',))  # fmt: skip
+
+    # Evaluation
+    evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=('train',))
+    probe_epochs: int = option(100, 'epochs of the linear probe, on features extracted once', low=1, high=10000,
+                               used_by=('train', 'evaluate'))  # fmt: skip
+    probe_batch_size: int = option(256, 'images a step of the linear probe', low=1, high=65536,
+                                   used_by=('train', 'evaluate'))  # fmt: skip
+    probe_learning_rate: float = option(
+        0.5, 'base learning rate of the linear probe: x batch / 256', low=0.0, high=1000.0,
+        used_by=('train', 'evaluate'),
+    )  # fmt: skip
+    knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=('train', 'evaluate'))
+
+    # Files
+    ckpt_path: str = option('data/checkpoints', 'folder of the run folders with checkpoints', used_by=ALL[1:])
+    ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
+                            used_by=ALL[1:])  # fmt: skip
+    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=ALL[:3])
+    output: str = option('submission.csv', 'the file that infer writes', used_by=('infer',))
+
+
+PRESETS = {
+    'imagenet': {},
+    # Appendix D: 0.03 x batch / 256, weight decay 5e-4, 800 epochs, two-layer projector, no blur.
+    'cifar10': {
+        'image_path': 'data/cifar10',
+        'image_size': 32,
+        'crop_ratio': 1.0,
+        'blur_prob': 0.0,
+        'backbone': 'resnet18',
+        'stem': 'cifar',
+        'proj_layers': 2,
+        'learning_rate': 0.03,
+        'weight_decay': 5e-4,
+        'max_epochs': 800,
+    },
+    # Our own drawings (dataloader/demo.py), tuned to learn in about two minutes on two CPU cores.
+    'demo': {
+        'image_path': 'data/demo',
+        'image_size': 32,
+        'crop_ratio': 1.0,
+        'blur_prob': 0.0,
+        'backbone': 'small',
+        'proj_layers': 2,
+        'proj_dim': 512,
+        'pred_dim': 128,
+        'batch_size': 128,
+        'learning_rate': 0.06,
+        'weight_decay': 5e-4,
+        'max_epochs': 30,
+        'knn_every': 5,
+        'warmup_epochs': 2,
+    },
+}
+
+# The distortions. `scale` is the share of the area that a crop covers; `jitter` the strengths of brightness, contrast,
+# saturation and hue; the rest are probabilities, and `sigma` the blur's range in pixels of the view.
+AUGMENTATIONS = {
+    'moco': {  # MoCo v2, the paper's (section 3)
+        'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
+        'jitter': (0.4, 0.4, 0.4, 0.1), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
+    },
+    'simclr': {  # SimCLR (arXiv 2002.05709, appendix A) at strength 1
+        'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
+        'jitter': (0.8, 0.8, 0.8, 0.2), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
+    },
+}  # fmt: skip
+
+OPTIONS = {f.name: f for f in fields(Config)}
+TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+
+
+def get_config(**options):
+    """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
+
+    The result has one attribute per option, and `given`, the names that were set explicitly.
+    Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
+    """
+    given = {name: parse(name, value) for name, value in options.items()}
+    preset = given.get('preset', 'auto')
+    if preset == 'auto':
+        given.pop('preset', None)
+        preset = 'imagenet' if (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+    args = Config(**{**PRESETS[preset], **given, 'preset': preset})
+    args.given = set(given)
+    return args
+
+
+def parse(name, value):
+    """`value` (a string from the command line, or already typed) as option `name` wants it; else UserError."""
+    if name not in OPTIONS:
+        raise UserError(f'unknown option --{name}; the nearest is --{nearest(name, OPTIONS)} (--help lists all)')
+    wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
+    text = str(value).strip()
+    try:
+        if wanted is bool:
+            result = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[text.lower()]
+        elif wanted is int and isinstance(value, float) and value.is_integer():
+            result = int(value)
+        else:
+            result = wanted(text)
+        if wanted is float and not math.isfinite(result):
+            raise ValueError
+    except (KeyError, ValueError):
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[wanted]
+        raise UserError(f'--{name} wants {kind}, not {text!r}: {limits["meaning"]}') from None
+    if limits['choices'] and result not in limits['choices']:
+        near = nearest(text, limits['choices'])
+        raise UserError(f'--{name} is one of {", ".join(limits["choices"])}, not {text!r}; the nearest is {near}')
+    low, high = limits['low'], limits['high']
+    if low is not None and not low <= result <= high:
+        raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
+    if name == 'model_name' and not (text.replace('-', '').replace('_', '').replace('.', '').isalnum()):
+        raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
+    return result
+
+
+def nearest(word, words):
+    """The one of `words` that is spelled most like `word`."""
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+
+
+def help_text(command):
+    """The options that `command` uses, each with its default and meaning, and what the presets change."""
+    lines = []
+    for name, f in OPTIONS.items():
+        if command in f.metadata['used_by']:
+            default = repr(f.default) if f.default == '' else f.default
+            lines.append(f'  --{name}={default}'.ljust(36) + f.metadata['meaning'])
+            if f.metadata['choices']:
+                lines[-1] += f' [{" | ".join(f.metadata["choices"])}]'
+    lines.append('\nPresets change these defaults:')
+    for preset, changes in PRESETS.items():
+        said = ' '.join(f'--{name}={value}' for name, value in changes.items())
+        lines.append(f'  {preset}: {said or "none, the defaults are its values"}')
+    return '\n'.join(lines)
+
+
+def unused(args, command):
+    """The explicitly given options that `command` has no use for, to be said and not silently dropped."""
+    return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
+
+
+def path_of(text):
+    """An option's path as an absolute one: relative paths start at the repository's root."""
+    return ROOT / Path(text).expanduser()

@@ -1,0 +1,123 @@
+"""The demo set: ten kinds of pattern, drawn by code so that a newcomer sees SimSiam learn without any download.
+
+The class is the kind of pattern and nothing else. Angle, phase, centre and period are random, the two grey levels too
+(either may be the brighter), and noise lies over everything: neither colour nor position gives the class away.
+"""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+SIDE, OVERSAMPLE = 32, 3  # pixels of an image, and drawn points per pixel and axis (averaged: smooth edges)
+TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
+VERSION = '1'  # of the drawings; a folder made by another version is drawn again
+
+
+def square_wave(t):
+    """+1 and -1 in turn, with period 1."""
+    return torch.where(t % 1 < 0.5, 1.0, -1.0)
+
+
+def triangle_wave(t):
+    """Between 0 and 1 and back, with period 1."""
+    return (2 * (t % 1) - 1).abs()
+
+
+# Each kind maps points to a value, of which only the sign (ink or ground) or the shade in [-1, 1] is used.
+# x, y: side x side, in periods, rotated and shifted at random; r: a generator for what else is random.
+def stripes(x, y, r):
+    return square_wave(x)
+
+
+def checks(x, y, r):
+    return square_wave(x) * square_wave(y)
+
+
+def dots(x, y, r):
+    return torch.where(torch.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33, 1.0, -1.0)
+
+
+def rings(x, y, r):
+    return square_wave(torch.hypot(x, y))
+
+
+def rays(x, y, r):
+    count = int(torch.randint(5, 9, (1,), generator=r))
+    return square_wave(torch.atan2(y, x) / (2 * math.pi) * count)
+
+
+def zigzags(x, y, r):
+    return square_wave(x + 0.9 * triangle_wave(0.7 * y))
+
+
+def grids(x, y, r):
+    return torch.where((x % 1 < 0.22) | (y % 1 < 0.22), 1.0, -1.0)
+
+
+def plaids(x, y, r):
+    return (square_wave(x) + square_wave(y)) / 2
+
+
+def blocks(x, y, r):
+    """A mosaic: every cell is ink or ground at random."""
+    cells = torch.where(torch.rand(64, 64, generator=r) < 0.5, 1.0, -1.0)
+    return cells[(1.6 * x).floor().long() % 64, (1.6 * y).floor().long() % 64]
+
+
+def clouds(x, y, r):
+    """A smooth random field: a few waves of random direction and phase."""
+    angle, phase = torch.rand(2, 6, generator=r) * 2 * math.pi
+    waves = torch.cos(2.4 * (x[..., None] * angle.cos() + y[..., None] * angle.sin()) + phase)
+    return (waves.sum(-1) / 2.5).clamp(-1, 1)
+
+
+KINDS = (blocks, checks, clouds, dots, grids, plaids, rays, rings, stripes, zigzags)
+
+
+def draw(kind, generator):
+    """One image of `kind` (a function of KINDS): SIDE x SIDE x 3, uint8, every random choice from `generator`."""
+    angle, shift_x, shift_y, size, level, contrast, polarity = torch.rand(7, generator=generator).tolist()
+    period = SIDE * (0.20 + 0.14 * size)  # pixels
+    axis = (torch.arange(SIDE * OVERSAMPLE) + 0.5) / OVERSAMPLE - SIDE / 2
+    row, column = torch.meshgrid(axis, axis, indexing='ij')
+    if kind in (rings, rays):  # these have a centre: keep it in the picture's middle half
+        row, column = row + SIDE * (shift_y - 0.5) / 2, column + SIDE * (shift_x - 0.5) / 2
+        shift_x = shift_y = 0.0
+    turn = 2 * math.pi * angle
+    x = (column * math.cos(turn) + row * math.sin(turn)) / period + shift_x
+    y = (row * math.cos(turn) - column * math.sin(turn)) / period + shift_y
+    shade = kind(x, y, generator).reshape(SIDE, OVERSAMPLE, SIDE, OVERSAMPLE).mean((1, 3))
+    half = (0.15 + 0.2 * contrast) * (1 if polarity < 0.5 else -1)
+    grey = (abs(half) + (1 - 2 * abs(half)) * level) + half * shade
+    grey = grey + 0.06 * torch.randn(SIDE, SIDE, generator=generator)
+    return (grey.clamp(0, 1) * 255).round().to(torch.uint8)[..., None].expand(-1, -1, 3)
+
+
+def make_demo(folder, progress):
+    """Draw the set into `folder`/{train,val}/<kind>/<number>.png, once; complete or not there at all.
+
+    progress: wraps an iterable to show how far it is (tqdm). Raises nothing of its own.
+    """
+    folder = Path(folder)
+    done = folder / 'made_by_demo.txt'
+    if done.is_file() and done.read_text() == VERSION:
+        return
+    aside = folder.with_name(f'{folder.name}.{os.getpid()}.part')
+    jobs = [
+        (split, kind, number)
+        for split, count in (('train', TRAIN_PER_CLASS), ('val', VAL_PER_CLASS))
+        for kind in KINDS
+        for number in range(count)
+    ]
+    generator = torch.Generator().manual_seed(2011_10566)
+    for split, kind, number in progress(jobs):
+        path = aside / split / kind.__name__ / f'{number:04d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(kind, generator).numpy()).save(path)
+    (aside / done.name).write_text(VERSION)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,15 @@
+"""Accuracies, in percent."""
+
+import torch
+
+
+def topk_accuracy(scores, labels, k):
+    """Percent of rows whose label is among the k highest scores. scores: N x C; labels: N."""
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return 100.0 * (best == labels[:, None]).any(1).double().mean().item()
+
+
+def confusion(scores, labels):
+    """C x C counts: row the true class, column the predicted one. scores: N x C; labels: N."""
+    classes = scores.shape[1]
+    return torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)

@@ -1,0 +1,11 @@
+"""The collapse measure (paper section 4.1, figure 2 middle)."""
+
+from torch.nn.functional import normalize
+
+
+def spread(z):
+    """Standard deviation of z / |z| per channel over the batch, its mean over channels, times sqrt(d). z: N x d.
+
+    Near 1 where z spreads evenly over the sphere, 0 where every image has the same z: collapse.
+    """
+    return normalize(z, dim=1).std(0, correction=0).mean() * z.shape[1] ** 0.5

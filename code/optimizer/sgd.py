@@ -1,0 +1,29 @@
+"""SGD and its learning rate (paper section 3, "Optimizer" and "Baseline settings")."""
+
+import math
+
+import torch
+
+
+def make_sgd(model, momentum, weight_decay):
+    """SGD over all parameters, weight decay on all (biases and BN too), in two groups: the predictor is the second."""
+    predictor = list(model.predictor.parameters())
+    rest = [*model.backbone.parameters(), *model.projector.parameters()]
+    return torch.optim.SGD(
+        [{'params': rest}, {'params': predictor}], lr=0.0, momentum=momentum, weight_decay=weight_decay
+    )
+
+
+def learning_rate(progress, warmup, top):
+    """The rate at `progress`, both in epochs as fractions of the run: linear rise to `top`, then half a cosine to 0.
+
+    A function of where the run is and of nothing else: there is no scheduler to save, or to step too late.
+    """
+    if progress < warmup:
+        return top * progress / warmup
+    return top * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def set_learning_rates(optimizer, rate, predictor_rate):
+    """Set the rates for the next step."""
+    optimizer.param_groups[0]['lr'], optimizer.param_groups[1]['lr'] = rate, predictor_rate
