@@ -1,7 +1,7 @@
 """The demo set: ten kinds of pattern, drawn by code so that a newcomer sees SimSiam learn without any download.
 
-The class is the kind of pattern and nothing else. Angle, phase, centre and period are random, the two grey levels too
-(either may be the brighter), and noise lies over everything: neither colour nor position gives the class away.
+The class is the kind of pattern and nothing else. Angle, phase and period are random, the two grey levels too (either
+may be the brighter), and noise lies over everything: neither colour nor position gives the class away.
 """
 
 import math
@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-SIDE, OVERSAMPLE = 32, 3  # pixels of an image, and drawn points per pixel and axis (averaged: smooth edges)
+SIDE, OVERSAMPLE = 48, 3  # pixels of an image, and drawn points per pixel and axis (averaged: smooth edges)
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
 VERSION = '1'  # of the drawings; a folder made by another version is drawn again
 
 
+def ink(where):
+    """+1 where True, -1 elsewhere."""
+    return torch.where(where, 1.0, -1.0)
+
+
 def square_wave(t):
     """+1 and -1 in turn, with period 1."""
-    return torch.where(t % 1 < 0.5, 1.0, -1.0)
+    return ink(t % 1 < 0.5)
 
 
-def triangle_wave(t):
-    """Between 0 and 1 and back, with period 1."""
-    return (2 * (t % 1) - 1).abs()
-
-
-# Each kind maps points to a value, of which only the sign (ink or ground) or the shade in [-1, 1] is used.
+# Each kind maps points to a shade in [-1, 1]; every part of a picture shows it, so that any crop can be told.
 # x, y: side x side, in periods, rotated and shifted at random; r: a generator for what else is random.
 def stripes(x, y, r):
     return square_wave(x)
@@ -38,24 +38,25 @@ def checks(x, y, r):
 
 
 def dots(x, y, r):
-    return torch.where(torch.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33, 1.0, -1.0)
+    return ink(torch.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33)
 
 
 def rings(x, y, r):
-    return square_wave(torch.hypot(x, y))
+    distance = torch.hypot(x % 1 - 0.5, y % 1 - 0.5)
+    return ink((distance < 0.45) & (distance > 0.22))
 
 
-def rays(x, y, r):
-    count = int(torch.randint(5, 9, (1,), generator=r))
-    return square_wave(torch.atan2(y, x) / (2 * math.pi) * count)
+def triangles(x, y, r):
+    return ink(x % 1 + y % 1 < 1)
+
+
+def bricks(x, y, r):
+    shifted = x / 1.6 + 0.5 * y.floor()
+    return ink((y % 1 < 0.25) | (shifted % 1 < 0.16))
 
 
 def zigzags(x, y, r):
-    return square_wave(x + 0.9 * triangle_wave(0.7 * y))
-
-
-def grids(x, y, r):
-    return torch.where((x % 1 < 0.22) | (y % 1 < 0.22), 1.0, -1.0)
+    return square_wave(x + 0.9 * (2 * (0.7 * y % 1) - 1).abs())
 
 
 def plaids(x, y, r):
@@ -64,7 +65,7 @@ def plaids(x, y, r):
 
 def blocks(x, y, r):
     """A mosaic: every cell is ink or ground at random."""
-    cells = torch.where(torch.rand(64, 64, generator=r) < 0.5, 1.0, -1.0)
+    cells = ink(torch.rand(64, 64, generator=r) < 0.5)
     return cells[(1.6 * x).floor().long() % 64, (1.6 * y).floor().long() % 64]
 
 
@@ -75,26 +76,23 @@ def clouds(x, y, r):
     return (waves.sum(-1) / 2.5).clamp(-1, 1)
 
 
-KINDS = (blocks, checks, clouds, dots, grids, plaids, rays, rings, stripes, zigzags)
+KINDS = (blocks, bricks, checks, clouds, dots, plaids, rings, stripes, triangles, zigzags)
 
 
 def draw(kind, generator):
-    """One image of `kind` (a function of KINDS): SIDE x SIDE x 3, uint8, every random choice from `generator`."""
+    """One image of `kind` (a function of KINDS): SIDE x SIDE grey levels, uint8, every random choice from `generator`."""
     angle, shift_x, shift_y, size, level, contrast, polarity = torch.rand(7, generator=generator).tolist()
-    period = SIDE * (0.20 + 0.14 * size)  # pixels
+    turn, period = 2 * math.pi * angle, 7.5 + 4.5 * size  # pixels
     axis = (torch.arange(SIDE * OVERSAMPLE) + 0.5) / OVERSAMPLE - SIDE / 2
     row, column = torch.meshgrid(axis, axis, indexing='ij')
-    if kind in (rings, rays):  # these have a centre: keep it in the picture's middle half
-        row, column = row + SIDE * (shift_y - 0.5) / 2, column + SIDE * (shift_x - 0.5) / 2
-        shift_x = shift_y = 0.0
-    turn = 2 * math.pi * angle
     x = (column * math.cos(turn) + row * math.sin(turn)) / period + shift_x
     y = (row * math.cos(turn) - column * math.sin(turn)) / period + shift_y
     shade = kind(x, y, generator).reshape(SIDE, OVERSAMPLE, SIDE, OVERSAMPLE).mean((1, 3))
-    half = (0.15 + 0.2 * contrast) * (1 if polarity < 0.5 else -1)
-    grey = (abs(half) + (1 - 2 * abs(half)) * level) + half * shade
+    half = 0.17 + 0.15 * contrast  # of the distance between the two grey levels
+    middle = 0.5 + 0.6 * (level - 0.5) * (1 - 2 * half)
+    grey = middle + (half if polarity < 0.5 else -half) * shade
     grey = grey + 0.06 * torch.randn(SIDE, SIDE, generator=generator)
-    return (grey.clamp(0, 1) * 255).round().to(torch.uint8)[..., None].expand(-1, -1, 3)
+    return (grey.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def make_demo(folder, progress):

@@ -5,14 +5,14 @@ from torch import nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
 
-WIDTHS = (32, 64, 128)  # channels of the small backbone's three stages
+WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
 def make_backbone(name, stem):
     """(backbone, its number of features d). backbone: N x 3 x S x S float to N x d.
 
     name: small, resnet18, resnet34, resnet50 or resnet101. stem: 'imagenet' (7 x 7 stride 2, max-pool) or 'cifar'
-    (3 x 3 stride 1, no max-pool; paper appendix D); small has one of its own, 3 x 3, with stride 2 or 1. The last BN
+    (3 x 3 stride 1, no max-pool; paper appendix D); small has 3 x 3 for both, with stride 2 or 1. The last BN
     of every residual block starts at zero, as in the official release.
     """
     if name == 'small':
@@ -28,7 +28,7 @@ def make_backbone(name, stem):
 
 
 def small(stride):
-    """A residual network of three BasicBlocks, for 32-pixel images: 0.7 million parameters."""
+    """A residual network of three BasicBlocks, for 32-pixel images: 78 thousand parameters."""
     layers = [nn.Conv2d(3, WIDTHS[0], 3, stride, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU(inplace=True)]
     before = WIDTHS[0]
     for width in WIDTHS:
