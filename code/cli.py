@@ -8,7 +8,7 @@ import sys
 import fire
 from fire.decorators import SetParseFn
 
-from config import ROOT, UserError, WorkError, get_config, help_text, nearest, unused
+from config import UserError, WorkError, get_config, help_text, nearest, unused
 
 # What each command is for, in a line; the function of its name below runs it.
 COMMANDS = {

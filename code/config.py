@@ -60,7 +60,7 @@ class Config:
     backbone: str = option('resnet50', 'the encoder', ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'small'))
     stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
     proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
-    proj_dim: int = option(2048, "width of the projector, and dimension of z and p", low=2, high=65536)
+    proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536)
     pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536)
 
     # Optimisation (paper section 3)

@@ -160,10 +160,9 @@ def summary(args, path, result):
         lines[1:1] = [f'loss         {path.name.split("_")[1]}', knn, f'linear top-1 {result["top1"]:.1f} %']
         lines.append(f'result       {run / "evaluate_linear.json"}')
         lines.append(
-            f'next         your own images, in FOLDER/train/<class>/ and FOLDER/val/<class>/ (run in {ROOT / "code"}):\n'
-            '             python3 cli.py train --preset=imagenet --image_path=FOLDER --backbone=resnet18 '
-            '--batch_size=128'
+            f'next         your own images, as FOLDER/train/<class>/ and FOLDER/val/<class>/, in {ROOT / "code"}:'
         )
+        lines.append('             python3 cli.py train --preset=imagenet --image_path=FOLDER --batch_size=128')
     else:
         lines.append(f'next         python3 cli.py evaluate --ckpt_name={run.name}/{path.name}')
     return '\n'.join(lines)

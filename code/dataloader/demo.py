@@ -80,7 +80,7 @@ KINDS = (blocks, bricks, checks, clouds, dots, plaids, rings, stripes, triangles
 
 
 def draw(kind, generator):
-    """One image of `kind` (a function of KINDS): SIDE x SIDE grey levels, uint8, every random choice from `generator`."""
+    """One image of `kind` (a function of KINDS): SIDE x SIDE grey levels, uint8; `generator` makes every choice."""
     angle, shift_x, shift_y, size, level, contrast, polarity = torch.rand(7, generator=generator).tolist()
     turn, period = 2 * math.pi * angle, 7.5 + 4.5 * size  # pixels
     axis = (torch.arange(SIDE * OVERSAMPLE) + 0.5) / OVERSAMPLE - SIDE / 2

@@ -1,0 +1,24 @@
+# make train [ARGS='--preset=... --...']   pretrain (the built-in demo without data of one's own), then evaluate
+# make test                                lint and run the tests
+# Both make the virtual environment .venv first, and again when a requirements file has changed.
+
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: train test
+
+train: .venv/installed
+	cd code && ../.venv/bin/python cli.py train --evaluate_after=True --knn_pixels=True $(ARGS)
+
+test: .venv/installed-tests
+	.venv/bin/ruff check code && .venv/bin/ruff format --check code
+	cd code && ../.venv/bin/python -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-tests: .venv/installed code/tests/requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r code/tests/requirements.txt
+	touch $@
