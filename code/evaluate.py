@@ -5,6 +5,7 @@ classifier, never the best one.
 """
 
 import json
+import math
 import time
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ckpt import get_model_ckpt, list_checkpoints, new_model
 from config import UserError, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order
+from dataloader.load_dataset import get_iterator, in_order, labelled
 from logger import Logger, duration, say
 from metric.accuracy import confusion, topk_accuracy
 from metric.knn import knn_scores, neighbours
@@ -36,7 +37,7 @@ def evaluate(args):
     args, model, checkpoint = get_model_ckpt(args)
     iterators = get_iterator(args)
     val = iterators['val']
-    bank = in_order(args, iterators['train'].dataset)
+    bank = in_order(args, labelled(iterators['train'].dataset))
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_checkpoint(args, checkpoint['path'], model, bank, val)
     say(f'result     {checkpoint["path"].parent / "evaluate_linear.json"}')
@@ -78,7 +79,7 @@ def evaluate_checkpoint(args, path, model, bank, val):
     result |= {
         'num_train': len(train_labels),
         'num_val': len(val_labels),
-        'per_class': {name: value for name, value in zip(classes, per_class, strict=True) if value == value},
+        'per_class': {name: value for name, value in zip(classes, per_class, strict=True) if not math.isnan(value)},
         'seconds': round(time.time() - started, 2),
     }
     classifier = {'weight': weight.cpu(), 'bias': bias.cpu(), 'classes': classes, 'checkpoint': path.name}
@@ -121,15 +122,14 @@ def linear_probe(args, features, labels, num_classes):
 
 
 def features_of(args, backbone, batches, title=None):
-    """(N x d float, N int64 labels) of the labelled images of `batches` (in order), on the device."""
+    """(N x d float, N int64 labels) of `batches`, on the device. title: of the progress bar; without one, no bar."""
 
     def prepare(batch):
         images, labels = prepare_batch(args, batch)
         return vision.plain_view(images, args.image_size, args.crop_ratio), labels
 
     shown = tqdm(batches, desc=title, unit='batches', leave=False, disable=None if title else True)
-    features, labels = extract_features(backbone, shown, prepare)
-    return features[labels >= 0], labels[labels >= 0]
+    return extract_features(backbone, shown, prepare)
 
 
 def knn_accuracy(args, backbone, bank, val):
@@ -146,7 +146,7 @@ def knn_top1(args, train_features, train_labels, val_features, val_labels, num_c
 
 def why_no_labels(bank, val):
     """Why accuracies cannot be measured on these batches, or None."""
-    if not (bank.dataset.labels >= 0).any():
+    if not len(bank.dataset):
         return f'{bank.dataset.folder} has no class folders'
     if val is None:
         return f'{bank.dataset.folder.parent}/val is not there'

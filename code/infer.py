@@ -8,7 +8,7 @@ import torch
 
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, WorkError, path_of
-from dataloader.load_dataset import in_order, load_folder, load_splits, torchvision_kind
+from dataloader.load_dataset import in_order, labelled, load_folder, load_splits, torchvision_kind
 from evaluate import features_of
 from logger import say
 from metric.knn import knn_scores, neighbours
@@ -32,7 +32,6 @@ def infer(args):
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
-    images.labels.zero_()  # features_of leaves out what has no label, and here every image counts
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
 
     classifier = load_classifier(checkpoint['path'], checkpoint['epoch'])
@@ -41,8 +40,8 @@ def infer(args):
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
         scores, how = logits.softmax(1), 'the linear classifier of evaluate'
     else:
-        train = load_splits(args)['train']
-        if not (train.labels >= 0).any():
+        train = labelled(load_splits(args)['train'])
+        if not len(train):
             raise UserError(
                 f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
             )

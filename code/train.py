@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ckpt import get_model_ckpt, new_run, save_checkpoint
 from config import AUGMENTATIONS, ROOT, WorkError, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order
+from dataloader.load_dataset import get_iterator, in_order, labelled
 from evaluate import evaluate_checkpoint, knn_accuracy, why_no_knn
 from logger import Logger, duration, say
 from loss.negative_cosine import simsiam_loss
@@ -30,7 +30,7 @@ def train(args):
     args, model, checkpoint = get_model_ckpt(args)
     iterators = get_iterator(args)
     batches, val = iterators['train'], iterators['val']
-    bank = in_order(args, batches.dataset)
+    bank = in_order(args, labelled(batches.dataset))
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
     done = 0
@@ -159,10 +159,12 @@ def summary(args, path, result):
             knn += f', raw pixels {result["knn_top1_pixels"]:.1f} %'
         lines[1:1] = [f'loss         {path.name.split("_")[1]}', knn, f'linear top-1 {result["top1"]:.1f} %']
         lines.append(f'result       {run / "evaluate_linear.json"}')
-        lines.append(
-            f'next         your own images, as FOLDER/train/<class>/ and FOLDER/val/<class>/, in {ROOT / "code"}:'
-        )
-        lines.append('             python3 cli.py train --preset=imagenet --image_path=FOLDER --batch_size=128')
-    else:
+    if not result:
         lines.append(f'next         python3 cli.py evaluate --ckpt_name={run.name}/{path.name}')
+    elif args.preset != 'demo':
+        lines.append(f'next         python3 cli.py infer --ckpt_name={run.name}/{path.name}')
+    else:
+        lines.append('next         your own images, laid out as FOLDER/train/<class>/ and FOLDER/val/<class>/:')
+        lines.append(f'             cd {ROOT / "code"}')
+        lines.append('             python3 cli.py train --preset=imagenet --image_path=FOLDER --batch_size=128')
     return '\n'.join(lines)

@@ -178,6 +178,16 @@ def load_splits(args):
     return splits
 
 
+def labelled(images):
+    """Those of `images` that have a label (a flat train has none, STL-10's has some)."""
+    rows = (images.labels >= 0).nonzero()[:, 0]
+    if len(rows) == len(images):
+        return images
+    names = [images.names[row] for row in rows]
+    pixels = None if images.pixels is None else images.pixels[rows]
+    return replace(images, names=names, labels=images.labels[rows], pixels=pixels)
+
+
 def make_images(args, folder, names, labels, classes, pixels):
     labels = torch.as_tensor(labels, dtype=torch.int64)
     return Images(folder, names, labels, classes, pixels, args.image_size, args.crop_ratio)

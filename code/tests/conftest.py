@@ -1,0 +1,59 @@
+"""What the tests share: small folders of real image files, and the command line as a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dataloader import demo
+
+CODE = Path(__file__).resolve().parent.parent
+KINDS = (demo.checks, demo.dots, demo.stripes)
+# A model and a run small enough for a test; what a test varies it gives after these.
+TINY = ('--preset=demo', '--batch_size=16', '--proj_dim=32', '--pred_dim=8', '--max_epochs=2', '--probe_epochs=20')
+
+
+def draw_folder(folder, counts, side=48, suffix='.png'):
+    """A folder of drawn images, side x side pixels: folder/<split>/<kind>/<number><suffix>. counts: split to number."""
+    generator = torch.Generator().manual_seed(5)
+    for split, count in counts.items():
+        for kind in KINDS:
+            (folder / split / kind.__name__).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(demo.draw(kind, generator).numpy())
+                image.resize((side, side)).save(folder / split / kind.__name__ / f'{number:03d}{suffix}')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def drawn(tmp_path_factory):
+    """24 training and 8 validation images of each of three kinds, 48 px PNG: held in memory. To be read only."""
+    return draw_folder(tmp_path_factory.mktemp('drawn') / 'set', {'train': 24, 'val': 8})
+
+
+@pytest.fixture(scope='session')
+def drawn_large(tmp_path_factory):
+    """8 training and 4 validation images of each kind, 150 px JPEG: decoded by workers. To be read only."""
+    return draw_folder(tmp_path_factory.mktemp('large') / 'set', {'train': 8, 'val': 4}, side=150, suffix='.jpg')
+
+
+def run(*argv, cwd=CODE, **more):
+    """`python3 cli.py *argv` as a process: a CompletedProcess with its text."""
+    command = [sys.executable, str(CODE / 'cli.py'), *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **more)
+
+
+def own_paths(folder):
+    """Options that keep the checkpoints, the logs and the submission of a test under `folder`."""
+    return (f'--ckpt_path={folder}/ckpt', f'--log_path={folder}/logs')
+
+
+def one_line(text):
+    """The error line, where `text` (standard error) holds exactly one line and no traceback."""
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith('error: '), text
+    return lines[0]

@@ -1,0 +1,114 @@
+"""Options: each has one home, and none is ever silently ignored."""
+
+import re
+
+import pytest
+
+import cli
+import config
+from config import OPTIONS, UserError, get_config
+from conftest import CODE, one_line, run
+
+
+@pytest.mark.parametrize(
+    ('typed', 'meant'),
+    [('batchsize', 'batch_size'), ('lerning_rate', 'learning_rate'), ('epochs', 'max_epochs'), ('aug', 'augmentation')],
+)
+def test_unknown_option_names_the_nearest(typed, meant, capsys):
+    assert cli.main(['train', f'--{typed}=1']) == 2
+    assert f'unknown option --{typed}; the nearest is --{meant} ' in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'said'),
+    [
+        ('--batch_size=many', '--batch_size wants a whole number'),
+        ('--max_epochs=1.5', '--max_epochs wants a whole number'),
+        ('--learning_rate=fast', '--learning_rate wants a number'),
+        ('--learning_rate=nan', '--learning_rate wants a number'),
+        ('--evaluate_after=perhaps', '--evaluate_after wants True or False'),
+        ('--batch_size=1', '--batch_size must lie between 2 and'),
+        ('--momentum=2', '--momentum must lie between 0.0 and'),
+        ('--random_seed=-1', '--random_seed must lie between 0 and'),
+        ('--backbone=resnet49', 'the nearest is resnet34'),
+        ('--augmentation=mocov2', 'the nearest is moco'),
+        ('--preset=imagnet', 'the nearest is imagenet'),
+        ('--model_name=../up', '--model_name names a folder'),
+        ('--device=gpu', '--device is auto, cpu, cuda'),
+        ('word', "'word' is not an option"),
+        ('-', "'-' alone is not an option"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_code_2(argument, said, capsys):
+    assert cli.main(['train', '--preset=demo', argument]) == 2
+    assert said in one_line(capsys.readouterr().err)
+
+
+def test_unknown_command(capsys):
+    assert cli.main(['trian']) == 2
+    assert 'did you mean train?' in one_line(capsys.readouterr().err)
+
+
+def test_an_option_without_effect_is_said(capsys, tmp_path):
+    assert cli.main(['evaluate', '--momentum=0.5', f'--ckpt_path={tmp_path}']) == 2
+    assert '--momentum has no effect on evaluate' in capsys.readouterr().err
+
+
+def test_help_answers_without_torch(tmp_path):
+    """It lists every option of the command with its default, and imports no torch: that is what makes it quick."""
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch was imported")')
+    done = run('train', '--help', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
+    assert done.returncode == 0, done.stderr
+    for name, option in OPTIONS.items():
+        if 'train' in option.metadata['used_by']:
+            assert re.search(rf'--{name}={re.escape(str(option.default))}.* {re.escape(option.metadata["meaning"])}',
+                             done.stdout), name  # fmt: skip
+    typo = run('train', '--batchsize=3', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
+    assert (typo.returncode, 'torch' in typo.stderr) == (2, False)
+
+
+def test_every_option_is_used_somewhere():
+    """An option that nobody reads is an option that is ignored."""
+    sources = [path.read_text() for path in CODE.rglob('*.py') if 'tests' not in path.parts]
+    text = '\n'.join(sources)
+    for name in OPTIONS:
+        assert re.search(rf'args\.{name}\b', text), name
+
+
+def test_presets_are_the_papers():
+    """Section 3 and appendix A for ImageNet, appendix D for CIFAR-10."""
+    imagenet = {
+        'backbone': 'resnet50', 'stem': 'imagenet', 'image_size': 224, 'batch_size': 512, 'learning_rate': 0.05,
+        'weight_decay': 1e-4, 'momentum': 0.9, 'max_epochs': 100, 'fix_pred_lr': True, 'proj_layers': 3,
+        'proj_dim': 2048, 'pred_dim': 512, 'augmentation': 'moco', 'blur_prob': 0.5, 'warmup_epochs': 0,
+    }  # fmt: skip
+    cifar10 = imagenet | {
+        'backbone': 'resnet18', 'stem': 'cifar', 'image_size': 32, 'learning_rate': 0.03, 'weight_decay': 5e-4,
+        'max_epochs': 800, 'proj_layers': 2, 'blur_prob': 0.0,
+    }  # fmt: skip
+    for preset, values in (('imagenet', imagenet), ('cifar10', cifar10)):
+        args = get_config(preset=preset)
+        assert {name: getattr(args, name) for name in values} == values
+    assert get_config(preset='cifar10', max_epochs='7').max_epochs == 7
+
+
+def test_auto_is_imagenet_where_its_data_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, 'ROOT', tmp_path)
+    assert get_config().preset == 'demo'
+    (tmp_path / 'data/imagenet/train').mkdir(parents=True)
+    assert get_config().preset == 'imagenet'
+    assert get_config(preset='auto').preset == 'imagenet'
+
+
+def test_typed_values_pass_like_text():
+    args = get_config(batch_size=32.0, evaluate_after=True, learning_rate='1e-3')
+    assert (args.batch_size, args.evaluate_after, args.learning_rate) == (32, True, 1e-3)
+    assert args.given == {'batch_size', 'evaluate_after', 'learning_rate'}
+    with pytest.raises(UserError, match='whole number'):
+        get_config(batch_size=True)
+
+
+def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.path_of('data/demo') == CODE.parent / 'data/demo'
+    assert config.path_of('/somewhere').as_posix() == '/somewhere'

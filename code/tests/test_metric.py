@@ -1,0 +1,74 @@
+"""kNN, top-k, the confusion counts and the collapse measure against counting by hand."""
+
+import math
+
+import pytest
+import torch
+
+from metric.accuracy import confusion, topk_accuracy
+from metric.collapse import spread
+from metric.knn import knn_scores, neighbours
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+@pytest.mark.parametrize(('k', 'temperature', 'chunk'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
+def test_knn_is_a_brute_force_count(k, temperature, chunk):
+    generator = torch.Generator().manual_seed(1)
+    queries, bank = torch.randn(23, 6, generator=generator), torch.randn(60, 6, generator=generator)
+    labels = torch.randint(4, (60,), generator=generator)
+    ours = knn_scores(queries.double(), bank.double(), labels, 4, k, temperature, chunk)
+    for query, row in zip(queries.double().tolist(), ours.tolist(), strict=True):
+        near = sorted(((cosine(query, b), label) for b, label in zip(bank.double().tolist(), labels.tolist(),
+                                                                     strict=True)), reverse=True)[:k]  # fmt: skip
+        votes = [0.0] * 4
+        for similarity, label in near:
+            votes[label] += math.exp(similarity / temperature)
+        assert row == pytest.approx([vote / sum(votes) for vote in votes], abs=1e-9)
+
+
+def test_knn_of_the_bank_itself():
+    """A feature's nearest neighbour is itself; at a low temperature its own label wins, in single precision too."""
+    bank = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(50) % 7
+    scores = knn_scores(100 * bank, bank, labels, 7, 10, 0.001)
+    assert torch.equal(scores.argmax(1), labels)
+    assert torch.isfinite(scores).all()
+
+
+def test_neighbours_are_fewer_where_classes_are_small():
+    labels = torch.arange(30) % 3
+    assert (neighbours(200, labels), neighbours(4, labels), neighbours(200, labels[:2])) == (10, 4, 1)
+
+
+@pytest.mark.parametrize('k', [1, 2, 5, 9])
+def test_topk_is_a_brute_force_count(k):
+    generator = torch.Generator().manual_seed(3)
+    scores, labels = torch.randn(200, 6, generator=generator), torch.randint(6, (200,), generator=generator)
+    right = 0
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        right += sum(other > row[label] for other in row) < k
+    assert topk_accuracy(scores, labels, k) == pytest.approx(100 * right / 200)
+
+
+def test_confusion_is_a_brute_force_count():
+    generator = torch.Generator().manual_seed(4)
+    scores, labels = torch.randn(80, 5, generator=generator), torch.randint(4, (80,), generator=generator)
+    counts = [[0] * 5 for _ in range(5)]
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        counts[label][row.index(max(row))] += 1
+    assert confusion(scores, labels).tolist() == counts
+
+
+def test_spread_is_one_on_the_sphere_and_zero_in_collapse():
+    z = torch.randn(20000, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in z[:50].tolist()]
+    by_hand = 0
+    for channel in zip(*unit, strict=True):
+        mean = sum(channel) / 50
+        by_hand += math.sqrt(sum((x - mean) ** 2 for x in channel) / 50) / 16
+    assert spread(z[:50]).item() == pytest.approx(by_hand * 4)
+    assert spread(z).item() == pytest.approx(1, abs=0.01)
+    assert spread(z[:1].expand(50, -1) * torch.arange(1, 51)[:, None]).item() == pytest.approx(0, abs=1e-7)

@@ -1,0 +1,43 @@
+"""SGD and its learning rate against torch's scheduler and against the update written out."""
+
+import pytest
+import torch
+
+from config import get_config
+from model.simsiam import SimSiam
+from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+
+
+def test_the_cosine_is_torchs():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    for step in range(51):
+        assert learning_rate(step / 50, 0, 0.3) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_rises_linearly_and_then_the_cosine_takes_over():
+    rates = [learning_rate(epoch / 10, 0.2, 1.0) for epoch in range(11)]
+    assert rates[:3] == pytest.approx([0, 0.5, 1])
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(0)
+
+
+def test_two_groups_hold_every_parameter_once_and_all_decay():
+    """The update v = momentum v + g + wd w; w = w - lr v, by hand, with the predictor's own rate; BN and biases too."""
+    torch.manual_seed(0)
+    model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
+    optimizer = make_sgd(model, momentum=0.9, weight_decay=0.1)
+    wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    velocity = dict.fromkeys(wanted, 0)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(wanted)
+    for rate, predictor_rate in ((0.5, 0.5), (0.2, 0.5), (0.0, 0.5)):
+        set_learning_rates(optimizer, rate, predictor_rate)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            velocity[name] = 0.9 * velocity[name] + parameter.grad + 0.1 * wanted[name]
+            wanted[name] = wanted[name] - (predictor_rate if name.startswith('predictor') else rate) * velocity[name]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), wanted[name], rtol=1e-10, atol=1e-12)

@@ -1,0 +1,193 @@
+"""Augmentation: every operation against torchvision's or PIL's, every random parameter against its distribution."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as reference
+
+from config import AUGMENTATIONS
+from dataloader import vision
+from utils import random_from
+
+MOCO = AUGMENTATIONS['moco']
+
+
+def photos(n, height, width, seed=0):
+    """Images with structure at every scale, N x 3 x H x W in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 3, height, width, generator=generator)
+    smooth = functional.interpolate(torch.rand(n, 3, 4, 4, generator=generator), (height, width), mode='bicubic')
+    return (0.5 * x + 0.5 * smooth).clamp(0, 1)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size'), [(32, 32, 32), (48, 40, 32), (30, 64, 12), (20, 20, 50)])
+def test_crop_resize_is_torchvisions_and_pils(height, width, size):
+    x = (photos(16, height, width) * 255).round() / 255
+    boxes, flips = vision.draw_crops(16, height, width, MOCO, random_from('boxes'))
+    ours = vision.crop_resize(x, boxes, flips, size)
+    for image, box, flip, result in zip(x, boxes.int().tolist(), flips, ours, strict=True):
+        top, left, h, w = box
+        wanted = reference.resized_crop(image, top, left, h, w, [size, size], antialias=True)
+        torch.testing.assert_close(result, wanted.flip(2) if flip else wanted, atol=2e-5, rtol=0)
+        pil = reference.to_pil_image(image).crop((left, top, left + w, top + h))
+        pil = reference.pil_to_tensor(pil.resize((size, size), Image.Resampling.BILINEAR)).float() / 255
+        torch.testing.assert_close(result, pil.flip(2) if flip else pil, atol=1.6 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size', 'ratio'), [(48, 48, 32, 1.0), (60, 44, 28, 0.875), (8, 9, 16, 1)])
+def test_plain_view_is_the_centre_crop(height, width, size, ratio):
+    """As PIL resizes a part of an image: whole and cropped batches agree with it."""
+    images = (photos(3, height, width) * 255).round().to(torch.uint8)
+    ours = vision.denormalise(vision.plain_view(images, size, ratio))
+    side = min(height, width) * ratio
+    left, top = (width - side) / 2, (height - side) / 2
+    for image, result in zip(images, ours, strict=True):
+        pil = reference.to_pil_image(image).resize(
+            (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+        )
+        torch.testing.assert_close(result, reference.pil_to_tensor(pil) / 255, atol=1.6 / 255, rtol=0)
+
+
+def test_normalise_is_torchvisions():
+    x = photos(2, 8, 8)
+    wanted = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
+    torch.testing.assert_close(vision.normalise(x), wanted)
+    torch.testing.assert_close(vision.denormalise(vision.normalise(x)), x)
+
+
+OPERATIONS = (
+    (vision.brightness, reference.adjust_brightness, (0.3, 1.0, 1.7)),
+    (vision.contrast, reference.adjust_contrast, (0.3, 1.0, 1.7)),
+    (vision.saturation, reference.adjust_saturation, (0.3, 1.0, 1.7)),
+    (vision.hue, reference.adjust_hue, (-0.2, 0.0, 0.1, 0.2)),
+)
+
+
+@pytest.mark.parametrize(('ours', 'theirs', 'factors'), OPERATIONS)
+def test_colour_operations_are_torchvisions(ours, theirs, factors):
+    x = photos(4, 9, 7)
+    x[0] = x[0, :1]  # a grey image has no hue
+    x[1] = torch.eye(3)[torch.arange(63) % 3].T.view(3, 9, 7)  # pure colours
+    for factor in factors:
+        result = ours(x, torch.full((4, 1, 1, 1), factor))
+        wanted = torch.stack([theirs(image, factor) for image in x])
+        # torchvision weighs luma by 0.2989, 0.587, 0.114, which sum to 0.9999
+        torch.testing.assert_close(result, wanted, atol=5e-4, rtol=0)
+
+
+def test_blur_is_a_gaussian():
+    """A separate derivation: the border continued, then a convolution with the outer product of two Gaussians."""
+    x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
+    offsets = torch.arange(-6.0, 7.0)
+    for image, s, result in zip(x, sigma, vision.blur(x, sigma), strict=True):
+        line = torch.exp(-(offsets**2) / (2 * s**2))
+        kernel = torch.outer(line, line) / line.sum() ** 2
+        padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='replicate')
+        torch.testing.assert_close(result, functional.conv2d(padded, kernel[None, None])[:, 0], atol=1e-5, rtol=0)
+    inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))
+    wanted = reference.gaussian_blur(x[3:4], [13, 13], [1.7, 1.7])
+    torch.testing.assert_close(vision.blur(x, sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
+
+
+def test_blur_of_a_tiny_image():
+    x = photos(2, 4, 4)
+    blurred = vision.blur(x, torch.tensor([0.1, 2.0]))
+    torch.testing.assert_close(blurred[0], x[0], atol=1e-5, rtol=0)
+    assert blurred[1].std() < x[1].std()
+
+
+def test_recolour_applies_each_images_own_draw():
+    """Against a loop over the images, with torchvision's operations in the order that was drawn."""
+    x, draws = photos(40, 12, 12), vision.draw_colours(40, MOCO, 0.5, random_from('colours'))
+    ours = vision.recolour(x, draws)
+    untouched = 0
+    for i, image in enumerate(x):
+        wanted = image[None]
+        for place in range(4):
+            for kind, (_, operation, _) in enumerate(OPERATIONS):
+                if draws['order'][i, kind] == place:
+                    wanted = operation(wanted, draws['factors'][i, kind].item())
+        if draws['gray'][i]:
+            wanted = reference.rgb_to_grayscale(wanted, 3)
+        if draws['sigma'][i] > 0:
+            wanted = vision.blur(wanted, draws['sigma'][i : i + 1])
+        torch.testing.assert_close(ours[i : i + 1], wanted, atol=2e-3, rtol=0)
+        untouched += torch.equal(ours[i], image)
+    assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
+
+
+def gap(ours, theirs):
+    """The Kolmogorov-Smirnov distance of two samples."""
+    both = torch.cat((ours, theirs)).sort().values
+    ours, theirs = ours.sort().values, theirs.sort().values
+    share = [torch.searchsorted(t, both, right=True) / len(t) for t in (ours, theirs)]
+    return (share[0] - share[1]).abs().max().item()
+
+
+@pytest.mark.parametrize(('height', 'width', 'name'), [(32, 32, 'moco'), (96, 24, 'moco'), (30, 40, 'simclr')])
+def test_crops_are_distributed_as_torchvisions(height, width, name):
+    """With 6,000 draws each, two samples of one distribution are further apart than 0.04 once in ten thousand times."""
+    augmentation, n = AUGMENTATIONS[name], 6000
+    boxes, flips = vision.draw_crops(n, height, width, augmentation, random_from('crops'))
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    crop = v2.RandomResizedCrop(8, scale=augmentation['scale'], ratio=augmentation['ratio'])
+    params = [crop.make_params([image]) for _ in range(n)]
+    theirs = torch.tensor([[p[key] for key in ('top', 'left', 'height', 'width')] for p in params]).float()
+    for ours, others in zip(boxes.unbind(1), theirs.unbind(1), strict=True):
+        assert gap(ours, others) < 0.04
+    assert gap(boxes[:, 2] * boxes[:, 3], theirs[:, 2] * theirs[:, 3]) < 0.04
+    assert gap(boxes[:, 3] / boxes[:, 2], theirs[:, 3] / theirs[:, 2]) < 0.04
+    assert abs(flips.float().mean() - 0.5) < 0.03
+
+
+@pytest.mark.parametrize('name', ['moco', 'simclr'])
+def test_colours_are_distributed_as_stated(name):
+    augmentation, n = AUGMENTATIONS[name], 24000
+    draws = vision.draw_colours(n, augmentation, 0.5, random_from('colours'))
+    even = (torch.arange(n) + 0.5) / n
+    for kind, strength in enumerate(augmentation['jitter']):
+        middle = 0 if kind == 3 else 1
+        assert gap(draws['factors'][:, kind], middle - strength + 2 * strength * even) < 0.02
+    jittered = draws['order'][:, 0] < 4
+    assert abs(jittered.float().mean() - 0.8) < 0.012
+    assert abs(draws['gray'].float().mean() - 0.2) < 0.012
+    blurred = draws['sigma'] > 0
+    assert abs(blurred.float().mean() - 0.5) < 0.015
+    assert gap(draws['sigma'][blurred], 0.1 + 1.9 * even) < 0.025
+    # All 24 orders, equally often.
+    orders, counts = draws['order'][jittered].unique(dim=0, return_counts=True)
+    assert len(orders) == math.factorial(4)
+    share = counts / counts.sum()
+    assert (share - 1 / 24).abs().max() < 0.007
+    # Which images are jittered, grey or blurred has nothing to do with one another.
+    table = torch.stack((jittered, draws['gray'], blurred)).float()
+    assert (torch.corrcoef(table) - torch.eye(3)).abs().max() < 0.03
+
+
+def test_two_views_are_fixed_by_the_generator_and_differ():
+    images = (photos(6, 40, 40) * 255).to(torch.uint8)
+    first, again, other = (vision.two_views(images, 24, MOCO, 0.5, random_from(seed)) for seed in (1, 1, 2))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.shape == (6, 3, 24, 24)
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    assert ((first[0] - first[1]).abs().amax((1, 2, 3)) > 0.1).all()
+
+
+def test_without_distortion_the_views_are_the_image():
+    plain = {'scale': (1, 1), 'ratio': (1, 1), 'flip': 0, 'jitter': (0, 0, 0, 0), 'jitter_prob': 1, 'gray_prob': 0,
+             'sigma': (0.1, 2.0)}  # fmt: skip
+    images = (photos(6, 16, 16) * 255).to(torch.uint8)
+    for view in vision.two_views(images, 16, plain, 0.0, random_from(0)):
+        torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)
+
+
+def test_simclr_distorts_more_than_moco():
+    moco, simclr = AUGMENTATIONS['moco'], AUGMENTATIONS['simclr']
+    assert simclr['scale'][0] < moco['scale'][0]
+    assert all(a == 2 * b for a, b in zip(simclr['jitter'], moco['jitter'], strict=True))
