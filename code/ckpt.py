@@ -7,7 +7,6 @@ A checkpoint is a dict of tensors and plain values (torch.load with weights_only
     loss               mean loss of the last of them
 """
 
-import pickle
 import re
 from dataclasses import asdict
 
@@ -35,13 +34,8 @@ def get_model_ckpt(args):
     if not args.ckpt_name:
         return args, new_model(args), None
     path = find_checkpoint(args)
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        saved = {name: parse(name, value) for name, value in checkpoint['args'].items() if name in OPTIONS}
-        checkpoint = {'path': path, **{key: checkpoint[key] for key in ('model', 'optimizer', 'epoch', 'loss')}}
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, UserError,
-            pickle.UnpicklingError):  # fmt: skip
-        raise WorkError(f'{path} is damaged or is not a checkpoint of this project; take another one') from None
+    checkpoint = read(path, 'model', 'optimizer', 'args', 'epoch', 'loss')
+    saved = {name: parse(name, value) for name, value in checkpoint['args'].items() if name in OPTIONS}
     for name in (*ARCHITECTURE, 'preset'):
         if name in args.given and getattr(args, name) != saved.get(name):
             raise UserError(
@@ -57,7 +51,7 @@ def get_model_ckpt(args):
     except RuntimeError as error:
         reason = ' '.join(str(error).split()[:30])
         raise UserError(f'{path} holds the weights of another architecture than its options say: {reason}') from None
-    return merged, model, checkpoint
+    return merged, model, {**checkpoint, 'path': path}
 
 
 def new_model(args):
@@ -93,6 +87,15 @@ def save_checkpoint(run, args, model, optimizer, epoch, loss):
     }
     write_aside(path, lambda aside: torch.save(content, aside))
     return path
+
+
+def read(path, *keys):
+    """These entries of a file that torch.save wrote, on the CPU. No file can run code. Raises WorkError."""
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        return {key: content[key] for key in keys}
+    except Exception:  # what the unpickler raises on damaged bytes has no common base
+        raise WorkError(f'{path} is damaged or was not written by this project; take another checkpoint') from None
 
 
 def checkpoints(folder):

@@ -1,13 +1,12 @@
 """Predict the class of every image of a folder with a checkpoint, as a CSV file: a submission."""
 
 import csv
-import pickle
 from dataclasses import replace
 
 import torch
 
-from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, WorkError, path_of
+from ckpt import get_model_ckpt, list_checkpoints, read
+from config import UserError, path_of
 from dataloader.load_dataset import in_order, labelled, load_folder, load_splits, torchvision_kind
 from evaluate import features_of
 from logger import say
@@ -82,12 +81,9 @@ def images_to_predict(args, wanted):
 
 
 def load_classifier(path, epoch):
-    """The classifier that evaluate trained on the checkpoint `path`, or None."""
+    """The classifier that evaluate trained on the checkpoint `path`, or None. Raises WorkError for a damaged file."""
     file = path.parent / f'classifier_epoch_{epoch}'
     if not file.is_file():
         return None
-    try:
-        classifier = torch.load(file, map_location='cpu', weights_only=True)
-        return classifier if classifier['checkpoint'] == path.name else None
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
-        raise WorkError(f'{file} is damaged: run evaluate again, or delete it to predict by kNN') from None
+    classifier = read(file, 'weight', 'bias', 'classes', 'checkpoint')
+    return classifier if classifier['checkpoint'] == path.name else None

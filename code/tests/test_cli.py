@@ -1,0 +1,325 @@
+"""The four commands as a user types them: real processes, real files, exit codes."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cli
+from conftest import TINY, one_line, own_paths, run
+
+RUN = 'model_name_simsiam_ckpt_'
+
+
+def train(folder, images, *options):
+    """A tiny run; its output. Fails where the command does."""
+    done = run('train', *TINY, f'--image_path={images}', *own_paths(folder), *options)
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+    return done
+
+
+def newest(folder, number=0):
+    """The last checkpoint of a run: (path, content)."""
+    path = max((folder / 'ckpt' / f'{RUN}{number}').glob('loss_*'), key=lambda p: int(p.name.rsplit('_', 1)[1]))
+    return path, torch.load(path, weights_only=True)
+
+
+def same(one, other):
+    """Whether two nested dicts and lists of tensors and values are equal to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def read_rows(path):
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    """(folder, what the command printed): two epochs on the drawn set, every one saved. To be read only."""
+    folder = tmp_path_factory.mktemp('trained')
+    return folder, train(folder, drawn, '--save_every=1').stdout
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the trained run that a test may change."""
+    return shutil.copytree(trained[0], tmp_path / 'copy')
+
+
+def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
+    folder, said = trained
+    assert re.search(r'epoch 0/2  kNN [\d.]+ % \(untrained\)', said)
+    loss = re.search(r'epoch 2/2  loss (-\d\.\d{4})  std [\d.]+  \d+ images/s  kNN [\d.]+ %', said)[1]
+    assert f'--ckpt_name={RUN}0/loss_{loss}_epoch_2' in said
+    path, content = newest(folder)
+    assert path.name == f'loss_{loss}_epoch_2'
+    assert (content['epoch'], round(content['loss'], 4)) == (2, float(loss))
+    assert content['args']['image_path'] == str(drawn)
+    assert len(list(path.parent.iterdir())) == 2
+    events = EventAccumulator(str(folder / 'logs' / f'{RUN}0')).Reload()
+    scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+    assert set(scalars) == {
+        'knn/top1', 'train/loss', 'train/std', 'train/images_per_second',
+        'learning/rate_encoder', 'learning/rate_predictor',
+    }  # fmt: skip
+    assert [event.step for event in events.Scalars('knn/top1')] == [0, 1, 2]
+    assert scalars['train/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)
+    first, last = scalars['learning/rate_encoder']
+    assert 0 < last < first < 0.8 * 16 / 256
+    assert scalars['learning/rate_predictor'] == pytest.approx([0.8 * 16 / 256] * 2)
+    assert len(events.Images('two_views')) == 1
+    with Image.open(folder / 'logs' / f'{RUN}0' / 'two_views.png') as picture:
+        assert picture.width > 16 * 32
+
+
+def test_the_same_command_gives_the_same_run_beside_the_first(trained, drawn, tmp_path):
+    shutil.copytree(trained[0], tmp_path / 'again')
+    train(tmp_path / 'again', drawn, '--save_every=1')
+    path, content = newest(tmp_path / 'again', 1)
+    before, first = newest(trained[0])
+    assert path.name == before.name
+    assert content['loss'] == first['loss']
+    assert same(content['model'], first['model'])
+    assert same(content['optimizer'], first['optimizer'])
+    other = train(tmp_path / 'other', drawn, '--random_seed=1')
+    assert newest(tmp_path / 'other')[1]['loss'] != first['loss'], other.stdout
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
+    """From epoch 1's checkpoint alone; named by the run, and without repeating the first command's options."""
+    run_folder = tmp_path / 'ckpt' / f'{RUN}0'
+    run_folder.mkdir(parents=True)
+    shutil.copy(next((trained[0] / 'ckpt' / f'{RUN}0').glob('*_epoch_1')), run_folder)
+    done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f'going on with {RUN}0 after epoch 1 of 2' in done.stdout
+    path, content = newest(tmp_path)
+    before, wanted = newest(trained[0])
+    assert path.name == before.name
+    assert same(content['model'], wanted['model'])
+    assert same(content['optimizer'], wanted['optimizer'])
+    again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
+    assert 'has its 2 epochs already; --max_epochs=<more> goes on' in again.stdout
+
+
+def test_large_images_train_through_workers(drawn_large, tmp_path):
+    options = ('--batch_size=8', '--num_workers=2', '--blur_prob=0.5', '--augmentation=simclr', '--warmup_epochs=1')
+    train(tmp_path, drawn_large, *options)
+    train(tmp_path, drawn_large, *options)
+    assert same(newest(tmp_path, 0)[1]['model'], newest(tmp_path, 1)[1]['model'])
+
+
+def test_evaluate_then_infer(copied, drawn, tmp_path):
+    name = f'--ckpt_name={RUN}0'
+    done = run('evaluate', name, *own_paths(copied))
+    assert done.returncode == 0, done.stderr
+    folder = copied / 'ckpt' / f'{RUN}0'
+    result = json.loads((folder / 'evaluate_linear.json').read_text())
+    assert {'protocol', 'epoch', 'top1', 'top5', 'knn_top1', 'knn_top1_untrained', 'num_train', 'num_val',
+            'seconds'} <= set(result)  # fmt: skip
+    assert (result['protocol'], result['epoch'], result['num_train'], result['num_val']) == ('linear', 2, 72, 24)
+    assert result['top5'] == 100  # there are three classes
+    assert sum(result['per_class'].values()) / 3 == pytest.approx(result['top1'])
+    assert f'top-1 {result["top1"]:.2f} %' in done.stdout
+    assert f'{result["knn_top1"]:.2f} %' in re.search(r'epoch 2/2 .*', train(tmp_path, drawn).stdout)[0]
+
+    output = tmp_path / 'submission.csv'
+    done = run('infer', name, f'--output={output}', *own_paths(copied)[:1])
+    assert done.returncode == 0, done.stderr
+    assert 'the linear classifier of evaluate' in done.stdout
+    rows = read_rows(output)
+    assert list(rows[0]) == ['file', 'prediction', 'confidence', 'top5']
+    files = sorted(str(path.relative_to(drawn / 'val')) for path in (drawn / 'val').rglob('*.png'))
+    assert [row['file'] for row in rows] == files
+    right = sum(row['prediction'] == row['file'].split('/')[0] for row in rows)
+    assert 100 * right / len(rows) == pytest.approx(result['top1'])
+    for row in rows:
+        assert row['top5'].split(';')[0] == row['prediction']
+        assert sorted(row['top5'].split(';')) == ['checks', 'dots', 'stripes']
+        assert 1 / 3 <= float(row['confidence']) <= 1
+
+
+def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path):
+    """On a folder of the user's own, of any depth and sizes."""
+    own = tmp_path / 'own'
+    shutil.copytree(drawn / 'val/dots', own / 'deep/er')
+    Image.new('RGB', (300, 90), 'red').save(own / 'a.png')
+    output = tmp_path / 'out/guess.csv'
+    done = run('infer', f'--ckpt_name={RUN}0', f'--image_path={own}', f'--output={output}', *own_paths(trained[0])[:1])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'9 images of .* predicted by kNN \(k=24\) against 72 training images', done.stdout)
+    rows = read_rows(output)
+    assert [row['file'] for row in rows] == ['a.png', *(f'deep/er/{i:03d}.png' for i in range(8))]
+
+
+def test_check_dataloader_describes_the_set(drawn, tmp_path):
+    done = run('check_dataloader', *TINY[:2], f'--image_path={drawn}', *own_paths(tmp_path)[1:])
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r'train +72 images, 3 classes; a batch: 16 x 3 x 48 x 48 uint8 in \[\d+, \d+\], 2 views of 16 x 3 x 32 x 32 '
+        r'float32 in \[-[\d.]+, [\d.]+\]; \d+ images/s',
+        done.stdout,
+    )
+    assert re.search(r'val +24 images, 3 classes; .* 1 view of 16 x 3 x 32 x 32', done.stdout)
+    assert 'test   none of its own: it is val' in done.stdout
+    path = re.search(r'the two views of 16 images: (.*)', done.stdout)[1]
+    with Image.open(path) as picture:
+        assert picture.width > 16 * 32
+
+
+def test_check_dataloader_names_every_unreadable_file(drawn, drawn_large, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'train/dots/text.jpg').write_text('not an image')
+    whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
+    (folder / 'val/dots/half.jpg').write_bytes(whole[: len(whole) // 2])
+    (folder / 'val/dots/empty.png').write_bytes(b'')
+    done = run('check_dataloader', *TINY[:2], f'--image_path={folder}', *own_paths(tmp_path)[1:])
+    assert done.returncode == 1
+    for name in ('train/dots/text.jpg', 'val/dots/half.jpg', 'val/dots/empty.png'):
+        assert f'cannot read the image {folder / name}: ' in done.stdout
+    assert '3 of the files' in one_line(done.stderr)
+
+
+@pytest.mark.parametrize('size', ['small', 'large'])
+def test_an_unreadable_image_stops_train_with_its_name(size, drawn, drawn_large, tmp_path):
+    """Read ahead into memory, and met in a worker in the middle of an epoch."""
+    folder = shutil.copytree(drawn if size == 'small' else drawn_large, tmp_path / 'set')
+    (folder / 'train/dots/text.jpg').write_text('not an image')
+    done = run('train', *TINY, '--batch_size=8', '--num_workers=2', f'--image_path={folder}', *own_paths(tmp_path))
+    assert done.returncode == 1
+    assert f'cannot read the image {folder}/train/dots/text.jpg: it is not an image' in one_line(done.stderr)
+
+
+def test_folders_that_cannot_work(drawn, tmp_path, capsys):
+    """(what is wrong, options, what is said): each one line, exit code 2, no run folder left behind."""
+    (tmp_path / 'set/train').mkdir(parents=True)
+    empty_class = shutil.copytree(drawn, tmp_path / 'hole')
+    (empty_class / 'train/zebra').mkdir()
+    for options, said in (
+        (['--image_path=/nowhere'], r'no images for --preset=demo: /nowhere/train is not there; lay it out as'),
+        (['--preset=imagenet', '--image_path=/nowhere'], 'try the demo: --preset=demo'),
+        (['--preset=cifar10', f'--image_path={tmp_path}/cifar10'], 'fetch it: --download=True'),
+        ([f'--image_path={tmp_path}/set'], 'set/train holds no images'),
+        ([f'--image_path={empty_class}'], 'the class folder .*zebra holds no images: fill or delete it'),
+        ([f'--image_path={drawn}', '--batch_size=500'], 'try --batch_size=64'),
+    ):
+        assert cli.main(['train', '--preset=demo', *own_paths(tmp_path), *options]) == 2
+        assert re.search(said, one_line(capsys.readouterr().err))
+    assert not (tmp_path / 'ckpt').exists()
+
+
+def test_checkpoints_that_cannot_work(copied, tmp_path, capsys):
+    folder = copied / 'ckpt' / f'{RUN}0'
+    path, content = newest(copied)
+    torch.save({**content, 'args': content['args'] | {'proj_dim': 64}}, folder / 'loss_-0.1000_epoch_3')
+    torch.save(content['model'], folder / 'loss_-0.1000_epoch_4')
+    (folder / 'loss_-0.1000_epoch_5').write_bytes(path.read_bytes()[:5000])
+    (folder / 'loss_-0.1000_epoch_6').write_text('text')
+    (copied / 'ckpt/empty').mkdir()
+    for name, options, code, said in (
+        (f'{RUN}0/{path.name}', ['--backbone=resnet18'], 2, 'resnet18 contradicts the checkpoint .*has backbone=small'),
+        (f'{RUN}0/{path.name}', ['--proj_dim=7'], 2, '--proj_dim=7 contradicts'),
+        (f'{RUN}0/loss_-0.1000_epoch_3', [], 2, 'weights of another architecture .*size mismatch'),
+        (f'{RUN}0/loss_-0.1000_epoch_4', [], 1, 'is damaged or was not written by this project'),
+        (f'{RUN}0/loss_-0.1000_epoch_5', [], 1, 'is damaged or was not written by this project'),
+        (f'{RUN}0/loss_-0.1000_epoch_6', [], 1, 'is damaged or was not written by this project'),
+        ('empty', [], 2, 'holds no checkpoint yet'),
+        ('nothing', [], 2, 'no checkpoint nothing in .*; the newest there is --ckpt_name='),
+    ):
+        for command in ('train', 'evaluate', 'infer'):
+            assert cli.main([command, f'--ckpt_name={name}', *own_paths(copied)[:1], *options]) == code, name
+            error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')]
+            assert re.search(said, one_line('\n'.join(error)))
+
+
+class Harmful:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    (tmp_path / 'ckpt').mkdir()
+    torch.save({'model': Harmful(tmp_path / 'harm')}, tmp_path / 'ckpt/bad')
+    assert cli.main(['evaluate', '--ckpt_name=bad', f'--ckpt_path={tmp_path}/ckpt']) == 1
+    assert 'is damaged or was not written by' in one_line(capsys.readouterr().err)
+    assert not (tmp_path / 'harm').exists()
+
+
+def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
+    assert cli.main(['evaluate', f'--ckpt_path={trained[0]}/ckpt']) == 2
+    said = capsys.readouterr()
+    names = {path.name for path in (trained[0] / 'ckpt' / f'{RUN}0').iterdir()}
+    assert {line.removeprefix(f'{RUN}0/') for line in said.out.split()} == names
+    assert 'wants --ckpt_name' in one_line(said.err)
+    assert cli.main(['evaluate', f'--ckpt_path={tmp_path}']) == 2
+    assert 'no checkpoint in' in capsys.readouterr().out
+
+
+def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys):
+    (tmp_path / 'set/train').mkdir(parents=True)
+    for number, file in enumerate(sorted((drawn / 'train').rglob('*.png'))):
+        shutil.copy(file, tmp_path / f'set/train/{number}.png')
+    done = train(tmp_path, tmp_path / 'set')
+    assert f'the kNN monitor is off: {tmp_path}/set/train has no class folders' in done.stdout
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path)]) == 2
+    assert 'evaluate needs labels' in one_line(capsys.readouterr().err)
+
+
+def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):
+    """A threshold that healthy runs are under too, for the warning's sake; the collapse itself is test_model.py's."""
+    done = train(tmp_path, drawn, '--collapse_threshold=1')
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(r'warning: the model collapses: std 0\.\d+ .* Try --augmentation=moco', lines[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(drawn, tmp_path):
+    done = run('train', *TINY, f'--image_path={drawn}', '--learning_rate=100', '--weight_decay=1', '--max_epochs=60',
+               '--momentum=0.9999', '--knn_every=0', *own_paths(tmp_path))  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert re.search(r'the loss is nan in epoch \d+: try a lower --learning_rate', one_line(done.stderr))
+
+
+def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
+    from utils import write_aside
+
+    path = tmp_path / 'file'
+    write_aside(path, lambda aside: aside.write_text('whole'))
+
+    def fail(aside):
+        aside.write_text('ha')
+        raise OSError('No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        write_aside(path, fail)
+    assert path.read_text() == 'whole'
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_simsiam_learns_the_demo(tmp_path):
+    """A quarter of `make train`'s epochs on the real demo set, evaluation included."""
+    done = run('train', '--preset=demo', '--max_epochs=4', '--evaluate_after=True', '--knn_pixels=True',
+               *own_paths(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+    result = json.loads((tmp_path / 'ckpt' / f'{RUN}0' / 'evaluate_linear.json').read_text())
+    assert result['knn_top1'] > result['knn_top1_untrained'] + 10
+    assert result['knn_top1'] > result['knn_top1_pixels'] + 20
+    assert result['top1'] > 65
+    assert 'python3 cli.py train --preset=imagenet --image_path=FOLDER' in done.stdout

@@ -1,0 +1,270 @@
+"""From files to batches: layouts, orders, worker processes, torchvision's own files, odd images."""
+
+import hashlib
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from config import AUGMENTATIONS, UserError, WorkError, get_config
+from dataloader import demo, vision
+from dataloader.load_dataset import decode, get_iterator, in_order, labelled, load_splits
+from metric.accuracy import topk_accuracy
+from metric.knn import knn_scores
+from utils import prepare_batch
+
+
+def options(folder, **more):
+    return get_config(**{'preset': 'demo', 'image_path': str(folder), 'batch_size': 8, 'num_workers': 0} | more)
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / 'copy')
+
+
+def test_labels_are_the_folders(drawn):
+    args = options(drawn)
+    iterators = get_iterator(args)
+    assert set(iterators) == {'train', 'val', 'test'}
+    assert iterators['test'] is iterators['val']
+    seen = []
+    for batch in iterators['val']:
+        images, target = prepare_batch(args, batch)
+        assert (images.dtype, target.dtype) == (torch.uint8, torch.int64)
+        seen += list(zip(images, target.tolist(), strict=True))
+    files = sorted((drawn / 'val').rglob('*.png'))
+    assert len(seen) == len(files) == 24
+    for file, (image, label) in zip(files, seen, strict=True):
+        assert ('checks', 'dots', 'stripes')[label] == file.parent.name
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(file).convert('RGB')))
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own(drawn):
+    batches = get_iterator(options(drawn))['train']
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.batch_sampler.start_epoch(epoch, 'moco')
+        orders.append([key[0] for keys in batches.batch_sampler for key in keys])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(72))
+    assert orders[0] == orders[2] != orders[1]
+    assert orders[0] != [key[0] for keys in get_iterator(options(drawn, random_seed=1))['train'].batch_sampler
+                         for key in keys]  # fmt: skip
+    assert len(get_iterator(options(drawn, batch_size=50))['train']) == 1  # the last, smaller batch is left out
+    assert sum(len(labels) for _, labels in get_iterator(options(drawn, batch_size=50))['val']) == 24  # not here
+
+
+def test_workers_change_nothing(drawn_large):
+    """Large images: crops cut in processes equal those cut here; they are fixed by the seed, new in every epoch."""
+    epochs = {}
+    for workers in (0, 2):
+        batches = get_iterator(options(drawn_large, num_workers=workers))['train']
+        assert batches.dataset.pixels is None
+        for epoch in (0, 1):
+            batches.batch_sampler.start_epoch(epoch, 'moco')
+            epochs[workers, epoch] = [images for images, _ in batches]
+    assert epochs[0, 0][0].shape == (8, 2, 3, 32, 32)
+    for epoch in (0, 1):
+        for here, there in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
+            assert torch.equal(here, there)
+    assert not torch.equal(epochs[0, 0][0], epochs[0, 1][0])
+
+
+def test_workers_cut_the_crops_that_were_drawn(drawn_large):
+    """The same boxes as the device path's, within the rounding to whole grey levels."""
+    images = get_iterator(options(drawn_large))['train'].dataset
+    image = decode(images.folder / images.names[0])
+    crops = torch.from_numpy(images.crops(image, 77, 'moco')).float() / 255
+    boxes, flips = vision.draw_crops(2, 150, 150, AUGMENTATIONS['moco'], torch.Generator().manual_seed(77))
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(2, -1, -1, -1) / 255
+    torch.testing.assert_close(crops, vision.crop_resize(whole, boxes, flips, 32), atol=1.6 / 255, rtol=0)
+
+
+def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_large, tmp_path):
+    """A folder of images that are too large for memory, and the same pixels held in memory."""
+    args = options(drawn_large)
+    from_workers = in_order(args, load_splits(args)['val'])
+    images = from_workers.dataset
+    pixels = torch.stack([torch.from_numpy(np.array(decode(images.folder / name))).permute(2, 0, 1)
+                          for name in images.names])  # fmt: skip
+    for start, batch in zip(range(0, 12, 8), from_workers, strict=True):
+        ours = vision.plain_view(prepare_batch(args, batch)[0], 32, args.crop_ratio)
+        wanted = vision.plain_view(pixels[start : start + 8], 32, args.crop_ratio)
+        torch.testing.assert_close(ours, wanted, atol=0.04, rtol=0)  # 1.6 grey levels over the channel's std
+
+
+def test_images_of_several_sizes_are_not_held_in_memory(drawn, tmp_path):
+    folder = copy_of(drawn, tmp_path)
+    Image.new('RGB', (60, 20), 'red').save(folder / 'train/dots/odd.png')
+    splits = load_splits(options(folder))
+    assert splits['train'].pixels is None
+    assert splits['val'].pixels is not None
+    images, _ = next(iter(get_iterator(options(folder))['train']))
+    assert images.shape == (8, 2, 3, 32, 32)
+
+
+def test_flat_train_pretrains_without_labels(drawn, tmp_path):
+    (tmp_path / 'train').mkdir()
+    for number, file in enumerate(sorted((drawn / 'train').rglob('*.png'))):
+        shutil.copy(file, tmp_path / f'train/{number}.png')
+    iterators = get_iterator(options(tmp_path))
+    images, target = next(iter(iterators['train']))
+    assert (len(images), target.tolist()) == (8, [-1] * 8)
+    assert (iterators['val'], iterators['test']) == (None, None)
+    assert len(labelled(iterators['train'].dataset)) == 0
+
+
+def test_test_may_be_flat_and_is_not_val(drawn, tmp_path):
+    folder = copy_of(drawn, tmp_path)
+    (folder / 'test').mkdir()
+    Image.new('RGB', (48, 48)).save(folder / 'test/1.png')
+    iterators = get_iterator(options(folder))
+    assert len(iterators['test'].dataset) == 1
+    assert len(iterators['val'].dataset) == 24
+
+
+def test_what_begins_with_a_dot_is_left_out(drawn, tmp_path):
+    folder = copy_of(drawn, tmp_path)
+    (folder / 'train/.cache').mkdir()
+    (folder / 'train/dots/.thumb.png').write_text('no image')
+    (folder / 'train/dots/notes.txt').write_text('no image')
+    train = load_splits(options(folder))['train']
+    assert (len(train), train.classes) == (72, ['checks', 'dots', 'stripes'])
+
+
+def test_layouts_that_cannot_work(drawn, tmp_path):
+    folder = copy_of(drawn, tmp_path)
+    Image.new('RGB', (48, 48)).save(folder / 'train/stray.png')
+    with pytest.raises(UserError, match='beside them the image stray.png'):
+        get_iterator(options(folder))
+    (folder / 'train/stray.png').unlink()
+    (folder / 'val/dots').rename(folder / 'val/dot')
+    with pytest.raises(UserError, match="has the class 'dot', which .*train has not"):
+        get_iterator(options(folder))
+    (folder / 'val/dot').rename(folder / 'val/dots')
+    (folder / 'train/empty').mkdir()
+    with pytest.raises(UserError, match='class folder .*empty holds no images'):
+        get_iterator(options(folder))
+    (folder / 'train/empty').rmdir()
+    with pytest.raises(UserError, match='72 images, fewer than a batch of 100: try --batch_size=64'):
+        get_iterator(options(folder, batch_size=100))
+
+
+@pytest.mark.parametrize('mode', ['CMYK', 'P', 'L', 'LA', 'RGBA', '1', 'I;16'])
+def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
+    image = Image.new('I;16', (10, 12), 300) if mode == 'I;16' else Image.new('RGB', (10, 12), 'teal').convert(mode)
+    path = tmp_path / ('image.jpg' if mode == 'CMYK' else 'image.png')
+    image.save(path)
+    assert (decode(path).mode, decode(path).size) == ('RGB', (10, 12))
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path, drawn_large):
+    (tmp_path / 'text.jpg').write_text('not an image')
+    with pytest.raises(WorkError, match='text.jpg: it is not an image'):
+        decode(tmp_path / 'text.jpg')
+    whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
+    (tmp_path / 'half.jpg').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WorkError, match='half.jpg: .*truncated'):
+        decode(tmp_path / 'half.jpg')
+
+
+def digest(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('kind', ['cifar10', 'cifar100'])
+def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
+    """Small files in the sets' own format, with the checksums that torchvision asks for replaced by theirs."""
+    cls = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[kind]
+    folder = tmp_path / kind / cls.base_folder
+    folder.mkdir(parents=True)
+    rng, key = np.random.default_rng(0), 'fine_labels' if kind == 'cifar100' else 'labels'
+    lists, pixels = {}, {}
+    for split, files in (('train_list', cls.train_list), ('test_list', cls.test_list)):
+        pixels[split], lists[split] = [], []
+        for name, _ in files:
+            data = rng.integers(0, 256, (6, 3072), dtype=np.uint8)
+            (folder / name).write_bytes(pickle.dumps({'data': data, key: [0, 1, 2, 0, 1, 2]}))
+            pixels[split].append(data)
+            lists[split].append([name, digest(folder / name)])
+        monkeypatch.setattr(cls, split, lists[split])
+    meta = folder / cls.meta['filename']
+    meta.write_bytes(pickle.dumps({cls.meta['key']: ['a', 'b', 'c']}))
+    monkeypatch.setattr(cls, 'meta', {**cls.meta, 'md5': digest(meta)})
+
+    splits = load_splits(options(tmp_path / kind))
+    for split, name in (('train', 'train_list'), ('val', 'test_list')):
+        wanted = np.concatenate(pixels[name]).reshape(-1, 3, 32, 32)
+        np.testing.assert_array_equal(splits[split].pixels.numpy(), wanted)
+        assert splits[split].labels.tolist() == [0, 1, 2] * (len(wanted) // 3)
+    assert splits['train'].classes == ['a', 'b', 'c']
+    (folder / cls.test_list[0][0]).write_bytes(b'damaged')
+    with pytest.raises(WorkError, match='incomplete or damaged: delete it and add --download=True'):
+        load_splits(options(tmp_path / kind))
+
+
+def test_torchvisions_stl10_files(tmp_path, monkeypatch):
+    """Its unlabelled images are pretrained on, and take no part in kNN and the probe."""
+    folder = tmp_path / 'stl10' / datasets.STL10.base_folder
+    folder.mkdir(parents=True)
+    rng, data = np.random.default_rng(0), {}
+    for name, count in (('train_X.bin', 3), ('unlabeled_X.bin', 5), ('test_X.bin', 4)):
+        data[name] = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        data[name].transpose(0, 1, 3, 2).tofile(folder / name)  # the files are column by column
+    np.array([1, 2, 1], np.uint8).tofile(folder / 'train_y.bin')
+    np.array([2, 2, 1, 1], np.uint8).tofile(folder / 'test_y.bin')
+    (folder / 'class_names.txt').write_text('bird\ncar\n')
+    for name in ('train_list', 'test_list'):
+        files = [[file, digest(folder / file)] for file, _ in getattr(datasets.STL10, name) if (folder / file).exists()]
+        monkeypatch.setattr(datasets.STL10, name, files)
+    monkeypatch.setattr(datasets.STL10, '_check_integrity', lambda self: True)
+    splits = load_splits(options(tmp_path / 'stl10'))
+    assert splits['train'].labels.tolist() == [0, 1, 0] + [-1] * 5
+    assert splits['val'].labels.tolist() == [1, 1, 0, 0]
+    np.testing.assert_array_equal(splits['val'].pixels.numpy(), data['test_X.bin'])
+    bank = labelled(splits['train'])
+    np.testing.assert_array_equal(bank.pixels.numpy(), data['train_X.bin'])
+    assert (bank.labels.tolist(), len(bank.names)) == ([0, 1, 0], 3)
+
+
+def test_download_wants_a_set_it_knows(tmp_path):
+    with pytest.raises(UserError, match='--download fetches cifar10, cifar100 or stl10'):
+        load_splits(options(tmp_path / 'mine', download=True))
+
+
+def test_the_demo_is_drawn_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, 'TRAIN_PER_CLASS', 2)
+    monkeypatch.setattr(demo, 'VAL_PER_CLASS', 1)
+    folder = tmp_path / 'demo'
+
+    def interrupted(jobs):
+        yield from jobs[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.make_demo(folder, interrupted)
+    assert not folder.exists()
+    demo.make_demo(folder, iter)
+    files = sorted(folder.rglob('*.png'))
+    assert len(files) == 30
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    demo.make_demo(folder, iter)
+    assert [file.stat().st_mtime_ns for file in files] == [time for time, _ in before]
+    shutil.rmtree(folder)
+    demo.make_demo(folder, iter)
+    assert [file.read_bytes() for file in files] == [content for _, content in before]
+
+
+def test_grey_levels_do_not_give_the_demos_classes_away():
+    """kNN on an image's mean, spread and a 4 x 4 thumbnail: near chance (10 %), where SimSiam gets past 85 %."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(1500) % 10
+    images = torch.stack([demo.draw(demo.KINDS[label], generator) for label in labels]).float() / 255
+    thumbnails = torch.nn.functional.adaptive_avg_pool2d(images[:, None], 4).flatten(1)
+    levels = torch.stack((images.mean((1, 2)) - 0.5, images.std((1, 2))), 1)
+    for features in (levels, thumbnails - thumbnails.mean(0)):
+        scores = knn_scores(features[1000:], features[:1000], labels[:1000], 10, 20, 0.1)
+        assert topk_accuracy(scores, labels[1000:], 1) < 25
