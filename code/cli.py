@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command has its options checked: a typo is answered at once.
 """
 
+import importlib
 import sys
 
 import fire
@@ -10,45 +11,24 @@ from fire.decorators import SetParseFn
 
 from config import UserError, WorkError, get_config, help_text, nearest, unused
 
-# What each command is for, in a line; the function of its name below runs it.
+# The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
-    'check_dataloader': 'read every image, describe the batches, save a picture of the two views',
-    'train': 'pretrain a backbone with SimSiam, or go on from --ckpt_name',
-    'evaluate': 'linear probe and kNN on the frozen backbone of --ckpt_name',
-    'infer': 'predict the images of a folder with --ckpt_name, as a CSV file',
+    'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
+    'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
+    'evaluate': ('evaluate', 'linear probe and kNN on the frozen backbone of --ckpt_name'),
+    'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
 }
 
 
-@SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
-def check_dataloader(*words, **options):
-    args = read_options('check_dataloader', words, options)
-    from dataloader.check import check_dataloader
+def runner(command):
+    """What Fire calls for `command`: check the options first, import its module only then."""
 
-    check_dataloader(args)
+    @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
+    def run(*words, **options):
+        args = read_options(command, words, options)
+        getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
 
-
-@SetParseFn(str)
-def train(*words, **options):
-    args = read_options('train', words, options)
-    from train import train
-
-    train(args)
-
-
-@SetParseFn(str)
-def evaluate(*words, **options):
-    args = read_options('evaluate', words, options)
-    from evaluate import evaluate
-
-    evaluate(args)
-
-
-@SetParseFn(str)
-def infer(*words, **options):
-    args = read_options('infer', words, options)
-    from infer import infer
-
-    infer(args)
+    return run
 
 
 def read_options(command, words, options):
@@ -68,7 +48,7 @@ def main(argv):
     """Run one command line; returns the exit code: 0 done, 1 the work failed, 2 bad use."""
     if not argv or argv[0] in ('--help', '-h', 'help'):
         print('python3 cli.py <command> --option=value ...\n')
-        print('\n'.join(f'  {name:18}{purpose}' for name, purpose in COMMANDS.items()))
+        print('\n'.join(f'  {name:18}{purpose}' for name, (_, purpose) in COMMANDS.items()))
         print('\npython3 cli.py <command> --help lists the options of a command.')
         return 0
     command = argv[0]
@@ -76,11 +56,11 @@ def main(argv):
         if command not in COMMANDS:
             raise UserError(f'there is no command {command!r}; did you mean {nearest(command, COMMANDS)}?')
         if {'--help', '-h'} & set(argv):
-            print(f'{command}: {COMMANDS[command]}\n\n{help_text(command)}')
+            print(f'{command}: {COMMANDS[command][1]}\n\n{help_text(command)}')
             return 0
         if '-' in argv or '--' in argv:  # Fire's own separators, which would cut the line short
             raise UserError("'-' alone is not an option: they are given as --name=value")
-        fire.Fire({name: globals()[name] for name in COMMANDS}, argv, name='cli.py')
+        fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
