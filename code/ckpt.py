@@ -19,8 +19,8 @@ from utils import write_aside
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)')
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim')
 # What belongs to this call and this machine, and never comes from a checkpoint.
-OF_THE_CALL = ('ckpt_name', 'ckpt_path', 'log_path', 'output', 'device', 'num_workers', 'download', 'evaluate_after',
-               'knn_pixels')  # fmt: skip
+OF_THE_CALL = ('ckpt_name', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers', 'download',
+               'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile')  # fmt: skip
 
 
 def get_model_ckpt(args):

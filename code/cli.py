@@ -26,6 +26,9 @@ def runner(command):
     @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
     def run(*words, **options):
         args = read_options(command, words, options)
+        from utils import keep_freed_memory
+
+        keep_freed_memory()
         getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
 
     return run

@@ -44,6 +44,18 @@ class Config:
     crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
     num_workers: int = option(-1, 'processes that decode images; -1 is one per CPU core', low=-1, high=1024)
     device: str = option('auto', 'auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps')
+    cache_images: str = option(
+        'auto', 'hold decoded images in memory: auto (one size, up to 96 px and 4 GiB), on (one size), off',
+        ('auto', 'on', 'off'),
+    )  # fmt: skip
+    resize_cache: int = option(
+        0, 'keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no',
+        low=0, high=4096,
+    )  # fmt: skip
+    cache_path: str = option('data/cache', 'folder of both caches')
+    jpeg_shrink: bool = option(
+        True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=ALL[:2]
+    )
     random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
 
     # Augmentation (paper section 3; MoCo v2)
@@ -53,6 +65,10 @@ class Config:
     warmup_augmentation: str = option(
         'moco', 'distortion during the warmup_epochs', ('moco', 'simclr'), used_by=('train',)
     )
+    augment_on: str = option(
+        'device', "device: a batch at a time; worker: torchvision's transforms, the slow reference",
+        ('device', 'worker'), used_by=ALL[:2],
+    )  # fmt: skip
     blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=ALL[:2])
 
     # Model (paper section 3)
@@ -81,8 +97,21 @@ class Config:
         used_by=('train',),
     )  # fmt: skip
 
+    max_minutes: float = option(
+        0.0, 'stop after the epoch in which this many minutes have passed, with a checkpoint; 0: no limit',
+        low=0.0, high=1e6, used_by=('train',),
+    )  # fmt: skip
+    amp: str = option(
+        'auto', 'precision of the network: bf16 (CUDA), off (float32), auto: bf16 where the GPU has it',
+        ('auto', 'bf16', 'off'), used_by=('train',),
+    )  # fmt: skip
+    compile: str = option(
+        'auto', 'torch.compile: True, False, auto: on CUDA, where a C compiler is there', ('auto', 'True', 'False'),
+        used_by=('train',),
+    )  # fmt: skip
+
     # Watching a run
-    knn_every: int = option(1, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=('train',))
+    knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=('train',))
     knn_k: int = option(200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000)
     knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0)
     collapse_threshold: float = option(

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from ckpt import get_model_ckpt, list_checkpoints, new_model
 from config import UserError, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order, labelled
+from dataloader.load_dataset import get_iterator, in_order, labelled, prepared
 from logger import Logger, duration, say
 from metric.accuracy import confusion, topk_accuracy
 from metric.knn import knn_scores, neighbours
 from model.backbone import extract_features
 from optimizer.sgd import learning_rate
-from utils import get_device, prepare_batch, random_from, write_aside
+from utils import get_device, random_from, write_aside
 
 
 def evaluate(args):
@@ -121,21 +121,26 @@ def linear_probe(args, features, labels, num_classes):
     return weight, bias.detach() - weight @ mean
 
 
-def features_of(args, backbone, batches, title=None):
-    """(N x d float, N int64 labels) of `batches`, on the device. title: of the progress bar; without one, no bar."""
+def features_of(args, backbone, batches, title=None, bf16=False):
+    """(N x d float, N int64 labels) of `batches`, on the device.
 
-    def prepare(batch):
-        images, labels = prepare_batch(args, batch)
-        return vision.plain_view(images, args.image_size, args.crop_ratio), labels
+    title: of the progress bar; without one, no bar. bf16: compute in bfloat16, exact enough to watch a run by.
+    """
 
     shown = tqdm(batches, desc=title, unit='batches', leave=False, disable=None if title else True)
-    return extract_features(backbone, shown, prepare)
+    views = (
+        (vision.plain_view(images, args.image_size, args.crop_ratio), labels)
+        for images, labels in prepared(args, shown)
+    )
+    with torch.autocast(get_device(args).type, torch.bfloat16, enabled=bf16):
+        return extract_features(backbone, views)
 
 
-def knn_accuracy(args, backbone, bank, val):
+def knn_accuracy(args, backbone, bank, val, bf16=False):
     """Top-1 in percent of kNN on the backbone's features: the neighbours are `bank`'s, `val` is judged."""
-    train_features, train_labels = features_of(args, backbone, bank)
-    return knn_top1(args, train_features, train_labels, *features_of(args, backbone, val), len(val.dataset.classes))
+    train_features, train_labels = features_of(args, backbone, bank, bf16=bf16)
+    val_features, val_labels = features_of(args, backbone, val, bf16=bf16)
+    return knn_top1(args, train_features, train_labels, val_features, val_labels, len(val.dataset.classes))
 
 
 def knn_top1(args, train_features, train_labels, val_features, val_labels, num_classes):

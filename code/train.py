@@ -9,15 +9,15 @@ from tqdm import tqdm
 from ckpt import get_model_ckpt, new_run, save_checkpoint
 from config import AUGMENTATIONS, ROOT, WorkError, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order, labelled
+from dataloader.load_dataset import get_iterator, in_order, labelled, prepared
 from evaluate import evaluate_checkpoint, knn_accuracy, why_no_knn
 from logger import Logger, duration, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from utils import get_device, prepare_batch, random_from
+from utils import get_device, later, random_from, use_bf16, use_compile
 
-READ_EVERY = 10  # steps between two looks at the loss: each look makes a GPU's queue run dry
+READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
 
 def train(args):
@@ -32,6 +32,11 @@ def train(args):
     batches, val = iterators['train'], iterators['val']
     bank = in_order(args, labelled(batches.dataset))
     model = model.to(device, memory_format=torch.channels_last)
+    if use_compile(args):
+        model.compile()
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
+        torch.backends.cudnn.benchmark = True
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
     done = 0
     if checkpoint:
@@ -50,7 +55,7 @@ def train(args):
     if knn_off:
         say(f'the kNN monitor is off: {knn_off}')
     elif done == 0:
-        top1 = knn_accuracy(args, model.backbone, bank, val)
+        top1 = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
         logger.scalars(0, knn_top1=top1)
         say(f'epoch 0/{args.max_epochs}  kNN {top1:.2f} % (untrained)')
     first, loop_started = done, time.time()
@@ -61,17 +66,23 @@ def train(args):
             f'epoch {done}/{args.max_epochs}  loss {values["train_loss"]:.4f}  std {values["train_std"]:.3f}  '
             f'{values["train_images_per_second"]:.0f} images/s'
         )
-        last = done == args.max_epochs
+        stop = args.max_minutes and time.time() - started > 60 * args.max_minutes
+        last = done == args.max_epochs or stop
         if not knn_off and (last or done % args.knn_every == 0):
-            values['knn_top1'] = knn_accuracy(args, model.backbone, bank, val)
+            values['knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
             line += f'  kNN {values["knn_top1"]:.2f} %'
         logger.scalars(done, **values)
         if last or done % args.save_every == 0:
             path = save_checkpoint(run, args, model, optimizer, done, values['train_loss'])
         left = (time.time() - loop_started) / (done - first) * (args.max_epochs - done)
         say(line if last else f'{line}  {duration(left)} left')
+        if stop:
+            break
     logger.close()
-    say(f'pretraining done in {duration(time.time() - started)}')
+    if done < args.max_epochs:
+        say(f'--max_minutes={args.max_minutes:g} have passed: python3 cli.py train --ckpt_name={run.name} goes on')
+    else:
+        say(f'pretraining done in {duration(time.time() - started)}')
     result = evaluate_checkpoint(args, path, model, bank, val) if args.evaluate_after else None
     say(summary(args, path, result))
     return path
@@ -79,17 +90,30 @@ def train(args):
 
 def train_epoch(args, model, optimizer, batches, epoch, run, logger):
     """One pass over the training images. Returns the scalars of the epoch, by their TensorBoard names."""
-    device, steps, started = get_device(args), len(batches), time.time()
+    device, steps, bf16 = get_device(args), len(batches), use_bf16(args)
     name = args.warmup_augmentation if epoch < args.warmup_epochs else args.augmentation
     batches.batch_sampler.start_epoch(epoch, name)
     top_rate = args.learning_rate * args.batch_size / 256
-    losses, stds = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+    losses, stds, read = torch.zeros(steps, device=device), torch.zeros(steps, device=device), None
     model.train()
-    bar = tqdm(batches, desc=f'epoch {epoch + 1}/{args.max_epochs}', leave=False, disable=None, unit='batches')
-    for step, batch in enumerate(bar):
-        images, _ = prepare_batch(args, batch)
+    title = f'epoch {epoch + 1}/{args.max_epochs}'
+    bar = tqdm(prepared(args, batches), desc=title, total=steps, leave=False, disable=None, unit='batches')
+
+    def report():
+        """What step `step` or an earlier one has to say. Sees to it that a bad run stops or is warned of."""
+        loss, std = read()
+        check_health(args, loss, std, epoch, run, logger)
+        bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {speed:.0f} images/s, {waiting:.0%} waiting for data')
+
+    started = before = time.time()
+    waited = 0.0
+    for step, (images, _) in enumerate(bar):
+        waited += time.time() - before
         generator = random_from(args.random_seed, 'views', epoch, step)
-        view1, view2 = vision.two_views(images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator)
+        view1, view2 = vision.two_views(
+            images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator,
+            distorted=not batches.dataset.crops_only, compiled=use_compile(args),
+        )  # fmt: skip
         if epoch == step == 0:
             rows = [vision.denormalise(view[:16]) for view in (view1, view2)]
             logger.image('two_views', vision.picture(rows, logger.folder / 'two_views.png'), 0)
@@ -98,25 +122,34 @@ def train_epoch(args, model, optimizer, batches, epoch, run, logger):
         predictor_rate = top_rate if args.fix_pred_lr else rate
         set_learning_rates(optimizer, rate, predictor_rate)
 
-        p1, p2, z1, z2 = model(channels_last(view1), channels_last(view2))
-        loss = simsiam_loss(p1, p2, z1, z2)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-        losses[step], stds[step] = loss.detach(), spread(z1.detach())
+        losses[step], stds[step] = train_step(model, optimizer, view1, view2, bf16)
         if (step + 1) % READ_EVERY == 0 or step + 1 == steps:
-            now, std = losses[step].item(), stds[step].item()
-            check_health(args, now, std, epoch, run, logger)
-            speed = (step + 1) * args.batch_size / (time.time() - started)
-            bar.set_postfix_str(f'loss {now:.4f}, std {std:.3f}, {speed:.0f} images/s')
+            elapsed = time.time() - started
+            speed, waiting = (step + 1) * args.batch_size / elapsed, waited / elapsed
+            if read:
+                report()
+            read = later(torch.stack((losses[step], stds[step])))
+        before = time.time()
+    report()
     return {
         'train_loss': losses.mean().item(),
         'train_std': stds.mean().item(),
-        'train_images_per_second': speed,
+        'train_images_per_second': steps * args.batch_size / (time.time() - started),
+        'train_waiting_for_data': waiting,
         'learning_rate_encoder': rate,
         'learning_rate_predictor': predictor_rate,
     }
+
+
+def train_step(model, optimizer, view1, view2, bf16=False):
+    """Forward, loss, backward, update on one batch's views, N x 3 x S x S each. Returns (loss, std), on the device."""
+    with torch.autocast(view1.device.type, torch.bfloat16, enabled=bf16):
+        p1, p2, z1, z2 = model(channels_last(view1), channels_last(view2))
+    loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), spread(z1.detach().float())
 
 
 def check_health(args, loss, std, epoch, run, logger):

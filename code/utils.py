@@ -1,7 +1,10 @@
 """What several parts need and no part owns: the device, random numbers by name, a batch's move to the device."""
 
+import contextlib
+import ctypes
 import hashlib
 import os
+import shutil
 
 import torch
 
@@ -48,6 +51,52 @@ def prepare_batch(args, batch):
     images, labels = batch
     device = get_device(args)
     return images.to(device, non_blocking=True), labels.to(device, torch.int64, non_blocking=True)
+
+
+def use_bf16(args):
+    """Whether the network runs in bfloat16, as --amp says. Raises UserError where the device has none."""
+    cuda = get_device(args).type == 'cuda'
+    has_it = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.amp == 'bf16' and not has_it:
+        raise UserError(f'--amp=bf16 wants a CUDA GPU with bfloat16, not {get_device(args)}; try --amp=off')
+    return has_it and args.amp != 'off'
+
+
+def use_compile(args):
+    """Whether to torch.compile, as --compile says."""
+    if args.compile == 'auto':
+        return get_device(args).type == 'cuda' and any(shutil.which(name) for name in ('cc', 'gcc', 'clang'))
+    return args.compile == 'True'
+
+
+def later(values):
+    """Begin to copy a small tensor to the CPU; returns a function that gives its numbers.
+
+    Called some steps later, it finds the copy done: to read at once would let a GPU's queue run dry.
+    """
+    copy = values.to('cpu', non_blocking=True)
+    if not values.is_cuda:
+        return copy.tolist
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read():
+        arrived.synchronize()
+        return copy.tolist()
+
+    return read
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what is freed for the next step, up to 2 GiB, where it would give it back to the system.
+
+    A CPU's batch is made of tensors of some megabytes, and to get their pages back one by one takes longer than to
+    work on them (measured in README.md, Performance). Elsewhere than on Linux with glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def cpu_count():

@@ -4,7 +4,9 @@ import time
 
 from config import AUGMENTATIONS, WorkError, path_of
 from dataloader import vision
-from dataloader.load_dataset import decode_all, get_iterator, list_images
+from dataloader.cache import decode_all
+from dataloader.files import list_images
+from dataloader.load_dataset import get_iterator
 from logger import say
 from utils import prepare_batch, random_from
 
@@ -19,7 +21,7 @@ def check_dataloader(args):
     root, unreadable = path_of(args.image_path), 0
     for name in ('train', 'val', 'test'):
         if (root / name).is_dir():
-            _, errors = decode_all(root / name, list_images(root / name), f'reading {name}', small=False)
+            _, errors = decode_all(root / name, list_images(root / name), f'reading {name}', keep=False)
             for error in errors:
                 say(str(error))
             unreadable += len(errors)
@@ -37,7 +39,7 @@ def check_dataloader(args):
         say(f'{name:5}  {said}')
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
-    views = distorted(args, images[:16])
+    views = distorted(args, iterators['train'].dataset, images[:16])
     path = path_of(args.log_path) / f'check_dataloader_{root.name}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     vision.picture([vision.denormalise(view) for view in views], path)
@@ -50,7 +52,7 @@ def describe(args, batches):
     seen, started = 0, time.time()
     for batch in batches:
         batch, _ = prepare_batch(args, batch)
-        views = distorted(args, batch) if images.views else (plain(args, batch),)
+        views = distorted(args, images, batch) if images.random_views else (plain(args, batch),)
         first = first or (batch, views)
         seen += len(batch)
         if time.time() - started > SECONDS:
@@ -72,9 +74,10 @@ def shape(tensor):
     return ' x '.join(str(side) for side in tensor.shape)
 
 
-def distorted(args, images):
-    generator = random_from(args.random_seed, 'views', 0, 0)
-    return vision.two_views(images, args.image_size, AUGMENTATIONS[args.augmentation], args.blur_prob, generator)
+def distorted(args, images, batch):
+    generator, augmentation = random_from(args.random_seed, 'views', 0, 0), AUGMENTATIONS[args.augmentation]
+    ready = not images.crops_only
+    return vision.two_views(batch, args.image_size, augmentation, args.blur_prob, generator, distorted=ready)
 
 
 def plain(args, images):

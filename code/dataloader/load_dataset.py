@@ -4,78 +4,136 @@
                                                         be flat, without class folders
     image_path/cifar-10-batches-py, ...                 torchvision's own CIFAR-10, CIFAR-100 or STL-10 files
 
-Small images of one size are decoded once and held in memory, whole. Larger ones are decoded in worker processes, which
-cut and resize the crops of both views from one decoding; the rest of the augmentation happens on the device.
+Small images of one size are decoded once and held in memory, on the GPU where they fit (cache.py). Larger ones are
+decoded in worker processes, which cut and resize the crops of both views from one decoding. The rest of the
+augmentation happens on the device, a batch at a time; where the device is the CPU, the workers share that too.
 """
 
 import contextlib
 import io
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch.nn.functional import interpolate
+from torch.utils.data import default_collate
 
-from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
-from dataloader import demo, vision
-from utils import cpu_count, get_device, random_from
+from config import AUGMENTATIONS, ROOT, Config, UserError, WorkError, path_of
+from dataloader import cache, demo, vision
+from dataloader.files import EXTENSIONS, find_images, list_images, opened, shrink
+from utils import cpu_count, get_device, prepare_batch, random_from
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
-SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held in memory: images up to this side (pixels), sets up to this size
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
 
 
 @dataclass(eq=False)
 class Images(torch.utils.data.Dataset):
-    """The images of one split, and how they are read: `views` random crops each, or (0) the centre crop."""
+    """The images of one split, and how they are read: as two random views each, or as the centre crop."""
 
+    args: Config
     folder: Path
     names: list  # shown to people; the files under `folder`, unless `pixels` holds the images
     labels: torch.Tensor  # N, int64; -1: no label
     classes: list  # names, by number
-    pixels: torch.Tensor | None  # N x 3 x H x W uint8
-    size: int  # side of a crop, pixels
-    crop_ratio: float
-    views: int = 0
+    pixels: torch.Tensor | None = None  # N x 3 x H x W uint8
+    resized: tuple | None = None  # (memory-mapped file, its index): cache.resized
+    random_views: bool = False
+    crops_only: bool = False  # workers leave all but decoding and cropping to the device
 
     def __len__(self):
         return len(self.names)
 
     def __getitems__(self, keys):
-        """keys: list of (index, seed of its crops, augmentation). Returns (images, labels), or a WorkError in place:
-        raised in a worker it would arrive as a page of traceback, so utils.prepare_batch raises it."""
+        """keys: list of (index, seed of its views, augmentation). Returns (images, labels) for utils.prepare_batch, or
+        a WorkError in place: raised in a worker it would arrive as a page of traceback, so prepare_batch raises it."""
         indices = torch.tensor([index for index, *_ in keys])
-        if self.pixels is not None:
-            return self.pixels[indices], self.labels[indices]
+        if self.in_memory():
+            return self.pixels[indices.to(self.pixels.device)], self.labels[indices]
         try:
-            crops = [self.crops(decode(self.folder / self.names[index]), *how) for index, *how in keys]
+            images = default_collate([self.read(*key) for key in keys])  # in a worker straight into shared memory
         except WorkError as error:
             return error
-        return torch.from_numpy(np.stack(crops)), self.labels[indices]
+        if self.random_views and self.args.augment_on == 'device' and not self.crops_only:
+            images = self.distorted(images, *keys[0][1:])
+        return images, self.labels[indices]
 
-    def crops(self, image, seed, augmentation):
-        """The crops of one decoded image, resized: V x 3 x S x S uint8 (numpy)."""
-        width, height = image.size
-        square, bilinear = (self.size, self.size), Image.Resampling.BILINEAR
-        if self.views:
-            generator = torch.Generator().manual_seed(seed)
-            boxes, flips = vision.draw_crops(self.views, height, width, AUGMENTATIONS[augmentation], generator)
-            cut = []
-            for (top, left, h, w), flip in zip(boxes.int().tolist(), flips.tolist(), strict=True):
-                crop = image.crop((left, top, left + w, top + h)).resize(square, bilinear)
-                cut.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+    def in_memory(self):
+        """Whether batches are whole images, distorted on the device."""
+        return self.pixels is not None and not (self.random_views and self.args.augment_on == 'worker')
+
+    def read(self, index, seed, augmentation):
+        """One image: 1 x 3 x S x S uint8, the view for evaluation, or 2 x 3 x S x S, two random crops or views."""
+        if not self.random_views:
+            return self.centre_crop(index)
+        if self.args.augment_on == 'worker':
+            with self.opened(index) as image:
+                views = vision.torchvision_views(self.args.image_size, augmentation, self.args.blur_prob)
+                return views(image.convert('RGB'), seed)
+        return self.crops(index, augmentation, torch.Generator().manual_seed(seed))
+
+    def distorted(self, images, seed, augmentation):
+        """Distort crops in place, N x 2 x 3 x S x S uint8: where the device is the CPU, the workers' part of its work.
+
+        Whole grey levels, for floats would take as long to hand over as to make.
+        """
+        args, row = self.args, AUGMENTATIONS[augmentation]
+        generator, crops = torch.Generator().manual_seed(seed), images.flatten(0, 1)
+        crops.copy_(vision.distort(crops, False, args.image_size, row, args.blur_prob, generator, vision.to_bytes))
+        return images
+
+    def crops(self, index, augmentation, generator):
+        """Two random resized crops from one decoding: 2 x 3 x S x S uint8."""
+        size = self.args.image_size
+        with self.opened(index) as image:
+            width, height = image.size
+            boxes, flips = vision.draw_crops(2, height, width, AUGMENTATIONS[augmentation], generator)
+            if self.args.jpeg_shrink:
+                shrink(image, boxes[:, 2:].min().item() / size)
+            image = image.convert('RGB')
+        ratio = image.height / height  # below 1 where the decoder has shrunk the image; boxes are fractional then
+        pixels = tensor_of(image)[None]
+        cut = []
+        for (top, left, h, w), flip in zip((boxes * ratio).tolist(), flips.tolist(), strict=True):
+            if ratio < 1:
+                crop = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+                crop = tensor_of(crop)[None]
+            else:  # the same to a grey level, three times as fast
+                top, left, h, w = int(top), int(left), int(h), int(w)
+                crop = pixels[:, :, top : top + h, left : left + w]
+                crop = interpolate(crop, (size, size), mode='bilinear', antialias=True)
+            cut.append(crop.flip(3) if flip else crop)
+        return torch.cat(cut)
+
+    def centre_crop(self, index):
+        """The view for evaluation: 1 x 3 x S x S uint8."""
+        with self.opened(index) as image:
+            top, left, h, w = vision.centre_box(image.height, image.width, self.args.crop_ratio)
+            image = image.convert('RGB').resize(
+                (self.args.image_size,) * 2, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
+            )
+        return tensor_of(image)[None]
+
+    @contextlib.contextmanager
+    def opened(self, index):
+        """Image `index` as PIL has it, its file perhaps not read yet."""
+        if self.pixels is not None:
+            yield Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+        elif self.resized:
+            yield Image.fromarray(cache.resized_image(self.resized, index))
         else:
-            top, left, h, w = vision.centre_box(height, width, self.crop_ratio)
-            cut = [image.resize(square, bilinear, box=(left, top, left + w, top + h))]
-        return np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in cut])
+            with opened(self.folder / self.names[index]) as image:
+                yield image
+
+
+def tensor_of(image):
+    """A PIL image in RGB as 3 x H x W uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Keys:
-    """The batches of one epoch, as (index, seed of its crops, augmentation) of every image: the DataLoader's order.
+    """The batches of one epoch, as (index, seed of its views, augmentation) of every image: the DataLoader's order.
 
     What an epoch holds depends on `seed`, the epoch's number and the augmentation alone. A shuffled epoch drops the
     last, smaller batch (its BN statistics would differ); an epoch in order has every image once.
@@ -120,7 +178,7 @@ def get_iterator(args):
         )
     iterators = {name: in_order(args, images) for name, images in splits.items() if name != 'train' and images}
     return {
-        'train': batches(args, replace(train, views=2), shuffled=True),
+        'train': batches(args, replace(train, random_views=True), shuffled=True),
         'val': iterators.get('val'),
         'test': iterators.get('test', iterators.get('val')),
     }
@@ -128,19 +186,43 @@ def get_iterator(args):
 
 def in_order(args, images):
     """Batches of a split as evaluation wants it: every image once, in order, the centre crop."""
-    return batches(args, replace(images, views=0), shuffled=False)
+    return batches(args, replace(images, random_views=False), shuffled=False)
 
 
 def batches(args, images, shuffled):
-    workers = 0 if images.pixels is not None else cpu_count() if args.num_workers < 0 else args.num_workers
+    workers = 0 if images.in_memory() else cpu_count() if args.num_workers < 0 else args.num_workers
+    on_gpu = images.pixels is not None and images.pixels.is_cuda
     return torch.utils.data.DataLoader(
         images,
         batch_sampler=Keys(len(images), args.batch_size, args.random_seed, args.augmentation, shuffled),
         num_workers=workers,
         collate_fn=as_it_is,
-        pin_memory=get_device(args).type == 'cuda',
+        pin_memory=get_device(args).type == 'cuda' and not on_gpu,
         persistent_workers=workers > 0 and shuffled,
     )
+
+
+def prepared(args, batches):
+    """utils.prepare_batch over `batches`; to a GPU the next batch is copied while this one is worked on."""
+    if get_device(args).type != 'cuda':
+        yield from (prepare_batch(args, batch) for batch in batches)
+        return
+    stream, ahead = torch.cuda.Stream(), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = prepare_batch(args, batch), stream.record_event()
+        if ahead:
+            yield arrived(*ahead)
+        ahead = following
+    yield arrived(*ahead)
+
+
+def arrived(tensors, copied):
+    """Tensors that another stream made, safe to use on this one: after the event `copied`, and not freed before."""
+    torch.cuda.current_stream().wait_event(copied)
+    for tensor in tensors:
+        tensor.record_stream(torch.cuda.current_stream())
+    return tensors
 
 
 def as_it_is(batch):
@@ -151,7 +233,7 @@ def load_splits(args):
     """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing."""
     root = path_of(args.image_path)
     if args.preset == 'demo' and root == ROOT / 'data/demo':
-        demo.make_demo(root, lambda jobs: bar(jobs, 'drawing the demo set'))
+        demo.make_demo(root, lambda jobs: cache.bar(jobs, 'drawing the demo set'))
     if args.download:
         download(root)
     if kind := torchvision_kind(root):
@@ -173,8 +255,7 @@ def load_splits(args):
         if extra:
             raise UserError(f'{root / name} has the class {extra[0]!r}, which {root}/train has not: spelled otherwise?')
         numbers = [classes.index(own[label]) if label >= 0 else -1 for label in labels]
-        pixels = hold_in_memory(root / name, files)
-        splits[name] = make_images(args, root / name, files, numbers, classes, pixels)
+        splits[name] = from_files(args, root / name, files, numbers, classes)
     return splits
 
 
@@ -184,13 +265,26 @@ def labelled(images):
     if len(rows) == len(images):
         return images
     names = [images.names[row] for row in rows]
-    pixels = None if images.pixels is None else images.pixels[rows]
-    return replace(images, names=names, labels=images.labels[rows], pixels=pixels)
+    pixels = None if images.pixels is None else images.pixels[rows.to(images.pixels.device)]
+    resized = images.resized and (images.resized[0], images.resized[1][rows])
+    return replace(images, names=names, labels=images.labels[rows], pixels=pixels, resized=resized)
 
 
-def make_images(args, folder, names, labels, classes, pixels):
+def from_files(args, folder, files, labels, classes):
+    """Images of these files: held in memory, resized on disk, or decoded when they are needed."""
+    pixels = cache.hold_in_memory(args, folder, files)
+    resized = cache.resized(args, folder, files) if pixels is None and args.resize_cache else None
+    return make_images(args, folder, files, labels, classes, pixels, resized)
+
+
+def make_images(args, folder, names, labels, classes, pixels=None, resized=None):
+    device = get_device(args)
+    if pixels is not None and device.type == 'cuda' and args.augment_on == 'device':
+        free, _ = torch.cuda.mem_get_info(device)
+        pixels = pixels.to(device) if pixels.nbytes < free / 4 else pixels
     labels = torch.as_tensor(labels, dtype=torch.int64)
-    return Images(folder, names, labels, classes, pixels, args.image_size, args.crop_ratio)
+    crops_only = device.type != 'cpu' and args.augment_on == 'device'
+    return Images(args, folder, names, labels, classes, pixels, resized, crops_only=crops_only)
 
 
 def torchvision_kind(root):
@@ -205,100 +299,7 @@ def load_folder(args, folder):
     files = list_images(folder)
     if not files:
         raise UserError(f'{folder} holds no images ({" ".join(EXTENSIONS)})')
-    return make_images(args, folder, files, [-1] * len(files), [], hold_in_memory(folder, files))
-
-
-def find_images(folder):
-    """(files relative to folder, class numbers, class names) of a split; flat: numbers -1 and no names."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
-    files = list_images(folder)
-    if not files:
-        raise UserError(f'{folder} holds no images ({" ".join(EXTENSIONS)})')
-    if not classes:
-        return files, [-1] * len(files), []
-    number = {name: i for i, name in enumerate(classes)}
-    owners = [file.split(os.sep)[0] for file in files]
-    for file, owner in zip(files, owners, strict=True):
-        if owner not in number:
-            raise UserError(f'{folder} has class folders, and beside them the image {file}: move it into a class')
-    for name in sorted(set(classes) - set(owners)):
-        raise UserError(f'the class folder {folder / name} holds no images: fill or delete it')
-    return files, [number[owner] for owner in owners], classes
-
-
-def list_images(folder):
-    """The image files under `folder`, sorted, relative to it; what begins with a dot is left out."""
-    files = []
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        below = os.path.relpath(where, folder)
-        files += [
-            os.path.normpath(os.path.join(below, name))
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith('.')
-        ]
-    return sorted(files)
-
-
-def decode(path):
-    """A file as a PIL image in RGB. Raises WorkError with the file's name where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = 'it is not an image' if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise WorkError(f'cannot read the image {path}: {reason}') from None
-
-
-def hold_in_memory(folder, files):
-    """The images as N x 3 x H x W uint8, if all are small, of one size and fit; else None.
-
-    Raises WorkError naming the first file that cannot be read, and how many there are.
-    """
-    try:
-        width, height = decode(folder / files[0]).size
-    except WorkError:
-        width = height = 1  # whatever else is there will tell
-    if max(width, height) > SMALL_SIDE or len(files) * width * height * 3 > MEMORY_BYTES:
-        return None
-    images, errors = decode_all(folder, files, f'reading {folder.parent.name}/{folder.name}', small=True)
-    if errors:
-        more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
-        raise WorkError(f'{errors[0]}{more}')
-    return None if images is None else torch.from_numpy(images)
-
-
-def decode_all(folder, files, title, small):
-    """Read every file. Returns (N x 3 x H x W uint8 or None, list of WorkErrors).
-
-    small: keep the images, and stop with (None, []) at the first that has another size than the others.
-    """
-    kept, errors = None, []
-
-    def read(name):
-        try:
-            image = decode(folder / name)
-            return np.asarray(image).transpose(2, 0, 1) if small else None
-        except WorkError as error:
-            return error
-
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        for i, image in enumerate(bar(pool.map(read, files), title, len(files))):
-            if isinstance(image, WorkError):
-                errors.append(image)
-            elif small:
-                if kept is None:
-                    kept = np.empty((len(files), *image.shape), np.uint8)
-                if image.shape != kept.shape[1:]:
-                    pool.shutdown(cancel_futures=True)
-                    return None, []
-                kept[i] = image
-    return kept, errors
-
-
-def bar(jobs, title, total=None):
-    """A progress bar around `jobs` on a terminal; nothing where the output is a file."""
-    return tqdm(jobs, desc=title, total=total, unit='images', leave=False, disable=None)
+    return from_files(args, folder, files, [-1] * len(files), [])
 
 
 def torchvision_splits(args, root, kind):

@@ -8,33 +8,94 @@ Images come either whole, N x 3 x H x W uint8, or as crops that the workers alre
 N x V x 3 x S x S uint8 (V views of one image; see load_dataset.py), where the whole images are too large to move.
 """
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from config import AUGMENTATIONS
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per channel
 GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R 601
+REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
+CACHE_BYTES = 2**20  # of one core's cache
 
 
-def two_views(images, size, augmentation, blur_prob, generator):
+def two_views(images, size, augmentation, blur_prob, generator, distorted=False, compiled=False):
     """Two independently distorted views of every image.
 
-    images: N x 3 x H x W uint8, or N x 2 x 3 x S x S uint8 (already cropped). size: S. augmentation: a row of
-    config.AUGMENTATIONS. generator: CPU generator. Returns two normalised float tensors, N x 3 x S x S.
+    images: N x 3 x H x W uint8, or N x 2 x 3 x S x S uint8: already cropped, or (distorted) all but normalised.
+    size: S. augmentation: a row of config.AUGMENTATIONS. generator: CPU generator. compiled: on a GPU, fuse the
+    colours into few kernels with torch.compile. Returns two normalised float tensors, N x 3 x S x S.
     """
-    crops = images.unbind(1) if images.ndim == 5 else (images, images)
-    return tuple(distort(crop, images.ndim == 4, size, augmentation, blur_prob, generator) for crop in crops)
+    whole = images.ndim == 4
+    if distorted and not whole:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
+        views = tuple(normalise_bytes(view) for view in images.unbind(1))
+        torch.set_num_threads(threads)
+        return views
+    images = images.repeat(2, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
+    return distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled).chunk(2)
 
 
-def distort(images, whole, size, augmentation, blur_prob, generator):
-    """One distorted view of every image: N x 3 x H x W uint8 to normalised N x 3 x S x S float."""
-    x = images.float() / 255
+def distort(images, whole, size, augmentation, blur_prob, generator, finish, compiled=False):
+    """One distorted view of every image, N x 3 x H x W uint8 to N x 3 x S x S.
+
+    finish: what to do with the colours in [0, 1] at last: normalise or to_bytes.
+    """
     if whole:
-        boxes, flips = draw_crops(len(x), *x.shape[-2:], augmentation, generator)
-        x = crop_resize(x, boxes, flips, size)
-    draws = draw_colours(len(x), augmentation, blur_prob, generator)
-    return normalise(recolour(x, draws))
+        boxes, flips = draw_crops(len(images), *images.shape[-2:], augmentation, generator)
+    draws = draw_colours(len(images), augmentation, blur_prob, generator)
+    if images.device.type != 'cpu':
+        x = crop_resize(images / 255, boxes, flips, size) if whole else images / 255
+        draws = {name: draw.to(x.device, non_blocking=True) for name, draw in draws.items()}
+        sigma = draws.pop('sigma')
+        x = (compiled_once(recolour_all) if compiled else recolour_all)(x, **draws)
+        return finish(blur_all(x, sigma) if blur_prob else x)
+    # A CPU core is fastest on what stays in its cache, so large views go through all operations one or a few at a time;
+    # of small ones the whole batch, which all cores share.
+    views, step = [], max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
+    for start in range(0, len(images), step):
+        part = slice(start, start + step)
+        x = images[part].float().div_(255)
+        if whole:
+            x = crop_resize(x, boxes[part], flips[part], size)
+        views.append(finish(recolour(x, **{name: draw[part] for name, draw in draws.items()})))
+    return torch.cat(views) if len(views) > 1 else views[0]
+
+
+@functools.cache
+def compiled_once(function):
+    return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def torchvision_views(size, augmentation, blur_prob):
+    """The reference: torchvision's transforms, one image at a time.
+
+    augmentation: its name. Returns a function that maps (PIL image, seed) to its two views, 2 x 3 x S x S uint8.
+    """
+    from torchvision.transforms import v2
+
+    a = AUGMENTATIONS[augmentation]
+    transform = v2.Compose([
+        v2.RandomResizedCrop(size, a['scale'], a['ratio']),
+        v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
+        v2.RandomGrayscale(a['gray_prob']),
+        v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], blur_prob),
+        v2.RandomHorizontalFlip(a['flip']),
+        v2.ToImage(),
+    ])  # fmt: skip
+
+    def views(image, seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.stack((transform(image), transform(image)))
+
+    return views
 
 
 def plain_view(images, size, crop_ratio):
@@ -43,8 +104,8 @@ def plain_view(images, size, crop_ratio):
     images: N x 3 x H x W uint8, or N x 1 x 3 x S x S (already cropped). Returns normalised N x 3 x S x S float.
     """
     if images.ndim == 5:
-        return normalise(images[:, 0].float() / 255)
-    x, (height, width) = images.float() / 255, images.shape[-2:]
+        return normalise_bytes(images[:, 0])
+    x, (height, width) = images.float().div_(255), images.shape[-2:]
     if (height, width) != (size, size) or crop_ratio != 1:
         box = torch.tensor([centre_box(height, width, crop_ratio)]).expand(len(x), 4)
         x = crop_resize(x, box, torch.zeros(len(x), dtype=torch.bool), size, inside=False)
@@ -52,8 +113,19 @@ def plain_view(images, size, crop_ratio):
 
 
 def normalise(x):
-    """Colours in [0, 1] to zero mean and unit variance over ImageNet. x: N x 3 x S x S."""
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    """Colours in [0, 1] to zero mean and unit variance over ImageNet, in place. x: N x 3 x S x S."""
+    return x.sub_(x.new_tensor(MEAN).view(3, 1, 1)).div_(x.new_tensor(STD).view(3, 1, 1))
+
+
+def normalise_bytes(images):
+    """uint8 colours to the floats of normalise. images: N x 3 x S x S."""
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return images.float().mul_(1 / (255 * std)).sub_(torch.tensor(MEAN, device=images.device).view(3, 1, 1) / std)
+
+
+def to_bytes(x):
+    """Colours in [0, 1], overwritten, to whole grey levels, uint8. (PIL rounds so after every operation.)"""
+    return x.mul_(255).round_().to(torch.uint8)
 
 
 def denormalise(x):
@@ -74,20 +146,20 @@ def draw_crops(n, height, width, augmentation, generator):
     Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool; both on the CPU.
     """
     (low, high), (thin, wide) = augmentation['scale'], augmentation['ratio']
-    area, ratio, top, left = torch.rand(4, n, 10, generator=generator)
-    flips = torch.rand(n, generator=generator) < augmentation['flip']
+    drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
+    area, ratio, top, left = np.split(drawn[:, :40], 4, axis=1)
+    flips = drawn[:, 40] < augmentation['flip']
     area = height * width * (low + (high - low) * area)
-    ratio = torch.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * ratio)
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * ratio)
+    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)  # the first True of a row
-    w, h, top, left = (t.gather(1, first)[:, 0] for t in (w, h, top, left))
-    fallback_w, fallback_h = min(width, round(height * wide)), min(height, round(width / thin))
-    none = ~fits.any(1)
-    w, h = w.masked_fill(none, fallback_w), h.masked_fill(none, fallback_h)
-    top = torch.where(none, (height - h) // 2, (top * (height - h + 1)).floor())
-    left = torch.where(none, (width - w) // 2, (left * (width - w + 1)).floor())
-    return torch.stack((top, left, h, w), 1), flips
+    first = np.arange(n), fits.argmax(1)  # the first True of a row
+    w, h, top, left = w[first], h[first], top[first], left[first]
+    top, left = np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1))
+    boxes = np.stack((top, left, h, w), 1)
+    w, h = min(width, round(height * wide)), min(height, round(width / thin))
+    boxes[~fits.any(1)] = (height - h) // 2, (width - w) // 2, h, w
+    return torch.from_numpy(boxes), torch.from_numpy(flips)
 
 
 def crop_resize(x, boxes, flips, size, inside=True):
@@ -100,8 +172,7 @@ def crop_resize(x, boxes, flips, size, inside=True):
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.device, x.dtype).unbind(1)
     rows = resize_matrix(top, h, height, size, inside)
-    columns = resize_matrix(left, w, width, size, inside)
-    columns = torch.where(flips.to(x.device)[:, None, None], columns.flip(1), columns)
+    columns = resize_matrix(left, w, width, size, inside, flips.to(x.device))
     return separable(x, rows, columns)
 
 
@@ -115,20 +186,23 @@ def separable(x, rows, columns):
     return rows[:, None] @ x.view(n, channels, height, -1)
 
 
-def resize_matrix(start, length, side, size, inside):
-    """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels.
+def resize_matrix(start, length, side, size, inside, flips=None):
+    """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels, where flips turned.
 
-    start, length: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger of
-    one source and one target pixel.
+    start, length, flips: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger
+    of one source and one target pixel.
     """
-    span = (length / size)[:, None, None]
-    ticks = torch.arange(size, device=start.device, dtype=start.dtype)[:, None] + 0.5
+    span = (length / size)[:, None]
+    ticks = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
+    if flips is not None:
+        ticks = ticks + flips[:, None] * (size - 2 * ticks)
     pixels = torch.arange(side, device=start.device, dtype=start.dtype) + 0.5
-    weights = (1 - (pixels - (start[:, None, None] + ticks * span)).abs() / span.clamp(min=1)).clamp(min=0)
+    centres = (start[:, None] + ticks * span)[:, :, None]
+    weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
     if inside:
-        begin, end = start[:, None, None], (start + length)[:, None, None]
-        weights = weights * ((pixels > begin) & (pixels < end))
-    return weights / weights.sum(2, keepdim=True)
+        begin, end = start[:, None], (start + length)[:, None]
+        weights *= ((pixels > begin) & (pixels < end)).to(weights)[:, None]
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def draw_colours(n, augmentation, blur_prob, generator):
@@ -155,24 +229,45 @@ def draw_colours(n, augmentation, blur_prob, generator):
     }
 
 
-def recolour(x, draws):
-    """Jitter, grayscale and blur, each image by its own draw. x: N x 3 x S x S in [0, 1]; returns the same shape."""
-    x, factors = x.clone(), draws['factors'].to(x.device, non_blocking=True)
+def recolour(x, factors, order, gray, sigma):
+    """Jitter, grayscale and blur, each image by its own draw (draw_colours), each operation on the images it is for.
+
+    x: N x 3 x S x S in [0, 1], overwritten; the rest on the CPU. Returns the same shape.
+    """
+    order = order.numpy()
     for place in range(4):
         for kind, operation in enumerate((brightness, contrast, saturation, hue)):
-            # The images whose `place`-th operation is this one: found on the CPU, so that a GPU is not waited for.
-            which = (draws['order'][:, kind] == place).nonzero()[:, 0].to(x.device, non_blocking=True)
-            if len(which):
-                x.index_copy_(0, which, operation(x[which], factors[which, kind].view(-1, 1, 1, 1)))
-    which = draws['gray'].nonzero()[:, 0].to(x.device, non_blocking=True)
-    if len(which):
-        x.index_copy_(0, which, luma(x[which]).expand(-1, 3, -1, -1))
-    which = draws['sigma'].nonzero()[:, 0]
-    if len(which):
-        sigma = draws['sigma'][which].to(x.device, non_blocking=True)
-        which = which.to(x.device, non_blocking=True)
-        x.index_copy_(0, which, blur(x[which], sigma))
-    return x
+            x = on_chosen(x, order[:, kind] == place, operation, factors[:, kind, None, None, None])
+    x = on_chosen(x, gray.numpy(), make_gray, gray)
+    return on_chosen(x, sigma.numpy() > 0, blur, sigma)
+
+
+def on_chosen(x, chosen, operation, parameter):
+    """x with the chosen images put through `operation`, each with its parameter. chosen: N bool (numpy)."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) == len(x):
+        return operation(x, parameter)
+    if len(rows) == 0:
+        return x
+    rows = torch.from_numpy(rows)
+    return x.index_copy_(0, rows, operation(x[rows], parameter[rows]))
+
+
+def recolour_all(x, factors, order, gray):
+    """Jitter and grayscale for a GPU: every operation on every image, then the choice of what each image is for.
+
+    More arithmetic, but no step depends on what was drawn, so it compiles into a few kernels. Three of the four
+    operations are one: the way from a base (black, the mean grey, each pixel's grey) towards the image, and beyond.
+    """
+    for place in range(4):
+        is_brightness, is_contrast, is_saturation, is_hue = (order == place)[..., None, None, None].unbind(1)
+        grey = luma(x)
+        base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
+        factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
+        moved = torch.lerp(base, x, factor).clamp(0, 1)
+        turned = hue(x, factors[:, 3, None, None, None])
+        x = torch.where(is_brightness | is_contrast | is_saturation, moved, torch.where(is_hue, turned, x))
+    return torch.where(gray[:, None, None, None], luma(x), x)
 
 
 def luma(x):
@@ -181,41 +276,80 @@ def luma(x):
     return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
 
 
+def make_gray(x, _):
+    return luma(x).repeat(1, 3, 1, 1)
+
+
 def brightness(x, factor):
-    return (x * factor).clamp(0, 1)
+    return (x * factor).clamp_(0, 1)
 
 
 def contrast(x, factor):
-    return torch.lerp(luma(x).mean((2, 3), keepdim=True), x, factor).clamp(0, 1)
+    mean = luma(x.mean((2, 3), keepdim=True))
+    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def saturation(x, factor):
-    return torch.lerp(luma(x), x, factor).clamp(0, 1)
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def hue(x, turns):
-    """Turn the hue in HSV space, with value and saturation kept."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    chroma = high - low
-    red, green, blue = ((x - low) / chroma.clamp(min=1e-8)).split(1, 1)  # grey: all 0, and chroma keeps it so
-    sector = torch.where(
-        red >= torch.maximum(green, blue), green - blue, torch.where(green >= blue, 2 + blue - red, 4 + red - green)
-    )
-    corner = (x.new_tensor((5, 3, 1)).view(3, 1, 1) + sector + 6 * turns) % 6
-    return high - chroma * torch.minimum(corner, 4 - corner).clamp(0, 1)
+    """Turn the hue in HSV space, with value and saturation kept. turns: N x 1 x 1 x 1, of the circle, in [-1/2, 1/2].
+
+    Each channel is a wave of the hue t, the three a third of a turn apart: low + chroma x clamp(|6 t - 3| - 1, 0, 1),
+    here with the constants taken out of the clamp.
+    """
+    red, green, blue = x.unbind(1)
+    high, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
+    # In sixths, times chroma: +-(1 + g + b - r) of the colour stretched to [0, 1], + where green is above blue. As one
+    # expression, for a choice (torch.where) takes as long as all the rest.
+    angle = torch.copysign((green + blue).sub_(red).add_(high).sub_(low, alpha=2), green - blue)
+    chroma = (high - low).mul_(6)  # 0 for grey, whose angle is 0 too
+    angle = torch.addcmul(1 + turns[:, 0], angle, chroma.clamp(min=1e-8).reciprocal_()).frac_()
+    # The waves of green and blue, with peaks at 1/3 and 2/3, lie within one turn; red's, with its peak at 0, does not.
+    red = torch.addcmul(low.sub_(chroma, alpha=1 / 6), chroma, (angle - 1 / 2).abs_().clamp_(1 / 6, 1 / 3))
+    high.add_(chroma, alpha=1 / 6)
+    green = torch.addcmul(high, chroma, (angle - 1 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1)
+    blue = torch.addcmul(high, chroma, (angle - 2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1)
+    return torch.stack((red, green, blue), 1)
 
 
 def blur(x, sigma):
-    """Gaussian blur, the border continued outwards. x: N x 3 x S x S; sigma: N, pixels."""
+    """Gaussian blur, the border mirrored. x: N x 3 x S x S; sigma: N, pixels, above 0; both on the CPU.
+
+    Sums of shifted images, an axis after the other, as far as the largest sigma reaches.
+    """
+    reach = min(math.ceil(3 * sigma.max().item()), x.shape[-1] - 1)
+    weight = gaussian(sigma, reach)[..., None, None, None]
+    for axis in (2, 3):
+        side = x.shape[axis]
+        wide = pad(x, (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0), mode='reflect')
+        x = x * weight[:, 0]
+        for i in range(1, reach + 1):
+            x.addcmul_(wide.narrow(axis, reach - i, side), weight[:, i])
+            x.addcmul_(wide.narrow(axis, reach + i, side), weight[:, i])
+    return x
+
+
+def blur_all(x, sigma):
+    """`blur` for a GPU, where sigma is 0 nothing changes: two products with a matrix of each image's weights."""
     side = x.shape[-1]
-    reach = min(6, side)  # three times the largest sigma
-    offsets = torch.arange(-reach, reach + 1, device=x.device)
-    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    weights = weights / weights.sum(1, keepdim=True)
-    target = (torch.arange(side, device=x.device)[:, None] + offsets).clamp(0, side - 1)
-    matrix = x.new_zeros(len(x), side, side)
-    matrix.scatter_add_(2, target.expand(len(x), -1, -1), weights[:, None].expand(-1, side, -1))
+    reach = min(REACH, side - 1)
+    weight = gaussian(sigma.clamp(min=0.1), reach)
+    weight = torch.cat((weight[:, 1:].flip(1), weight), 1)[:, None].expand(-1, side, -1)
+    source = torch.arange(side, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
+    source = (side - 1) - (source.abs() - (side - 1)).abs()  # mirrored at both ends
+    matrix = x.new_zeros(len(x), side, side).scatter_add_(2, source.expand(len(x), -1, -1), weight)
+    same = torch.eye(side, device=x.device)
+    matrix = torch.where(sigma[:, None, None] > 0, matrix, same)
     return separable(x, matrix, matrix)
+
+
+def gaussian(sigma, reach):
+    """Weights of the distances 0 to `reach` pixels, N x (reach + 1); both sides together sum to 1."""
+    distance = torch.arange(reach + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+    return weight / (2 * weight.sum(1, keepdim=True) - 1)  # distance 0, whose weight is 1, counts once
 
 
 def picture(rows, path, zoom_to=64):

@@ -46,18 +46,14 @@ def small(stride):
     return network
 
 
-@torch.no_grad()
-def extract_features(backbone, batches, prepare):
+@torch.inference_mode()
+def extract_features(backbone, batches):
     """Features of every image of `batches`, in order, BN in eval mode: (N x d float, N int64 labels), on the device.
 
-    prepare: maps a batch to (normalised N x 3 x S x S, labels).
+    batches: pairs of normalised N x 3 x S x S and labels.
     """
     training = backbone.training
     backbone.eval()
-    parts = []
-    for batch in batches:
-        images, labels = prepare(batch)
-        parts.append((backbone(images), labels))
+    features, labels = zip(*((backbone(views).float(), labels) for views, labels in batches), strict=True)
     backbone.train(training)
-    features, labels = zip(*parts, strict=True)
     return torch.cat(features), torch.cat(labels)

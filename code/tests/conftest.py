@@ -46,9 +46,9 @@ def run(*argv, cwd=CODE, **more):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **more)
 
 
-def own_paths(folder):
-    """Options that keep the checkpoints, the logs and the submission of a test under `folder`."""
-    return (f'--ckpt_path={folder}/ckpt', f'--log_path={folder}/logs')
+def own_paths(folder, *names):
+    """Options that keep what a test writes under `folder`; names: some of ckpt, log and cache, by default all."""
+    return [f'--{name}_path={folder}/{name}' for name in names or ('ckpt', 'log', 'cache')]
 
 
 def one_line(text):

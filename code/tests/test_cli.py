@@ -67,7 +67,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     assert (content['epoch'], round(content['loss'], 4)) == (2, float(loss))
     assert content['args']['image_path'] == str(drawn)
     assert len(list(path.parent.iterdir())) == 2
-    events = EventAccumulator(str(folder / 'logs' / f'{RUN}0')).Reload()
+    events = EventAccumulator(str(folder / 'log' / f'{RUN}0')).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
     assert set(scalars) == {
         'knn/top1', 'train/loss', 'train/std', 'train/images_per_second',
@@ -79,7 +79,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     assert 0 < last < first < 0.8 * 16 / 256
     assert scalars['learning/rate_predictor'] == pytest.approx([0.8 * 16 / 256] * 2)
     assert len(events.Images('two_views')) == 1
-    with Image.open(folder / 'logs' / f'{RUN}0' / 'two_views.png') as picture:
+    with Image.open(folder / 'log' / f'{RUN}0' / 'two_views.png') as picture:
         assert picture.width > 16 * 32
 
 
@@ -135,7 +135,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     assert f'{result["knn_top1"]:.2f} %' in re.search(r'epoch 2/2 .*', train(tmp_path, drawn).stdout)[0]
 
     output = tmp_path / 'submission.csv'
-    done = run('infer', name, f'--output={output}', *own_paths(copied)[:1])
+    done = run('infer', name, f'--output={output}', *own_paths(copied, 'ckpt', 'cache'))
     assert done.returncode == 0, done.stderr
     assert 'the linear classifier of evaluate' in done.stdout
     rows = read_rows(output)
@@ -156,7 +156,13 @@ def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path
     shutil.copytree(drawn / 'val/dots', own / 'deep/er')
     Image.new('RGB', (300, 90), 'red').save(own / 'a.png')
     output = tmp_path / 'out/guess.csv'
-    done = run('infer', f'--ckpt_name={RUN}0', f'--image_path={own}', f'--output={output}', *own_paths(trained[0])[:1])
+    done = run(
+        'infer',
+        f'--ckpt_name={RUN}0',
+        f'--image_path={own}',
+        f'--output={output}',
+        *own_paths(trained[0], 'ckpt', 'cache'),
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r'9 images of .* predicted by kNN \(k=24\) against 72 training images', done.stdout)
     rows = read_rows(output)
@@ -164,7 +170,7 @@ def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path
 
 
 def test_check_dataloader_describes_the_set(drawn, tmp_path):
-    done = run('check_dataloader', *TINY[:2], f'--image_path={drawn}', *own_paths(tmp_path)[1:])
+    done = run('check_dataloader', *TINY[:2], f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache'))
     assert done.returncode == 0, done.stderr
     assert re.search(
         r'train +72 images, 3 classes; a batch: 16 x 3 x 48 x 48 uint8 in \[\d+, \d+\], 2 views of 16 x 3 x 32 x 32 '
@@ -184,7 +190,7 @@ def test_check_dataloader_names_every_unreadable_file(drawn, drawn_large, tmp_pa
     whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
     (folder / 'val/dots/half.jpg').write_bytes(whole[: len(whole) // 2])
     (folder / 'val/dots/empty.png').write_bytes(b'')
-    done = run('check_dataloader', *TINY[:2], f'--image_path={folder}', *own_paths(tmp_path)[1:])
+    done = run('check_dataloader', *TINY[:2], f'--image_path={folder}', *own_paths(tmp_path, 'log', 'cache'))
     assert done.returncode == 1
     for name in ('train/dots/text.jpg', 'val/dots/half.jpg', 'val/dots/empty.png'):
         assert f'cannot read the image {folder / name}: ' in done.stdout
@@ -238,7 +244,9 @@ def test_checkpoints_that_cannot_work(copied, tmp_path, capsys):
         ('nothing', [], 2, 'no checkpoint nothing in .*; the newest there is --ckpt_name='),
     ):
         for command in ('train', 'evaluate', 'infer'):
-            assert cli.main([command, f'--ckpt_name={name}', *own_paths(copied)[:1], *options]) == code, name
+            assert cli.main([command, f'--ckpt_name={name}', *own_paths(copied, 'ckpt', 'cache'), *options]) == code, (
+                name
+            )
             error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')]
             assert re.search(said, one_line('\n'.join(error)))
 

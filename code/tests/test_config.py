@@ -12,7 +12,12 @@ from conftest import CODE, one_line, run
 
 @pytest.mark.parametrize(
     ('typed', 'meant'),
-    [('batchsize', 'batch_size'), ('lerning_rate', 'learning_rate'), ('epochs', 'max_epochs'), ('aug', 'augmentation')],
+    [
+        ('batchsize', 'batch_size'),
+        ('lerning_rate', 'learning_rate'),
+        ('epochs', 'max_epochs'),
+        ('augmentatoin', 'augmentation'),
+    ],
 )
 def test_unknown_option_names_the_nearest(typed, meant, capsys):
     assert cli.main(['train', f'--{typed}=1']) == 2

@@ -12,14 +12,17 @@ from torchvision import datasets
 
 from config import AUGMENTATIONS, UserError, WorkError, get_config
 from dataloader import demo, vision
-from dataloader.load_dataset import decode, get_iterator, in_order, labelled, load_splits
+from dataloader.files import decode
+from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
 from utils import prepare_batch
 
 
 def options(folder, **more):
-    return get_config(**{'preset': 'demo', 'image_path': str(folder), 'batch_size': 8, 'num_workers': 0} | more)
+    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': str(folder.parent / 'cache'), 'batch_size': 8,
+             'num_workers': 0}  # fmt: skip
+    return get_config(**given | more)
 
 
 def copy_of(folder, tmp_path):
@@ -66,21 +69,32 @@ def test_workers_change_nothing(drawn_large):
         for epoch in (0, 1):
             batches.batch_sampler.start_epoch(epoch, 'moco')
             epochs[workers, epoch] = [images for images, _ in batches]
-    assert epochs[0, 0][0].shape == (8, 2, 3, 32, 32)
+    assert (epochs[0, 0][0].shape, epochs[0, 0][0].dtype) == ((8, 2, 3, 32, 32), torch.uint8)
     for epoch in (0, 1):
         for here, there in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
             assert torch.equal(here, there)
     assert not torch.equal(epochs[0, 0][0], epochs[0, 1][0])
 
 
-def test_workers_cut_the_crops_that_were_drawn(drawn_large):
-    """The same boxes as the device path's, within the rounding to whole grey levels."""
-    images = get_iterator(options(drawn_large))['train'].dataset
-    image = decode(images.folder / images.names[0])
-    crops = torch.from_numpy(images.crops(image, 77, 'moco')).float() / 255
-    boxes, flips = vision.draw_crops(2, 150, 150, AUGMENTATIONS['moco'], torch.Generator().manual_seed(77))
-    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1).expand(2, -1, -1, -1) / 255
-    torch.testing.assert_close(crops, vision.crop_resize(whole, boxes, flips, 32), atol=1.6 / 255, rtol=0)
+@pytest.mark.parametrize(('side', 'atol', 'mean'), [(150, 1.6 / 255, 0.4 / 255), (1100, 15 / 255, 1 / 255)])
+def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
+    """The device path's, within the rounding to whole grey levels; of a photo that the JPEG decoder halved, within
+    one grey level on average."""
+    small = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)), (side, side), mode='bicubic'
+    )
+    (tmp_path / 'set/train').mkdir(parents=True)
+    image = Image.fromarray((small[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+    for number in range(8):
+        image.save(tmp_path / f'set/train/{number}.jpg', quality=95)
+    images = get_iterator(options(tmp_path / 'set', image_size=128))['train'].dataset
+    whole = torch.from_numpy(np.array(decode(images.folder / images.names[0]))).permute(2, 0, 1).expand(2, -1, -1, -1)
+    for seed in range(8):
+        crops = images.crops(0, 'moco', torch.Generator().manual_seed(seed)) / 255
+        boxes, flips = vision.draw_crops(2, side, side, AUGMENTATIONS['moco'], torch.Generator().manual_seed(seed))
+        wanted = vision.crop_resize(whole / 255, boxes, flips, 128)
+        torch.testing.assert_close(crops, wanted, atol=atol, rtol=0)
+        assert (crops - wanted).abs().mean() < mean
 
 
 def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_large, tmp_path):

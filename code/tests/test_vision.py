@@ -55,8 +55,8 @@ def test_plain_view_is_the_centre_crop(height, width, size, ratio):
 def test_normalise_is_torchvisions():
     x = photos(2, 8, 8)
     wanted = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
-    torch.testing.assert_close(vision.normalise(x), wanted)
-    torch.testing.assert_close(vision.denormalise(vision.normalise(x)), x)
+    torch.testing.assert_close(vision.normalise(x.clone()), wanted)
+    torch.testing.assert_close(vision.denormalise(vision.normalise(x.clone())), x)
 
 
 OPERATIONS = (
@@ -80,13 +80,13 @@ def test_colour_operations_are_torchvisions(ours, theirs, factors):
 
 
 def test_blur_is_a_gaussian():
-    """A separate derivation: the border continued, then a convolution with the outer product of two Gaussians."""
+    """A separate derivation: the border mirrored, then a convolution with the outer product of two Gaussians."""
     x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
     offsets = torch.arange(-6.0, 7.0)
     for image, s, result in zip(x, sigma, vision.blur(x, sigma), strict=True):
         line = torch.exp(-(offsets**2) / (2 * s**2))
         kernel = torch.outer(line, line) / line.sum() ** 2
-        padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='replicate')
+        padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='reflect')
         torch.testing.assert_close(result, functional.conv2d(padded, kernel[None, None])[:, 0], atol=1e-5, rtol=0)
     inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))
     wanted = reference.gaussian_blur(x[3:4], [13, 13], [1.7, 1.7])
@@ -103,7 +103,7 @@ def test_blur_of_a_tiny_image():
 def test_recolour_applies_each_images_own_draw():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
     x, draws = photos(40, 12, 12), vision.draw_colours(40, MOCO, 0.5, random_from('colours'))
-    ours = vision.recolour(x, draws)
+    ours = vision.recolour(x.clone(), **draws)
     untouched = 0
     for i, image in enumerate(x):
         wanted = image[None]
@@ -118,6 +118,17 @@ def test_recolour_applies_each_images_own_draw():
         torch.testing.assert_close(ours[i : i + 1], wanted, atol=2e-3, rtol=0)
         untouched += torch.equal(ours[i], image)
     assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
+
+
+def test_the_gpus_formulation_is_the_same():
+    """recolour_all and blur_all, which work on every image whatever was drawn, against recolour."""
+    x, draws = photos(60, 24, 24), vision.draw_colours(60, MOCO, 0.5, random_from('gpu'))
+    sigma = draws['sigma']
+    ours = vision.blur_all(vision.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), sigma)
+    torch.testing.assert_close(ours, vision.recolour(x.clone(), **draws), atol=4e-3, rtol=0)
+    unblurred = {**draws, 'sigma': torch.zeros(60)}
+    ours = vision.blur_all(vision.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), 0 * sigma)
+    torch.testing.assert_close(ours, vision.recolour(x.clone(), **unblurred), atol=1e-5, rtol=0)
 
 
 def gap(ours, theirs):

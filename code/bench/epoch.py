@@ -1,0 +1,62 @@
+"""A whole epoch of train, ours beside the bare loop on fixed tensors: loader, augmentation, checks, bar and logs.
+
+    python3 bench/epoch.py
+
+Case epoch: the cifar10 preset's ResNet-18 (batch 64 on a CPU, 512 on a GPU); epoch_demo: the demo's network. Also says
+what the kNN monitor takes at its default interval, with a val a fifth as large as train.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
+
+from dataloader.load_dataset import batches, in_order, make_images
+from evaluate import knn_accuracy
+from logger import Logger
+from train import channels_last, train_epoch
+from utils import get_device
+
+
+def measure(preset, batch_size, side, steps):
+    args, model, optimizer, bf16 = prepare(preset, batch_size)
+    device, folder = get_device(args), Path(tempfile.mkdtemp())
+    steps = steps if device.type == 'cpu' else 97
+    count = steps * args.batch_size
+    args.learning_rate = 0.0  # the images are noise: nothing is to be learned
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    labels, names = torch.arange(count) % 10, [str(i) for i in range(count)]
+    images = make_images(args, folder, names, labels, [str(i) for i in range(10)], pixels)
+    train, logger = batches(args, replace(images, random_views=True), shuffled=True), Logger(folder)
+
+    def ours():
+        train_epoch(args, model, optimizer, train, 1, folder, logger)
+        return count
+
+    fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
+    fixed = [channels_last(view) for view in fixed]
+    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, bf16))
+
+    few = count // 5
+    val = replace(images, names=names[:few], labels=labels[:few], pixels=images.pixels[:few])
+
+    def monitor():
+        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val), bf16)
+        return count
+
+    share = measured[0] / max(speed(monitor) for _ in range(3)) / args.knn_every
+    print(f'{preset}: the kNN monitor every {args.knn_every} epochs takes {share:.1%} of the time of the epochs')
+    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    return *measured, rate / flops_an_image(model, *fixed)
+
+
+def main():
+    what = 'FLOPs of the network / the rate of a large matrix product'
+    cases = {'epoch': measure('cifar10', 64, 32, 6), 'epoch_demo': measure('demo', 64, 48, 40)}
+    show(cases, dict.fromkeys(cases, what))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,48 @@
+"""One training step, ours beside the bare loop on fixed tensors: what augmentation and the health checks cost.
+
+    python3 bench/step.py
+
+Case step: the cifar10 preset's ResNet-18 (batch 64 on a CPU, 512 on a GPU); step_demo: the demo's network, so small
+that everything else shows. Ours takes whole uint8 images on the device and makes its views anew at every step.
+"""
+
+import torch
+from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
+
+from config import AUGMENTATIONS
+from dataloader import vision
+from train import channels_last, train_step
+from utils import get_device, random_from, use_compile
+
+
+def measure(preset, batch_size, side, steps):
+    args, model, optimizer, bf16 = prepare(preset, batch_size)
+    device, augmentation = get_device(args), AUGMENTATIONS[args.augmentation]
+    steps = steps if device.type == 'cpu' else 50
+    images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
+
+    def views(step):
+        return vision.two_views(
+            images, args.image_size, augmentation, args.blur_prob, random_from(step), compiled=use_compile(args)
+        )
+
+    def ours():
+        for step in range(steps):
+            train_step(model, optimizer, *views(step), bf16)
+        return steps * args.batch_size
+
+    fixed = [channels_last(view) for view in views(0)]
+    model.train()
+    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, bf16))
+    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    return *measured, rate / flops_an_image(model, *fixed)
+
+
+def main():
+    what = 'FLOPs of the network / the rate of a large matrix product'
+    cases = {'step': measure('cifar10', 64, 32, 6), 'step_demo': measure('demo', 64, 48, 40)}
+    show(cases, dict.fromkeys(cases, what))
+
+
+if __name__ == '__main__':
+    main()
