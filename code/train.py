@@ -49,7 +49,7 @@ def train(args):
     else:
         run = new_run(args)
     say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {device}')
-    logger = Logger(path_of(args.log_path) / run.name, done)
+    logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if done else 0)
 
     knn_off = why_no_knn(args, bank, val)
     if knn_off:
@@ -131,7 +131,9 @@ def train_epoch(args, model, optimizer, batches, epoch, run, logger):
             read = later(torch.stack((losses[step], stds[step])))
         before = time.time()
     report()
+    memory = {'train_memory_gigabytes': torch.cuda.max_memory_allocated() / 1e9} if device.type == 'cuda' else {}
     return {
+        **memory,
         'train_loss': losses.mean().item(),
         'train_std': stds.mean().item(),
         'train_images_per_second': steps * args.batch_size / (time.time() - started),

@@ -60,7 +60,7 @@ def resized(args, folder, files):
     that cannot be read.
     """
     path, mark = cache_file(args, folder, files, f'side{args.resize_cache}')
-    flat = path.with_suffix('.bin')
+    flat = path.with_name(f'{path.stem}_{mark[:8]}.bin')
     index = load(path, mark)
     if index is None or not flat.is_file() or flat.stat().st_size != index[-1, 0] + 3 * index[-1, 1:].prod():
         sizes = []
@@ -80,6 +80,8 @@ def resized(args, folder, files):
                     sizes.append(image.shape[:2])
                     file.write(image.tobytes())
 
+        for outdated in path.parent.glob(f'{path.stem}_*.bin'):
+            outdated.unlink()
         write_aside(flat, write)
         sizes = torch.tensor(sizes)
         ends = 3 * sizes.prod(1).cumsum(0)

@@ -48,7 +48,7 @@ def read_rows(path):
 def trained(drawn, tmp_path_factory):
     """(folder, what the command printed): two epochs on the drawn set, every one saved. To be read only."""
     folder = tmp_path_factory.mktemp('trained')
-    return folder, train(folder, drawn, '--save_every=1').stdout
+    return folder, train(folder, drawn, '--save_every=1', '--knn_every=1').stdout
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     events = EventAccumulator(str(folder / 'log' / f'{RUN}0')).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
     assert set(scalars) == {
-        'knn/top1', 'train/loss', 'train/std', 'train/images_per_second',
+        'knn/top1', 'train/loss', 'train/std', 'train/images_per_second', 'train/waiting_for_data',
         'learning/rate_encoder', 'learning/rate_predictor',
     }  # fmt: skip
     assert [event.step for event in events.Scalars('knn/top1')] == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
 
 def test_the_same_command_gives_the_same_run_beside_the_first(trained, drawn, tmp_path):
     shutil.copytree(trained[0], tmp_path / 'again')
-    train(tmp_path / 'again', drawn, '--save_every=1')
+    train(tmp_path / 'again', drawn, '--save_every=1', '--knn_every=1')
     path, content = newest(tmp_path / 'again', 1)
     before, first = newest(trained[0])
     assert path.name == before.name
@@ -109,6 +109,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
     assert path.name == before.name
     assert same(content['model'], wanted['model'])
     assert same(content['optimizer'], wanted['optimizer'])
+    events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
+    assert [event.step for event in events.Scalars('train/loss')] == [2]
     again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
     assert 'has its 2 epochs already; --max_epochs=<more> goes on' in again.stdout
 
@@ -118,6 +120,18 @@ def test_large_images_train_through_workers(drawn_large, tmp_path):
     train(tmp_path, drawn_large, *options)
     train(tmp_path, drawn_large, *options)
     assert same(newest(tmp_path, 0)[1]['model'], newest(tmp_path, 1)[1]['model'])
+
+
+def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_path):
+    """Stopped after its first epoch and resumed, the run ends as the one that never stopped."""
+    said = train(tmp_path, drawn, '--max_minutes=0.0001').stdout
+    assert f'python3 cli.py train --ckpt_name={RUN}0 goes on' in said
+    assert newest(tmp_path)[1]['epoch'] == 1
+    done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert same(newest(tmp_path)[1]['model'], newest(trained[0])[1]['model'])
+    events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
+    assert [event.step for event in events.Scalars('train/loss')] == [1, 2]
 
 
 def test_evaluate_then_infer(copied, drawn, tmp_path):

@@ -1,6 +1,7 @@
 """From files to batches: layouts, orders, worker processes, torchvision's own files, odd images."""
 
 import hashlib
+import os
 import pickle
 import shutil
 
@@ -11,12 +12,12 @@ from PIL import Image
 from torchvision import datasets
 
 from config import AUGMENTATIONS, UserError, WorkError, get_config
-from dataloader import demo, vision
+from dataloader import cache, demo, vision
 from dataloader.files import decode
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
-from utils import prepare_batch
+from utils import prepare_batch, random_from
 
 
 def options(folder, **more):
@@ -118,6 +119,100 @@ def test_images_of_several_sizes_are_not_held_in_memory(drawn, tmp_path):
     assert splits['val'].pixels is not None
     images, _ = next(iter(get_iterator(options(folder))['train']))
     assert images.shape == (8, 2, 3, 32, 32)
+
+
+def unreadable(*_, **__):
+    raise AssertionError('a file was decoded')
+
+
+def test_decoded_images_are_kept_until_a_file_changes(drawn, tmp_path, monkeypatch):
+    folder = copy_of(drawn, tmp_path)
+    first = load_splits(options(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, 'decode_all', unreadable)
+        again = load_splits(options(folder))
+        for name in ('train', 'val'):
+            assert torch.equal(again[name].pixels, first[name].pixels)
+    Image.new('RGB', (48, 48), 'red').save(folder / 'train/dots/000.png')
+    changed = load_splits(options(folder))['train']
+    row = changed.names.index('dots/000.png')
+    assert changed.pixels[row, :, 0, 0].tolist() == [255, 0, 0]
+    for file in (tmp_path / 'cache').iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(load_splits(options(folder))['train'].pixels, changed.pixels)
+
+
+def test_cache_images_off_and_on(drawn, drawn_large, tmp_path):
+    assert load_splits(options(drawn, cache_images='off'))['train'].pixels is None
+    assert load_splits(options(drawn_large, cache_images='on'))['train'].pixels.shape == (24, 3, 150, 150)
+    folder = copy_of(drawn, tmp_path)
+    Image.new('RGB', (60, 20)).save(folder / 'train/dots/odd.png')
+    with pytest.raises(UserError, match='differ in size; try --resize_cache=256'):
+        load_splits(options(folder, cache_images='on'))
+
+
+def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
+    """The shorter side as asked, smaller images as they are, no file decoded the second time."""
+    folder = copy_of(drawn_large, tmp_path)
+    tall = Image.effect_noise((200, 301), 60).convert('RGB')
+    tall.save(folder / 'train/dots/tall.png')
+    small = Image.effect_noise((70, 90), 60).convert('RGB')
+    small.save(folder / 'train/dots/tiny.png')
+    args = options(folder, resize_cache=100)
+    train = load_splits(args)['train']
+    monkeypatch.setattr(cache, 'decode', lambda path, least=None: unreadable() if least else decode(path))
+    train = load_splits(args)['train']
+    resized = {name: cache.resized_image(train.resized, row) for row, name in enumerate(train.names)}
+    np.testing.assert_array_equal(resized['dots/tiny.png'], np.asarray(small))
+    wanted = tall.resize((100, 150), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(resized['dots/tall.png'], np.asarray(wanted))
+    assert resized['checks/000.jpg'].shape == (100, 100, 3)
+    images, target = next(iter(get_iterator(args)['train']))
+    assert (images.shape, len(target)) == ((8, 2, 3, 32, 32), 8)
+    monkeypatch.undo()
+    flat, size = train.resized[0], train.resized[0].stat().st_size
+    flat.unlink()
+    flat.write_bytes(b'damaged')
+    again = load_splits(args)['train']
+    assert (again.resized[0], flat.stat().st_size) == (flat, size)
+    os.utime(folder / 'train/dots/tall.png', (1, 1))
+    changed = load_splits(args)['train']
+    assert changed.resized[0] != flat
+    assert not flat.exists()
+
+
+def views_of(args, epochs):
+    """Every view of some epochs, in the order of drawing, normalised."""
+    batches = get_iterator(args)['train']
+    views = []
+    for epoch in range(epochs):
+        batches.batch_sampler.start_epoch(epoch, args.augmentation)
+        for step, (images, _) in enumerate(batches):
+            ready = not batches.dataset.crops_only
+            views += vision.two_views(images, 32, AUGMENTATIONS[args.augmentation], args.blur_prob,
+                                      random_from(epoch, step), distorted=ready)  # fmt: skip
+    return torch.cat(views)
+
+
+@pytest.mark.parametrize('size', ['small', 'large'])
+def test_device_and_worker_views_are_of_one_distribution(size, drawn, drawn_large):
+    """Torchvision's transforms against ours on the same images: mean, contrast, colourfulness and detail of a view."""
+    folder, epochs = (drawn, 14) if size == 'small' else (drawn_large, 42)
+    ours = views_of(options(folder, blur_prob=0.5), epochs)
+    theirs = views_of(options(folder, blur_prob=0.5, augment_on='worker'), epochs)
+    again = views_of(options(folder, blur_prob=0.5, augment_on='worker', num_workers=2), 1)
+    assert torch.equal(again, theirs[: len(again)])
+    assert ours.shape == theirs.shape
+    for measure in (
+        lambda x: x.mean((1, 2, 3)),
+        lambda x: x.std((1, 2, 3)),
+        lambda x: x.diff(dim=3).abs().mean((1, 2, 3)),
+        lambda x: x.diff(dim=2).abs().mean((1, 2, 3)),
+    ):
+        a, b = measure(ours).sort().values, measure(theirs).sort().values
+        both = torch.cat((a, b))
+        gap = (torch.searchsorted(a, both, right=True) - torch.searchsorted(b, both, right=True)).abs().max()
+        assert gap / len(a) < 0.065  # of 2,000 views each: once in two thousand times with equal distributions
 
 
 def test_flat_train_pretrains_without_labels(drawn, tmp_path):

@@ -1,0 +1,155 @@
+"""The paper's CIFAR-10 experiment (appendix D) on one GPU, in pieces: time, throughput, kNN curve, linear accuracy.
+
+    python3 bench/cifar10.py --image_path=FOLDER --output=FOLDER [--minutes=9] [--epochs=800]
+
+Works for at most --minutes, and goes on where it was when it is started again with the same --output; says `done` when
+all is there: pretraining, linear evaluation, and a supervised ResNet-18 on the same images for reference (its val
+accuracy after --supervised_epochs). Writes --output/cifar10.json and cifar10.png (kNN over epochs). Other options go to
+`cli.py train`, such as --backbone=small for a try on a CPU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import flops_an_image, matmul_rate
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import cross_entropy
+
+from ckpt import checkpoints, new_model, save_checkpoint
+from config import get_config
+from dataloader import vision
+from dataloader.load_dataset import get_iterator, in_order, prepared
+from evaluate import features_of
+from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from utils import get_device, random_from, use_bf16, write_aside
+
+CODE = Path(__file__).resolve().parent.parent
+CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
+
+
+def cli(command, *options):
+    subprocess.run([sys.executable, 'cli.py', command, *options], cwd=CODE, check=True)
+
+
+def pretrain(options, given, output, minutes):
+    """Train until done or out of time. Returns the run folder and its last epoch."""
+    run = output / 'ckpt/model_name_cifar10_ckpt_0'
+    known = [f'--ckpt_name={run.name}'] if run.is_dir() and checkpoints(run) else ['--model_name=cifar10', *given]
+    cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every=100')
+    return run, int(checkpoints(run)[-1].name.rsplit('_', 1)[1])
+
+
+def supervised(args, epochs, output, deadline):
+    """The same backbone trained with labels: crop and flip, SGD. Returns val top-1 in percent, or None: out of time."""
+    iterators, device, bf16 = get_iterator(args), get_device(args), use_bf16(args)
+    batches, val = iterators['train'], iterators['val']
+    model = new_model(args).to(device, memory_format=torch.channels_last)
+    model.predictor = torch.nn.Linear(512 if args.backbone == 'resnet18' else 64, len(val.dataset.classes)).to(device)
+    optimizer, run, done = make_sgd(model, 0.9, 5e-4), output / 'supervised', 0
+    run.mkdir(exist_ok=True)
+    if known := checkpoints(run):
+        saved = torch.load(known[-1], map_location='cpu', weights_only=True)
+        model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        done = saved['epoch']
+    started = time.time()
+    for epoch in range(done, epochs):
+        batches.batch_sampler.start_epoch(epoch, 'moco')
+        model.train()
+        for step, (images, labels) in enumerate(prepared(args, batches)):
+            generator = random_from('supervised', epoch, step)
+            boxes, flips = vision.draw_crops(len(images), *images.shape[-2:], CROP_AND_FLIP, generator)
+            view = vision.normalise(vision.crop_resize(images / 255, boxes, flips, args.image_size))
+            rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
+            set_learning_rates(optimizer, rate, rate)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                scores = model.predictor(model.backbone(view.contiguous(memory_format=torch.channels_last)))
+            loss = cross_entropy(scores.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        a_epoch = (time.time() - started) / (epoch + 1 - done)
+        out_of_time = time.time() + 2 * a_epoch > deadline
+        if out_of_time or epoch + 1 == epochs:
+            save_checkpoint(run, args, model, optimizer, epoch + 1, loss.item())
+        if out_of_time and epoch + 1 < epochs:
+            print(f'supervised: {epoch + 1} of {epochs} epochs', flush=True)
+            return None
+    features, labels = features_of(args, model.backbone, in_order(args, val.dataset))
+    model.eval()
+    with torch.inference_mode():
+        return 100 * (model.predictor(features).argmax(1) == labels).double().mean().item()
+
+
+def measured(args, log):
+    """What the logs of the run say: seconds an epoch, images/s, share of the peak, memory, the kNN curve."""
+    events = EventAccumulator(str(log), size_guidance={'scalars': 0}).Reload()
+    speeds = sorted(event.value for event in events.Scalars('train/images_per_second'))
+    device, speed = get_device(args), speeds[len(speeds) // 2]
+    bf16 = use_bf16(args)
+    views = torch.randn(2, 2, 3, args.image_size, args.image_size, device=device)
+    flops = flops_an_image(new_model(args).to(device), *views)
+    result = {
+        'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
+        'images_per_second': speed,
+        'seconds_per_epoch': len(get_iterator(args)['train'].dataset) / speed,
+        'share_of_matmul_rate': speed * flops / matmul_rate(device, torch.bfloat16 if bf16 else torch.float32),
+        'waiting_for_data': events.Scalars('train/waiting_for_data')[-1].value,
+        'knn': [(event.step, event.value) for event in events.Scalars('knn/top1')],
+    }
+    if 'train/memory_gigabytes' in events.Tags()['scalars']:
+        result['peak_memory_gigabytes'] = max(event.value for event in events.Scalars('train/memory_gigabytes'))
+    return result
+
+
+def plot(curve, path):
+    """kNN top-1 over epochs as a PNG."""
+    picture, last = Image.new('RGB', (720, 420), 'white'), max(epoch for epoch, _ in curve)
+    pen = ImageDraw.Draw(picture)
+    for percent in range(0, 101, 20):
+        y = 380 - 3.5 * percent
+        pen.line((60, y, 700, y), fill='#dddddd')
+        pen.text((25, y - 6), f'{percent} %', fill='black')
+    for quarter in range(5):
+        pen.text((55 + 160 * quarter, 388), str(round(last * quarter / 4)), fill='black')
+    pen.line([(60 + 640 * epoch / last, 380 - 3.5 * value) for epoch, value in curve], fill='#2b6cb0', width=3)
+    pen.text((300, 404), 'epochs: kNN top-1 on val', fill='black')
+    picture.save(path, 'PNG')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--image_path', required=True)
+    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--minutes', type=float, default=9)
+    parser.add_argument('--epochs', type=int, default=800)
+    parser.add_argument('--supervised_epochs', type=int, default=100)
+    mine, given = parser.parse_known_args()
+    deadline, output = time.time() + 60 * mine.minutes, mine.output.resolve()
+    image_path = str(Path(mine.image_path).resolve())
+    paths = [f'--{name}_path={output}/{name}' for name in ('ckpt', 'log', 'cache')]
+    given = [f'--image_path={image_path}', f'--max_epochs={mine.epochs}', *given]
+    options = dict(option.removeprefix('--').split('=', 1) for option in given)
+    args = get_config(preset='cifar10', cache_path=f'{output}/cache', **options)
+
+    run, epoch = pretrain(paths, given, output, max(0.01, (deadline - time.time()) / 60 - 0.5))
+    result = {'epochs': epoch, **measured(args, output / 'log' / run.name)}
+    if epoch == mine.epochs:
+        if not (run / 'evaluate_linear.json').is_file():
+            cli('evaluate', f'--ckpt_name={run.name}', *paths)
+        result['linear'] = json.loads((run / 'evaluate_linear.json').read_text())
+        result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
+    write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    write_aside(output / 'cifar10.png', lambda aside: plot(result['knn'], aside))
+    print(json.dumps(result))
+    print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
+
+
+if __name__ == '__main__':
+    main()
