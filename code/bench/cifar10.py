@@ -50,7 +50,8 @@ def supervised(args, epochs, output, deadline):
     iterators, device, bf16 = get_iterator(args), get_device(args), use_bf16(args)
     batches, val = iterators['train'], iterators['val']
     model = new_model(args).to(device, memory_format=torch.channels_last)
-    model.predictor = torch.nn.Linear(512 if args.backbone == 'resnet18' else 64, len(val.dataset.classes)).to(device)
+    features = model.projector[0].in_features
+    model.predictor = torch.nn.Linear(features, len(val.dataset.classes)).to(device)
     optimizer, run, done = make_sgd(model, 0.9, 5e-4), output / 'supervised', 0
     run.mkdir(exist_ok=True)
     if known := checkpoints(run):
