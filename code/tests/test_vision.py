@@ -196,6 +196,11 @@ def test_without_distortion_the_views_are_the_image():
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
     for view in vision.two_views(images, 16, plain, 0.0, random_from(0)):
         torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)
+    crops = torch.stack((images, 255 - images), 1)  # as workers send them, for a GPU to distort or distorted already
+    for distorted in (False, True):
+        view1, view2 = vision.two_views(crops, 16, plain, 0.0, random_from(0), distorted=distorted)
+        torch.testing.assert_close(vision.denormalise(view1), images / 255, atol=1e-4, rtol=0)
+        torch.testing.assert_close(vision.denormalise(view2), 1 - images / 255, atol=1e-4, rtol=0)
 
 
 def test_simclr_distorts_more_than_moco():
