@@ -79,7 +79,7 @@ class Images(torch.utils.data.Dataset):
         Whole grey levels, for floats would take as long to hand over as to make.
         """
         args, row = self.args, AUGMENTATIONS[augmentation]
-        generator, crops = torch.Generator().manual_seed(seed), images.flatten(0, 1)
+        generator, crops = random_from(seed, 'colours'), images.flatten(0, 1)  # not the stream that drew the crops
         crops.copy_(vision.distort(crops, False, args.image_size, row, args.blur_prob, generator, vision.to_bytes))
         return images
 
