@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from config import AUGMENTATIONS, ROOT, Config, UserError, WorkError, path_of
 from dataloader import cache, demo, vision
-from dataloader.files import EXTENSIONS, find_images, list_images, opened, shrink
+from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, shrink
 from utils import cpu_count, get_device, prepare_batch, random_from
 
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
@@ -91,20 +91,22 @@ class Images(torch.utils.data.Dataset):
             boxes, flips = vision.draw_crops(2, height, width, AUGMENTATIONS[augmentation], generator)
             if self.args.jpeg_shrink:
                 shrink(image, boxes[:, 2:].min().item() / size)
-            image = image.convert('RGB')
-        ratio = image.height / height  # below 1 where the decoder has shrunk the image; boxes are fractional then
-        pixels = tensor_of(image)[None]
-        cut = []
-        for (top, left, h, w), flip in zip((boxes * ratio).tolist(), flips.tolist(), strict=True):
+            ratio = image.height / height  # below 1 where the decoder shrinks the image; boxes are fractional then
             if ratio < 1:
-                crop = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
-                crop = tensor_of(crop)[None]
+                image = image.convert('RGB')
+            else:
+                pixels = pixels_of(image)[None]
+        crops = torch.empty(2, 3, size, size, dtype=torch.uint8)
+        for out, (top, left, h, w), flip in zip(crops, (boxes * ratio).tolist(), flips.tolist(), strict=True):
+            if ratio < 1:
+                box = (left, top, left + w, top + h)
+                crop = pixels_of(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
             else:  # the same to a grey level, three times as fast
-                top, left, h, w = int(top), int(left), int(h), int(w)
-                crop = pixels[:, :, top : top + h, left : left + w]
-                crop = interpolate(crop, (size, size), mode='bilinear', antialias=True)
-            cut.append(crop.flip(3) if flip else crop)
-        return torch.cat(cut)
+                crop = pixels[:, :, int(top) : int(top + h), int(left) : int(left + w)]
+                crop = crop.contiguous(memory_format=torch.channels_last)
+                crop = interpolate(crop, (size, size), mode='bilinear', antialias=True)[0]
+            out.copy_(crop.flip(2) if flip else crop)
+        return crops
 
     def centre_crop(self, index):
         """The view for evaluation: 1 x 3 x S x S uint8."""
@@ -113,7 +115,7 @@ class Images(torch.utils.data.Dataset):
             image = image.convert('RGB').resize(
                 (self.args.image_size,) * 2, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
             )
-        return tensor_of(image)[None]
+        return pixels_of(image)[None]
 
     @contextlib.contextmanager
     def opened(self, index):
@@ -125,11 +127,6 @@ class Images(torch.utils.data.Dataset):
         else:
             with opened(self.folder / self.names[index]) as image:
                 yield image
-
-
-def tensor_of(image):
-    """A PIL image in RGB as 3 x H x W uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Keys:

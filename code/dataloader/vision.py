@@ -125,7 +125,7 @@ def normalise_bytes(images):
 
 def to_bytes(x):
     """Colours in [0, 1], overwritten, to whole grey levels, uint8. (PIL rounds so after every operation.)"""
-    return x.mul_(255).round_().to(torch.uint8)
+    return x.mul_(255).round_().to(torch.int16).to(torch.uint8)  # torch's way straight there takes three times as long
 
 
 def denormalise(x):
@@ -147,19 +147,18 @@ def draw_crops(n, height, width, augmentation, generator):
     """
     (low, high), (thin, wide) = augmentation['scale'], augmentation['ratio']
     drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
-    area, ratio, top, left = np.split(drawn[:, :40], 4, axis=1)
-    flips = drawn[:, 40] < augmentation['flip']
-    area = height * width * (low + (high - low) * area)
-    ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * ratio)
-    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    area = height * width * (low + (high - low) * drawn[:, :10])
+    ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = np.arange(n), fits.argmax(1)  # the first True of a row
-    w, h, top, left = w[first], h[first], top[first], left[first]
-    top, left = np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1))
-    boxes = np.stack((top, left, h, w), 1)
-    w, h = min(width, round(height * wide)), min(height, round(width / thin))
-    boxes[~fits.any(1)] = (height - h) // 2, (width - w) // 2, h, w
-    return torch.from_numpy(boxes), torch.from_numpy(flips)
+    every, first = np.arange(n), fits.argmax(1)  # the first True of a row
+    w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
+    boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w), 1)
+    unfit = ~fits[every, first]
+    if unfit.any():
+        w, h = min(width, round(height * wide)), min(height, round(width / thin))
+        boxes[unfit] = (height - h) // 2, (width - w) // 2, h, w
+    return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < augmentation['flip'])
 
 
 def crop_resize(x, boxes, flips, size, inside=True):
@@ -236,8 +235,9 @@ def recolour(x, factors, order, gray, sigma):
     """
     order = order.numpy()
     for place in range(4):
-        for kind, operation in enumerate((brightness, contrast, saturation, hue)):
-            x = on_chosen(x, order[:, kind] == place, operation, factors[:, kind, None, None, None])
+        turn = order == place
+        for kind in np.flatnonzero(turn.any(0)):
+            x = on_chosen(x, turn[:, kind], (brightness, contrast, saturation, hue)[kind], factors[:, kind])
     x = on_chosen(x, gray.numpy(), make_gray, gray)
     return on_chosen(x, sigma.numpy() > 0, blur, sigma)
 
@@ -245,10 +245,11 @@ def recolour(x, factors, order, gray, sigma):
 def on_chosen(x, chosen, operation, parameter):
     """x with the chosen images put through `operation`, each with its parameter. chosen: N bool (numpy)."""
     rows = np.flatnonzero(chosen)
+    if not len(rows):
+        return x
+    parameter = parameter[:, None, None, None]
     if len(rows) == len(x):
         return operation(x, parameter)
-    if len(rows) == 0:
-        return x
     rows = torch.from_numpy(rows)
     return x.index_copy_(0, rows, operation(x[rows], parameter[rows]))
 
@@ -265,7 +266,7 @@ def recolour_all(x, factors, order, gray):
         base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
         factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
         moved = torch.lerp(base, x, factor).clamp(0, 1)
-        turned = hue(x, factors[:, 3, None, None, None])
+        turned = hue(x.clone(), factors[:, 3, None, None, None])
         x = torch.where(is_brightness | is_contrast | is_saturation, moved, torch.where(is_hue, turned, x))
     return torch.where(gray[:, None, None, None], luma(x), x)
 
@@ -276,21 +277,22 @@ def luma(x):
     return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
 
 
+# Each of these overwrites x (new memory costs as much as the arithmetic) and returns it.
 def make_gray(x, _):
-    return luma(x).repeat(1, 3, 1, 1)
+    return x.copy_(luma(x))
 
 
 def brightness(x, factor):
-    return (x * factor).clamp_(0, 1)
+    return x.mul_(factor).clamp_(0, 1)
 
 
 def contrast(x, factor):
     mean = luma(x.mean((2, 3), keepdim=True))
-    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def saturation(x, factor):
-    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor, out=x).clamp_(0, 1)
 
 
 def hue(x, turns):
@@ -300,31 +302,36 @@ def hue(x, turns):
     here with the constants taken out of the clamp.
     """
     red, green, blue = x.unbind(1)
-    high, low = torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
+    high, low = torch.maximum(red, green), torch.minimum(red, green)
+    torch.maximum(high, blue, out=high)
+    torch.minimum(low, blue, out=low)
     # In sixths, times chroma: +-(1 + g + b - r) of the colour stretched to [0, 1], + where green is above blue. As one
     # expression, for a choice (torch.where) takes as long as all the rest.
-    angle = torch.copysign((green + blue).sub_(red).add_(high).sub_(low, alpha=2), green - blue)
+    work = green - blue
+    angle = (green + blue).sub_(red).add_(high).sub_(low, alpha=2)
+    torch.copysign(angle, work, out=angle)
     chroma = (high - low).mul_(6)  # 0 for grey, whose angle is 0 too
-    angle = torch.addcmul(1 + turns[:, 0], angle, chroma.clamp(min=1e-8).reciprocal_()).frac_()
+    angle.mul_(torch.clamp(chroma, min=1e-8, out=work).reciprocal_()).add_(1 + turns[:, 0]).frac_()
     # The waves of green and blue, with peaks at 1/3 and 2/3, lie within one turn; red's, with its peak at 0, does not.
-    red = torch.addcmul(low.sub_(chroma, alpha=1 / 6), chroma, (angle - 1 / 2).abs_().clamp_(1 / 6, 1 / 3))
+    low.sub_(chroma, alpha=1 / 6)
     high.add_(chroma, alpha=1 / 6)
-    green = torch.addcmul(high, chroma, (angle - 1 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1)
-    blue = torch.addcmul(high, chroma, (angle - 2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1)
-    return torch.stack((red, green, blue), 1)
+    torch.addcmul(low, chroma, torch.sub(angle, 1 / 2, out=work).abs_().clamp_(1 / 6, 1 / 3), out=red)
+    torch.addcmul(high, chroma, torch.sub(angle, 1 / 3, out=work).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=green)
+    torch.addcmul(high, chroma, angle.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=blue)
+    return x
 
 
 def blur(x, sigma):
-    """Gaussian blur, the border mirrored. x: N x 3 x S x S; sigma: N, pixels, above 0; both on the CPU.
+    """Gaussian blur, the border mirrored. x: N x 3 x S x S; sigma: N or N x 1 x 1 x 1, pixels, above 0; on the CPU.
 
     Sums of shifted images, an axis after the other, as far as the largest sigma reaches.
     """
     reach = min(math.ceil(3 * sigma.max().item()), x.shape[-1] - 1)
-    weight = gaussian(sigma, reach)[..., None, None, None]
+    weight = gaussian(sigma.flatten(), reach)[..., None, None, None]
     for axis in (2, 3):
         side = x.shape[axis]
         wide = pad(x, (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0), mode='reflect')
-        x = x * weight[:, 0]
+        x.mul_(weight[:, 0])
         for i in range(1, reach + 1):
             x.addcmul_(wide.narrow(axis, reach - i, side), weight[:, i])
             x.addcmul_(wide.narrow(axis, reach + i, side), weight[:, i])

@@ -73,7 +73,7 @@ def test_colour_operations_are_torchvisions(ours, theirs, factors):
     x[0] = x[0, :1]  # a grey image has no hue
     x[1] = torch.eye(3)[torch.arange(63) % 3].T.view(3, 9, 7)  # pure colours
     for factor in factors:
-        result = ours(x, torch.full((4, 1, 1, 1), factor))
+        result = ours(x.clone(), torch.full((4, 1, 1, 1), factor))
         wanted = torch.stack([theirs(image, factor) for image in x])
         # torchvision weighs luma by 0.2989, 0.587, 0.114, which sum to 0.9999
         torch.testing.assert_close(result, wanted, atol=5e-4, rtol=0)
@@ -83,19 +83,19 @@ def test_blur_is_a_gaussian():
     """A separate derivation: the border mirrored, then a convolution with the outer product of two Gaussians."""
     x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
     offsets = torch.arange(-6.0, 7.0)
-    for image, s, result in zip(x, sigma, vision.blur(x, sigma), strict=True):
+    for image, s, result in zip(x, sigma, vision.blur(x.clone(), sigma), strict=True):
         line = torch.exp(-(offsets**2) / (2 * s**2))
         kernel = torch.outer(line, line) / line.sum() ** 2
         padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='reflect')
         torch.testing.assert_close(result, functional.conv2d(padded, kernel[None, None])[:, 0], atol=1e-5, rtol=0)
     inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))
     wanted = reference.gaussian_blur(x[3:4], [13, 13], [1.7, 1.7])
-    torch.testing.assert_close(vision.blur(x, sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(vision.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
 
 
 def test_blur_of_a_tiny_image():
     x = photos(2, 4, 4)
-    blurred = vision.blur(x, torch.tensor([0.1, 2.0]))
+    blurred = vision.blur(x.clone(), torch.tensor([0.1, 2.0]))
     torch.testing.assert_close(blurred[0], x[0], atol=1e-5, rtol=0)
     assert blurred[1].std() < x[1].std()
 
@@ -114,7 +114,7 @@ def test_recolour_applies_each_images_own_draw():
         if draws['gray'][i]:
             wanted = reference.rgb_to_grayscale(wanted, 3)
         if draws['sigma'][i] > 0:
-            wanted = vision.blur(wanted, draws['sigma'][i : i + 1])
+            wanted = vision.blur(wanted.clone(), draws['sigma'][i : i + 1])
         torch.testing.assert_close(ours[i : i + 1], wanted, atol=2e-3, rtol=0)
         untouched += torch.equal(ours[i], image)
     assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
