@@ -7,36 +7,63 @@ A checkpoint is a dict of tensors and plain values (torch.load with weights_only
     loss               mean loss of the last of them
 """
 
+import pickle
 import re
 from dataclasses import asdict
 
 import torch
 
-from config import OPTIONS, Config, UserError, WorkError, parse, path_of
+from config import OPTIONS, Config, UserError, WorkError, changed, parse, path_of
+from model.layouts import architecture, read_layout
 from model.simsiam import SimSiam
 from utils import write_aside
 
+SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)')
+DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim')
 # What belongs to this call and this machine, and never comes from a checkpoint.
-OF_THE_CALL = ('ckpt_name', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers', 'download',
-               'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile')  # fmt: skip
+OF_THE_CALL = ('ckpt_name', 'init_from', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers',
+               'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile')  # fmt: skip
 
 
 def get_model_ckpt(args):
     """(args, model, checkpoint) for `args`, the model on the CPU.
 
-    Without --ckpt_name: args as they are, a new model whose weights --random_seed fixes, and None. With it: the
-    checkpoint's options take the place of args' (but for what this call gave explicitly, and what belongs to this
-    machine), and its weights those of the model; `checkpoint` is the dict above with its `path` added. Raises UserError
-    where there is no such checkpoint or an option contradicts its architecture, WorkError where the file is damaged.
+    Without --ckpt_name: args as they are, a new model whose weights --random_seed fixes (or those of --init_from), and
+    None. With it: the checkpoint's options take the place of args' (but for what this call gave explicitly, and what
+    belongs to this machine), and its weights those of the model; `checkpoint` is the dict above with its `path` and
+    `run` (the folder of what is written about it) added. A file of another tool (model/layouts.py) has no options but
+    its architecture, and epoch 0. Raises UserError where there is no such checkpoint or an option contradicts its
+    architecture, WorkError where the file is damaged or holds other weights than it says.
     """
-    if not args.ckpt_name:
-        return args, new_model(args), None
-    path = find_checkpoint(args)
-    checkpoint = read(path, 'model', 'optimizer', 'args', 'epoch', 'loss')
-    saved = {name: parse(name, value) for name, value in checkpoint['args'].items() if name in OPTIONS}
-    for name in (*ARCHITECTURE, 'preset'):
+    if args.ckpt_name:
+        return load_checkpoint(args, find_checkpoint(args))
+    if args.init_from:
+        path = path_of(args.init_from)
+        path = path if path.is_file() else find_checkpoint(changed(args, ckpt_name=args.init_from))
+        loaded, model, _ = load_checkpoint(args, path)
+        return changed(args, **{name: getattr(loaded, name) for name in ARCHITECTURE}), model, None
+    return args, new_model(args), None
+
+
+def load_checkpoint(args, path):
+    """get_model_ckpt of this file."""
+    content = load_file(path)
+    other = None if is_ours(content) else read_layout(content)
+    if other:
+        layout, state = other
+        saved = {**asdict(args), **architecture(state)}
+        checkpoint = {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout,
+                      'run': path_of(args.ckpt_path) / f'{layout}_{path.name}'}  # fmt: skip
+    elif is_ours(content):
+        state = content['model']
+        saved = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
+        checkpoint = {**content, 'layout': 'ours', 'run': path.parent}
+    else:
+        raise WorkError(f'{path} is damaged or was not written by this project, nor in the layout of the official '
+                        'release, of MoCo or of a torchvision ResNet; take another checkpoint')  # fmt: skip
+    for name in (*ARCHITECTURE, *(() if other else ('preset',))):
         if name in args.given and getattr(args, name) != saved.get(name):
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
@@ -45,13 +72,30 @@ def get_model_ckpt(args):
     kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
     merged = Config(**{**saved, **kept})
     merged.given = args.given
-    model = SimSiam(merged)
-    try:
-        model.load_state_dict(checkpoint['model'])
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split()[:30])
-        raise UserError(f'{path} holds the weights of another architecture than its options say: {reason}') from None
+    model = new_model(merged)
+    strict_load(model, state, path)
     return merged, model, {**checkpoint, 'path': path}
+
+
+def strict_load(model, state, path):
+    """Load `state`, which has either all of the model's keys or all of its backbone's, and no other."""
+    whole = any(not name.startswith('backbone.') for name in state)
+    wanted = {name: value for name, value in model.state_dict().items() if whole or name.startswith('backbone.')}
+    sizes = [
+        f'{name} is {tuple(state[name].shape)} in place of {tuple(value.shape)}'
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    kinds = {'missing': sorted(wanted.keys() - state.keys()), 'unexpected': sorted(state.keys() - wanted.keys()),
+             'size mismatch': sizes}  # fmt: skip
+    problems = [
+        f'{kind}: {", ".join(found[:SHOWN])}' + (f' and {len(found) - SHOWN} more' if len(found) > SHOWN else '')
+        for kind, found in kinds.items()
+        if found
+    ]
+    if problems:
+        raise UserError(f'{path} holds the weights of another architecture than it says; {"; ".join(problems)}')
+    model.load_state_dict({**model.state_dict(), **state})
 
 
 def new_model(args):
@@ -89,13 +133,31 @@ def save_checkpoint(run, args, model, optimizer, epoch, loss):
     return path
 
 
-def read(path, *keys):
-    """These entries of a file that torch.save wrote, on the CPU. No file can run code. Raises WorkError."""
+def load_file(path):
+    """What torch.save wrote into a file, on the CPU. No file can run code. Raises WorkError."""
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        return {key: content[key] for key in keys}
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if refused:
+            raise WorkError(f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain values '
+                            'are read from a checkpoint') from None  # fmt: skip
+        raise WorkError(DAMAGED.format(path)) from None
     except Exception:  # what the unpickler raises on damaged bytes has no common base
-        raise WorkError(f'{path} is damaged or was not written by this project; take another checkpoint') from None
+        raise WorkError(DAMAGED.format(path)) from None
+
+
+def read(path, *keys):
+    """These entries of a file of ours. Raises WorkError."""
+    content = load_file(path)
+    if not isinstance(content, dict) or not all(key in content for key in keys):
+        raise WorkError(DAMAGED.format(path))
+    return {key: content[key] for key in keys}
+
+
+def is_ours(content):
+    keys = ('model', 'optimizer', 'args', 'epoch', 'loss')
+    return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
 
 
 def checkpoints(folder):

@@ -15,8 +15,10 @@ from config import UserError, WorkError, get_config, help_text, nearest, unused
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
-    'evaluate': ('evaluate', 'linear probe and kNN on the frozen backbone of --ckpt_name'),
+    'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer or detection'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
+    'embed': ('embed', 'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector'),
+    'export': ('export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
 }
 
 

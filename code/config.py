@@ -6,7 +6,7 @@ table of overrides; what the user gives on the command line overrides both.
 
 import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository: relative paths in options start here
@@ -20,7 +20,8 @@ class WorkError(Exception):
     """The work itself failed: an unreadable image or checkpoint, a loss that is not finite. One line, exit code 1."""
 
 
-ALL = ('check_dataloader', 'train', 'evaluate', 'infer')
+ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export')
+EVALUATE = ('train', 'evaluate')
 
 
 def option(default, meaning, choices=None, low=None, high=None, used_by=ALL):
@@ -123,22 +124,87 @@ class Config:
 
     # Evaluation
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=('train',))
-    probe_epochs: int = option(100, 'epochs of the linear probe, on features extracted once', low=1, high=10000,
-                               used_by=('train', 'evaluate'))  # fmt: skip
-    probe_batch_size: int = option(256, 'images a step of the linear probe', low=1, high=65536,
-                                   used_by=('train', 'evaluate'))  # fmt: skip
-    probe_learning_rate: float = option(
-        0.5, 'base learning rate of the linear probe: x batch / 256', low=0.0, high=1000.0,
-        used_by=('train', 'evaluate'),
+    protocol: str = option(
+        'linear', 'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
+        'detection: on --detection_path',
+        ('linear', 'knn', 'semi', 'transfer', 'detection'), used_by=EVALUATE,
     )  # fmt: skip
-    knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=('train', 'evaluate'))
+    knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=EVALUATE)
+    crop_scale: float = option(
+        0.08, 'linear, semi, finetune: smallest share of the area in a training crop', low=0.01, high=1.0,
+        used_by=EVALUATE,
+    )  # fmt: skip
+    probe_optimizer: str = option('lars', 'linear: LARS (paper, appendix A) or SGD', ('lars', 'sgd'), used_by=EVALUATE)
+    probe_epochs: int = option(90, 'linear: epochs of the classifier', low=1, high=10000, used_by=EVALUATE)
+    probe_batch_size: int = option(
+        0, 'linear: images a step, whatever the memory holds at once; 0: 4096 (lars), 256 (sgd)', low=0, high=65536,
+        used_by=EVALUATE,
+    )  # fmt: skip
+    probe_learning_rate: float = option(
+        0.0, 'linear: base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)', low=0.0, high=1000.0,
+        used_by=EVALUATE,
+    )  # fmt: skip
+    cache_features: bool = option(
+        False, 'linear: extract the features of some augmented passes once, and train on them: many times faster',
+        used_by=EVALUATE,
+    )  # fmt: skip
+    cache_passes: int = option(4, 'linear: augmented passes that --cache_features keeps', low=1, high=1000,
+                               used_by=EVALUATE)  # fmt: skip
+    label_fraction: float = option(0.1, 'semi: share of the labels, the same number of every class', low=0.0001,
+                                   high=1.0, used_by=EVALUATE)  # fmt: skip
+    subset_list: str = option('', 'semi: a file with the names of the labelled images, one a line, in its place',
+                              used_by=EVALUATE)  # fmt: skip
+    baseline: bool = option(False, 'semi, finetune: also train from scratch on the same labels', used_by=EVALUATE)
+    finetune_epochs: int = option(50, 'semi, finetune: epochs', low=1, high=100000, used_by=EVALUATE)
+    finetune_batch_size: int = option(256, 'semi, finetune: images a step', low=2, high=65536, used_by=EVALUATE)
+    finetune_learning_rate: float = option(
+        0.05, 'semi, finetune: base learning rate of the backbone, x batch / 256', low=0.0, high=100.0,
+        used_by=EVALUATE,
+    )  # fmt: skip
+    head_learning_rate: float = option(
+        1.0, 'semi, finetune: base learning rate of the new linear head, x batch / 256', low=0.0, high=1000.0,
+        used_by=EVALUATE,
+    )  # fmt: skip
+    baseline_learning_rate: float = option(
+        0.1, 'baseline: base learning rate of the whole network, x batch / 256', low=0.0, high=100.0, used_by=EVALUATE
+    )
+    finetune_warmup: float = option(0.1, 'semi, finetune: share of the epochs in which the rates rise', low=0.0,
+                                    high=0.9, used_by=EVALUATE)  # fmt: skip
+    finetune_weight_decay: float = option(1e-4, 'semi, finetune: L2 penalty', low=0.0, high=1.0, used_by=EVALUATE)
+    transfer_path: str = option('', 'transfer: folder with train/<class>/ and val/<class>/', used_by=EVALUATE)
+    transfer: str = option(
+        'linear', 'linear: logistic regression on frozen features, l2 chosen on a held-out fifth of train; finetune',
+        ('linear', 'finetune'), used_by=EVALUATE,
+    )  # fmt: skip
+    detection_path: str = option('', 'detection: folder in the format of VOC or COCO', used_by=EVALUATE)
+    detector: str = option('faster_rcnn', 'detection: torchvision detector, with a feature pyramid',
+                           ('faster_rcnn', 'mask_rcnn'), used_by=EVALUATE)  # fmt: skip
+    init: str = option('checkpoint', 'detection: start from the checkpoint, or random: the baseline',
+                       ('checkpoint', 'random'), used_by=EVALUATE)  # fmt: skip
+    detection_epochs: int = option(12, 'detection: epochs', low=1, high=1000, used_by=EVALUATE)
+    detection_batch_size: int = option(16, 'detection: images a step', low=1, high=1024, used_by=EVALUATE)
+    detection_learning_rate: float = option(0.02, 'detection: learning rate, x batch / 16', low=0.0, high=10.0,
+                                            used_by=EVALUATE)  # fmt: skip
+    detection_size: int = option(800, 'detection: shorter side of an image, in pixels; the longer is at most 5/3 of it',
+                                 low=32, high=4096, used_by=EVALUATE)  # fmt: skip
 
     # Files
     ckpt_path: str = option('data/checkpoints', 'folder of the run folders with checkpoints', used_by=ALL[1:])
     ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
                             used_by=ALL[1:])  # fmt: skip
-    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=ALL[:3])
-    output: str = option('submission.csv', 'the file that infer writes', used_by=('infer',))
+    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], 'embed'))
+    init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool; a new run',
+                            used_by=('train',))  # fmt: skip
+    output: str = option('', 'the file to write: infer submission.csv, embed features.npz or .csv, export backbone.pth',
+                         used_by=('infer', 'embed', 'export'))  # fmt: skip
+    neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',
+                             low=0, high=50, used_by=('infer',))  # fmt: skip
+    projector_images: int = option(1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none",
+                                   low=0, high=8000, used_by=('embed',))  # fmt: skip
+    format: str = option(
+        'torchvision', 'export: the tool that is to load the backbone',
+        ('torchvision', 'timm', 'detectron2', 'onnx', 'safetensors'), used_by=('export',),
+    )  # fmt: skip
 
 
 PRESETS = {
@@ -155,6 +221,8 @@ PRESETS = {
         'learning_rate': 0.03,
         'weight_decay': 5e-4,
         'max_epochs': 800,
+        'probe_optimizer': 'sgd',
+        'probe_epochs': 100,
     },
     # Our own drawings (dataloader/demo.py), tuned to learn in about two minutes on two CPU cores.
     'demo': {
@@ -171,6 +239,11 @@ PRESETS = {
         'learning_rate': 0.8,
         'weight_decay': 5e-4,
         'max_epochs': 15,
+        'probe_optimizer': 'sgd',
+        'probe_epochs': 300,
+        'probe_learning_rate': 100.0,
+        'cache_features': True,
+        'crop_scale': 1.0,  # the size of a pattern matters here
     },
 }
 
@@ -181,11 +254,22 @@ AUGMENTATIONS = {
         'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
         'jitter': (0.4, 0.4, 0.4, 0.1), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
     },
+    'crop': {  # with labels (paper, appendix A): a random resized crop, from --crop_scale on, and a flip
+        'scale': (None, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
+        'jitter': (0.0, 0.0, 0.0, 0.0), 'jitter_prob': 0.0, 'gray_prob': 0.0, 'sigma': (0.1, 2.0),
+    },
     'simclr': {  # SimCLR (arXiv 2002.05709, appendix A) at strength 1
         'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
         'jitter': (0.8, 0.8, 0.8, 0.2), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
     },
 }  # fmt: skip
+
+
+def distortion(args, name):
+    """The row `name` of AUGMENTATIONS."""
+    row = AUGMENTATIONS[name]
+    return {**row, 'scale': (args.crop_scale, 1.0)} if name == 'crop' else row
+
 
 OPTIONS = {f.name: f for f in fields(Config)}
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
@@ -205,6 +289,13 @@ def get_config(**options):
     args = Config(**{**PRESETS[preset], **given, 'preset': preset})
     args.given = set(given)
     return args
+
+
+def changed(args, **changes):
+    """A copy of args with other values, which still knows what was given explicitly."""
+    copy = replace(args, **changes)
+    copy.given = args.given
+    return copy
 
 
 def parse(name, value):

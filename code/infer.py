@@ -5,13 +5,25 @@ from dataclasses import replace
 
 import torch
 
+import pictures
 from ckpt import get_model_ckpt, list_checkpoints, read
-from config import UserError, path_of
-from dataloader.load_dataset import in_order, labelled, load_folder, load_splits, torchvision_kind
-from evaluate import features_of
+from config import UserError, changed, path_of
+from dataloader import vision
+from dataloader.load_dataset import (
+    in_order,
+    labelled,
+    load_folder,
+    load_splits,
+    prepared,
+    select,
+    torchvision_kind,
+)
 from logger import say
-from metric.knn import knn_scores, neighbours
+from metric.knn import knn_scores, nearest, neighbours
+from protocols.features import features_of
 from utils import get_device, write_aside
+
+ROWS = 12  # of the picture of neighbours
 
 
 def infer(args):
@@ -33,7 +45,7 @@ def infer(args):
     images = images_to_predict(args, wanted)
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
 
-    classifier = load_classifier(checkpoint['path'], checkpoint['epoch'])
+    classifier = load_classifier(checkpoint)
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
@@ -54,7 +66,7 @@ def infer(args):
         (name, classes[top[0]], f'{share[0]:.4f}', ';'.join(classes[i] for i in top))
         for name, share, top in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    output = path_of(args.output)
+    output = path_of(args.output or 'submission.csv')
 
     def write(aside):
         with open(aside, 'w', newline='', encoding='utf-8') as file:
@@ -63,7 +75,30 @@ def infer(args):
     write_aside(output, write)
     say(f'{len(rows)} images of {images.folder} predicted by {how}')
     say(f'written to {output}')
+    if args.neighbours:
+        save_neighbours(args, backbone, images, features, output.with_name(f'{output.stem}_neighbours.png'))
     return output
+
+
+def save_neighbours(args, backbone, images, features, path):
+    """A picture of up to ROWS of `images`, spread evenly, each beside the --neighbours nearest training images."""
+    train = load_splits(args)['train']
+    bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
+    rows = torch.linspace(0, len(images) - 1, min(ROWS, len(images))).round().long()
+    cosine, found = nearest(features[rows.to(features.device)], bank, args.neighbours)
+    queries = pixels_of(args, images, rows)
+    grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
+    captions = [f'{images.names[row]}: cosine {", ".join(f"{value:.2f}" for value in values)}'
+                for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)]  # fmt: skip
+    write_aside(path, lambda aside: pictures.beside(grid, captions).save(aside, 'PNG'))
+    say(f'their nearest training images: {path}')
+
+
+def pixels_of(args, images, rows):
+    """The centre crops of these images, n x 3 x S x S in [0, 1], on the CPU."""
+    batches = in_order(changed(args, num_workers=0), select(images, rows))
+    views = [vision.plain_view(batch, args.image_size, args.crop_ratio) for batch, _ in prepared(args, batches)]
+    return vision.denormalise(torch.cat(views)).cpu()
 
 
 def images_to_predict(args, wanted):
@@ -80,10 +115,10 @@ def images_to_predict(args, wanted):
     return load_folder(args, root)
 
 
-def load_classifier(path, epoch):
-    """The classifier that evaluate trained on the checkpoint `path`, or None. Raises WorkError for a damaged file."""
-    file = path.parent / f'classifier_epoch_{epoch}'
+def load_classifier(checkpoint):
+    """The classifier that evaluate trained on this checkpoint, or None. Raises WorkError for a damaged file."""
+    file = checkpoint['run'] / f'classifier_epoch_{checkpoint["epoch"]}'
     if not file.is_file():
         return None
     classifier = read(file, 'weight', 'bias', 'classes', 'checkpoint')
-    return classifier if classifier['checkpoint'] == path.name else None
+    return classifier if classifier['checkpoint'] == checkpoint['path'].name else None

@@ -4,6 +4,9 @@ import sys
 
 from tqdm import tqdm
 
+import pictures
+from utils import write_aside
+
 
 class Logger:
     """Lines for people, scalars and pictures for TensorBoard, of one run."""
@@ -23,14 +26,19 @@ class Logger:
                 print(f'warning: {line}', file=sys.stderr, flush=True)
 
     def scalars(self, step, **values):
-        """step: epochs finished. A name `group_rest` is shown as group/rest."""
+        """step: epochs finished. A name `group_rest` is shown as group/rest, unless it has a / already."""
         for name, value in values.items():
-            self.writer.add_scalar(name.replace('_', '/', 1), value, step)
+            self.writer.add_scalar(name if '/' in name else name.replace('_', '/', 1), value, step)
         self.writer.flush()
 
     def image(self, name, grid, step):
         """grid: 3 x height x width in [0, 1]."""
         self.writer.add_image(name, grid, step)
+
+    def picture(self, name, image, step):
+        """A PIL image, also as a file: <folder>/<name with _ for />.png."""
+        write_aside(self.folder / f'{name.replace("/", "_")}.png', lambda aside: image.save(aside, 'PNG'))
+        self.image(name, pictures.as_tensor(image), step)
 
     def close(self):
         self.writer.close()

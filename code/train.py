@@ -7,15 +7,16 @@ import torch
 from tqdm import tqdm
 
 from ckpt import get_model_ckpt, new_run, save_checkpoint
-from config import AUGMENTATIONS, ROOT, WorkError, path_of
+from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, labelled, prepared
-from evaluate import evaluate_checkpoint, knn_accuracy, why_no_knn
+from evaluate import evaluate_model, why_no_labels
 from logger import Logger, duration, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from utils import get_device, later, random_from, use_bf16, use_compile
+from protocols.knn import knn_accuracy
+from utils import channels_last, get_device, later, random_from, use_bf16, use_compile
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
@@ -39,6 +40,9 @@ def train(args):
         torch.backends.cudnn.benchmark = True
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
     done = 0
+    if checkpoint and not checkpoint['optimizer']:
+        raise UserError(f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
+                        f'--init_from={args.ckpt_name}')  # fmt: skip
     if checkpoint:
         run, done, path = checkpoint['path'].parent, checkpoint['epoch'], checkpoint['path']
         restore(optimizer, checkpoint['optimizer'], args)
@@ -51,7 +55,8 @@ def train(args):
     say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {device}')
     logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if done else 0)
 
-    knn_off = why_no_knn(args, bank, val)
+    splits = {'train': batches.dataset, 'val': val and val.dataset}
+    knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(splits)
     if knn_off:
         say(f'the kNN monitor is off: {knn_off}')
     elif done == 0:
@@ -83,7 +88,8 @@ def train(args):
         say(f'--max_minutes={args.max_minutes:g} have passed: python3 cli.py train --ckpt_name={run.name} goes on')
     else:
         say(f'pretraining done in {duration(time.time() - started)}')
-    result = evaluate_checkpoint(args, path, model, bank, val) if args.evaluate_after else None
+    where = {'path': path, 'run': run, 'epoch': done}
+    result = evaluate_model(args, model, splits, where) if args.evaluate_after else None
     say(summary(args, path, result))
     return path
 
@@ -110,7 +116,7 @@ def train_epoch(args, model, optimizer, batches, epoch, run, logger):
     for step, (images, _) in enumerate(bar):
         waited += time.time() - before
         generator = random_from(args.random_seed, 'views', epoch, step)
-        view1, view2 = vision.two_views(
+        view1, view2 = vision.random_views(
             images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator,
             distorted=not batches.dataset.crops_only, compiled=use_compile(args),
         )  # fmt: skip
@@ -171,11 +177,6 @@ def check_health(args, loss, std, epoch, run, logger):
         )
 
 
-def channels_last(x):
-    """The memory order that convolutions are fastest in, on CPUs (measured: 1.9 times) as on tensor cores."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def restore(optimizer, state, args):
     """Load the optimizer's state, with this call's momentum and weight decay (the rates are set at every step)."""
     optimizer.load_state_dict(state)
@@ -189,11 +190,7 @@ def summary(args, path, result):
     lines = ['', f'checkpoint   {path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
     if result:
-        knn = f'kNN top-1    {result["knn_top1"]:.1f} %, untrained {result["knn_top1_untrained"]:.1f} %'
-        if 'knn_top1_pixels' in result:
-            knn += f', raw pixels {result["knn_top1_pixels"]:.1f} %'
-        lines[1:1] = [f'loss         {path.name.split("_")[1]}', knn, f'linear top-1 {result["top1"]:.1f} %']
-        lines.append(f'result       {run / "evaluate_linear.json"}')
+        lines.append(f'result       {run / result["file"]}')
     if not result:
         lines.append(f'next         python3 cli.py evaluate --ckpt_name={run.name}/{path.name}')
     elif args.preset != 'demo':

@@ -3,12 +3,13 @@
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import os
 import shutil
 
 import torch
 
-from config import UserError, WorkError
+from config import ROOT, UserError, WorkError
 
 
 def get_device(args):
@@ -51,6 +52,19 @@ def prepare_batch(args, batch):
     images, labels = batch
     device = get_device(args)
     return images.to(device, non_blocking=True), labels.to(device, torch.int64, non_blocking=True)
+
+
+def channels_last(x):
+    """The memory order that convolutions are fastest in, on CPUs (measured: 1.9 times) as on tensor cores."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def extra(package, purpose):
+    """Import a package that only `purpose` (an option) needs. Raises UserError with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f'{purpose} needs {package}: pip3 install -r {ROOT}/code/requirements-extra.txt') from None
 
 
 def use_bf16(args):

@@ -25,8 +25,8 @@ from ckpt import checkpoints, new_model, save_checkpoint
 from config import get_config
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
-from evaluate import features_of
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from protocols.features import features_of
 from utils import get_device, random_from, use_bf16, write_aside
 
 CODE = Path(__file__).resolve().parent.parent

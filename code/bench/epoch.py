@@ -14,10 +14,10 @@ import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
 from dataloader.load_dataset import batches, in_order, make_images
-from evaluate import knn_accuracy
 from logger import Logger
-from train import channels_last, train_epoch
-from utils import get_device
+from protocols.knn import knn_accuracy
+from train import train_epoch
+from utils import channels_last, get_device
 
 
 def measure(preset, batch_size, side, steps):
@@ -29,7 +29,7 @@ def measure(preset, batch_size, side, steps):
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     labels, names = torch.arange(count) % 10, [str(i) for i in range(count)]
     images = make_images(args, folder, names, labels, [str(i) for i in range(10)], pixels)
-    train, logger = batches(args, replace(images, random_views=True), shuffled=True), Logger(folder)
+    train, logger = batches(args, replace(images, views=2), shuffled=True), Logger(folder)
 
     def ours():
         train_epoch(args, model, optimizer, train, 1, folder, logger)

@@ -99,7 +99,7 @@ def views(args, batches):
     count = 0
     for step, (images, _) in enumerate(prepared(args, batches)):
         augmentation, generator = AUGMENTATIONS[args.augmentation], random_from(step)
-        view1, _ = vision.two_views(images, args.image_size, augmentation, args.blur_prob, generator, distorted=True)
+        view1, _ = vision.random_views(images, args.image_size, augmentation, args.blur_prob, generator, distorted=True)
         count += len(view1)
     return count
 

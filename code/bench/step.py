@@ -11,8 +11,8 @@ from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
 from config import AUGMENTATIONS
 from dataloader import vision
-from train import channels_last, train_step
-from utils import get_device, random_from, use_compile
+from train import train_step
+from utils import channels_last, get_device, random_from, use_compile
 
 
 def measure(preset, batch_size, side, steps):
@@ -22,7 +22,7 @@ def measure(preset, batch_size, side, steps):
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
 
     def views(step):
-        return vision.two_views(
+        return vision.random_views(
             images, args.image_size, augmentation, args.blur_prob, random_from(step), compiled=use_compile(args)
         )
 

@@ -52,7 +52,7 @@ def describe(args, batches):
     seen, started = 0, time.time()
     for batch in batches:
         batch, _ = prepare_batch(args, batch)
-        views = distorted(args, images, batch) if images.random_views else (plain(args, batch),)
+        views = distorted(args, images, batch) if images.views else (plain(args, batch),)
         first = first or (batch, views)
         seen += len(batch)
         if time.time() - started > SECONDS:
@@ -77,7 +77,7 @@ def shape(tensor):
 def distorted(args, images, batch):
     generator, augmentation = random_from(args.random_seed, 'views', 0, 0), AUGMENTATIONS[args.augmentation]
     ready = not images.crops_only
-    return vision.two_views(batch, args.image_size, augmentation, args.blur_prob, generator, distorted=ready)
+    return vision.random_views(batch, args.image_size, augmentation, args.blur_prob, generator, distorted=ready)
 
 
 def plain(args, images):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
 
-from config import AUGMENTATIONS, ROOT, Config, UserError, WorkError, path_of
+from config import ROOT, Config, UserError, WorkError, distortion, path_of
 from dataloader import cache, demo, vision
 from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, shrink
 from utils import cpu_count, get_device, prepare_batch, random_from
@@ -30,7 +30,7 @@ TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python',
 
 @dataclass(eq=False)
 class Images(torch.utils.data.Dataset):
-    """The images of one split, and how they are read: as two random views each, or as the centre crop."""
+    """The images of one split, and how they are read: as random views of each, or as the centre crop."""
 
     args: Config
     folder: Path
@@ -39,7 +39,7 @@ class Images(torch.utils.data.Dataset):
     classes: list  # names, by number
     pixels: torch.Tensor | None = None  # N x 3 x H x W uint8
     resized: tuple | None = None  # (memory-mapped file, its index): cache.resized
-    random_views: bool = False
+    views: int = 0  # random ones of each image; 0: the centre crop
     crops_only: bool = False  # workers leave all but decoding and cropping to the device
 
     def __len__(self):
@@ -55,40 +55,42 @@ class Images(torch.utils.data.Dataset):
             images = default_collate([self.read(*key) for key in keys])  # in a worker straight into shared memory
         except WorkError as error:
             return error
-        if self.random_views and self.args.augment_on == 'device' and not self.crops_only:
+        if self.views and self.args.augment_on == 'device' and not self.crops_only:
             images = self.distorted(images, *keys[0][1:])
         return images, self.labels[indices]
 
     def in_memory(self):
         """Whether batches are whole images, distorted on the device."""
-        return self.pixels is not None and not (self.random_views and self.args.augment_on == 'worker')
+        return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
 
     def read(self, index, seed, augmentation):
-        """One image: 1 x 3 x S x S uint8, the view for evaluation, or 2 x 3 x S x S, two random crops or views."""
-        if not self.random_views:
+        """One image: 1 x 3 x S x S uint8, the view for evaluation, or views x 3 x S x S, random crops or views."""
+        if not self.views:
             return self.centre_crop(index)
         if self.args.augment_on == 'worker':
             with self.opened(index) as image:
                 views = vision.torchvision_views(self.args.image_size, augmentation, self.args.blur_prob)
-                return views(image.convert('RGB'), seed)
+                return views(image.convert('RGB'), seed, self.views)
         return self.crops(index, augmentation, torch.Generator().manual_seed(seed))
 
     def distorted(self, images, seed, augmentation):
-        """Distort crops in place, N x 2 x 3 x S x S uint8: where the device is the CPU, the workers' part of its work.
+        """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
 
         Whole grey levels, for floats would take as long to hand over as to make.
         """
-        args, row = self.args, AUGMENTATIONS[augmentation]
+        args, row = self.args, distortion(self.args, augmentation)
+        if not vision.has_colours(row, args.blur_prob):
+            return images
         generator, crops = random_from(seed, 'colours'), images.flatten(0, 1)  # not the stream that drew the crops
         crops.copy_(vision.distort(crops, False, args.image_size, row, args.blur_prob, generator, vision.to_bytes))
         return images
 
     def crops(self, index, augmentation, generator):
-        """Two random resized crops from one decoding: 2 x 3 x S x S uint8."""
+        """Random resized crops from one decoding: views x 3 x S x S uint8."""
         size = self.args.image_size
         with self.opened(index) as image:
             width, height = image.size
-            boxes, flips = vision.draw_crops(2, height, width, AUGMENTATIONS[augmentation], generator)
+            boxes, flips = vision.draw_crops(self.views, height, width, distortion(self.args, augmentation), generator)
             if self.args.jpeg_shrink:
                 shrink(image, boxes[:, 2:].min().item() / size)
             ratio = image.height / height  # below 1 where the decoder shrinks the image; boxes are fractional then
@@ -96,7 +98,7 @@ class Images(torch.utils.data.Dataset):
                 image = image.convert('RGB')
             else:
                 pixels = pixels_of(image)[None]
-        crops = torch.empty(2, 3, size, size, dtype=torch.uint8)
+        crops = torch.empty(self.views, 3, size, size, dtype=torch.uint8)
         for out, (top, left, h, w), flip in zip(crops, (boxes * ratio).tolist(), flips.tolist(), strict=True):
             if ratio < 1:
                 box = (left, top, left + w, top + h)
@@ -132,12 +134,13 @@ class Images(torch.utils.data.Dataset):
 class Keys:
     """The batches of one epoch, as (index, seed of its views, augmentation) of every image: the DataLoader's order.
 
-    What an epoch holds depends on `seed`, the epoch's number and the augmentation alone. A shuffled epoch drops the
-    last, smaller batch (its BN statistics would differ); an epoch in order has every image once.
+    What an epoch holds depends on `seed`, the epoch's number and the augmentation alone. drop_last: without the last,
+    smaller batch, whose BN statistics would differ.
     """
 
-    def __init__(self, count, batch_size, seed, augmentation, shuffled):
-        self.count, self.batch_size, self.seed, self.shuffled = count, batch_size, seed, shuffled
+    def __init__(self, count, batch_size, seed, augmentation, shuffled, drop_last):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.shuffled, self.drop_last = shuffled, drop_last
         self.start_epoch(0, augmentation)
 
     def start_epoch(self, epoch, augmentation):
@@ -145,7 +148,7 @@ class Keys:
         self.epoch, self.augmentation = epoch, augmentation
 
     def __len__(self):
-        return self.count // self.batch_size if self.shuffled else -(-self.count // self.batch_size)
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
 
     def __iter__(self):
         if self.shuffled:
@@ -175,7 +178,7 @@ def get_iterator(args):
         )
     iterators = {name: in_order(args, images) for name, images in splits.items() if name != 'train' and images}
     return {
-        'train': batches(args, replace(train, random_views=True), shuffled=True),
+        'train': batches(args, replace(train, views=2), shuffled=True),
         'val': iterators.get('val'),
         'test': iterators.get('test', iterators.get('val')),
     }
@@ -183,15 +186,23 @@ def get_iterator(args):
 
 def in_order(args, images):
     """Batches of a split as evaluation wants it: every image once, in order, the centre crop."""
-    return batches(args, replace(images, random_views=False), shuffled=False)
+    return batches(args, replace(images, views=0), shuffled=False)
 
 
-def batches(args, images, shuffled):
+def shuffled_crops(args, images, drop_last):
+    """Batches for training with labels: one random resized and perhaps flipped crop of each image (AUGMENTATIONS)."""
+    args = replace(args, augmentation='crop', blur_prob=0.0, augment_on='device')
+    return batches(args, replace(images, args=args, views=1), shuffled=True, drop_last=drop_last)
+
+
+def batches(args, images, shuffled, drop_last=None):
+    """A DataLoader of `images`; drop_last: by default where they are shuffled (Keys)."""
+    drop_last = shuffled if drop_last is None else drop_last
     workers = 0 if images.in_memory() else cpu_count() if args.num_workers < 0 else args.num_workers
     on_gpu = images.pixels is not None and images.pixels.is_cuda
     return torch.utils.data.DataLoader(
         images,
-        batch_sampler=Keys(len(images), args.batch_size, args.random_seed, args.augmentation, shuffled),
+        batch_sampler=Keys(len(images), args.batch_size, args.random_seed, args.augmentation, shuffled, drop_last),
         num_workers=workers,
         collate_fn=as_it_is,
         pin_memory=get_device(args).type == 'cuda' and not on_gpu,
@@ -258,8 +269,12 @@ def load_splits(args):
 
 def labelled(images):
     """Those of `images` that have a label (a flat train has none, STL-10's has some)."""
-    rows = (images.labels >= 0).nonzero()[:, 0]
-    if len(rows) == len(images):
+    return select(images, (images.labels >= 0).nonzero()[:, 0])
+
+
+def select(images, rows):
+    """The images of these row numbers (int64), in this order."""
+    if len(rows) == len(images) and torch.equal(rows, torch.arange(len(rows))):
         return images
     names = [images.names[row] for row in rows]
     pixels = None if images.pixels is None else images.pixels[rows.to(images.pixels.device)]

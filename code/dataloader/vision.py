@@ -1,4 +1,6 @@
-"""Two-view augmentation (paper section 3, MoCo v2), a batch at a time on the device, every image with its own draw.
+"""Augmentation: two random views of an image (paper section 3, MoCo v2), a batch at a time on the device.
+
+Every image has its own draw.
 
 The order is the reference's: random resized crop, flip, colour jitter, grayscale, blur, normalise. (The reference
 flips last; a flip commutes with all that stands between.) Every random number comes from a CPU generator, so a seed
@@ -23,12 +25,12 @@ REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 CACHE_BYTES = 2**20  # of one core's cache
 
 
-def two_views(images, size, augmentation, blur_prob, generator, distorted=False, compiled=False):
-    """Two independently distorted views of every image.
+def random_views(images, size, augmentation, blur_prob, generator, count=2, distorted=False, compiled=False):
+    """`count` independently distorted views of every image.
 
-    images: N x 3 x H x W uint8, or N x 2 x 3 x S x S uint8: already cropped, or (distorted) all but normalised.
+    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8: already cropped, or (distorted) all but normalised.
     size: S. augmentation: a row of config.AUGMENTATIONS. generator: CPU generator. compiled: on a GPU, fuse the
-    colours into few kernels with torch.compile. Returns two normalised float tensors, N x 3 x S x S.
+    colours into few kernels with torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
     whole = images.ndim == 4
     if distorted and not whole:
@@ -37,8 +39,8 @@ def two_views(images, size, augmentation, blur_prob, generator, distorted=False,
         views = tuple(normalise_bytes(view) for view in images.unbind(1))
         torch.set_num_threads(threads)
         return views
-    images = images.repeat(2, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
-    return distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled).chunk(2)
+    images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
+    return distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled).chunk(count)
 
 
 def distort(images, whole, size, augmentation, blur_prob, generator, finish, compiled=False):
@@ -51,6 +53,8 @@ def distort(images, whole, size, augmentation, blur_prob, generator, finish, com
     draws = draw_colours(len(images), augmentation, blur_prob, generator)
     if images.device.type != 'cpu':
         x = crop_resize(images / 255, boxes, flips, size) if whole else images / 255
+        if not has_colours(augmentation, blur_prob):
+            return finish(x)
         draws = {name: draw.to(x.device, non_blocking=True) for name, draw in draws.items()}
         sigma = draws.pop('sigma')
         x = (compiled_once(recolour_all) if compiled else recolour_all)(x, **draws)
@@ -67,6 +71,11 @@ def distort(images, whole, size, augmentation, blur_prob, generator, finish, com
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
+def has_colours(augmentation, blur_prob):
+    """Whether anything but the crop and the flip is random."""
+    return bool(augmentation['jitter_prob'] or augmentation['gray_prob'] or blur_prob)
+
+
 @functools.cache
 def compiled_once(function):
     return torch.compile(function, dynamic=True)
@@ -76,7 +85,7 @@ def compiled_once(function):
 def torchvision_views(size, augmentation, blur_prob):
     """The reference: torchvision's transforms, one image at a time.
 
-    augmentation: its name. Returns a function that maps (PIL image, seed) to its two views, 2 x 3 x S x S uint8.
+    augmentation: its name. Returns a function of (PIL image, seed, count) to its views, count x 3 x S x S uint8.
     """
     from torchvision.transforms import v2
 
@@ -90,10 +99,10 @@ def torchvision_views(size, augmentation, blur_prob):
         v2.ToImage(),
     ])  # fmt: skip
 
-    def views(image, seed):
+    def views(image, seed, count):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return torch.stack((transform(image), transform(image)))
+            return torch.stack([transform(image) for _ in range(count)])
 
     return views
 

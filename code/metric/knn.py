@@ -20,6 +20,11 @@ def knn_scores(queries, bank, labels, num_classes, k, temperature, chunk=1024):
     return torch.cat(scores)
 
 
+def nearest(queries, bank, k):
+    """(cosines, row numbers in bank), both Q x k, of each query's k nearest, the nearest first. For few queries."""
+    return (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(min(k, len(bank)), dim=1)
+
+
 def neighbours(k, labels):
     """k, or the images a class has on average where that is fewer: more neighbours than that must be wrong ones."""
     return max(1, min(k, len(labels) // max(1, len(labels.unique()))))

@@ -13,7 +13,15 @@ from dataloader import demo
 CODE = Path(__file__).resolve().parent.parent
 KINDS = (demo.checks, demo.dots, demo.stripes)
 # A model and a run small enough for a test; what a test varies it gives after these.
-TINY = ('--preset=demo', '--batch_size=16', '--proj_dim=32', '--pred_dim=8', '--max_epochs=2', '--probe_epochs=20')
+TINY = (
+    '--preset=demo',
+    '--batch_size=16',
+    '--proj_dim=32',
+    '--pred_dim=8',
+    '--max_epochs=2',
+    '--probe_epochs=20',
+    '--cache_passes=1',
+)
 
 
 def draw_folder(folder, counts, side=48, suffix='.png'):

@@ -145,7 +145,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     assert (result['protocol'], result['epoch'], result['num_train'], result['num_val']) == ('linear', 2, 72, 24)
     assert result['top5'] == 100  # there are three classes
     assert sum(result['per_class'].values()) / 3 == pytest.approx(result['top1'])
-    assert f'top-1 {result["top1"]:.2f} %' in done.stdout
+    assert re.search(rf'^top-1 +{result["top1"]:.2f} %$', done.stdout, re.M)
     assert f'{result["knn_top1"]:.2f} %' in re.search(r'epoch 2/2 .*', train(tmp_path, drawn).stdout)[0]
 
     output = tmp_path / 'submission.csv'
@@ -279,7 +279,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
     (tmp_path / 'ckpt').mkdir()
     torch.save({'model': Harmful(tmp_path / 'harm')}, tmp_path / 'ckpt/bad')
     assert cli.main(['evaluate', '--ckpt_name=bad', f'--ckpt_path={tmp_path}/ckpt']) == 1
-    assert 'is damaged or was not written by' in one_line(capsys.readouterr().err)
+    assert 'is not loaded: it wants to run io.open' in one_line(capsys.readouterr().err)
     assert not (tmp_path / 'harm').exists()
 
 
@@ -335,8 +335,8 @@ def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
 
 
 def test_simsiam_learns_the_demo(tmp_path):
-    """A quarter of `make train`'s epochs on the real demo set, evaluation included."""
-    done = run('train', '--preset=demo', '--max_epochs=4', '--evaluate_after=True', '--knn_pixels=True',
+    """Six of `make train`'s fifteen epochs on the real demo set, evaluation included."""
+    done = run('train', '--preset=demo', '--max_epochs=6', '--evaluate_after=True', '--knn_pixels=True',
                *own_paths(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert 'Traceback' not in done.stderr

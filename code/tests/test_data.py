@@ -189,7 +189,7 @@ def views_of(args, epochs):
         batches.batch_sampler.start_epoch(epoch, args.augmentation)
         for step, (images, _) in enumerate(batches):
             ready = not batches.dataset.crops_only
-            views += vision.two_views(images, 32, AUGMENTATIONS[args.augmentation], args.blur_prob,
+            views += vision.random_views(images, 32, AUGMENTATIONS[args.augmentation], args.blur_prob,
                                       random_from(epoch, step), distorted=ready)  # fmt: skip
     return torch.cat(views)
 

@@ -216,7 +216,7 @@ def pretrain(stop_gradient, steps=300, n=1024):
     model = SimSiam(get_config(preset='demo', stem='imagenet', proj_dim=64, pred_dim=16))
     optimizer, history = make_sgd(model, 0.9, 5e-4), []
     for step in range(steps):
-        view1, view2 = vision.two_views(images, 8, AUGMENTATIONS['moco'], 0.0, random_from(step))
+        view1, view2 = vision.random_views(images, 8, AUGMENTATIONS['moco'], 0.0, random_from(step))
         rate = learning_rate(step / steps, 0, 0.2)
         set_learning_rates(optimizer, rate, 0.2 if stop_gradient else rate)
         p1, p2, z1, z2 = model(view1, view2)

@@ -182,7 +182,7 @@ def test_colours_are_distributed_as_stated(name):
 
 def test_two_views_are_fixed_by_the_generator_and_differ():
     images = (photos(6, 40, 40) * 255).to(torch.uint8)
-    first, again, other = (vision.two_views(images, 24, MOCO, 0.5, random_from(seed)) for seed in (1, 1, 2))
+    first, again, other = (vision.random_views(images, 24, MOCO, 0.5, random_from(seed)) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other, strict=True):
         assert a.shape == (6, 3, 24, 24)
         assert torch.equal(a, b)
@@ -194,11 +194,11 @@ def test_without_distortion_the_views_are_the_image():
     plain = {'scale': (1, 1), 'ratio': (1, 1), 'flip': 0, 'jitter': (0, 0, 0, 0), 'jitter_prob': 1, 'gray_prob': 0,
              'sigma': (0.1, 2.0)}  # fmt: skip
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
-    for view in vision.two_views(images, 16, plain, 0.0, random_from(0)):
+    for view in vision.random_views(images, 16, plain, 0.0, random_from(0)):
         torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)
     crops = torch.stack((images, 255 - images), 1)  # as workers send them, for a GPU to distort or distorted already
     for distorted in (False, True):
-        view1, view2 = vision.two_views(crops, 16, plain, 0.0, random_from(0), distorted=distorted)
+        view1, view2 = vision.random_views(crops, 16, plain, 0.0, random_from(0), distorted=distorted)
         torch.testing.assert_close(vision.denormalise(view1), images / 255, atol=1e-4, rtol=0)
         torch.testing.assert_close(vision.denormalise(view2), 1 - images / 255, atol=1e-4, rtol=0)
 

@@ -1,0 +1,154 @@
+"""Images with boxes (and masks), from a folder in the format of COCO or of VOC, as one COCO-style table.
+
+COCO   annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or images/<split>*/
+VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{train or trainval, val or test}.txt; boxes, no masks
+"""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from config import UserError, WorkError
+from dataloader.files import decode
+
+
+@dataclass
+class Boxes(Dataset):
+    """The images of one split. table: images, annotations and categories as COCO's JSON has them."""
+
+    folder: Path
+    table: dict
+    masks: bool
+    flip: bool = False  # each image is mirrored half of the time: training
+
+    def __post_init__(self):
+        self.of_image = {image['id']: [] for image in self.table['images']}
+        for box in self.table['annotations']:
+            self.of_image[box['image_id']].append(box)
+        self.number = {category['id']: i + 1 for i, category in enumerate(self.table['categories'])}
+
+    def __len__(self):
+        return len(self.table['images'])
+
+    def __getitem__(self, key):
+        """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""
+        index, mirror = key
+        entry = self.table['images'][index]
+        image = torch.from_numpy(np.array(decode(self.folder / entry['file_name']))).permute(2, 0, 1) / 255
+        kept = [box for box in self.of_image[entry['id']] if not box['iscrowd'] and min(box['bbox'][2:]) > 0]
+        boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # left, top, width, height to left, top, right, bottom
+        target = {
+            'boxes': boxes,
+            'labels': torch.tensor([self.number[box['category_id']] for box in kept], dtype=torch.int64),
+            'image_id': entry['id'],
+        }
+        if self.masks:
+            masks = [mask_of(box['segmentation'], *image.shape[1:]) for box in kept]
+            target['masks'] = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
+        if mirror:
+            image = image.flip(2)
+            boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
+            if self.masks:
+                target['masks'] = target['masks'].flip(2)
+        return image, target
+
+
+def load_boxes(folder, masks):
+    """{'train': Boxes, 'val': Boxes} of a folder in either format. Raises UserError where it is in neither."""
+    if (folder / 'annotations').is_dir():
+        splits = {split: coco_split(folder, split, masks) for split in ('train', 'val')}
+        if splits['train'].number != splits['val'].number:
+            raise WorkError(f'the categories of train and of val in {folder}/annotations are not the same')
+        return splits
+    if (folder / 'ImageSets/Main').is_dir():
+        if masks:
+            raise UserError('--detector=mask_rcnn wants masks, which the VOC format has not: take faster_rcnn or COCO')
+        numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
+        lists = {'train': ('train', 'trainval'), 'val': ('val', 'test')}
+        return {split: voc_split(folder, names, numbers) for split, names in lists.items()}
+    raise UserError(f'--detection_path: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
+
+
+def coco_split(folder, split, masks):
+    files = sorted((folder / 'annotations').glob(f'instances_{split}*.json'))
+    if not files:
+        raise UserError(f'--detection_path: there is no {folder}/annotations/instances_{split}*.json')
+    own = files[0].stem.removeprefix('instances_')
+    places = [folder / own, folder / 'images' / own, folder / split, folder / 'images' / split, folder / 'images']
+    images = next((place for place in places if place.is_dir()), None)
+    if images is None:
+        raise UserError(f'--detection_path: the images of {files[0].name} are not in {folder}/{own}')
+    try:
+        table = json.loads(files[0].read_text())
+        table = {key: table[key] for key in ('images', 'annotations', 'categories')}
+        table['annotations'] = [{'iscrowd': 0, 'area': box['bbox'][2] * box['bbox'][3], **box}
+                                for box in table['annotations']]  # fmt: skip
+        inside(table, images)
+        return Boxes(images, table, masks)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None
+
+
+def inside(table, folder):
+    """No file name may lead out of the folder of the images."""
+    for image in table['images']:
+        if not (folder / image['file_name']).resolve().is_relative_to(folder.resolve()):
+            raise WorkError(f'the annotations name {image["file_name"]!r}, which is not inside {folder}')
+
+
+def voc_classes(folder):
+    """The names of all classes that are annotated, sorted."""
+    return sorted({thing.findtext('name') for path in sorted((folder / 'Annotations').glob('*.xml'))
+                   for thing in annotation(path).iter('object')})  # fmt: skip
+
+
+def voc_split(folder, names, numbers):
+    lists = [folder / f'ImageSets/Main/{name}.txt' for name in names]
+    path = next((path for path in lists if path.is_file()), None)
+    if path is None:
+        raise UserError(f'--detection_path: there is no {lists[0]}')
+    images, boxes = [], []
+    for number, line in enumerate(path.read_text().split()):
+        file = folder / f'Annotations/{line}.xml'
+        root = annotation(file)
+        try:
+            size = root.find('size')
+            images.append({'id': number, 'file_name': f'{line}.jpg', 'width': int(size.findtext('width')),
+                           'height': int(size.findtext('height'))})  # fmt: skip
+            for thing in root.iter('object'):
+                left, top, right, bottom = (float(thing.find('bndbox').findtext(side))
+                                            for side in ('xmin', 'ymin', 'xmax', 'ymax'))  # fmt: skip
+                box = [left - 1, top - 1, right - left + 1, bottom - top + 1]  # VOC counts pixels from 1, both included
+                boxes.append({'id': len(boxes) + 1, 'image_id': number, 'category_id': numbers[thing.findtext('name')],
+                              'bbox': box, 'area': box[2] * box[3],
+                              'iscrowd': int(thing.findtext('difficult') == '1')})  # fmt: skip
+        except (AttributeError, TypeError, ValueError) as error:
+            raise WorkError(f'{file} is not in the VOC format: {error}') from None
+    categories = [{'id': number, 'name': name} for name, number in numbers.items()]
+    table = {'images': images, 'annotations': boxes, 'categories': categories}
+    inside(table, folder / 'JPEGImages')
+    return Boxes(folder / 'JPEGImages', table, masks=False)
+
+
+def annotation(path):
+    try:
+        return ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise WorkError(f'{path} cannot be read: {error}') from None
+
+
+def mask_of(segmentation, height, width):
+    """A COCO segmentation (polygons or run lengths) as height x width uint8, 1 inside."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list):
+        segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation['counts'], list):
+        segmentation = mask.frPyObjects(segmentation, height, width)
+    return torch.from_numpy(mask.decode(segmentation))

@@ -1,0 +1,151 @@
+"""Object detection from the backbone: torchvision's Faster R-CNN or Mask R-CNN with a feature pyramid, AP as COCO's.
+
+The paper (table 5) has Detectron2's C4 detectors; those are for `export --format=detectron2`. This protocol needs
+nothing but torchvision and pycocotools, and compares backbones on any folder of boxes.
+"""
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from tqdm import tqdm
+
+from ckpt import new_model
+from config import UserError, WorkError, path_of
+from dataloader.boxes import load_boxes
+from model.layouts import BLOCKS
+from optimizer.sgd import learning_rate
+from utils import cpu_count, extra, get_device, random_from, use_bf16
+
+STAGES = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+
+
+def detection(args, model):
+    """Train a detector on --detection_path and judge it. Returns (result with AP, AP50, AP75 in percent, three None).
+
+    The backbone starts from `model`, or with --init=random untrained; all of it is trained, its BN included.
+    """
+    extra('pycocotools', '--protocol=detection')
+    if not args.detection_path:
+        raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
+    if args.backbone not in BLOCKS or args.stem == 'cifar':
+        raise UserError(f'--protocol=detection wants a ResNet with the ImageNet stem, not --backbone={args.backbone} '
+                        f'--stem={args.stem}')  # fmt: skip
+    masks = args.detector == 'mask_rcnn'
+    splits = load_boxes(path_of(args.detection_path), masks)
+    train, val = splits['train'], splits['val']
+    if not len(train) or not len(val) or not val.table['annotations']:
+        raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
+    backbone = (new_model(args) if args.init == 'random' else model).backbone
+    detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
+    fit(args, detector, train)
+    result = {'init': args.init, 'detector': args.detector, **score(args, detector, val, masks)}
+    return {**result, 'num_train': len(train), 'num_val': len(val)}, None, None, None
+
+
+def make_detector(args, backbone, num_classes, masks):
+    """torchvision's detector on the four stages of a ResNet. num_classes: without the background."""
+    width = backbone.inplanes  # of the last stage
+    pyramid = BackboneWithFPN(backbone, STAGES, [width // 8, width // 4, width // 2, width], 256)
+    kind = MaskRCNN if masks else FasterRCNN
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.random_seed)
+        return kind(pyramid, num_classes + 1, min_size=args.detection_size, max_size=round(args.detection_size * 5 / 3))
+
+
+def fit(args, detector, train):
+    """SGD with momentum 0.9 and weight decay 1e-4, a short linear rise of the rate and half a cosine to zero."""
+    device, bf16 = get_device(args), use_bf16(args)
+    size = min(args.detection_batch_size, len(train))
+    steps = len(train) // size
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    bar = tqdm(total=steps * args.detection_epochs, desc='detection', unit='batches', leave=False, disable=None)
+    detector.train()
+    for epoch in range(args.detection_epochs):
+        generator = random_from(args.random_seed, 'detection', epoch)
+        order = torch.randperm(len(train), generator=generator).tolist()
+        mirror = (torch.rand(len(train), generator=generator) < 0.5).tolist()
+        keys = [(index, mirror[index]) for index in order[: steps * size]]
+        for step, (images, targets) in enumerate(loader(args, train, keys, size)):
+            progress = (epoch + step / steps) / args.detection_epochs
+            optimizer.param_groups[0]['lr'] = learning_rate(progress, WARMUP, args.detection_learning_rate * size / 16)
+            images = [image.to(device, non_blocking=True) for image in images]
+            targets = [{name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
+                       for target in targets]  # fmt: skip
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = sum(detector(images, targets).values())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            bar.update()
+            if step % 20 == 0:
+                value = loss.item()
+                bar.set_postfix_str(f'loss {value:.3f}')
+                if not np.isfinite(value):
+                    raise WorkError(f'the detection loss is {value} in epoch {epoch + 1}: try a lower '
+                                    f'--detection_learning_rate (now {args.detection_learning_rate})')  # fmt: skip
+    bar.close()
+
+
+def loader(args, boxes, keys, size):
+    """Batches of (images, targets) for these keys, in order."""
+    workers = cpu_count() if args.num_workers < 0 else args.num_workers
+    return torch.utils.data.DataLoader(boxes, size, sampler=keys, num_workers=workers, collate_fn=in_lists)
+
+
+def in_lists(batch):
+    return tuple(zip(*batch, strict=True))
+
+
+@torch.inference_mode()
+def score(args, detector, val, masks):
+    """AP, AP50 and AP75 of boxes, and of masks where there are, in percent, by pycocotools."""
+    device, numbers = get_device(args), {number: category for category, number in val.number.items()}
+    detector.eval()
+    found = {'bbox': [], 'segm': []}
+    keys = [(index, False) for index in range(len(val))]
+    batches = loader(args, val, keys, args.detection_batch_size)
+    for images, targets in tqdm(batches, desc='detecting', unit='batches', leave=False, disable=None):
+        outputs = detector([image.to(device) for image in images])
+        for output, target in zip(outputs, targets, strict=True):
+            boxes = output['boxes'].cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip(boxes.tolist(), output['labels'].tolist(), output['scores'].tolist(), strict=True)
+            for i, (box, label, confidence) in enumerate(rows):
+                guess = {'image_id': target['image_id'], 'category_id': numbers[label], 'score': confidence}
+                found['bbox'].append({**guess, 'bbox': box})
+                if masks:
+                    found['segm'].append({**guess, 'segmentation': run_lengths(output['masks'][i, 0] > 0.5)})
+    result = {}
+    for kind, prefix in (('bbox', ''), ('segm', 'mask_')) if masks else (('bbox', ''),):
+        values = average_precision(val.table, found[kind], kind)
+        result |= {f'{prefix}{name}': value for name, value in zip(('AP', 'AP50', 'AP75'), values, strict=True)}
+    return result
+
+
+def run_lengths(mask):
+    from pycocotools import mask as coco
+
+    return coco.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+
+
+def average_precision(table, found, kind):
+    """(AP, AP50, AP75) in percent of detections in COCO's format against a table like COCO's. kind: bbox or segm."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if not found:
+        return 0.0, 0.0, 0.0
+    with contextlib.redirect_stdout(io.StringIO()):  # both print as they go
+        truth = COCO()
+        truth.dataset = {'info': {}, **table}
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(found), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return tuple(100 * float(value) for value in judge.stats[:3])

@@ -1,0 +1,44 @@
+"""Features of a frozen backbone, BN in eval mode: of the centre crops, or of one augmented pass."""
+
+import torch
+from tqdm import tqdm
+
+from config import distortion
+from dataloader import vision
+from dataloader.load_dataset import prepared
+from model.backbone import extract_features
+from utils import channels_last, get_device, random_from
+
+
+def features_of(args, backbone, batches, title=None, bf16=False):
+    """(N x d float, N int64 labels) of the centre crops of `batches`, on the device.
+
+    title: of the progress bar; without one, no bar. bf16: compute in bfloat16, exact enough to watch a run by.
+    """
+    shown = tqdm(batches, desc=title, unit='batches', leave=False, disable=None if title else True)
+    views = (
+        (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
+        for images, labels in prepared(args, shown)
+    )
+    with torch.autocast(get_device(args).type, torch.bfloat16, enabled=bf16):
+        return extract_features(backbone, views)
+
+
+def labelled_crops(args, batches, epoch):
+    """One epoch of load_dataset.shuffled_crops: pairs of normalised views, N x 3 x S x S, and labels, on the device."""
+    batches.batch_sampler.start_epoch(epoch, 'crop')
+    ready = not batches.dataset.crops_only
+    for step, (images, labels) in enumerate(prepared(args, batches)):
+        generator = random_from(args.random_seed, 'crops', epoch, step)
+        (view,) = vision.random_views(
+            images, args.image_size, distortion(args, 'crop'), 0.0, generator, count=1, distorted=ready
+        )
+        yield channels_last(view), labels
+
+
+def augmented_features(args, backbone, batches, epoch, bf16=False):
+    """One epoch of labelled_crops as pairs of features, N x d float, and labels. The backbone is in eval mode."""
+    for view, labels in labelled_crops(args, batches, epoch):
+        with torch.no_grad(), torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
+            features = backbone(view)
+        yield features.float(), labels

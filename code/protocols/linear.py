@@ -1,0 +1,114 @@
+"""Linear evaluation: a linear classifier on the frozen backbone (paper appendix A)."""
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from dataloader.load_dataset import in_order, labelled, shuffled_crops
+from metric.accuracy import topk_accuracy
+from optimizer.lars import Lars
+from optimizer.sgd import learning_rate
+from protocols.features import augmented_features, features_of
+from protocols.knn import references, vote
+from utils import get_device, random_from, use_bf16
+
+# Of each --probe_optimizer: base learning rate (x batch / 256) and batch size (paper, appendix A; MoCo's for SGD).
+PROBE = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
+
+
+def linear(args, model, splits):
+    """Returns (result, scores of val, labels of val, classifier, classes).
+
+    Training sees a random resized crop and a flip of each image, anew in every epoch, or with --cache_features those of
+    --cache_passes epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
+    """
+    train, val = labelled(splits['train']), splits['val']
+    backbone, num_classes, bf16 = model.backbone.eval(), len(val.classes), use_bf16(args)
+    size = min(args.probe_batch_size or PROBE[args.probe_optimizer][1], len(train))
+    crops = shuffled_crops(args, train, drop_last=False)
+    if args.cache_features:
+        pairs_of = cached_features(args, backbone, crops, size, bf16)
+    else:
+
+        def pairs_of(epoch):
+            return augmented_features(args, backbone, crops, epoch, bf16)
+
+    weight, bias = train_probe(args, pairs_of, len(train), size, num_classes)
+
+    train_features, train_labels = features_of(args, backbone, in_order(args, train), 'features of train')
+    val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
+    scores = val_features @ weight.T + bias
+    votes = vote(args, train_features, train_labels, val_features, num_classes)
+    result = {
+        'top1': topk_accuracy(scores, val_labels, 1),
+        'top5': topk_accuracy(scores, val_labels, 5),
+        'knn_top1': topk_accuracy(votes, val_labels, 1),
+        **references(args, in_order(args, train), in_order(args, val)),
+        'features': f'{args.cache_passes} passes, kept' if args.cache_features else 'new crops in every epoch',
+        'optimizer': args.probe_optimizer,
+        'num_train': len(train_labels),
+        'num_val': len(val_labels),
+    }
+    return result, scores, val_labels, {'weight': weight.cpu(), 'bias': bias.cpu()}, val.classes
+
+
+def train_probe(args, pairs_of, count, size, num_classes):
+    """The classifier (weight, num_classes x d; bias, num_classes) after --probe_epochs of LARS or SGD, no weight decay.
+
+    pairs_of(epoch): an epoch's pairs of features, n x d, and labels, n, in batches of any size, `count` images in all.
+    A step takes `size` of them, whatever the batches: the gradient of a batch that would not fit into memory at once.
+    """
+    device = get_device(args)
+    base = args.probe_learning_rate or PROBE[args.probe_optimizer][0]
+    top, steps, optimizer = base * size / 256, -(-count // size), None
+    for epoch in tqdm(range(args.probe_epochs), desc='linear probe', unit='epochs', leave=False, disable=None):
+        for step, (x, labels) in enumerate(in_steps(pairs_of(epoch), size)):
+            if optimizer is None:
+                weight = 0.01 * torch.randn(num_classes, x.shape[1], generator=random_from(args.random_seed, 'probe'))
+                weight = weight.to(device).requires_grad_()
+                bias = torch.zeros(num_classes, device=device, requires_grad=True)
+                kind = Lars if args.probe_optimizer == 'lars' else torch.optim.SGD
+                optimizer = kind([weight, bias], lr=0.0, momentum=0.9)
+            rate = learning_rate((epoch + step / steps) / args.probe_epochs, 0, top)
+            optimizer.param_groups[0]['lr'] = rate
+            loss = cross_entropy(x @ weight.T + bias, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return weight.detach(), bias.detach()
+
+
+def in_steps(pairs, size):
+    """The rows of `pairs` of tensors in groups of `size`; the last may be smaller."""
+    kept, count = [], 0
+    for pair in pairs:
+        kept.append(pair)
+        count += len(pair[0])
+        while count >= size:
+            x, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            yield x[:size], labels[:size]
+            kept, count = [(x[size:], labels[size:])], count - size
+    if count:
+        yield tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
+
+
+def cached_features(args, backbone, crops, size, bf16):
+    """pairs_of for train_probe, from the features of --cache_passes epochs that are extracted here, once.
+
+    They stay on the device where they take less than half of what is free there, else in the CPU's memory.
+    """
+    passes = []
+    for epoch in tqdm(range(args.cache_passes), desc='features', unit='passes', leave=False, disable=None):
+        pairs = [(x, labels) for x, labels in augmented_features(args, backbone, crops, epoch, bf16)]
+        x, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        if x.is_cuda and x.nbytes * (args.cache_passes - epoch) > torch.cuda.mem_get_info(x.device)[0] / 2:
+            x = x.cpu()
+        passes.append((x, labels))
+
+    def pairs_of(epoch):
+        x, labels = passes[epoch % len(passes)]
+        order = torch.randperm(len(x), generator=random_from(args.random_seed, 'probe order', epoch))
+        for rows in order.split(size):
+            yield x[rows.to(x.device)].to(labels.device), labels[rows.to(labels.device)]
+
+    return pairs_of

@@ -1,0 +1,79 @@
+"""Transfer to another set of labelled images: logistic regression on frozen features, or fine-tuning."""
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from config import UserError, changed, path_of
+from dataloader.load_dataset import in_order, labelled, load_splits
+from metric.accuracy import topk_accuracy
+from protocols.features import features_of
+from protocols.finetune import balanced, finetune
+
+L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
+HELD_OUT = 0.2  # share of train that chooses among them
+
+
+def transfer(args, model, splits):
+    """The set of --transfer_path with the backbone. Returns (result, scores of its val, labels, None,
+    classes)."""
+    if not args.transfer_path:
+        raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
+    there = changed(args, image_path=args.transfer_path, preset='imagenet')
+    splits = load_splits(there)
+    train, val = labelled(splits['train']), splits['val']
+    if val is None or not len(train) or not (val.labels >= 0).any():
+        raise UserError(f'--transfer_path: {path_of(args.transfer_path)} wants class folders in train/ and in val/')
+    if args.transfer == 'finetune':
+        result, scores, labels = finetune(there, model.backbone, train, val)
+    else:
+        result, scores, labels = regression(there, model.backbone, train, val)
+    result = {'transfer': args.transfer, 'transfer_path': str(path_of(args.transfer_path)), **result}
+    return result, scores, labels, None, val.classes
+
+
+def regression(args, backbone, train, val):
+    """Multinomial logistic regression on the features of the centre crops, its l2 strength chosen on a held-out part of
+    train, then fitted to all of it. Returns (result, scores, labels)."""
+    x, labels = features_of(args, backbone, in_order(args, train), 'features of train')
+    val_x, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
+    held = balanced(train.labels, HELD_OUT, args.random_seed).to(x.device)
+    kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    kept[held] = False
+    num_classes, start, tried = len(val.classes), None, {}
+    for l2 in tqdm(L2, desc='l2 strength', unit='fits', leave=False, disable=None):
+        start = logistic_regression(x[kept], labels[kept], num_classes, l2, start)
+        tried[l2] = topk_accuracy(x[held] @ start[0].T + start[1], labels[held], 1)
+    best = max(tried, key=tried.get)  # the strongest of equals
+    weight, bias = logistic_regression(x, labels, num_classes, best)
+    scores = val_x @ weight.T + bias
+    result = {
+        'top1': topk_accuracy(scores, val_labels, 1),
+        'top5': topk_accuracy(scores, val_labels, 5),
+        'l2': best,
+        'held_out_top1': tried[best],
+        'num_train': len(train),
+        'num_val': len(val),
+    }
+    return result, scores, val_labels
+
+
+def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):
+    """(weight, num_classes x d; bias, num_classes) that minimise sum of cross-entropies + l2 / 2 |weight|^2, by L-BFGS.
+
+    x: N x d; labels: N. start: a solution to go on from, such as that of a stronger l2.
+    """
+    zeros = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
+    weight, bias = (part.clone().requires_grad_() for part in (start or zeros))
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn='strong_wolfe'
+    )
+
+    def loss():
+        solver.zero_grad()
+        value = cross_entropy(x @ weight.T + bias, labels) + l2 / (2 * len(x)) * (weight**2).sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return weight.detach(), bias.detach()
