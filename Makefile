@@ -19,6 +19,6 @@ test: .venv/installed-tests
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-tests: .venv/installed code/tests/requirements.txt
+.venv/installed-tests: .venv/installed code/tests/requirements.txt code/requirements-extra.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r code/tests/requirements.txt
 	touch $@

@@ -46,7 +46,7 @@ def small(stride):
     return network
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(backbone, batches):
     """Features of every image of `batches`, in order, BN in eval mode: (N x d float, N int64 labels), on the device.
 

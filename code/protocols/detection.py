@@ -9,8 +9,11 @@ import io
 
 import numpy as np
 import torch
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
 from ckpt import new_model
@@ -20,7 +23,9 @@ from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
 from utils import cpu_count, extra, get_device, random_from, use_bf16
 
-STAGES = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
+# The modules whose outputs a pyramid is made of, and the names of its levels.
+RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
+STAGES = {**dict.fromkeys(BLOCKS, RESNET), 'small': {'3': '0', '4': '1', '5': '2'}}
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
@@ -32,9 +37,6 @@ def detection(args, model):
     extra('pycocotools', '--protocol=detection')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    if args.backbone not in BLOCKS or args.stem == 'cifar':
-        raise UserError(f'--protocol=detection wants a ResNet with the ImageNet stem, not --backbone={args.backbone} '
-                        f'--stem={args.stem}')  # fmt: skip
     masks = args.detector == 'mask_rcnn'
     splits = load_boxes(path_of(args.detection_path), masks)
     train, val = splits['train'], splits['val']
@@ -48,13 +50,24 @@ def detection(args, model):
 
 
 def make_detector(args, backbone, num_classes, masks):
-    """torchvision's detector on the four stages of a ResNet. num_classes: without the background."""
-    width = backbone.inplanes  # of the last stage
-    pyramid = BackboneWithFPN(backbone, STAGES, [width // 8, width // 4, width // 2, width], 256)
-    kind = MaskRCNN if masks else FasterRCNN
+    """torchvision's detector on a pyramid of the backbone's stages. num_classes: without the background.
+
+    As there, an anchor is 8 times as wide as the stride of its level, and the last level is the pooled last stage.
+    """
+    with torch.no_grad():
+        maps = IntermediateLayerGetter(backbone.cpu().eval(), STAGES[args.backbone])(torch.zeros(1, 3, 256, 256))
+    strides = [256 // found.shape[2] for found in maps.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
-        return kind(pyramid, num_classes + 1, min_size=args.detection_size, max_size=round(args.detection_size * 5 / 3))
+        pyramid = BackboneWithFPN(backbone, STAGES[args.backbone], [found.shape[1] for found in maps.values()], 256)
+        sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
+        heads = {'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+                 'box_roi_pool': MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2)}  # fmt: skip
+        if masks:
+            heads['mask_roi_pool'] = MultiScaleRoIAlign(list(maps), output_size=14, sampling_ratio=2)
+        kind = MaskRCNN if masks else FasterRCNN
+        size = args.detection_size
+        return kind(pyramid, num_classes + 1, min_size=size, max_size=round(size * 5 / 3), **heads)
 
 
 def fit(args, detector, train):

@@ -1,0 +1,171 @@
+"""Detection end to end on small drawn sets in both formats; AP against cases whose value is known."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import cli
+from config import UserError, WorkError
+from conftest import TINY, one_line, own_paths
+from dataloader.boxes import load_boxes
+from protocols.detection import average_precision
+
+RUN = 'model_name_simsiam_ckpt_0'
+KINDS = {'disc': 'red', 'square': 'blue'}
+
+
+def scenes(count, seed):
+    """(image of 96 x 80 px, [(kind, left, top, right, bottom)]), one to three bright shapes on grey noise each."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        noise = torch.randint(90, 140, (80, 96, 3), generator=generator, dtype=torch.uint8)
+        image, shapes = Image.fromarray(noise.numpy()), []
+        pen = ImageDraw.Draw(image)
+        for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
+            size, x, y = (torch.rand(3, generator=generator) * torch.tensor([14, 60, 44])).int().tolist()
+            kind = list(KINDS)[int(torch.randint(2, (1,), generator=generator))]
+            box = (x, y, x + size + 20, y + size + 20)
+            (pen.ellipse if kind == 'disc' else pen.rectangle)(box, fill=KINDS[kind])
+            shapes.append((kind, *box))
+        yield image, shapes
+
+
+def coco(folder, counts):
+    (folder / 'annotations').mkdir(parents=True)
+    for split, count in counts.items():
+        (folder / f'{split}2017').mkdir()
+        table = {
+            'images': [],
+            'annotations': [],
+            'categories': [{'id': 7, 'name': 'disc'}, {'id': 3, 'name': 'square'}],
+        }
+        for i, (image, shapes) in enumerate(scenes(count, len(split))):
+            image.save(folder / f'{split}2017/{i:03d}.png')
+            table['images'].append({'id': 100 + i, 'file_name': f'{i:03d}.png', 'width': 96, 'height': 80})
+            for kind, x1, y1, x2, y2 in shapes:
+                polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
+                table['annotations'].append({
+                    'id': len(table['annotations']) + 1, 'image_id': 100 + i, 'category_id': 7 if kind == 'disc' else 3,
+                    'bbox': [x1, y1, x2 - x1, y2 - y1], 'segmentation': [polygon],
+                })  # fmt: skip
+        (folder / f'annotations/instances_{split}2017.json').write_text(json.dumps(table))
+    return folder
+
+
+def voc(folder, counts):
+    for name in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
+        (folder / name).mkdir(parents=True)
+    for split, count in counts.items():
+        names = []
+        for i, (image, shapes) in enumerate(scenes(count, len(split))):
+            names.append(f'{split}_{i:03d}')
+            image.save(folder / f'JPEGImages/{names[-1]}.jpg', quality=95)
+            objects = ''.join(
+                f'<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>'
+                f'<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>' for kind, x1, y1, x2, y2 in shapes
+            )  # fmt: skip
+            (folder / f'Annotations/{names[-1]}.xml').write_text(
+                f'<annotation><size><width>96</width><height>80</height></size>{objects}</annotation>'
+            )
+        (folder / f'ImageSets/Main/{split}.txt').write_text('\n'.join(names) + '\n')
+    return folder
+
+
+def test_both_formats_say_the_same(tmp_path):
+    counts = {'train': 5, 'val': 3}
+    ours, theirs = load_boxes(coco(tmp_path / 'coco', counts), True), load_boxes(voc(tmp_path / 'voc', counts), False)
+    for split, count in counts.items():
+        assert len(ours[split]) == len(theirs[split]) == count
+        for i, (_, shapes) in enumerate(scenes(count, len(split))):
+            image, target = ours[split][i, False]
+            _, other = theirs[split][i, False]
+            assert image.shape == (3, 80, 96)
+            assert target['boxes'].tolist() == other['boxes'].tolist() == [list(shape[1:]) for shape in shapes]
+            names = {7: 'disc', 3: 'square'}
+            number = {n: names[category] for category, n in ours[split].number.items()}
+            assert [number[label] for label in target['labels'].tolist()] == [shape[0] for shape in shapes]
+            for mask, (left, top, right, bottom) in zip(target['masks'], target['boxes'].int().tolist(), strict=True):
+                assert mask.sum() == pytest.approx((right - left) * (bottom - top), rel=0.15)
+                assert mask[top + 2 : bottom - 2, left + 2 : right - 2].all()
+            mirrored, turned = ours[split][i, True]
+            assert torch.equal(mirrored.flip(2), image)
+            assert torch.equal(turned['masks'].flip(2), target['masks'])
+            assert turned['boxes'][0, 0] == 96 - target['boxes'][0, 2]
+
+
+def test_average_precision_of_known_cases(tmp_path):
+    """All right: 100. Half of the objects found, the rest missed: precision 1 up to recall 1/2, 51 of COCO's 101 points
+    of recall. Boxes whose overlap is 0.6: right at the thresholds 0.5, 0.55, 0.6 of ten."""
+    table = load_boxes(coco(tmp_path / 'coco', {'train': 2, 'val': 40}), False)['val'].table
+    table['annotations'] = [dict(box, category_id=7) for box in table['annotations']]
+    table['categories'] = [{'id': 7, 'name': 'disc'}]
+    first = {box['image_id']: box for box in table['annotations']}
+    table['annotations'] = list(first.values())
+    perfect = [{'image_id': box['image_id'], 'category_id': 7, 'bbox': box['bbox'], 'score': 0.9}
+               for box in table['annotations']]  # fmt: skip
+    assert average_precision(table, perfect, 'bbox') == pytest.approx((100, 100, 100))
+    assert average_precision(table, perfect[:20], 'bbox') == pytest.approx((100 * 51 / 101,) * 3)
+    narrow = [{**box, 'bbox': [*box['bbox'][:2], 0.601 * box['bbox'][2], box['bbox'][3]]} for box in perfect]
+    assert average_precision(table, narrow, 'bbox') == pytest.approx((30, 100, 0))
+    assert average_precision(table, [], 'bbox') == (0, 0, 0)
+
+
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('detection')
+    options = ('--backbone=resnet18', '--stem=imagenet', '--max_epochs=1', '--knn_every=0', *own_paths(folder))
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', *options]) == 0
+    return folder
+
+
+def run(folder, *options):
+    code = cli.main(['evaluate', '--protocol=detection', f'--ckpt_name={RUN}', '--num_workers=0',
+                     '--detection_size=80', *own_paths(folder), *options])  # fmt: skip
+    assert code == 0
+
+
+def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
+    folder = voc(tmp_path / 'voc', {'train': 24, 'val': 8})
+    run(trained, f'--detection_path={folder}', '--detection_epochs=6', '--detection_batch_size=4',
+        '--detection_learning_rate=0.05')  # fmt: skip
+    said = capsys.readouterr().out
+    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_detection_checkpoint.json').read_text())
+    assert f'AP50                  {result["AP50"]:6.2f} %' in said
+    assert result['AP50'] > 10
+    assert result['AP'] <= result['AP50']
+    assert (result['num_train'], result['num_val'], result['init']) == (24, 8, 'checkpoint')
+
+
+def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_path):
+    folder = coco(tmp_path / 'coco', {'train': 4, 'val': 3})
+    run(trained, f'--detection_path={folder}', '--detection_epochs=1', '--detection_batch_size=2', '--init=random',
+        '--detector=mask_rcnn')  # fmt: skip
+    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_detection_random.json').read_text())
+    assert {'AP', 'AP50', 'AP75', 'mask_AP', 'mask_AP50', 'mask_AP75'} <= set(result)
+
+
+def test_folders_that_cannot_work(trained, tmp_path, capsys):
+    with pytest.raises(UserError, match='neither annotations/ .COCO. nor ImageSets/Main/ .VOC.'):
+        load_boxes(tmp_path, False)
+    folder = coco(tmp_path / 'coco', {'train': 2, 'val': 2})
+    path = folder / 'annotations/instances_val2017.json'
+    table = json.loads(path.read_text())
+    table['images'][0]['file_name'] = '../../secret.png'
+    path.write_text(json.dumps(table))
+    with pytest.raises(WorkError, match="name '../../secret.png', which is not inside"):
+        load_boxes(folder, False)
+    path.write_text('{"images": []}')
+    with pytest.raises(WorkError, match='is not in the COCO format'):
+        load_boxes(folder, False)
+    path.unlink()
+    with pytest.raises(UserError, match=r'there is no .*instances_val\*.json'):
+        load_boxes(folder, False)
+    folder = voc(tmp_path / 'voc', {'train': 2, 'val': 2})
+    with pytest.raises(UserError, match='masks, which the VOC format has not'):
+        load_boxes(folder, True)
+    (folder / 'Annotations/val_000.xml').write_text('<annotation>')
+    name = f'--ckpt_name={RUN}'
+    assert cli.main(['evaluate', '--protocol=detection', name, f'--detection_path={folder}', *own_paths(trained)]) == 1
+    assert 'val_000.xml cannot be read' in one_line(capsys.readouterr().err)

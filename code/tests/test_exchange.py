@@ -1,0 +1,374 @@
+"""To and from other tools: their checkpoints here, our backbone there, features as files, neighbours as a picture."""
+
+import csv
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import cli
+import embed as embedding
+from ckpt import get_model_ckpt, new_model
+from config import UserError, WorkError, get_config
+from conftest import TINY, one_line, own_paths
+from metric.knn import nearest
+from model.layouts import to_detectron2
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+class Official(nn.Module):
+    """The official release's model as its layout describes it: the encoder's fc is the projector, whose last bias is
+    frozen and whose last BN has no affine. Written anew from that description, with ResNet-18 and narrow heads."""
+
+    def __init__(self, width=24, hidden=8):
+        super().__init__()
+        self.encoder = torchvision.models.resnet18()
+        d = self.encoder.fc.in_features
+        self.encoder.fc = nn.Sequential(
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, width), nn.BatchNorm1d(width, affine=False),
+        )  # fmt: skip
+        self.predictor = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                                       nn.Linear(hidden, width))  # fmt: skip
+
+
+def randomised(model, seed=0):
+    """Every parameter and running statistic at random, so that none can be lost unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(noise.abs() + 0.5 if 'running_var' in name or value.ndim == 1 else
+                        noise / max(1, value[0].numel()) ** 0.5)  # fmt: skip
+    return model
+
+
+def save_official(path, model):
+    state = OrderedDict((f'module.{name}', value) for name, value in model.state_dict().items())
+    torch.save({'epoch': 100, 'arch': 'resnet18', 'state_dict': state, 'optimizer': {'state': {}}}, path)
+    return path
+
+
+def views(n=6, size=64):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def load(path, **options):
+    return get_model_ckpt(get_config(preset='imagenet', ckpt_name=str(path), **options))
+
+
+def test_the_official_layout_gives_the_same_p_and_z(tmp_path):
+    """In both modes of BN. The release's projector is as wide as d inside; ours is as wide throughout, so the test takes
+    the paper's own case, where both are equal."""
+    official = randomised(Official(width=512))
+    path = save_official(tmp_path / 'checkpoint_0099.pth.tar', official)
+    args, model, checkpoint = load(path)
+    assert (args.backbone, args.stem, args.proj_layers, args.proj_dim, args.pred_dim) == (
+        'resnet18',
+        'imagenet',
+        3,
+        512,
+        8,
+    )
+    assert (checkpoint['layout'], checkpoint['epoch']) == ('official', 0)
+    for training in (False, True):
+        official.train(training)
+        model.train(training)
+        with torch.no_grad():
+            z = official.encoder(views())
+            p = official.predictor(z)
+            ours_z = model.projector(model.backbone(views()))
+            ours_p = model.predictor(ours_z)
+        torch.testing.assert_close(ours_z, z, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(ours_p, p, atol=2e-4, rtol=1e-4)
+
+
+def moco_file(path, backbone):
+    state = {}
+    for encoder in ('encoder_q', 'encoder_k'):
+        state |= {f'module.{encoder}.{name}': value for name, value in backbone.state_dict().items()}
+        state[f'module.{encoder}.fc.0.weight'] = torch.zeros(8, 512)
+    torch.save({'arch': 'resnet18', 'state_dict': {**state, 'module.queue': torch.zeros(8, 16),
+                                                   'module.queue_ptr': torch.zeros(1)}}, path)  # fmt: skip
+
+
+def test_a_moco_encoder_and_a_plain_resnet_give_the_same_features(tmp_path):
+    plain = randomised(torchvision.models.resnet18(), 2)
+    torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
+    plain.fc = nn.Identity()
+    moco_file(tmp_path / 'moco.pth.tar', plain)
+    for name, layout in (('resnet.pth', 'torchvision'), ('moco.pth.tar', 'moco')):
+        args, model, checkpoint = load(tmp_path / name)
+        assert (args.backbone, checkpoint['layout']) == ('resnet18', layout)
+        with torch.no_grad():
+            torch.testing.assert_close(model.backbone.eval()(views()), plain.eval()(views()))
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'infer', 'export', 'embed', 'train'])
+def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_path, capsys):
+    """One key renamed, one shape changed, one key too many, a pickle that would run code: nothing is loaded loosely."""
+    state = save_official(tmp_path / 'good', Official(width=512))
+    state = torch.load(state, weights_only=True)['state_dict']
+    bias = 'module.encoder.layer3.0.bn1.bias'
+    renamed = {name.replace('layer3.0.bn1.bias', 'layer3.0.bn1.bais'): value for name, value in state.items()}
+    reshaped = {**state, bias: torch.zeros(7)}
+    more = {**state, 'module.encoder.layer3.0.extra': torch.zeros(1)}
+    moco = {name.replace('encoder.', 'encoder_q.'): value for name, value in state.items() if 'predictor' not in name}
+    moco.pop('module.encoder_q.bn1.weight')
+    for name, content, code, said in (
+        ('renamed', {'state_dict': renamed}, 2, 'missing: backbone.layer3.0.bn1.bias; unexpected: backbone.layer3.0.bn1.bais'),
+        ('reshaped', {'state_dict': reshaped}, 2, 'size mismatch: backbone.layer3.0.bn1.bias is (7,) in place of (256,)'),
+        ('more', {'state_dict': more}, 2, 'unexpected: backbone.layer3.0.extra'),
+        ('moco', {'state_dict': moco}, 2, 'missing: backbone.bn1.weight'),
+        ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it wants to run io.open'),
+        ('other', {'weights': state}, 1, 'nor in the layout of the official release'),
+    ):  # fmt: skip
+        torch.save(content, tmp_path / name)
+        option = '--init_from' if command == 'train' else '--ckpt_name'
+        options = ('--preset=imagenet', f'--image_path={drawn}', *own_paths(tmp_path / 'out', 'ckpt', 'cache'))
+        assert cli.main([command, f'{option}={tmp_path / name}', *options]) == code, name
+        assert said in one_line('\n'.join(
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')
+        ))  # fmt: skip
+    assert not (tmp_path / 'harm').exists()
+    assert not (tmp_path / 'out').exists()
+
+
+def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
+    path = save_official(tmp_path / 'official.pth.tar', randomised(Official(width=512)))
+    options = (
+        *TINY[:2],
+        '--max_epochs=1',
+        '--learning_rate=0',
+        '--weight_decay=0',
+        '--knn_every=0',
+        f'--image_path={drawn}',
+    )
+    # Without what TINY says of the architecture: the file's takes its place.
+    assert cli.main(['train', '--preset=imagenet', '--image_size=32', '--batch_size=16', f'--init_from={path}', *options[2:],
+                     *own_paths(tmp_path)]) == 0  # fmt: skip
+    _, wanted, _ = load(path)
+    saved = torch.load(next((tmp_path / 'ckpt' / RUN).iterdir()), weights_only=True)
+    assert saved['args']['backbone'] == 'resnet18'
+    for name, parameter in wanted.named_parameters():
+        torch.testing.assert_close(saved['model'][name], parameter.detach())
+    assert (
+        cli.main(['train', f'--init_from={path}', '--preset=imagenet', '--backbone=resnet50', f'--image_path={drawn}'])
+        == 2
+    )
+    assert '--backbone=resnet50 contradicts the checkpoint' in capsys.readouterr().err
+    assert cli.main(['train', f'--ckpt_name={path}', '--preset=imagenet', f'--image_path={drawn}', '--batch_size=16',
+                     *own_paths(tmp_path)]) == 2  # fmt: skip
+    assert 'is no run of ours to go on with; start a new one from its weights: --init_from=' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def ours(tmp_path_factory):
+    """(path, model) of a checkpoint of ours: ResNet-18 with the ImageNet stem, everything random."""
+    from ckpt import save_checkpoint
+    from optimizer.sgd import make_sgd
+
+    folder = tmp_path_factory.mktemp('ours') / 'run'
+    folder.mkdir()
+    args = get_config(preset='imagenet', backbone='resnet18', proj_dim=16, pred_dim=8, image_size=64)
+    model = randomised(new_model(args), 3)
+    return save_checkpoint(folder, args, model, make_sgd(model, 0.9, 0), 1, -0.5), model
+
+
+def export(path, form, output):
+    assert cli.main(['export', f'--ckpt_name={path}', f'--format={form}', f'--output={output}']) == 0
+
+
+def features(model):
+    with torch.no_grad():
+        return model.backbone.eval()(views())
+
+
+def test_export_to_torchvision(ours, tmp_path):
+    export(ours[0], 'torchvision', tmp_path / 'b.pth')
+    there = torchvision.models.resnet18()
+    there.fc = nn.Identity()
+    there.load_state_dict(torch.load(tmp_path / 'b.pth', weights_only=True), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(there.eval()(views()), features(ours[1]))
+    _, back, _ = load(tmp_path / 'b.pth')  # and home again
+    torch.testing.assert_close(features(back), features(ours[1]))
+
+
+def test_export_to_timm(ours, tmp_path):
+    timm = pytest.importorskip('timm')
+    export(ours[0], 'timm', tmp_path / 'b.pth')
+    there = timm.create_model('resnet18', num_classes=0)
+    there.load_state_dict(torch.load(tmp_path / 'b.pth', weights_only=True), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(there.eval()(views()), features(ours[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_export_to_safetensors(ours, tmp_path):
+    from safetensors.torch import load_file
+
+    export(ours[0], 'safetensors', tmp_path / 'b.safetensors')
+    there = load_file(tmp_path / 'b.safetensors')
+    wanted = ours[1].backbone.state_dict()
+    assert there.keys() == wanted.keys()
+    assert all(torch.equal(there[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize('kind', ['resnet18', 'small'])
+def test_export_to_onnx(kind, ours, tmp_path):
+    """For any number of images, not only the example's."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path, model = ours
+    if kind == 'small':
+        from ckpt import save_checkpoint
+        from optimizer.sgd import make_sgd
+
+        args = get_config(preset='demo', image_size=64)
+        model = randomised(new_model(args), 4)
+        path = save_checkpoint(tmp_path, args, model, make_sgd(model, 0.9, 0), 1, -0.5)
+    export(path, 'onnx', tmp_path / 'b.onnx')
+    assert [file.name for file in tmp_path.glob('b.onnx*')] == ['b.onnx']
+    there = onnxruntime.InferenceSession(str(tmp_path / 'b.onnx'))
+    for n in (1, 6):
+        (found,) = there.run(None, {'images': views()[:n].numpy()})
+        np.testing.assert_allclose(found, features(model)[:n].numpy(), atol=1e-3, rtol=1e-3)
+
+
+def detectron2_names():
+    """The names of detectron2's ResNet-50, written out from its documented layout: a stem, then res2 to res5 with 3, 4,
+    6 and 3 blocks of three convolutions, a shortcut on the first of each; every convolution has a norm."""
+    convolutions = ['stem.conv1']
+    for stage, blocks in (('res2', 3), ('res3', 4), ('res4', 6), ('res5', 3)):
+        for block in range(blocks):
+            convolutions += [f'{stage}.{block}.conv{i}' for i in (1, 2, 3)]
+            convolutions += [f'{stage}.0.shortcut'] if block == 0 else []
+    norm = ('norm.weight', 'norm.bias', 'norm.running_mean', 'norm.running_var')
+    return {f'{name}.{part}' for name in convolutions for part in ('weight', *norm)}
+
+
+def test_export_to_detectron2(ours, tmp_path):
+    state = torchvision.models.resnet50().state_dict()
+    names = {name for name in to_detectron2({k: v for k, v in state.items() if not k.startswith('fc.')})
+             if 'num_batches' not in name}  # fmt: skip
+    assert names == detectron2_names()
+    export(ours[0], 'detectron2', tmp_path / 'b.pkl')
+    content = pickle.loads((tmp_path / 'b.pkl').read_bytes())
+    assert content['matching_heuristics'] is True
+    assert len(content['model']) == 5 * 20
+    backbone = ours[1].backbone
+    for name, tensor in (
+        ('stem.conv1.weight', backbone.conv1.weight),
+        ('res2.1.conv2.norm.running_var', backbone.layer1[1].bn2.running_var),
+        ('res4.0.shortcut.weight', backbone.layer3[0].downsample[0].weight),
+        ('res5.0.shortcut.norm.bias', backbone.layer4[0].downsample[1].bias),
+    ):
+        np.testing.assert_array_equal(content['model'][name], tensor.detach().numpy())
+
+
+@pytest.mark.parametrize('form', ['torchvision', 'timm', 'detectron2'])
+def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
+    from ckpt import save_checkpoint
+    from optimizer.sgd import make_sgd
+
+    for options, said in (
+        ({'preset': 'demo'}, '--backbone=small'),
+        ({'preset': 'cifar10', 'proj_dim': 8}, '--stem=cifar'),
+    ):
+        args = get_config(**options)
+        model = new_model(args)
+        path = save_checkpoint(tmp_path, args, model, make_sgd(model, 0.9, 0), 1, -0.5)
+        assert cli.main(['export', f'--ckpt_name={path}', f'--format={form}', f'--output={tmp_path}/b']) == 2
+        error = one_line(capsys.readouterr().err)
+        assert f'--format={form} has ResNets with the ImageNet stem only' in error
+        assert said in error
+    assert not (tmp_path / 'b').exists()
+
+
+def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
+    name = f'--ckpt_name={ours[0]}'
+    options = [name, f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache')]
+    for file in ('f.npz', 'f.csv'):
+        assert cli.main(['embed', f'--output={tmp_path / file}', '--projector_images=10', *options]) == 0
+    with np.load(tmp_path / 'f.npz') as content:
+        found, names = content['features'], content['names']
+    assert (found.shape, found.dtype) == ((24, 512), np.float32)
+    assert sorted(names) == sorted(str(path.relative_to(drawn / 'val')) for path in (drawn / 'val').rglob('*.png'))
+    with open(tmp_path / 'f.csv', newline='') as file:
+        rows = list(csv.reader(file))
+    assert (rows[0][:2], len(rows[0])) == (['file', 'feature_0'], 513)
+    assert [row[0] for row in rows[1:]] == names.tolist()
+    np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), found, rtol=1e-6)
+    image = Image.open(drawn / 'val' / names[3]).convert('RGB').resize((64, 64), Image.Resampling.BILINEAR,
+                                                                       box=(3, 3, 45, 45))  # fmt: skip
+    view = torchvision.transforms.functional.to_tensor(image)[None]
+    view = torchvision.transforms.functional.normalize(view, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        wanted = ours[1].backbone.eval()(view)[0]
+    assert torch.nn.functional.cosine_similarity(wanted, torch.from_numpy(found[3]), dim=0) > 0.999
+    projector = tmp_path / 'log' / ours[0].parent.name / 'projector'
+    assert (projector / 'projector_config.pbtxt').is_file()
+    (table,) = projector.rglob('metadata.tsv')
+    assert len(table.read_text().splitlines()) == 10
+    (sprite,) = projector.rglob('sprite.png')
+    with Image.open(sprite) as picture:
+        assert picture.size == (4 * 32, 4 * 32)
+    with pytest.raises(UserError, match='ends in .npz or .csv'):
+        embedding.embed(get_config(output='f.txt', ckpt_name=str(ours[0])))
+
+
+def test_nearest_is_a_brute_force_search():
+    generator = torch.Generator().manual_seed(5)
+    queries, bank = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    cosine, rows = nearest(queries, bank, 3)
+    for query, values, found in zip(queries, cosine, rows, strict=True):
+        every = [(query @ other / query.norm() / other.norm()).item() for other in bank]
+        wanted = sorted(range(30), key=lambda i: -every[i])[:3]
+        assert found.tolist() == wanted
+        assert values.tolist() == pytest.approx([every[i] for i in wanted], abs=1e-6)
+
+
+def test_infer_shows_the_neighbours(drawn, tmp_path):
+    options = (f'--image_path={drawn}', *own_paths(tmp_path))
+    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *options]) == 0
+    output = tmp_path / 'out.csv'
+    assert cli.main(['infer', f'--ckpt_name={RUN}', f'--output={output}', '--neighbours=3', f'--image_path={drawn}/train/dots',
+                     *own_paths(tmp_path, 'ckpt', 'cache')]) == 0  # fmt: skip
+    with Image.open(tmp_path / 'out_neighbours.png') as picture:
+        image = np.asarray(picture)
+    # The queries are training images: the nearest of each is itself, so the first two pictures of a row are the same.
+    for row in range(12):
+        top = 6 + row * (96 + 18 + 6) + 18
+        query, first = image[top : top + 96, 6:102], image[top : top + 96, 120:216]
+        assert query.std() > 3
+        np.testing.assert_array_equal(query, first)
+
+
+def test_an_unreadable_classifier_is_one_line(ours, drawn, tmp_path, capsys):
+    (ours[0].parent / 'classifier_epoch_1').write_text('text')
+    code = cli.main(['infer', f'--ckpt_name={ours[0]}', f'--image_path={drawn}', f'--output={tmp_path}/o.csv',
+                     *own_paths(tmp_path, 'cache')])  # fmt: skip
+    (ours[0].parent / 'classifier_epoch_1').unlink()
+    assert code == 1
+    assert 'classifier_epoch_1 is damaged' in one_line(capsys.readouterr().err)
+    with pytest.raises(WorkError):
+        load(ours[0].parent / 'nothing' if (ours[0].parent / 'nothing').exists() else save_text(tmp_path))
+
+
+def save_text(folder):
+    (folder / 'text').write_text('text')
+    return folder / 'text'

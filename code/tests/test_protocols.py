@@ -1,0 +1,242 @@
+"""Evaluation protocols: optimizers and classifiers against independent ones, and each protocol as a user runs it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cli
+from config import UserError, distortion, get_config
+from conftest import TINY, draw_folder, one_line, own_paths
+from dataloader import vision
+from dataloader.load_dataset import load_splits, shuffled_crops
+from optimizer.lars import Lars
+from protocols.finetune import balanced, listed
+from protocols.linear import cached_features, in_steps, train_probe
+from protocols.transfer import logistic_regression
+from utils import random_from
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+def test_lars_is_its_papers():
+    """Equation 6 and algorithm 1, in numpy: v = m v + lr eta |w| / (|g| + b |w|) (g + b w); w = w - v."""
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal((3, 4)), rng.standard_normal(5), np.zeros(3)]
+    params = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in start]
+    optimizer, decay = Lars(params, lr=0.0, momentum=0.9, weight_decay=0.05), 0.05
+    wanted, velocity = [w.copy() for w in start], [np.zeros_like(w) for w in start]
+    for step in range(6):
+        rate = 3.0 - 0.4 * step
+        optimizer.param_groups[0]['lr'] = rate
+        for i, (parameter, w) in enumerate(zip(params, wanted, strict=True)):
+            g = rng.standard_normal(w.shape)
+            parameter.grad = torch.from_numpy(g)
+            size, slope = np.sqrt((w * w).sum()), np.sqrt((g * g).sum())
+            local = 0.001 * size / (slope + decay * size) if size > 0 else 1.0
+            velocity[i] = 0.9 * velocity[i] + rate * local * (g + decay * w)
+            wanted[i] = w - velocity[i]
+        optimizer.step()
+        for parameter, w in zip(params, wanted, strict=True):
+            np.testing.assert_allclose(parameter.detach().numpy(), w, atol=1e-6, rtol=0)
+    assert not np.allclose(wanted[0], start[0], atol=1e-3)
+
+
+def clusters(count, seed):
+    """Features of ten overlapping classes, as a backbone gives them: not negative, of unlike scales."""
+    generator = torch.Generator().manual_seed(7)
+    centres, scales = torch.randn(10, 32, generator=generator), 0.2 + torch.rand(32, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    noise = torch.randn(count, 32, generator=generator)
+    return (0.75 * centres[labels] + 1.6 * noise).clamp(min=-1).add(1) * scales / 4, labels
+
+
+def accuracy(weight, bias, x, labels):
+    return 100 * (x @ weight.T + bias).argmax(1).eq(labels).double().mean().item()
+
+
+def test_the_probe_agrees_with_scikit_learn():
+    """On the same features, within half a point."""
+    x, labels = clusters(6000, 1)
+    val_x, val_labels = clusters(6000, 2)
+    args = get_config(preset='cifar10')
+
+    def pairs_of(epoch):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
+        return ((x[rows], labels[rows]) for rows in order.split(100))
+
+    ours = accuracy(*train_probe(args, pairs_of, len(x), 256, 10), val_x, val_labels)
+    theirs = 100 * LogisticRegression(C=1e4, max_iter=2000).fit(x, labels).score(val_x, val_labels)
+    assert 60 < theirs < 95
+    assert ours == pytest.approx(theirs, abs=0.5)
+
+
+@pytest.mark.parametrize('l2', [0.01, 1.0, 100.0])
+def test_logistic_regression_is_scikit_learns(l2):
+    """The same weights: scikit-learn's C is 1 / l2, and neither penalises the bias."""
+    x, labels = clusters(1500, 3)
+    weight, bias = logistic_regression(x.double(), labels, 10, l2, iterations=2000)
+    theirs = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=5000).fit(x.double(), labels)
+    ours = x.double() @ weight.T + bias
+    np.testing.assert_allclose(ours.softmax(1), theirs.predict_proba(x.double()), atol=2e-3)
+
+
+def test_a_step_is_of_the_given_size_whatever_the_batches():
+    """A batch of 4096 that does not fit into memory at once gives the same classifier as one that does."""
+    x, labels = clusters(1000, 4)
+    args = get_config(preset='cifar10', probe_epochs=3, probe_learning_rate=1.0)
+    found = []
+    for size in (1000, 300, 64, 7):
+        parts = list(zip(x.split(size), labels.split(size), strict=True))
+        found.append(train_probe(args, lambda epoch, parts=parts: parts, 1000, 300, 10))
+    for weight, bias in found[1:]:
+        torch.testing.assert_close(weight, found[0][0])
+        torch.testing.assert_close(bias, found[0][1])
+    assert [len(part) for part, _ in in_steps([(x, labels)], 300)] == [300, 300, 300, 100]
+
+
+def test_kept_features_are_those_of_the_first_passes(drawn):
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2,
+                      crop_scale=0.3)  # fmt: skip
+    crops = shuffled_crops(args, load_splits(args)['train'], drop_last=False)
+    pairs_of = cached_features(args, torch.nn.Flatten(), crops, 50, False)
+    sums = [torch.cat([x.sum(1) for x, _ in pairs_of(epoch)]).sort().values for epoch in range(4)]
+    torch.testing.assert_close(sums[0], sums[2])
+    torch.testing.assert_close(sums[1], sums[3])
+    assert (len(sums[0]), torch.allclose(sums[0], sums[1])) == (72, False)
+
+
+def test_the_labels_are_balanced_and_fixed_by_the_seed():
+    labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 3)
+    rows = balanced(labels, 0.1, 0)
+    assert torch.bincount(labels[rows]).tolist() == [27, 27, 3]
+    assert torch.equal(rows, balanced(labels, 0.1, 0))
+    assert not torch.equal(rows, balanced(labels, 0.1, 1))
+    assert torch.bincount(labels[balanced(labels, 0.0001, 0)]).tolist() == [1, 1, 1]
+
+
+def test_a_subset_list_as_it_is_published(drawn, tmp_path):
+    """One `n02105855_2933.JPEG` a line; names that several classes have want their class."""
+    images = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path)))['train']
+    unique = replace(images, names=[name.replace('/', '/x_' + name.split('/')[0]) for name in images.names])
+    path = tmp_path / '1percent.txt'
+    path.write_text('x_dots003.png\nx_checks000.png\n\n')
+    args = get_config(subset_list=str(path))
+    assert [unique.names[row] for row in listed(args, unique)] == ['checks/x_checks000.png', 'dots/x_dots003.png']
+    path.write_text('dots/003.png\nchecks/003.png\n')
+    assert [images.names[row] for row in listed(args, images)] == ['checks/003.png', 'dots/003.png']
+    for text, said in (
+        ('003.png', "3 images .* named '003.png': write <class>/003.png"),
+        ('', 'names no image'),
+        ('dots/003.png\nnone.png', "1 of its 2 names are not in .*; the first is 'none.png'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            listed(args, images)
+    path.unlink()
+    with pytest.raises(UserError, match='cannot be read'):
+        listed(args, images)
+
+
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    """A folder with a run of two epochs; the protocols write beside it."""
+    folder = tmp_path_factory.mktemp('protocols')
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(folder)]) == 0
+    return folder
+
+
+FEW = ('--finetune_epochs=3', '--finetune_batch_size=16')
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'keys'),
+    [
+        ('linear', ('--protocol=linear', '--cache_features=False', '--probe_epochs=3', '--probe_optimizer=lars'),
+         {'top1', 'top5', 'knn_top1', 'knn_top1_untrained'}),
+        ('knn', ('--protocol=knn', '--knn_pixels=True'), {'top1', 'top5', 'knn_top1_untrained', 'knn_top1_pixels'}),
+        ('semi_0.3', ('--protocol=semi', '--label_fraction=0.3', '--baseline=True', *FEW),
+         {'top1', 'top5', 'top1_from_scratch', 'top5_from_scratch'}),
+        ('transfer_linear_other', ('--protocol=transfer', '--transfer_path={other}'),
+         {'top1', 'top5', 'l2', 'held_out_top1'}),
+        ('transfer_finetune_other', ('--protocol=transfer', '--transfer_path={other}', '--transfer=finetune', *FEW),
+         {'top1', 'top5'}),
+    ],
+)  # fmt: skip
+def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, trained, tmp_path, capsys):
+    """A table, a JSON file, scalars, and a confusion picture whose counts give the accuracy."""
+    other = draw_folder(tmp_path / 'other', {'train': 12, 'val': 6})
+    options = [option.format(other=other) for option in options]
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
+    said = capsys.readouterr().out
+    result = json.loads((trained / 'ckpt' / RUN / f'evaluate_{name}.json').read_text())
+    assert {key for key, value in result.items() if isinstance(value, float)} == keys | {'seconds'}
+    assert (result['epoch'], result['protocol']) == (2, name.split('_')[0])
+    assert f'top-1                 {result["top1"]:6.2f} %' in said
+    in_val = {'other': 18}.get(name.split('_')[-1], 24)
+    assert result['num_val'] == in_val
+    assert sum(result['per_class'].values()) / 3 == pytest.approx(result['top1'])
+    events = EventAccumulator(str(trained / 'log' / RUN)).Reload()
+    assert events.Scalars(f'{name}/top1')[-1].value == pytest.approx(result['top1'])
+    assert f'{name}/confusion' in events.Tags()['images']
+    with Image.open(trained / 'log' / RUN / f'{name}_confusion.png') as picture:
+        assert min(picture.size) > 100
+
+
+def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys):
+    before = next((trained / 'ckpt' / RUN).glob('loss_*')).read_bytes()
+    options = (
+        '--protocol=semi',
+        '--label_fraction=1',
+        '--finetune_epochs=30',
+        '--finetune_batch_size=16',
+        '--finetune_learning_rate=2',
+    )
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
+    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_semi_1.json').read_text())
+    assert result['top1'] > 70  # of three classes
+    assert next((trained / 'ckpt' / RUN).glob('loss_*')).read_bytes() == before
+
+
+@pytest.mark.parametrize('scale', [0.05, 0.5])
+def test_the_smallest_crop_is_an_option(scale):
+    row = distortion(get_config(crop_scale=scale), 'crop')
+    boxes, flips = vision.draw_crops(3000, 96, 96, row, random_from('crops'))
+    area = boxes[:, 2] * boxes[:, 3] / 96**2
+    assert scale - 0.02 < area.min() < scale + 0.05
+    assert area.max() > 0.95
+    assert not vision.has_colours(row, 0.0)
+    assert 0.45 < flips.float().mean() < 0.55
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (('--protocol=linaer',), 'the nearest is linear'),
+        (('--protocol=transfer',), 'wants --transfer_path=FOLDER'),
+        (('--protocol=transfer', '--transfer_path=/nowhere'), '/nowhere/train is not there'),
+        (('--protocol=semi', '--subset_list=/nowhere.txt'), '--subset_list: /nowhere.txt cannot be read'),
+        (('--protocol=detection',), 'wants --detection_path=FOLDER'),
+        (('--label_fraction=0',), '--label_fraction must lie between'),
+    ],
+)
+def test_what_cannot_work_is_one_line(options, said, trained, capsys):
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 2
+    assert said in one_line(capsys.readouterr().err)
+
+
+def test_an_extra_package_that_is_missing_is_named(trained, capsys, monkeypatch):
+    import importlib
+
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, 'import_module', lambda name: real(name.replace('pycocotools', 'no_such_package')))
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=detection']) == 2
+    error = one_line(capsys.readouterr().err)
+    assert '--protocol=detection needs pycocotools: pip3 install -r ' in error
+    assert error.endswith('code/requirements-extra.txt')
