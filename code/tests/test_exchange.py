@@ -65,7 +65,7 @@ def load(path, **options):
 
 
 def test_the_official_layout_gives_the_same_p_and_z(tmp_path):
-    """In both modes of BN. The release's projector is as wide as d inside; ours is as wide throughout, so the test takes
+    """In both modes of BN. The release's projector is as wide as d inside; ours is as wide throughout; the test takes
     the paper's own case, where both are equal."""
     official = randomised(Official(width=512))
     path = save_official(tmp_path / 'checkpoint_0099.pth.tar', official)
@@ -124,15 +124,15 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
     """One key renamed, one shape changed, one key too many, a pickle that would run code: nothing is loaded loosely."""
     state = save_official(tmp_path / 'good', Official(width=512))
     state = torch.load(state, weights_only=True)['state_dict']
-    bias = 'module.encoder.layer3.0.bn1.bias'
+    bias, ours = 'module.encoder.layer3.0.bn1.bias', 'backbone.layer3.0.bn1'
     renamed = {name.replace('layer3.0.bn1.bias', 'layer3.0.bn1.bais'): value for name, value in state.items()}
     reshaped = {**state, bias: torch.zeros(7)}
     more = {**state, 'module.encoder.layer3.0.extra': torch.zeros(1)}
     moco = {name.replace('encoder.', 'encoder_q.'): value for name, value in state.items() if 'predictor' not in name}
     moco.pop('module.encoder_q.bn1.weight')
     for name, content, code, said in (
-        ('renamed', {'state_dict': renamed}, 2, 'missing: backbone.layer3.0.bn1.bias; unexpected: backbone.layer3.0.bn1.bais'),
-        ('reshaped', {'state_dict': reshaped}, 2, 'size mismatch: backbone.layer3.0.bn1.bias is (7,) in place of (256,)'),
+        ('renamed', {'state_dict': renamed}, 2, f'missing: {ours}.bias; unexpected: {ours}.bais'),
+        ('reshaped', {'state_dict': reshaped}, 2, f'size mismatch: {ours}.bias is (7,) in place of (256,)'),
         ('more', {'state_dict': more}, 2, 'unexpected: backbone.layer3.0.extra'),
         ('moco', {'state_dict': moco}, 2, 'missing: backbone.bn1.weight'),
         ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it wants to run io.open'),
@@ -151,26 +151,15 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
 
 def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
     path = save_official(tmp_path / 'official.pth.tar', randomised(Official(width=512)))
-    options = (
-        *TINY[:2],
-        '--max_epochs=1',
-        '--learning_rate=0',
-        '--weight_decay=0',
-        '--knn_every=0',
-        f'--image_path={drawn}',
-    )
-    # Without what TINY says of the architecture: the file's takes its place.
-    assert cli.main(['train', '--preset=imagenet', '--image_size=32', '--batch_size=16', f'--init_from={path}', *options[2:],
-                     *own_paths(tmp_path)]) == 0  # fmt: skip
+    images = ('--preset=imagenet', f'--image_path={drawn}', '--image_size=32', '--batch_size=16')
+    still = ('--max_epochs=1', '--learning_rate=0', '--weight_decay=0', '--knn_every=0', *own_paths(tmp_path))
+    assert cli.main(['train', f'--init_from={path}', *images, *still]) == 0
     _, wanted, _ = load(path)
     saved = torch.load(next((tmp_path / 'ckpt' / RUN).iterdir()), weights_only=True)
     assert saved['args']['backbone'] == 'resnet18'
     for name, parameter in wanted.named_parameters():
         torch.testing.assert_close(saved['model'][name], parameter.detach())
-    assert (
-        cli.main(['train', f'--init_from={path}', '--preset=imagenet', '--backbone=resnet50', f'--image_path={drawn}'])
-        == 2
-    )
+    assert cli.main(['train', f'--init_from={path}', '--backbone=resnet50', *images]) == 2
     assert '--backbone=resnet50 contradicts the checkpoint' in capsys.readouterr().err
     assert cli.main(['train', f'--ckpt_name={path}', '--preset=imagenet', f'--image_path={drawn}', '--batch_size=16',
                      *own_paths(tmp_path)]) == 2  # fmt: skip
@@ -346,8 +335,8 @@ def test_infer_shows_the_neighbours(drawn, tmp_path):
     options = (f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *options]) == 0
     output = tmp_path / 'out.csv'
-    assert cli.main(['infer', f'--ckpt_name={RUN}', f'--output={output}', '--neighbours=3', f'--image_path={drawn}/train/dots',
-                     *own_paths(tmp_path, 'ckpt', 'cache')]) == 0  # fmt: skip
+    options = (f'--output={output}', '--neighbours=3', f'--image_path={drawn}/train/dots')
+    assert cli.main(['infer', f'--ckpt_name={RUN}', *options, *own_paths(tmp_path, 'ckpt', 'cache')]) == 0
     with Image.open(tmp_path / 'out_neighbours.png') as picture:
         image = np.asarray(picture)
     # The queries are training images: the nearest of each is itself, so the first two pictures of a row are the same.
