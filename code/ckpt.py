@@ -3,28 +3,43 @@
 A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it):
     model, optimizer   state dicts
     args               every option of the run
-    epoch              epochs finished
-    loss               mean loss of the last of them
+    epoch, step        epochs finished, and steps of the one that was under way
+    loss               mean loss of the last epoch, as far as it went
+    seen               losses and stds of the steps of an epoch under way
+    scaler, rng        state of the fp16 scaler; of the global random generators (ours are keyed: utils.random_from)
+    versions           of torch and of this code
 """
 
+import functools
+import json
 import pickle
+import platform
+import random
 import re
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
+import torchvision
 
-from config import OPTIONS, Config, UserError, WorkError, changed, parse, path_of
+from config import EVALUATE, OPTIONS, ROOT, Config, UserError, WorkError, changed, parse, path_of
+from distributed import rank
 from model.layouts import architecture, read_layout
 from model.simsiam import SimSiam
 from utils import write_aside
 
 SHOWN = 8  # keys of each kind that an error lists
-NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)')
+NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_step_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim')
 # What belongs to this call and this machine, and never comes from a checkpoint.
 OF_THE_CALL = ('ckpt_name', 'init_from', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers',
-               'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile')  # fmt: skip
+               'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile',
+               'save_minutes', 'keep_last', 'resume', 'from_run')  # fmt: skip
 
 
 def get_model_ckpt(args):
@@ -107,30 +122,141 @@ def new_model(args):
 
 def new_run(args):
     """Make the next free run folder and return its path."""
-    root, prefix = path_of(args.ckpt_path), f'model_name_{args.model_name}_ckpt_'
+    root = path_of(args.ckpt_path)
     root.mkdir(parents=True, exist_ok=True)
-    numbers = [entry.name.removeprefix(prefix) for entry in root.iterdir() if entry.name.startswith(prefix)]
-    number = max((int(n) for n in numbers if n.isdecimal()), default=-1) + 1
+    number = max((int(run.name.rsplit('_', 1)[1]) for run in runs(args)), default=-1) + 1
     while True:
+        run = root / f'model_name_{args.model_name}_ckpt_{number}'
         try:
-            (root / f'{prefix}{number}').mkdir()
-            return root / f'{prefix}{number}'
+            run.mkdir()
+            return run
         except FileExistsError:  # another run started at the same moment
             number += 1
 
 
-def save_checkpoint(run, args, model, optimizer, epoch, loss):
-    """Write the checkpoint of `epoch` finished epochs into the folder `run`, whole or not at all; return its path."""
-    path = run / f'loss_{loss:.4f}_epoch_{epoch}'
+def save_checkpoint(run, args, model, optimizer, epoch, loss, step=0, seen=None, scaler=None):
+    """Write a checkpoint into the folder `run`, whole or not at all; return its path.
+
+    epoch: epochs finished. step: of the next epoch, where it is under way; seen: (losses, stds) of its steps so far.
+    What --keep_last and this newer one make superfluous is deleted: earlier ones from within an epoch, the oldest.
+    """
+    path = run / (f'loss_{loss:.4f}_epoch_{epoch}' + (f'_step_{step}' if step else ''))
     content = {
         'model': model.state_dict(),
         'optimizer': optimizer.state_dict(),
         'args': asdict(args),
         'epoch': epoch,
+        'step': step,
         'loss': loss,
+        'seen': [values.cpu() for values in seen] if seen else None,
+        'scaler': scaler.state_dict() if scaler else None,
+        'rng': rng_states(),
+        'versions': versions(),
     }
     write_aside(path, lambda aside: torch.save(content, aside))
+    if not rank():
+        older = [other for other in checkpoints(run) if other != path]
+        for other in older:
+            superfluous = args.keep_last and len(older) - older.index(other) >= args.keep_last
+            if superfluous or NAME.fullmatch(other.name)[3]:
+                other.unlink()
     return path
+
+
+def rng_states():
+    kind, keys, *rest = np.random.get_state()
+    return {
+        'python': random.getstate(),
+        'numpy': (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(states):
+    random.setstate(states['python'])
+    kind, keys, *rest = states['numpy']
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states['torch'])
+    if len(states['cuda']) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(states['cuda'])
+
+
+@functools.cache
+def versions():
+    """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout."""
+    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=ROOT,
+                         capture_output=True, text=True, check=False) if shutil.which('git') else None  # fmt: skip
+    return {
+        'python': platform.python_version(),
+        'torch': str(torch.__version__),
+        'torchvision': str(torchvision.__version__),
+        'commit': git.stdout.strip() if git and not git.returncode else '',
+    }
+
+
+def describe_run(run, args):
+    """Write run.json into the folder of a new run: its options, the command, versions, the time."""
+    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(),
+             'started': time.strftime('%Y-%m-%d %H:%M:%S')}  # fmt: skip
+    write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
+
+
+def of_run(args):
+    """args with the options of --from_run in place of the defaults; what this call gave explicitly stays."""
+    path = find_run(args, args.from_run) / 'run.json'
+    try:
+        saved = json.loads(path.read_text())['args']
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f'--from_run: {path} is not there or damaged') from None
+    saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
+    kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
+    return changed(args, **{**saved, **kept})
+
+
+def resumed(args):
+    """args with the --ckpt_name that --resume means.
+
+    auto: the newest run of this --model_name that has not reached its last epoch, if there is one. Raises UserError
+    where it has other options than args.
+    """
+    if args.resume != 'auto':
+        return changed(args, ckpt_name=str(find_run(args, args.resume)))
+    for run in reversed(runs(args)):
+        found = checkpoints(run)
+        if not found:
+            continue
+        content = read(found[-1], 'args', 'epoch')
+        saved = content['args']
+        if content['epoch'] >= saved.get('max_epochs', 0):
+            continue
+        other = [f for f in OPTIONS.values()
+                 if f.name not in OF_THE_CALL and f.metadata['used_by'] != EVALUATE
+                 and saved.get(f.name, f.default) != getattr(args, f.name)]  # fmt: skip
+        if other:
+            said = ', '.join(f'{f.name}={saved.get(f.name, f.default)} (not {getattr(args, f.name)})' for f in other)
+            raise UserError(f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '
+                            'with it, without --resume a new run starts')  # fmt: skip
+        return changed(args, ckpt_name=run.name)
+    return args
+
+
+def runs(args):
+    """The run folders of --model_name, in the order of their numbers."""
+    root, prefix = path_of(args.ckpt_path), f'model_name_{args.model_name}_ckpt_'
+    found = {entry.name.removeprefix(prefix): entry for entry in (root.iterdir() if root.is_dir() else ())
+             if entry.name.startswith(prefix)}  # fmt: skip
+    return [found[number] for number in sorted((n for n in found if n.isdecimal()), key=int)]
+
+
+def find_run(args, name):
+    """The folder of a run, by its name under --ckpt_path or by its path. Raises UserError."""
+    for path in (path_of(args.ckpt_path) / name, path_of(name)):
+        if path.is_dir():
+            return path
+    known = [run.name for run in runs(args)]
+    raise UserError(f'there is no run {name} in {path_of(args.ckpt_path)}; ' +
+                    (f'the newest is {known[-1]}' if known else 'there is none yet'))  # fmt: skip
 
 
 def load_file(path):
@@ -161,8 +287,8 @@ def is_ours(content):
 
 
 def checkpoints(folder):
-    """The checkpoints of a run folder, the newest (highest epoch, then latest written) last."""
-    found = [(int(match[2]), path.stat().st_mtime, path)
+    """The checkpoints of a run folder, the newest (highest epoch and step, then latest written) last."""
+    found = [(int(match[2]), int(match[3] or 0), path.stat().st_mtime, path)
              for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]  # fmt: skip
     return [path for *_, path in sorted(found)]
 

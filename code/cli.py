@@ -4,12 +4,14 @@ Nothing heavy is imported before a command has its options checked: a typo is an
 """
 
 import importlib
+import os
 import sys
 
 import fire
 from fire.decorators import SetParseFn
 
 from config import UserError, WorkError, get_config, help_text, nearest, unused
+from interrupt import Stopped
 
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
@@ -28,10 +30,12 @@ def runner(command):
     @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
     def run(*words, **options):
         args = read_options(command, words, options)
+        import distributed
         from utils import keep_freed_memory
 
         keep_freed_memory()
         getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
+        distributed.end()
 
     return run
 
@@ -69,9 +73,25 @@ def main(argv):
     except (UserError, WorkError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        where = f' ({error.filename})' if error.filename else ''
+        print(f'error: {error.strerror or error}{where}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal
+    except Exception as error:
+        if type(error).__name__ == 'OutOfMemoryError':
+            print('error: the GPU has not enough memory: try a smaller --batch_size, or --accumulate_steps=2',
+                  file=sys.stderr)  # fmt: skip
+            return 1
+        if 'onnection' in str(error) and 'RANK' in os.environ:
+            print(f'error: another process of this run ended: {str(error).splitlines()[0]}', file=sys.stderr)
+            return 1
+        raise
     return 0
 
 

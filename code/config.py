@@ -57,6 +57,10 @@ class Config:
     jpeg_shrink: bool = option(
         True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=ALL[:2]
     )
+    bad_images: str = option(
+        'error', 'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
+        ('error', 'skip'),
+    )  # fmt: skip
     random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
 
     # Augmentation (paper section 3; MoCo v2)
@@ -81,7 +85,11 @@ class Config:
     pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536)
 
     # Optimisation (paper section 3)
-    batch_size: int = option(512, 'images a step', low=2, high=65536)
+    batch_size: int = option(512, 'images a step, of all processes together', low=2, high=65536)
+    accumulate_steps: int = option(
+        1, 'parts of a step that go through the network one after the other, for small memories; BN sees a part alone',
+        low=1, high=1024, used_by=('train',),
+    )  # fmt: skip
     max_epochs: int = option(100, 'passes over the training images', low=1, high=100000, used_by=('train',))
     learning_rate: float = option(
         0.05, 'base learning rate: a step uses this x batch_size / 256', low=0.0, high=100.0, used_by=('train',)
@@ -103,8 +111,8 @@ class Config:
         low=0.0, high=1e6, used_by=('train',),
     )  # fmt: skip
     amp: str = option(
-        'auto', 'precision of the network: bf16 (CUDA), off (float32), auto: bf16 where the GPU has it',
-        ('auto', 'bf16', 'off'), used_by=('train',),
+        'auto', 'precision of the network: bf16 or fp16 (CUDA), off (float32), auto: bf16 where the GPU has it',
+        ('auto', 'bf16', 'fp16', 'off'), used_by=('train',),
     )  # fmt: skip
     compile: str = option(
         'auto', 'torch.compile: True, False, auto: on CUDA, where a C compiler is there', ('auto', 'True', 'False'),
@@ -121,6 +129,16 @@ class Config:
     )  # fmt: skip
     save_every: int = option(10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000,
                              used_by=('train',))  # fmt: skip
+
+    save_minutes: float = option(
+        15.0, 'minutes after which a checkpoint is saved within an epoch too; 0: never', low=0.0, high=1e6,
+        used_by=('train',),
+    )  # fmt: skip
+    keep_last: int = option(0, 'checkpoints of a run that are kept, the older ones are deleted; 0: all', low=0,
+                            high=100000, used_by=('train',))  # fmt: skip
+    resume: str = option('', 'auto: go on with the newest unfinished run of these options; or the name of a run',
+                         used_by=('train',))  # fmt: skip
+    from_run: str = option('', 'a run whose options are taken, to repeat it as a new run', used_by=('train',))
 
     # Evaluation
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=('train',))

@@ -9,6 +9,7 @@ import time
 
 import torch
 
+import distributed
 import pictures
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
@@ -32,6 +33,7 @@ def evaluate(args):
         known = list_checkpoints(args)
         say('\n'.join(known) if known else f'no checkpoint in {path_of(args.ckpt_path)} yet: run python3 cli.py train')
         raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
+    distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
     model = model.to(get_device(args), memory_format=torch.channels_last)
@@ -50,6 +52,8 @@ def evaluate_model(args, model, splits, checkpoint):
     its path, run (the folder for the results) and epoch.
     """
     started = time.time()
+    if distributed.world() > 1 and args.protocol not in ('linear', 'knn'):
+        raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 

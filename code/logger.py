@@ -1,11 +1,16 @@
 """What a run says: on the command line and in TensorBoard."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
 import pictures
+from dataloader import vision
+from distributed import rank
 from utils import write_aside
+
+LOG = []  # the file of the run, once there is one
 
 
 class Logger:
@@ -16,24 +21,31 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.warned = folder, set()
-        self.writer = SummaryWriter(folder, purge_step=first_step or None)
+        self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
 
     def warn_once(self, subject, line):
         """One line on standard error, the first time that this run has something to say on `subject`."""
-        if subject not in self.warned:
+        if subject not in self.warned and not rank():
             self.warned.add(subject)
             with tqdm.external_write_mode():
                 print(f'warning: {line}', file=sys.stderr, flush=True)
 
     def scalars(self, step, **values):
         """step: epochs finished. A name `group_rest` is shown as group/rest, unless it has a / already."""
-        for name, value in values.items():
-            self.writer.add_scalar(name if '/' in name else name.replace('_', '/', 1), value, step)
-        self.writer.flush()
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name if '/' in name else name.replace('_', '/', 1), value, step)
+            self.writer.flush()
 
     def image(self, name, grid, step):
         """grid: 3 x height x width in [0, 1]."""
-        self.writer.add_image(name, grid, step)
+        if self.writer:
+            self.writer.add_image(name, grid, step)
+
+    def views(self, name, rows):
+        """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
+        if self.writer:
+            self.image(name, vision.picture(rows, self.folder / f'{name}.png'), 0)
 
     def picture(self, name, image, step):
         """A PIL image, also as a file: <folder>/<name with _ for />.png."""
@@ -41,13 +53,24 @@ class Logger:
         self.image(name, pictures.as_tensor(image), step)
 
     def close(self):
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
 
 def say(line):
-    """One line on standard output, above whatever progress bar is there."""
+    """One line on standard output, above whatever progress bar is there, and in the run's log (log_to)."""
+    if rank():
+        return
     with tqdm.external_write_mode():
         print(line, flush=True)
+    if LOG:
+        with open(LOG[0], 'a', encoding='utf-8') as file:
+            file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
+
+
+def log_to(path):
+    """From now on, what is said is also written to the end of this file."""
+    LOG[:] = [path]
 
 
 def duration(seconds):

@@ -1,34 +1,43 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3)."""
 
+import contextlib
 import math
+import signal
 import time
 
 import torch
 from tqdm import tqdm
 
-from ckpt import get_model_ckpt, new_run, save_checkpoint
+import distributed
+from ckpt import describe_run, get_model_ckpt, new_run, of_run, restore_rng, resumed, save_checkpoint
 from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, labelled, prepared
 from evaluate import evaluate_model, why_no_labels
-from logger import Logger, duration, say
+from interrupt import Interrupt, Stopped
+from logger import Logger, duration, log_to, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from protocols.knn import knn_accuracy
-from utils import channels_last, get_device, later, random_from, use_bf16, use_compile
+from utils import channels_last, get_device, later, precision, random_from, use_bf16, use_compile
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
 
 def train(args):
-    """Pretrain as `args` (config.get_config) says, or go on from its --ckpt_name. Returns the last checkpoint's path.
+    """Pretrain as `args` (config.get_config) says, or go on with a run. Returns the last checkpoint's path.
 
-    Raises UserError and WorkError of the data and the checkpoint, and WorkError where the loss is no longer finite.
+    Raises UserError and WorkError of the data and the checkpoint, WorkError where the loss is no longer finite, and
+    interrupt.Stopped after SIGTERM or Ctrl-C, with everything saved.
     """
     started = time.time()
     device = get_device(args)
+    distributed.start(device)
+    args = of_run(args) if args.from_run else args
+    args = resumed(args) if args.resume else args
     args, model, checkpoint = get_model_ckpt(args)
+    check_batch(args)
     iterators = get_iterator(args)
     batches, val = iterators['train'], iterators['val']
     bank = in_order(args, labelled(batches.dataset))
@@ -39,50 +48,75 @@ def train(args):
         torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
         torch.backends.cudnn.benchmark = True
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
-    done = 0
+    scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
+    done = step = 0
+    seen = None
     if checkpoint and not checkpoint['optimizer']:
         raise UserError(f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
                         f'--init_from={args.ckpt_name}')  # fmt: skip
     if checkpoint:
-        run, done, path = checkpoint['path'].parent, checkpoint['epoch'], checkpoint['path']
-        restore(optimizer, checkpoint['optimizer'], args)
+        run, path, done, step = checkpoint['run'], checkpoint['path'], checkpoint['epoch'], checkpoint.get('step', 0)
+        seen = checkpoint.get('seen')
+        restore(args, checkpoint, optimizer, scaler)
+        log_to(run / 'log.txt')
         if done >= args.max_epochs:
             say(f'{run.name} has its {done} epochs already; --max_epochs=<more> goes on')
         else:
-            say(f'going on with {run.name} after epoch {done} of {args.max_epochs}')
+            within = f', step {step}' if step else ''
+            say(f'going on with {run.name} after epoch {done} of {args.max_epochs}{within}')
     else:
-        run = new_run(args)
-    say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {device}')
-    logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if done else 0)
+        name = new_run(args).name if not distributed.rank() else ''
+        run, path = path_of(args.ckpt_path) / distributed.same_for_all(name), None
+        describe_run(run, args)
+        log_to(run / 'log.txt')
+    where = f'{device}, {distributed.world()} processes' if distributed.world() > 1 else device
+    say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {where}')
+    logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if checkpoint else 0)
+    net = distributed.wrap(model, device)
 
     splits = {'train': batches.dataset, 'val': val and val.dataset}
     knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(splits)
     if knn_off:
         say(f'the kNN monitor is off: {knn_off}')
-    elif done == 0:
+    elif not checkpoint:
         top1 = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
         logger.scalars(0, knn_top1=top1)
         say(f'epoch 0/{args.max_epochs}  kNN {top1:.2f} % (untrained)')
-    first, loop_started = done, time.time()
-    for epoch in range(first, args.max_epochs):
-        values = train_epoch(args, model, optimizer, batches, epoch, run, logger)
-        done = epoch + 1
-        line = (
-            f'epoch {done}/{args.max_epochs}  loss {values["train_loss"]:.4f}  std {values["train_std"]:.3f}  '
-            f'{values["train_images_per_second"]:.0f} images/s'
-        )
-        stop = args.max_minutes and time.time() - started > 60 * args.max_minutes
-        last = done == args.max_epochs or stop
-        if not knn_off and (last or done % args.knn_every == 0):
-            values['knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
-            line += f'  kNN {values["knn_top1"]:.2f} %'
-        logger.scalars(done, **values)
-        if last or done % args.save_every == 0:
-            path = save_checkpoint(run, args, model, optimizer, done, values['train_loss'])
-        left = (time.time() - loop_started) / (done - first) * (args.max_epochs - done)
-        say(line if last else f'{line}  {duration(left)} left')
-        if stop:
-            break
+    first, loop_started = done + step / len(batches), time.time()
+
+    def save(epoch, loss, step=0, seen=None):
+        if not math.isfinite(loss):
+            raise WorkError(f'the loss is {loss} in epoch {epoch + (step > 0)}: try a lower --learning_rate (now '
+                            f'{args.learning_rate}); the last good checkpoint is {path or "none"}')  # fmt: skip
+        return save_checkpoint(run, args, model, optimizer, epoch, loss, step, seen, scaler)
+
+    with Interrupt() as interrupt:
+        while done < args.max_epochs:
+            values, step, seen = train_epoch(args, net, optimizer, scaler, batches, done, step, seen, logger, interrupt,
+                                             save, path)  # fmt: skip
+            if step:
+                save(done, seen[0].mean().item(), step, seen)
+                raise stopped(interrupt, run, f'epoch {done + 1}, step {step}')
+            done, seen = done + 1, None
+            line = (
+                f'epoch {done}/{args.max_epochs}  loss {values["train_loss"]:.4f}  std {values["train_std"]:.3f}  '
+                f'{values["train_images_per_second"]:.0f} images/s'
+            )
+            late = args.max_minutes and time.time() - started > 60 * args.max_minutes
+            stop = distributed.agree(late or interrupt.signal, device)
+            last = done == args.max_epochs or stop
+            if not knn_off and (last or done % args.knn_every == 0):
+                values['knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
+                line += f'  kNN {values["knn_top1"]:.2f} %'
+            logger.scalars(done, **values)
+            if last or done % args.save_every == 0:
+                path = save(done, values['train_loss'])
+            left = (time.time() - loop_started) / (done - first) * (args.max_epochs - done)
+            say(line if last else f'{line}  {duration(left)} left')
+            if stop and done < args.max_epochs:
+                if interrupt.signal:
+                    raise stopped(interrupt, run, f'epoch {done}')
+                break
     logger.close()
     if done < args.max_epochs:
         say(f'--max_minutes={args.max_minutes:g} have passed: python3 cli.py train --ckpt_name={run.name} goes on')
@@ -94,78 +128,147 @@ def train(args):
     return path
 
 
-def train_epoch(args, model, optimizer, batches, epoch, run, logger):
-    """One pass over the training images. Returns the scalars of the epoch, by their TensorBoard names."""
-    device, steps, bf16 = get_device(args), len(batches), use_bf16(args)
+def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logger, interrupt, save, path=None):
+    """One pass over the training images, from step `first` on.
+
+    seen: (losses, stds) of the steps before. save(epoch, loss, step, seen) is called every --save_minutes. path: the
+    last checkpoint, to be named where the loss is no longer finite. Returns (the epoch's scalars by their TensorBoard
+    names, 0, None), or after a signal (None, steps that are done, their losses and stds).
+    """
+    device, steps, dtype = get_device(args), len(batches), precision(args)
     name = args.warmup_augmentation if epoch < args.warmup_epochs else args.augmentation
-    batches.batch_sampler.start_epoch(epoch, name)
+    batches.batch_sampler.start_epoch(epoch, name, first)
     top_rate = args.learning_rate * args.batch_size / 256
     losses, stds, read = torch.zeros(steps, device=device), torch.zeros(steps, device=device), None
-    model.train()
+    if first:
+        losses[:first], stds[:first] = (values.to(device) for values in seen)
+    net.train()
     title = f'epoch {epoch + 1}/{args.max_epochs}'
-    bar = tqdm(prepared(args, batches), desc=title, total=steps, leave=False, disable=None, unit='batches')
+    bar = tqdm(prepared(args, alive(batches, interrupt)), desc=title, total=steps, initial=first, leave=False,
+               disable=True if distributed.rank() else None, unit='batches')  # fmt: skip
 
     def report():
-        """What step `step` or an earlier one has to say. Sees to it that a bad run stops or is warned of."""
+        """What an earlier step has to say. Sees to it that a bad run stops or is warned of."""
         loss, std = read()
-        check_health(args, loss, std, epoch, run, logger)
+        check_health(args, loss, std, epoch, f'step {step + 1}, learning rate {rate:.4g}', path, logger)
         bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {speed:.0f} images/s, {waiting:.0%} waiting for data')
 
-    started = before = time.time()
-    waited = 0.0
-    for step, (images, _) in enumerate(bar):
+    started = before = saved = time.time()
+    waited, step = 0.0, first - 1
+    for step, (images, _) in enumerate(bar, first):
         waited += time.time() - before
         generator = random_from(args.random_seed, 'views', epoch, step)
         view1, view2 = vision.random_views(
             images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator,
             distorted=not batches.dataset.crops_only, compiled=use_compile(args),
+            part=(distributed.rank(), distributed.world()),
         )  # fmt: skip
         if epoch == step == 0:
             rows = [vision.denormalise(view[:16]) for view in (view1, view2)]
-            logger.image('two_views', vision.picture(rows, logger.folder / 'two_views.png'), 0)
+            logger.views('two_views', rows)
 
         rate = learning_rate((epoch + step / steps) / args.max_epochs, args.warmup_epochs / args.max_epochs, top_rate)
         predictor_rate = top_rate if args.fix_pred_lr else rate
         set_learning_rates(optimizer, rate, predictor_rate)
 
-        losses[step], stds[step] = train_step(model, optimizer, view1, view2, bf16)
+        losses[step], stds[step] = train_step(net, optimizer, view1, view2, dtype, scaler, args.accumulate_steps)
         if (step + 1) % READ_EVERY == 0 or step + 1 == steps:
             elapsed = time.time() - started
-            speed, waiting = (step + 1) * args.batch_size / elapsed, waited / elapsed
+            speed, waiting = (step + 1 - first) * args.batch_size / elapsed, waited / elapsed
             if read:
                 report()
             read = later(torch.stack((losses[step], stds[step])))
+        if step + 1 < steps:
+            so_far = losses[: step + 1], stds[: step + 1]
+            if args.save_minutes and time.time() - saved > 60 * args.save_minutes and not distributed.rank():
+                path, saved = save(epoch, so_far[0].mean().item(), step + 1, so_far), time.time()
+            # Several processes have to stop at the same step, and to ask costs time: now and then.
+            if distributed.world() == 1 and interrupt.signal:
+                break
+            if distributed.world() > 1 and (step + 1) % READ_EVERY == 0 and distributed.agree(interrupt.signal, device):
+                break
         before = time.time()
+    if step + 1 < steps:
+        bar.close()
+        return None, step + 1, (losses[: step + 1], stds[: step + 1])
     report()
     memory = {'train_memory_gigabytes': torch.cuda.max_memory_allocated() / 1e9} if device.type == 'cuda' else {}
-    return {
-        **memory,
-        'train_loss': losses.mean().item(),
-        'train_std': stds.mean().item(),
-        'train_images_per_second': steps * args.batch_size / (time.time() - started),
-        'train_waiting_for_data': waiting,
-        'learning_rate_encoder': rate,
-        'learning_rate_predictor': predictor_rate,
-    }
+    loss, std = distributed.mean(torch.stack((losses.mean(), stds.mean()))).tolist()
+    return (
+        {
+            **memory,
+            'train_loss': loss,
+            'train_std': std,
+            'train_images_per_second': (steps - first) * args.batch_size / (time.time() - started),
+            'train_waiting_for_data': waiting,
+            'learning_rate_encoder': rate,
+            'learning_rate_predictor': predictor_rate,
+        },
+        0,
+        None,
+    )
 
 
-def train_step(model, optimizer, view1, view2, bf16=False):
-    """Forward, loss, backward, update on one batch's views, N x 3 x S x S each. Returns (loss, std), on the device."""
-    with torch.autocast(view1.device.type, torch.bfloat16, enabled=bf16):
-        p1, p2, z1, z2 = model(channels_last(view1), channels_last(view2))
-    loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
+def train_step(net, optimizer, view1, view2, dtype=None, scaler=None, parts=1):
+    """Forward, loss, backward, update on one batch's views, N x 3 x S x S each. Returns (loss, std), on the device.
+
+    dtype: that the network computes in, None for float32; scaler: of the gradients, for float16. parts: forward and
+    backward take this many equal parts of the batch one after the other; the gradient is the mean of theirs.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), spread(z1.detach().float())
+    total = 0.0
+    for i, (part1, part2) in enumerate(zip(view1.chunk(parts), view2.chunk(parts), strict=True)):
+        wait = i + 1 < parts and hasattr(net, 'no_sync')  # processes exchange gradients once a step
+        with net.no_sync() if wait else contextlib.nullcontext():
+            with torch.autocast(view1.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                p1, p2, z1, z2 = net(channels_last(part1), channels_last(part2))
+            loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float()) / parts
+            (scaler.scale(loss) if scaler else loss).backward()
+        total = total + loss.detach()
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    return total, spread(z1.detach().float())
 
 
-def check_health(args, loss, std, epoch, run, logger):
+def check_batch(args):
+    """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps."""
+    parts = distributed.world() * args.accumulate_steps
+    if args.batch_size % parts or args.batch_size // parts < 2:
+        raise UserError(f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
+                        f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
+                        )  # fmt: skip
+
+
+def alive(batches, interrupt):
+    """`batches`, ended early where workers have died of the signal that has come here too. Else raises WorkError."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        if not interrupt.signal:
+            raise WorkError('a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
+                            '--resume=auto goes on from the last checkpoint') from None  # fmt: skip
+
+
+def stopped(interrupt, run, where):
+    """The exception that ends a run after a signal."""
+    name = signal.Signals(interrupt.signal or signal.SIGTERM).name
+    line = f'{name}: saved after {where}; python3 cli.py train --resume={run.name} goes on'
+    log = f'stopped by {name} after {where}'
+    say(log)
+    return Stopped(interrupt.signal or signal.SIGTERM, line)
+
+
+def check_health(args, loss, std, epoch, where, path, logger):
     """The guard: raise WorkError where the loss is not a number, warn once where the representation collapses."""
     if not math.isfinite(loss):
         raise WorkError(
-            f'the loss is {loss} in epoch {epoch + 1}: try a lower --learning_rate (now {args.learning_rate}); '
-            f'the checkpoints so far are in {run}'
+            f'the loss is {loss} in epoch {epoch + 1}: try a lower --learning_rate (now {args.learning_rate}); noticed '
+            f'at {where}; the last good checkpoint is {path or "none"}'
         )
     if std < args.collapse_threshold:
         logger.warn_once(
@@ -177,11 +280,16 @@ def check_health(args, loss, std, epoch, run, logger):
         )
 
 
-def restore(optimizer, state, args):
-    """Load the optimizer's state, with this call's momentum and weight decay (the rates are set at every step)."""
-    optimizer.load_state_dict(state)
+def restore(args, checkpoint, optimizer, scaler):
+    """The states of the optimizer, with this call's momentum and weight decay (the rates are set at every step), of the
+    scaler and of the random generators."""
+    optimizer.load_state_dict(checkpoint['optimizer'])
     for group in optimizer.param_groups:
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+    if scaler and checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])
+    if checkpoint.get('rng'):
+        restore_rng(checkpoint['rng'])
 
 
 def summary(args, path, result):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import importlib
 import os
@@ -10,6 +11,7 @@ import shutil
 import torch
 
 from config import ROOT, UserError, WorkError
+from distributed import rank, world
 
 
 def get_device(args):
@@ -17,6 +19,8 @@ def get_device(args):
     name = args.device
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and world() > 1:
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -73,7 +77,16 @@ def use_bf16(args):
     has_it = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.amp == 'bf16' and not has_it:
         raise UserError(f'--amp=bf16 wants a CUDA GPU with bfloat16, not {get_device(args)}; try --amp=off')
-    return has_it and args.amp != 'off'
+    return has_it and args.amp in ('auto', 'bf16')
+
+
+def precision(args):
+    """The dtype that training runs in, as --amp says: bfloat16, float16 or None (float32). Raises UserError."""
+    if args.amp == 'fp16':
+        if get_device(args).type != 'cuda':
+            raise UserError(f'--amp=fp16 wants a CUDA GPU, not {get_device(args)}; try --amp=off')
+        return torch.float16
+    return torch.bfloat16 if use_bf16(args) else None
 
 
 def use_compile(args):
@@ -120,10 +133,14 @@ def cpu_count():
 
 def write_aside(path, write):
     """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us."""
+    if rank():
+        return  # rank 0 writes for all
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         write(aside)
         os.replace(aside, path)
+    except RuntimeError as error:  # torch.save's way to say that it could not write
+        raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:
         aside.unlink(missing_ok=True)

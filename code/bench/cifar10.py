@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from ckpt import checkpoints, new_model, save_checkpoint
+from ckpt import checkpoints, new_model, read, save_checkpoint
 from config import get_config
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
@@ -42,7 +42,7 @@ def pretrain(options, given, output, minutes):
     run = output / 'ckpt/model_name_cifar10_ckpt_0'
     known = [f'--ckpt_name={run.name}'] if run.is_dir() and checkpoints(run) else ['--model_name=cifar10', *given]
     cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every=100')
-    return run, int(checkpoints(run)[-1].name.rsplit('_', 1)[1])
+    return run, read(checkpoints(run)[-1], 'epoch')['epoch']
 
 
 def supervised(args, epochs, output, deadline):

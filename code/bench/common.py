@@ -40,12 +40,12 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def bare(model, optimizer, view1, view2, steps, bf16):
+def bare(model, optimizer, view1, view2, steps, dtype):
     """The reference of step.py and epoch.py: nothing but forward, backward and update, on the same views every time."""
     from loss.negative_cosine import simsiam_loss
 
     for _ in range(steps):
-        with torch.autocast(view1.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(view1.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             outputs = model(view1, view2)
         loss = simsiam_loss(*(output.float() for output in outputs))
         optimizer.zero_grad(set_to_none=True)
@@ -55,11 +55,11 @@ def bare(model, optimizer, view1, view2, steps, bf16):
 
 
 def prepare(preset, batch_size):
-    """(args, model, optimizer, bf16) of a preset as train makes them, with smaller batches on a CPU."""
+    """(args, model, optimizer, dtype) of a preset as train makes them, with smaller batches on a CPU."""
     from ckpt import new_model
     from config import get_config
     from optimizer.sgd import make_sgd
-    from utils import get_device, use_bf16, use_compile
+    from utils import get_device, precision, use_compile
 
     args = get_config(preset=preset, knn_every=5)
     device = get_device(args)
@@ -72,7 +72,7 @@ def prepare(preset, batch_size):
     if use_compile(args):
         model.compile()
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
-    return args, model, optimizer, use_bf16(args)
+    return args, model, optimizer, precision(args)
 
 
 def flops_an_image(model, view1, view2):

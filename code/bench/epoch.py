@@ -14,6 +14,7 @@ import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
 from dataloader.load_dataset import batches, in_order, make_images
+from interrupt import Interrupt
 from logger import Logger
 from protocols.knn import knn_accuracy
 from train import train_epoch
@@ -21,7 +22,7 @@ from utils import channels_last, get_device
 
 
 def measure(preset, batch_size, side, steps):
-    args, model, optimizer, bf16 = prepare(preset, batch_size)
+    args, model, optimizer, dtype = prepare(preset, batch_size)
     device, folder = get_device(args), Path(tempfile.mkdtemp())
     steps = steps if device.type == 'cpu' else 97
     count = steps * args.batch_size
@@ -32,23 +33,23 @@ def measure(preset, batch_size, side, steps):
     train, logger = batches(args, replace(images, views=2), shuffled=True), Logger(folder)
 
     def ours():
-        train_epoch(args, model, optimizer, train, 1, folder, logger)
+        train_epoch(args, model, optimizer, None, train, 1, 0, None, logger, Interrupt(), None)
         return count
 
     fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
     fixed = [channels_last(view) for view in fixed]
-    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, bf16))
+    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
 
     few = count // 5
     val = replace(images, names=names[:few], labels=labels[:few], pixels=images.pixels[:few])
 
     def monitor():
-        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val), bf16)
+        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val), dtype is not None)
         return count
 
     share = measured[0] / max(speed(monitor) for _ in range(3)) / args.knn_every
     print(f'{preset}: the kNN monitor every {args.knn_every} epochs takes {share:.1%} of the time of the epochs')
-    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    rate = matmul_rate(device, dtype or torch.float32)
     return *measured, rate / flops_an_image(model, *fixed)
 
 

@@ -16,7 +16,7 @@ from utils import channels_last, get_device, random_from, use_compile
 
 
 def measure(preset, batch_size, side, steps):
-    args, model, optimizer, bf16 = prepare(preset, batch_size)
+    args, model, optimizer, dtype = prepare(preset, batch_size)
     device, augmentation = get_device(args), AUGMENTATIONS[args.augmentation]
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
@@ -28,13 +28,13 @@ def measure(preset, batch_size, side, steps):
 
     def ours():
         for step in range(steps):
-            train_step(model, optimizer, *views(step), bf16)
+            train_step(model, optimizer, *views(step), dtype)
         return steps * args.batch_size
 
     fixed = [channels_last(view) for view in views(0)]
     model.train()
-    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, bf16))
-    rate = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
+    rate = matmul_rate(device, dtype or torch.float32)
     return *measured, rate / flops_an_image(model, *fixed)
 
 

@@ -102,6 +102,20 @@ def mapped(path):
     return np.memmap(path, np.uint8, mode='r')
 
 
+def unreadable(args, folder, files):
+    """Those of `files` that cannot be read. All are decoded, once; the names are kept beside the cache, and said."""
+    path, mark = cache_file(args, folder, files, 'unreadable')
+    bad, named = load(path, mark), path.with_suffix('.txt')
+    if bad is None:
+        _, errors = decode_all(folder, files, f'checking {folder.parent.name}/{folder.name}', keep=False)
+        bad = [error.name for error in errors]
+        keep(path, {'mark': mark, 'content': bad})
+        write_aside(named, lambda aside: aside.write_text(''.join(f'{error}\n' for error in errors)))
+    if bad:
+        say(f'{len(bad)} of {len(files)} images of {folder} cannot be read and are left out; they are named in {named}')
+    return bad
+
+
 def cache_file(args, folder, files, kind):
     """(path of the cache of these files, a digest of their names, sizes and times)."""
     digest = hashlib.blake2b(digest_size=16)
@@ -142,6 +156,7 @@ def decode_all(folder, files, title, keep):
             image = decode(folder / name)
             return np.asarray(image).transpose(2, 0, 1) if keep else None
         except WorkError as error:
+            error.name = name
             return error
 
     with ThreadPoolExecutor(cpu_count()) as pool:

@@ -17,6 +17,8 @@ try:  # torchvision 0.29 announces that its decoders will go; PIL's takes a thir
 except ImportError:
     decode_jpeg = None
 
+MOST_PIXELS = 10**8  # more is refused: a small file can unpack to any number
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ours is the stricter limit
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 
 
@@ -57,6 +59,8 @@ def opened(path):
     """The image file as PIL opens it, its pixels not read yet. Raises WorkError with its name where it fails."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f'it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}')
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = 'it is not an image' if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -72,7 +76,17 @@ def decode(path, least=None):
     with opened(path) as image:
         if least:
             shrink(image, min(image.size) / least)
-        return image.convert('RGB')
+        return rgb(image)
+
+
+def rgb(image):
+    """An opened image in RGB. 16 bits become 8 (PIL would make white of most), an animation is its first picture."""
+    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
+        levels = np.asarray(image).astype(np.float32)
+        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
+    elif image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')
+    return image.convert('RGB')
 
 
 def shrink(image, factor):
@@ -91,4 +105,4 @@ def pixels_of(image):
         image.fp.seek(0)
         with contextlib.suppress(RuntimeError):  # a damaged file: PIL says what is wrong with it
             return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)

@@ -22,7 +22,8 @@ from torch.utils.data import default_collate
 
 from config import ROOT, Config, UserError, WorkError, distortion, path_of
 from dataloader import cache, demo, vision
-from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, shrink
+from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, rgb, shrink
+from distributed import rank, world
 from utils import cpu_count, get_device, prepare_batch, random_from
 
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
@@ -70,7 +71,7 @@ class Images(torch.utils.data.Dataset):
         if self.args.augment_on == 'worker':
             with self.opened(index) as image:
                 views = vision.torchvision_views(self.args.image_size, augmentation, self.args.blur_prob)
-                return views(image.convert('RGB'), seed, self.views)
+                return views(rgb(image), seed, self.views)
         return self.crops(index, augmentation, torch.Generator().manual_seed(seed))
 
     def distorted(self, images, seed, augmentation):
@@ -95,7 +96,7 @@ class Images(torch.utils.data.Dataset):
                 shrink(image, boxes[:, 2:].min().item() / size)
             ratio = image.height / height  # below 1 where the decoder shrinks the image; boxes are fractional then
             if ratio < 1:
-                image = image.convert('RGB')
+                image = rgb(image)
             else:
                 pixels = pixels_of(image)[None]
         crops = torch.empty(self.views, 3, size, size, dtype=torch.uint8)
@@ -114,7 +115,7 @@ class Images(torch.utils.data.Dataset):
         """The view for evaluation: 1 x 3 x S x S uint8."""
         with self.opened(index) as image:
             top, left, h, w = vision.centre_box(image.height, image.width, self.args.crop_ratio)
-            image = image.convert('RGB').resize(
+            image = rgb(image).resize(
                 (self.args.image_size,) * 2, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
             )
         return pixels_of(image)[None]
@@ -135,7 +136,8 @@ class Keys:
     """The batches of one epoch, as (index, seed of its views, augmentation) of every image: the DataLoader's order.
 
     What an epoch holds depends on `seed`, the epoch's number and the augmentation alone. drop_last: without the last,
-    smaller batch, whose BN statistics would differ.
+    smaller batch, whose BN statistics would differ. Of several processes each gets its part of every batch (drop_last)
+    or of the whole.
     """
 
     def __init__(self, count, batch_size, seed, augmentation, shuffled, drop_last):
@@ -143,12 +145,19 @@ class Keys:
         self.shuffled, self.drop_last = shuffled, drop_last
         self.start_epoch(0, augmentation)
 
-    def start_epoch(self, epoch, augmentation):
-        """Name the epoch that the next iteration gives."""
-        self.epoch, self.augmentation = epoch, augmentation
+    def start_epoch(self, epoch, augmentation, first=0):
+        """Name the epoch that the next iteration gives, and its first batch."""
+        self.epoch, self.augmentation, self.first = epoch, augmentation, first
 
     def __len__(self):
-        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+        if self.drop_last:
+            return self.count // self.batch_size
+        return -(-len(self.share(range(self.count))) // self.batch_size)
+
+    def share(self, rows):
+        """This process's part of what all of them work through: so many of the rows in their order."""
+        each = -(-len(rows) // world())
+        return rows[rank() * each : (rank() + 1) * each]
 
     def __iter__(self):
         if self.shuffled:
@@ -157,9 +166,11 @@ class Keys:
             seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
         else:
             order, seeds = range(self.count), [0] * self.count
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield [(index, seed, self.augmentation) for index, seed in zip(order[batch], seeds[batch], strict=True)]
+        keys = [(index, seed, self.augmentation) for index, seed in zip(order, seeds, strict=True)]
+        keys = keys if self.drop_last else self.share(keys)
+        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            yield self.share(batch) if self.drop_last else batch
 
 
 def get_iterator(args):
@@ -284,6 +295,12 @@ def select(images, rows):
 
 def from_files(args, folder, files, labels, classes):
     """Images of these files: held in memory, resized on disk, or decoded when they are needed."""
+    if args.bad_images == 'skip':
+        bad = set(cache.unreadable(args, folder, files))
+        rows = [row for row, name in enumerate(files) if name not in bad]
+        files, labels = [files[row] for row in rows], [labels[row] for row in rows]
+        if not files:
+            raise WorkError(f'no image of {folder} can be read')
     pixels = cache.hold_in_memory(args, folder, files)
     resized = cache.resized(args, folder, files) if pixels is None and args.resize_cache else None
     return make_images(args, folder, files, labels, classes, pixels, resized)

@@ -25,12 +25,15 @@ REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 CACHE_BYTES = 2**20  # of one core's cache
 
 
-def random_views(images, size, augmentation, blur_prob, generator, count=2, distorted=False, compiled=False):
+def random_views(
+    images, size, augmentation, blur_prob, generator, count=2, distorted=False, compiled=False, part=(0, 1)
+):
     """`count` independently distorted views of every image.
 
     images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8: already cropped, or (distorted) all but normalised.
     size: S. augmentation: a row of config.AUGMENTATIONS. generator: CPU generator. compiled: on a GPU, fuse the
-    colours into few kernels with torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
+    colours into few kernels with torch.compile. part: (i, n), the images are the i-th of n equal parts of a batch, and
+    get the random numbers that they would get in the whole. Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
     whole = images.ndim == 4
     if distorted and not whole:
@@ -40,17 +43,25 @@ def random_views(images, size, augmentation, blur_prob, generator, count=2, dist
         torch.set_num_threads(threads)
         return views
     images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
-    return distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled).chunk(count)
+    mine = None
+    if part[1] > 1:  # the rows of this part among those of the whole batch
+        mine = torch.arange(len(images)).view(count, -1)
+        mine = (mine + mine[:, :1] * (part[1] - 1) + part[0] * mine.shape[1]).flatten()
+    views = distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled, part[1], mine)
+    return views.chunk(count)
 
 
-def distort(images, whole, size, augmentation, blur_prob, generator, finish, compiled=False):
+def distort(images, whole, size, augmentation, blur_prob, generator, finish, compiled=False, parts=1, mine=None):
     """One distorted view of every image, N x 3 x H x W uint8 to N x 3 x S x S.
 
-    finish: what to do with the colours in [0, 1] at last: normalise or to_bytes.
+    finish: what to do with the colours in [0, 1] at last: normalise or to_bytes. parts, mine: draw for N x parts images
+    and take these rows of it (of several processes, each draws for all).
     """
+    drawn, mine = len(images) * parts, slice(None) if mine is None else mine
     if whole:
-        boxes, flips = draw_crops(len(images), *images.shape[-2:], augmentation, generator)
-    draws = draw_colours(len(images), augmentation, blur_prob, generator)
+        boxes, flips = (draw[mine] for draw in draw_crops(drawn, *images.shape[-2:], augmentation, generator))
+    draws = draw_colours(drawn, augmentation, blur_prob, generator)
+    draws = {name: draw[mine] for name, draw in draws.items()}
     if images.device.type != 'cpu':
         x = crop_resize(images / 255, boxes, flips, size) if whole else images / 255
         if not has_colours(augmentation, blur_prob):

@@ -6,6 +6,7 @@ from tqdm import tqdm
 from config import distortion
 from dataloader import vision
 from dataloader.load_dataset import prepared
+from distributed import gather, rank, world
 from model.backbone import extract_features
 from utils import channels_last, get_device, random_from
 
@@ -21,7 +22,9 @@ def features_of(args, backbone, batches, title=None, bf16=False):
         for images, labels in prepared(args, shown)
     )
     with torch.autocast(get_device(args).type, torch.bfloat16, enabled=bf16):
-        return extract_features(backbone, views)
+        features, labels = extract_features(backbone, views)
+    count = len(batches.dataset)
+    return gather(features, count), gather(labels, count)
 
 
 def labelled_crops(args, batches, epoch):
@@ -31,8 +34,9 @@ def labelled_crops(args, batches, epoch):
     for step, (images, labels) in enumerate(prepared(args, batches)):
         generator = random_from(args.random_seed, 'crops', epoch, step)
         (view,) = vision.random_views(
-            images, args.image_size, distortion(args, 'crop'), 0.0, generator, count=1, distorted=ready
-        )
+            images, args.image_size, distortion(args, 'crop'), 0.0, generator, count=1, distorted=ready,
+            part=(rank(), world()),
+        )  # fmt: skip
         yield channels_last(view), labels
 
 
@@ -41,4 +45,4 @@ def augmented_features(args, backbone, batches, epoch, bf16=False):
     for view, labels in labelled_crops(args, batches, epoch):
         with torch.no_grad(), torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
             features = backbone(view)
-        yield features.float(), labels
+        yield gather(features.float()), gather(labels)

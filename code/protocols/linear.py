@@ -5,6 +5,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dataloader.load_dataset import in_order, labelled, shuffled_crops
+from distributed import world
 from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
@@ -25,7 +26,7 @@ def linear(args, model, splits):
     train, val = labelled(splits['train']), splits['val']
     backbone, num_classes, bf16 = model.backbone.eval(), len(val.classes), use_bf16(args)
     size = min(args.probe_batch_size or PROBE[args.probe_optimizer][1], len(train))
-    crops = shuffled_crops(args, train, drop_last=False)
+    crops = shuffled_crops(args, train, drop_last=world() > 1)  # of several processes each has a part of every batch
     if args.cache_features:
         pairs_of = cached_features(args, backbone, crops, size, bf16)
     else:

@@ -1,0 +1,130 @@
+"""Several processes that work on one run, as torchrun starts them; with one process every function here is trivial.
+
+Each process has a rank. All train the same model on their share of every batch; rank 0 alone writes and speaks.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def rank():
+    return int(os.environ.get('RANK', 0))
+
+
+def world():
+    """The number of processes."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def start(device):
+    """Join the other processes: NCCL between GPUs, gloo between CPUs. device: this process's."""
+    if world() > 1 and not dist.is_initialized():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model, device):
+    """What to call in place of `model` in training: gradients averaged and BN statistics shared between processes."""
+    if world() == 1:
+        return model
+    if device.type == 'cuda':
+        shared = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(shared, device_ids=[device.index])
+    return nn.parallel.DistributedDataParallel(share_statistics(model))
+
+
+def share_statistics(model):
+    """Turn every BN of `model` into a SharedBatchNorm, in place: torch's SyncBatchNorm runs on GPUs only."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = SharedBatchNorm
+    return model
+
+
+class SharedBatchNorm(_BatchNorm):
+    """BN over the batches of all processes. x: N x C or N x C x H x W."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = world() * x.numel() // x.shape[1]  # every process has as many
+        mean = Sum.apply(x.sum(axes)) / count
+        centred = x - mean.view(shape)
+        variance = Sum.apply((centred**2).sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+        x = centred * (variance + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+class Sum(torch.autograd.Function):
+    """The sum over the processes; so is its gradient, for each one's loss depends on every one's x."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, slope):
+        slope = slope.clone()
+        dist.all_reduce(slope)
+        return slope
+
+
+def mean(x):
+    """The mean of a tensor over the processes."""
+    if world() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= world()
+    return x
+
+
+def agree(flag, device):
+    """Whether any process has the flag set. All of them have to ask at the same place."""
+    if world() == 1:
+        return bool(flag)
+    asked = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return asked.item() > 0
+
+
+def gather(x, count=None):
+    """The rows of all processes' x, one after the other, the first `count`; each gives as many but the last few."""
+    if world() == 1:
+        return x
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    most = max(int(size) for size in sizes)
+    padded = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:]))).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])[:count]
+
+
+def same_for_all(text):
+    """What rank 0 has to say, in every process."""
+    if world() > 1:
+        box = [text]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return text
