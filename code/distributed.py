@@ -25,7 +25,12 @@ def start(device):
     if world() > 1 and not dist.is_initialized():
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # Each restart has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
+        ours = rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=ours)
+        store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world())
 
 
 def end():

@@ -222,7 +222,8 @@ def train_step(net, optimizer, view1, view2, dtype=None, scaler=None, parts=1):
         with net.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(view1.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 p1, p2, z1, z2 = net(channels_last(part1), channels_last(part2))
-            loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float()) / parts
+            p1, p2, z1, z2 = (x.float() if dtype else x for x in (p1, p2, z1, z2))
+            loss = simsiam_loss(p1, p2, z1, z2) / parts
             (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     if scaler:
@@ -230,7 +231,7 @@ def train_step(net, optimizer, view1, view2, dtype=None, scaler=None, parts=1):
         scaler.update()
     else:
         optimizer.step()
-    return total, spread(z1.detach().float())
+    return total, spread(z1.detach())
 
 
 def check_batch(args):

@@ -1,0 +1,176 @@
+"""Several processes: the same gradients, statistics, images and results as one; and what happens when one dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from config import AUGMENTATIONS, get_config
+from conftest import CODE, TINY, own_paths
+from dataloader import vision
+from dataloader.load_dataset import get_iterator, in_order
+from utils import random_from
+
+RUN = 'model_name_simsiam_ckpt_0'
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
+ALONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+def run(*command, **more):
+    return subprocess.run(list(map(str, command)), cwd=CODE, env=ALONE, capture_output=True, text=True, timeout=300,
+                          check=False, **more)  # fmt: skip
+
+
+def test_two_processes_make_the_step_of_one(tmp_path):
+    """Loss, every gradient, weight and running statistic after three steps, in double precision, to 1e-10. BN
+    statistics are shared (torch's SyncBatchNorm has no CPU path; ours has the same formula)."""
+    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+        done = run(*start, CODE / 'tests/one_step.py', tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
+    assert two['losses'] == pytest.approx(one['losses'], abs=1e-10)
+    assert len(set(one['losses'])) == 3
+    for kind in ('gradients', 'state'):
+        assert one[kind].keys() == two[kind].keys()
+        for name, value in one[kind].items():
+            torch.testing.assert_close(two[kind][name], value, atol=1e-10, rtol=1e-10, msg=name)
+    assert max(gradient.abs().max() for gradient in one['gradients'].values()) > 1e-3
+
+
+@pytest.fixture
+def as_one_of(monkeypatch):
+    """Pretend to be a process of several, for what needs no communication."""
+
+    def pretend(rank, world):
+        monkeypatch.setenv('RANK', str(rank))
+        monkeypatch.setenv('WORLD_SIZE', str(world))
+
+    return pretend
+
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_no_image_is_seen_twice_or_left_out(world, drawn, tmp_path, as_one_of):
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), batch_size=8, num_workers=0)
+    whole = [[key[0] for key in keys] for keys in get_iterator(args)['train'].batch_sampler]
+    shares, in_turn = [], []
+    for rank in range(world):
+        as_one_of(rank, world)
+        train = get_iterator(args)
+        shares.append([[key[0] for key in keys] for keys in train['train'].batch_sampler])
+        val = in_order(args, train['val'].dataset)
+        in_turn += [key[0] for keys in val.batch_sampler for key in keys]
+        assert len(list(val)) == len(val)
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [index for part in parts for index in part] == batch
+    assert sorted(index for batch in whole for index in batch) == list(range(72))
+    assert in_turn == list(range(24))
+
+
+@pytest.mark.parametrize(('blur', 'atol'), [(0.0, 1e-5), (0.5, 0.05)])
+def test_every_process_draws_what_one_would(blur, atol):
+    """Views of the parts of a batch are those of the whole batch (a blur reaches as far as the largest of a batch)."""
+    images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def views(part, these):
+        return vision.random_views(these, 24, AUGMENTATIONS['moco'], blur, random_from(1), part=part)
+
+    whole = views((0, 1), images)
+    for rank in range(4):
+        for ours, wanted in zip(views((rank, 4), images[2 * rank : 2 * rank + 2]), whole, strict=True):
+            torch.testing.assert_close(ours, wanted[2 * rank : 2 * rank + 2], atol=atol, rtol=0)
+
+
+OPTIONS = (*TINY, '--max_epochs=3', '--knn_every=1', '--evaluate_after=True', '--probe_optimizer=lars')
+
+
+def losses_of(said):
+    return [(float(loss), float(top1)) for loss, top1 in re.findall(r'epoch \d/3  loss (\S+) .* kNN (\S+) %', said)]
+
+
+def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
+    """The whole command: losses, kNN and linear accuracy, and one set of files."""
+    said = {}
+    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+        done = run(*start, 'cli.py', 'train', *OPTIONS, f'--image_path={drawn}', *own_paths(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    assert 'on cpu, 2 processes' in said['two']
+    one, two = losses_of(said['one']), losses_of(said['two'])
+    assert len(one) == len(two) == 3
+    for (loss, top1), (other, other_top1) in zip(one, two, strict=True):
+        assert other == pytest.approx(loss, abs=2e-3)
+        assert other_top1 == pytest.approx(top1, abs=9)  # two of 24 images
+    print('epoch: loss, kNN of one process and of two:', list(zip(one, two, strict=True)))
+    files = {name: sorted(re.sub('_-?[0-9.]+_', '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
+             for name in said}  # fmt: skip
+    assert files['one'] == files['two']
+    result = json.loads((tmp_path / 'two/ckpt' / RUN / 'evaluate_linear.json').read_text())
+    assert (result['num_train'], result['num_val']) == (72, 24)
+    judge = ('cli.py', 'evaluate', '--protocol=knn', f'--ckpt_name={RUN}', *own_paths(tmp_path / 'two'))
+    done = run(*TORCHRUN, *judge)
+    assert done.returncode == 0, done.stderr
+    alone = run(
+        sys.executable, 'cli.py', 'evaluate', '--protocol=knn', f'--ckpt_name={RUN}', *own_paths(tmp_path / 'two')
+    )
+    assert re.search(r'top-1 .*', done.stdout)[0] == re.search(r'top-1 .*', alone.stdout)[0]
+
+
+def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
+    import distributed
+
+    as_one_of(0, 3)
+    monkeypatch.setattr(distributed, 'start', lambda device: None)
+    assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
+    assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
+
+
+def workers_of(parent):
+    """The processes that torchrun has started: {rank: pid}."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            status = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()
+            if int(status[1]) == parent:
+                environment = Path(f'/proc/{pid}/environ').read_text().split('\0')
+                found[int(next(v for v in environment if v.startswith('RANK=')).split('=')[1])] = int(pid)
+        except (OSError, StopIteration):
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while time.time() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError('waited in vain')
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc, which only Linux has')
+def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_path):
+    options = [*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', f'--image_path={drawn}', '--save_every=1',
+               '--keep_last=2', '--resume=auto']  # fmt: skip
+    whole = run(*TORCHRUN, 'cli.py', 'train', *options, *own_paths(tmp_path / 'whole'))
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / 'broken/ckpt' / RUN
+    command = [*TORCHRUN, '--max-restarts=1', 'cli.py', 'train', *options, *own_paths(tmp_path / 'broken')]
+    process = subprocess.Popen(command, cwd=CODE, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(folder.glob('loss_*')))
+    victim, other = (workers_of(process.pid)[rank] for rank in (1, 0))
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: not os.path.exists(f'/proc/{other}') or workers_of(process.pid).get(0) != other, 20)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert f'going on with {RUN} after epoch' in said
+    one, two = (torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_12')), weights_only=True)
+                for name in ('whole', 'broken'))  # fmt: skip
+    assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
