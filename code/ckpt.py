@@ -156,10 +156,11 @@ def save_checkpoint(run, args, model, optimizer, epoch, loss, step=0, seen=None,
     write_aside(path, lambda aside: torch.save(content, aside))
     if not rank():
         older = [other for other in checkpoints(run) if other != path]
-        for other in older:
-            superfluous = args.keep_last and len(older) - older.index(other) >= args.keep_last
-            if superfluous or NAME.fullmatch(other.name)[3]:
-                other.unlink()
+        within = [other for other in older if NAME.fullmatch(other.name)[3]]
+        finished = [other for other in older if other not in within]
+        spare = len(finished) - args.keep_last + (not step) if args.keep_last else 0
+        for other in (*within, *finished[: max(0, spare)]):
+            other.unlink()
     return path
 
 

@@ -88,6 +88,10 @@ def main(argv):
             print('error: the GPU has not enough memory: try a smaller --batch_size, or --accumulate_steps=2',
                   file=sys.stderr)  # fmt: skip
             return 1
+        if 'DataLoader worker' in str(error):
+            print('error: a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
+                  '--resume=auto goes on from the last checkpoint', file=sys.stderr)  # fmt: skip
+            return 1
         if 'onnection' in str(error) and 'RANK' in os.environ:
             print(f'error: another process of this run ended: {str(error).splitlines()[0]}', file=sys.stderr)
             return 1

@@ -144,7 +144,7 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
         losses[:first], stds[:first] = (values.to(device) for values in seen)
     net.train()
     title = f'epoch {epoch + 1}/{args.max_epochs}'
-    bar = tqdm(prepared(args, alive(batches, interrupt)), desc=title, total=steps, initial=first, leave=False,
+    bar = tqdm(prepared(args, batches), desc=title, total=steps, initial=first, leave=False,
                disable=True if distributed.rank() else None, unit='batches')  # fmt: skip
 
     def report():
@@ -241,18 +241,6 @@ def check_batch(args):
         raise UserError(f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
                         f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
                         )  # fmt: skip
-
-
-def alive(batches, interrupt):
-    """`batches`, ended early where workers have died of the signal that has come here too. Else raises WorkError."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        if not interrupt.signal:
-            raise WorkError('a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
-                            '--resume=auto goes on from the last checkpoint') from None  # fmt: skip
 
 
 def stopped(interrupt, run, where):

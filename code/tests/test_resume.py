@@ -1,0 +1,235 @@
+"""A run that is stopped anywhere and started again ends as the one that never stopped, to the bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+from ckpt import restore_rng, rng_states
+from config import get_config
+from conftest import CODE, TINY, one_line, own_paths, run
+from interrupt import Interrupt
+from loss.negative_cosine import simsiam_loss
+from model.simsiam import SimSiam
+from optimizer.sgd import make_sgd, set_learning_rates
+from test_cli import same
+from train import train_step
+
+RUN = 'model_name_simsiam_ckpt_0'
+# 40 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
+LONG = (*TINY, '--batch_size=8', '--max_epochs=40', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
+
+
+def start(folder, images, *options):
+    command = [
+        sys.executable,
+        str(CODE / 'cli.py'),
+        'train',
+        *LONG,
+        f'--image_path={images}',
+        *own_paths(folder),
+        *options,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def last(folder):
+    """(name, content) of the one checkpoint that is left at the end."""
+    (path,) = (folder / 'ckpt' / RUN).glob('loss_*')
+    return path.name, torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def whole(drawn, tmp_path_factory):
+    """The uninterrupted run. To be read only."""
+    folder = tmp_path_factory.mktemp('whole')
+    process = start(folder, drawn)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return folder
+
+
+def stop_in_an_epoch(process, folder, number, seen=()):
+    """Send the signal as soon as there is a checkpoint from within an epoch that was not there before."""
+    end = time.time() + 60
+    while time.time() < end:
+        names = [path.name for path in (folder / 'ckpt' / RUN).glob('loss_*_step_*')]
+        if any(name not in seen for name in names):
+            process.send_signal(number)
+            return names, process.communicate(timeout=60)
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    raise AssertionError('no checkpoint within an epoch')
+
+
+def assert_same_end(folder, whole):
+    (name, content), (wanted_name, wanted) = last(folder), last(whole)
+    assert name == wanted_name
+    assert same(content['model'], wanted['model'])
+    assert same(content['optimizer'], wanted['optimizer'])
+
+
+def test_killed_and_started_again_it_ends_the_same(whole, drawn, tmp_path):
+    """kill -9 three times; the same command goes on each time."""
+    seen = []
+    for _ in range(3):
+        process = start(tmp_path, drawn, '--resume=auto')
+        names, _ = stop_in_an_epoch(process, tmp_path, signal.SIGKILL, seen)
+        seen += names
+        assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path, drawn, '--resume=auto')
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert re.search(rf'going on with {RUN} after epoch \d+ of 40, step \d', said)
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize(('number', 'code', 'name'), [(signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'SIGINT')])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, name, whole, drawn, tmp_path):
+    process = start(tmp_path, drawn)
+    _, (_, errors) = stop_in_an_epoch(process, tmp_path, number)
+    assert process.returncode == code
+    where = r'epoch \d+(, step \d+)?'
+    assert re.fullmatch(rf'{name}: saved after {where}; python3 cli.py train --resume={RUN} goes on\n', errors)
+    assert f'stopped by {name} after epoch' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
+    process = start(tmp_path, drawn, f'--resume={RUN}')
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert_same_end(tmp_path, whole)
+
+
+def test_stopped_among_worker_processes(drawn_large, tmp_path):
+    """Images decoded by workers, the signal sent to all processes as a terminal and SLURM do."""
+    options = ('--num_workers=2', '--max_epochs=12', '--blur_prob=0.5')
+    process = start(tmp_path / 'whole', drawn_large, *options)
+    process.communicate(timeout=200)
+    process = start(tmp_path / 'cut', drawn_large, *options)
+    folder = tmp_path / 'cut/ckpt' / RUN
+    end = time.time() + 60
+    while not list(folder.glob('loss_*_step_*')) and time.time() < end:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert errors.startswith('SIGTERM: saved after epoch')
+    process = start(tmp_path / 'cut', drawn_large, *options, '--resume=auto')
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert_same_end(tmp_path / 'cut', tmp_path / 'whole')
+
+
+def test_a_second_signal_ends_at_once():
+    code = 'import os, signal\nfrom interrupt import Interrupt\nwith Interrupt() as stop:\n' \
+           '    os.kill(os.getpid(), signal.SIGTERM)\n    print(stop.signal, flush=True)\n' \
+           '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'  # fmt: skip
+    done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ('15\n', -signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def short(folder, images, *options):
+    return cli.main(['train', *TINY, '--knn_every=0', f'--image_path={images}', *own_paths(folder), *options])
+
+
+def test_resume_auto(drawn, tmp_path, capsys):
+    """Without a run it starts one; it goes on with an unfinished one; other options are named; a finished one stays."""
+    limited = ('--max_minutes=0.0001', '--max_epochs=3', '--resume=auto')
+    assert short(tmp_path, drawn, *limited) == 0
+    assert short(tmp_path, drawn, *limited) == 0
+    assert f'going on with {RUN} after epoch 1 of 3' in capsys.readouterr().out
+    assert short(tmp_path, drawn, *limited, '--momentum=0.8', '--weight_decay=0') == 2
+    assert one_line(capsys.readouterr().err) == (
+        f'error: --resume=auto: the unfinished run {RUN} has momentum=0.9 (not 0.8), weight_decay=0.0005 (not 0.0); '
+        f'--resume={RUN} goes on with it, without --resume a new run starts'
+    )
+    assert short(tmp_path, drawn, f'--resume={RUN}', '--momentum=0.8', '--max_epochs=3') == 0
+    assert short(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
+    assert (tmp_path / 'ckpt' / RUN.replace('_0', '_1')).is_dir()
+    capsys.readouterr()
+    assert short(tmp_path, drawn, '--resume=nothing') == 2
+    assert 'there is no run nothing in' in one_line(capsys.readouterr().err)
+
+
+def test_keep_last_prunes_the_oldest(drawn, tmp_path):
+    assert short(tmp_path, drawn, '--max_epochs=5', '--save_every=1', '--keep_last=2', '--save_minutes=0.00001') == 0
+    names = sorted(path.name.split('_epoch_')[1] for path in (tmp_path / 'ckpt' / RUN).glob('loss_*'))
+    assert names == ['4', '5']
+
+
+def test_a_run_repeats_from_its_folder(drawn, tmp_path):
+    options = (*TINY, '--knn_every=0', '--max_epochs=1', '--proj_dim=24', '--learning_rate=0.3')
+    assert run('train', *options, f'--image_path={drawn}', *own_paths(tmp_path)).returncode == 0
+    about = json.loads((tmp_path / 'ckpt' / RUN / 'run.json').read_text())
+    assert about['args']['proj_dim'] == 24
+    assert '--proj_dim=24' in about['command']
+    assert about['versions']['torch'] == torch.__version__
+    assert set(about['versions']) == {'python', 'torch', 'torchvision', 'commit'}
+    assert cli.main(['train', f'--from_run={RUN}', *own_paths(tmp_path)]) == 0
+    one, two = (torch.load(next((tmp_path / 'ckpt' / RUN.replace('_0', f'_{i}')).glob('loss_*')), weights_only=True)
+                for i in (0, 1))  # fmt: skip
+    assert same(one['model'], two['model'])
+    assert one['args']['proj_dim'] == two['args']['proj_dim'] == 24
+
+
+def test_the_random_generators_are_put_back():
+    states = rng_states()
+    first = random.random(), np.random.rand(), torch.rand(1).item()
+    torch.save(states, buffer := __import__('io').BytesIO())
+    buffer.seek(0)
+    restore_rng(torch.load(buffer, weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_parts_of_a_step_have_the_mean_of_their_gradients():
+    model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
+    other = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
+    other.load_state_dict(model.state_dict())
+    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    optimizer = make_sgd(model, 0.0, 0.0)
+    set_learning_rates(optimizer, 0.0, 0.0)
+    loss, _ = train_step(model, optimizer, view1, view2, parts=3)
+    losses = [simsiam_loss(*other(view1[i : i + 2], view2[i : i + 2])) for i in (0, 2, 4)]
+    (sum(losses) / 3).backward()
+    assert loss.item() == pytest.approx(sum(losses).item() / 3, abs=1e-12)
+    for ours, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, wanted.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a POSIX shell')
+def test_a_full_disk_leaves_the_last_checkpoint_whole(drawn, tmp_path):
+    """A limit on the size of a file, as a disk that has room for small ones only."""
+    assert short(tmp_path, drawn, '--max_epochs=1') == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'ckpt' / RUN).glob('loss_*')}
+    options = ' '.join((f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)))
+    command = f'ulimit -f 300; exec "{sys.executable}" cli.py train {options}'
+    done = subprocess.run(['bash', '-c', command], cwd=CODE, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search('cannot write .*is the disk full|File too large', one_line(done.stderr))
+    after = {path.name: path.read_bytes() for path in (tmp_path / 'ckpt' / RUN).glob('*loss_*')}
+    assert after == before
+
+
+def test_a_worker_that_dies_is_one_line(drawn_large, tmp_path):
+    """Killed as the system does it when memory runs out."""
+    process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400')
+    end = time.time() + 60
+    while not list((tmp_path / 'ckpt' / RUN).glob('loss_*')) and time.time() < end:
+        time.sleep(0.01)
+    asked = ['ps', '-o', 'pid=', '--ppid', str(process.pid)]
+    children = subprocess.run(asked, capture_output=True, text=True, check=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'a process that reads images died' in one_line(errors)
