@@ -218,8 +218,8 @@ def of_run(args):
 def resumed(args):
     """args with the --ckpt_name that --resume means.
 
-    auto: the newest run of this --model_name that has not reached its last epoch, if there is one. Raises UserError
-    where it has other options than args.
+    auto: the newest run of this --model_name with args' options, if there is one: finished, only what comes after the
+    training is left to do. Raises UserError where a newer one is unfinished and has other options.
     """
     if args.resume != 'auto':
         return changed(args, ckpt_name=str(find_run(args, args.resume)))
@@ -229,11 +229,11 @@ def resumed(args):
             continue
         content = read(found[-1], 'args', 'epoch')
         saved = content['args']
-        if content['epoch'] >= saved.get('max_epochs', 0):
-            continue
         other = [f for f in OPTIONS.values()
                  if f.name not in OF_THE_CALL and f.metadata['used_by'] != EVALUATE
                  and saved.get(f.name, f.default) != getattr(args, f.name)]  # fmt: skip
+        if other and content['epoch'] >= saved.get('max_epochs', 0):
+            continue  # that one is finished
         if other:
             said = ', '.join(f'{f.name}={saved.get(f.name, f.default)} (not {getattr(args, f.name)})' for f in other)
             raise UserError(f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '

@@ -136,7 +136,7 @@ class Config:
     )  # fmt: skip
     keep_last: int = option(0, 'checkpoints of a run that are kept, the older ones are deleted; 0: all', low=0,
                             high=100000, used_by=('train',))  # fmt: skip
-    resume: str = option('', 'auto: go on with the newest unfinished run of these options; or the name of a run',
+    resume: str = option('', 'auto: go on with the newest run of these options, or start it; or the name of a run',
                          used_by=('train',))  # fmt: skip
     from_run: str = option('', 'a run whose options are taken, to repeat it as a new run', used_by=('train',))
 

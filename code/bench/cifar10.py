@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import flops_an_image, matmul_rate
+from common import CODE, flops_an_image, matmul_rate
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
@@ -29,7 +29,6 @@ from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from protocols.features import features_of
 from utils import get_device, random_from, use_bf16, write_aside
 
-CODE = Path(__file__).resolve().parent.parent
 CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
 
 

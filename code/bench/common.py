@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+CODE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CODE))
 from utils import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()

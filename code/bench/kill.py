@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+from common import CODE
 
-CODE = Path(__file__).resolve().parent.parent
 OPTIONS = ['--preset=demo', '--max_epochs=2', '--knn_every=0', '--save_minutes=0.01', '--resume=auto']
 
 

@@ -157,6 +157,9 @@ def test_resume_auto(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, f'--resume={RUN}', '--momentum=0.8', '--max_epochs=3') == 0
     assert short(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
     assert (tmp_path / 'ckpt' / RUN.replace('_0', '_1')).is_dir()
+    assert short(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
+    assert f'{RUN.replace("_0", "_1")} has its 1 epochs already' in capsys.readouterr().out
+    assert not (tmp_path / 'ckpt' / RUN.replace('_0', '_2')).is_dir()
     capsys.readouterr()
     assert short(tmp_path, drawn, '--resume=nothing') == 2
     assert 'there is no run nothing in' in one_line(capsys.readouterr().err)

@@ -1,0 +1,66 @@
+"""Images/s and peak memory of training with each switch off and on, and a resumed run beside one that was left alone.
+
+    python3 bench/switches.py [--image_path=FOLDER] [other options of cli.py train, such as --backbone=small]
+
+The cifar10 preset for two epochs each, by default on the demo's drawings; the second epoch counts. bf16, fp16 and compile
+want a GPU; on a CPU their rows are left out. The last line is one JSON object.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import CODE
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SWITCHES = {
+    'as it is': [],
+    '--amp=off': ['--amp=off'],
+    '--amp=bf16': ['--amp=bf16'],
+    '--amp=fp16': ['--amp=fp16'],
+    '--compile=False': ['--compile=False'],
+    '--compile=True': ['--compile=True'],
+    '--cache_images=off': ['--cache_images=off'],
+    '--augment_on=worker': ['--augment_on=worker'],
+    '--accumulate_steps=2': ['--accumulate_steps=2'],
+}
+
+
+def train(folder, *options):
+    """One run; returns (images/s, peak gigabytes or None, loss) of its last epoch."""
+    paths = [f'--{name}_path={folder}/{name}' for name in ('ckpt', 'log')]
+    command = [sys.executable, 'cli.py', 'train', '--knn_every=0', '--save_every=1', *options, *paths]
+    subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
+    (log,) = (folder / 'log').iterdir()
+    events = EventAccumulator(str(log)).Reload()
+    last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()['scalars']}
+    return last['train/images_per_second'], last.get('train/memory_gigabytes'), last['train/loss']
+
+
+def main():
+    root, given = Path(tempfile.mkdtemp()), sys.argv[1:]
+    demo = [] if any(option.startswith('--image_path') for option in given) else ['--image_path=data/demo']
+    common = ['--preset=cifar10', *demo, '--max_epochs=2', *given]
+    if demo:
+        subprocess.run([sys.executable, 'cli.py', 'check_dataloader', '--preset=demo'], cwd=CODE, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+    cuda, found = torch.cuda.is_available(), {}
+    for name, options in SWITCHES.items():
+        if cuda or not name.startswith(('--amp=bf16', '--amp=fp16', '--compile=True')):
+            speed, memory, loss = train(root / name.strip('-'), *common, *options)
+            found[name] = {'images_per_second': round(speed, 1), 'peak_gigabytes': memory, 'loss': loss}
+            print(f'{name:24}{speed:10.0f} images/s   {memory or float("nan"):8.2f} GB   loss {loss:.4f}', flush=True)
+    for name in ('as it is', '--amp=fp16') if cuda else ('as it is',):
+        folder = root / f'resumed {name}'
+        train(folder, *common, *SWITCHES[name], '--max_minutes=0.0001')
+        _, _, loss = train(folder, *common, *SWITCHES[name], '--resume=auto')
+        found[f'resumed, {name}'] = {'loss': loss, 'difference': loss - found[name]['loss']}
+        print(f'resumed, {name}: loss {loss:.6f}, difference {loss - found[name]["loss"]:.2e}', flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    main()
