@@ -35,7 +35,7 @@ from utils import write_aside
 SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_step_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
-ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim')
+ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 # What belongs to this call and this machine, and never comes from a checkpoint.
 OF_THE_CALL = ('ckpt_name', 'init_from', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers',
                'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile',

@@ -19,6 +19,8 @@ COMMANDS = {
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
     'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer or detection'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
+    'ablate': ('ablate', "the paper's ablations: the variants of --table one after the other, ours beside the paper's"),
+    'report': ('report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
     'embed': ('embed', 'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector'),
     'export': ('export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
 }
@@ -73,6 +75,9 @@ def main(argv):
     except (UserError, WorkError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # whoever read our output has seen enough: ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = f' ({error.filename})' if error.filename else ''
         print(f'error: {error.strerror or error}{where}', file=sys.stderr)

@@ -20,8 +20,10 @@ class WorkError(Exception):
     """The work itself failed: an unreadable image or checkpoint, a loss that is not finite. One line, exit code 1."""
 
 
-ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export')
-EVALUATE = ('train', 'evaluate')
+ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report')
+TRAIN = ('train', 'ablate')
+VIEWS = ('check_dataloader', *TRAIN)
+EVALUATE = ('train', 'evaluate', 'ablate')
 
 
 def option(default, meaning, choices=None, low=None, high=None, used_by=ALL):
@@ -55,7 +57,7 @@ class Config:
     )  # fmt: skip
     cache_path: str = option('data/cache', 'folder of both caches')
     jpeg_shrink: bool = option(
-        True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=ALL[:2]
+        True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=VIEWS
     )
     bad_images: str = option(
         'error', 'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
@@ -65,83 +67,95 @@ class Config:
 
     # Augmentation (paper section 3; MoCo v2)
     augmentation: str = option(
-        'moco', "distortion of the views: moco, or SimCLR's stronger one", ('moco', 'simclr'), used_by=ALL[:2]
+        'moco', "distortion of the views: moco, or SimCLR's stronger one", ('moco', 'simclr'), used_by=VIEWS
     )
-    warmup_augmentation: str = option(
-        'moco', 'distortion during the warmup_epochs', ('moco', 'simclr'), used_by=('train',)
-    )
+    warmup_augmentation: str = option('moco', 'distortion during the warmup_epochs', ('moco', 'simclr'), used_by=TRAIN)
     augment_on: str = option(
         'device', "device: a batch at a time; worker: torchvision's transforms, the slow reference",
-        ('device', 'worker'), used_by=ALL[:2],
+        ('device', 'worker'), used_by=VIEWS,
     )  # fmt: skip
-    blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=ALL[:2])
+    blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=VIEWS)
 
     # Model (paper section 3)
-    model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=('train',))
+    model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=TRAIN)
     backbone: str = option('resnet50', 'the encoder', ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'small'))
     stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
     proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
     proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536)
     pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536)
 
+    # What the paper takes away or changes to see what it is for (section 4); `ablate` runs these
+    stop_gradient: bool = option(True, 'hold z constant in the loss (table 1)', used_by=TRAIN)
+    predictor: str = option('mlp', 'mlp; none: p is z; fixed: never trained (table 2)', ('mlp', 'none', 'fixed'))
+    proj_bn: str = option(
+        'default', 'BN in projector and predictor (table 4): none; hidden layers; default: and the output of the '
+        'projector; all: and of the predictor', ('none', 'hidden', 'default', 'all'),
+    )  # fmt: skip
+    similarity: str = option('cosine', 'in the loss (section 4.5): cosine, or cross-entropy of softmaxes',
+                             ('cosine', 'softmax'), used_by=TRAIN)  # fmt: skip
+    symmetric: str = option(
+        'true', 'each view predicts the other (true), the first the second (false), or two such pairs of views (2x)',
+        ('true', 'false', '2x'), used_by=TRAIN,
+    )  # fmt: skip
+
     # Optimisation (paper section 3)
     batch_size: int = option(512, 'images a step, of all processes together', low=2, high=65536)
     accumulate_steps: int = option(
         1, 'parts of a step that go through the network one after the other, for small memories; BN sees a part alone',
-        low=1, high=1024, used_by=('train',),
+        low=1, high=1024, used_by=TRAIN,
     )  # fmt: skip
-    max_epochs: int = option(100, 'passes over the training images', low=1, high=100000, used_by=('train',))
+    max_epochs: int = option(100, 'passes over the training images', low=1, high=100000, used_by=TRAIN)
     learning_rate: float = option(
-        0.05, 'base learning rate: a step uses this x batch_size / 256', low=0.0, high=100.0, used_by=('train',)
+        0.05, 'base learning rate: a step uses this x batch_size / 256', low=0.0, high=100.0, used_by=TRAIN
     )
     fix_pred_lr: bool = option(
-        True, "keep the predictor's learning rate constant (the paper's best row)", used_by=('train',)
+        True, "keep the predictor's learning rate constant (the paper's best row)", used_by=TRAIN
     )
-    momentum: float = option(0.9, 'momentum of SGD', low=0.0, high=0.9999, used_by=('train',))
+    momentum: float = option(0.9, 'momentum of SGD', low=0.0, high=0.9999, used_by=TRAIN)
     weight_decay: float = option(
-        1e-4, 'L2 penalty on all parameters, biases and BN too', low=0.0, high=1.0, used_by=('train',)
+        1e-4, 'L2 penalty on all parameters, biases and BN too', low=0.0, high=1.0, used_by=TRAIN
     )
     warmup_epochs: int = option(
         0, 'first epochs: learning rate rises linearly, warmup_augmentation is used', low=0, high=1000,
-        used_by=('train',),
+        used_by=TRAIN,
     )  # fmt: skip
 
     max_minutes: float = option(
         0.0, 'stop after the epoch in which this many minutes have passed, with a checkpoint; 0: no limit',
-        low=0.0, high=1e6, used_by=('train',),
+        low=0.0, high=1e6, used_by=TRAIN,
     )  # fmt: skip
     amp: str = option(
         'auto', 'precision of the network: bf16 or fp16 (CUDA), off (float32), auto: bf16 where the GPU has it',
-        ('auto', 'bf16', 'fp16', 'off'), used_by=('train',),
+        ('auto', 'bf16', 'fp16', 'off'), used_by=TRAIN,
     )  # fmt: skip
     compile: str = option(
         'auto', 'torch.compile: True, False, auto: on CUDA, where a C compiler is there', ('auto', 'True', 'False'),
-        used_by=('train',),
+        used_by=TRAIN,
     )  # fmt: skip
 
     # Watching a run
-    knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=('train',))
+    knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=TRAIN)
     knn_k: int = option(200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000)
     knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0)
     collapse_threshold: float = option(
         0.25, 'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1', low=0.0, high=1.0,
-        used_by=('train',),
+        used_by=TRAIN,
     )  # fmt: skip
     save_every: int = option(10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000,
-                             used_by=('train',))  # fmt: skip
+                             used_by=TRAIN)  # fmt: skip
 
     save_minutes: float = option(
         15.0, 'minutes after which a checkpoint is saved within an epoch too; 0: never', low=0.0, high=1e6,
-        used_by=('train',),
+        used_by=TRAIN,
     )  # fmt: skip
     keep_last: int = option(0, 'checkpoints of a run that are kept, the older ones are deleted; 0: all', low=0,
-                            high=100000, used_by=('train',))  # fmt: skip
+                            high=100000, used_by=TRAIN)  # fmt: skip
     resume: str = option('', 'auto: go on with the newest run of these options, or start it; or the name of a run',
-                         used_by=('train',))  # fmt: skip
-    from_run: str = option('', 'a run whose options are taken, to repeat it as a new run', used_by=('train',))
+                         used_by=TRAIN)  # fmt: skip
+    from_run: str = option('', 'a run whose options are taken, to repeat it as a new run', used_by=TRAIN)
 
     # Evaluation
-    evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=('train',))
+    evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=TRAIN)
     protocol: str = option(
         'linear', 'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
         'detection: on --detection_path',
@@ -210,9 +224,13 @@ class Config:
     ckpt_path: str = option('data/checkpoints', 'folder of the run folders with checkpoints', used_by=ALL[1:])
     ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
                             used_by=ALL[1:])  # fmt: skip
-    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], 'embed'))
+    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], *ALL[4:]))
     init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool; a new run',
-                            used_by=('train',))  # fmt: skip
+                            used_by=TRAIN)  # fmt: skip
+    table: str = option(
+        'stopgrad', 'which of the tables',
+        ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric'), used_by=('ablate',),
+    )  # fmt: skip
     output: str = option('', 'the file to write: infer submission.csv, embed features.npz or .csv, export backbone.pth',
                          used_by=('infer', 'embed', 'export'))  # fmt: skip
     neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',

@@ -76,22 +76,24 @@ def infer(args):
     say(f'{len(rows)} images of {images.folder} predicted by {how}')
     say(f'written to {output}')
     if args.neighbours:
-        save_neighbours(args, backbone, images, features, output.with_name(f'{output.stem}_neighbours.png'))
+        train = load_splits(args)['train']
+        bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
+        picture = neighbours_picture(args, images, features, train, bank, args.neighbours)
+        path = output.with_name(f'{output.stem}_neighbours.png')
+        write_aside(path, lambda aside: picture.save(aside, 'PNG'))
+        say(f'their nearest training images: {path}')
     return output
 
 
-def save_neighbours(args, backbone, images, features, path):
-    """A picture of up to ROWS of `images`, spread evenly, each beside the --neighbours nearest training images."""
-    train = load_splits(args)['train']
-    bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
+def neighbours_picture(args, images, features, train, bank, k):
+    """A picture of up to ROWS of `images`, each beside its k nearest of `train`. features, bank: theirs."""
     rows = torch.linspace(0, len(images) - 1, min(ROWS, len(images))).round().long()
-    cosine, found = nearest(features[rows.to(features.device)], bank, args.neighbours)
+    cosine, found = nearest(features[rows.to(features.device)], bank, k)
     queries = pixels_of(args, images, rows)
     grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
     captions = [f'{images.names[row]}: cosine {", ".join(f"{value:.2f}" for value in values)}'
                 for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)]  # fmt: skip
-    write_aside(path, lambda aside: pictures.beside(grid, captions).save(aside, 'PNG'))
-    say(f'their nearest training images: {path}')
+    return pictures.beside(grid, captions)
 
 
 def pixels_of(args, images, rows):

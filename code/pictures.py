@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 NAMED = 40  # classes up to which they are named and counted in the picture
@@ -65,3 +65,59 @@ def beside(rows, captions, side=96):
 def as_tensor(image):
     """A PIL image as 3 x H x W in [0, 1], as TensorBoard wants it."""
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 255
+
+
+COLOURS = ('#2166ac', '#d6604d', '#1b9e77', '#7570b3', '#e6ab02', '#666666', '#a65628')
+
+
+def curves(panels, size=(420, 300)):
+    """Line charts side by side. panels: title to a list of (name, [(x, y), ...]). Returns a PIL image."""
+    width, height = size
+    image = Image.new('RGB', (width * len(panels), height + 26 * max(1, len(next(iter(panels.values()))))), PAPER)
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(11)
+    for number, (title, lines) in enumerate(panels.items()):
+        left, top, right, bottom = width * number + 52, 34, width * (number + 1) - 16, height - 26
+        pen.text((left, 8), title, INK, font)
+        points = [point for _, line in lines for point in line]
+        if not points:
+            pen.text((left, top + 20), 'not measured', INK, small)
+            continue
+        (first, last), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
+        last, margin = max(last, first + 1), 0.05 * (high - low) or 0.5
+        low, high = low - margin, high + margin
+        for part in range(5):
+            y = bottom - part * (bottom - top) / 4
+            pen.line((left, y, right, y), fill=(225, 225, 225))
+            pen.text((left - 6, y), f'{low + part * (high - low) / 4:.3g}', INK, small, anchor='rm')
+            x = left + part * (right - left) / 4
+            pen.text((x, bottom + 6), f'{first + part * (last - first) / 4:.3g}', INK, small, anchor='ma')
+        for i, (name, line) in enumerate(lines):
+            colour = COLOURS[i % len(COLOURS)]
+            wide, tall = (right - left) / (last - first), (bottom - top) / (high - low)
+            where = [(left + (x - first) * wide, bottom - (y - low) * tall) for x, y in line]
+            pen.line(where, fill=colour, width=2)
+            for x, y in where[-1:]:
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            if number == 0:
+                pen.line((52, height + 12 + 22 * i, 82, height + 12 + 22 * i), fill=colour, width=3)
+                pen.text((90, height + 12 + 22 * i), name, INK, font, anchor='lm')
+    pen.text((image.width - 16, height + 12), 'over epochs', INK, small, anchor='rm')
+    return image
+
+
+def scatter(points, labels, classes, side=640):
+    """Points in the plane, a colour a class. points: N x 2; labels: N, -1 for none. Returns a PIL image."""
+    names = classes[:20]
+    image = Image.new('RGB', (side + 160 if names else side, side), PAPER)
+    pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(13)
+    low, high = points.min(0).values, points.max(0).values
+    where = 16 + (points - low) / (high - low).clamp(min=1e-9) * (side - 32)
+    hues = [ImageColor.getrgb(f'hsl({360 * i // max(1, len(classes))}, 70%, {40 + 12 * (i % 2)}%)')
+            for i in range(len(classes))]  # fmt: skip
+    for (x, y), label in zip(where.tolist(), labels.tolist(), strict=True):
+        colour = hues[label] if label >= 0 else (90, 90, 90)
+        pen.ellipse((x - 3, side - y - 3, x + 3, side - y + 3), fill=(*colour, 170))
+    for i, name in enumerate(names):
+        pen.ellipse((side + 8, 20 + 24 * i, side + 18, 30 + 24 * i), fill=hues[i])
+        pen.text((side + 26, 25 + 24 * i), name, INK, font, anchor='lm')
+    return image

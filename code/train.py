@@ -1,6 +1,7 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3)."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -12,7 +13,7 @@ import distributed
 from ckpt import describe_run, get_model_ckpt, new_run, of_run, restore_rng, resumed, save_checkpoint
 from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order, labelled, prepared
+from dataloader.load_dataset import get_iterator, in_order, labelled, prepared, views_of
 from evaluate import evaluate_model, why_no_labels
 from interrupt import Interrupt, Stopped
 from logger import Logger, duration, log_to, say
@@ -142,6 +143,8 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
     losses, stds, read = torch.zeros(steps, device=device), torch.zeros(steps, device=device), None
     if first:
         losses[:first], stds[:first] = (values.to(device) for values in seen)
+    loss_of = functools.partial(simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity,
+                                symmetric=args.symmetric == 'true')  # fmt: skip
     net.train()
     title = f'epoch {epoch + 1}/{args.max_epochs}'
     bar = tqdm(prepared(args, batches), desc=title, total=steps, initial=first, leave=False,
@@ -158,20 +161,19 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
     for step, (images, _) in enumerate(bar, first):
         waited += time.time() - before
         generator = random_from(args.random_seed, 'views', epoch, step)
-        view1, view2 = vision.random_views(
-            images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator,
+        views = vision.random_views(
+            images, args.image_size, AUGMENTATIONS[name], args.blur_prob, generator, count=views_of(args),
             distorted=not batches.dataset.crops_only, compiled=use_compile(args),
             part=(distributed.rank(), distributed.world()),
         )  # fmt: skip
         if epoch == step == 0:
-            rows = [vision.denormalise(view[:16]) for view in (view1, view2)]
-            logger.views('two_views', rows)
+            logger.views('two_views', [vision.denormalise(view[:16]) for view in views])
 
         rate = learning_rate((epoch + step / steps) / args.max_epochs, args.warmup_epochs / args.max_epochs, top_rate)
         predictor_rate = top_rate if args.fix_pred_lr else rate
         set_learning_rates(optimizer, rate, predictor_rate)
 
-        losses[step], stds[step] = train_step(net, optimizer, view1, view2, dtype, scaler, args.accumulate_steps)
+        losses[step], stds[step] = train_step(net, optimizer, views, loss_of, dtype, scaler, args.accumulate_steps)
         if (step + 1) % READ_EVERY == 0 or step + 1 == steps:
             elapsed = time.time() - started
             speed, waiting = (step + 1 - first) * args.batch_size / elapsed, waited / elapsed
@@ -209,21 +211,25 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
     )
 
 
-def train_step(net, optimizer, view1, view2, dtype=None, scaler=None, parts=1):
-    """Forward, loss, backward, update on one batch's views, N x 3 x S x S each. Returns (loss, std), on the device.
+def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=None, parts=1):
+    """Forward, loss, backward, update on a batch's views, N x 3 x S x S each: one pair, or two. Returns (loss, std), on
+    the device.
 
-    dtype: that the network computes in, None for float32; scaler: of the gradients, for float16. parts: forward and
-    backward take this many equal parts of the batch one after the other; the gradient is the mean of theirs.
+    loss_of: simsiam_loss, perhaps with options. dtype: that the network computes in, None for float32; scaler: of the
+    gradients, for float16. parts: this many equal parts of the batch go through one after the other. The gradient is
+    the mean over parts and pairs.
     """
     optimizer.zero_grad(set_to_none=True)
+    pairs = [pair for first in range(0, len(views), 2)
+             for pair in zip(views[first].chunk(parts), views[first + 1].chunk(parts), strict=True)]  # fmt: skip
     total = 0.0
-    for i, (part1, part2) in enumerate(zip(view1.chunk(parts), view2.chunk(parts), strict=True)):
-        wait = i + 1 < parts and hasattr(net, 'no_sync')  # processes exchange gradients once a step
+    for i, (view1, view2) in enumerate(pairs):
+        wait = i + 1 < len(pairs) and hasattr(net, 'no_sync')  # processes exchange gradients once a step
         with net.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(view1.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                p1, p2, z1, z2 = net(channels_last(part1), channels_last(part2))
-            p1, p2, z1, z2 = (x.float() if dtype else x for x in (p1, p2, z1, z2))
-            loss = simsiam_loss(p1, p2, z1, z2) / parts
+                outputs = net(channels_last(view1), channels_last(view2))
+            p1, p2, z1, z2 = (x.float() if dtype else x for x in outputs)
+            loss = loss_of(p1, p2, z1, z2) / len(pairs)
             (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     if scaler:

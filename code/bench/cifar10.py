@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from common import CODE, flops_an_image, matmul_rate
-from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +25,7 @@ from config import get_config
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from pictures import curves
 from protocols.features import features_of
 from utils import get_device, random_from, use_bf16, write_aside
 
@@ -108,21 +108,6 @@ def measured(args, log):
     return result
 
 
-def plot(curve, path):
-    """kNN top-1 over epochs as a PNG."""
-    picture, last = Image.new('RGB', (720, 420), 'white'), max(epoch for epoch, _ in curve)
-    pen = ImageDraw.Draw(picture)
-    for percent in range(0, 101, 20):
-        y = 380 - 3.5 * percent
-        pen.line((60, y, 700, y), fill='#dddddd')
-        pen.text((25, y - 6), f'{percent} %', fill='black')
-    for quarter in range(5):
-        pen.text((55 + 160 * quarter, 388), str(round(last * quarter / 4)), fill='black')
-    pen.line([(60 + 640 * epoch / last, 380 - 3.5 * value) for epoch, value in curve], fill='#2b6cb0', width=3)
-    pen.text((300, 404), 'epochs: kNN top-1 on val', fill='black')
-    picture.save(path, 'PNG')
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image_path', required=True)
@@ -146,7 +131,8 @@ def main():
         result['linear'] = json.loads((run / 'evaluate_linear.json').read_text())
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
-    write_aside(output / 'cifar10.png', lambda aside: plot(result['knn'], aside))
+    picture = curves({'kNN top-1 on val, %': [('SimSiam', result['knn'])]}, (720, 420))
+    write_aside(output / 'cifar10.png', lambda aside: picture.save(aside, 'PNG'))
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
 

@@ -28,7 +28,7 @@ def measure(preset, batch_size, side, steps):
 
     def ours():
         for step in range(steps):
-            train_step(model, optimizer, *views(step), dtype)
+            train_step(model, optimizer, views(step), dtype=dtype)
         return steps * args.batch_size
 
     fixed = [channels_last(view) for view in views(0)]

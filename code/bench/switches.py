@@ -2,7 +2,7 @@
 
     python3 bench/switches.py [--image_path=FOLDER] [other options of cli.py train, such as --backbone=small]
 
-The cifar10 preset for two epochs each, by default on the demo's drawings; the second epoch counts. bf16, fp16 and compile
+The cifar10 preset for two epochs each, by default on the demo's drawings; the second epoch counts. bf16, fp16, compile
 want a GPU; on a CPU their rows are left out. The last line is one JSON object.
 """
 

@@ -190,10 +190,15 @@ def get_iterator(args):
         )
     iterators = {name: in_order(args, images) for name, images in splits.items() if name != 'train' and images}
     return {
-        'train': batches(args, replace(train, views=2), shuffled=True),
+        'train': batches(args, replace(train, views=views_of(args)), shuffled=True),
         'val': iterators.get('val'),
         'test': iterators.get('test', iterators.get('val')),
     }
+
+
+def views_of(args):
+    """Random views of an image that a training step takes."""
+    return 4 if args.symmetric == '2x' else 2
 
 
 def in_order(args, images):

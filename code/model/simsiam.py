@@ -8,19 +8,18 @@ from model.backbone import make_backbone
 class SimSiam(nn.Module):
     """backbone f, projector (with f: the paper's encoder) and predictor h.
 
-    args: anything with the attributes backbone, stem, proj_layers, proj_dim and pred_dim of config.Config.
+    args: anything with the attributes backbone, stem, proj_layers, proj_dim, pred_dim, proj_bn and predictor of
+    config.Config.
     """
 
     def __init__(self, args):
         super().__init__()
         self.backbone, features = make_backbone(args.backbone, args.stem)
-        self.projector = make_projector(features, args.proj_layers, args.proj_dim)
-        self.predictor = nn.Sequential(
-            nn.Linear(args.proj_dim, args.pred_dim, bias=False),  # BN follows and has the bias
-            nn.BatchNorm1d(args.pred_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(args.pred_dim, args.proj_dim),
-        )
+        self.projector = make_projector(features, args.proj_layers, args.proj_dim, args.proj_bn)
+        self.predictor = make_predictor(args.proj_dim, args.pred_dim, args.proj_bn)
+        if args.predictor == 'none':
+            self.predictor = nn.Identity()
+        self.predictor.requires_grad_(args.predictor == 'mlp')
 
     def forward(self, view1, view2):
         """view1, view2: N x 3 x S x S. Returns p1, p2, z1, z2, each N x proj_dim.
@@ -32,15 +31,30 @@ class SimSiam(nn.Module):
         return self.predictor(z1), self.predictor(z2), z1, z2
 
 
-def make_projector(features, layers, width):
+def make_projector(features, layers, width, bn='default'):
     """`layers` fully connected layers, BN on each, ReLU on all but the last, whose BN has no affine (official release).
 
     The release keeps the last layer's bias frozen; before a BN a constant bias changes nothing, so there is none.
+    bn: of config.Config.proj_bn; a layer without BN has a bias.
     """
     modules = []
     for i in range(layers):
         last = i == layers - 1
-        modules += [nn.Linear(features if i == 0 else width, width, bias=False), nn.BatchNorm1d(width, affine=not last)]
+        normed = bn in ('default', 'all') or (bn == 'hidden' and not last)
+        modules.append(nn.Linear(features if i == 0 else width, width, bias=not normed))
+        if normed:
+            modules.append(nn.BatchNorm1d(width, affine=not last))
         if not last:
             modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
+
+
+def make_predictor(width, hidden, bn='default'):
+    """Two fully connected layers, BN and ReLU between them; the output has a bias and (but for bn='all') no BN."""
+    modules = [nn.Linear(width, hidden, bias=bn == 'none')]  # a BN that follows has the bias
+    if bn != 'none':
+        modules.append(nn.BatchNorm1d(hidden))
+    modules += [nn.ReLU(inplace=True), nn.Linear(hidden, width, bias=bn != 'all')]
+    if bn == 'all':
+        modules.append(nn.BatchNorm1d(width))
     return nn.Sequential(*modules)

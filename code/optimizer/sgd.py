@@ -9,7 +9,7 @@ def make_sgd(model, momentum, weight_decay):
     """SGD over all parameters, weight decay on all (biases and BN too), in two groups: the predictor is the second."""
     predictor = list(model.predictor.parameters())
     rest = [*model.backbone.parameters(), *model.projector.parameters()]
-    fused = predictor[0].device.type in ('cpu', 'cuda')  # one pass over the weights: 1.6 times as fast on a CPU
+    fused = rest[0].device.type in ('cpu', 'cuda')  # one pass over the weights: 1.6 times as fast on a CPU
     groups = [{'params': rest}, {'params': predictor}]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused)
 

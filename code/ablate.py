@@ -1,0 +1,103 @@
+"""The paper's ablations (section 4) on any preset: a table's variants one after the other, ours beside the paper's."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pictures
+from ckpt import checkpoints, read, runs
+from config import changed, path_of
+from logger import say
+from train import train
+from utils import write_aside
+
+# Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered; None: unstable).
+TABLES = {
+    'stopgrad': (  # table 1, figure 2
+        ('with stop-gradient', {}, 67.7),
+        ('without', {'stop_gradient': False}, 0.1),
+    ),
+    'predictor': (  # table 2
+        ('MLP, rate decays', {'fix_pred_lr': False}, 67.7),
+        ('none', {'predictor': 'none', 'fix_pred_lr': False}, 0.1),
+        ('fixed at random', {'predictor': 'fixed', 'fix_pred_lr': False}, 1.5),
+        ('MLP, rate constant', {'fix_pred_lr': True}, 68.1),
+    ),
+    'batch_size': tuple(  # table 3
+        (str(size), {'batch_size': size}, top1)
+        for size, top1 in ((64, 66.1), (128, 67.3), (256, 68.1), (512, 68.1), (1024, 68.0), (2048, 67.9), (4096, 64.0))
+    ),
+    'bn': (  # table 4
+        ('none', {'proj_bn': 'none'}, 34.6),
+        ('hidden layers', {'proj_bn': 'hidden'}, 67.4),
+        ('default', {'proj_bn': 'default'}, 68.1),
+        ('all', {'proj_bn': 'all'}, None),
+    ),
+    'similarity': (  # section 4.5
+        ('cosine', {'similarity': 'cosine'}, 68.1),
+        ('cross-entropy', {'similarity': 'softmax'}, 63.2),
+    ),
+    'symmetric': (  # section 4.6
+        ('symmetric', {'symmetric': 'true'}, 68.1),
+        ('asymmetric', {'symmetric': 'false'}, 64.8),
+        ('asymmetric, 2 pairs', {'symmetric': '2x'}, 67.3),
+    ),
+}
+
+
+def ablate(args):
+    """Train and evaluate every variant of --table; the rows that result. Started again it goes on where it was.
+
+    Each variant is a run of its own, model_name_<model_name>_<table>_<number>_ckpt_0. Writes <table>.json and .png in
+    the log folder.
+    """
+    rows, given = [], set(args.given)
+    for number, (variant, options, paper) in enumerate(TABLES[args.table]):
+        name = f'{args.model_name}_{args.table}_{number}'
+        own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
+        own.given = given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        say(f'\n{args.table}: {variant}, {number + 1} of {len(TABLES[args.table])}')
+        known = runs(own)
+        if not known or not (known[-1] / 'evaluate_linear.json').is_file():
+            train(own)
+        rows.append({'variant': variant, 'options': options, **outcome(args, runs(own)[-1]), 'paper': paper})
+    folder = path_of(args.log_path)
+    write_aside(folder / f'{args.table}.json', lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
+    picture = pictures.curves(
+        {title: [(row['variant'], row[key]) for row in rows] for title, key in
+         (('std of z / |z|, times sqrt(d)', 'std_curve'), ('loss', 'loss_curve'), ('kNN top-1, %', 'knn_curve'))}
+    )  # fmt: skip
+    write_aside(folder / f'{args.table}.png', lambda aside: picture.save(aside, 'PNG'))
+    say('\n' + table(rows))
+    say(f'\nthe curves: {folder / f"{args.table}.png"}')
+    return rows
+
+
+def outcome(args, run):
+    """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
+    result = json.loads((run / 'evaluate_linear.json').read_text())
+    content = read(checkpoints(run)[-1], 'loss', 'epoch')
+    events = EventAccumulator(str(Path(path_of(args.log_path)) / run.name), size_guidance={'scalars': 0}).Reload()
+    curves = {f'{short}_curve': [(event.step, event.value) for event in events.Scalars(tag)]
+              if tag in events.Tags()['scalars'] else []
+              for short, tag in (('std', 'train/std'), ('loss', 'train/loss'), ('knn', 'knn/top1'))}  # fmt: skip
+    return {
+        'linear': result['top1'],
+        'knn': result['knn_top1'],
+        'untrained': result['knn_top1_untrained'],
+        'epochs': content['epoch'],
+        'loss': content['loss'],
+        'std': curves['std_curve'][-1][1],
+        **curves,
+    }
+
+
+def table(rows):
+    """The rows as Markdown, which is readable as it is."""
+    lines = ['| variant | linear | kNN | loss | std | paper: linear, ImageNet |', '|---|---|---|---|---|---|']
+    for row in rows:
+        paper = 'unstable' if row['paper'] is None else row['paper']
+        lines.append(f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} | '
+                     f'{row["std"]:.2f} | {paper} |')  # fmt: skip
+    return '\n'.join(lines)

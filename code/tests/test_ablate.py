@@ -1,0 +1,143 @@
+"""What the paper takes away or changes: each option does that and nothing else; the tables as a user runs them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import pictures
+from ablate import TABLES
+from config import OPTIONS, get_config
+from conftest import TINY, own_paths
+from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
+from model.simsiam import SimSiam
+from optimizer.sgd import make_sgd, set_learning_rates
+from train import train_step
+
+SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
+
+
+def outputs():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(7, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+
+def test_the_loss_without_its_parts():
+    p1, p2, z1, z2 = outputs()
+    simsiam_loss(p1, p2, z1, z2).backward()
+    assert z1.grad is None
+    assert z2.grad is None
+    simsiam_loss(p1, p2, z1, z2, stop_gradient=False).backward()
+    assert z1.grad.abs().max() > 0
+    one_way = simsiam_loss(p1, p2, z1, z2, symmetric=False)
+    assert one_way == negative_cosine(p1, z2)
+    assert simsiam_loss(p1, p2, z1, z2) == pytest.approx((one_way + negative_cosine(p2, z1)).item() / 2)
+
+
+def test_cross_entropy_is_the_papers():
+    """-softmax(z) . log softmax(p), written with sums."""
+    p, z, _, _ = (value.detach() for value in outputs())
+    wanted = 0
+    for a, b in zip(p.numpy(), z.numpy(), strict=True):
+        soft = np.exp(b) / np.exp(b).sum()
+        wanted -= (soft * np.log(np.exp(a) / np.exp(a).sum())).sum() / len(p)
+    assert cross_entropy(p, z).item() == pytest.approx(wanted, abs=1e-12)
+    assert simsiam_loss(p, p, z, z, similarity='softmax').item() == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('bn', 'projector', 'predictor'), [('none', 0, 0), ('hidden', 1, 1), ('default', 2, 1), ('all', 2, 2)]
+)
+def test_bn_where_the_table_says(bn, projector, predictor):
+    """Counts of BN; a layer has a bias where no BN follows."""
+    model = SimSiam(get_config(**SMALL, proj_bn=bn))
+    for part, count in ((model.projector, projector), (model.predictor, predictor)):
+        modules = list(part)
+        assert sum(isinstance(module, torch.nn.BatchNorm1d) for module in modules) == count
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            if isinstance(module, torch.nn.Linear):
+                assert (module.bias is None) == isinstance(following, torch.nn.BatchNorm1d)
+    outputs = model(*torch.randn(2, 6, 3, 16, 16))
+    assert {tuple(output.shape) for output in outputs} == {(6, 12)}
+
+
+def step(**options):
+    """A model before and after one step with its predictor's rate far from zero."""
+    model = SimSiam(get_config(**SMALL, **options))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = make_sgd(model, 0.9, 1e-2)
+    set_learning_rates(optimizer, 0.5, 0.5)
+    train_step(model, optimizer, torch.randn(2, 6, 3, 16, 16).unbind())
+    return model, {name: not torch.equal(value, before[name]) for name, value in model.named_parameters()}
+
+
+def test_the_predictor_is_there_trained_or_not():
+    model, moved = step()
+    assert moved['predictor.0.weight']
+    model, moved = step(predictor='fixed')
+    assert not any(changed for name, changed in moved.items() if name.startswith('predictor'))
+    assert moved['projector.0.weight']
+    model, _ = step(predictor='none')
+    p1, p2, z1, z2 = model(*torch.randn(2, 6, 3, 16, 16))
+    assert torch.equal(p1, z1)
+    assert torch.equal(p2, z2)
+
+
+def test_two_pairs_are_the_mean_of_both():
+    model, views = SimSiam(get_config(**SMALL)).double(), torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)
+    optimizer = make_sgd(model, 0.0, 0.0)
+    set_learning_rates(optimizer, 0.0, 0.0)
+    both, _ = train_step(model, optimizer, views.unbind())
+    gradient = model.projector[0].weight.grad.clone()
+    losses, gradients = [], []
+    for pair in (views[:2], views[2:]):
+        losses.append(train_step(model, optimizer, pair.unbind())[0])
+        gradients.append(model.projector[0].weight.grad.clone())
+    assert both.item() == pytest.approx(sum(losses).item() / 2, abs=1e-12)
+    torch.testing.assert_close(gradient, sum(gradients) / 2, atol=1e-12, rtol=1e-9)
+
+
+def test_every_variant_is_made_of_options():
+    for variants in TABLES.values():
+        for _, options, _ in variants:
+            get_config(**options)
+    assert set(TABLES) == set(OPTIONS['table'].metadata['choices'])
+
+
+@pytest.mark.parametrize('table', ['stopgrad', 'symmetric'])
+def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path, capsys, monkeypatch):
+    options = (
+        *TINY,
+        '--max_epochs=1',
+        '--knn_every=1',
+        f'--image_path={drawn}',
+        *own_paths(tmp_path),
+        f'--table={table}',
+    )
+    assert cli.main(['ablate', *options]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / f'log/{table}.json').read_text())
+    assert [row['variant'] for row in rows] == [variant for variant, _, _ in TABLES[table]]
+    for row in rows:
+        paper = 'unstable' if row['paper'] is None else row['paper']
+        assert f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} |' in said
+        assert f'| {paper} |' in said
+        assert [epoch for epoch, _ in row['knn_curve']] == [0, 1]
+    assert len({row['loss'] for row in rows}) == len(rows)
+    with Image.open(tmp_path / f'log/{table}.png') as picture:
+        assert picture.width > 1000
+    monkeypatch.setattr('ablate.train', lambda args: pytest.fail('trained again'))
+    assert cli.main(['ablate', *options]) == 0
+    assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
+
+
+def test_curves_are_drawn_where_the_numbers_are():
+    """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
+    image = pictures.curves({'a': [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])], 'b': [('up', [])]})
+    pixels = np.asarray(image).astype(int)
+    up = np.argwhere((pixels[:250] == (33, 102, 172)).all(2))
+    left, right = up[up[:, 1] < 100], up[(up[:, 1] > 350) & (up[:, 1] < 420)]
+    assert left[:, 0].mean() > right[:, 0].mean() + 100
