@@ -1,4 +1,4 @@
-"""A run on one page: curves, views, neighbours, confusion, a map of the features, the options. HTML without a network."""
+"""A run on one page: curves, views, neighbours, confusion, map of features, options. HTML without a network."""
 
 import base64
 import html
@@ -26,7 +26,8 @@ CURVES = {'loss': 'train/loss', 'std of z / |z|, times sqrt(d)': 'train/std', 'k
           'learning rate': 'learning/rate_encoder'}  # fmt: skip
 POINTS = 2000  # images on the map
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem; max-width: 60rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem }
+body { max-width: 60rem }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p { margin: .3rem 0; max-width: 42rem } .numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
 .numbers div { border: 1px solid #ddd; border-radius: .4rem; padding: .4rem .8rem }
@@ -66,8 +67,8 @@ def curves(folder):
     tags = set(events.Tags()['scalars'])
     lines = {title: [('', [(event.step, event.value) for event in events.Scalars(tag)])]
              for title, tag in CURVES.items() if tag in tags}  # fmt: skip
-    caption = ('The loss falls while std stays near 1: the views of an image agree, and images differ. A falling std is '
-               'collapse, whatever the loss. kNN at epoch 0 is the untrained backbone.')  # fmt: skip
+    caption = ('The loss falls while std stays near 1: the views of an image agree, and images differ. A falling std '
+               'is collapse, whatever the loss. kNN at epoch 0 is the untrained backbone.')  # fmt: skip
     found = []
     for number, (title, line) in enumerate(lines.items()):
         text = caption if number == len(lines) - 1 else ''
@@ -133,14 +134,17 @@ def page_of(args, checkpoint, results, parts):
             f'<img width="{image.width}" height="{image.height}" alt="{alt}" src="data:image/png;base64,{data}">'
         )
         body.append(f'<p>{html.escape(caption)}</p>' if caption else '')
-    options = ''.join(
-        f'<tr class="{"changed" if value != OPTIONS[name].default else ""}"><td>--{name}</td><td>{html.escape(str(value))}'
-        f'</td><td>{html.escape(OPTIONS[name].metadata["meaning"])}</td></tr>' for name, value in asdict(args).items()
-    )  # fmt: skip
+    options = []
+    for name, value in asdict(args).items():
+        kind = 'changed' if value != OPTIONS[name].default else ''
+        cells = (f'--{name}', str(value), OPTIONS[name].metadata['meaning'])
+        options.append(f'<tr class="{kind}">{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>')
     title = html.escape(f'{checkpoint["run"].name}: {args.backbone}, {path_of(args.image_path).name}')
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>'
-        f'<h1>{title}</h1><div class="numbers">{boxes}</div>{"".join(body)}<h2>Options</h2><p>Those that differ from their '
-        f'default are bold.</p><details><summary>all</summary><table>{options}</table></details></body></html>\n'
-    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
+<body><h1>{title}</h1><div class="numbers">{boxes}</div>
+{''.join(body)}
+<h2>Options</h2><p>Those that differ from their default are bold.</p>
+<details><summary>all</summary><table>{''.join(options)}</table></details></body></html>
+"""

@@ -147,7 +147,7 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
                                 symmetric=args.symmetric == 'true')  # fmt: skip
     net.train()
     title = f'epoch {epoch + 1}/{args.max_epochs}'
-    bar = tqdm(prepared(args, batches), desc=title, total=steps, initial=first, leave=False,
+    bar = tqdm(prepared(args, alive(batches, interrupt)), desc=title, total=steps, initial=first, leave=False,
                disable=True if distributed.rank() else None, unit='batches')  # fmt: skip
 
     def report():
@@ -247,6 +247,15 @@ def check_batch(args):
         raise UserError(f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
                         f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
                         )  # fmt: skip
+
+
+def alive(batches, interrupt):
+    """`batches`, ended early where workers have died of the signal that has come here too."""
+    try:
+        yield from batches
+    except RuntimeError:
+        if not interrupt.signal:
+            raise
 
 
 def stopped(interrupt, run, where):

@@ -11,7 +11,6 @@ augmentation happens on the device, a batch at a time; where the device is the C
 
 import contextlib
 import io
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -224,14 +223,7 @@ def batches(args, images, shuffled, drop_last=None):
         collate_fn=as_it_is,
         pin_memory=get_device(args).type == 'cuda' and not on_gpu,
         persistent_workers=workers > 0 and shuffled,
-        worker_init_fn=leave_signals,
     )
-
-
-def leave_signals(_):
-    """In a worker: a signal to all processes is for the one that trains, which ends the workers when it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # the first one
 
 
 def prepared(args, batches):

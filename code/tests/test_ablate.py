@@ -34,7 +34,7 @@ def test_the_loss_without_its_parts():
     assert z1.grad.abs().max() > 0
     one_way = simsiam_loss(p1, p2, z1, z2, symmetric=False)
     assert one_way == negative_cosine(p1, z2)
-    assert simsiam_loss(p1, p2, z1, z2) == pytest.approx((one_way + negative_cosine(p2, z1)).item() / 2)
+    assert simsiam_loss(p1, p2, z1, z2).item() == pytest.approx((one_way + negative_cosine(p2, z1)).item() / 2)
 
 
 def test_cross_entropy_is_the_papers():

@@ -128,7 +128,7 @@ def run(folder, *options):
 
 def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
     folder = voc(tmp_path / 'voc', {'train': 24, 'val': 8})
-    run(trained, f'--detection_path={folder}', '--detection_epochs=6', '--detection_batch_size=4',
+    run(trained, f'--detection_path={folder}', '--detection_epochs=4', '--detection_batch_size=4',
         '--detection_learning_rate=0.05')  # fmt: skip
     said = capsys.readouterr().out
     result = json.loads((trained / 'ckpt' / RUN / 'evaluate_detection_checkpoint.json').read_text())
