@@ -141,6 +141,8 @@ def write_aside(path, write):
         write(aside)
         os.replace(aside, path)
     except RuntimeError as error:  # torch.save's way to say that it could not write
+        if 'DataLoader worker' in str(error):  # raised wherever the training is when one dies
+            raise
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:
         aside.unlink(missing_ok=True)

@@ -155,7 +155,7 @@ def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
     still = ('--max_epochs=1', '--learning_rate=0', '--weight_decay=0', '--knn_every=0', *own_paths(tmp_path))
     assert cli.main(['train', f'--init_from={path}', *images, *still]) == 0
     _, wanted, _ = load(path)
-    saved = torch.load(next((tmp_path / 'ckpt' / RUN).iterdir()), weights_only=True)
+    saved = torch.load(next((tmp_path / 'ckpt' / RUN).glob('loss_*')), weights_only=True)
     assert saved['args']['backbone'] == 'resnet18'
     for name, parameter in wanted.named_parameters():
         torch.testing.assert_close(saved['model'][name], parameter.detach())
