@@ -1,14 +1,11 @@
 """The paper's ablations (section 4) on any preset: a table's variants one after the other, ours beside the paper's."""
 
 import json
-from pathlib import Path
-
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pictures
 from ckpt import checkpoints, read, runs
 from config import changed, path_of
-from logger import say
+from logger import read_scalars, say
 from train import train
 from utils import write_aside
 
@@ -78,10 +75,9 @@ def outcome(args, run):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
     result = json.loads((run / 'evaluate_linear.json').read_text())
     content = read(checkpoints(run)[-1], 'loss', 'epoch')
-    events = EventAccumulator(str(Path(path_of(args.log_path)) / run.name), size_guidance={'scalars': 0}).Reload()
-    curves = {f'{short}_curve': [(event.step, event.value) for event in events.Scalars(tag)]
-              if tag in events.Tags()['scalars'] else []
-              for short, tag in (('std', 'train/std'), ('loss', 'train/loss'), ('knn', 'knn/top1'))}  # fmt: skip
+    logged = read_scalars(path_of(args.log_path) / run.name)
+    curves = {f'{short}_curve': logged.get(f'pretraining/{tag}', [])
+              for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))}  # fmt: skip
     return {
         'linear': result['top1'],
         'knn': result['knn_top1'],

@@ -12,6 +12,7 @@ from fire.decorators import SetParseFn
 
 from config import UserError, WorkError, get_config, help_text, nearest, unused
 from interrupt import Stopped
+from terminal import coloured
 
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
@@ -33,9 +34,11 @@ def runner(command):
     def run(*words, **options):
         args = read_options(command, words, options)
         import distributed
+        from logger import be_quiet
         from utils import keep_freed_memory
 
         keep_freed_memory()
+        be_quiet(args.quiet)
         getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
         distributed.end()
 
@@ -47,11 +50,12 @@ def read_options(command, words, options):
     if words:
         raise UserError(f'{words[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
-    if 'preset' not in args.given and 'ckpt_name' not in args.given and command in ('train', 'check_dataloader'):
+    chosen = {'preset', 'ckpt_name'} & args.given
+    if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
         there = 'there' if args.preset == 'imagenet' else 'not there'
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     for name in unused(args, command):
-        print(f'warning: --{name} has no effect on {command}', file=sys.stderr)
+        print(coloured(f'warning: --{name} has no effect on {command}', 'yellow', sys.stderr), file=sys.stderr)
     return args
 
 
@@ -73,15 +77,12 @@ def main(argv):
             raise UserError("'-' alone is not an option: they are given as --name=value")
         fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return failed(error, 2 if isinstance(error, UserError) else 1)
     except BrokenPipeError:  # whoever read our output has seen enough: ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f' ({error.filename})' if error.filename else ''
-        print(f'error: {error.strerror or error}{where}', file=sys.stderr)
-        return 1
+        return failed(f'{error.strerror or error}' + (f' ({error.filename})' if error.filename else ''))
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
@@ -90,18 +91,20 @@ def main(argv):
         return 128 + stop.signal
     except Exception as error:
         if type(error).__name__ == 'OutOfMemoryError':
-            print('error: the GPU has not enough memory: try a smaller --batch_size, or --accumulate_steps=2',
-                  file=sys.stderr)  # fmt: skip
-            return 1
+            return failed('the GPU has not enough memory: try a smaller --batch_size, or --accumulate_steps=2')
         if 'DataLoader worker' in str(error):
-            print('error: a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
-                  '--resume=auto goes on from the last checkpoint', file=sys.stderr)  # fmt: skip
-            return 1
+            return failed('a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
+                          '--resume=auto goes on from the last checkpoint')  # fmt: skip
         if 'onnection' in str(error) and 'RANK' in os.environ:
-            print(f'error: another process of this run ended: {str(error).splitlines()[0]}', file=sys.stderr)
-            return 1
+            return failed(f'another process of this run ended: {str(error).splitlines()[0]}')
         raise
     return 0
+
+
+def failed(reason, code=1):
+    """Say why a command ends; returns its exit code."""
+    print(coloured(f'error: {reason}', 'red', sys.stderr), file=sys.stderr)
+    return code
 
 
 if __name__ == '__main__':

@@ -63,6 +63,7 @@ class Config:
         'error', 'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
         ('error', 'skip'),
     )  # fmt: skip
+    quiet: bool = option(False, 'say nothing but warnings and errors, show no bars; the log file of a run has it all')
     random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
 
     # Augmentation (paper section 3; MoCo v2)

@@ -74,8 +74,9 @@ def evaluate_model(args, model, splits, checkpoint):
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
         picture = pictures.confusion(counts, classes)
-        logger.picture(f'{name}/confusion', picture, epoch)
-    logger.scalars(epoch, **{f'{name}/{key}': value for key, value in result.items() if isinstance(value, float)})
+        logger.picture(f'{name}_confusion', picture, epoch)
+    logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in result.items() if key in NAMES})
+    logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
     if classifier:
         classifier = {**classifier, 'classes': classes, 'checkpoint': checkpoint['path'].name}

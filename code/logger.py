@@ -1,4 +1,4 @@
-"""What a run says: on the command line and in TensorBoard."""
+"""What a run says: on the command line, in its log file and in TensorBoard."""
 
 import sys
 import time
@@ -8,9 +8,10 @@ from tqdm import tqdm
 import pictures
 from dataloader import vision
 from distributed import rank
+from terminal import coloured
 from utils import write_aside
 
-LOG = []  # the file of the run, once there is one
+SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
 
 
 class Logger:
@@ -28,49 +29,79 @@ class Logger:
         if subject not in self.warned and not rank():
             self.warned.add(subject)
             with tqdm.external_write_mode():
-                print(f'warning: {line}', file=sys.stderr, flush=True)
+                print(coloured(f'warning: {line}', 'yellow', sys.stderr), file=sys.stderr, flush=True)
 
-    def scalars(self, step, **values):
-        """step: epochs finished. A name `group_rest` is shown as group/rest, unless it has a / already."""
+    def scalars(self, step, values):
+        """step: epochs finished. values: {tag: number}; TensorBoard groups tags by what stands before the /."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name if '/' in name else name.replace('_', '/', 1), value, step)
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
             self.writer.flush()
 
-    def image(self, name, grid, step):
+    def text(self, tag, lines, step=0):
+        """Lines of text, as they are."""
+        if self.writer:
+            self.writer.add_text(tag, '\n'.join(f'    {line}' for line in lines), step)  # Markdown's literal block
+
+    def image(self, tag, grid, step):
         """grid: 3 x height x width in [0, 1]."""
         if self.writer:
-            self.writer.add_image(name, grid, step)
+            self.writer.add_image(tag, grid, step)
 
     def views(self, name, rows):
         """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
         if self.writer:
-            self.image(name, vision.picture(rows, self.folder / f'{name}.png'), 0)
+            self.image(f'pretraining/{name}', vision.picture(rows, self.folder / f'{name}.png'), 0)
 
     def picture(self, name, image, step):
-        """A PIL image, also as a file: <folder>/<name with _ for />.png."""
-        write_aside(self.folder / f'{name.replace("/", "_")}.png', lambda aside: image.save(aside, 'PNG'))
-        self.image(name, pictures.as_tensor(image), step)
+        """A PIL image, also as a file: <folder>/<name>.png."""
+        write_aside(self.folder / f'{name}.png', lambda aside: image.save(aside, 'PNG'))
+        self.image(f'results/{name}', pictures.as_tensor(image), step)
 
     def close(self):
         if self.writer:
             self.writer.close()
 
 
+def read_scalars(folder):
+    """What was logged in this folder: {tag: [(step, value), ...]}, nothing where there is no such folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+
+
 def say(line):
     """One line on standard output, above whatever progress bar is there, and in the run's log (log_to)."""
     if rank():
         return
-    with tqdm.external_write_mode():
-        print(line, flush=True)
-    if LOG:
-        with open(LOG[0], 'a', encoding='utf-8') as file:
+    if not SAID['quiet']:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+    if SAID['log']:
+        with open(SAID['log'], 'a', encoding='utf-8') as file:
             file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
+
+
+def progress(items=None, title='', unit='batches', total=None, first=0):
+    """A progress bar around `items`, with rate and time left, gone when they are through.
+
+    Only on a terminal, of the process that speaks for all, and not with --quiet.
+    """
+    return tqdm(items, desc=title, unit=unit, total=total, initial=first, leave=False,
+                disable=True if rank() or SAID['quiet'] else None)  # fmt: skip
 
 
 def log_to(path):
     """From now on, what is said is also written to the end of this file."""
-    LOG[:] = [path]
+    SAID['log'] = path
+
+
+def be_quiet(quiet):
+    """Whether `say` and `progress` keep off the terminal. Warnings and errors do not."""
+    SAID['quiet'] = quiet
 
 
 def duration(seconds):

@@ -5,9 +5,9 @@ import functools
 import math
 import signal
 import time
+from dataclasses import asdict
 
 import torch
-from tqdm import tqdm
 
 import distributed
 from ckpt import describe_run, get_model_ckpt, new_run, of_run, restore_rng, resumed, save_checkpoint
@@ -16,7 +16,7 @@ from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, labelled, prepared, views_of
 from evaluate import evaluate_model, why_no_labels
 from interrupt import Interrupt, Stopped
-from logger import Logger, duration, log_to, say
+from logger import Logger, duration, log_to, progress, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
@@ -73,6 +73,8 @@ def train(args):
     where = f'{device}, {distributed.world()} processes' if distributed.world() > 1 else device
     say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {where}')
     logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if checkpoint else 0)
+    if not checkpoint:
+        logger.text('options', [f'--{name}={value}' for name, value in asdict(args).items()])
     net = distributed.wrap(model, device)
 
     splits = {'train': batches.dataset, 'val': val and val.dataset}
@@ -81,7 +83,7 @@ def train(args):
         say(f'the kNN monitor is off: {knn_off}')
     elif not checkpoint:
         top1 = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
-        logger.scalars(0, knn_top1=top1)
+        logger.scalars(0, {'pretraining/knn_top1': top1})
         say(f'epoch 0/{args.max_epochs}  kNN {top1:.2f} % (untrained)')
     first, loop_started = done + step / len(batches), time.time()
 
@@ -100,18 +102,18 @@ def train(args):
                 raise stopped(interrupt, run, f'epoch {done + 1}, step {step}')
             done, seen = done + 1, None
             line = (
-                f'epoch {done}/{args.max_epochs}  loss {values["train_loss"]:.4f}  std {values["train_std"]:.3f}  '
-                f'{values["train_images_per_second"]:.0f} images/s'
+                f'epoch {done}/{args.max_epochs}  loss {values["pretraining/loss"]:.4f}  '
+                f'std {values["pretraining/std"]:.3f}  {values["speed/images_per_second"]:.0f} images/s'
             )
             late = args.max_minutes and time.time() - started > 60 * args.max_minutes
             stop = distributed.agree(late or interrupt.signal, device)
             last = done == args.max_epochs or stop
             if not knn_off and (last or done % args.knn_every == 0):
-                values['knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
-                line += f'  kNN {values["knn_top1"]:.2f} %'
-            logger.scalars(done, **values)
+                values['pretraining/knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
+                line += f'  kNN {values["pretraining/knn_top1"]:.2f} %'
+            logger.scalars(done, values)
             if last or done % args.save_every == 0:
-                path = save(done, values['train_loss'])
+                path = save(done, values['pretraining/loss'])
             left = (time.time() - loop_started) / (done - first) * (args.max_epochs - done)
             say(line if last else f'{line}  {duration(left)} left')
             if stop and done < args.max_epochs:
@@ -134,7 +136,7 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
 
     seen: (losses, stds) of the steps before. save(epoch, loss, step, seen) is called every --save_minutes. path: the
     last checkpoint, to be named where the loss is no longer finite. Returns (the epoch's scalars by their TensorBoard
-    names, 0, None), or after a signal (None, steps that are done, their losses and stds).
+    tags, 0, None), or after a signal (None, steps that are done, their losses and stds).
     """
     device, steps, dtype = get_device(args), len(batches), precision(args)
     name = args.warmup_augmentation if epoch < args.warmup_epochs else args.augmentation
@@ -147,8 +149,7 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
                                 symmetric=args.symmetric == 'true')  # fmt: skip
     net.train()
     title = f'epoch {epoch + 1}/{args.max_epochs}'
-    bar = tqdm(prepared(args, alive(batches, interrupt)), desc=title, total=steps, initial=first, leave=False,
-               disable=True if distributed.rank() else None, unit='batches')  # fmt: skip
+    bar = progress(prepared(args, alive(batches, interrupt)), title, total=steps, first=first)
 
     def report():
         """What an earlier step has to say. Sees to it that a bad run stops or is warned of."""
@@ -194,17 +195,17 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
         bar.close()
         return None, step + 1, (losses[: step + 1], stds[: step + 1])
     report()
-    memory = {'train_memory_gigabytes': torch.cuda.max_memory_allocated() / 1e9} if device.type == 'cuda' else {}
+    memory = {'speed/memory_gigabytes': torch.cuda.max_memory_allocated() / 1e9} if device.type == 'cuda' else {}
     loss, std = distributed.mean(torch.stack((losses.mean(), stds.mean()))).tolist()
     return (
         {
             **memory,
-            'train_loss': loss,
-            'train_std': std,
-            'train_images_per_second': (steps - first) * args.batch_size / (time.time() - started),
-            'train_waiting_for_data': waiting,
-            'learning_rate_encoder': rate,
-            'learning_rate_predictor': predictor_rate,
+            'pretraining/loss': loss,
+            'pretraining/std': std,
+            'speed/images_per_second': (steps - first) * args.batch_size / (time.time() - started),
+            'speed/waiting_for_data': waiting,
+            'schedule/learning_rate_encoder': rate,
+            'schedule/learning_rate_predictor': predictor_rate,
         },
         0,
         None,

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from common import CODE, flops_an_image, matmul_rate
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
 from config import get_config
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
+from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from pictures import curves
 from protocols.features import features_of
@@ -89,8 +89,8 @@ def supervised(args, epochs, output, deadline):
 
 def measured(args, log):
     """What the logs of the run say: seconds an epoch, images/s, share of the peak, memory, the kNN curve."""
-    events = EventAccumulator(str(log), size_guidance={'scalars': 0}).Reload()
-    speeds = sorted(event.value for event in events.Scalars('train/images_per_second'))
+    logged = read_scalars(log)
+    speeds = sorted(value for _, value in logged['speed/images_per_second'])
     device, speed = get_device(args), speeds[len(speeds) // 2]
     bf16 = use_bf16(args)
     views = torch.randn(2, 2, 3, args.image_size, args.image_size, device=device)
@@ -100,11 +100,11 @@ def measured(args, log):
         'images_per_second': speed,
         'seconds_per_epoch': len(get_iterator(args)['train'].dataset) / speed,
         'share_of_matmul_rate': speed * flops / matmul_rate(device, torch.bfloat16 if bf16 else torch.float32),
-        'waiting_for_data': events.Scalars('train/waiting_for_data')[-1].value,
-        'knn': [(event.step, event.value) for event in events.Scalars('knn/top1')],
+        'waiting_for_data': logged['speed/waiting_for_data'][-1][1],
+        'knn': logged['pretraining/knn_top1'],
     }
-    if 'train/memory_gigabytes' in events.Tags()['scalars']:
-        result['peak_memory_gigabytes'] = max(event.value for event in events.Scalars('train/memory_gigabytes'))
+    if 'speed/memory_gigabytes' in logged:
+        result['peak_memory_gigabytes'] = max(value for _, value in logged['speed/memory_gigabytes'])
     return result
 
 

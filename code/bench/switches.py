@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from common import CODE
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from logger import read_scalars
 
 SWITCHES = {
     'as it is': [],
@@ -35,9 +36,8 @@ def train(folder, *options):
     command = [sys.executable, 'cli.py', 'train', '--knn_every=0', '--save_every=1', *options, *paths]
     subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
     (log,) = (folder / 'log').iterdir()
-    events = EventAccumulator(str(log)).Reload()
-    last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()['scalars']}
-    return last['train/images_per_second'], last.get('train/memory_gigabytes'), last['train/loss']
+    last = {tag: values[-1][1] for tag, values in read_scalars(log).items()}
+    return last['speed/images_per_second'], last.get('speed/memory_gigabytes'), last['pretraining/loss']
 
 
 def main():

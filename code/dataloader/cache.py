@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from config import UserError, WorkError, path_of
 from dataloader.files import decode
-from logger import say
+from logger import progress, say
 from utils import cpu_count, write_aside
 
 SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up to this side (px), sets up to this size
@@ -76,7 +75,7 @@ def resized(args, folder, files):
         def write(aside):
             with open(aside, 'wb') as file, ThreadPoolExecutor(cpu_count()) as pool:
                 title = f'resizing {folder.parent.name}/{folder.name}'
-                for image in bar(in_order_of(pool, shrunk, files), title, len(files)):
+                for image in progress(in_order_of(pool, shrunk, files), title, 'images', len(files)):
                     sizes.append(image.shape[:2])
                     file.write(image.tobytes())
 
@@ -160,7 +159,7 @@ def decode_all(folder, files, title, keep):
             return error
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for i, image in enumerate(bar(in_order_of(pool, read, files), title, len(files))):
+        for i, image in enumerate(progress(in_order_of(pool, read, files), title, 'images', len(files))):
             if isinstance(image, WorkError):
                 errors.append(image)
             elif keep:
@@ -176,8 +175,3 @@ def in_order_of(pool, function, items, ahead=256):
     """Results in the order of the items, at most `ahead` of them waiting: large images must not pile up in memory."""
     for start in range(0, len(items), ahead):
         yield from pool.map(function, items[start : start + ahead])
-
-
-def bar(jobs, title, total=None):
-    """A progress bar around `jobs` on a terminal; nothing where the output is a file."""
-    return tqdm(jobs, desc=title, total=total, unit='images', leave=False, disable=None)

@@ -24,6 +24,7 @@ from config import ROOT, Config, UserError, WorkError, distortion, path_of
 from dataloader import cache, demo, vision
 from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, rgb, shrink
 from distributed import rank, world
+from logger import progress, say
 from utils import cpu_count, get_device, prepare_batch, random_from
 
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
@@ -257,7 +258,7 @@ def load_splits(args):
     """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing."""
     root = path_of(args.image_path)
     if args.preset == 'demo' and root == ROOT / 'data/demo':
-        demo.make_demo(root, lambda jobs: cache.bar(jobs, 'drawing the demo set'))
+        demo.make_demo(root, lambda jobs: progress(jobs, 'drawing the demo set', 'images'))
     if args.download:
         download(root)
     if kind := torchvision_kind(root):
@@ -365,7 +366,7 @@ def download(root):
 
     if root.name not in TORCHVISION:
         raise UserError(f'--download fetches cifar10, cifar100 or stl10: end --image_path in one of them, not {root}')
-    print(f'fetching {root.name} into {root} (checked, and kept if it is there)', flush=True)
+    say(f'fetching {root.name} into {root} (checked, and kept if it is there)')
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             getattr(datasets, root.name.upper())(root, download=True)

@@ -14,11 +14,11 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
-from tqdm import tqdm
 
 from ckpt import new_model
 from config import UserError, WorkError, path_of
 from dataloader.boxes import load_boxes
+from logger import progress
 from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
 from utils import cpu_count, extra, get_device, random_from, use_bf16
@@ -76,7 +76,7 @@ def fit(args, detector, train):
     size = min(args.detection_batch_size, len(train))
     steps = len(train) // size
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    bar = tqdm(total=steps * args.detection_epochs, desc='detection', unit='batches', leave=False, disable=None)
+    bar = progress(title='detection', total=steps * args.detection_epochs)
     detector.train()
     for epoch in range(args.detection_epochs):
         generator = random_from(args.random_seed, 'detection', epoch)
@@ -84,8 +84,8 @@ def fit(args, detector, train):
         mirror = (torch.rand(len(train), generator=generator) < 0.5).tolist()
         keys = [(index, mirror[index]) for index in order[: steps * size]]
         for step, (images, targets) in enumerate(loader(args, train, keys, size)):
-            progress = (epoch + step / steps) / args.detection_epochs
-            optimizer.param_groups[0]['lr'] = learning_rate(progress, WARMUP, args.detection_learning_rate * size / 16)
+            done = (epoch + step / steps) / args.detection_epochs
+            optimizer.param_groups[0]['lr'] = learning_rate(done, WARMUP, args.detection_learning_rate * size / 16)
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [{name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
                        for target in targets]  # fmt: skip
@@ -122,7 +122,7 @@ def score(args, detector, val, masks):
     found = {'bbox': [], 'segm': []}
     keys = [(index, False) for index in range(len(val))]
     batches = loader(args, val, keys, args.detection_batch_size)
-    for images, targets in tqdm(batches, desc='detecting', unit='batches', leave=False, disable=None):
+    for images, targets in progress(batches, 'detecting'):
         outputs = detector([image.to(device) for image in images])
         for output, target in zip(outputs, targets, strict=True):
             boxes = output['boxes'].cpu()

@@ -1,12 +1,12 @@
 """Features of a frozen backbone, BN in eval mode: of the centre crops, or of one augmented pass."""
 
 import torch
-from tqdm import tqdm
 
 from config import distortion
 from dataloader import vision
 from dataloader.load_dataset import prepared
 from distributed import gather, rank, world
+from logger import progress
 from model.backbone import extract_features
 from utils import channels_last, get_device, random_from
 
@@ -16,7 +16,7 @@ def features_of(args, backbone, batches, title=None, bf16=False):
 
     title: of the progress bar; without one, no bar. bf16: compute in bfloat16, exact enough to watch a run by.
     """
-    shown = tqdm(batches, desc=title, unit='batches', leave=False, disable=None if title else True)
+    shown = progress(batches, title) if title else batches
     views = (
         (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
         for images, labels in prepared(args, shown)

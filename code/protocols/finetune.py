@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from ckpt import new_model
 from config import UserError, changed, path_of
 from dataloader.load_dataset import in_order, labelled, prepared, select, shuffled_crops
 from dataloader.vision import plain_view
+from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
 from protocols.features import labelled_crops
@@ -62,12 +62,12 @@ def train_and_score(args, backbone, train, val, rates, title):
     groups = [{'params': list(backbone.parameters())}, {'params': list(head.parameters())}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.finetune_weight_decay)
     steps = len(crops)
-    for epoch in tqdm(range(args.finetune_epochs), desc=title, unit='epochs', leave=False, disable=None):
+    for epoch in progress(range(args.finetune_epochs), title, 'epochs'):
         backbone.train()
         for step, (view, labels) in enumerate(labelled_crops(few, crops, epoch)):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
-                progress = (epoch + step / steps) / args.finetune_epochs
-                group['lr'] = learning_rate(progress, args.finetune_warmup, base * size / 256)
+                done = (epoch + step / steps) / args.finetune_epochs
+                group['lr'] = learning_rate(done, args.finetune_warmup, base * size / 256)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 scores = head(backbone(view))
             loss = cross_entropy(scores.float(), labels)

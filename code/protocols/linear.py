@@ -2,10 +2,10 @@
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from dataloader.load_dataset import in_order, labelled, shuffled_crops
 from distributed import world
+from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
@@ -62,7 +62,7 @@ def train_probe(args, pairs_of, count, size, num_classes):
     device = get_device(args)
     base = args.probe_learning_rate or PROBE[args.probe_optimizer][0]
     top, steps, optimizer = base * size / 256, -(-count // size), None
-    for epoch in tqdm(range(args.probe_epochs), desc='linear probe', unit='epochs', leave=False, disable=None):
+    for epoch in progress(range(args.probe_epochs), 'linear probe', 'epochs'):
         for step, (x, labels) in enumerate(in_steps(pairs_of(epoch), size)):
             if optimizer is None:
                 weight = 0.01 * torch.randn(num_classes, x.shape[1], generator=random_from(args.random_seed, 'probe'))
@@ -99,7 +99,7 @@ def cached_features(args, backbone, crops, size, bf16):
     They stay on the device where they take less than half of what is free there, else in the CPU's memory.
     """
     passes = []
-    for epoch in tqdm(range(args.cache_passes), desc='features', unit='passes', leave=False, disable=None):
+    for epoch in progress(range(args.cache_passes), 'features', 'passes'):
         pairs = [(x, labels) for x, labels in augmented_features(args, backbone, crops, epoch, bf16)]
         x, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         if x.is_cuda and x.nbytes * (args.cache_passes - epoch) > torch.cuda.mem_get_info(x.device)[0] / 2:

@@ -2,10 +2,10 @@
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from config import UserError, changed, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
+from logger import progress
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
 from protocols.finetune import balanced, finetune
@@ -41,7 +41,7 @@ def regression(args, backbone, train, val):
     kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
     kept[held] = False
     num_classes, start, tried = len(val.classes), None, {}
-    for l2 in tqdm(L2, desc='l2 strength', unit='fits', leave=False, disable=None):
+    for l2 in progress(L2, 'l2 strength', 'fits'):
         start = logistic_regression(x[kept], labels[kept], num_classes, l2, start)
         tried[l2] = topk_accuracy(x[held] @ start[0].T + start[1], labels[held], 1)
     best = max(tried, key=tried.get)  # the strongest of equals

@@ -70,15 +70,15 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     events = EventAccumulator(str(folder / 'log' / f'{RUN}0')).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
     assert set(scalars) == {
-        'knn/top1', 'train/loss', 'train/std', 'train/images_per_second', 'train/waiting_for_data',
-        'learning/rate_encoder', 'learning/rate_predictor',
+        'pretraining/knn_top1', 'pretraining/loss', 'pretraining/std', 'speed/images_per_second',
+        'speed/waiting_for_data', 'schedule/learning_rate_encoder', 'schedule/learning_rate_predictor',
     }  # fmt: skip
-    assert [event.step for event in events.Scalars('knn/top1')] == [0, 1, 2]
-    assert scalars['train/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)
-    first, last = scalars['learning/rate_encoder']
+    assert [event.step for event in events.Scalars('pretraining/knn_top1')] == [0, 1, 2]
+    assert scalars['pretraining/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)
+    first, last = scalars['schedule/learning_rate_encoder']
     assert 0 < last < first < 0.8 * 16 / 256
-    assert scalars['learning/rate_predictor'] == pytest.approx([0.8 * 16 / 256] * 2)
-    assert len(events.Images('two_views')) == 1
+    assert scalars['schedule/learning_rate_predictor'] == pytest.approx([0.8 * 16 / 256] * 2)
+    assert len(events.Images('pretraining/two_views')) == 1
     with Image.open(folder / 'log' / f'{RUN}0' / 'two_views.png') as picture:
         assert picture.width > 16 * 32
 
@@ -110,7 +110,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
     assert same(content['model'], wanted['model'])
     assert same(content['optimizer'], wanted['optimizer'])
     events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
-    assert [event.step for event in events.Scalars('train/loss')] == [2]
+    assert [event.step for event in events.Scalars('pretraining/loss')] == [2]
     again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
     assert 'has its 2 epochs already; --max_epochs=<more> goes on' in again.stdout
 
@@ -131,7 +131,7 @@ def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_p
     assert done.returncode == 0, done.stderr
     assert same(newest(tmp_path)[1]['model'], newest(trained[0])[1]['model'])
     events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
-    assert [event.step for event in events.Scalars('train/loss')] == [1, 2]
+    assert [event.step for event in events.Scalars('pretraining/loss')] == [1, 2]
 
 
 def test_evaluate_then_infer(copied, drawn, tmp_path):

@@ -183,8 +183,8 @@ def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, t
     assert result['num_val'] == in_val
     assert sum(result['per_class'].values()) / 3 == pytest.approx(result['top1'])
     events = EventAccumulator(str(trained / 'log' / RUN)).Reload()
-    assert events.Scalars(f'{name}/top1')[-1].value == pytest.approx(result['top1'])
-    assert f'{name}/confusion' in events.Tags()['images']
+    assert events.Scalars(f'results/{name}_top1')[-1].value == pytest.approx(result['top1'])
+    assert f'results/{name}_confusion' in events.Tags()['images']
     with Image.open(trained / 'log' / RUN / f'{name}_confusion.png') as picture:
         assert min(picture.size) > 100
 
