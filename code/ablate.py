@@ -61,10 +61,14 @@ def ablate(args):
         rows.append({'variant': variant, 'options': options, **outcome(args, runs(own)[-1]), 'paper': paper})
     folder = path_of(args.log_path)
     write_aside(folder / f'{args.table}.json', lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
+    drawn = (
+        ('std of z / |z|, times sqrt(d)', 'std_curve', (0, 1.1)),
+        ('loss', 'loss_curve', None),
+        ('kNN top-1, %', 'knn_curve', None),
+    )
     picture = pictures.curves(
-        {title: [(row['variant'], row[key]) for row in rows] for title, key in
-         (('std of z / |z|, times sqrt(d)', 'std_curve'), ('loss', 'loss_curve'), ('kNN top-1, %', 'knn_curve'))}
-    )  # fmt: skip
+        [pictures.Panel(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
+    )
     write_aside(folder / f'{args.table}.png', lambda aside: picture.save(aside, 'PNG'))
     say('\n' + table(rows))
     say(f'\nthe curves: {folder / f"{args.table}.png"}')

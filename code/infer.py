@@ -91,9 +91,17 @@ def neighbours_picture(args, images, features, train, bank, k):
     cosine, found = nearest(features[rows.to(features.device)], bank, k)
     queries = pixels_of(args, images, rows)
     grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
-    captions = [f'{images.names[row]}: cosine {", ".join(f"{value:.2f}" for value in values)}'
+    captions = [f'{images.names[row]}: cosine {values[0]:.3f} to {values[-1]:.3f}'
                 for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)]  # fmt: skip
-    return pictures.beside(grid, captions)
+    right = [[same_class(images, row, train, other) for other in others]
+             for row, others in zip(rows.tolist(), found.tolist(), strict=True)]  # fmt: skip
+    return pictures.beside(grid, captions, right)
+
+
+def same_class(images, row, others, other):
+    """Whether image `row` of `images` and image `other` of `others` are of one class; None where one has no class."""
+    label, theirs = int(images.labels[row]), int(others.labels[other])
+    return None if label < 0 or theirs < 0 else images.classes[label] == others.classes[theirs]
 
 
 def pixels_of(args, images, rows):

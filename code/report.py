@@ -1,4 +1,4 @@
-"""A run on one page: curves, views, neighbours, confusion, map of features, options. HTML without a network."""
+"""A run on one page: verdict, results, curves, views, map, neighbours, confusion, options. HTML without a network."""
 
 import base64
 import html
@@ -8,32 +8,34 @@ from dataclasses import asdict
 
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import normalize
 
 import pictures
 from ckpt import get_model_ckpt
 from config import OPTIONS, UserError, path_of
 from dataloader.load_dataset import in_order, load_splits
-from evaluate import figures
+from evaluate import NAMES
 from infer import neighbours_picture
-from logger import say
+from logger import read_scalars, say
 from metric.accuracy import confusion
 from protocols.features import features_of
 from protocols.knn import vote
 from utils import get_device, write_aside
 
-CURVES = {'loss': 'train/loss', 'std of z / |z|, times sqrt(d)': 'train/std', 'kNN top-1, %': 'knn/top1',
-          'learning rate': 'learning/rate_encoder'}  # fmt: skip
 POINTS = 2000  # images on the map
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem }
-body { max-width: 60rem }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p { margin: .3rem 0; max-width: 42rem } .numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
+body { max-width: 64rem }
+h1 { font-size: 1.5rem; margin-bottom: 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+p { margin: .3rem 0; max-width: 46rem } .verdict { border-left: .4rem solid #1b9e77; padding: .2rem .8rem }
+.verdict { margin: 1rem 0; background: #f6f6f6 } .bad { border-color: #d6301f }
+.numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
 .numbers div { border: 1px solid #ddd; border-radius: .4rem; padding: .4rem .8rem }
 .numbers b { display: block; font-size: 1.4rem } img { max-width: 100%; height: auto; display: block; margin: .5rem 0 }
-table { border-collapse: collapse; font-size: .85rem } td { padding: .1rem .8rem .1rem 0; overflow-wrap: anywhere }
-.changed { font-weight: 600 } details { margin-top: .5rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1rem }
+table { border-collapse: collapse; font-size: .9rem } tr { border-bottom: 1px solid #eee }
+td { padding: .15rem .8rem .15rem 0; text-align: left; overflow-wrap: anywhere; vertical-align: top }
+.options td:first-child { white-space: nowrap } details { margin-top: .5rem }
 """
 
 
@@ -47,35 +49,35 @@ def report(args):
     args, model, checkpoint = get_model_ckpt(args)
     run, folder = checkpoint['run'], path_of(args.log_path) / checkpoint['run'].name
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    splits = load_splits(args)
+    splits, logged = load_splits(args), read_scalars(folder)
     results = [json.loads(path.read_text()) for path in sorted(run.glob('evaluate_*.json'))]
-    parts = [*curves(folder), *two_views(folder), *of_features(args, backbone, splits)]
+    parts = [*curves(args, logged), *two_views(folder), *of_features(args, backbone, splits)]
     for _, name, _, image in parts:
         write_aside(folder / f'report_{name}.png', lambda aside, image=image: image.save(aside, 'PNG'))
     page = folder / 'report.html'
-    text = page_of(args, checkpoint, results, parts)
+    text = page_of(args, checkpoint, logged, results, parts)
     write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8'))
     say(f'report     {page}')
     return page
 
 
-def curves(folder):
-    """(title, file name, caption, picture) of what training logged, as far as it did."""
-    if not folder.is_dir():
-        return []
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
-    tags = set(events.Tags()['scalars'])
-    lines = {title: [('', [(event.step, event.value) for event in events.Scalars(tag)])]
-             for title, tag in CURVES.items() if tag in tags}  # fmt: skip
-    caption = ('The loss falls while std stays near 1: the views of an image agree, and images differ. A falling std '
-               'is collapse, whatever the loss. kNN at epoch 0 is the untrained backbone.')  # fmt: skip
-    found = []
-    for number, (title, line) in enumerate(lines.items()):
-        text = caption if number == len(lines) - 1 else ''
-        found.append(
-            ('Training' if not number else '', f'curve_{number}', text, pictures.curves({title: line}, (640, 300)))
-        )
-    return found
+def curves(args, logged):
+    """(title, file name, caption, picture) of what training logged, as far as it did. logged: read_scalars'."""
+
+    def line(name, tag):
+        return [(name, logged[tag])] if tag in logged else []
+
+    knn = line('', 'pretraining/knn_top1')
+    untrained = dict(knn[0][1]).get(0) if knn else None
+    panels = (
+        ('loss', pictures.Panel('loss', line('', 'pretraining/loss'))),
+        ('std', pictures.Panel('std of z / |z|, times sqrt(d)', line('', 'pretraining/std'), (0, 1.1),
+                               ('collapse is warned of', args.collapse_threshold))),
+        ('knn', pictures.Panel('kNN top-1 on val, %', knn, None, untrained and ('untrained', untrained))),
+        ('rate', pictures.Panel('learning rate', [*line('backbone, projector', 'schedule/learning_rate_encoder'),
+                                                  *line('predictor', 'schedule/learning_rate_predictor')])),
+    )  # fmt: skip
+    return [('', f'curve_{name}', '', pictures.curves([panel], (480, 280))) for name, panel in panels if panel.lines]
 
 
 def two_views(folder):
@@ -93,13 +95,15 @@ def of_features(args, backbone, splits):
     features, labels = features_of(args, backbone, in_order(args, train), 'features of train')
     val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
     rows = torch.linspace(0, len(val) - 1, min(POINTS, len(val))).round().long()
-    points = principal(val_features[rows.to(val_features.device)]).cpu()
-    caption = 'The two directions in which the features of val vary most (PCA); a colour is a class.'
-    parts = [('The space of features', 'map', caption, pictures.scatter(points, val_labels[rows].cpu(), val.classes))]
-    picture = neighbours_picture(args, val, val_features, train, features, 6)
-    parts.append(
-        ('Nearest neighbours', 'neighbours', 'Images of val, and the training images nearest to each.', picture)
-    )
+    points, share = principal(normalize(val_features[rows.to(val_features.device)], dim=1))
+    parts = [
+        ('The space of features', 'map', 'Directions of the features of val, in the plane in which they vary most '
+         f'(PCA; {share:.0%} of their variance); a colour is a class.',
+         pictures.scatter(points.cpu(), val_labels[rows].cpu(), val.classes)),
+        ('Nearest neighbours', 'neighbours', 'Images of val, and the training images nearest to each, in green where '
+         'they are of its class and in red where they are not.',
+         neighbours_picture(args, val, val_features, train, features, 8)),
+    ]  # fmt: skip
     known = labels >= 0
     if splits['val'] and known.any() and (val_labels >= 0).all():
         scores = vote(args, features[known], labels[known], val_features, len(val.classes))
@@ -109,42 +113,92 @@ def of_features(args, backbone, splits):
 
 
 def principal(x):
-    """The projection of x, N x d, on its two main axes: N x 2."""
+    """The projection of x, N x d, on its two main axes, N x 2, and the share of the variance that lies in them."""
     x = x - x.mean(0)
-    _, _, axes = torch.linalg.svd(x, full_matrices=False)
-    return x @ axes[:2].T
+    _, strengths, axes = torch.linalg.svd(x, full_matrices=False)
+    return x @ axes[:2].T, (strengths[:2].square().sum() / strengths.square().sum()).item()
 
 
-def page_of(args, checkpoint, results, parts):
+def verdict(args, logged):
+    """(whether the run looks well, a sentence that says why), or None where nothing was logged."""
+    if 'pretraining/std' not in logged:
+        return None
+    std = logged['pretraining/std'][-1][1]
+    if std < args.collapse_threshold:
+        return False, (f'Collapsed: std {std:.2f}, healthy is near 1. Images get nearly the same z, whatever the loss '
+                       'says; README.md, "When it collapses", names what to try.')  # fmt: skip
+    knn = dict(logged.get('pretraining/knn_top1', []))
+    if 0 not in knn or len(knn) < 2:
+        return True, f'No collapse: std {std:.2f}, healthy is near 1. What the features are worth was not measured.'
+    before, after = knn[0], knn[max(knn)]
+    if after <= before:
+        return False, (f'No collapse (std {std:.2f}), but nothing learned: kNN {before:.1f} % untrained, {after:.1f} % '
+                       'now. Train longer, or try another --learning_rate or augmentation.')  # fmt: skip
+    return (
+        True,
+        f'No collapse (std {std:.2f}, healthy is near 1), and kNN rose from {before:.1f} % untrained to {after:.1f} %.',
+    )
+
+
+def page_of(args, checkpoint, logged, results, parts):
     """The page as text; pictures are inside it."""
-    numbers = [('epoch', str(checkpoint['epoch'])), ('loss', f'{checkpoint["loss"]:.4f}')]
-    for result in results:
-        for line in figures(result):
-            name, value = line[:22].strip(), line[22:].strip()
-            numbers.append((f'{result["file"].removeprefix("evaluate_").removesuffix(".json")}: {name}', value))
+    numbers = [('epoch', f'{checkpoint["epoch"]} of {args.max_epochs}'), ('loss', f'{checkpoint["loss"]:.4f}')]
+    for name, tag, form in (('std', 'pretraining/std', '{:.3f}'), ('kNN top-1', 'pretraining/knn_top1', '{:.2f} %'),
+                            ('images/s', 'speed/images_per_second', '{:.0f}')):  # fmt: skip
+        if tag in logged:
+            numbers.append((name, form.format(logged[tag][-1][1])))
     boxes = ''.join(f'<div><b>{html.escape(value)}</b>{html.escape(name)}</div>' for name, value in numbers)
-    body = []
-    for title, _, caption, image in parts:
-        buffer = io.BytesIO()
-        image.save(buffer, 'PNG')
-        data = base64.b64encode(buffer.getvalue()).decode()
-        body.append(f'<h2>{html.escape(title)}</h2>' if title else '')
-        alt = html.escape(title or caption or 'curve')
-        body.append(
-            f'<img width="{image.width}" height="{image.height}" alt="{alt}" src="data:image/png;base64,{data}">'
-        )
-        body.append(f'<p>{html.escape(caption)}</p>' if caption else '')
-    options = []
-    for name, value in asdict(args).items():
-        kind = 'changed' if value != OPTIONS[name].default else ''
-        cells = (f'--{name}', str(value), OPTIONS[name].metadata['meaning'])
-        options.append(f'<tr class="{kind}">{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>')
+    said = verdict(args, logged)
+    judged = f'<p class="verdict{"" if said[0] else " bad"}">{html.escape(said[1])}</p>' if said else ''
+    training = ''.join(figure(*part) for part in parts if part[1].startswith('curve'))
+    if training:
+        caption = ('Loss falls while std stays near 1: the views of an image agree, images differ. A falling std is '
+                   'collapse, whatever the loss.')  # fmt: skip
+        training = f'<h2>Training</h2><p>{caption}</p><div class="pair">{training}</div>'
+    pairs = [(f'--{name}', value, OPTIONS[name]) for name, value in asdict(args).items()]
+    own = [pair for pair in pairs if pair[1] != pair[2].default]
     title = html.escape(f'{checkpoint["run"].name}: {args.backbone}, {path_of(args.image_path).name}')
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
-<body><h1>{title}</h1><div class="numbers">{boxes}</div>
-{''.join(body)}
-<h2>Options</h2><p>Those that differ from their default are bold.</p>
-<details><summary>all</summary><table>{''.join(options)}</table></details></body></html>
+<body><h1>{title}</h1>
+{judged}<div class="numbers">{boxes}</div>
+{results_table(results)}
+{training}
+{''.join(figure(*part) for part in parts if not part[1].startswith('curve'))}
+<h2>Options</h2><p>Those that differ from the default, by the preset or on the command line.</p>
+{options_table(own)}
+<details><summary>all {len(pairs)}</summary>{options_table(pairs)}</details></body></html>
 """
+
+
+def figure(title, _, caption, image):
+    """A picture with its title and what it shows, either of which may be missing."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    data = base64.b64encode(buffer.getvalue()).decode()
+    heading = f'<h2>{html.escape(title)}</h2>' if title else ''
+    alt = html.escape(title or 'curve')
+    text = f'<p>{html.escape(caption)}</p>' if caption else ''
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'{heading}{text}<img {size} alt="{alt}" src="data:image/png;base64,{data}">\n'
+
+
+def results_table(results):
+    """What evaluate measured: a row for each result, its first number in front."""
+    rows = ''
+    for result in results:
+        name = result['file'].removeprefix('evaluate_').removesuffix('.json')
+        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if key in result]
+        beside = ', '.join(' '.join(pair) for pair in others)
+        rows += f'<tr><td>{html.escape(name)}</td><td><b>{first[1]}</b> {first[0]}</td><td>{beside}</td></tr>'
+    return f'<h2>Results, %</h2><table>{rows}</table>' if rows else ''
+
+
+def options_table(pairs):
+    """pairs: (option, value, its field in config.Config)."""
+    rows = ''
+    for name, value, option in pairs:
+        cells = (name, str(value), option.metadata['meaning'])
+        rows += f'<tr>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
+    return f'<table class="options">{rows}</table>'

@@ -25,7 +25,7 @@ from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from pictures import curves
+from pictures import Panel, curves
 from protocols.features import features_of
 from utils import get_device, random_from, use_bf16, write_aside
 
@@ -131,7 +131,7 @@ def main():
         result['linear'] = json.loads((run / 'evaluate_linear.json').read_text())
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
-    picture = curves({'kNN top-1 on val, %': [('SimSiam', result['knn'])]}, (720, 420))
+    picture = curves([Panel('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
     write_aside(output / 'cifar10.png', lambda aside: picture.save(aside, 'PNG'))
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')

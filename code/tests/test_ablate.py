@@ -136,7 +136,12 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
 
 def test_curves_are_drawn_where_the_numbers_are():
     """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
-    image = pictures.curves({'a': [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])], 'b': [('up', [])]})
+    image = pictures.curves(
+        [
+            pictures.Panel('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
+            pictures.Panel('b', [('up', [])]),
+        ]
+    )
     pixels = np.asarray(image).astype(int)
     up = np.argwhere((pixels[:250] == (33, 102, 172)).all(2))
     left, right = up[up[:, 1] < 100], up[(up[:, 1] > 350) & (up[:, 1] < 420)]

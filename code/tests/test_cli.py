@@ -1,9 +1,16 @@
 """The four commands as a user types them: real processes, real files, exit codes."""
 
+import contextlib
 import csv
+import fcntl
 import json
+import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
@@ -11,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
-from conftest import TINY, one_line, own_paths, run
+from conftest import CODE, TINY, one_line, own_paths, run
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -316,6 +323,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(drawn, tmp_path):
                '--momentum=0.9999', '--knn_every=0', *own_paths(tmp_path))  # fmt: skip
     assert done.returncode == 1, done.stdout
     assert re.search(r'the loss is nan in epoch \d+: try a lower --learning_rate', one_line(done.stderr))
+
+
+def test_quiet_says_nothing_and_the_log_has_it_all(trained, drawn, tmp_path):
+    done = train(tmp_path, drawn, '--quiet')
+    assert done.stdout == ''
+    assert done.stderr == ''
+    log = (tmp_path / 'ckpt' / f'{RUN}0' / 'log.txt').read_text()
+    assert 'epoch 2/2  loss' in log
+    again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
+    assert again.stdout, 'quiet belongs to the call, not to the run'
+
+
+@pytest.mark.parametrize('plain', [False, True])
+def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
+    """On a pseudo-terminal; in a pipe (every other test) there is neither."""
+    command = [sys.executable, 'cli.py', 'train', *TINY, '--knn_k=5', '--collapse_threshold=1', '--neighbours=3',
+               f'--image_path={drawn}', *own_paths(tmp_path)]  # fmt: skip
+    main, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
+    environment = os.environ | ({'NO_COLOR': '1'} if plain else {})
+    with subprocess.Popen(command, cwd=CODE, stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        seen = b''
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+            while part := os.read(main, 65536):
+                seen += part
+    os.close(main)
+    assert process.returncode == 0, seen
+    assert b'epoch 1/2: ' in seen  # the bar
+    assert b'batches/s' in seen
+    assert (b'\x1b[33mwarning: --neighbours has no effect on train\x1b[0m' in seen) is not plain
+    assert (b'\x1b[33mwarning: the model collapses' in seen) is not plain
 
 
 def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):

@@ -8,9 +8,13 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import cli
+import pictures
+import report
+from config import get_config
 from conftest import TINY, one_line, own_paths
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -38,7 +42,8 @@ def test_the_page_is_whole_in_itself(page):
             assert image.size == (int(width), int(height))
             assert np.asarray(image.convert('L')).std() > 1
     assert len(list(page.parent.glob('report_*.png'))) == 8
-    for said in ('linear: top-1', 'Nearest neighbours', 'Confusion', '--proj_dim', '<b>2</b>epoch'):
+    headings = ('Results, %', 'Training', 'Nearest neighbours', 'Confusion', 'Options')
+    for said in (*headings, '<td>linear</td>', '--proj_dim', '<b>2 of 2</b>epoch', 'No collapse (std'):
         assert said in text
 
 
@@ -59,6 +64,38 @@ def test_it_shows_on_a_phone_and_on_a_desk(page, tmp_path):
         rows = (pixels < 128).any(1)
         assert rows.sum() > 800  # it is not an empty page
         assert (pixels[:, -8:] > 250).mean() > 0.99  # the margin is free: nothing runs out of the window
+
+
+@pytest.mark.parametrize(
+    ('std', 'knn', 'well', 'said'),
+    [
+        (0.1, [20, 50], False, 'Collapsed: std 0.10'),
+        (0.9, [20, 50], True, 'kNN rose from 20.0 % untrained to 50.0 %'),
+        (0.9, [20, 19], False, 'nothing learned: kNN 20.0 % untrained, 19.0 % now'),
+        (0.9, [], True, 'was not measured'),
+    ],
+)
+def test_the_verdict_is_that_of_the_numbers(std, knn, well, said):
+    logged = {'pretraining/std': [(1, 0.9), (2, std)], 'pretraining/knn_top1': [(2 * i, v) for i, v in enumerate(knn)]}
+    judged = report.verdict(get_config(), logged)
+    assert judged[0] is well
+    assert said in judged[1]
+
+
+def test_neighbours_of_another_class_are_framed_in_red():
+    image = np.asarray(pictures.beside([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
+    green, red = (np.argwhere((image == colour).all(2))[:, 1] for colour in ((27, 158, 119), (214, 48, 31)))
+    assert 50 < green.min() < green.max() < red.min()
+
+
+def test_principal_finds_the_plane_of_most_variance():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(200, 2, generator=generator) @ torch.randn(2, 9, generator=generator)
+    x = plane + 0.01 * torch.randn(200, 9, generator=generator)
+    points, share = report.principal(x)
+    covariance = np.linalg.eigvalsh(np.cov(x.numpy().T))
+    assert share == pytest.approx(covariance[-2:].sum() / covariance.sum(), abs=1e-4)
+    torch.testing.assert_close(torch.pdist(points), torch.pdist(x), atol=0.2, rtol=0.05)
 
 
 def test_report_without_a_name(capsys):
