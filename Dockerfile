@@ -1,13 +1,14 @@
-# The code in /home/code on PyTorch's official CUDA image; the data is mounted at /home/data by setup-docker.sh.
+# The code in /home/code on PyTorch's official CUDA image; setup-docker.sh mounts the data at /home/data.
 ARG BASE=pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime
 FROM ${BASE}
 
 # The requirements first: a change of the code leaves this layer as it is. torch and torchvision are the image's own.
-COPY requirements.txt /home/requirements.txt
-RUN pip install --no-cache-dir -r /home/requirements.txt
+COPY requirements.txt code/requirements-extra.txt /home/
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 pip install --no-cache-dir -r /home/requirements.txt -r /home/requirements-extra.txt
 
 COPY code /home/code
 WORKDIR /home/code
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 ENTRYPOINT ["python3", "cli.py"]
 CMD ["train"]

@@ -1,27 +1,76 @@
 #!/usr/bin/env bash
-# Build the image and run one command in it, on this folder's data/:
-#     ./setup-docker.sh                                        train with the default preset
-#     ./setup-docker.sh train --preset=cifar10 --download=True
-#     ./setup-docker.sh evaluate --ckpt_name=<run>
-#     IMAGE=registry.example/simsiam ./setup-docker.sh push    build and push the image
-# All that a command writes lands in data/ (checkpoints, logs); it belongs to you, not to root, also under sudo.
+# Build the image and run one command of cli.py in it, with this folder's data/ at /home/data:
+#     sudo ./setup-docker.sh                                           train, with the default preset
+#     sudo ./setup-docker.sh train --preset=cifar10 --download=True
+#     sudo ./setup-docker.sh torchrun --nproc_per_node=8 cli.py train  several GPUs
+#     sudo ./setup-docker.sh tensorboard                               the logs, on http://localhost:6006
+# Settings stand before it, as in: sudo REGISTRY=registry.example/me ./setup-docker.sh evaluate --ckpt_name=RUN
+#     REGISTRY  push the image there too, before it runs
+#     IMAGE     its name, simsiam by default
+#     DATA      another folder in place of data/
+#     PORT      TensorBoard's, 6006 by default
+# What a command writes lands in data/ and belongs to you, not to root. Exit codes: those of cli.py; 1 where docker fails.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-image=${IMAGE:-simsiam}
-docker build --tag "$image" .
-if [ "${1:-}" = push ]; then
-    exec docker push "$image"
-fi
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
 
-mkdir -p data
-options=(--rm --init --ipc=host --volume "$PWD/data:/home/data" --user "${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}")
-options+=(--env HOME=/tmp)
-# GPUs where the NVIDIA container toolkit offers them, else the CPU; colours and bars only on a terminal.
-if docker info --format '{{json .Runtimes}}' | grep -q nvidia; then
-    options+=(--gpus all)
+image=${REGISTRY:+${REGISTRY%/}/}${IMAGE:-simsiam}
+data=${DATA:-$PWD/data}
+user=${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}
+[ $# -gt 0 ] || set -- train
+
+command -v docker >/dev/null || fail "docker is not installed: https://docs.docker.com/engine/install"
+if ! said=$(docker version 2>&1 >/dev/null); then
+    case $said in
+        *"permission denied"*) fail "docker may only be used by root and the group docker: sudo ./setup-docker.sh" ;;
+        *) fail "the docker daemon does not answer: sudo systemctl start docker, or start Docker Desktop" ;;
+    esac
 fi
+if [ -z "${DATA:-}" ] && [ ! -d data ]; then
+    install -d -o "${user%:*}" -g "${user#*:}" data
+fi
+[ -d "$data" ] || fail "DATA=$data is not a folder"
+data=$(cd "$data" && pwd)
+
+options=(--rm --init --stop-timeout 120 --ipc=host) # host's shared memory, for the loaders; time to save when stopped
+options+=(--user "$user" --env HOME=/tmp --env USER=simsiam --volume "$data:/home/data")
+commit=$(git -c safe.directory='*' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null) || commit=
+options+=(--env "SIMSIAM_COMMIT=$commit")
 if [ -t 0 ] && [ -t 1 ]; then
     options+=(--interactive --tty)
 fi
-exec docker run "${options[@]}" "$image" "${@:-train}"
+
+# All GPUs, where there are any and docker can reach them: through NVIDIA's runtime, or as CDI devices.
+if PATH=$PATH:/usr/lib/wsl/lib nvidia-smi -L >/dev/null 2>&1 && [[ " $* " != *" --device=cpu "* ]]; then
+    if docker info --format '{{json .Runtimes}}' | grep -q nvidia; then
+        options+=(--gpus all)
+    elif docker info --format '{{json .DiscoveredDevices}}' 2>/dev/null | grep -q nvidia.com/gpu; then
+        options+=(--device nvidia.com/gpu=all)
+    elif [ "$1" != tensorboard ]; then
+        fail "there is a GPU, but docker cannot reach it; install NVIDIA's container toolkit" \
+            "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit), or go on without: --device=cpu"
+    fi
+fi
+
+docker build --tag "$image" . || fail "the image was not built"
+if [ -n "${REGISTRY:-}" ]; then
+    docker push "$image" || fail "$image was not pushed: docker login ${REGISTRY%%/*}?"
+fi
+case $1 in
+    torchrun)
+        shift
+        set -- --entrypoint torchrun "$image" "$@"
+        ;;
+    tensorboard)
+        port=${PORT:-6006}
+        echo "TensorBoard: http://localhost:$port"
+        set -- --publish "127.0.0.1:$port:6006" --entrypoint tensorboard "$image" \
+            --logdir /home/data/logs --host 0.0.0.0 --port 6006
+        ;;
+    *) set -- "$image" "$@" ;;
+esac
+exec docker run "${options[@]}" "$@"

@@ -12,6 +12,7 @@ A checkpoint is a dict of tensors and plain values (torch.load with weights_only
 
 import functools
 import json
+import os
 import pickle
 import platform
 import random
@@ -185,14 +186,15 @@ def restore_rng(states):
 
 @functools.cache
 def versions():
-    """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout."""
+    """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout, or
+    where setup-docker.sh says it."""
     git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=ROOT,
                          capture_output=True, text=True, check=False) if shutil.which('git') else None  # fmt: skip
     return {
         'python': platform.python_version(),
         'torch': str(torch.__version__),
         'torchvision': str(torchvision.__version__),
-        'commit': git.stdout.strip() if git and not git.returncode else '',
+        'commit': os.environ.get('SIMSIAM_COMMIT') or (git.stdout.strip() if git and not git.returncode else ''),
     }
 
 

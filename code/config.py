@@ -232,8 +232,10 @@ class Config:
         'stopgrad', 'which of the tables',
         ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric'), used_by=('ablate',),
     )  # fmt: skip
-    output: str = option('', 'the file to write: infer submission.csv, embed features.npz or .csv, export backbone.pth',
-                         used_by=('infer', 'embed', 'export'))  # fmt: skip
+    output: str = option(
+        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth',
+        used_by=('infer', 'embed', 'export'),
+    )  # fmt: skip
     neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',
                              low=0, high=50, used_by=('infer',))  # fmt: skip
     projector_images: int = option(1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none",

@@ -20,7 +20,7 @@ def embed(args):
     The images are those that infer would predict. Up to --projector_images of them also go to TensorBoard's projector,
     with thumbnails. Raises UserError without a checkpoint or images, or for another kind of file.
     """
-    output = path_of(args.output or 'features.npz')
+    output = path_of(args.output or 'data/features.npz')
     if output.suffix not in ('.npz', '.csv'):
         raise UserError(f'--output of embed ends in .npz or .csv, not {output.name!r}')
     if not args.ckpt_name:

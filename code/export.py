@@ -30,7 +30,7 @@ def export(args):
         )
     backbone = model.backbone.eval()
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    output = path_of(args.output or f'backbone{SUFFIX[args.format]}')
+    output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
     how = HOW[args.format].format(name=args.backbone, file=output)
     if args.format in ('torchvision', 'timm'):
         write_aside(output, lambda aside: torch.save(state, aside))

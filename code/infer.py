@@ -66,7 +66,7 @@ def infer(args):
         (name, classes[top[0]], f'{share[0]:.4f}', ';'.join(classes[i] for i in top))
         for name, share, top in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    output = path_of(args.output or 'submission.csv')
+    output = path_of(args.output or 'data/submission.csv')
 
     def write(aside):
         with open(aside, 'w', newline='', encoding='utf-8') as file:

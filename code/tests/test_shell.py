@@ -1,20 +1,29 @@
 """The files beside code/: shell scripts, the Makefile's promises, requirements, the layout."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from conftest import CODE
+from conftest import CODE, TINY
 
 ROOT = CODE.parent
 FAKE_DOCKER = """#!/bin/sh
 echo "$@" >> "$DOCKER_LOG"
-[ "$1" = info ] && echo "$RUNTIMES"
+case "$*" in
+    version*) [ -z "$DAEMON" ] || { echo "$DAEMON" >&2; exit 1; } ;;
+    *Runtimes*) echo "$RUNTIMES" ;;
+    *Devices*) echo "$DEVICES" ;;
+    run*) exit "${RUN_CODE:-0}" ;;
+esac
 [ "$1" != "$FAILS" ]
 """
+FAKE_SMI = '#!/bin/sh\n[ -n "$GPU" ]\n'
+WITH_NVIDIA = '{"nvidia":{},"runc":{}}'
 
 
 @pytest.fixture
@@ -23,19 +32,21 @@ def docker(tmp_path):
     (tmp_path / 'top').mkdir()
     (tmp_path / 'bin').mkdir()
     shutil.copy(ROOT / 'setup-docker.sh', tmp_path / 'top')
-    (tmp_path / 'bin/docker').write_text(FAKE_DOCKER)
-    (tmp_path / 'bin/docker').chmod(0o755)
+    for name, text in (('docker', FAKE_DOCKER), ('nvidia-smi', FAKE_SMI)):
+        (tmp_path / 'bin' / name).write_text(text)
+        (tmp_path / 'bin' / name).chmod(0o755)
     log = tmp_path / 'calls'
 
     def call(*argv, **environment):
+        """(the finished process, what docker was called with but for the looks at it, in order)"""
         log.write_text('')
         path = f'{tmp_path}/bin:{os.environ["PATH"]}'
-        environment = {'PATH': path, 'DOCKER_LOG': str(log), 'RUNTIMES': '', 'FAILS': ''} | environment
+        environment = {'PATH': path, 'DOCKER_LOG': str(log)} | environment
         done = subprocess.run([str(tmp_path / 'top/setup-docker.sh'), *argv], cwd='/', env=environment, check=False,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)  # fmt: skip
-        return done, log.read_text().splitlines()
+        return done, [line for line in log.read_text().splitlines() if not line.startswith(('version', 'info'))]
 
-    call.top = tmp_path / 'top'
+    call.top, call.bin = tmp_path / 'top', tmp_path / 'bin'
     return call
 
 
@@ -47,31 +58,141 @@ def test_docker_runs_the_given_command_on_data(docker):
     assert calls[-1].endswith(' simsiam evaluate --ckpt_name=some run')
     assert f'--volume {docker.top}/data:/home/data ' in calls[-1]
     assert f'--user {os.getuid()}:{os.getgid()} ' in calls[-1]
-    assert '--gpus' not in calls[-1]
-    assert '--tty' not in calls[-1]
+    for option in ('--gpus', '--device', '--tty', '--publish'):
+        assert option not in calls[-1]
     assert (docker.top / 'data').is_dir()
 
 
-def test_docker_uses_gpus_where_the_toolkit_is_and_trains_by_default(docker):
-    _, calls = docker(RUNTIMES='{"nvidia":{},"runc":{}}', IMAGE='host/simsiam')
-    assert '--gpus all ' in calls[-1]
-    assert calls[-1].endswith(' host/simsiam train')
+def test_docker_gives_back_the_exit_code_of_the_command(docker):
+    assert docker('train', '--batchsize=4', RUN_CODE='2')[0].returncode == 2
+
+
+@pytest.mark.parametrize(
+    ('runtimes', 'devices', 'wanted'),
+    [
+        (WITH_NVIDIA, '', ' --gpus all simsiam train'),
+        ('{"runc":{}}', '[{"Source":"cdi","ID":"nvidia.com/gpu=all"}]', ' --device nvidia.com/gpu=all simsiam train'),
+    ],
+)
+def test_docker_uses_gpus_and_trains_by_default(runtimes, devices, wanted, docker):
+    _, calls = docker(RUNTIMES=runtimes, DEVICES=devices, GPU='1')
+    assert calls[-1].endswith(wanted)
+
+
+def test_docker_goes_without_a_gpu_where_there_is_none_or_none_is_wanted(docker):
+    _, calls = docker('train', RUNTIMES=WITH_NVIDIA)
+    assert '--gpus' not in calls[-1]
+    _, calls = docker('train', '--device=cpu', GPU='1')
+    assert calls[-1].endswith(' simsiam train --device=cpu')
 
 
 def test_docker_files_belong_to_who_called_sudo(docker):
+    (docker.top / 'data').mkdir()
     _, calls = docker('train', SUDO_UID='1234', SUDO_GID='567')
     assert '--user 1234:567 ' in calls[-1]
 
 
-def test_docker_pushes_on_request(docker):
-    _, calls = docker('push', IMAGE='registry.example/simsiam')
-    assert calls == ['build --tag registry.example/simsiam .', 'push registry.example/simsiam']
+@pytest.mark.skipif(os.getuid() != 0, reason='only root may give a folder to another')
+def test_docker_makes_data_for_who_called_sudo(docker):
+    docker('train', SUDO_UID='1234', SUDO_GID='567')
+    assert ((docker.top / 'data').stat().st_uid, (docker.top / 'data').stat().st_gid) == (1234, 567)
 
 
-def test_docker_stops_where_the_build_fails(docker):
-    done, calls = docker('train', FAILS='build')
-    assert done.returncode != 0
-    assert len(calls) == 1
+def test_docker_pushes_where_a_registry_is_named(docker, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    _, calls = docker('train', REGISTRY='registry.example/me/', IMAGE='simsiam:1', DATA=f'{tmp_path}/mine')
+    name = 'registry.example/me/simsiam:1'
+    assert calls[:2] == [f'build --tag {name} .', f'push {name}']
+    assert f'--volume {tmp_path}/mine:/home/data ' in calls[2]
+    assert calls[2].endswith(f' {name} train')
+    assert not (docker.top / 'data').exists()
+
+
+def test_docker_shows_tensorboard_on_a_port_of_this_machine_alone(docker):
+    done, calls = docker('tensorboard', PORT='7007', GPU='1')
+    assert 'TensorBoard: http://localhost:7007' in done.stdout
+    assert '--publish 127.0.0.1:7007:6006 --entrypoint tensorboard simsiam --logdir /home/data/logs' in calls[-1]
+
+
+def test_docker_runs_torchrun(docker):
+    _, calls = docker('torchrun', '--nproc_per_node=8', 'cli.py', 'train')
+    assert calls[-1].endswith(' --entrypoint torchrun simsiam --nproc_per_node=8 cli.py train')
+
+
+@pytest.mark.parametrize(
+    ('environment', 'said'),
+    [
+        ({'DAEMON': 'Cannot connect to the Docker daemon at unix:///var/run/docker.sock'},
+         'error: the docker daemon does not answer: sudo systemctl start docker, or start Docker Desktop'),
+        ({'DAEMON': 'permission denied while trying to connect to the Docker daemon socket'},
+         'error: docker may only be used by root and the group docker: sudo ./setup-docker.sh'),
+        ({'GPU': '1', 'RUNTIMES': '{"runc":{}}'}, "error: there is a GPU, but docker cannot reach it; install"),
+        ({'DATA': '/nowhere'}, 'error: DATA=/nowhere is not a folder'),
+        ({'FAILS': 'build'}, 'error: the image was not built'),
+        ({'FAILS': 'push', 'REGISTRY': 'registry.example/me'},
+         'error: registry.example/me/simsiam was not pushed: docker login registry.example?'),
+    ],
+)  # fmt: skip
+def test_docker_says_in_a_line_what_is_missing(environment, said, docker):
+    done, calls = docker('train', **environment)
+    assert done.returncode == 1
+    assert not [call for call in calls if call.startswith('run')]
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(said)
+
+
+def test_docker_that_is_not_there(docker):
+    (docker.bin / 'docker').unlink()
+    for name in ('bash', 'dirname', 'id', 'env'):
+        (docker.bin / name).symlink_to(shutil.which(name))
+    done, _ = docker('train', PATH=str(docker.bin))
+    assert (done.returncode, done.stderr) == (
+        1, 'error: docker is not installed: https://docs.docker.com/engine/install\n')  # fmt: skip
+
+
+def test_the_image_works_as_somebody_without_a_name_or_a_place_to_write_but_data(drawn, tmp_path):
+    """The Dockerfile's files, laid out as it says; a user whom the system does not know."""
+    if os.getuid() != 0 or not shutil.which('setpriv'):
+        pytest.skip('to become another user takes root and setpriv')
+    home = tmp_path / 'home'
+    home.mkdir()
+    for source, target in re.findall(r'^COPY (.*) /home(\S*)$', (ROOT / 'Dockerfile').read_text(), re.M):
+        for name in source.split():
+            path = ROOT / name
+            if path.is_dir():
+                shutil.copytree(path, f'{home}{target}', ignore=shutil.ignore_patterns('tests', '__pycache__'))
+            else:
+                shutil.copy(path, f'{home}{target}')
+    (home / 'data/photos').parent.mkdir()
+    shutil.copytree(drawn, home / 'data/photos')
+    subprocess.run(['chown', '-R', '12345:12345', home / 'data'], check=True)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    # It may read all files, for this machine's Python may lie where only root looks; and write its own alone.
+    become = ['setpriv', '--reuid=12345', '--regid=12345', '--clear-groups', '--inh-caps=+dac_read_search',
+              '--ambient-caps=+dac_read_search']  # fmt: skip
+    environment = {'PATH': os.environ['PATH'], 'HOME': '/tmp', 'USER': 'simsiam', 'PYTHONDONTWRITEBYTECODE': '1',
+                   'SIMSIAM_COMMIT': 'abc123'}  # fmt: skip
+    run = 'model_name_simsiam_ckpt_0'
+    for command in (['train', *TINY, '--image_path=data/photos', '--evaluate_after=True'],
+                    ['infer', f'--ckpt_name={run}'], ['report', f'--ckpt_name={run}']):  # fmt: skip
+        done = subprocess.run([*become, sys.executable, 'cli.py', *command], cwd=home / 'code', env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for file in ('submission.csv', f'logs/{run}/report.html', f'checkpoints/{run}/run.json'):
+        assert (home / 'data' / file).stat().st_uid == 12345
+    assert json.loads((home / f'data/checkpoints/{run}/run.json').read_text())['versions']['commit'] == 'abc123'
+
+
+def test_the_context_of_the_image_is_small_and_has_what_the_dockerfile_copies():
+    kept = [line[1:] for line in (ROOT / '.dockerignore').read_text().splitlines() if line.startswith('!')]
+    assert kept == ['requirements.txt', 'code']
+    for source, _ in re.findall(r'^COPY (.*) (/home\S*)$', (ROOT / 'Dockerfile').read_text(), re.M):
+        for name in source.split():
+            assert name.split('/')[0] in kept
+            assert (ROOT / name).exists()
+    listed = subprocess.run(['git', 'ls-files', *kept], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert sum((ROOT / path).stat().st_size for path in listed.stdout.split()) < 2e6
 
 
 def test_shell_scripts_pass_shellcheck():
