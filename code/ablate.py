@@ -9,7 +9,9 @@ from logger import read_scalars, say
 from train import train
 from utils import write_aside
 
-# Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered; None: unstable).
+WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
+# Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
+# may depend on the preset: then it is a function of args.
 TABLES = {
     'stopgrad': (  # table 1, figure 2
         ('with stop-gradient', {}, 67.7),
@@ -29,7 +31,7 @@ TABLES = {
         ('none', {'proj_bn': 'none'}, 34.6),
         ('hidden layers', {'proj_bn': 'hidden'}, 67.4),
         ('default', {'proj_bn': 'default'}, 68.1),
-        ('all', {'proj_bn': 'all'}, None),
+        ('all', {'proj_bn': 'all'}, 'unstable'),
     ),
     'similarity': (  # section 4.5
         ('cosine', {'similarity': 'cosine'}, 68.1),
@@ -39,6 +41,20 @@ TABLES = {
         ('symmetric', {'symmetric': 'true'}, 68.1),
         ('asymmetric', {'symmetric': 'false'}, 64.8),
         ('asymmetric, 2 pairs', {'symmetric': '2x'}, 67.3),
+    ),
+    'collapse': (  # not the paper's: what goes wrong and what helps (README.md, When it collapses)
+        ('as it is', {}, ''),
+        ('no stop-gradient', {'stop_gradient': False}, ''),
+        ('no predictor', {'predictor': 'none'}, ''),
+        ('no BN in projector and predictor', {'proj_bn': 'none'}, ''),
+        ('learning rate x 10', {'learning_rate': lambda args: 10 * args.learning_rate}, ''),
+        ('learning rate / 10', {'learning_rate': lambda args: args.learning_rate / 10}, ''),
+        ('weight decay x 10', {'weight_decay': lambda args: 10 * args.weight_decay}, ''),
+        ('no weight decay', {'weight_decay': 0.0}, ''),
+        ('batch / 8', {'batch_size': lambda args: args.batch_size // 8}, ''),
+        ('SimCLR augmentation', {'augmentation': 'simclr'}, ''),
+        ('SimCLR, rate rises for a fifth', {'augmentation': 'simclr', 'warmup_augmentation': 'simclr', **WARMUP}, ''),
+        ('SimCLR, MoCo while the rate rises', {'augmentation': 'simclr', 'warmup_augmentation': 'moco', **WARMUP}, ''),
     ),
 }
 
@@ -52,6 +68,7 @@ def ablate(args):
     rows, given = [], set(args.given)
     for number, (variant, options, paper) in enumerate(TABLES[args.table]):
         name = f'{args.model_name}_{args.table}_{number}'
+        options = {option: value(args) if callable(value) else value for option, value in options.items()}
         own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
         own.given = given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         say(f'\n{args.table}: {variant}, {number + 1} of {len(TABLES[args.table])}')
@@ -97,7 +114,6 @@ def table(rows):
     """The rows as Markdown, which is readable as it is."""
     lines = ['| variant | linear | kNN | loss | std | paper: linear, ImageNet |', '|---|---|---|---|---|---|']
     for row in rows:
-        paper = 'unstable' if row['paper'] is None else row['paper']
         lines.append(f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} | '
-                     f'{row["std"]:.2f} | {paper} |')  # fmt: skip
+                     f'{row["std"]:.2f} | {row["paper"]} |')  # fmt: skip
     return '\n'.join(lines)

@@ -229,8 +229,8 @@ class Config:
     init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool; a new run',
                             used_by=TRAIN)  # fmt: skip
     table: str = option(
-        'stopgrad', 'which of the tables',
-        ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric'), used_by=('ablate',),
+        'stopgrad', "which of the paper's tables, or collapse: what goes wrong, and what helps",
+        ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'), used_by=('ablate',),
     )  # fmt: skip
     output: str = option(
         '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth',

@@ -75,7 +75,8 @@ def as_tensor(image):
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 255
 
 
-COLOURS = ('#2166ac', '#d6604d', '#1b9e77', '#7570b3', '#e6ab02', '#666666', '#a65628')
+COLOURS = ('#2166ac', '#d6604d', '#1b9e77', '#7570b3', '#e6ab02', '#666666', '#a65628', '#e7298a', '#66a61e', '#17becf',
+           '#000000', '#bc80bd')  # fmt: skip
 
 
 @dataclass
