@@ -112,8 +112,10 @@ def outcome(args, run):
 
 def table(rows):
     """The rows as Markdown, which is readable as it is."""
-    lines = ['| variant | linear | kNN | loss | std | paper: linear, ImageNet |', '|---|---|---|---|---|---|']
+    with_paper = any(row['paper'] for row in rows)
+    lines = ['| variant | linear | kNN | loss | std |' + with_paper * ' paper: linear, ImageNet |',
+             '|---|---|---|---|---|' + with_paper * '---|']  # fmt: skip
     for row in rows:
-        lines.append(f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} | '
-                     f'{row["std"]:.2f} | {row["paper"]} |')  # fmt: skip
+        line = f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} | {row["std"]:.2f} |'
+        lines.append(line + with_paper * f' {row["paper"]} |')
     return '\n'.join(lines)

@@ -1,6 +1,6 @@
 """The paper's CIFAR-10 experiment (appendix D) on one GPU, in pieces: time, throughput, kNN curve, linear accuracy.
 
-    python3 bench/cifar10.py --image_path=FOLDER --output=FOLDER [--minutes=9] [--epochs=800]
+    python3 bench/cifar10.py --image_path=data/cifar10 --output=data/cifar10-run [--minutes=9] [--epochs=800]
 
 Works for at most --minutes, and goes on where it was when it is started again with the same --output; says `done` when
 all is there: pretraining, linear evaluation, and a supervised ResNet-18 on the same images for reference (its val
@@ -13,14 +13,13 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from common import CODE, flops_an_image, matmul_rate
 from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
-from config import get_config
+from config import get_config, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
@@ -111,15 +110,14 @@ def measured(args, log):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image_path', required=True)
-    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--output', required=True)
     parser.add_argument('--minutes', type=float, default=9)
     parser.add_argument('--epochs', type=int, default=800)
     parser.add_argument('--supervised_epochs', type=int, default=100)
     mine, given = parser.parse_known_args()
-    deadline, output = time.time() + 60 * mine.minutes, mine.output.resolve()
-    image_path = str(Path(mine.image_path).resolve())
+    deadline, output = time.time() + 60 * mine.minutes, path_of(mine.output)
     paths = [f'--{name}_path={output}/{name}' for name in ('ckpt', 'log', 'cache')]
-    given = [f'--image_path={image_path}', f'--max_epochs={mine.epochs}', *given]
+    given = [f'--image_path={mine.image_path}', f'--max_epochs={mine.epochs}', *given]
     options = dict(option.removeprefix('--').split('=', 1) for option in given)
     args = get_config(preset='cifar10', cache_path=f'{output}/cache', **options)
 

@@ -371,16 +371,3 @@ def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
         write_aside(path, fail)
     assert path.read_text() == 'whole'
     assert [p.name for p in tmp_path.iterdir()] == ['file']
-
-
-def test_simsiam_learns_the_demo(tmp_path):
-    """Six of `make train`'s fifteen epochs on the real demo set, evaluation included."""
-    done = run('train', '--preset=demo', '--max_epochs=6', '--evaluate_after=True', '--knn_pixels=True',
-               *own_paths(tmp_path))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert 'Traceback' not in done.stderr
-    result = json.loads((tmp_path / 'ckpt' / f'{RUN}0' / 'evaluate_linear.json').read_text())
-    assert result['knn_top1'] > result['knn_top1_untrained'] + 10
-    assert result['knn_top1'] > result['knn_top1_pixels'] + 20
-    assert result['top1'] > 65
-    assert 'python3 cli.py train --preset=imagenet --image_path=FOLDER' in done.stdout

@@ -1,9 +1,13 @@
 """From files to batches: layouts, orders, worker processes, torchvision's own files, odd images."""
 
+import functools
 import hashlib
 import os
 import pickle
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,9 +314,22 @@ def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
         np.testing.assert_array_equal(splits[split].pixels.numpy(), wanted)
         assert splits[split].labels.tolist() == [0, 1, 2] * (len(wanted) // 3)
     assert splits['train'].classes == ['a', 'b', 'c']
+    archive = Path(shutil.make_archive(tmp_path / 'served', 'gztar', folder.parent, folder.name))
     (folder / cls.test_list[0][0]).write_bytes(b'damaged')
     with pytest.raises(WorkError, match='incomplete or damaged: delete it and add --download=True'):
         load_splits(options(tmp_path / kind))
+    shutil.rmtree(folder)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}/{archive.name}'
+        for name, value in (('url', address), ('filename', archive.name), ('tgz_md5', digest(archive))):
+            monkeypatch.setattr(cls, name, value)
+        fetched = load_splits(options(tmp_path / kind, download=True))
+        server.shutdown()
+    for name, images in splits.items():
+        if images is not None:
+            np.testing.assert_array_equal(fetched[name].pixels.numpy(), images.pixels.numpy())
 
 
 def test_torchvisions_stl10_files(tmp_path, monkeypatch):

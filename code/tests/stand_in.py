@@ -1,0 +1,95 @@
+"""What the README's commands meet when test_readme.py runs them as they are written: the same programs, made small.
+
+    python stand_in.py NAME [ARGUMENTS ...]
+
+NAME is the program that a command calls. python3 runs the real cli.py and benchmarks on fewer epochs, small networks
+and few images; torchrun is the real one with two processes on this machine; tensorboard is started, waited for and
+ended. docker, sudo, srun and scontrol are not to be had, and are played. make does all but `make test`, which is what
+runs this.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FEW = ['--max_epochs=1', '--batch_size=8', '--num_workers=1', '--knn_every=1']
+SMALL = ['--backbone=resnet18', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--probe_epochs=2',
+         '--cache_passes=1']  # fmt: skip
+JUDGE = ['--probe_epochs=2', '--cache_passes=1', '--finetune_epochs=1', '--detection_epochs=1', '--detection_size=64',
+         '--detection_batch_size=2', '--num_workers=1']  # fmt: skip
+BENCH = {
+    'kill.py': ['--kills=1', '--terms=1'],
+    'cifar10.py': ['--epochs=1', '--supervised_epochs=1', *FEW[1:], *SMALL, '--backbone=small'],
+    'switches.py': ['--image_path=data/photos', *FEW[1:3], *SMALL, '--backbone=small'],
+}
+# What makes the other benchmarks short: (as it stands there, what is put in its place).
+SHORTER = {
+    'loader.py': [('PHOTOS, TINY = 768, 6144', 'PHOTOS, TINY = 64, 512')],
+    'step.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 1"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
+    'epoch.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 2"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
+}
+
+
+def smaller(command, options):
+    """What is added to the options of `cli.py command`; what stands last counts."""
+    if '--help' in options or any(option.startswith('--resume=model') for option in options):
+        return []
+    if command == 'train' and any(option.startswith('--init_from=') for option in options):
+        return [*FEW, *SMALL[1:2]]
+    if command == 'train' and any(option.startswith('--preset=') for option in options):
+        return [*FEW, *SMALL]
+    if command == 'train':
+        return ['--max_epochs=6'] if options == ['--evaluate_after=True', '--knn_pixels=True'] else ['--max_epochs=1']
+    if command == 'ablate':
+        return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
+    return {'check_dataloader': FEW[1:3], 'evaluate': JUDGE}.get(command, [])
+
+
+def call(name, given):
+    """The exit code of the stand-in for program `name`."""
+    if name in ('python3', 'python'):
+        if given[0] == 'cli.py' and len(given) > 1:
+            given = [*given, *smaller(given[1], given[2:])]
+        elif given[0].startswith('bench/'):
+            bench = Path(given[0]).name
+            given = [__file__, 'once', *given] if bench in SHORTER else [*given, *BENCH[bench]]
+        return subprocess.run([sys.executable, *given], check=False).returncode
+    if name == 'once':  # a benchmark that goes each of its ways once
+        path = Path(given[0]).absolute()
+        sys.path.insert(0, str(path.parent))
+        import common
+
+        common.in_turns = lambda ours, reference: [common.speed(ours), common.speed(reference), 1.0]
+        common.matmul_rate = lambda device, dtype: 1e12
+        text = path.read_text()
+        for long, short in SHORTER[path.name]:
+            assert long in text, f'{path.name} has no {long}'
+            text = text.replace(long, short)
+        exec(compile(text, path, 'exec'), {'__name__': '__main__'})
+        return 0
+    if name == 'torchrun':
+        script = given.index('cli.py')
+        command = ['--standalone', '--nproc_per_node=2', *given[script:], *smaller('train', given[script + 2 :])]
+        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', *command], check=False).returncode
+    if name == 'tensorboard':
+        command = [sys.executable, '-m', 'tensorboard.main', '--port=0', *given]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            serves = any('TensorBoard 2' in line and 'http' in line for line in process.stderr)
+            process.terminate()
+        return 0 if serves else 1
+    if name == 'make':
+        return 0 if given == ['test'] else subprocess.run(['/usr/bin/make', *given], check=False).returncode
+    if name == 'pip3':
+        return subprocess.run([sys.executable, '-m', 'pip', *given], check=False).returncode
+    if name == 'sudo':
+        return subprocess.run(['env', *given], check=False).returncode
+    if name == 'srun':
+        return subprocess.run(given, check=False).returncode
+    print({'docker': f'docker {" ".join(given)}', 'scontrol': 'localhost'}[name])
+    return 0
+
+
+if __name__ == '__main__':
+    os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS', '2')
+    sys.exit(call(sys.argv[1], sys.argv[2:]))

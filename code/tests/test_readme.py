@@ -1,0 +1,127 @@
+"""README.md as a newcomer takes it: every command as it is written, from top to bottom, in a copy of this repository.
+
+The programs that the commands call are made small, or stood in for, by stand_in.py; the folders of images that they
+name are drawn. `make test` alone is left to the continuous integration, which calls it.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import test_detection
+import test_exchange
+from config import OPTIONS
+from conftest import CODE, draw_folder
+from loss.negative_cosine import simsiam_loss
+
+ROOT = CODE.parent
+README = (ROOT / 'README.md').read_text()
+SHELL = re.findall(r'^```sh\n(.*?)^```$', README, re.M | re.S)
+PYTHON = re.findall(r'^```python\n(.*?)^```$', README, re.M | re.S)
+STANDS_IN = ('python3', 'python', 'pip3', 'make', 'docker', 'sudo', 'torchrun', 'tensorboard', 'srun', 'scontrol')
+TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
+# Options of other programs and of the benchmarks, and two that stand for any or a mistyped one.
+OF_OTHERS = {
+    'index_url', 'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'max_restarts', 'logdir',
+    'ntasks_per_node', 'nodes', 'gpus_per_node', 'cpus_per_task', 'time', 'signal', 'requeue', 'open_mode', 'help',
+    'kills', 'terms', 'name', 'batchsize',
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    """A copy of the files in git, with an environment that counts as installed and the images that the page names."""
+    top = tmp_path_factory.mktemp('readme')
+    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip('this is not a git checkout')
+    for name in listed.stdout.splitlines():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, top / name)
+    for folder in (top / 'bin', top / '.venv/bin'):
+        folder.mkdir(parents=True)
+        for name in STANDS_IN:
+            script = f'exec "{sys.executable}" "{top}/code/tests/stand_in.py" {name} "$@"'
+            (folder / name).write_text(f'#!/bin/sh\n{script}\n')
+            (folder / name).chmod(0o755)
+    (top / '.venv/installed').touch()
+    draw_folder(top / 'data/photos', {'train': 24, 'val': 8}, side=120, suffix='.jpg')
+    draw_folder(top / 'data/flowers', {'train': 8, 'val': 4}, side=60, suffix='.jpg')
+    draw_folder(top / 'data/cifar10-jpeg', {'train': 24, 'val': 8}, side=32, suffix='.jpg')
+    test_detection.voc(top / 'data/VOC2007', {'train': 6, 'val': 2})
+    test_exchange.save_official(top / 'data/checkpoint_0099.pth.tar', test_exchange.Official(width=512))
+    return top
+
+
+def first_command(block):
+    """What names a block in the list of tests."""
+    return re.sub(r'\W+', '_', next(line for line in block.splitlines() if not line.startswith(('#', 'RUN='))))[:60]
+
+
+@pytest.mark.parametrize('block', SHELL, ids=first_command)
+def test_commands(block, clone):
+    folder = clone if block.startswith(TOP) else clone / 'code'
+    environment = {'PATH': f'{clone}/bin:/usr/bin:/bin', 'HOME': str(clone), 'SLURM_NNODES': '1', 'SLURM_JOB_ID': '7',
+                   'SLURM_JOB_NODELIST': 'here'}  # fmt: skip
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', block], cwd=folder, env=environment, check=False,
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert 'Traceback' not in done.stderr
+    assert 'has no effect' not in done.stderr
+    if 'make train' in block:
+        (clone / 'made').write_text(done.stdout)
+    for name in re.findall(r'# (data/\S+\.\w+)', block):
+        assert (clone / name.rstrip(',')).is_file()
+
+
+def test_make_train_learns_and_prints_what_the_page_shows(clone):
+    """Six of its fifteen epochs. Needs the test of its block, which runs it."""
+    if not (clone / 'made').is_file():
+        pytest.skip('make train was not among the tests that ran')
+    said = (clone / 'made').read_text()
+    shown = README.split('ends with, seed 0', 1)[1].split('```', 2)[1]
+    for line in shown.strip().splitlines():
+        assert line.strip()[:8].split('...')[0] in said, line
+    kNN, untrained, pixels = (float(re.search(rf'^{name} +([\d.]+) %$', said, re.M)[1])
+                              for name in ('kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels'))  # fmt: skip
+    assert kNN > untrained + 10
+    assert kNN > pixels + 20
+    assert float(re.search(r'^top-1 +([\d.]+) %$', said, re.M)[1]) > 65
+
+
+def test_the_pseudocode_is_the_loss():
+    space = {'normalize': lambda x: normalize(x, dim=1)}
+    exec('def D' + PYTHON[0].split('def D', 1)[1], space)
+    p1, p2, z1, z2 = torch.randn(4, 6, 9, dtype=torch.float64, requires_grad=True)
+    loss = space['D'](p1, z2) / 2 + space['D'](p2, z1) / 2
+    assert loss.item() == pytest.approx(simsiam_loss(p1, p2, z1, z2).item(), abs=1e-12)
+
+
+def test_the_python_of_usage():
+    view1, view2 = torch.randn(2, 4, 3, 32, 32)
+    space = {'view1': view1, 'view2': view2}
+    exec(PYTHON[1], space)
+    assert space['z1'].shape == space['p2'].shape == (4, 2048)
+    assert space['model'].backbone(view1).shape == (4, 512)
+
+
+def test_every_option_and_file_that_is_named_is_there():
+    text = README.replace('-ckpt_', '')
+    options = {name.replace('-', '_') for name in re.findall(r'(?<![\w-])--([a-z][a-z0-9_-]+)', text)}
+    assert options - set(OPTIONS) - OF_OTHERS == set()
+    for name in re.findall(r'\]\(((?:code|images)/[^)#]+|[A-Za-z-]+\.txt|Dockerfile)\)|<img src="([^"]+)"', README):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+    tree = README.split('├── code/\n', 1)[1].split('```', 1)[0]
+    listed = set(re.findall(r'([\w-]+\.(?:py|txt|sh)|Dockerfile|Makefile)', tree))
+    for name in listed:
+        assert list(ROOT.glob(f'**/{name}')), name
+    modules = {path.name for path in CODE.glob('*.py')}
+    assert modules <= listed
+    headings = {re.sub(r'[^\w -]', '', line).strip().lower().replace(' ', '-')
+                for line in re.findall(r'^#+ (.*)$', README, re.M)}  # fmt: skip
+    assert set(re.findall(r'\]\(#([^)]+)\)', README)) <= headings
