@@ -3,9 +3,10 @@
 import json
 
 import pictures
-from ckpt import checkpoints, read, runs
+from ckpt import checkpoints, read
 from config import changed, path_of
 from logger import read_scalars, say
+from runs import runs
 from train import train
 from utils import write_aside
 

@@ -1,4 +1,4 @@
-"""Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is model_name_<model_name>_ckpt_<number>.
+"""Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is a folder of runs.py.
 
 A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it):
     model, optimizer   state dicts
@@ -11,7 +11,6 @@ A checkpoint is a dict of tensors and plain values (torch.load with weights_only
 """
 
 import functools
-import json
 import os
 import pickle
 import platform
@@ -19,15 +18,13 @@ import random
 import re
 import shutil
 import subprocess
-import sys
-import time
 from dataclasses import asdict
 
 import numpy as np
 import torch
 import torchvision
 
-from config import EVALUATE, OPTIONS, ROOT, Config, UserError, WorkError, changed, parse, path_of
+from config import OPTIONS, ROOT, Config, UserError, WorkError, changed, parse, path_of
 from distributed import rank
 from model.layouts import architecture, read_layout
 from model.simsiam import SimSiam
@@ -121,20 +118,6 @@ def new_model(args):
         return SimSiam(args)
 
 
-def new_run(args):
-    """Make the next free run folder and return its path."""
-    root = path_of(args.ckpt_path)
-    root.mkdir(parents=True, exist_ok=True)
-    number = max((int(run.name.rsplit('_', 1)[1]) for run in runs(args)), default=-1) + 1
-    while True:
-        run = root / f'model_name_{args.model_name}_ckpt_{number}'
-        try:
-            run.mkdir()
-            return run
-        except FileExistsError:  # another run started at the same moment
-            number += 1
-
-
 def save_checkpoint(run, args, model, optimizer, epoch, loss, step=0, seen=None, scaler=None):
     """Write a checkpoint into the folder `run`, whole or not at all; return its path.
 
@@ -196,70 +179,6 @@ def versions():
         'torchvision': str(torchvision.__version__),
         'commit': os.environ.get('SIMSIAM_COMMIT') or (git.stdout.strip() if git and not git.returncode else ''),
     }
-
-
-def describe_run(run, args):
-    """Write run.json into the folder of a new run: its options, the command, versions, the time."""
-    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(),
-             'started': time.strftime('%Y-%m-%d %H:%M:%S')}  # fmt: skip
-    write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
-
-
-def of_run(args):
-    """args with the options of --from_run in place of the defaults; what this call gave explicitly stays."""
-    path = find_run(args, args.from_run) / 'run.json'
-    try:
-        saved = json.loads(path.read_text())['args']
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f'--from_run: {path} is not there or damaged') from None
-    saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
-    kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
-    return changed(args, **{**saved, **kept})
-
-
-def resumed(args):
-    """args with the --ckpt_name that --resume means.
-
-    auto: the newest run of this --model_name with args' options, if there is one: finished, only what comes after the
-    training is left to do. Raises UserError where a newer one is unfinished and has other options.
-    """
-    if args.resume != 'auto':
-        return changed(args, ckpt_name=str(find_run(args, args.resume)))
-    for run in reversed(runs(args)):
-        found = checkpoints(run)
-        if not found:
-            continue
-        content = read(found[-1], 'args', 'epoch')
-        saved = content['args']
-        other = [f for f in OPTIONS.values()
-                 if f.name not in OF_THE_CALL and f.metadata['used_by'] != EVALUATE
-                 and saved.get(f.name, f.default) != getattr(args, f.name)]  # fmt: skip
-        if other and content['epoch'] >= saved.get('max_epochs', 0):
-            continue  # that one is finished
-        if other:
-            said = ', '.join(f'{f.name}={saved.get(f.name, f.default)} (not {getattr(args, f.name)})' for f in other)
-            raise UserError(f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '
-                            'with it, without --resume a new run starts')  # fmt: skip
-        return changed(args, ckpt_name=run.name)
-    return args
-
-
-def runs(args):
-    """The run folders of --model_name, in the order of their numbers."""
-    root, prefix = path_of(args.ckpt_path), f'model_name_{args.model_name}_ckpt_'
-    found = {entry.name.removeprefix(prefix): entry for entry in (root.iterdir() if root.is_dir() else ())
-             if entry.name.startswith(prefix)}  # fmt: skip
-    return [found[number] for number in sorted((n for n in found if n.isdecimal()), key=int)]
-
-
-def find_run(args, name):
-    """The folder of a run, by its name under --ckpt_path or by its path. Raises UserError."""
-    for path in (path_of(args.ckpt_path) / name, path_of(name)):
-        if path.is_dir():
-            return path
-    known = [run.name for run in runs(args)]
-    raise UserError(f'there is no run {name} in {path_of(args.ckpt_path)}; ' +
-                    (f'the newest is {known[-1]}' if known else 'there is none yet'))  # fmt: skip
 
 
 def load_file(path):

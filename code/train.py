@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 import distributed
-from ckpt import describe_run, get_model_ckpt, new_run, of_run, restore_rng, resumed, save_checkpoint
+from ckpt import get_model_ckpt, restore_rng, save_checkpoint
 from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, labelled, prepared, views_of
@@ -21,6 +21,7 @@ from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from protocols.knn import knn_accuracy
+from runs import describe_run, new_run, of_run, resumed
 from utils import channels_last, get_device, later, precision, random_from, use_bf16, use_compile
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
