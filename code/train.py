@@ -281,8 +281,8 @@ def check_health(args, loss, std, epoch, where, path, logger):
             'collapse',
             f'the model collapses: std {std:.3f} (healthy near 1, threshold {args.collapse_threshold}) at loss '
             f'{loss:.4f} in epoch {epoch + 1}: all images get nearly the same z, so the loss falls and nothing is '
-            'learned. Try --augmentation=moco, or --warmup_epochs=10 with --warmup_augmentation=moco, a lower '
-            '--learning_rate, or a larger --batch_size',
+            'learned. Try --augmentation=moco, or --warmup_epochs=10 with --warmup_augmentation=moco, or a lower '
+            '--learning_rate; README.md, When it collapses, has more',
         )
 
 

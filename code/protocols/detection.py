@@ -52,14 +52,17 @@ def detection(args, model):
 def make_detector(args, backbone, num_classes, masks):
     """torchvision's detector on a pyramid of the backbone's stages. num_classes: without the background.
 
-    As there, an anchor is 8 times as wide as the stride of its level, and the last level is the pooled last stage.
+    As there, an anchor is 8 times as wide as the stride of its level, and the last level is the pooled last stage. The
+    pyramid has BN, for pretrained features may be of any size, a tenth of what an untrained network's are, and without
+    it a detector learns nothing from those (MoCo, arXiv 1911.05722, section 4.2: BN in the new layers).
     """
     with torch.no_grad():
         maps = IntermediateLayerGetter(backbone.cpu().eval(), STAGES[args.backbone])(torch.zeros(1, 3, 256, 256))
     strides = [256 // found.shape[2] for found in maps.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
-        pyramid = BackboneWithFPN(backbone, STAGES[args.backbone], [found.shape[1] for found in maps.values()], 256)
+        channels = [found.shape[1] for found in maps.values()]
+        pyramid = BackboneWithFPN(backbone, STAGES[args.backbone], channels, 256, norm_layer=torch.nn.BatchNorm2d)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
         heads = {'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
                  'box_roi_pool': MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2)}  # fmt: skip

@@ -7,10 +7,11 @@ import torch
 from PIL import Image, ImageDraw
 
 import cli
-from config import UserError, WorkError
+from ckpt import new_model
+from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.boxes import load_boxes
-from protocols.detection import average_precision
+from protocols.detection import average_precision, make_detector
 
 RUN = 'model_name_simsiam_ckpt_0'
 KINDS = {'disc': 'red', 'square': 'blue'}
@@ -136,6 +137,24 @@ def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
     assert result['AP50'] > 10
     assert result['AP'] <= result['AP50']
     assert (result['num_train'], result['num_val'], result['init']) == (24, 8, 'checkpoint')
+
+
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return 0.1 * x
+
+
+def test_the_pyramid_is_the_same_for_small_features():
+    """The first stage's features a tenth as large: what the detector sees is not."""
+    args, images = get_config(preset='demo', device='cpu'), torch.randn(4, 3, 48, 48)
+    levels = []
+    for scale in (torch.nn.Identity(), Scale()):
+        backbone = new_model(args).backbone
+        backbone[3] = torch.nn.Sequential(backbone[3], scale)
+        levels.append(make_detector(args, backbone, 2, False).backbone.train()(images))
+    for name, features in levels[0].items():
+        torch.testing.assert_close(levels[1][name], features, atol=0.2, rtol=0.05)
+        assert features.std() > 0.3
 
 
 def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_path):
