@@ -52,7 +52,7 @@ TABLES = {
         ('learning rate / 10', {'learning_rate': lambda args: args.learning_rate / 10}, ''),
         ('weight decay x 10', {'weight_decay': lambda args: 10 * args.weight_decay}, ''),
         ('no weight decay', {'weight_decay': 0.0}, ''),
-        ('batch / 8', {'batch_size': lambda args: args.batch_size // 8}, ''),
+        ('batch / 8', {'batch_size': lambda args: max(2, args.batch_size // 8)}, ''),
         ('SimCLR augmentation', {'augmentation': 'simclr'}, ''),
         ('SimCLR, rate rises for a fifth', {'augmentation': 'simclr', 'warmup_augmentation': 'simclr', **WARMUP}, ''),
         ('SimCLR, MoCo while the rate rises', {'augmentation': 'simclr', 'warmup_augmentation': 'moco', **WARMUP}, ''),
