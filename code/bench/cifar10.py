@@ -80,7 +80,7 @@ def supervised(args, epochs, output, deadline):
         if out_of_time and epoch + 1 < epochs:
             print(f'supervised: {epoch + 1} of {epochs} epochs', flush=True)
             return None
-    features, labels = features_of(args, model.backbone, in_order(args, val.dataset))
+    features, labels = features_of(args, model.backbone, in_order(args, val.dataset), 'features of val')
     model.eval()
     with torch.inference_mode():
         return 100 * (model.predictor(features).argmax(1) == labels).double().mean().item()

@@ -11,15 +11,14 @@ from model.backbone import extract_features
 from utils import channels_last, get_device, random_from
 
 
-def features_of(args, backbone, batches, title=None, bf16=False):
+def features_of(args, backbone, batches, title, bf16=False):
     """(N x d float, N int64 labels) of the centre crops of `batches`, on the device.
 
-    title: of the progress bar; without one, no bar. bf16: compute in bfloat16, exact enough to watch a run by.
+    title: of the progress bar. bf16: compute in bfloat16, exact enough to watch a run by.
     """
-    shown = progress(batches, title) if title else batches
     views = (
         (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
-        for images, labels in prepared(args, shown)
+        for images, labels in prepared(args, progress(batches, title))
     )
     with torch.autocast(get_device(args).type, torch.bfloat16, enabled=bf16):
         features, labels = extract_features(backbone, views)

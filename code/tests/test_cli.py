@@ -353,6 +353,7 @@ def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
     assert process.returncode == 0, seen
     assert b'epoch 1/2: ' in seen  # the bar
     assert b'batches/s' in seen
+    assert b'kNN: features of val: ' in seen
     assert (b'\x1b[33mwarning: --neighbours has no effect on train\x1b[0m' in seen) is not plain
     assert (b'\x1b[33mwarning: the model collapses' in seen) is not plain
 
