@@ -11,7 +11,6 @@
 #     PORT      TensorBoard's, 6006 by default
 # What a command writes lands in data/ and belongs to you, not to root. Exit codes: those of cli.py; 1 where docker fails.
 set -euo pipefail
-cd "$(dirname "$0")"
 
 fail() {
     echo "error: $*" >&2
@@ -19,7 +18,11 @@ fail() {
 }
 
 image=${REGISTRY:+${REGISTRY%/}/}${IMAGE:-simsiam}
-data=${DATA:-$PWD/data}
+data=
+if [ -n "${DATA:-}" ]; then
+    data=$(cd "$DATA" 2>/dev/null && pwd) || fail "DATA=$DATA is not a folder"
+fi
+cd "$(dirname "$0")"
 user=${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}
 [ $# -gt 0 ] || set -- train
 
@@ -30,11 +33,10 @@ if ! said=$(docker version 2>&1 >/dev/null); then
         *) fail "the docker daemon does not answer: sudo systemctl start docker, or start Docker Desktop" ;;
     esac
 fi
-if [ -z "${DATA:-}" ] && [ ! -d data ]; then
-    install -d -o "${user%:*}" -g "${user#*:}" data
+if [ -z "$data" ]; then
+    data=$PWD/data
+    [ -d data ] || install -d -o "${user%:*}" -g "${user#*:}" data
 fi
-[ -d "$data" ] || fail "DATA=$data is not a folder"
-data=$(cd "$data" && pwd)
 
 options=(--rm --init --stop-timeout 120 --ipc=host) # host's shared memory, for the loaders; time to save when stopped
 options+=(--user "$user" --env HOME=/tmp --env USER=simsiam --volume "$data:/home/data")
@@ -46,9 +48,9 @@ fi
 
 # All GPUs, where there are any and docker can reach them: through NVIDIA's runtime, or as CDI devices.
 if PATH=$PATH:/usr/lib/wsl/lib nvidia-smi -L >/dev/null 2>&1 && [[ " $* " != *" --device=cpu "* ]]; then
-    if docker info --format '{{json .Runtimes}}' | grep -q nvidia; then
+    if [[ $(docker info --format '{{json .Runtimes}}') == *nvidia* ]]; then
         options+=(--gpus all)
-    elif docker info --format '{{json .DiscoveredDevices}}' 2>/dev/null | grep -q nvidia.com/gpu; then
+    elif [[ $(docker info --format '{{json .DiscoveredDevices}}' 2>/dev/null) == *nvidia.com/gpu* ]]; then
         options+=(--device nvidia.com/gpu=all)
     elif [ "$1" != tensorboard ]; then
         fail "there is a GPU, but docker cannot reach it; install NVIDIA's container toolkit" \

@@ -108,6 +108,12 @@ def test_docker_pushes_where_a_registry_is_named(docker, tmp_path):
     assert not (docker.top / 'data').exists()
 
 
+def test_docker_takes_data_from_where_it_is_called(docker, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    _, calls = docker('train', DATA=f'{tmp_path.relative_to("/")}/mine')  # the fixture calls it in /
+    assert f'--volume {tmp_path}/mine:/home/data ' in calls[-1]
+
+
 def test_docker_shows_tensorboard_on_a_port_of_this_machine_alone(docker):
     done, calls = docker('tensorboard', PORT='7007', GPU='1')
     assert 'TensorBoard: http://localhost:7007' in done.stdout
