@@ -8,7 +8,7 @@ from config import changed, path_of
 from logger import read_scalars, say
 from runs import runs
 from train import train
-from utils import write_aside
+from utils import save_picture, write_aside
 
 WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
 # Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
@@ -87,7 +87,7 @@ def ablate(args):
     picture = pictures.curves(
         [pictures.Panel(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
     )
-    write_aside(folder / f'{args.table}.png', lambda aside: picture.save(aside, 'PNG'))
+    save_picture(picture, folder / f'{args.table}.png')
     say('\n' + table(rows))
     say(f'\nthe curves: {folder / f"{args.table}.png"}')
     return rows

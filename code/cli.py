@@ -12,7 +12,7 @@ from fire.decorators import SetParseFn
 
 from config import UserError, WorkError, get_config, help_text, nearest, unused
 from interrupt import Stopped
-from terminal import coloured
+from terminal import complain
 
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
@@ -55,7 +55,7 @@ def read_options(command, words, options):
         there = 'there' if args.preset == 'imagenet' else 'not there'
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     for name in unused(args, command):
-        print(coloured(f'warning: --{name} has no effect on {command}', 'yellow', sys.stderr), file=sys.stderr)
+        complain('warning', f'--{name} has no effect on {command}')
     return args
 
 
@@ -103,7 +103,7 @@ def main(argv):
 
 def failed(reason, code=1):
     """Say why a command ends; returns its exit code."""
-    print(coloured(f'error: {reason}', 'red', sys.stderr), file=sys.stderr)
+    complain('error', reason)
     return code
 
 

@@ -126,17 +126,12 @@ NAMES = {
 }
 
 
-def figures(result):
-    """The percentages of a result as lines, each under its name."""
-    return [f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if key in result]
-
-
 def table(result):
     """The result as people read it."""
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'validation images, {duration(result["seconds"])}',
-        *figures(result),
+        *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if key in result),
     ]
     if result.get('per_class'):
         worst = sorted(result['per_class'].items(), key=lambda item: item[1])

@@ -21,7 +21,7 @@ from dataloader.load_dataset import (
 from logger import say
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
-from utils import get_device, write_aside
+from utils import get_device, save_picture, write_aside
 
 ROWS = 12  # of the picture of neighbours
 
@@ -80,7 +80,7 @@ def infer(args):
         bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
         picture = neighbours_picture(args, images, features, train, bank, args.neighbours)
         path = output.with_name(f'{output.stem}_neighbours.png')
-        write_aside(path, lambda aside: picture.save(aside, 'PNG'))
+        save_picture(picture, path)
         say(f'their nearest training images: {path}')
     return output
 

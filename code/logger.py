@@ -1,6 +1,5 @@
 """What a run says: on the command line, in its log file and in TensorBoard."""
 
-import sys
 import time
 
 from tqdm import tqdm
@@ -8,8 +7,8 @@ from tqdm import tqdm
 import pictures
 from dataloader import vision
 from distributed import rank
-from terminal import coloured
-from utils import write_aside
+from terminal import complain
+from utils import save_picture
 
 SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
 
@@ -29,7 +28,7 @@ class Logger:
         if subject not in self.warned and not rank():
             self.warned.add(subject)
             with tqdm.external_write_mode():
-                print(coloured(f'warning: {line}', 'yellow', sys.stderr), file=sys.stderr, flush=True)
+                complain('warning', line)
 
     def scalars(self, step, values):
         """step: epochs finished. values: {tag: number}; TensorBoard groups tags by what stands before the /."""
@@ -55,7 +54,7 @@ class Logger:
 
     def picture(self, name, image, step):
         """A PIL image, also as a file: <folder>/<name>.png."""
-        write_aside(self.folder / f'{name}.png', lambda aside: image.save(aside, 'PNG'))
+        save_picture(image, self.folder / f'{name}.png')
         self.image(f'results/{name}', pictures.as_tensor(image), step)
 
     def close(self):

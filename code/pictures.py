@@ -90,15 +90,15 @@ class Panel:
     mark: tuple = None
 
 
-def curves(panels, size=(420, 300), under='epochs'):
-    """Line charts side by side, under them the names of the first one's lines where it has several. Returns a PIL
-    image. under: what x is."""
+def curves(panels, size=(420, 300)):
+    """Line charts over epochs, side by side, under them the names of the first one's lines where it has several.
+    Returns a PIL image."""
     width, height = size
     names = [name for name, _ in panels[0].lines]
     names = names if len(names) > 1 else []
     image = Image.new('RGB', (2 * width * len(panels), 2 * (height + 24 * len(names) + 4 * bool(names))), PAPER)
     for number, panel in enumerate(panels):
-        image.paste(chart(panel, (2 * width, 2 * height), under), (2 * width * number, 0))
+        image.paste(chart(panel, (2 * width, 2 * height)), (2 * width * number, 0))
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(28)
     for i, name in enumerate(names):
         y = 2 * height + 24 + 48 * i
@@ -107,7 +107,7 @@ def curves(panels, size=(420, 300), under='epochs'):
     return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)  # drawn large: smooth lines
 
 
-def chart(panel, size, under):
+def chart(panel, size):
     """One panel of `curves`, at twice its size."""
     image = Image.new('RGB', size, PAPER)
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(28), ImageFont.load_default(22)
@@ -132,7 +132,7 @@ def chart(panel, size, under):
         pen.text((left - 12, at(first, y)[1]), f'{y:.4g}', INK, small, anchor='rm')
     for x in ticks(first, last):
         pen.text((at(x, low)[0], bottom + 12), f'{x:.4g}', INK, small, anchor='ma')
-    pen.text((right, bottom + 44), under, (110, 110, 110), small, anchor='ra')
+    pen.text((right, bottom + 44), 'epochs', (110, 110, 110), small, anchor='ra')
     if panel.mark and low <= panel.mark[1] <= high:
         name, y = panel.mark
         for x in range(left, right, 20):

@@ -20,7 +20,7 @@ from logger import read_scalars, say
 from metric.accuracy import confusion
 from protocols.features import features_of
 from protocols.knn import vote
-from utils import get_device, write_aside
+from utils import get_device, save_picture, write_aside
 
 POINTS = 2000  # images on the map
 STYLE = """
@@ -53,7 +53,7 @@ def report(args):
     results = [json.loads(path.read_text()) for path in sorted(run.glob('evaluate_*.json'))]
     parts = [*curves(args, logged), *two_views(folder), *of_features(args, backbone, splits)]
     for _, name, _, image in parts:
-        write_aside(folder / f'report_{name}.png', lambda aside, image=image: image.save(aside, 'PNG'))
+        save_picture(image, folder / f'report_{name}.png')
     page = folder / 'report.html'
     text = page_of(args, checkpoint, logged, results, parts)
     write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8'))

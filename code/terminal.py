@@ -1,12 +1,15 @@
-"""Colours, where there is somebody to see them. Standard library only."""
+"""Lines on standard error, in colour where there is somebody to see it. Standard library only."""
 
 import os
+import sys
 
-CODES = {'red': 31, 'green': 32, 'yellow': 33}
+COLOURS = {'error': 31, 'warning': 33}
 
 
-def coloured(text, colour, stream):
-    """`text`, in a colour where `stream` is a terminal and the environment has no NO_COLOR (no-color.org)."""
-    if os.environ.get('NO_COLOR') or not stream.isatty():
-        return text
-    return f'\033[{CODES[colour]}m{text}\033[0m'
+def complain(kind, line):
+    """Print `<kind>: <line>`; in the colour of its kind on a terminal, unless the environment has NO_COLOR
+    (no-color.org). kind: error or warning."""
+    text = f'{kind}: {line}'
+    if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
+        text = f'\033[{COLOURS[kind]}m{text}\033[0m'
+    print(text, file=sys.stderr, flush=True)

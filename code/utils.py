@@ -146,3 +146,8 @@ def write_aside(path, write):
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def save_picture(image, path):
+    """Write a PIL image as a PNG file, whole or not at all."""
+    write_aside(path, lambda aside: image.save(aside, 'PNG'))

@@ -26,7 +26,7 @@ from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from pictures import Panel, curves
 from protocols.features import features_of
-from utils import get_device, random_from, use_bf16, write_aside
+from utils import get_device, random_from, save_picture, use_bf16, write_aside
 
 CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
 
@@ -130,7 +130,7 @@ def main():
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
     picture = curves([Panel('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
-    write_aside(output / 'cifar10.png', lambda aside: picture.save(aside, 'PNG'))
+    save_picture(picture, output / 'cifar10.png')
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
 

@@ -8,7 +8,6 @@ ended. docker, sudo, srun and scontrol are not to be had, and are played. make d
 runs this.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +32,6 @@ SHORTER = {
 
 def smaller(command, options):
     """What is added to the options of `cli.py command`; what stands last counts."""
-    if '--help' in options or any(option.startswith('--resume=model') for option in options):
-        return []
     if command == 'train' and any(option.startswith('--init_from=') for option in options):
         return [*FEW, *SMALL[1:2]]
     if command == 'train' and any(option.startswith('--preset=') for option in options):
@@ -91,5 +88,4 @@ def call(name, given):
 
 
 if __name__ == '__main__':
-    os.environ['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS', '2')
     sys.exit(call(sys.argv[1], sys.argv[2:]))
