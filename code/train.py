@@ -20,9 +20,10 @@ from logger import Logger, duration, log_to, progress, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from precision import described, kept, precision, settled
 from protocols.knn import knn_accuracy
 from runs import describe_run, new_run, of_run, resumed
-from utils import channels_last, get_device, later, precision, random_from, use_bf16, use_compile
+from utils import channels_last, get_device, later, random_from, use_compile
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
@@ -40,6 +41,7 @@ def train(args):
     args = resumed(args) if args.resume else args
     args, model, checkpoint = get_model_ckpt(args)
     check_batch(args)
+    args = settled(kept(args, checkpoint['args'].get('amp', 'off')) if checkpoint and 'args' in checkpoint else args)
     iterators = get_iterator(args)
     batches, val = iterators['train'], iterators['val']
     bank = in_order(args, labelled(batches.dataset))
@@ -72,7 +74,10 @@ def train(args):
         describe_run(run, args)
         log_to(run / 'log.txt')
     where = f'{device}, {distributed.world()} processes' if distributed.world() > 1 else device
-    say(f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {where}')
+    say(
+        f'run {run.name}: {args.backbone}, {len(batches.dataset)} images, {args.image_size} px views, on {where}, '
+        f'{described(args)}'
+    )
     logger = Logger(path_of(args.log_path) / run.name, first_step=done + 1 if checkpoint else 0)
     if not checkpoint:
         logger.text('options', [f'--{name}={value}' for name, value in asdict(args).items()])
@@ -83,7 +88,7 @@ def train(args):
     if knn_off:
         say(f'the kNN monitor is off: {knn_off}')
     elif not checkpoint:
-        top1 = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
+        top1 = knn_accuracy(args, model.backbone, bank, val)
         logger.scalars(0, {'pretraining/knn_top1': top1})
         say(f'epoch 0/{args.max_epochs}  kNN {top1:.2f} % (untrained)')
     first, loop_started = done + step / len(batches), time.time()
@@ -110,7 +115,7 @@ def train(args):
             stop = distributed.agree(late or interrupt.signal, device)
             last = done == args.max_epochs or stop
             if not knn_off and (last or done % args.knn_every == 0):
-                values['pretraining/knn_top1'] = knn_accuracy(args, model.backbone, bank, val, use_bf16(args))
+                values['pretraining/knn_top1'] = knn_accuracy(args, model.backbone, bank, val)
                 line += f'  kNN {values["pretraining/knn_top1"]:.2f} %'
             logger.scalars(done, values)
             if last or done % args.save_every == 0:

@@ -71,24 +71,6 @@ def extra(package, purpose):
         raise UserError(f'{purpose} needs {package}: pip3 install -r {ROOT}/code/requirements-extra.txt') from None
 
 
-def use_bf16(args):
-    """Whether the network runs in bfloat16, as --amp says. Raises UserError where the device has none."""
-    cuda = get_device(args).type == 'cuda'
-    has_it = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.amp == 'bf16' and not has_it:
-        raise UserError(f'--amp=bf16 wants a CUDA GPU with bfloat16, not {get_device(args)}; try --amp=off')
-    return has_it and args.amp in ('auto', 'bf16')
-
-
-def precision(args):
-    """The dtype that training runs in, as --amp says: bfloat16, float16 or None (float32). Raises UserError."""
-    if args.amp == 'fp16':
-        if get_device(args).type != 'cuda':
-            raise UserError(f'--amp=fp16 wants a CUDA GPU, not {get_device(args)}; try --amp=off')
-        return torch.float16
-    return torch.bfloat16 if use_bf16(args) else None
-
-
 def use_compile(args):
     """Whether to torch.compile, as --compile says."""
     if args.compile == 'auto':
@@ -115,15 +97,24 @@ def later(values):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what is freed for the next step, up to 2 GiB, where it would give it back to the system.
+    """Tell glibc to keep what is freed for the next step, where it would give it back to the system.
 
-    A CPU's batch is made of tensors of some megabytes, and to get their pages back one by one takes longer than to
+    A CPU's batch is made of tensors of many megabytes, and to get their pages back one by one takes longer than to
     work on them (measured in README.md, Performance). Elsewhere than on Linux with glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from mmap, which would return it when it is freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def give_freed_memory_back(_=None):
+    """Undo keep_freed_memory: for a process that reads images, of which one may be a thousand times another."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-4, 65536)
+        libc.mallopt(-3, 4 * 2**20)
+        libc.mallopt(-1, 32 * 2**20)
 
 
 def cpu_count():

@@ -25,8 +25,9 @@ from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from pictures import Panel, curves
+from precision import autocast, precision
 from protocols.features import features_of
-from utils import get_device, random_from, save_picture, use_bf16, write_aside
+from utils import get_device, random_from, save_picture, write_aside
 
 CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
 
@@ -45,7 +46,7 @@ def pretrain(options, given, output, minutes):
 
 def supervised(args, epochs, output, deadline):
     """The same backbone trained with labels: crop and flip, SGD. Returns val top-1 in percent, or None: out of time."""
-    iterators, device, bf16 = get_iterator(args), get_device(args), use_bf16(args)
+    iterators, device = get_iterator(args), get_device(args)
     batches, val = iterators['train'], iterators['val']
     model = new_model(args).to(device, memory_format=torch.channels_last)
     features = model.projector[0].in_features
@@ -67,7 +68,7 @@ def supervised(args, epochs, output, deadline):
             view = vision.normalise(vision.crop_resize(images / 255, boxes, flips, args.image_size))
             rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
             set_learning_rates(optimizer, rate, rate)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(args, scaled=False):
                 scores = model.predictor(model.backbone(view.contiguous(memory_format=torch.channels_last)))
             loss = cross_entropy(scores.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -91,14 +92,14 @@ def measured(args, log):
     logged = read_scalars(log)
     speeds = sorted(value for _, value in logged['speed/images_per_second'])
     device, speed = get_device(args), speeds[len(speeds) // 2]
-    bf16 = use_bf16(args)
+    dtype = precision(args)
     views = torch.randn(2, 2, 3, args.image_size, args.image_size, device=device)
     flops = flops_an_image(new_model(args).to(device), *views)
     result = {
         'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
         'images_per_second': speed,
         'seconds_per_epoch': len(get_iterator(args)['train'].dataset) / speed,
-        'share_of_matmul_rate': speed * flops / matmul_rate(device, torch.bfloat16 if bf16 else torch.float32),
+        'share_of_matmul_rate': speed * flops / matmul_rate(device, dtype or torch.float32),
         'waiting_for_data': logged['speed/waiting_for_data'][-1][1],
         'knn': logged['pretraining/knn_top1'],
     }

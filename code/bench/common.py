@@ -60,7 +60,8 @@ def prepare(preset, batch_size):
     from ckpt import new_model
     from config import get_config
     from optimizer.sgd import make_sgd
-    from utils import get_device, precision, use_compile
+    from precision import precision
+    from utils import get_device, use_compile
 
     args = get_config(preset=preset, knn_every=5)
     device = get_device(args)

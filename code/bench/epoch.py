@@ -44,7 +44,7 @@ def measure(preset, batch_size, side, steps):
     val = replace(images, names=names[:few], labels=labels[:few], pixels=images.pixels[:few])
 
     def monitor():
-        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val), dtype is not None)
+        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val))
         return count
 
     share = measured[0] / max(speed(monitor) for _ in range(3)) / args.knn_every

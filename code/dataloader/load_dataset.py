@@ -25,7 +25,7 @@ from dataloader import cache, demo, vision
 from dataloader.files import EXTENSIONS, find_images, list_images, opened, pixels_of, rgb, shrink
 from distributed import rank, world
 from logger import progress, say
-from utils import cpu_count, get_device, prepare_batch, random_from
+from utils import cpu_count, get_device, give_freed_memory_back, prepare_batch, random_from
 
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
 
@@ -224,6 +224,7 @@ def batches(args, images, shuffled, drop_last=None):
         collate_fn=as_it_is,
         pin_memory=get_device(args).type == 'cuda' and not on_gpu,
         persistent_workers=workers > 0 and shuffled,
+        worker_init_fn=give_freed_memory_back,
     )
 
 

@@ -21,7 +21,8 @@ from dataloader.boxes import load_boxes
 from logger import progress
 from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
-from utils import cpu_count, extra, get_device, random_from, use_bf16
+from precision import autocast
+from utils import cpu_count, extra, get_device, random_from
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
@@ -75,7 +76,7 @@ def make_detector(args, backbone, num_classes, masks):
 
 def fit(args, detector, train):
     """SGD with momentum 0.9 and weight decay 1e-4, a short linear rise of the rate and half a cosine to zero."""
-    device, bf16 = get_device(args), use_bf16(args)
+    device = get_device(args)
     size = min(args.detection_batch_size, len(train))
     steps = len(train) // size
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
@@ -92,7 +93,7 @@ def fit(args, detector, train):
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [{name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
                        for target in targets]  # fmt: skip
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(args, scaled=False):
                 loss = sum(detector(images, targets).values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -8,19 +8,17 @@ from dataloader.load_dataset import prepared
 from distributed import gather, rank, world
 from logger import progress
 from model.backbone import extract_features
-from utils import channels_last, get_device, random_from
+from precision import autocast
+from utils import channels_last, random_from
 
 
-def features_of(args, backbone, batches, title, bf16=False):
-    """(N x d float, N int64 labels) of the centre crops of `batches`, on the device.
-
-    title: of the progress bar. bf16: compute in bfloat16, exact enough to watch a run by.
-    """
+def features_of(args, backbone, batches, title):
+    """(N x d float, N int64 labels) of the centre crops of `batches`, on the device. title: of the progress bar."""
     views = (
         (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
         for images, labels in prepared(args, progress(batches, title))
     )
-    with torch.autocast(get_device(args).type, torch.bfloat16, enabled=bf16):
+    with autocast(args):
         features, labels = extract_features(backbone, views)
     count = len(batches.dataset)
     return gather(features, count), gather(labels, count)
@@ -39,9 +37,9 @@ def labelled_crops(args, batches, epoch):
         yield channels_last(view), labels
 
 
-def augmented_features(args, backbone, batches, epoch, bf16=False):
+def augmented_features(args, backbone, batches, epoch):
     """One epoch of labelled_crops as pairs of features, N x d float, and labels. The backbone is in eval mode."""
     for view, labels in labelled_crops(args, batches, epoch):
-        with torch.no_grad(), torch.autocast(view.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(args):
             features = backbone(view)
         yield gather(features.float()), gather(labels)

@@ -13,8 +13,9 @@ from dataloader.vision import plain_view
 from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
+from precision import autocast
 from protocols.features import labelled_crops
-from utils import channels_last, get_device, random_from, use_bf16
+from utils import channels_last, get_device, random_from
 
 
 def semi(args, model, splits):
@@ -51,7 +52,7 @@ def train_and_score(args, backbone, train, val, rates, title):
 
     Returns (scores, labels) of val after the last epoch.
     """
-    device, bf16, size = get_device(args), use_bf16(args), min(args.finetune_batch_size, len(train))
+    device, size = get_device(args), min(args.finetune_batch_size, len(train))
     few = changed(args, batch_size=size)
     crops = shuffled_crops(few, train, drop_last=True)
     with torch.no_grad():
@@ -68,7 +69,7 @@ def train_and_score(args, backbone, train, val, rates, title):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 done = (epoch + step / steps) / args.finetune_epochs
                 group['lr'] = learning_rate(done, args.finetune_warmup, base * size / 256)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(args, scaled=False):
                 scores = head(backbone(view))
             loss = cross_entropy(scores.float(), labels)
             optimizer.zero_grad(set_to_none=True)

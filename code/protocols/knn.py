@@ -40,10 +40,10 @@ def references(args, bank, val):
     return found
 
 
-def knn_accuracy(args, backbone, bank, val, bf16=False):
+def knn_accuracy(args, backbone, bank, val):
     """Top-1 in percent of kNN on the backbone's features: the neighbours are `bank`'s, `val` is judged (batches)."""
-    train_features, train_labels = features_of(args, backbone, bank, 'kNN: features of train', bf16)
-    val_features, val_labels = features_of(args, backbone, val, 'kNN: features of val', bf16)
+    train_features, train_labels = features_of(args, backbone, bank, 'kNN: features of train')
+    val_features, val_labels = features_of(args, backbone, val, 'kNN: features of val')
     scores = vote(args, train_features, train_labels, val_features, len(val.dataset.classes))
     return topk_accuracy(scores, val_labels, 1)
 

@@ -11,7 +11,7 @@ from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
 from protocols.features import augmented_features, features_of
 from protocols.knn import references, vote
-from utils import get_device, random_from, use_bf16
+from utils import get_device, random_from
 
 # Of each --probe_optimizer: base learning rate (x batch / 256) and batch size (paper, appendix A; MoCo's for SGD).
 PROBE = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
@@ -24,15 +24,15 @@ def linear(args, model, splits):
     --cache_passes epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
     """
     train, val = labelled(splits['train']), splits['val']
-    backbone, num_classes, bf16 = model.backbone.eval(), len(val.classes), use_bf16(args)
+    backbone, num_classes = model.backbone.eval(), len(val.classes)
     size = min(args.probe_batch_size or PROBE[args.probe_optimizer][1], len(train))
     crops = shuffled_crops(args, train, drop_last=world() > 1)  # of several processes each has a part of every batch
     if args.cache_features:
-        pairs_of = cached_features(args, backbone, crops, size, bf16)
+        pairs_of = cached_features(args, backbone, crops, size)
     else:
 
         def pairs_of(epoch):
-            return augmented_features(args, backbone, crops, epoch, bf16)
+            return augmented_features(args, backbone, crops, epoch)
 
     weight, bias = train_probe(args, pairs_of, len(train), size, num_classes)
 
@@ -93,14 +93,14 @@ def in_steps(pairs, size):
         yield tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
 
 
-def cached_features(args, backbone, crops, size, bf16):
+def cached_features(args, backbone, crops, size):
     """pairs_of for train_probe, from the features of --cache_passes epochs that are extracted here, once.
 
     They stay on the device where they take less than half of what is free there, else in the CPU's memory.
     """
     passes = []
     for epoch in progress(range(args.cache_passes), 'features', 'passes'):
-        pairs = [(x, labels) for x, labels in augmented_features(args, backbone, crops, epoch, bf16)]
+        pairs = list(augmented_features(args, backbone, crops, epoch))
         x, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         if x.is_cuda and x.nbytes * (args.cache_passes - epoch) > torch.cuda.mem_get_info(x.device)[0] / 2:
             x = x.cpu()
