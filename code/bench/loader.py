@@ -104,10 +104,10 @@ def views(args, batches):
     return count
 
 
-def draw(root, count, height, width, generator):
+def draw(root, count, height, width, generator, below='train'):
     """`count` JPEG files, of 48 pictures again and again: it is the decoding that counts."""
-    (root / 'train').mkdir(parents=True)
-    files = [root / f'train/{i:05d}.jpg' for i in range(count)]
+    (root / below).mkdir(parents=True)
+    files = [root / f'{below}/{i:05d}.jpg' for i in range(count)]
     for i, file in enumerate(files):
         if i < 48:
             Image.fromarray(photo(generator, height, width).permute(1, 2, 0).numpy()).save(file, quality=90)
