@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import precision
 from dataloader import demo
 
 CODE = Path(__file__).resolve().parent.parent
@@ -21,7 +22,14 @@ TINY = (
     '--max_epochs=2',
     '--probe_epochs=20',
     '--cache_passes=1',
+    '--amp=off',
 )
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    """In this process --amp=auto is float32 without a trial, which would take seconds for each network."""
+    monkeypatch.setattr(precision, 'for_all', lambda *_: {'ratio': 0.0, 'failed': 'not tried in a test'})
 
 
 def draw_folder(folder, counts, side=48, suffix='.png'):
