@@ -6,17 +6,20 @@ Nothing heavy is imported before a command has its options checked: a typo is an
 import importlib
 import os
 import sys
+import traceback
 
 import fire
 from fire.decorators import SetParseFn
 
 from config import UserError, WorkError, get_config, help_text, nearest, unused
 from interrupt import Stopped
-from terminal import complain
+from terminal import complain, own_streams
 
+REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
+    'pack': ('dataloader.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
     'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer or detection'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
@@ -35,9 +38,10 @@ def runner(command):
         args = read_options(command, words, options)
         import distributed
         from logger import be_quiet
-        from utils import keep_freed_memory
+        from utils import keep_freed_memory, short_paths_for_processes
 
         keep_freed_memory()
+        short_paths_for_processes()
         be_quiet(args.quiet)
         getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
         distributed.end()
@@ -90,15 +94,23 @@ def main(argv):
         print(stop, file=sys.stderr)
         return 128 + stop.signal
     except Exception as error:
-        if type(error).__name__ == 'OutOfMemoryError':
-            return failed('the GPU has not enough memory: try a smaller --batch_size, or --accumulate_steps=2')
-        if 'DataLoader worker' in str(error):
-            return failed('a process that reads images died, perhaps for lack of memory: try a lower --num_workers; '
-                          '--resume=auto goes on from the last checkpoint')  # fmt: skip
+        if place := 'utils' in sys.modules and sys.modules['utils'].short_of_memory(error):
+            return failed(f'{place} has not enough memory: {str(error).splitlines()[0] or type(error).__name__}')
         if 'onnection' in str(error) and 'RANK' in os.environ:
             return failed(f'another process of this run ended: {str(error).splitlines()[0]}')
-        raise
+        return fault(error)
     return 0
+
+
+def fault(error):
+    """Show an exception that nobody expected as what it is; returns the exit code."""
+    if type(error).__name__ == 'Fault':  # of a process that reads images; its text is the traceback there
+        print(error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return failed(
+        f'this is a fault of this program, not of yours: please send the lines above and the command to {REPORT}'
+    )
 
 
 def failed(reason, code=1):
@@ -108,4 +120,5 @@ def failed(reason, code=1):
 
 
 if __name__ == '__main__':
+    own_streams()
     sys.exit(main(sys.argv[1:]))

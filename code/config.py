@@ -21,6 +21,7 @@ class WorkError(Exception):
 
 
 ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report')
+DATA = (*ALL, 'pack')
 TRAIN = ('train', 'ablate')
 VIEWS = ('check_dataloader', *TRAIN)
 EVALUATE = ('train', 'evaluate', 'ablate')
@@ -40,9 +41,24 @@ class Config:
         'auto',
         'set of defaults; auto is imagenet if data/imagenet/train is there, else demo',
         ('auto', 'imagenet', 'cifar10', 'demo'),
+        used_by=DATA,
     )
-    image_path: str = option('data/imagenet', 'folder with train/, val/ and perhaps test/; for infer: the images')
-    download: bool = option(False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10')
+    image_path: str = option(
+        'data/imagenet', 'folder with train/, val/ and perhaps test/, or of class folders, or of images; .tar '
+        'archives; a list of paths; for infer: the images',
+        used_by=DATA,
+    )  # fmt: skip
+    val_fraction: float = option(
+        0.1, 'share of the labelled images of every class that becomes val where there is none; 0: none', low=0.0,
+        high=0.9, used_by=DATA,
+    )  # fmt: skip
+    pixel_max: float = option(
+        0.0, 'pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats', low=0.0,
+        high=1e12, used_by=DATA,
+    )  # fmt: skip
+    download: bool = option(
+        False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10', used_by=DATA
+    )
     image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024)
     crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
     num_workers: int = option(-1, 'processes that decode images; -1 is one per CPU core', low=-1, high=1024)
@@ -55,15 +71,19 @@ class Config:
         0, 'keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no',
         low=0, high=4096,
     )  # fmt: skip
-    cache_path: str = option('data/cache', 'folder of both caches')
+    cache_path: str = option(
+        'data/cache', 'folder of what is kept for the next run: decoded images, indexes, trials', used_by=DATA
+    )
     jpeg_shrink: bool = option(
         True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=VIEWS
     )
     bad_images: str = option(
         'error', 'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
-        ('error', 'skip'),
+        ('error', 'skip'), used_by=DATA,
     )  # fmt: skip
-    quiet: bool = option(False, 'say nothing but warnings and errors, show no bars; the log file of a run has it all')
+    quiet: bool = option(
+        False, 'say nothing but warnings and errors, show no bars; the log file of a run has it all', used_by=DATA
+    )
     random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
 
     # Augmentation (paper section 3; MoCo v2)
@@ -234,9 +254,14 @@ class Config:
         ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'), used_by=('ablate',),
     )  # fmt: skip
     output: str = option(
-        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth',
-        used_by=('infer', 'embed', 'export'),
+        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth; pack: '
+        'a folder',
+        used_by=('infer', 'embed', 'export', 'pack'),
     )  # fmt: skip
+    pack_side: int = option(0, 'pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are',
+                            low=0, high=4096, used_by=('pack',))  # fmt: skip
+    shard_megabytes: float = option(1000.0, 'pack: size at which the next archive begins', low=0.001, high=1e6,
+                                    used_by=('pack',))  # fmt: skip
     neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',
                              low=0, high=50, used_by=('infer',))  # fmt: skip
     projector_images: int = option(1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none",

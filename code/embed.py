@@ -7,6 +7,7 @@ import torch
 
 from ckpt import get_model_ckpt
 from config import UserError, path_of
+from dataloader.images import shown
 from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
@@ -36,9 +37,9 @@ def embed(args):
     def write(aside):
         if output.suffix == '.npz':
             with open(aside, 'wb') as file:
-                np.savez(file, features=features.numpy(), names=np.array(images.names))
+                np.savez(file, features=features.numpy(), names=np.array(list(images.names)))
             return
-        with open(aside, 'w', newline='', encoding='utf-8') as file:
+        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
             csv.writer(file).writerows([head, *([name, *row] for name, row in zip(images.names, features.tolist(),
                                                                                  strict=True))])  # fmt: skip
@@ -48,7 +49,7 @@ def embed(args):
     if args.projector_images:
         logger = Logger(path_of(args.log_path) / checkpoint['run'].name / 'projector')
         rows = torch.linspace(0, len(images) - 1, min(args.projector_images, len(images))).round().long()
-        names = [' '.join(images.names[row].split()) for row in rows]  # a tab or a new line would break its table
+        names = [shown(images.names[row]) for row in rows]  # a tab or a new line would break its table
         thumbnails = torch.nn.functional.interpolate(pixels_of(args, images, rows), (32, 32), mode='area')
         logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
         logger.close()

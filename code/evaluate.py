@@ -13,6 +13,7 @@ import distributed
 import pictures
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
+from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
 from metric.accuracy import confusion
@@ -20,7 +21,7 @@ from protocols.finetune import semi
 from protocols.knn import knn
 from protocols.linear import linear
 from protocols.transfer import transfer
-from utils import get_device, write_aside
+from utils import get_device, memory_for, write_aside
 
 
 def evaluate(args):
@@ -57,13 +58,15 @@ def evaluate_model(args, model, splits, checkpoint):
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 
-        result, scores, labels, classifier = detection(args, model)
+        with memory_for('a detector', 'try a smaller --detection_batch_size or --detection_size'):
+            result, scores, labels, classifier = detection(args, model)
         classes = []
     else:
         if splits and (reason := why_no_labels(splits)):
             raise UserError(f'evaluate needs labels: {reason}')
         protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}[args.protocol]
-        result, scores, labels, classifier, classes = protocol(args, model, splits)
+        with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
+            result, scores, labels, classifier, classes = protocol(args, model, splits)
     run, epoch = checkpoint['run'], checkpoint['epoch']
     name = '_'.join([args.protocol, *DETAILS.get(args.protocol, lambda args: [])(args)])
     head = {'protocol': args.protocol, 'checkpoint': checkpoint['path'].name, 'epoch': epoch}
@@ -87,6 +90,13 @@ def evaluate_model(args, model, splits, checkpoint):
     return result
 
 
+# What takes less memory.
+SMALLER = {
+    'linear': '--batch_size, or --cache_passes',
+    'knn': '--batch_size',
+    'semi': '--finetune_batch_size',
+    'transfer': '--batch_size, or --finetune_batch_size',
+}
 # What tells two results of a protocol apart, in the name of their files.
 DETAILS = {
     'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
@@ -99,11 +109,11 @@ def why_no_labels(splits):
     """Why accuracies cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
     if not len(labelled(train)):
-        return f'{train.folder} has no class folders'
+        return f'{shown(train.folder)} has no class folders'
     if val is None:
-        return f'{train.folder.parent}/val is not there'
+        return f'{shown(train.folder.parent)}/val is not there'
     if not (val.labels >= 0).all():
-        return f'{val.folder} has no class folders'
+        return f'{shown(val.folder)} has no class folders'
     return None
 
 

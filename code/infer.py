@@ -9,15 +9,10 @@ import pictures
 from ckpt import get_model_ckpt, list_checkpoints, read
 from config import UserError, changed, path_of
 from dataloader import vision
-from dataloader.load_dataset import (
-    in_order,
-    labelled,
-    load_folder,
-    load_splits,
-    prepared,
-    select,
-    torchvision_kind,
-)
+from dataloader.images import shown
+from dataloader.layout import places_of
+from dataloader.load_dataset import in_order, labelled, load_splits, load_whole, prepared, select
+from dataloader.torchvision_sets import torchvision_kind
 from logger import say
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
@@ -69,11 +64,12 @@ def infer(args):
     output = path_of(args.output or 'data/submission.csv')
 
     def write(aside):
-        with open(aside, 'w', newline='', encoding='utf-8') as file:
+        # A name is bytes: it is written as it is, whatever it is in.
+        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             csv.writer(file).writerows([('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
 
     write_aside(output, write)
-    say(f'{len(rows)} images of {images.folder} predicted by {how}')
+    say(f'{len(rows)} images of {shown(images.folder)} predicted by {how}')
     say(f'written to {output}')
     if args.neighbours:
         train = load_splits(args)['train']
@@ -91,7 +87,7 @@ def neighbours_picture(args, images, features, train, bank, k):
     cosine, found = nearest(features[rows.to(features.device)], bank, k)
     queries = pixels_of(args, images, rows)
     grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
-    captions = [f'{images.names[row]}: cosine {values[0]:.3f} to {values[-1]:.3f}'
+    captions = [f'{shown(images.names[row])}: cosine {values[0]:.3f} to {values[-1]:.3f}'
                 for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)]  # fmt: skip
     right = [[same_class(images, row, train, other) for other in others]
              for row, others in zip(rows.tolist(), found.tolist(), strict=True)]  # fmt: skip
@@ -112,17 +108,18 @@ def pixels_of(args, images, rows):
 
 
 def images_to_predict(args, wanted):
-    """The Images that --image_path means, or those of the checkpoint's own set (`wanted` None)."""
+    """The Images that --image_path means, or those of the checkpoint's own set (`wanted` None).
+
+    Where it is laid out for training, they are its test images, or else its val's.
+    """
     root = wanted or path_of(args.image_path)
-    if not root.is_dir():
-        raise UserError(f'--image_path: there is no folder {root}')
-    if (root / 'train').is_dir():
-        for name in ('test', 'val'):
-            if (root / name).is_dir():
-                return load_folder(args, root / name)
-    if torchvision_kind(root):
-        return load_splits(replace(args, image_path=str(root)))['val']
-    return load_folder(args, root)
+    if not root.exists():
+        raise UserError(f'--image_path: there is no {shown(root)}')
+    if wanted is None or torchvision_kind(root) or (root.is_dir() and 'train' in places_of(root)):
+        splits = load_splits(replace(args, image_path=str(root)))
+        if images := splits['test'] or splits['val']:
+            return images
+    return load_whole(args, root)
 
 
 def load_classifier(checkpoint):

@@ -30,6 +30,3 @@ class Interrupt:
         self.signal = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        # Where all processes got the signal, the workers that read images die of it. DataLoader would raise at once, in
-        # the middle of a step; we notice at the next batch.
-        self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)

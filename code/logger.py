@@ -80,7 +80,7 @@ def say(line):
         with tqdm.external_write_mode():
             print(line, flush=True)
     if SAID['log']:
-        with open(SAID['log'], 'a', encoding='utf-8') as file:
+        with open(SAID['log'], 'a', encoding='utf-8', errors='backslashreplace') as file:
             file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
 
 

@@ -1,9 +1,12 @@
 """Lines on standard error, in colour where there is somebody to see it. Standard library only."""
 
+import contextlib
 import os
 import sys
+import threading
 
 COLOURS = {'error': 31, 'warning': 33}
+HUSHED = {'depth': 0, 'kept': None, 'lock': threading.Lock()}
 
 
 def complain(kind, line):
@@ -13,3 +16,40 @@ def complain(kind, line):
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
         text = f'\033[{COLOURS[kind]}m{text}\033[0m'
     print(text, file=sys.stderr, flush=True)
+
+
+def own_streams():
+    """Let standard output and error take any name of a file (what is no text is escaped), and give Python an error
+    stream that `hushed` does not reach."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.fileno() == 2:
+            sys.stderr = os.fdopen(os.dup(2), 'w', 1, sys.stderr.encoding, 'backslashreplace')
+
+
+@contextlib.contextmanager
+def hushed():
+    """What libraries below Python print on standard error (libjpeg, libtiff: pages on a damaged file) is dropped; they
+    also report it, and that is raised. Python's own stream is another (own_streams)."""
+    with HUSHED['lock']:
+        HUSHED['depth'] += 1
+        if HUSHED['depth'] == 1:
+            HUSHED['kept'] = os.dup(2)
+            hush()
+    try:
+        yield
+    finally:
+        with HUSHED['lock']:
+            HUSHED['depth'] -= 1
+            if not HUSHED['depth']:
+                os.dup2(HUSHED['kept'], 2)
+                os.close(HUSHED['kept'])
+
+
+def hush():
+    """`hushed`, for the rest of this process: one that reads images and nothing else."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)

@@ -13,7 +13,9 @@ import distributed
 from ckpt import get_model_ckpt, restore_rng, save_checkpoint
 from config import AUGMENTATIONS, ROOT, UserError, WorkError, path_of
 from dataloader import vision
+from dataloader.batches import WorkerDied
 from dataloader.load_dataset import get_iterator, in_order, labelled, prepared, views_of
+from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, why_no_labels
 from interrupt import Interrupt, Stopped
 from logger import Logger, duration, log_to, progress, say
@@ -23,7 +25,7 @@ from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
 from protocols.knn import knn_accuracy
 from runs import describe_run, new_run, of_run, resumed
-from utils import channels_last, get_device, later, random_from, use_compile
+from utils import channels_last, get_device, later, memory_for, random_from, use_compile
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
@@ -44,6 +46,8 @@ def train(args):
     args = settled(kept(args, checkpoint['args'].get('amp', 'off')) if checkpoint and 'args' in checkpoint else args)
     iterators = get_iterator(args)
     batches, val = iterators['train'], iterators['val']
+    if not distributed.rank():
+        warn_of_range(batches.dataset.store, args.pixel_max)
     bank = in_order(args, labelled(batches.dataset))
     model = model.to(device, memory_format=torch.channels_last)
     if use_compile(args):
@@ -180,7 +184,8 @@ def train_epoch(args, net, optimizer, scaler, batches, epoch, first, seen, logge
         predictor_rate = top_rate if args.fix_pred_lr else rate
         set_learning_rates(optimizer, rate, predictor_rate)
 
-        losses[step], stds[step] = train_step(net, optimizer, views, loss_of, dtype, scaler, args.accumulate_steps)
+        with memory_for('a training step', 'try a smaller --batch_size, or --accumulate_steps=2'):
+            losses[step], stds[step] = train_step(net, optimizer, views, loss_of, dtype, scaler, args.accumulate_steps)
         if (step + 1) % READ_EVERY == 0 or step + 1 == steps:
             elapsed = time.time() - started
             speed, waiting = (step + 1 - first) * args.batch_size / elapsed, waited / elapsed
@@ -260,7 +265,7 @@ def alive(batches, interrupt):
     """`batches`, ended early where workers have died of the signal that has come here too."""
     try:
         yield from batches
-    except RuntimeError:
+    except WorkerDied:
         if not interrupt.signal:
             raise
 

@@ -5,8 +5,10 @@ import ctypes
 import errno
 import hashlib
 import importlib
+import multiprocessing.util
 import os
 import shutil
+import tempfile
 
 import torch
 
@@ -49,10 +51,8 @@ def prepare_batch(args, batch):
 
     batch: (images, labels). images: uint8, N x 3 x H x W whole or N x V x 3 x S x S cropped. Returns (images, target)
     with target N, int64: the class numbers, -1 where there is none. SimSiam itself needs no target: its loss compares
-    two views. Raises the WorkError of an image that could not be read.
+    two views.
     """
-    if isinstance(batch, WorkError):
-        raise batch
     images, labels = batch
     device = get_device(args)
     return images.to(device, non_blocking=True), labels.to(device, torch.int64, non_blocking=True)
@@ -117,6 +117,39 @@ def give_freed_memory_back(_=None):
         libc.mallopt(-1, 32 * 2**20)
 
 
+def short_of_memory(error):
+    """'the GPU' or 'the machine' where an exception says that it has no more memory, else None."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return 'the GPU'
+    # What torch raises on a CPU has no type of its own.
+    if isinstance(error, MemoryError) or 'DefaultCPUAllocator: can' in str(error):
+        return 'the machine'
+    return None
+
+
+@contextlib.contextmanager
+def memory_for(what, helps):
+    """Work whose lack of memory is a WorkError that names it, and what helps there."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if place := short_of_memory(error):
+            raise WorkError(f'{place} has not enough memory for {what}: {helps}') from None
+        raise
+
+
+def short_paths_for_processes():
+    """Give processes a place for their sockets whose path is short enough, whatever TMPDIR is.
+
+    The name of a socket has 108 bytes at most; with a longer one a process that reads images could not hand on what it
+    has read. multiprocessing asks tempfile once, and keeps the answer.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > 50 and os.access('/tmp', os.W_OK):
+        before, tempfile.tempdir = tempfile.tempdir, '/tmp'
+        multiprocessing.util.get_temp_dir()
+        tempfile.tempdir = before
+
+
 def cpu_count():
     """CPU cores this process may use (a container's or a job's share, not the machine's)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -132,8 +165,6 @@ def write_aside(path, write):
         write(aside)
         os.replace(aside, path)
     except RuntimeError as error:  # torch.save's way to say that it could not write
-        if 'DataLoader worker' in str(error):  # raised wherever the training is when one dies
-            raise
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:
         aside.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
 from config import get_config, path_of
-from dataloader import vision
+from dataloader import geometry, vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
@@ -64,8 +64,8 @@ def supervised(args, epochs, output, deadline):
         model.train()
         for step, (images, labels) in enumerate(prepared(args, batches)):
             generator = random_from('supervised', epoch, step)
-            boxes, flips = vision.draw_crops(len(images), *images.shape[-2:], CROP_AND_FLIP, generator)
-            view = vision.normalise(vision.crop_resize(images / 255, boxes, flips, args.image_size))
+            boxes, flips = geometry.draw_crops(len(images), *images.shape[-2:], CROP_AND_FLIP, generator)
+            view = vision.normalise(geometry.crop_resize(images / 255, boxes, flips, args.image_size))
             rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
             set_learning_rates(optimizer, rate, rate)
             with autocast(args, scaled=False):

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
-from dataloader.load_dataset import batches, in_order, make_images
+from dataloader.load_dataset import batches, in_order, make_images, select
+from dataloader.names import Names
+from dataloader.stores.memory import Memory
 from interrupt import Interrupt
 from logger import Logger
 from protocols.knn import knn_accuracy
@@ -28,8 +30,8 @@ def measure(preset, batch_size, side, steps):
     count = steps * args.batch_size
     args.learning_rate = 0.0  # the images are noise: nothing is to be learned
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
-    labels, names = torch.arange(count) % 10, [str(i) for i in range(count)]
-    images = make_images(args, folder, names, labels, [str(i) for i in range(10)], pixels)
+    labels, store = torch.arange(count) % 10, Memory(Names(str(i) for i in range(count)), pixels)
+    images = make_images(args, folder, store, labels, [str(i) for i in range(10)])
     train, logger = batches(args, replace(images, views=2), shuffled=True), Logger(folder)
 
     def ours():
@@ -41,7 +43,7 @@ def measure(preset, batch_size, side, steps):
     measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
 
     few = count // 5
-    val = replace(images, names=names[:few], labels=labels[:few], pixels=images.pixels[:few])
+    val = select(images, torch.arange(few))
 
     def monitor():
         knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val))

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from config import AUGMENTATIONS, get_config
 from dataloader import vision
-from dataloader.files import decode
+from dataloader.images import decode
 from dataloader.load_dataset import get_iterator, prepared
 from utils import cpu_count, random_from
 

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from config import UserError, WorkError
-from dataloader.files import decode
+from dataloader.batches import caught
+from dataloader.images import decode
 
 
 @dataclass
@@ -34,6 +35,10 @@ class Boxes(Dataset):
 
     def __len__(self):
         return len(self.table['images'])
+
+    def __getitems__(self, keys):
+        """Two tuples, of images and of targets, or an exception (batches.caught)."""
+        return caught(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))
 
     def __getitem__(self, key):
         """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""

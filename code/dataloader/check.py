@@ -1,12 +1,14 @@
-"""check_dataloader: is every image readable, and what do the batches look like?"""
+"""check_dataloader: is every image readable, what lies beside the images, and what do the batches look like?"""
 
 import time
 
 from config import AUGMENTATIONS, WorkError, path_of
 from dataloader import vision
-from dataloader.cache import decode_all
-from dataloader.files import list_images
-from dataloader.load_dataset import get_iterator
+from dataloader.images import shown
+from dataloader.load_dataset import get_iterator, parts_of
+from dataloader.prepare import decode_all
+from dataloader.ranges import warn_of_range
+from dataloader.stores.memory import Memory
 from logger import say
 from utils import prepare_batch, random_from
 
@@ -18,17 +20,13 @@ def check_dataloader(args):
 
     Raises WorkError, after naming each, where files cannot be read; UserError for a folder that is not laid out.
     """
-    root, unreadable = path_of(args.image_path), 0
-    for name in ('train', 'val', 'test'):
-        if (root / name).is_dir():
-            _, errors = decode_all(root / name, list_images(root / name), f'reading {name}', keep=False)
-            for error in errors:
-                say(str(error))
-            unreadable += len(errors)
+    root = path_of(args.image_path)
+    unreadable, read = read_all(args)
     if unreadable and args.bad_images == 'error':
-        raise WorkError(f'{unreadable} of the files under {root} cannot be read: replace or delete them')
+        raise WorkError(f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
+                        'them, or --bad_images=skip leaves them out')  # fmt: skip
     iterators = get_iterator(args)
-    say(f'{root}, every image was read')
+    say(f'{shown(root)}, ' + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out'))
     for name, batches in iterators.items():
         if batches is None:
             said = 'none' if name == 'test' else 'none: no kNN monitor in train, no evaluate'
@@ -37,13 +35,39 @@ def check_dataloader(args):
         else:
             said = describe(args, batches)
         say(f'{name:5}  {said}')
+    warn_of_range(iterators['train'].dataset.store, args.pixel_max)
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = distorted(args, iterators['train'].dataset, images[:16])
     path = path_of(args.log_path) / f'check_dataloader_{root.name}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     vision.picture([vision.denormalise(view) for view in views], path)
-    say(f'the two views of {len(views[0])} images: {path}')
+    say(f'the two views of {len(views[0])} images: {shown(path)}')
+
+
+def read_all(args):
+    """(images that cannot be read, images), after saying which, and what else lies there."""
+    unreadable = read = 0
+    for name, part in parts_of(args).items():
+        if not isinstance(part.store, Memory):
+            _, errors = decode_all(part.store, f'reading {name}', keep=False)
+            for error in errors:
+                say(str(error))
+            unreadable += len(errors)
+        read += len(part.labels)
+        for line in beside(part):
+            say(f'{name:5}  {line}')
+    return unreadable, read
+
+
+def beside(part):
+    """Lines on what lies in a split and is not read."""
+    if part.others:
+        said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
+        yield f'no images for Pillow, and not read: {said}'
+    if part.passed:
+        more = f' and {len(part.passed) - 5} more' if len(part.passed) > 5 else ''
+        yield f'not gone into: {", ".join(part.passed[:5])}{more}'
 
 
 def describe(args, batches):

@@ -17,12 +17,13 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ckpt import new_model
 from config import UserError, WorkError, path_of
+from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
 from logger import progress
 from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
 from precision import autocast
-from utils import cpu_count, extra, get_device, random_from
+from utils import extra, get_device, random_from
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
@@ -110,12 +111,7 @@ def fit(args, detector, train):
 
 def loader(args, boxes, keys, size):
     """Batches of (images, targets) for these keys, in order."""
-    workers = cpu_count() if args.num_workers < 0 else args.num_workers
-    return torch.utils.data.DataLoader(boxes, size, sampler=keys, num_workers=workers, collate_fn=in_lists)
-
-
-def in_lists(batch):
-    return tuple(zip(*batch, strict=True))
+    return Batches(boxes, workers_for(args.num_workers), batch_size=size, sampler=keys)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from dataloader.load_dataset import in_order, labelled
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores, neighbours
 from protocols.features import features_of
-from utils import get_device
+from utils import get_device, memory_for
 
 
 def knn(args, model, splits):
@@ -42,10 +42,11 @@ def references(args, bank, val):
 
 def knn_accuracy(args, backbone, bank, val):
     """Top-1 in percent of kNN on the backbone's features: the neighbours are `bank`'s, `val` is judged (batches)."""
-    train_features, train_labels = features_of(args, backbone, bank, 'kNN: features of train')
-    val_features, val_labels = features_of(args, backbone, val, 'kNN: features of val')
-    scores = vote(args, train_features, train_labels, val_features, len(val.dataset.classes))
-    return topk_accuracy(scores, val_labels, 1)
+    with memory_for('the kNN test', '--knn_every=0 trains without it'):
+        train_features, train_labels = features_of(args, backbone, bank, 'kNN: features of train')
+        val_features, val_labels = features_of(args, backbone, val, 'kNN: features of val')
+        scores = vote(args, train_features, train_labels, val_features, len(val.dataset.classes))
+        return topk_accuracy(scores, val_labels, 1)
 
 
 def vote(args, train_features, train_labels, features, num_classes):

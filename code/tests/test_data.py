@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision import datasets
 
 from config import AUGMENTATIONS, UserError, WorkError, get_config
-from dataloader import cache, demo, vision
-from dataloader.files import decode
+from dataloader import demo, geometry, prepare, vision
+from dataloader.images import decode
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
@@ -95,9 +95,9 @@ def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
     images = get_iterator(options(tmp_path / 'set', image_size=128))['train'].dataset
     whole = torch.from_numpy(np.array(decode(images.folder / images.names[0]))).permute(2, 0, 1).expand(2, -1, -1, -1)
     for seed in range(8):
-        crops = images.crops(0, 'moco', torch.Generator().manual_seed(seed)) / 255
-        boxes, flips = vision.draw_crops(2, side, side, AUGMENTATIONS['moco'], torch.Generator().manual_seed(seed))
-        wanted = vision.crop_resize(whole / 255, boxes, flips, 128)
+        crops = images.read(0, seed, 'moco') / 255
+        boxes, flips = geometry.draw_crops(2, side, side, AUGMENTATIONS['moco'], torch.Generator().manual_seed(seed))
+        wanted = geometry.crop_resize(whole / 255, boxes, flips, 128)
         torch.testing.assert_close(crops, wanted, atol=atol, rtol=0)
         assert (crops - wanted).abs().mean() < mean
 
@@ -133,7 +133,7 @@ def test_decoded_images_are_kept_until_a_file_changes(drawn, tmp_path, monkeypat
     folder = copy_of(drawn, tmp_path)
     first = load_splits(options(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(cache, 'decode_all', unreadable)
+        patch.setattr(prepare, 'decode_all', unreadable)
         again = load_splits(options(folder))
         for name in ('train', 'val'):
             assert torch.equal(again[name].pixels, first[name].pixels)
@@ -164,9 +164,12 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     small.save(folder / 'train/dots/tiny.png')
     args = options(folder, resize_cache=100)
     train = load_splits(args)['train']
-    monkeypatch.setattr(cache, 'decode', lambda path, least=None: unreadable() if least else decode(path))
+    monkeypatch.setattr(prepare, 'smaller', unreadable)
     train = load_splits(args)['train']
-    resized = {name: cache.resized_image(train.resized, row) for row, name in enumerate(train.names)}
+    resized = {}
+    for row, name in enumerate(train.names):
+        with train.store.opened(row) as image:
+            resized[name] = np.asarray(image)
     np.testing.assert_array_equal(resized['dots/tiny.png'], np.asarray(small))
     wanted = tall.resize((100, 150), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(resized['dots/tall.png'], np.asarray(wanted))
@@ -174,14 +177,14 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     images, target = next(iter(get_iterator(args)['train']))
     assert (images.shape, len(target)) == ((8, 2, 3, 32, 32), 8)
     monkeypatch.undo()
-    flat, size = train.resized[0], train.resized[0].stat().st_size
+    flat, size = train.store.flat, train.store.flat.stat().st_size
     flat.unlink()
     flat.write_bytes(b'damaged')
     again = load_splits(args)['train']
-    assert (again.resized[0], flat.stat().st_size) == (flat, size)
+    assert (again.store.flat, flat.stat().st_size) == (flat, size)
     os.utime(folder / 'train/dots/tall.png', (1, 1))
     changed = load_splits(args)['train']
-    assert changed.resized[0] != flat
+    assert changed.store.flat != flat
     assert not flat.exists()
 
 

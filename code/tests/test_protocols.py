@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cli
 from config import UserError, distortion, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
-from dataloader import vision
+from dataloader import geometry, vision
 from dataloader.load_dataset import load_splits, shuffled_crops
 from optimizer.lars import Lars
 from protocols.finetune import balanced, listed
@@ -207,7 +207,7 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
 @pytest.mark.parametrize('scale', [0.05, 0.5])
 def test_the_smallest_crop_is_an_option(scale):
     row = distortion(get_config(crop_scale=scale), 'crop')
-    boxes, flips = vision.draw_crops(3000, 96, 96, row, random_from('crops'))
+    boxes, flips = geometry.draw_crops(3000, 96, 96, row, random_from('crops'))
     area = boxes[:, 2] * boxes[:, 3] / 96**2
     assert scale - 0.02 < area.min() < scale + 0.05
     assert area.max() > 0.95

@@ -1,0 +1,146 @@
+"""A DataLoader whose processes may die or hang: either ends the run within a minute, with what happened."""
+
+import shutil
+import signal
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.utils.data
+
+from config import WorkError
+from terminal import hush
+from utils import cpu_count, give_freed_memory_back
+
+CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
+PATIENCE = 45.0  # seconds in which none of them has done anything: they hang
+GO_ON = '--resume=auto goes on from the last checkpoint'
+DEATHS = {  # what helps, by the signal that ended a process
+    signal.SIGKILL: 'as the system does where memory runs out: try a lower --num_workers',
+    signal.SIGBUS: 'as where /dev/shm is full: docker run --shm-size=8g, or a lower --num_workers (0 needs none)',
+    signal.SIGSEGV: 'a fault in a library that reads images: --num_workers=0 shows at which one',
+}
+
+
+class WorkerDied(WorkError):
+    """A process that reads images ended."""
+
+
+class Fault(Exception):
+    """A fault of ours in a process that reads images; its text is the traceback there."""
+
+
+class Batches(torch.utils.data.DataLoader):
+    """The same, watched. Its dataset hands on exceptions as values (caught), so that what is raised while a batch is
+    waited for is the end of a process, or the time; they are raised here."""
+
+    def __init__(self, dataset, num_workers, **more):
+        super().__init__(dataset, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=in_worker,
+                         timeout=CHECK if num_workers else 0, **more)  # fmt: skip
+
+    def __iter__(self):
+        batches = super().__iter__()
+        if not self.num_workers:
+            for batch in batches:
+                yield raised(batch)
+            return
+        if threading.current_thread() is threading.main_thread():
+            # torch's own handler raises in the middle of whatever is done when a process ends; here it is noticed when
+            # its batch is waited for.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            last, since = None, time.monotonic()
+            while True:
+                asked = time.monotonic()
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except RuntimeError:
+                    explain(batches)
+                    if time.monotonic() - asked < CHECK / 2:
+                        raise  # not the time: a fault
+                    done = work_of(batches._workers)
+                    if done is None or done != last:
+                        last, since = done, time.monotonic()
+                    elif time.monotonic() - since > PATIENCE:
+                        raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does '
+                                        f'the disk or network answer? {GO_ON}') from None  # fmt: skip
+            yield raised(batch)
+
+
+def caught(make, *given):
+    """make(*given), or the exception that it raised: through a process as itself it would lose its type and place."""
+    try:
+        return make(*given)
+    except WorkError as error:
+        return error
+    except Exception:  # a fault of ours
+        return Fault(traceback.format_exc())
+
+
+def raised(batch):
+    """A batch; raises what `caught` had to hand on in its place."""
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+def explain(batches):
+    """Raise WorkerDied where a process of an iterator has ended."""
+    for worker in batches._workers:
+        worker.join(0.1 if worker.exitcode is None else 0)
+        if worker.exitcode is None:
+            continue
+        if worker.exitcode < 0:
+            number = signal.Signals(-worker.exitcode)
+            helps = DEATHS.get(number, 'by somebody else')
+            raise WorkerDied(f'a process that reads images was ended by {number.name}, {helps}; {GO_ON}') from None
+        raise WorkerDied(f'a process that reads images ended with exit code {worker.exitcode}; {GO_ON}') from None
+
+
+def work_of(workers):
+    """What the processes have done until now, as numbers that grow with it; None where the system does not tell."""
+    done = []
+    for worker in workers:
+        try:
+            fields = Path(f'/proc/{worker.pid}/stat').read_text().rpartition(')')[2].split()
+            read = Path(f'/proc/{worker.pid}/io').read_text().split('\n', 1)[0]
+        except OSError:
+            return None
+        done.append((fields[11], fields[12], read))  # user and system time; characters read
+    return done
+
+
+def in_worker(_):
+    """What a process that reads images begins with."""
+    give_freed_memory_back()
+    hush()
+    warnings.filterwarnings('ignore', module=r'PIL\.')
+    # A run ends by itself: the signal that a terminal or a batch system sends to all processes is for the first one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def together(images):
+    """Equal tensors as one; in a worker straight into shared memory. Raises WorkError where that is full."""
+    try:
+        return torch.utils.data.default_collate(images)
+    except RuntimeError:
+        wanted = len(images) * images[0].nbytes
+        if torch.utils.data.get_worker_info() and shutil.disk_usage('/dev/shm').free < wanted:
+            raise WorkError(f'/dev/shm has no room for a batch of {wanted / 1e6:.0f} MB: docker run --shm-size=8g, a '
+                            'smaller --batch_size or --num_workers=0, which needs none') from None  # fmt: skip
+        raise
+
+
+def as_it_is(batch):
+    return batch
+
+
+def workers_for(wish):
+    """The number of processes that --num_workers means: -1 is one per core."""
+    return cpu_count() if wish < 0 else wish

@@ -1,0 +1,77 @@
+"""Random resized crops: which box of an image, and the box resized, a batch at a time."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def centre_box(height, width, crop_ratio):
+    """The evaluation crop as (top, left, height, width), in pixels of the image, fractional."""
+    side = min(height, width) * crop_ratio
+    return (height - side) / 2, (width - side) / 2, side, side
+
+
+def draw_crops(n, height, width, augmentation, generator):
+    """Random resized crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them.
+
+    Of ten candidates the first that fits is taken; the fallback is the largest centre crop within the ratio's bounds.
+    Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool; both on the CPU.
+    """
+    (low, high), (thin, wide) = augmentation['scale'], augmentation['ratio']
+    drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
+    area = height * width * (low + (high - low) * drawn[:, :10])
+    ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    every, first = np.arange(n), fits.argmax(1)  # the first True of a row
+    w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
+    boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w), 1)
+    unfit = ~fits[every, first]
+    if unfit.any():
+        w, h = min(width, round(height * wide)), min(height, round(width / thin))
+        boxes[unfit] = (height - h) // 2, (width - w) // 2, h, w
+    return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < augmentation['flip'])
+
+
+def crop_resize(x, boxes, flips, size, inside=True):
+    """Cut every image's box and resize it to size x size, antialiased bilinear as PIL and torchvision do it.
+
+    A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
+    each, whatever the boxes. A flip only turns the columns' matrix round. inside: pixels beyond the box count for
+    nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; returns N x 3 x S x S.
+    """
+    height, width = x.shape[-2:]
+    top, left, h, w = boxes.to(x.device, x.dtype).unbind(1)
+    rows = resize_matrix(top, h, height, size, inside)
+    columns = resize_matrix(left, w, width, size, inside, flips.to(x.device))
+    return separable(x, rows, columns)
+
+
+def separable(x, rows, columns):
+    """Every image's own linear map of its rows and of its columns.
+
+    x: N x 3 x H x W; rows: N x S x H; columns: N x S x W. Returns N x 3 x S x S.
+    """
+    n, channels, height, width = x.shape
+    x = torch.bmm(x.reshape(n, channels * height, width), columns.transpose(1, 2))  # one product for all channels
+    return rows[:, None] @ x.view(n, channels, height, -1)
+
+
+def resize_matrix(start, length, side, size, inside, flips=None):
+    """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels, where flips turned.
+
+    start, length, flips: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger
+    of one source and one target pixel.
+    """
+    span = (length / size)[:, None]
+    ticks = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
+    if flips is not None:
+        ticks = ticks + flips[:, None] * (size - 2 * ticks)
+    pixels = torch.arange(side, device=start.device, dtype=start.dtype) + 0.5
+    centres = (start[:, None] + ticks * span)[:, :, None]
+    weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    if inside:
+        begin, end = start[:, None], (start + length)[:, None]
+        weights *= ((pixels > begin) & (pixels < end)).to(weights)[:, None]
+    return weights.div_(weights.sum(2, keepdim=True))

@@ -1,0 +1,136 @@
+"""One image: which files are images, and how one becomes RGB, whatever Pillow opens it as."""
+
+import contextlib
+import functools
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+
+from config import WorkError
+
+try:  # torchvision 0.29 announces that its decoders will go; PIL's takes a third longer and is always there
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    warnings.filterwarnings('ignore', message='The image decoding and encoding capabilities', module='torchvision.io')
+except ImportError:
+    decode_jpeg = None
+
+MOST_PIXELS = 10**8  # more is refused: a small file can unpack to any number
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ours is the stricter limit
+warnings.filterwarnings('ignore', module=r'PIL\.')  # what Pillow thinks of damaged metadata; errors are errors
+# Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
+NOT_READ = ('MPEG', 'EPS')
+WHITE = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless --pixel_max says another
+
+
+@functools.cache
+def endings():
+    """The endings of the files that Pillow can open, lower case, as bytes: {b'.jpg', b'.jfif', b'.avif', ...}."""
+    Image.init()
+    stubs = {name for name, (factory, _) in Image.OPEN.items()
+             if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}  # fmt: skip
+    left_out = stubs.union(NOT_READ)
+    return frozenset(ending.encode() for ending, name in Image.registered_extensions().items()
+                     if name in Image.OPEN and name not in left_out)  # fmt: skip
+
+
+def is_image(name):
+    """Whether a file of this name (bytes) counts as an image."""
+    dot = name.rfind(b'.')
+    return dot > 0 and name[dot:].lower() in endings()
+
+
+def shown(path):
+    """A path as it can be printed on one line of any terminal: what is no text, or would move the cursor, escaped."""
+    text = os.fspath(path)
+    text = text if isinstance(text, str) else os.fsdecode(text)
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
+
+
+@contextlib.contextmanager
+def opened(source, name):
+    """An image as PIL opens it, its pixels not read yet. source: a path, or a file of bytes; name: of the image.
+
+    Raises WorkError with its name where it cannot be read, now or in what the caller does with it.
+    """
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f'it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}')
+            yield image
+    except WorkError:
+        raise
+    except MemoryError:
+        raise WorkError(f'cannot read the image {shown(name)}: it takes more memory than there is') from None
+    except Exception as error:  # Pillow's plugins raise anything on damaged bytes: struct.error, KeyError, EOFError...
+        raise WorkError(f'cannot read the image {shown(name)}: {why(error)}') from None
+
+
+def why(error):
+    """What an exception of Pillow means, in a few words."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return 'it is not an image'
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return shown(' '.join(str(error).split())) or type(error).__name__
+
+
+def rgb(image, white=0.0):
+    """An opened image in RGB; an animation is its first picture.
+
+    Where a pixel has more than 8 bits, 0 becomes black and `white` (0: of WHITE, 65535 for 16 and 32 bit integers, 1
+    for floats) becomes white; what lies beyond is cut. PIL would make white of most.
+    """
+    kind = 'I' if image.mode.startswith('I') else image.mode
+    if kind in WHITE:
+        levels = np.nan_to_num(np.asarray(image).astype(np.float32))
+        levels = (levels * (255 / (white or WHITE[kind]))).clip(0, 255).round()
+        image = Image.fromarray(levels.astype(np.uint8))
+    elif image.mode == 'P' and 'transparency' in image.info:
+        image = image.convert('RGBA')
+    elif image.mode == 'LAB':
+        from PIL import ImageCms  # not in every build of Pillow
+
+        return ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'),
+                                         outputMode='RGB')  # fmt: skip
+    return image.convert('RGB')
+
+
+def shrink(image, factor):
+    """Let the JPEG decoder leave out detail that a resize by `factor` would: half of the factor at the most.
+
+    Returns the pixels of the image that one of the shrunk image stands for, along each side: 1, 2, 4 or 8. The last of
+    a row or column may stand for fewer: an odd side is rounded up.
+    """
+    spare = max((f for f in (8, 4, 2) if f <= factor / 2), default=1)
+    width = image.width
+    if spare > 1 and (drafted := image.draft('RGB', (image.width // spare, image.height // spare))):
+        return round(width / drafted[1][2])
+    return 1
+
+
+def decode(source, name=None, least=None, white=0.0):
+    """A file as a PIL image in RGB.
+
+    least: the side that the image is wanted with at least; a JPEG is then decoded to 1/2, 1/4 or 1/8 of its sides, as
+    long as the shorter one stays twice as long. white: of rgb. Raises WorkError where it cannot be read.
+    """
+    with opened(source, name or source) as image:
+        if least:
+            shrink(image, min(image.size) / least)
+        return rgb(image, white)
+
+
+def pixels_of(image, white=0.0):
+    """An opened image in RGB as 3 x H x W uint8.
+
+    A whole JPEG goes through torchvision's decoder: the same library and the same pixels as PIL's, without two copies.
+    """
+    if decode_jpeg and image.format == 'JPEG' and image.mode in ('RGB', 'L') and not image.decoderconfig:  # not shrunk
+        image.fp.seek(0)
+        with contextlib.suppress(RuntimeError):  # a damaged file: PIL says what is wrong with it
+            return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
+    return torch.from_numpy(np.array(rgb(image, white))).permute(2, 0, 1)

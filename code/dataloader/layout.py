@@ -1,0 +1,245 @@
+"""Which splits a folder, an archive or a list has, and the class of each image.
+
+FOLDER/{train,val,test}/<class>/...   or flat; val may be called valid or validation
+FOLDER/<class>/...                    two or more folders of images: classes, as torchvision's ImageFolder has them
+FOLDER/...                            any other folder: images at any depth, without classes
+train.tar, train-000000.tar, ...      in place of each split's folder; or all in one FILE.tar
+train.txt, FILE.txt                   a list: a path a line, after a tab its class if wanted
+ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from config import UserError
+from dataloader import imagenet
+from dataloader.archives import PACKED, open_archives
+from dataloader.images import is_image, shown
+from dataloader.names import Names
+from dataloader.scan import Found, ending, scan
+from dataloader.stores.files import Files
+
+SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test',
+          'testing': 'test'}  # fmt: skip
+ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
+
+
+@dataclass
+class Part:
+    """The images of a split. labels: N, int64, numbers of `classes`; -1: none."""
+
+    where: Path
+    store: object
+    labels: torch.Tensor
+    classes: list
+    others: Counter = field(default_factory=Counter)  # what lies there and is no image, by ending
+    passed: list = field(default_factory=list)  # folders that were not gone into
+
+    def select(self, rows):
+        return replace(self, store=self.store.select(rows), labels=self.labels[rows])
+
+
+def find(root, cache_path, progress):
+    """{'train': Part, 'val': Part, ...} of what --image_path names, the splits that are there; train always is.
+
+    progress: logger.progress. Raises UserError where there are no images, or the layout is none of the above.
+    """
+    if root.is_file():
+        return {'train': whole(root, cache_path, progress)} if not is_tar(root) else in_one_archive(
+            root, cache_path, progress)  # fmt: skip
+    if archives := imagenet.archives_of(root):
+        found = {}
+        for name, path in archives.items():
+            images, store, _ = open_archives([path], cache_path, progress)
+            if name == 'train':
+                found[name] = part_of(path, images, store)
+            else:
+                found[name] = Part(path, store, *imagenet.labels_of(root, images.names), images.others, images.passed)
+        return found
+    places = places_of(root)
+    if not places:
+        return {'train': plain(root, scan_with_bar(root, progress))}
+    if 'train' not in places:
+        said = ', '.join(sorted(shown(paths[0].name) for paths in places.values()))
+        raise UserError(f'{shown(root)} has {said} and no train: what is there to be trained on?')
+    return {name: of_place(paths, cache_path, progress) for name, paths in places.items()}
+
+
+def whole(path, cache_path, progress):
+    """All images of a folder at any depth, an archive, a list, or one file, as a Part without labels (a list may have
+    some). Raises UserError where there are none."""
+    if path.is_dir():
+        found = scan_with_bar(path, progress)
+        return unlabelled(path, found, Files(path, found.names))
+    if not path.is_file():
+        raise UserError(f'there is no {shown(path)}')
+    if is_tar(path):
+        found, store, _ = open_archives([path], cache_path, progress)
+        return unlabelled(path, found, store)
+    if is_image(os.fsencode(path.name)):
+        return Part(path, Files(path.parent, Names([path.name])), torch.tensor([-1]), [])
+    return listed(path)
+
+
+def is_tar(path):
+    return path.name.lower().endswith(('.tar', *PACKED))
+
+
+def places_of(root):
+    """{split: [its folder, its list, or its archives]} of the splits that `root` holds, in the order of SPLITS."""
+    folders, archives, lists = {}, {}, {}
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as error:
+        raise UserError(f'the folder {shown(root)} may not be read: {error.strerror}') from None
+    for path in entries:
+        lower = path.name.lower()
+        if lower in SPLITS and path.is_dir():
+            folders.setdefault(SPLITS[lower], []).append(path)
+        elif (match := ARCHIVE.fullmatch(lower)) and match[1] in SPLITS:
+            archives.setdefault(SPLITS[match[1]], []).append(path)
+        elif path.suffix.lower() == '.txt' and path.stem.lower() in SPLITS:
+            lists.setdefault(SPLITS[path.stem.lower()], []).append(path)
+    found = {}
+    for name in ('train', 'val', 'test'):
+        for kind in (folders, archives, lists):
+            if name in kind and name not in found:
+                found[name] = kind[name]
+                stems = sorted({path.name.split('-')[0].split('.')[0].lower() for path in kind[name]})
+                if len(stems) > 1 or (kind is folders and len(kind[name]) > 1):
+                    said = ' and '.join(shown(path.name) for path in kind[name][:2])
+                    raise UserError(f'{shown(root)} has both {said}: which of them is {name}?')
+    if found and 'train' not in found and not folders:
+        return {}  # a val.txt or test.tar beside other things
+    return found
+
+
+def of_place(paths, cache_path, progress):
+    """The Part of one split: its folder, its list, or its archives."""
+    if paths[0].is_dir():
+        found = scan_with_bar(paths[0], progress)
+        return part_of(paths[0], found, Files(paths[0], found.names))
+    if not is_tar(paths[0]):
+        return listed(paths[0])
+    found, store, by_cls = open_archives(paths, cache_path, progress)
+    own = re.split(r'[-.]', paths[0].name)[0]
+    if len(found.folders) == 1 and not found.loose and found.folders[0].lower() == own.lower():
+        found, store = inside(found, store, 0)  # tar cf train.tar train
+    if by_cls:
+        return Part(paths[0], store, by_cls[0], by_cls[1], found.others, found.passed)
+    return part_of(paths[0], found, store)
+
+
+def in_one_archive(path, cache_path, progress):
+    """The splits of one archive, which may be packed as a folder of them, or as a folder that holds such a one."""
+    found, store, by_cls = open_archives([path], cache_path, progress)
+    if by_cls:
+        return {'train': Part(path, store, *by_cls, found.others, found.passed)}
+    for _ in range(2):
+        splits = {SPLITS[name.lower()]: row for row, name in enumerate(found.folders) if name.lower() in SPLITS}
+        if 'train' in splits:
+            return {name: part_of(path / name, *inside(found, store, row)) for name, row in splits.items()}
+        if len(found.folders) != 1 or found.loose:
+            break
+        found, store = inside(found, store, 0)
+    return {'train': plain(path, found, store)}
+
+
+def inside(found, store, row):
+    """(Found, store) of what lies in folder number `row` of `found`."""
+    start = found.loose + sum(found.counts[:row])
+    store = store.select(range(start, start + found.counts[row]))
+    cut = len(os.fsencode(found.folders[row])) + 1
+    names = [store.names.raw(i)[cut:] for i in range(len(store.names))]
+    store.names = Names(names)
+    tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for name in names if b'/' in name)
+    folders = sorted(tops)
+    return Found(store.names, folders, [tops[name] for name in folders], found.others, found.passed), store
+
+
+def part_of(where, found, store):
+    """The Part of a split: its folders are its classes. Raises UserError where images lie beside them, or a class is
+    empty (torchvision's ImageFolder refuses both, or drops the images)."""
+    if not found.folders or not len(found.names):
+        return unlabelled(where, found, store)
+    if found.loose:
+        stray = shown(found.names[0])
+        raise UserError(f'{shown(where)} has class folders, and beside them the image {stray}: move it into a class')
+    for name, count in zip(found.folders, found.counts, strict=True):
+        if not count:
+            raise UserError(f'the class folder {shown(where / name)} holds no images: fill or delete it')
+    labels = torch.repeat_interleave(torch.tensor(found.counts))
+    return Part(where, store, labels, found.folders, found.others, found.passed)
+
+
+def plain(where, found, store=None):
+    """The Part of a folder that has no splits: two or more folders of images, and none beside them, are classes."""
+    store = store or Files(where, found.names)
+    full = [(name, count) for name, count in zip(found.folders, found.counts, strict=True) if count]
+    if len(full) < 2 or found.loose:
+        return unlabelled(where, found, store)
+    labels = torch.repeat_interleave(torch.tensor([count for _, count in full]))
+    return Part(where, store, labels, [name for name, _ in full], found.others, found.passed)
+
+
+def unlabelled(where, found, store):
+    if not len(found.names):
+        other = ', '.join(f'{count} {kind}' for kind, count in found.others.most_common(5)) or 'nothing else either'
+        raise UserError(f'{shown(where)} holds no images that Pillow can open ({other})')
+    return Part(where, store, torch.full((len(found.names),), -1), [], found.others, found.passed)
+
+
+def listed(path):
+    """The Part of a list: a path a line, relative to the list's folder, after a tab perhaps its class."""
+    names, owners = [], []
+    for line in path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines():
+        if not line.strip():
+            continue
+        name, _, owner = line.partition(b'\t')
+        try:
+            if not stat.S_ISREG(os.stat(os.path.join(os.fsencode(path.parent), name)).st_mode):
+                raise UserError(f'{shown(path)} names {shown(name)}, which is no file')
+        except FileNotFoundError:
+            if not names:
+                raise UserError(
+                    f'{shown(path)}: there is no file {shown(name[:80])!r}, its first line, in '
+                    f'{shown(path.parent)}; a list has a path a line, after a tab the class'
+                ) from None
+        except (OSError, ValueError):
+            raise UserError(f'{shown(path)} is no list of paths: a line of it is {shown(name[:80])!r}') from None
+        names.append(name)
+        owners.append(os.fsdecode(owner.strip()))
+    if not names:
+        raise UserError(f'{shown(path)} names no image')
+    classes = sorted(set(owners) - {''})
+    number = {name: i for i, name in enumerate(classes)} | {'': -1}
+    labels = torch.tensor([number[owner] for owner in owners])
+    others = Counter(f'{ending(name)} (listed)' for name in names if not is_image(name))
+    return Part(path, Files(path.parent, Names(names)), labels, classes, others)
+
+
+def hold_out(part, fraction):
+    """(train, val): of each class the same share of `part`, at least one image of two or more, goes to val.
+
+    Which ones depends on their names alone: not on a seed, and hardly on what is added later.
+    """
+    names, chosen = part.store.names, []
+    for number in range(len(part.classes)):
+        rows = (part.labels == number).nonzero()[:, 0].tolist()
+        count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        rows.sort(key=lambda row: hashlib.blake2b(names.raw(row), digest_size=8).digest())
+        chosen += rows[: max(0, count)]
+    held = torch.zeros(len(names), dtype=torch.bool)
+    held[chosen] = True
+    return tuple(part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
+
+
+def scan_with_bar(folder, progress):
+    return scan(folder, lambda names: progress(names, f'looking through {shown(folder.name)}', 'folders'))

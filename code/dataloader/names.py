@@ -1,0 +1,48 @@
+"""A million names in the memory that they take on disk."""
+
+import os
+
+import numpy as np
+
+
+class Names:
+    """A sequence of names (str), kept as their bytes one after the other.
+
+    A list of as many strings takes three times the memory, and every process that looks at one copies it: Python counts
+    references inside the objects. A name is bytes, not text (os.fsdecode turns what is no text into surrogates).
+    """
+
+    def __init__(self, names=()):
+        """names: an iterable of str or bytes."""
+        encoded = [os.fsencode(name) for name in names]
+        self.data = b''.join(encoded)
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    @classmethod
+    def of(cls, data, ends):
+        """From the bytes of all names and where each ends (int64)."""
+        new = cls.__new__(cls)
+        new.data, new.ends = bytes(data), ends
+        return new
+
+    def __len__(self):
+        return len(self.ends)
+
+    def raw(self, index):
+        """Name `index` as bytes."""
+        index = range(len(self.ends))[index]
+        return self.data[self.ends[index - 1] if index else 0 : self.ends[index]]
+
+    def __getitem__(self, index):
+        return os.fsdecode(self.raw(index))
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+    def index(self, name):
+        """Where `name` stands. Raises ValueError."""
+        return list(self).index(name)
+
+    def select(self, rows):
+        """Those of these row numbers, in this order."""
+        return Names(self.raw(int(row)) for row in rows)

@@ -1,0 +1,89 @@
+"""pack: the images of a folder as tar archives, which cost a disk one long file in place of a million."""
+
+import io
+import os
+import tarfile
+
+import torch
+from PIL import Image
+
+from config import UserError, path_of
+from dataloader.images import shown
+from dataloader.load_dataset import parts_of
+from dataloader.prepare import smaller, unreadable
+from logger import progress, say
+from terminal import hushed
+from utils import write_aside
+
+QUALITY = 95  # of JPEG, where images are made smaller
+
+
+def pack(args):
+    """Write --output/<split>-000000.tar, ...: a folder in it is a class. Returns --output.
+
+    The files go in as they are, or with --pack_side with this shorter side in pixels, as JPEG. The same images give the
+    same bytes. Raises UserError where --output holds archives already, WorkError for an image that cannot be read
+    where it has to be.
+    """
+    if not args.output:
+        raise UserError('pack wants --output=FOLDER, for the archives')
+    output = path_of(args.output)
+    if there := sorted(output.glob('*-??????.tar')):
+        raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
+    for name, part in parts_of(args).items():
+        if args.bad_images == 'skip':
+            good = torch.ones(len(part.labels), dtype=torch.bool)
+            good[unreadable(part.store, part.where, path_of(args.cache_path))] = False
+            part = part.select(good.nonzero()[:, 0])
+        shards = write_split(args, output, name, part)
+        say(f'{name:5}  {len(part.labels)} images in {shards} archives')
+    say(f'use them: --image_path={shown(output)}')
+    return output
+
+
+def write_split(args, output, name, part):
+    """Write the archives of one split; returns how many."""
+    rows, number = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0
+    ahead = next(rows, None)
+    while ahead is not None:
+        path = output / f'{name}-{number:06d}.tar'
+
+        def write(aside):
+            nonlocal ahead
+            with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, hushed():
+                while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
+                    add(archive, *entry(args, part, ahead))
+                    ahead = next(rows, None)
+
+        write_aside(path, write)
+        number += 1
+    return number
+
+
+def entry(args, part, row):
+    """(name in the archive, bytes) of an image: in the folder of its class, where it has one."""
+    raw = part.store.names.raw(row).lstrip(b'/')
+    parts = [piece for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
+    label = int(part.labels[row])
+    owner = os.fsencode(part.classes[label]) if label >= 0 else None
+    if owner is not None and parts[0] != owner:
+        parts.insert(0, owner.replace(b'/', b'_'))
+    name = b'/'.join(parts)
+    if args.pack_side:
+        image, buffer = Image.fromarray(smaller(part.store, row, args.pack_side, args.pixel_max)), io.BytesIO()
+        image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
+        return name.rpartition(b'.')[0] + b'.jpg', buffer.getvalue()
+    with part.store.opened(row) as image:
+        if getattr(image, 'fp', None):
+            image.fp.seek(0)
+            return name, image.fp.read()
+        buffer = io.BytesIO()  # decoded already: torchvision's own files
+        image.save(buffer, 'PNG')
+        return name + b'.png', buffer.getvalue()
+
+
+def add(archive, name, content):
+    """One file, without owner or time."""
+    member = tarfile.TarInfo(os.fsdecode(name))
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

@@ -1,0 +1,151 @@
+"""What is done once with all images of a store: held in memory, made smaller on disk, tried."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from config import UserError, WorkError
+from dataloader import cache
+from dataloader.images import rgb, shown, shrink
+from dataloader.stores.memory import Memory
+from dataloader.stores.resized import Resized
+from logger import progress, say
+from terminal import hushed
+from utils import cpu_count, write_aside
+
+SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up to this side (px), sets up to this size
+
+
+def hold_in_memory(store, where, wish, white, cache_path):
+    """A Memory of the store's images, where `wish` (--cache_images) says so; else None. where: the folder's path.
+
+    auto: all are of one size, up to SMALL_SIDE pixels, and fit. on: all are of one size. Raises UserError where `on`
+    cannot be, WorkError naming the first image that cannot be read, and how many there are.
+    """
+    if wish == 'off':
+        return None
+    try:
+        with store.opened(0) as image:
+            width, height = image.size
+    except WorkError:
+        width = height = 1  # whatever else is there will tell
+    small = max(width, height) <= SMALL_SIDE and len(store.names) * width * height * 3 <= MEMORY_BYTES
+    if not small and wish == 'auto':
+        return None
+    path, mark = cache.file_of(cache_path, where.parent, where.name, 'pixels'), f'{store.digest()} {white:g}'
+    pixels = cache.load(path, mark)
+    if pixels is not None:
+        return Memory(store.names, pixels)
+    images, errors = decode_all(store, f'reading {title_of(where)}', keep=True, white=white)
+    if errors:
+        more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
+        raise WorkError(f'{errors[0]}{more}')
+    if images is None:
+        if wish == 'on':
+            raise UserError(f'--cache_images=on: the images of {shown(where)} differ in size; try --resize_cache=256')
+        return None
+    pixels = torch.from_numpy(images)
+    cache.keep(path, {'mark': mark, 'content': pixels})
+    return Memory(store.names, pixels)
+
+
+def resized(store, where, side, white, cache_path):
+    """A Resized of the store's images, the shorter side `side` pixels; smaller images are kept as they are.
+
+    Built once, with a progress bar. Raises WorkError for an image that cannot be read.
+    """
+    path, mark = cache.file_of(cache_path, where.parent, where.name, f'side{side}'), f'{store.digest()} {white:g}'
+    flat = path.with_name(f'{path.stem}_{mark[:8]}.bin')
+    index = cache.load(path, mark)
+    if index is not None and flat.is_file() and flat.stat().st_size == index[-1, 0] + 3 * index[-1, 1:].prod():
+        return Resized(store.names, flat, index)
+    sizes = []
+
+    def write(aside):
+        with open(aside, 'wb') as file, ThreadPoolExecutor(cpu_count()) as pool, hushed():
+            rows, title = range(len(store.names)), f'resizing {title_of(where)}'
+            images = in_order_of(pool, lambda row: smaller(store, row, side, white), rows)
+            for image in progress(images, title, 'images', len(rows)):
+                sizes.append(image.shape[:2])
+                file.write(image.tobytes())
+
+    if path.parent.is_dir():
+        for other in os.scandir(path.parent):
+            if other.name.startswith(f'{path.stem}_') and other.name.endswith('.bin'):
+                os.unlink(other.path)  # made from what the images were before
+    write_aside(flat, write)
+    sizes = torch.tensor(sizes)
+    ends = 3 * sizes.prod(1).cumsum(0)
+    index = torch.cat(((ends - 3 * sizes.prod(1))[:, None], sizes), 1)
+    write_aside(path, lambda aside: torch.save({'mark': mark, 'content': index}, aside))
+    return Resized(store.names, flat, index)
+
+
+def smaller(store, row, side, white=0.0):
+    """Image `row` with a shorter side of `side` pixels, or as it is where it is smaller: height x width x 3 uint8."""
+    with store.opened(row) as image:
+        shrink(image, min(image.size) / side)
+        image = rgb(image, white)
+    scale = side / min(image.size)
+    if scale < 1:
+        size = [max(side, round(length * scale)) for length in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def unreadable(store, where, cache_path):
+    """Row numbers of the images that cannot be read. All are decoded, once; they are named in a file, and said."""
+    path, mark = cache.file_of(cache_path, where.parent, where.name, 'unreadable'), store.digest()
+    bad, named = cache.load(path, mark), path.with_suffix('.txt')
+    if bad is None:
+        _, errors = decode_all(store, f'checking {title_of(where)}', keep=False)
+        bad = [error.row for error in errors]
+        cache.keep(path, {'mark': mark, 'content': bad})
+        text = ''.join(f'{error}\n' for error in errors)
+        write_aside(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+    if bad:
+        say(f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; they are '
+            f'named in {named}')  # fmt: skip
+    return bad
+
+
+def decode_all(store, title, keep, white=0.0):
+    """Read every image. Returns (N x 3 x H x W uint8 or None, list of WorkErrors, each with the `row` of its image).
+
+    keep: keep the images, and stop with (None, []) at the first that has another size than the others.
+    """
+    kept, errors, rows = None, [], range(len(store.names))
+
+    def read(row):
+        try:
+            with store.opened(row) as image:
+                image = np.asarray(rgb(image, white)) if keep else image.load() and None
+            return image.transpose(2, 0, 1) if keep else None
+        except WorkError as error:
+            error.row = row
+            return error
+
+    with ThreadPoolExecutor(cpu_count()) as pool, hushed():
+        for row, image in enumerate(progress(in_order_of(pool, read, rows), title, 'images', len(rows))):
+            if isinstance(image, WorkError):
+                errors.append(image)
+            elif keep:
+                if kept is None:
+                    kept = np.empty((len(rows), *image.shape), np.uint8)
+                if image.shape != kept.shape[1:]:
+                    return None, []
+                kept[row] = image
+    return kept, errors
+
+
+def in_order_of(pool, function, items, ahead=256):
+    """Results in the order of the items, at most `ahead` of them waiting: large images must not pile up in memory."""
+    for start in range(0, len(items), ahead):
+        yield from pool.map(function, items[start : start + ahead])
+
+
+def title_of(where):
+    return shown(f'{where.parent.name}/{where.name}')

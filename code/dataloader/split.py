@@ -1,0 +1,82 @@
+"""The images of a split, and how one becomes what a worker hands on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config, distortion
+from dataloader import crops, vision
+from dataloader.batches import caught, together
+from dataloader.images import rgb
+from dataloader.stores.memory import Memory
+from utils import random_from
+
+
+@dataclass(eq=False)
+class Images(torch.utils.data.Dataset):
+    """The images of one split, and how they are read: as random views of each, or as the centre crop."""
+
+    args: Config
+    folder: Path
+    store: object  # of dataloader/stores: names, opened, select, digest
+    labels: torch.Tensor  # N, int64; -1: no label
+    classes: list  # names, by number
+    views: int = 0  # random ones of each image; 0: the centre crop
+    crops_only: bool = False  # workers leave all but decoding and cropping to the device
+
+    @property
+    def names(self):
+        """Shown to people."""
+        return self.store.names
+
+    @property
+    def pixels(self):
+        """N x 3 x H x W uint8 of images that are held in memory, else None."""
+        return self.store.pixels if isinstance(self.store, Memory) else None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, seed of its views, augmentation). Returns (images, labels) for utils.prepare_batch, or
+        an exception (batches.caught)."""
+        return caught(self.batch, keys)
+
+    def batch(self, keys):
+        indices = torch.tensor([index for index, *_ in keys])
+        if self.in_memory():
+            return self.pixels[indices.to(self.pixels.device)], self.labels[indices]
+        images = together([self.read(*key) for key in keys])
+        if self.views and self.args.augment_on == 'device' and not self.crops_only:
+            images = self.distorted(images, *keys[0][1:])
+        return images, self.labels[indices]
+
+    def in_memory(self):
+        """Whether batches are whole images, distorted on the device."""
+        return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
+
+    def read(self, index, seed, augmentation):
+        """One image: 1 x 3 x S x S uint8, the view for evaluation, or views x 3 x S x S, random crops or views."""
+        args = self.args
+        with self.store.opened(index) as image:
+            if not self.views:
+                return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max)
+            if args.augment_on == 'worker':
+                views = vision.torchvision_views(args.image_size, augmentation, args.blur_prob)
+                return views(rgb(image, args.pixel_max), seed, self.views)
+            generator, row = torch.Generator().manual_seed(seed), distortion(args, augmentation)
+            return crops.random_crops(image, args.image_size, self.views, row, generator, args.jpeg_shrink,
+                                      args.pixel_max)  # fmt: skip
+
+    def distorted(self, images, seed, augmentation):
+        """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
+
+        Whole grey levels, for floats would take as long to hand over as to make.
+        """
+        args, row = self.args, distortion(self.args, augmentation)
+        if not vision.has_colours(row, args.blur_prob):
+            return images
+        generator, flat = random_from(seed, 'colours'), images.flatten(0, 1)  # not the stream that drew the crops
+        flat.copy_(vision.distort(flat, False, args.image_size, row, args.blur_prob, generator, vision.to_bytes))
+        return images

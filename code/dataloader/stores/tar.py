@@ -1,0 +1,49 @@
+"""Images in tar archives, read where they lie."""
+
+import functools
+import hashlib
+import io
+import os
+from pathlib import Path
+
+from config import WorkError
+from dataloader.images import opened, shown
+
+
+class Tar:
+    """archives: paths. Of each image: its name, the number of its archive, where its bytes begin there, how many."""
+
+    def __init__(self, archives, names, which, offsets, sizes):
+        self.archives, self.names = archives, names
+        self.which, self.offsets, self.sizes = which, offsets, sizes  # N each, int64 arrays
+
+    def opened(self, index):
+        archive = self.archives[self.which[index]]
+        wanted = int(self.sizes[index])
+        found = os.pread(descriptor(archive), wanted, int(self.offsets[index]))
+        name = f'{archive}: {self.names[index]}'
+        if len(found) < wanted:
+            raise WorkError(f'cannot read the image {shown(name)}: the archive has changed or is cut short')
+        return opened(io.BytesIO(found), name)
+
+    def select(self, rows):
+        rows = rows.numpy() if hasattr(rows, 'numpy') else rows
+        return Tar(self.archives, self.names.select(rows), self.which[rows], self.offsets[rows], self.sizes[rows])
+
+    def digest(self):
+        digest = hashlib.blake2b(state_of(self.archives).encode(), digest_size=16)
+        for part in (self.which, self.offsets, self.sizes):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+
+def state_of(archives):
+    """What changes when one of the archives does."""
+    found = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in archives]
+    return repr(found)
+
+
+@functools.cache
+def descriptor(archive):
+    """An open archive: read by position, so processes and threads may share it."""
+    return os.open(Path(archive), os.O_RDONLY)
