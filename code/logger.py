@@ -40,7 +40,8 @@ class Logger:
     def text(self, tag, lines, step=0):
         """Lines of text, as they are."""
         if self.writer:
-            self.writer.add_text(tag, '\n'.join(f'    {line}' for line in lines), step)  # Markdown's literal block
+            text = '\n'.join(f'    {line}' for line in lines)  # Markdown's literal block
+            self.writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step)
 
     def image(self, tag, grid, step):
         """grid: 3 x height x width in [0, 1]."""

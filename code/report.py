@@ -56,7 +56,7 @@ def report(args):
         save_picture(image, folder / f'report_{name}.png')
     page = folder / 'report.html'
     text = page_of(args, checkpoint, logged, results, parts)
-    write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8'))
+    write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
     say(f'report     {page}')
     return page
 

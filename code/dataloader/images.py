@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 
@@ -21,6 +22,7 @@ except ImportError:
 MOST_PIXELS = 10**8  # more is refused: a small file can unpack to any number
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ours is the stricter limit
 warnings.filterwarnings('ignore', module=r'PIL\.')  # what Pillow thinks of damaged metadata; errors are errors
+logging.getLogger('PIL').addHandler(logging.NullHandler())  # it also says those, and they are raised
 # Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
 NOT_READ = ('MPEG', 'EPS')
 WHITE = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless --pixel_max says another

@@ -1,0 +1,393 @@
+"""Folders as people have them: which images are found, of which class, and what is said of the rest."""
+
+import csv
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from config import UserError, WorkError, get_config
+from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
+from dataloader import layout
+from dataloader.images import endings
+from dataloader.load_dataset import get_iterator, load_splits, load_whole
+from dataloader.scan import scan
+
+
+def options(folder, **more):
+    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': f'{folder}.cache', 'batch_size': 2,
+             'num_workers': 0}  # fmt: skip
+    return get_config(**given | more)
+
+
+def picture(path, colour='teal', size=(48, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, colour).save(path, 'PNG')
+    return path
+
+
+def split_names(folder, **more):
+    """{split: {name: class or None}} of what is found."""
+    found = {}
+    for split, images in load_splits(options(folder, **more)).items():
+        if images:
+            found[split] = {name: images.classes[label] if label >= 0 else None
+                            for name, label in zip(images.names, images.labels.tolist(), strict=True)}  # fmt: skip
+    return found
+
+
+words = st.text(st.sampled_from('abcXYZ019 _-+.,()[]é漢'), min_size=1, max_size=6).map(str.strip).filter(
+    lambda name: name and name[0] != '.' and name.lower() not in ('train', 'val', 'test', 'valid', 'training')
+)  # fmt: skip
+trees = st.dictionaries(words, st.lists(st.tuples(st.lists(words, max_size=2), words), min_size=1, max_size=4),
+                        min_size=1, max_size=5)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(trees)
+def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
+    """Any names, any depth: ImageFolder's classes, its numbers, its class for every file."""
+    root = tmp_path_factory.mktemp('tree')
+    for owner, files in tree.items():
+        for folders, name in files:
+            path = root.joinpath('train', owner, *folders, f'{name}.jpg')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b'')
+    theirs = ImageFolder(root / 'train')
+    part = layout.find(root, root / 'cache', lambda names, *_: names)['train']
+    assert part.classes == theirs.classes
+    ours = dict(zip(part.store.names, part.labels.tolist(), strict=True))
+    wanted = {os.path.relpath(path, root / 'train'): label for path, label in theirs.samples}
+    assert ours == wanted
+    assert len(part.store.names) == len(wanted)
+
+
+@pytest.mark.parametrize('val', ['val', 'valid', 'validation', 'Valid'])
+def test_val_may_be_called_otherwise(val, drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'val').rename(folder / val)
+    splits = load_splits(options(folder))
+    assert (len(splits['train']), len(splits['val'])) == (72, 24)
+
+
+def test_two_folders_for_one_split_are_asked_about(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    shutil.copytree(folder / 'val', folder / 'validation')
+    with pytest.raises(UserError, match='has both val and validation: which of them is val'):
+        load_splits(options(folder))
+
+
+def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
+    """Without train/: classes as ImageFolder's, and a tenth of each held out, said in a line."""
+    folder = shutil.copytree(drawn / 'train', tmp_path / 'mine')
+    splits = load_splits(options(folder))
+    assert splits['train'].classes == ImageFolder(folder).classes
+    assert splits['val'].labels.bincount().tolist() == [2, 2, 2]
+    assert len(splits['train']) == 66
+    assert not set(splits['train'].names) & set(splits['val'].names)
+    line = capsys.readouterr().out.strip()
+    assert re.fullmatch(r'.*mine has no val: 6 of its 72 images are held out for it, .*--val_fraction=0.1.*', line)
+    again = load_splits(options(folder, random_seed=7))
+    assert list(again['val'].names) == list(splits['val'].names)  # fixed: no seed moves it
+    assert load_splits(options(folder, val_fraction=0.0))['val'] is None
+    assert load_splits(options(folder, val_fraction=0.5))['val'].labels.bincount().tolist() == [12, 12, 12]
+
+
+def test_a_split_that_is_held_out_hardly_moves_as_the_set_grows(drawn, tmp_path):
+    folder = shutil.copytree(drawn / 'train', tmp_path / 'mine')
+    before = set(load_splits(options(folder))['val'].names)
+    picture(folder / 'dots/new.png')
+    assert len(before - set(load_splits(options(folder))['val'].names)) <= 1
+
+
+@pytest.mark.parametrize(('count', 'held'), [(1, 0), (2, 1), (3, 1), (30, 3)])
+def test_small_classes_keep_an_image_for_training(count, held, tmp_path):
+    for owner in 'ab':
+        for number in range(count):
+            picture(tmp_path / f'mine/{owner}/{number}.png')
+    splits = load_splits(options(tmp_path / 'mine'))
+    assert len(splits['train']) == 2 * (count - held)
+    assert (len(splits['val']) if splits['val'] else 0) == 2 * held
+
+
+def test_a_plain_folder_of_pictures(tmp_path):
+    """At any depth; pictures beside folders, or a single folder, make no classes."""
+    for name in ('a.png', 'trip/b.png', 'trip/day 2/c.PNG', 'z.png'):
+        picture(tmp_path / 'mine' / name)
+    assert split_names(tmp_path / 'mine') == {
+        'train': dict.fromkeys(['a.png', 'z.png', 'trip/b.png', 'trip/day 2/c.PNG'])
+    }
+    for name in ('DCIM/1.png', 'DCIM/2.png'):
+        picture(tmp_path / 'camera' / name)
+    assert split_names(tmp_path / 'camera') == {'train': dict.fromkeys(['DCIM/1.png', 'DCIM/2.png'])}
+
+
+def test_it_trains_and_is_judged(tmp_path):
+    """A folder of class folders, as it lies there, from the command line to a submission."""
+    folder = draw_folder(tmp_path / 'mine', {'train': 24})
+    folder = (folder / 'train').rename(tmp_path / 'classes')
+    paths = own_paths(tmp_path)
+    done = run('train', *TINY, f'--image_path={folder}', '--max_epochs=1', '--evaluate_after=True', *paths)
+    assert done.returncode == 0, done.stderr
+    assert 'are held out for it' in done.stdout
+    assert '66 training and 6 validation images' in done.stdout
+    infer = run('infer', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', *paths)
+    assert infer.returncode == 0, infer.stderr
+    assert len((tmp_path / 'out.csv').read_text().splitlines()) == 7
+    plain = tmp_path / 'plain'
+    shutil.copytree(folder / 'dots', plain)
+    done = run('train', *TINY, f'--image_path={plain}', '--max_epochs=1', *paths)
+    assert done.returncode == 0, done.stderr
+    assert 'the kNN monitor is off' in done.stdout
+
+
+def test_lists(drawn, tmp_path):
+    """A path a line, a class after a tab; relative to the list, or absolute; byte order mark, blank lines, CR LF."""
+    files = sorted((drawn / 'train').rglob('*.png'))[::7]
+    shutil.copy(files[0], tmp_path / 'here.png')
+    lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', f'{files[1]}']
+    (tmp_path / 'mine.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
+    part = layout.whole(tmp_path / 'mine.txt', tmp_path, None)
+    assert part.classes == ['checks', 'dots', 'stripes']
+    assert [part.classes[label] if label >= 0 else '' for label in part.labels.tolist()] == [
+        *(file.parent.name for file in files), 'dots', ''
+    ]  # fmt: skip
+    splits = load_splits(options(tmp_path / 'mine.txt'))
+    assert (len(splits['train']), len(splits['val'])) == (len(files) + 2 - 3, 3)
+    (tmp_path / 'train.txt').write_text('\n'.join(map(str, files)))
+    (tmp_path / 'val.txt').write_text(str(files[0]))
+    splits = load_splits(options(tmp_path))
+    assert (len(splits['train']), len(splits['val'])) == (len(files), 1)
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('', 'names no image'),
+        ('\n\n', 'names no image'),
+        ('n01440764_18.JPEG 0\n', 'there is no file .*n01440764_18.JPEG 0'),
+        ('{"a": 1}', 'there is no file'),
+        ('a\0b.png', 'is no list of paths'),
+        ('.', 'which is no file'),
+        ('x' * 5000, 'is no list of paths'),
+    ],
+)
+def test_lists_that_cannot_work(text, said, tmp_path):
+    (tmp_path / 'mine.txt').write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_splits(options(tmp_path / 'mine.txt'))
+
+
+SYSTEMS = ('@eaDir', 'lost+found', '__MACOSX', '.ipynb_checkpoints', '#recycle', '$RECYCLE.BIN', '@Recycle', '.git',
+           'System Volume Information', '.Trash-1000', '__pycache__')  # fmt: skip
+
+
+@pytest.mark.parametrize('where', ['train', 'train/dots', '.'])
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_folders_of_systems_are_no_classes_and_are_not_trained_on(where, name, drawn, tmp_path):
+    folder = shutil.copytree(drawn if where != '.' else drawn / 'train', tmp_path / 'set')
+    picture(folder / where / name / 'thumbnail.jpg.png')
+    train = load_splits(options(folder))['train']
+    assert train.classes == ['checks', 'dots', 'stripes']
+    assert len(train) == (72 if where != '.' else 66)
+    found = scan(folder / where)
+    assert [entry.rstrip('/').split('/')[-1] for entry in found.passed] == [name]
+
+
+def test_what_counts_as_an_image_is_pillows_list(tmp_path):
+    assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= endings()
+    assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & endings()
+
+
+@pytest.mark.parametrize('suffix', ['.jfif', '.JPE', '.jp2', '.pnm', '.avif', '.webp', '.tga', '.ppm', '.JPG'])
+def test_every_ending_is_trained_on(suffix, tmp_path):
+    kinds = {'.jfif': 'JPEG', '.jpe': 'JPEG', '.jpg': 'JPEG', '.jp2': 'JPEG2000', '.pnm': 'PPM', '.ppm': 'PPM',
+             '.avif': 'AVIF', '.webp': 'WEBP', '.tga': 'TGA'}  # fmt: skip
+    for number in range(4):
+        path = picture(tmp_path / f'set/train/one/{number}{suffix}', size=(200, 150))
+        Image.new('RGB', (200, 150), 'red').save(path, kinds[suffix.lower()])
+    iterators = get_iterator(options(tmp_path / 'set', val_fraction=0.0))
+    images, labels = next(iter(iterators['train']))
+    assert images.shape == (2, 2, 3, 32, 32)
+    assert images[:, :, 0].float().mean() > 60
+    assert labels.tolist() == [0, 0]
+
+
+def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    for name, count in (('notes.txt', 1), ('film.mpg', 2), ('README', 1), ('Thumbs.db', 1), ('raw.CR2', 3)):
+        for number in range(count):
+            (folder / f'train/dots/{number}{name}' if count > 1 else folder / 'train/dots' / name).write_text('x')
+    os.mkfifo(folder / 'train/checks/pipe.png')
+    picture(folder / 'train/dots/@eaDir/thumb.png')
+    (folder / 'train/stripes/up').symlink_to('..')
+    done = run('check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}', *own_paths(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert ('train  no images for Pillow, and not read: 3 .cr2, 2 .mpg, 1 (hidden), 1 (neither file nor folder), '
+            '1 (no ending), 1 .txt') in done.stdout  # fmt: skip
+    assert 'not gone into: dots/@eaDir/, stripes/up/ (a link to a folder that holds it)' in done.stdout
+    assert 'train  72 images' in done.stdout
+
+
+@pytest.mark.parametrize('target', ['..', '../..', '.', '../../..', '../dots/../../train'])
+def test_a_link_that_leads_back_is_not_followed(target, drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'train/dots/up').symlink_to(target)
+    assert len(load_splits(options(folder))['train']) == 72
+
+
+def test_other_links_are_followed(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'train/dots').rename(tmp_path / 'elsewhere')
+    (folder / 'train/dots').symlink_to(tmp_path / 'elsewhere')
+    (folder / 'train/checks/one.png').symlink_to(folder / 'train/checks/000.png')
+    splits = load_splits(options(folder))
+    assert splits['train'].labels.bincount().tolist() == [25, 24, 24]
+    one, two = tmp_path / 'two/train/a', tmp_path / 'two/train/b'
+    for path in (one, two):
+        picture(path / '1.png')
+    (one / 'b').symlink_to(two)
+    (two / 'a').symlink_to(one)  # each holds the other: an end is found
+    assert len(load_splits(options(tmp_path / 'two', val_fraction=0.0))['train']) == 4
+
+
+@pytest.mark.parametrize('target', ['nowhere.png', 'lost.png'])
+def test_a_link_that_leads_nowhere_is_an_unreadable_image(target, drawn, tmp_path, capsys):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'train/dots/lost.png').symlink_to(target)
+    with pytest.raises(WorkError, match='cannot read the image .*lost.png: (No such file|Too many levels)'):
+        load_splits(options(folder))
+    train = load_splits(options(folder, bad_images='skip'))['train']
+    assert len(train) == 72
+    assert '1 of 73 images' in capsys.readouterr().out
+
+
+ODD_NAMES = (b'caf\xe9.png', b'new\nline.png', b'tab\there.png', b'\x1b[31mred.png', '漢字.png'.encode(), b'a [b] *?.png',
+             b'-rf.png', b'%s {0}.png', b'"quote", comma.png', b' .png')  # fmt: skip
+
+
+def test_names_are_bytes(drawn, tmp_path):
+    """From reading to every output; nothing is encoded, printed or globbed as if it were text."""
+    folder = shutil.copytree(drawn, tmp_path / 'set [1] *')
+    for split, owner in (('train', 'dots'), ('val', 'dots'), ('train', 'checks')):
+        for number, name in enumerate(ODD_NAMES):
+            target = os.path.join(os.fsencode(folder / split / owner), name)
+            shutil.copy(folder / split / owner / f'{number % 8:03d}.png', target)
+    os.rename(folder / 'val/stripes', os.fsencode(folder) + b'/val/str\xefpes')
+    os.rename(folder / 'train/stripes', os.fsencode(folder) + b'/train/str\xefpes')
+    environment = {**os.environ, 'LC_ALL': 'C.UTF-8'}
+    paths = own_paths(tmp_path)
+    for command in (
+        ['check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}'],
+        ['train', *TINY, f'--image_path={folder}', '--evaluate_after=True', '--bad_images=skip', '--resize_cache=32'],
+        ['infer', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', '--neighbours=3'],
+        ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.npz', '--projector_images=40'],
+        ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/features.csv'],
+        ['report', '--ckpt_name=model_name_simsiam_ckpt_0'],
+        ['pack', f'--image_path={folder}', f'--output={tmp_path}/packed'],
+    ):
+        done = run(*command, *paths, env=environment)
+        assert done.returncode == 0, f'{command[0]}: {done.stderr}'
+        assert 'Traceback' not in done.stderr
+    with open(tmp_path / 'out.csv', 'rb') as file:
+        content = file.read()
+    for name in ODD_NAMES:
+        assert name.replace(b'"', b'""') in content
+    packed = load_splits(options(tmp_path / 'packed'))
+    assert list(packed['train'].names) == list(load_splits(options(folder))['train'].names)
+
+
+def test_an_unreadable_name_is_one_line(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    with open(os.fsencode(folder) + b'/train/dots/caf\xe9\n\x1b.png', 'wb') as file:
+        file.write(b'no image')
+    done = run('train', *TINY, f'--image_path={folder}', *own_paths(tmp_path))
+    assert done.returncode == 1
+    assert re.search(r'caf\\udce9\\n\\x1b.png: it is not an image', one_line(done.stderr))
+
+
+def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_path):
+    folder = shutil.copytree(drawn_large, tmp_path / 'set')
+    args = options(folder, resize_cache=100, cache_path=str(tmp_path / 'cache [1] *'))
+    old = load_splits(args)['train'].store.flat
+    os.utime(folder / 'train/dots/000.jpg', (1, 1))
+    new = load_splits(args)['train'].store.flat
+    assert new != old
+    assert not old.exists()
+    assert sum(path.suffix == '.bin' for path in old.parent.iterdir()) == 2  # of train and of val
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can become somebody who may not read')
+def test_a_folder_that_may_not_be_read_is_said_to_be(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'train/dots').chmod(0)
+    for path in [tmp_path, *tmp_path.parents][:4]:
+        path.chmod(0o755)
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(CODE)!r})
+from pathlib import Path
+from dataloader import layout
+os.setuid(65534)
+try:
+    layout.find(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert re.match('UserError the folder .*train/dots may not be read: Permission denied', done.stdout), done.stderr
+
+
+def test_a_place_with_no_images_says_what_is_there(tmp_path):
+    (tmp_path / 'set').mkdir()
+    for name in ('a.txt', 'b.txt', 'c.pdf'):
+        (tmp_path / 'set' / name).write_text('x')
+    with pytest.raises(UserError, match=r'holds no images that Pillow can open \(2 .txt, 1 .pdf\)'):
+        load_splits(options(tmp_path / 'set'))
+
+
+def test_one_file_is_a_set_for_infer(drawn):
+    path = next((drawn / 'val').rglob('*.png'))
+    images = load_whole(options(drawn), path)
+    assert list(images.names) == [path.name]
+
+
+def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_path):
+    """40,000 files in 20 and in 4,000 classes: the counts are right, and both take a like time of the CPU."""
+    import time
+
+    taken = {}
+    (tmp_path / 'one').write_bytes(b'')
+    for classes in (20, 4000):
+        for owner in range(classes):
+            folder = tmp_path / f'{classes}/train/{owner:05d}'
+            folder.mkdir(parents=True)
+            for number in range(40000 // classes):
+                os.link(tmp_path / 'one', folder / f'{number}.jpg')
+        started = time.process_time()
+        part = layout.find(tmp_path / str(classes), tmp_path, lambda names, *_: names)['train']
+        taken[classes] = time.process_time() - started
+        assert part.labels.bincount().tolist() == [40000 // classes] * classes
+        shutil.rmtree(tmp_path / str(classes))
+    assert taken[4000] < 5 * taken[20] + 0.5
+
+
+def test_a_name_list_is_small_and_right():
+    rng = random.Random(0)
+    names = [''.join(rng.choice('abc/é\udce9') for _ in range(rng.randint(1, 12))) for _ in range(500)]
+    kept = layout.Names(names)
+    assert list(kept) == names
+    assert [kept[-1], kept[3]] == [names[-1], names[3]]
+    rows = torch.tensor([4, 4, 0, 499])
+    assert list(kept.select(rows)) == [names[row] for row in rows]
+    with pytest.raises(IndexError):
+        kept[500]

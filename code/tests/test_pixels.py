@@ -1,0 +1,166 @@
+"""What a pixel is worth, in every mode that Pillow has; damaged files."""
+
+import io
+import random
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import WorkError
+from conftest import TINY, own_paths, run
+from dataloader.images import decode
+from dataloader.ranges import judged
+
+# Of each mode: how to make a picture of it, the value that --pixel_max names (0: none), the grey level of it in RGB.
+DEEP = [
+    (np.uint16, 65535, 0, 255),
+    (np.uint16, 32768, 0, 128),
+    (np.uint16, 4095, 4095, 255),
+    (np.uint16, 2048, 4095, 128),
+    (np.uint16, 4095, 0, 16),
+    (np.uint16, 65535, 4095, 255),
+    (np.int32, 65535, 0, 255),
+    (np.int32, -5, 0, 0),
+    (np.int32, 70000, 0, 255),
+    (np.int32, 1500000, 2000000, 191),
+    (np.float32, 1.0, 0, 255),
+    (np.float32, 0.5, 0, 128),
+    (np.float32, 7.0, 0, 255),
+    (np.float32, -1.0, 0, 0),
+    (np.float32, float('nan'), 0, 0),
+    (np.float32, 127.5, 255, 128),
+]
+
+
+@pytest.mark.parametrize(('kind', 'value', 'white', 'grey'), DEEP)
+def test_more_than_eight_bits(kind, value, white, grey, tmp_path):
+    Image.fromarray(np.full((6, 8), value, kind)).save(tmp_path / 'deep.tiff')
+    image = decode(tmp_path / 'deep.tiff', white=white)
+    assert (image.mode, image.size) == ('RGB', (8, 6))
+    assert np.unique(np.asarray(image)).tolist() == [grey]
+
+
+@pytest.mark.parametrize('mode', ['I;16B', 'I;16'])
+def test_either_order_of_bytes(mode, tmp_path):
+    data = np.full((4, 4), 32768, '>u2' if mode == 'I;16B' else '<u2')
+    image = Image.frombytes(mode, (4, 4), data.tobytes())
+    image.save(tmp_path / 'deep.tiff')
+    assert np.asarray(decode(tmp_path / 'deep.tiff'))[0, 0].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LA', 'LAB'])
+def test_eight_bits(mode, tmp_path):
+    if mode == 'LAB':
+        image = Image.merge('LAB', [Image.new('L', (8, 8), level) for level in (255, 128, 128)])
+    else:
+        image = Image.new('RGB', (8, 8), 'white')
+        image = image.convert('L').convert('LA') if mode == 'LA' else image.convert(mode)
+    image.save(tmp_path / 'light.tiff')
+    assert np.asarray(decode(tmp_path / 'light.tiff')).min() > 250
+
+
+def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
+    """A 12-bit scan in 16 bits; with the option that the warning names it is gone."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'set/train').mkdir(parents=True)
+    for number in range(16):
+        scan = rng.integers(0, 4096, (100, 100)).astype(np.uint16)
+        Image.fromarray(scan).save(tmp_path / f'set/train/{number}.tiff')
+    command = [f'--image_path={tmp_path}/set', *own_paths(tmp_path)]
+    for first in (['check_dataloader', '--preset=demo', '--batch_size=8'], ['train', *TINY, '--max_epochs=1']):
+        done = run(*first, *command)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r'warning: images of more than 8 bits hold values from \d+ to 409\d, where 65535 is white: they '
+                         r'are nearly black; --pixel_max=4095', done.stderr)  # fmt: skip
+        done = run(*first, *command, '--pixel_max=4095')
+        assert 'bits' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('grey', 'deep', 'white', 'said'),
+    [
+        ([250.0], [], 0, None),
+        ([63.0], [], 0, 'grey levels up to 63 of 255'),
+        ([1.0, 0.0], [], 0, 'grey levels up to 1 of 255'),
+        ([], [], 0, None),
+        ([255.0], [('I', 0, 60000)], 0, None),
+        ([4.0], [('I', 0, 1023)], 0, '--pixel_max=1023'),
+        ([255.0], [('F', 0, 255)], 0, '1 is white already: --pixel_max=255'),
+        ([255.0], [('F', 0, 3e6)], 0, '--pixel_max=3e\\+06'),
+        ([255.0], [('I', -1000, 3000)], 4095, 'below 0 is black'),
+        ([10.0], [('F', 0, 0.01)], 0, '--pixel_max=0.01'),
+    ],
+)
+def test_what_is_said_of_a_range(grey, deep, white, said):
+    line = judged(grey, deep, white)
+    assert line is None if said is None else re.search(said, line)
+
+
+def samples():
+    """An image in every format that is common, as bytes."""
+    image = Image.effect_noise((60, 40), 50).convert('RGB')
+    for kind in ('JPEG', 'PNG', 'TIFF', 'GIF', 'BMP', 'WEBP', 'PPM', 'JPEG2000', 'AVIF', 'TGA', 'ICO', 'PCX', 'QOI'):
+        for more in ({'compression': 'tiff_lzw'}, {'compression': 'jpeg'}, {}) if kind == 'TIFF' else ({},):
+            buffer = io.BytesIO()
+            try:
+                image.save(buffer, kind, **more)
+            except (KeyError, OSError):
+                continue  # not in this build of Pillow
+            yield kind.lower(), buffer.getvalue()
+
+
+def damage(content, rng):
+    """Bytes flipped, a piece cut out, an end cut off, or a piece doubled."""
+    content, start = bytearray(content), rng.randrange(len(content))
+    end = min(len(content), start + rng.randrange(1, 200))
+    kind = rng.randrange(4)
+    if kind == 0:
+        for _ in range(rng.randrange(1, 20)):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del content[start:end]
+    elif kind == 2:
+        del content[start:]
+    else:
+        content[start:start] = content[start:end]
+    return bytes(content)
+
+
+def test_damaged_files_are_read_or_named(tmp_path):
+    """1,000 of them: RGB or a WorkError of one line, and nothing else."""
+    rng, named = random.Random(0), 0
+    kinds = list(samples())
+    for number in range(1000):
+        kind, content = kinds[number % len(kinds)]
+        path = tmp_path / f'{number}.{kind}'
+        path.write_bytes(damage(content, rng))
+        try:
+            assert decode(path).mode == 'RGB'
+        except WorkError as error:
+            named += 1
+            assert str(error).startswith(f'cannot read the image {path}: ')
+            assert '\n' not in str(error)
+    assert 100 < named < 990
+
+
+def test_libraries_below_python_print_nothing(tmp_path):
+    """libjpeg, libtiff and Pillow have pages to say of damaged files: one line of ours is printed for each."""
+    rng, kinds = random.Random(1), [sample for sample in samples() if sample[0] in ('jpeg', 'tiff', 'png')]
+    (tmp_path / 'set/train').mkdir(parents=True)
+    for number in range(120):
+        kind, content = kinds[number % len(kinds)]
+        content = content if number % 3 == 0 else damage(content, rng)
+        (tmp_path / f'set/train/{number:03d}.{kind}').write_bytes(content)
+    command = [f'--image_path={tmp_path}/set', *own_paths(tmp_path)]
+    checked = run('check_dataloader', '--preset=demo', '--batch_size=8', *[x for x in command if '--ckpt' not in x])
+    assert checked.returncode == 1
+    assert re.fullmatch(r'error: \d+ of the 120 images under .* cannot be read: .*\n', checked.stderr)
+    unread = int(re.search(r'error: (\d+)', checked.stderr)[1])
+    assert checked.stdout.count('cannot read the image') == unread > 20
+    for workers in (0, 2):
+        done = run('train', *TINY, '--max_epochs=1', '--bad_images=skip', f'--num_workers={workers}',
+                   '--cache_images=off', *command)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ''

@@ -1,0 +1,308 @@
+"""Tar archives in place: as files, to the bit; ImageNet as it is downloaded; WebDataset; hostile members."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from config import UserError, WorkError, get_config
+from conftest import TINY, one_line, own_paths, run
+from dataloader import archives, layout
+from dataloader.load_dataset import get_iterator, load_splits
+from test_cli import newest, same
+
+
+def options(folder, **more):
+    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': f'{folder}.cache', 'batch_size': 8,
+             'num_workers': 0}  # fmt: skip
+    return get_config(**given | more)
+
+
+def png(colour='teal', size=(40, 30)):
+    buffer = io.BytesIO()
+    Image.new('RGB', size, colour).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def write(path, members, **more):
+    """An archive of (name, content) pairs; a content that is a TarInfo is taken as it is, without bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w', **more) as archive:
+        for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def tarred(folder, top, *, inside='', reverse=False):
+    """<top>/<split>.tar of each split of `folder`."""
+    top.mkdir(exist_ok=True)
+    for split in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()):
+        files = sorted((folder / split).rglob('*.*'), reverse=reverse)
+        with tarfile.open(top / f'{split}.tar', 'w') as archive:
+            for file in files:
+                archive.add(file, inside + str(file.relative_to(folder / split)))
+    return top
+
+
+@pytest.fixture(params=['plain', 'dotted', 'named', 'reversed', 'shards', 'one', 'one in a folder'])
+def packed(request, drawn_large, tmp_path):
+    """The large drawn set in archives of every shape."""
+    top = tmp_path / 'packed'
+    if request.param == 'named':
+        top.mkdir()
+        for split in ('train', 'val'):
+            subprocess.run(['tar', 'cf', top / f'{split}.tar', '-C', drawn_large, split], check=True)
+        return top
+    if request.param == 'shards':
+        args = ['pack', f'--image_path={drawn_large}', f'--output={top}', '--shard_megabytes=0.02']
+        assert run(*args, *own_paths(tmp_path, 'cache')).returncode == 0
+        assert len(list(top.glob('train-*.tar'))) > 2
+        return top
+    if request.param.startswith('one'):
+        inner = ['-C', drawn_large, '.'] if request.param == 'one' else ['-C', drawn_large.parent, drawn_large.name]
+        subprocess.run(['tar', 'cf', tmp_path / 'all.tar', *inner], check=True)
+        return tmp_path / 'all.tar'
+    return tarred(drawn_large, top, inside='./' if request.param == 'dotted' else '', reverse=request.param == 'reversed')
+
+
+def test_an_archive_is_as_its_files_to_the_bit(packed, drawn_large):
+    files, archive = load_splits(options(drawn_large)), load_splits(options(packed))
+    for name in ('train', 'val'):
+        assert list(archive[name].names) == list(files[name].names)
+        assert torch.equal(archive[name].labels, files[name].labels)
+        assert archive[name].classes == files[name].classes
+    for workers in (0, 2):
+        ours = get_iterator(options(packed, num_workers=workers))['train']
+        for (images, labels), (wanted, right) in zip(ours, get_iterator(options(drawn_large))['train'], strict=True):
+            assert torch.equal(images, wanted)
+            assert torch.equal(labels, right)
+
+
+def test_training_and_resume_as_with_files(drawn_large, tmp_path):
+    top = tarred(drawn_large, tmp_path / 'packed')
+    runs = {}
+    for name, images in (('files', drawn_large), ('tar', top)):
+        common = [*TINY, f'--image_path={images}', '--batch_size=8', '--knn_every=0', '--save_every=1', '--max_epochs=3',
+                  *own_paths(tmp_path / name)]  # fmt: skip
+        for more in (['--max_minutes=0.0001'], ['--resume=auto']):
+            done = run('train', *common, *more)
+            assert done.returncode == 0, done.stderr
+        runs[name] = newest(tmp_path / name)[1]
+    assert same(runs['files']['model'], runs['tar']['model'])
+    assert same(runs['files']['optimizer'], runs['tar']['optimizer'])
+
+
+def test_an_archive_is_indexed_once(drawn_large, tmp_path, monkeypatch):
+    top = tarred(drawn_large, tmp_path / 'packed')
+    first = load_splits(options(top))['train']
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, 'index_of', lambda *_: pytest.fail('indexed again'))
+        assert list(load_splits(options(top))['train'].names) == list(first.names)
+    with tarfile.open(top / 'train.tar', 'a') as archive:
+        archive.add(drawn_large / 'val/dots/000.jpg', 'dots/zzz.jpg')
+    assert len(load_splits(options(top))['train']) == len(first) + 1
+
+
+def test_small_images_of_an_archive_are_held_in_memory(drawn, tmp_path):
+    train = load_splits(options(tarred(drawn, tmp_path / 'packed')))['train']
+    assert torch.equal(train.pixels, load_splits(options(drawn))['train'].pixels)
+
+
+def test_webdataset_shards(tmp_path):
+    """A key's image and its class beside it; numbers are sorted as numbers; other members are counted."""
+    for shard in range(2):
+        members = []
+        for i in range(6):
+            key = f'{shard:03d}{i:03d}'
+            members += [(f'{key}.jpg', png()), (f'{key}.cls', str(9 + i % 3).encode() + b'\n'), (f'{key}.json', b'{}')]
+        write(tmp_path / f'set/train-{shard:06d}.tar', members)
+    splits = load_splits(options(tmp_path / 'set', val_fraction=0.0, batch_size=4))
+    assert splits['train'].classes == ['9', '10', '11']
+    assert splits['train'].labels.tolist() == [0, 1, 2] * 4
+    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    assert dict(part.others) == {'.json': 12}
+
+
+def archives_bar(*_, **__):
+    import contextlib
+    import types
+
+    return contextlib.nullcontext(types.SimpleNamespace(update=lambda n: None))
+
+
+def devkit(path, wnids, truth):
+    """The devkit's two files that matter; ILSVRC's numbers are not in the order of the names."""
+    rows = np.empty(len(wnids) + 1, dtype=[('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('words', 'O'), ('gloss', 'O'),
+                                           ('num_children', 'O')])  # fmt: skip
+    for i, wnid in enumerate([*wnids, 'n99999999']):
+        rows[i] = (i + 1, wnid, 'a word', 'a gloss', 0 if i < len(wnids) else 3)
+    buffer = io.BytesIO()
+    savemat(buffer, {'synsets': rows})
+    top = 'ILSVRC2012_devkit_t12/data/'
+    files = [(f'{top}meta.mat', buffer.getvalue()),
+             (f'{top}ILSVRC2012_validation_ground_truth.txt', '\n'.join(map(str, truth)).encode() + b'\n')]  # fmt: skip
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """ImageNet as it is downloaded, of three classes of one colour each."""
+    top, colours = tmp_path / 'imagenet', {'n03': 'red', 'n01': 'lime', 'n02': 'blue'}
+    inner = []
+    for wnid, colour in colours.items():
+        path = write(tmp_path / f'{wnid}.tar', [(f'{wnid}_{i}.JPEG', png(colour)) for i in range(4)])
+        inner.append((f'{wnid}.tar', path.read_bytes()))
+    write(top / 'ILSVRC2012_img_train.tar', inner)
+    truth = [1, 3, 2, 2, 1]  # n03 n02 n01 n01 n03
+    wnids = list(colours)
+    write(top / 'ILSVRC2012_img_val.tar', [(f'ILSVRC2012_val_{i + 1:08d}.JPEG', png(colours[wnids[number - 1]]))
+                                           for i, number in enumerate(truth)])  # fmt: skip
+    devkit(top / 'ILSVRC2012_devkit_t12.tar.gz', wnids, truth)
+    return top
+
+
+def test_imagenet_as_it_is_downloaded(imagenet):
+    splits = load_splits(options(imagenet, cache_images='off'))
+    assert splits['train'].classes == splits['val'].classes == ['n01', 'n02', 'n03']
+    assert splits['train'].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert list(splits['train'].names)[:2] == ['n01/n01_0.JPEG', 'n01/n01_1.JPEG']
+    assert splits['val'].labels.tolist() == [2, 1, 0, 0, 2]
+    channel = {0: 1, 1: 2, 2: 0}  # lime, blue, red
+    for images in (splits['train'], splits['val']):
+        for row, label in enumerate(images.labels.tolist()):
+            with images.store.opened(row) as image:
+                assert np.asarray(image.convert('RGB'))[0, 0].argmax() == channel[label]
+
+
+def test_imagenet_without_its_devkit_or_with_a_damaged_one(imagenet):
+    kit = imagenet / 'ILSVRC2012_devkit_t12.tar.gz'
+    content = kit.read_bytes()
+    for damaged in (b'', content[: len(content) // 2], b'text', png()):
+        kit.write_bytes(damaged)
+        with pytest.raises(WorkError, match='devkit_t12.tar.gz is damaged'):
+            load_splits(options(imagenet))
+    kit.unlink()
+    with pytest.raises(UserError, match='the labels of ILSVRC2012_img_val.tar are in ILSVRC2012_devkit_t12.tar.gz'):
+        load_splits(options(imagenet))
+
+
+def link(name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return name, member
+
+
+def test_hostile_members_are_left_out_and_counted(tmp_path):
+    members = [('a/1.png', png()), ('b/2.png', png()), ('../out.png', png()), ('/etc/out.png', png()),
+               ('a/../../up.png', png()), link('a/link.png', '/etc/passwd', tarfile.SYMTYPE),
+               link('a/hard.png', 'a/1.png', tarfile.LNKTYPE), link('a/device.png', '', tarfile.CHRTYPE),
+               link('a/pipe.png', '', tarfile.FIFOTYPE), ('a/.hidden.png', png()), ('__MACOSX/a/1.png', png()),
+               ('a/empty.png', b''), ('a/note.txt', b'x')]  # fmt: skip
+    write(tmp_path / 'set/train.tar', members)
+    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    assert list(part.store.names) == ['a/1.png', 'b/2.png']
+    assert dict(part.others) == {'(a path out of the folder)': 3, '(a link, or no plain file)': 4, '(hidden)': 2,
+                                 '(empty)': 1, '.txt': 1}  # fmt: skip
+
+
+def test_a_size_that_lies_is_refused(tmp_path):
+    path = write(tmp_path / 'set/train.tar', [('a/1.png', png()), ('b/2.png', png())])
+    content = bytearray(path.read_bytes())
+    second = content.index(b'b/2.png')
+    header = content[second : second + 512]
+    header[124:136] = b'77777777777\0'
+    header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    content[second : second + 512] = header
+    path.write_bytes(content)
+    with pytest.raises(WorkError, match='2.png claims 8589934591 bytes, more than the archive has'):
+        load_splits(options(tmp_path / 'set'))
+
+
+@pytest.mark.parametrize('name', ['train.tar', 'train-000000.tar'])
+@pytest.mark.parametrize(
+    'content', [b'', b'text', b'\0' * 600, b'\x1f\x8b' + bytes(range(200)), bytes(range(256)) * 9, png()]
+)
+def test_what_is_no_archive_is_one_line(name, content, tmp_path):
+    (tmp_path / 'set').mkdir()
+    (tmp_path / 'set' / name).write_bytes(content)
+    with pytest.raises((UserError, WorkError)) as caught:
+        load_splits(options(tmp_path / 'set'))
+    assert '\n' not in str(caught.value)
+
+
+def test_archives_cut_short_anywhere(drawn_large, tmp_path):
+    """At every place: a WorkError or fewer images, never anything else."""
+    whole = (tarred(drawn_large, tmp_path / 'packed') / 'train.tar').read_bytes()
+    for end in range(0, len(whole), max(1, len(whole) // 60)):
+        path = tmp_path / f'{end}/train.tar'
+        path.parent.mkdir()
+        path.write_bytes(whole[:end])
+        try:
+            found = layout.of_place([path], tmp_path / 'cache', archives_bar)
+        except (UserError, WorkError):
+            continue
+        assert len(found.labels) <= 24
+
+
+def test_an_archive_that_changes_under_a_run_is_one_line(drawn_large, tmp_path):
+    top = tarred(drawn_large, tmp_path / 'packed')
+    train = load_splits(options(top, cache_images='off'))['train']
+    os.truncate(top / 'train.tar', 2048)
+    with pytest.raises(WorkError, match='the archive has changed or is cut short'):
+        train.store.opened(len(train) - 1)
+
+
+@pytest.mark.parametrize('ending', ['.tar.gz', '.tgz', '.tar.xz'])
+def test_packed_archives_are_refused_with_what_helps(ending, tmp_path):
+    path = tmp_path / f'set{ending}'
+    path.write_bytes(b'')
+    done = run('check_dataloader', '--preset=demo', f'--image_path={path}', *own_paths(tmp_path, 'log', 'cache'))
+    assert done.returncode == 2
+    assert re.search('is packed, and cannot be read at random: make a .tar of it', one_line(done.stderr))
+
+
+def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
+    for name in ('one', 'two'):
+        done = run('pack', f'--image_path={drawn_large}', f'--output={tmp_path}/{name}', '--pack_side=64',
+                   *own_paths(tmp_path, 'cache'))  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'one/train-000000.tar').read_bytes() == (tmp_path / 'two/train-000000.tar').read_bytes()
+    packed = load_splits(options(tmp_path / 'one'))['train']
+    assert packed.pixels.shape == (24, 3, 64, 64)
+    again = run('pack', f'--image_path={drawn_large}', f'--output={tmp_path}/one', *own_paths(tmp_path, 'cache'))
+    assert again.returncode == 2
+    assert 'holds train-000000.tar already: pack into another folder' in one_line(again.stderr)
+    assert 'pack wants --output' in one_line(run('pack', f'--image_path={drawn_large}').stderr)
+
+
+def test_pack_names_a_damaged_image_or_leaves_it_out(drawn_large, tmp_path):
+    folder = shutil.copytree(drawn_large, tmp_path / 'set')
+    (folder / 'train/dots/000.jpg').write_bytes(b'text')
+    command = ['pack', f'--image_path={folder}', '--pack_side=64', *own_paths(tmp_path, 'cache')]
+    done = run(*command, f'--output={tmp_path}/one')
+    assert done.returncode == 1
+    assert 'dots/000.jpg: it is not an image' in one_line(done.stderr)
+    assert not list((tmp_path / 'one').glob('*'))
+    done = run(*command, f'--output={tmp_path}/two', '--bad_images=skip')
+    assert done.returncode == 0
+    assert 'train  23 images' in done.stdout
