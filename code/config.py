@@ -254,8 +254,8 @@ class Config:
         ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'), used_by=('ablate',),
     )  # fmt: skip
     output: str = option(
-        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth; pack: '
-        'a folder',
+        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth; '
+        'pack: a folder',
         used_by=('infer', 'embed', 'export', 'pack'),
     )  # fmt: skip
     pack_side: int = option(0, 'pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are',

@@ -12,7 +12,7 @@ import torch
 import torch.utils.data
 
 from config import WorkError
-from terminal import hush
+from terminal import hush, hushed
 from utils import cpu_count, give_freed_memory_back
 
 CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
@@ -23,6 +23,9 @@ DEATHS = {  # what helps, by the signal that ended a process
     signal.SIGBUS: 'as where /dev/shm is full: docker run --shm-size=8g, or a lower --num_workers (0 needs none)',
     signal.SIGSEGV: 'a fault in a library that reads images: --num_workers=0 shows at which one',
 }
+
+
+END = object()  # after the last batch
 
 
 class WorkerDied(WorkError):
@@ -51,32 +54,60 @@ class Batches(torch.utils.data.DataLoader):
             # torch's own handler raises in the middle of whatever is done when a process ends; here it is noticed when
             # its batch is waited for.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with Watch(batches._workers) as watch:
+            while (batch := watch.next_of(batches)) is not END:
+                yield raised(batch)
+
+
+class Watch(threading.Thread):
+    """Looks at the processes while a batch is waited for, and ends those that hang: the reader may be blocked in the
+    middle of what a stopped one has begun to say."""
+
+    def __init__(self, workers):
+        super().__init__(daemon=True)
+        self.workers, self.waiting, self.hung, self.over = workers, False, False, threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+
+    def run(self):
+        last, since = None, time.monotonic()
+        while not self.over.wait(CHECK):
+            done = work_of(self.workers) if self.waiting else None
+            if done is None or done != last:
+                last, since = done, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                self.hung = True
+                for worker in self.workers:
+                    worker.kill()
+                return
+
+    def next_of(self, batches):
+        """The next batch of an iterator, or END."""
         while True:
-            last, since = None, time.monotonic()
-            while True:
-                asked = time.monotonic()
-                try:
-                    batch = next(batches)
-                    break
-                except StopIteration:
-                    return
-                except RuntimeError:
-                    explain(batches)
-                    if time.monotonic() - asked < CHECK / 2:
-                        raise  # not the time: a fault
-                    done = work_of(batches._workers)
-                    if done is None or done != last:
-                        last, since = done, time.monotonic()
-                    elif time.monotonic() - since > PATIENCE:
-                        raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does '
-                                        f'the disk or network answer? {GO_ON}') from None  # fmt: skip
-            yield raised(batch)
+            asked, self.waiting = time.monotonic(), True
+            try:
+                return next(batches, END)
+            except Exception as error:
+                if self.hung:
+                    raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the '
+                                    f'disk or network answer? {GO_ON}') from None  # fmt: skip
+                explain(self.workers)
+                if not isinstance(error, RuntimeError) or time.monotonic() - asked < CHECK / 2:
+                    raise  # not the time: a fault
+            finally:
+                self.waiting = False
 
 
 def caught(make, *given):
     """make(*given), or the exception that it raised: through a process as itself it would lose its type and place."""
     try:
-        return make(*given)
+        with hushed():
+            return make(*given)
     except WorkError as error:
         return error
     except Exception:  # a fault of ours
@@ -90,9 +121,9 @@ def raised(batch):
     return batch
 
 
-def explain(batches):
-    """Raise WorkerDied where a process of an iterator has ended."""
-    for worker in batches._workers:
+def explain(workers):
+    """Raise WorkerDied where one of the processes has ended."""
+    for worker in workers:
         worker.join(0.1 if worker.exitcode is None else 0)
         if worker.exitcode is None:
             continue

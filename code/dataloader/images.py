@@ -54,17 +54,27 @@ def shown(path):
 
 @contextlib.contextmanager
 def opened(source, name):
-    """An image as PIL opens it, its pixels not read yet. source: a path, or a file of bytes; name: of the image.
+    """An image as PIL opens it, its pixels not read yet: rgb and pixels_of do.
 
-    Raises WorkError with its name where it cannot be read, now or in what the caller does with it.
+    source: a path, or a file of bytes; name: of the image. Raises WorkError with its name where it cannot be opened, as
+    rgb and pixels_of do where it cannot be read.
     """
+    with named(name):
+        image = Image.open(source)
+    with image:
+        if image.width * image.height > MOST_PIXELS:
+            raise WorkError(f'cannot read the image {shown(name)}: it has {image.width} x {image.height} pixels, more '
+                            f'than {MOST_PIXELS:,}')  # fmt: skip
+        image.named = name
+        yield image
+
+
+@contextlib.contextmanager
+def named(name):
+    """What Pillow raises on the bytes of a file as a WorkError with its name. Only for calls of Pillow that read: what
+    goes wrong elsewhere is no fault of the file."""
     try:
-        with Image.open(source) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f'it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}')
-            yield image
-    except WorkError:
-        raise
+        yield
     except MemoryError:
         raise WorkError(f'cannot read the image {shown(name)}: it takes more memory than there is') from None
     except Exception as error:  # Pillow's plugins raise anything on damaged bytes: struct.error, KeyError, EOFError...
@@ -84,8 +94,14 @@ def rgb(image, white=0.0):
     """An opened image in RGB; an animation is its first picture.
 
     Where a pixel has more than 8 bits, 0 becomes black and `white` (0: of WHITE, 65535 for 16 and 32 bit integers, 1
-    for floats) becomes white; what lies beyond is cut. PIL would make white of most.
+    for floats) becomes white; what lies beyond is cut. PIL would make white of most. Raises WorkError where it cannot
+    be read.
     """
+    with named(getattr(image, 'named', 'in memory')):
+        return converted(image, white)
+
+
+def converted(image, white):
     kind = 'I' if image.mode.startswith('I') else image.mode
     if kind in WHITE:
         levels = np.nan_to_num(np.asarray(image).astype(np.float32))

@@ -122,8 +122,8 @@ def decode_all(store, title, keep, white=0.0):
     def read(row):
         try:
             with store.opened(row) as image:
-                image = np.asarray(rgb(image, white)) if keep else image.load() and None
-            return image.transpose(2, 0, 1) if keep else None
+                image = rgb(image, white)
+            return np.asarray(image).transpose(2, 0, 1) if keep else None
         except WorkError as error:
             error.row = row
             return error

@@ -1,6 +1,6 @@
 """Any picture, any view, every store: a crop never fails, and is the reference's (hypothesis).
 
-    EXAMPLES=10000 python -m pytest tests/test_crops.py     more than the few hundred of every day
+EXAMPLES=10000 python -m pytest tests/test_crops.py     more than the few hundred of every day
 """
 
 import io
@@ -137,7 +137,9 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
         assert all(torch.equal(crop, found[0]) for crop in found)
 
 
-@pytest.mark.parametrize(('width', 'height', 'view'), [(2048, 1365, 224), (500, 375, 32), (375, 500, 32), (1021, 67, 8)])
+@pytest.mark.parametrize(
+    ('width', 'height', 'view'), [(2048, 1365, 224), (500, 375, 32), (375, 500, 32), (1021, 67, 8)]
+)
 def test_odd_photographs(width, height, view):
     """The sizes at which training on photographs ended: 19 of 900 draws failed, or one of some thousand."""
     content = encoded(picture(height, width), 'JPEG')

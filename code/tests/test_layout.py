@@ -1,6 +1,5 @@
 """Folders as people have them: which images are found, of which class, and what is said of the rest."""
 
-import csv
 import os
 import random
 import re
@@ -271,8 +270,8 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_image(target, drawn, tmp_pat
     assert '1 of 73 images' in capsys.readouterr().out
 
 
-ODD_NAMES = (b'caf\xe9.png', b'new\nline.png', b'tab\there.png', b'\x1b[31mred.png', '漢字.png'.encode(), b'a [b] *?.png',
-             b'-rf.png', b'%s {0}.png', b'"quote", comma.png', b' .png')  # fmt: skip
+ODD_NAMES = (b'caf\xe9.png', b'new\nline.png', b'tab\there.png', b'\x1b[31mred.png', '漢字.png'.encode(),
+             b'a [b] *?.png', b'-rf.png', b'%s {0}.png', b'"quote", comma.png', b' .png')  # fmt: skip
 
 
 def test_names_are_bytes(drawn, tmp_path):

@@ -75,7 +75,9 @@ def packed(request, drawn_large, tmp_path):
         inner = ['-C', drawn_large, '.'] if request.param == 'one' else ['-C', drawn_large.parent, drawn_large.name]
         subprocess.run(['tar', 'cf', tmp_path / 'all.tar', *inner], check=True)
         return tmp_path / 'all.tar'
-    return tarred(drawn_large, top, inside='./' if request.param == 'dotted' else '', reverse=request.param == 'reversed')
+    return tarred(
+        drawn_large, top, inside='./' if request.param == 'dotted' else '', reverse=request.param == 'reversed'
+    )
 
 
 def test_an_archive_is_as_its_files_to_the_bit(packed, drawn_large):
@@ -95,8 +97,8 @@ def test_training_and_resume_as_with_files(drawn_large, tmp_path):
     top = tarred(drawn_large, tmp_path / 'packed')
     runs = {}
     for name, images in (('files', drawn_large), ('tar', top)):
-        common = [*TINY, f'--image_path={images}', '--batch_size=8', '--knn_every=0', '--save_every=1', '--max_epochs=3',
-                  *own_paths(tmp_path / name)]  # fmt: skip
+        common = [*TINY, f'--image_path={images}', '--batch_size=8', '--knn_every=0', '--save_every=1',
+                  '--max_epochs=3', *own_paths(tmp_path / name)]  # fmt: skip
         for more in (['--max_minutes=0.0001'], ['--resume=auto']):
             done = run('train', *common, *more)
             assert done.returncode == 0, done.stderr

@@ -1,0 +1,188 @@
+"""Processes that read images: whatever happens to one is told as what it was, and ends the run within a minute."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import cli
+from config import WorkError, get_config
+from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
+from dataloader import batches
+from dataloader.load_dataset import get_iterator
+from utils import memory_for, short_of_memory
+
+# 150 px images: read by two processes; epochs enough for a process to be found.
+LONG = (*TINY, '--batch_size=8', '--max_epochs=2000', '--knn_every=0', '--num_workers=2')
+
+
+def start(folder, images, *options, **more):
+    command = [
+        sys.executable,
+        str(CODE / 'cli.py'),
+        'train',
+        *LONG,
+        f'--image_path={images}',
+        *own_paths(folder),
+        *options,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            **more)  # fmt: skip
+
+
+def workers_of(process):
+    """The process ids of the workers, once they are there and the training is under way."""
+    for line in process.stdout:
+        if line.startswith('epoch 1/'):
+            break
+    children = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True, check=True
+    )
+    return [int(pid) for pid in children.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ('number', 'helps'),
+    [
+        (signal.SIGKILL, 'SIGKILL, as the system does where memory runs out: try a lower --num_workers'),
+        (signal.SIGBUS, 'SIGBUS, as where /dev/shm is full: docker run --shm-size=8g'),
+        (signal.SIGSEGV, 'SIGSEGV, a fault in a library that reads images: --num_workers=0 shows at which one'),
+        (signal.SIGTERM, 'SIGTERM, by somebody else'),
+    ],
+)
+def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large, tmp_path):
+    process = start(tmp_path, drawn_large)
+    os.kill(workers_of(process)[0], number)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 30
+    line = one_line(errors)
+    assert line.startswith(f'error: a process that reads images was ended by {helps}')
+    assert line.endswith('--resume=auto goes on from the last checkpoint')
+
+
+def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
+    monkeypatch.setattr(batches, 'PATIENCE', 4.0)
+    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
+    loader = get_iterator(args)['train']
+    iterator = iter(loader)
+    next(iterator)
+    pids = [worker.pid for worker in loader._iterator._workers]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(WorkError, match='the processes that read images have done nothing for 4 s'):
+        for _ in iterator:
+            pass
+    assert 3 < time.monotonic() - began < 20
+    del iterator, loader
+
+
+def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
+    """A batch that takes longer than several looks at the processes, and than the patience with idle ones."""
+    monkeypatch.setattr(batches, 'CHECK', 0.2)
+    monkeypatch.setattr(batches, 'PATIENCE', 1.0)
+    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=1)
+    images = get_iterator(args)['val'].dataset
+    whole = type(images).read
+
+    def slow(self, *key):
+        until = time.process_time() + 0.5
+        while time.process_time() < until:
+            pass
+        return whole(self, *key)
+
+    monkeypatch.setattr(type(images), 'read', slow)
+    assert sum(len(labels) for _, labels in get_iterator(args)['val']) == 12
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_fault_of_ours_is_shown_as_one(workers, drawn_large, tmp_path, monkeypatch, capsys):
+    """With its place, and where to report it; not as the death of a process or for lack of memory."""
+    monkeypatch.setattr('dataloader.crops.random_crops', lambda *_: {}['DataLoader worker (pid 7) is killed'])
+    command = ['train', *TINY, f'--image_path={drawn_large}', '--batch_size=8', '--knn_every=0', *own_paths(tmp_path)]
+    assert cli.main([*command, f'--num_workers={workers}']) == 1
+    errors = capsys.readouterr().err
+    assert 'Traceback (most recent call last)' in errors
+    assert "KeyError: 'DataLoader worker (pid 7) is killed'" in errors
+    assert errors.strip().splitlines()[-1].startswith('error: this is a fault of this program, not of yours')
+    assert 'was ended by' not in errors
+
+
+def test_a_fault_elsewhere_too(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('train.train_step', lambda *_: int('Connection to a DataLoader worker'))
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert 'ValueError: invalid literal' in errors
+    assert 'this is a fault of this program' in errors
+
+
+def test_a_long_tmpdir_changes_nothing(drawn_large, tmp_path):
+    """A socket's name holds 108 bytes: the processes printed that, and the run hung."""
+    folder = tmp_path / ('x' * 100)
+    folder.mkdir()
+    done = run('train', *TINY, f'--image_path={drawn_large}', '--batch_size=8', '--max_epochs=1', '--num_workers=2',
+               *own_paths(tmp_path), env={**os.environ, 'TMPDIR': str(folder)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+
+
+def small_shm(megabytes):
+    """The beginning of a command that sees /dev/shm as small as Docker makes it; None where that cannot be made."""
+    command = ['unshare', '--mount', 'sh', '-c',
+               f'mount -t tmpfs -o size={megabytes}m none /dev/shm && exec "$@"', 'sh']  # fmt: skip
+    possible = (
+        shutil.which('unshare') and not subprocess.run([*command, 'true'], capture_output=True, check=False).returncode
+    )
+    return command if possible else None
+
+
+def test_a_small_shared_memory_is_named(tmp_path):
+    command = small_shm(1)
+    if not command:
+        pytest.skip('no mount of its own can be made here')
+    folder = draw_folder(tmp_path / 'set', {'train': 24, 'val': 8}, side=150, suffix='.jpg')
+    done = subprocess.run([*command, sys.executable, str(CODE / 'cli.py'), 'train', *TINY, f'--image_path={folder}',
+                           '--image_size=128', '--batch_size=32', '--num_workers=2', '--knn_every=0', '--max_epochs=1',
+                           *own_paths(tmp_path)], capture_output=True, text=True, timeout=100, check=False)  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert re.search(r'error: (/dev/shm has no room for a batch|a process that reads images was ended by SIGBUS, as '
+                     r'where /dev/shm is full).*docker run --shm-size=8g', one_line(done.stderr))  # fmt: skip
+
+
+def test_memory_that_runs_out_is_told_with_what_helps_there():
+    for error, place in (
+        (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate'), 'the GPU'),
+        (MemoryError(), 'the machine'),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+            'the machine',
+        ),
+    ):
+        assert short_of_memory(error) == place
+        said = f'{place} has not enough memory for the kNN test: --knn_every=0'
+        with pytest.raises(WorkError, match=said), memory_for('the kNN test', '--knn_every=0 trains without it'):
+            raise error
+    assert short_of_memory(RuntimeError('out of memory of another kind')) is None
+    with pytest.raises(RuntimeError, match='a fault'), memory_for('anything', 'nothing'):
+        raise RuntimeError('a fault')
+
+
+def test_the_cpus_memory_that_runs_out_is_one_line(drawn, tmp_path):
+    """With a limit on the address space, and views that do not fit below it."""
+    command = ['sh', '-c', 'ulimit -v 4000000; exec "$@"', 'sh', sys.executable, str(CODE / 'cli.py'), 'train', *TINY,
+               f'--image_path={drawn}', '--batch_size=64', '--image_size=1024', '--device=cpu', '--knn_every=0',
+               *own_paths(tmp_path)]  # fmt: skip
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    if done.returncode != 1 or 'fault' in done.stderr:
+        assert 'libtorch' in done.stderr or 'cannot allocate' in done.stderr.lower(), done.stderr
+        pytest.skip('this build of torch does not load below the limit')
+    assert 'the machine has not enough memory' in one_line(done.stderr)
