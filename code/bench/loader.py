@@ -3,6 +3,7 @@
     python3 bench/loader.py
 
 Cases: jpeg224_worker, 500 x 375 JPEGs, what stays on the CPU when a GPU distorts (decode, two crops of 224 px);
+jpeg224_tar, the same out of a tar archive beside out of files;
 jpeg224_cpu, the same files to two ready MoCo v2 views, all on the CPU; memory32, 32 px images held in memory to two
 ready views without blur (the cifar10 preset), where the reference decodes the files. The reference is what the official
 release and its followers do: one image at a time in PIL, by torchvision's transforms, in a worker
@@ -10,6 +11,7 @@ process per core.
 """
 
 import random
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -118,6 +120,15 @@ def draw(root, count, height, width, generator, below='train'):
     return files
 
 
+def pack(files, folder):
+    """The files as one archive."""
+    folder.mkdir()
+    with tarfile.open(folder / 'train.tar', 'w') as archive:
+        for file in files:
+            archive.add(file, file.name)
+    return folder
+
+
 def main():
     generator, root = torch.Generator().manual_seed(0), Path(tempfile.mkdtemp())
     print(f'{cpu_count()} CPU cores, as many workers')
@@ -129,6 +140,10 @@ def main():
     cropped = get_iterator(get_config(preset='imagenet', batch_size=64, **options))['train']
     cropped.dataset.crops_only = True
     worker = in_turns(lambda: drain(cropped, 64), lambda: drain(pil, 64))
+    packed = options | {'image_path': str(pack(photos, root / 'packed'))}
+    from_tar = get_iterator(get_config(preset='imagenet', batch_size=64, **packed))['train']
+    from_tar.dataset.crops_only = True
+    tar = in_turns(lambda: drain(from_tar, 64), lambda: drain(cropped, 64))
     args = get_config(preset='imagenet', batch_size=16, **options)
     ready = get_iterator(args)['train']
     whole = in_turns(lambda: views(args, ready), lambda: drain(pil, 64))
@@ -144,11 +159,13 @@ def main():
     show(
         {
             'jpeg224_worker': (*worker, decoding),
+            'jpeg224_tar': (*tar, decoding),
             'jpeg224_cpu': (*whole, decoding),
             'memory32': (*small, bandwidth() / bytes32),
         },
         {
             'jpeg224_worker': 'decoding alone',
+            'jpeg224_tar': 'decoding alone; the reference is jpeg224_worker, from files',
             'jpeg224_cpu': 'decoding alone',
             'memory32': 'bytes read and written / the bandwidth of a copy',
         },

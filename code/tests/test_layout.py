@@ -51,7 +51,7 @@ trees = st.dictionaries(words, st.lists(st.tuples(st.lists(words, max_size=2), w
                         min_size=1, max_size=5)  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(trees)
 def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
     """Any names, any depth: ImageFolder's classes, its numbers, its class for every file."""
