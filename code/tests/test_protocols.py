@@ -15,6 +15,8 @@ from config import UserError, distortion, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader import geometry, vision
 from dataloader.load_dataset import load_splits, shuffled_crops
+from dataloader.names import Names
+from dataloader.stores.memory import Memory
 from optimizer.lars import Lars
 from protocols.finetune import balanced, listed
 from protocols.linear import cached_features, in_steps, train_probe
@@ -105,7 +107,7 @@ def test_kept_features_are_those_of_the_first_passes(drawn):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2,
                       crop_scale=0.3)  # fmt: skip
     crops = shuffled_crops(args, load_splits(args)['train'], drop_last=False)
-    pairs_of = cached_features(args, torch.nn.Flatten(), crops, 50, False)
+    pairs_of = cached_features(args, torch.nn.Flatten(), crops, 50)
     sums = [torch.cat([x.sum(1) for x, _ in pairs_of(epoch)]).sort().values for epoch in range(4)]
     torch.testing.assert_close(sums[0], sums[2])
     torch.testing.assert_close(sums[1], sums[3])
@@ -124,7 +126,8 @@ def test_the_labels_are_balanced_and_fixed_by_the_seed():
 def test_a_subset_list_as_it_is_published(drawn, tmp_path):
     """One `n02105855_2933.JPEG` a line; names that several classes have want their class."""
     images = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path)))['train']
-    unique = replace(images, names=[name.replace('/', '/x_' + name.split('/')[0]) for name in images.names])
+    names = Names(name.replace('/', '/x_' + name.split('/')[0]) for name in images.names)
+    unique = replace(images, store=Memory(names, images.pixels))
     path = tmp_path / '1percent.txt'
     path.write_text('x_dots003.png\nx_checks000.png\n\n')
     args = get_config(subset_list=str(path))
@@ -220,7 +223,7 @@ def test_the_smallest_crop_is_an_option(scale):
     [
         (('--protocol=linaer',), 'the nearest is linear'),
         (('--protocol=transfer',), 'wants --transfer_path=FOLDER'),
-        (('--protocol=transfer', '--transfer_path=/nowhere'), '/nowhere/train is not there'),
+        (('--protocol=transfer', '--transfer_path=/nowhere'), '/nowhere is not there'),
         (('--protocol=semi', '--subset_list=/nowhere.txt'), '--subset_list: /nowhere.txt cannot be read'),
         (('--protocol=detection',), 'wants --detection_path=FOLDER'),
         (('--label_fraction=0',), '--label_fraction must lie between'),
