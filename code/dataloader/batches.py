@@ -45,7 +45,8 @@ class Batches(torch.utils.data.DataLoader):
                          timeout=CHECK if num_workers else 0, **more)  # fmt: skip
 
     def __iter__(self):
-        batches = super().__iter__()
+        again = self.num_workers and self._iterator
+        batches = self.again(again) if again else super().__iter__()
         if not self.num_workers:
             for batch in batches:
                 yield raised(batch)
@@ -57,6 +58,19 @@ class Batches(torch.utils.data.DataLoader):
         with Watch(batches._workers) as watch:
             while (batch := watch.next_of(batches)) is not END:
                 yield raised(batch)
+
+    def again(self, batches):
+        """The iterator of the last epoch, begun anew: its processes are asked whether they are there."""
+        batches._timeout = 0  # a slow answer is none that did not come
+        with Watch(batches._workers) as watch:
+            watch.waiting = True
+            try:
+                return super().__iter__()
+            except Exception:
+                watch.judge()
+                raise
+            finally:
+                batches._timeout = CHECK
 
 
 class Watch(threading.Thread):
@@ -86,6 +100,13 @@ class Watch(threading.Thread):
                     worker.kill()
                 return
 
+    def judge(self):
+        """Raise what happened to the processes, if anything did."""
+        if self.hung:
+            raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
+                            f'network answer? {GO_ON}') from None  # fmt: skip
+        explain(self.workers)
+
     def next_of(self, batches):
         """The next batch of an iterator, or END."""
         while True:
@@ -93,10 +114,7 @@ class Watch(threading.Thread):
             try:
                 return next(batches, END)
             except Exception as error:
-                if self.hung:
-                    raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the '
-                                    f'disk or network answer? {GO_ON}') from None  # fmt: skip
-                explain(self.workers)
+                self.judge()
                 if not isinstance(error, RuntimeError) or time.monotonic() - asked < CHECK / 2:
                     raise  # not the time: a fault
             finally:

@@ -235,4 +235,4 @@ def test_a_worker_that_dies_is_one_line(drawn_large, tmp_path):
     os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert 'a process that reads images died' in one_line(errors)
+    assert 'a process that reads images was ended by SIGKILL' in one_line(errors)
