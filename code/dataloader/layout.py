@@ -231,8 +231,9 @@ def hold_out(part, fraction):
     Which ones depends on their names alone: not on a seed, and hardly on what is added later.
     """
     names, chosen = part.store.names, []
-    for number in range(len(part.classes)):
-        rows = (part.labels == number).nonzero()[:, 0].tolist()
+    counts = (part.labels + 1).bincount(minlength=len(part.classes) + 1).tolist()  # the first: without a label
+    for rows in part.labels.argsort(stable=True).split(counts)[1:]:
+        rows = rows.tolist()
         count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
         rows.sort(key=lambda row: hashlib.blake2b(names.raw(row), digest_size=8).digest())
         chosen += rows[: max(0, count)]
