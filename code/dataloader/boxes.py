@@ -1,7 +1,7 @@
 """Images with boxes (and masks), from a folder in the format of COCO or of VOC, as one COCO-style table.
 
 COCO   annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or images/<split>*/
-VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{train or trainval, val or test}.txt; boxes, no masks
+VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{trainval and test, or train and val}.txt; boxes, no masks
 """
 
 import json
@@ -25,7 +25,7 @@ class Boxes(Dataset):
     folder: Path
     table: dict
     masks: bool
-    flip: bool = False  # each image is mirrored half of the time: training
+    split: str  # its name in the folder
 
     def __post_init__(self):
         self.of_image = {image['id']: [] for image in self.table['images']}
@@ -75,8 +75,8 @@ def load_boxes(folder, masks):
         if masks:
             raise UserError('--detector=mask_rcnn wants masks, which the VOC format has not: take faster_rcnn or COCO')
         numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
-        lists = {'train': ('train', 'trainval'), 'val': ('val', 'test')}
-        return {split: voc_split(folder, names, numbers) for split, names in lists.items()}
+        train, val = voc_lists(folder)
+        return {'train': voc_split(folder, train, numbers), 'val': voc_split(folder, val, numbers)}
     raise UserError(f'--detection_path: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 
@@ -95,7 +95,7 @@ def coco_split(folder, split, masks):
         table['annotations'] = [{'iscrowd': 0, 'area': box['bbox'][2] * box['bbox'][3], **box}
                                 for box in table['annotations']]  # fmt: skip
         inside(table, images)
-        return Boxes(images, table, masks)
+        return Boxes(images, table, masks, own)
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None
 
@@ -113,11 +113,17 @@ def voc_classes(folder):
                    for thing in annotation(path).iter('object')})  # fmt: skip
 
 
-def voc_split(folder, names, numbers):
-    lists = [folder / f'ImageSets/Main/{name}.txt' for name in names]
-    path = next((path for path in lists if path.is_file()), None)
-    if path is None:
-        raise UserError(f'--detection_path: there is no {lists[0]}')
+def voc_lists(folder):
+    """The lists to train and to judge by: trainval and test, the field's convention (paper, table 5), or train and val,
+    whichever pair is there."""
+    lists = folder / 'ImageSets/Main'
+    for train, val in (('trainval', 'test'), ('train', 'val'), ('train', 'test')):
+        if (lists / f'{train}.txt').is_file() and (lists / f'{val}.txt').is_file():
+            return lists / f'{train}.txt', lists / f'{val}.txt'
+    raise UserError(f'--detection_path: {lists} has neither trainval.txt and test.txt nor train.txt and val.txt')
+
+
+def voc_split(folder, path, numbers):
     images, boxes = [], []
     for number, line in enumerate(path.read_text().split()):
         file = folder / f'Annotations/{line}.xml'
@@ -138,7 +144,7 @@ def voc_split(folder, names, numbers):
     categories = [{'id': number, 'name': name} for name, number in numbers.items()]
     table = {'images': images, 'annotations': boxes, 'categories': categories}
     inside(table, folder / 'JPEGImages')
-    return Boxes(folder / 'JPEGImages', table, masks=False)
+    return Boxes(folder / 'JPEGImages', table, masks=False, split=path.stem)
 
 
 def annotation(path):

@@ -19,7 +19,7 @@ from ckpt import new_model
 from config import UserError, WorkError, path_of
 from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
-from logger import progress
+from logger import progress, say
 from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
 from precision import autocast
@@ -44,10 +44,12 @@ def detection(args, model):
     train, val = splits['train'], splits['val']
     if not len(train) or not len(val) or not val.table['annotations']:
         raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
+    say(f'{path_of(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
     backbone = (new_model(args) if args.init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
     fit(args, detector, train)
-    result = {'init': args.init, 'detector': args.detector, **score(args, detector, val, masks)}
+    said = {'init': args.init, 'detector': args.detector, 'train': train.split, 'val': val.split}
+    result = {**said, **score(args, detector, val, masks)}
     return {**result, 'num_train': len(train), 'num_val': len(val)}, None, None, None
 
 

@@ -96,6 +96,27 @@ def test_both_formats_say_the_same(tmp_path):
             assert turned['boxes'][0, 0] == 96 - target['boxes'][0, 2]
 
 
+@pytest.mark.parametrize(('lists', 'pair'), [
+    ('train val trainval test', ('trainval', 'test')), ('trainval test', ('trainval', 'test')),
+    ('train val', ('train', 'val')), ('train val trainval', ('train', 'val')), ('train test', ('train', 'test')),
+    ('trainval val', None), ('train', None),
+])  # fmt: skip
+def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
+    """The field's convention where both are there: trainval to test (paper, table 5)."""
+    voc(tmp_path, {'train': 2, 'val': 1})
+    for path in (tmp_path / 'ImageSets/Main').iterdir():
+        path.unlink()
+    names = sorted(path.stem for path in (tmp_path / 'JPEGImages').iterdir())
+    for name in lists.split():
+        (tmp_path / f'ImageSets/Main/{name}.txt').write_text('\n'.join(names[:2] if 'train' in name else names[2:]))
+    if pair is None:
+        with pytest.raises(UserError, match='has neither trainval.txt and test.txt nor train.txt and val.txt'):
+            load_boxes(tmp_path, False)
+        return
+    splits = load_boxes(tmp_path, False)
+    assert (splits['train'].split, splits['val'].split) == pair
+
+
 def test_average_precision_of_known_cases(tmp_path):
     """All right: 100. Half of the objects found, the rest missed: precision 1 up to recall 1/2, 51 of COCO's 101 points
     of recall. Boxes whose overlap is 0.6: right at the thresholds 0.5, 0.55, 0.6 of ten."""
