@@ -96,7 +96,7 @@ def ablate(args):
 def outcome(args, run):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
     result = json.loads((run / 'evaluate_linear.json').read_text())
-    content = read(checkpoints(run)[-1], 'loss', 'epoch')
+    content = read(checkpoints(run)[-1])
     logged = read_scalars(path_of(args.log_path) / run.name)
     curves = {f'{short}_curve': logged.get(f'pretraining/{tag}', [])
               for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))}  # fmt: skip

@@ -1,37 +1,31 @@
 """Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is a folder of runs.py.
 
-A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it):
-    model, optimizer   state dicts
-    args               every option of the run
-    epoch, step        epochs finished, and steps of the one that was under way
-    loss               mean loss of the last epoch, as far as it went
-    seen               losses and stds of the steps of an epoch under way
-    scaler, rng        state of the fp16 scaler; of the global random generators (ours are keyed: utils.random_from)
-    versions           of torch and of this code
+A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it): state.State.content,
+with every option of the run (args) and the versions of torch and of this code. formats.py reads earlier ones.
 """
 
 import functools
 import os
 import pickle
 import platform
-import random
 import re
 import shutil
 import subprocess
 from dataclasses import asdict
 
-import numpy as np
 import torch
 import torchvision
 
-from config import OPTIONS, ROOT, Config, UserError, WorkError, changed, parse, path_of
+from config import ROOT, Config, UserError, WorkError, changed, path_of
 from distributed import rank
+from formats import is_ours, upgraded
+from logger import say
 from model.layouts import architecture, read_layout
 from model.simsiam import SimSiam
 from utils import write_aside
 
 SHOWN = 8  # keys of each kind that an error lists
-NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_step_(\d+))?')
+NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 # What belongs to this call and this machine, and never comes from a checkpoint.
@@ -70,8 +64,9 @@ def load_checkpoint(args, path):
         checkpoint = {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout,
                       'run': path_of(args.ckpt_path) / f'{layout}_{path.name}'}  # fmt: skip
     elif is_ours(content):
-        state = content['model']
-        saved = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
+        content, unsaid = upgraded(content)
+        state, saved = content['model'], content['args']
+        say_unsaid(path, saved['preset'], unsaid)
         checkpoint = {**content, 'layout': 'ours', 'run': path.parent}
     else:
         raise WorkError(f'{path} is damaged or was not written by this project, nor in the layout of the official '
@@ -88,6 +83,14 @@ def load_checkpoint(args, path):
     model = new_model(merged)
     strict_load(model, state, path)
     return merged, model, {**checkpoint, 'path': path}
+
+
+def say_unsaid(path, preset, names):
+    """Name the options that a file does not know, for it is older than they are."""
+    names = [name for name in names if name not in OF_THE_CALL]
+    if names:
+        more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+        say(f'{path.name} is older than --{", --".join(names[:SHOWN])}{more}: they are as in --preset={preset}')
 
 
 def strict_load(model, state, path):
@@ -118,53 +121,23 @@ def new_model(args):
         return SimSiam(args)
 
 
-def save_checkpoint(run, args, model, optimizer, epoch, loss, step=0, seen=None, scaler=None):
-    """Write a checkpoint into the folder `run`, whole or not at all; return its path.
+def save_checkpoint(run, args, state):
+    """Write a checkpoint of `state` into the folder `run`, whole or not at all; return its path.
 
-    epoch: epochs finished. step: of the next epoch, where it is under way; seen: (losses, stds) of its steps so far.
     What --keep_last and this newer one make superfluous is deleted: earlier ones from within an epoch, the oldest.
     """
-    path = run / (f'loss_{loss:.4f}_epoch_{epoch}' + (f'_step_{step}' if step else ''))
-    content = {
-        'model': model.state_dict(),
-        'optimizer': optimizer.state_dict(),
-        'args': asdict(args),
-        'epoch': epoch,
-        'step': step,
-        'loss': loss,
-        'seen': [values.cpu() for values in seen] if seen else None,
-        'scaler': scaler.state_dict() if scaler else None,
-        'rng': rng_states(),
-        'versions': versions(),
-    }
-    write_aside(path, lambda aside: torch.save(content, aside))
+    content = {**state.content(), 'args': asdict(args), 'versions': versions()}
+    within = f'_images_{state.images}' if state.images else ''
+    path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{within}'
     if not rank():
+        write_aside(path, lambda aside: torch.save(content, aside))
         older = [other for other in checkpoints(run) if other != path]
         within = [other for other in older if NAME.fullmatch(other.name)[3]]
         finished = [other for other in older if other not in within]
-        spare = len(finished) - args.keep_last + (not step) if args.keep_last else 0
+        spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
         for other in (*within, *finished[: max(0, spare)]):
             other.unlink()
     return path
-
-
-def rng_states():
-    kind, keys, *rest = np.random.get_state()
-    return {
-        'python': random.getstate(),
-        'numpy': (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_rng(states):
-    random.setstate(states['python'])
-    kind, keys, *rest = states['numpy']
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states['torch'])
-    if len(states['cuda']) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(states['cuda'])
 
 
 @functools.cache
@@ -195,17 +168,12 @@ def load_file(path):
         raise WorkError(DAMAGED.format(path)) from None
 
 
-def read(path, *keys):
-    """These entries of a file of ours. Raises WorkError."""
+def read(path):
+    """The content of a checkpoint of ours, of any format. Raises WorkError."""
     content = load_file(path)
-    if not isinstance(content, dict) or not all(key in content for key in keys):
+    if not is_ours(content):
         raise WorkError(DAMAGED.format(path))
-    return {key: content[key] for key in keys}
-
-
-def is_ours(content):
-    keys = ('model', 'optimizer', 'args', 'epoch', 'loss')
-    return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
+    return content
 
 
 def checkpoints(folder):

@@ -11,11 +11,12 @@ import traceback
 import fire
 from fire.decorators import SetParseFn
 
+import stop
 from config import UserError, WorkError, get_config, help_text, nearest, unused
-from interrupt import Stopped
 from terminal import complain, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
+ALONE = ('check_dataloader', 'pack', 'export', 'report')  # commands that have no work for several processes
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
@@ -43,7 +44,8 @@ def runner(command):
         keep_freed_memory()
         short_paths_for_processes()
         be_quiet(args.quiet)
-        getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
+        with stop.listening():
+            getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
         distributed.end()
 
     return run
@@ -54,6 +56,8 @@ def read_options(command, words, options):
     if words:
         raise UserError(f'{words[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
+    if command in ALONE and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError(f'{command} is the work of one process: start it without torchrun')
     chosen = {'preset', 'ckpt_name'} & args.given
     if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
         there = 'there' if args.preset == 'imagenet' else 'not there'
@@ -82,22 +86,20 @@ def main(argv):
         fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
         return failed(error, 2 if isinstance(error, UserError) else 1)
-    except BrokenPipeError:  # whoever read our output has seen enough: ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         return failed(f'{error.strerror or error}' + (f' ({error.filename})' if error.filename else ''))
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal
+    except stop.Stopped as end:
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(end, file=sys.stderr)
+        return 128 + end.number
     except Exception as error:
         if place := 'utils' in sys.modules and sys.modules['utils'].short_of_memory(error):
             return failed(f'{place} has not enough memory: {str(error).splitlines()[0] or type(error).__name__}')
-        if 'onnection' in str(error) and 'RANK' in os.environ:
-            return failed(f'another process of this run ended: {str(error).splitlines()[0]}')
+        if gone := 'distributed' in sys.modules and sys.modules['distributed'].gone():
+            return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
         return fault(error)
     return 0
 

@@ -3,16 +3,27 @@
 Each process has a rank. All train the same model on their share of every batch; rank 0 alone writes and speaks.
 """
 
+import contextlib
 import os
+import socket
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+JOINED = {'store': None, 'others': [], 'turns': 0}  # what `start` found: the store, (machine, process) of each rank
+
 
 def rank():
     return int(os.environ.get('RANK', 0))
+
+
+def first_here():
+    """Whether this is the first process of this machine: the one that writes what its others read."""
+    return not int(os.environ.get('LOCAL_RANK', 0))
 
 
 def world():
@@ -31,11 +42,50 @@ def start(device):
         store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world())
+        JOINED['store'], JOINED['others'] = store, [None] * world()
+        dist.all_gather_object(JOINED['others'], (socket.gethostname(), os.getpid()))
 
 
 def end():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Within, the first process of each machine goes alone; the others follow when it is through, however long that
+    takes, and find what it has left on the disk. What it raises ends it, and with it the run."""
+    if world() == 1 or not JOINED['store']:
+        yield
+        return
+    JOINED['turns'] += 1
+    key = f'turn_{JOINED["turns"]}_{os.environ.get("GROUP_RANK", 0)}'
+    while not first_here() and not JOINED['store'].check([key]):
+        time.sleep(0.2)  # in Python, where a signal is heard
+    yield
+    if first_here():
+        JOINED['store'].set(key, 'done')
+
+
+def gone():
+    """Which other processes of this run, on this machine, have ended, in words; '' where none has."""
+    host, ended = socket.gethostname(), []
+    end = time.monotonic() + 2.0  # what one's end does to the others may reach them first
+    while JOINED['others'] and not ended and time.monotonic() < end:
+        ended = [f'{number} (process {pid})' for number, (place, pid) in enumerate(JOINED['others'])
+                 if place == host and not runs(pid)]  # fmt: skip
+        time.sleep(0.1)
+    return f'of the {world()} processes of this run number {", ".join(ended)} has ended' if ended else ''
+
+
+def runs(pid):
+    """Whether a process of this machine is there and no zombie; True where the system does not tell."""
+    if not Path('/proc/self/stat').exists():
+        return True
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
 
 
 def wrap(model, device):
@@ -95,22 +145,22 @@ class Sum(torch.autograd.Function):
         return slope
 
 
-def mean(x):
-    """The mean of a tensor over the processes."""
-    if world() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-        x /= world()
-    return x
-
-
-def agree(flag, device):
-    """Whether any process has the flag set. All of them have to ask at the same place."""
+def means(numbers, device):
+    """The mean of each of some numbers over the processes, as a tuple."""
     if world() == 1:
-        return bool(flag)
-    asked = torch.tensor(float(bool(flag)), device=device)
+        return tuple(numbers)
+    x = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(x)
+    return tuple((x / world()).tolist())
+
+
+def most(number, device):
+    """The largest of the processes' numbers. All of them have to ask at the same place."""
+    if world() == 1:
+        return number
+    asked = torch.tensor(float(number), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return asked.item() > 0
+    return asked.item()
 
 
 def gather(x, count=None):
@@ -126,10 +176,10 @@ def gather(x, count=None):
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])[:count]
 
 
-def same_for_all(text):
-    """What rank 0 has to say, in every process."""
-    if world() > 1:
-        box = [text]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return text
+def same_for_all(make):
+    """What make() gives in rank 0, in every process."""
+    if world() == 1:
+        return make()
+    box = [None if rank() else make()]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

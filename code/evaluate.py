@@ -17,10 +17,10 @@ from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
 from metric.accuracy import confusion
-from protocols.finetune import semi
+from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
-from protocols.transfer import transfer
+from protocols.transfer import target_splits, transfer
 from utils import get_device, memory_for, write_aside
 
 
@@ -37,6 +37,7 @@ def evaluate(args):
     distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
+    check_protocol(args, splits)
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_model(args, model, splits, checkpoint)
     say(f'result     {checkpoint["run"] / result["file"]}')
@@ -53,8 +54,6 @@ def evaluate_model(args, model, splits, checkpoint):
     its path, run (the folder for the results) and epoch.
     """
     started = time.time()
-    if distributed.world() > 1 and args.protocol not in ('linear', 'knn'):
-        raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 
@@ -62,8 +61,6 @@ def evaluate_model(args, model, splits, checkpoint):
             result, scores, labels, classifier = detection(args, model)
         classes = []
     else:
-        if splits and (reason := why_no_labels(splits)):
-            raise UserError(f'evaluate needs labels: {reason}')
         protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}[args.protocol]
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol(args, model, splits)
@@ -78,14 +75,17 @@ def evaluate_model(args, model, splits, checkpoint):
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
         picture = pictures.confusion(counts, classes)
         logger.picture(f'{name}_confusion', picture, epoch)
-    logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in result.items() if key in NAMES})
+    logger.scalars(
+        epoch, {f'results/{name}_{key}': value for key, value in result.items() if key in NAMES and value is not None}
+    )
     logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
-    if classifier:
+    if classifier and not distributed.rank():
         classifier = {**classifier, 'classes': classes, 'checkpoint': checkpoint['path'].name}
         write_aside(run / f'classifier_epoch_{epoch}', lambda aside: torch.save(classifier, aside))
     text = json.dumps(result, indent=2) + '\n'
-    write_aside(run / result['file'], lambda aside: aside.write_text(text))
+    if not distributed.rank():
+        write_aside(run / result['file'], lambda aside: aside.write_text(text))
     say(table(result))
     return result
 
@@ -103,6 +103,22 @@ DETAILS = {
     'transfer': lambda args: [args.transfer, path_of(args.transfer_path).name],
     'detection': lambda args: [args.init],
 }
+
+
+def check_protocol(args, splits):
+    """Raise UserError for what --protocol will lack: labels, a list, a folder, a package. Before a training, too."""
+    if distributed.world() > 1 and args.protocol not in ('linear', 'knn'):
+        raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
+    if args.protocol == 'detection':
+        from protocols.detection import splits_of
+
+        splits_of(args)
+    elif args.protocol == 'transfer':
+        target_splits(args)
+    elif reason := why_no_labels(splits):
+        raise UserError(f'evaluate needs labels: {reason}')
+    if args.protocol == 'semi':
+        few_of(args, labelled(splits['train']))
 
 
 def why_no_labels(splits):
@@ -141,7 +157,7 @@ def table(result):
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'validation images, {duration(result["seconds"])}',
-        *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if key in result),
+        *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if result.get(key) is not None),
     ]
     if result.get('per_class'):
         worst = sorted(result['per_class'].items(), key=lambda item: item[1])

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 import pictures
-from ckpt import get_model_ckpt, list_checkpoints, read
-from config import UserError, changed, path_of
+from ckpt import get_model_ckpt, list_checkpoints, load_file
+from config import UserError, WorkError, changed, path_of
 from dataloader import vision
 from dataloader.images import shown
 from dataloader.layout import places_of
@@ -127,5 +127,7 @@ def load_classifier(checkpoint):
     file = checkpoint['run'] / f'classifier_epoch_{checkpoint["epoch"]}'
     if not file.is_file():
         return None
-    classifier = read(file, 'weight', 'bias', 'classes', 'checkpoint')
+    classifier = load_file(file)
+    if not isinstance(classifier, dict) or not {'weight', 'bias', 'classes', 'checkpoint'} <= classifier.keys():
+        raise WorkError(f'{file} is damaged: evaluate again')
     return classifier if classifier['checkpoint'] == checkpoint['path'].name else None

@@ -1,5 +1,6 @@
 """What a run says: on the command line, in its log file and in TensorBoard."""
 
+import json
 import time
 
 from tqdm import tqdm
@@ -8,7 +9,7 @@ import pictures
 from dataloader import vision
 from distributed import rank
 from terminal import complain
-from utils import save_picture
+from utils import save_picture, write_aside
 
 SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
 
@@ -16,12 +17,21 @@ SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once t
 class Logger:
     """Lines for people, scalars and pictures for TensorBoard, of one run."""
 
-    def __init__(self, folder, first_step=0):
-        """folder: of the event files. first_step: what an earlier, longer try wrote from there on is hidden."""
+    def __init__(self, folder, first_step=0, metrics=None):
+        """folder: of the event files. metrics: a file that gets a line of JSON for each step with all scalars, for who
+        reads a run without TensorBoard. first_step: what an earlier, longer try wrote from there on is hidden in the
+        one and taken out of the other."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.warned = folder, set()
+        self.folder, self.warned, self.metrics = folder, set(), metrics
         self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
+        if metrics and metrics.is_file() and not rank():
+            kept = [json.dumps(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
+            write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))
+
+    def lacks(self, step):
+        """Whether the metrics of the steps before are there and those of this one are not."""
+        return self.metrics.is_file() and step not in {line['epoch'] for line in read_metrics(self.metrics)}
 
     def warn_once(self, subject, line):
         """One line on standard error, the first time that this run has something to say on `subject`."""
@@ -36,6 +46,10 @@ class Logger:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step)
             self.writer.flush()
+            if self.metrics:
+                line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
+                with open(self.metrics, 'a', encoding='utf-8') as file:
+                    file.write(json.dumps(line) + '\n')
 
     def text(self, tag, lines, step=0):
         """Lines of text, as they are."""
@@ -63,6 +77,17 @@ class Logger:
             self.writer.close()
 
 
+def read_metrics(path):
+    """The lines of a metrics file as dicts; a last one that was cut short is left out."""
+    found = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
 def read_scalars(folder):
     """What was logged in this folder: {tag: [(step, value), ...]}, nothing where there is no such folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,8 +106,12 @@ def say(line):
         with tqdm.external_write_mode():
             print(line, flush=True)
     if SAID['log']:
-        with open(SAID['log'], 'a', encoding='utf-8', errors='backslashreplace') as file:
-            file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
+        try:
+            with open(SAID['log'], 'a', encoding='utf-8', errors='backslashreplace') as file:
+                file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
+        except OSError as error:  # a line that cannot be kept is no reason to end the work
+            complain('warning', f'no more lines in {SAID["log"]}: {error.strerror}')
+            SAID['log'] = None
 
 
 def progress(items=None, title='', unit='batches', total=None, first=0):

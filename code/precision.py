@@ -119,7 +119,7 @@ def tried(args):
 @functools.cache
 def for_all(path, options):
     """trial, by the first process for all of them."""
-    return distributed.same_for_all(None if distributed.rank() else trial(path, options))
+    return distributed.same_for_all(lambda: trial(path, options))
 
 
 def trial(path, options):

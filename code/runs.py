@@ -2,13 +2,60 @@
 and results."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
 
-from ckpt import OF_THE_CALL, checkpoints, read, versions
-from config import EVALUATE, OPTIONS, UserError, changed, parse, path_of
+from ckpt import OF_THE_CALL, checkpoints, read, save_checkpoint, versions
+from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
+from distributed import rank
+from formats import upgraded
+from stop import held
 from utils import write_aside
+
+
+class Diverged(WorkError):
+    """The loss is no longer a number: nothing of such a state is worth to be kept."""
+
+
+class Run:
+    """A run that trains: its folder, what of it is saved (the last checkpoint's path, where in the training it is, when
+    it was written), and when its time is up (deadline, by time.time(); 0: never)."""
+
+    def __init__(self, args, folder, path=None, position=(0, 0)):
+        self.args, self.folder, self.path, self.position = args, folder, path, position
+        self.saved_at, self.deadline = time.time(), 0.0
+
+    def save(self, state):
+        """Write a checkpoint, unless this very state is saved. Raises Diverged, and OSError where it cannot be written:
+        what was there is whole then."""
+        if state.position == self.position:
+            return
+        self.check_finite(state, state.means()[0])
+        with held():
+            self.path = save_checkpoint(self.folder, self.args, state)
+            self.position, self.saved_at = state.position, time.time()
+
+    def save_is_due(self):
+        """Whether --save_minutes have passed; of several processes the first one's to say, which writes."""
+        minutes = self.args.save_minutes
+        return bool(minutes) and not rank() and time.time() - self.saved_at > 60 * minutes
+
+    def check_finite(self, state, loss):
+        """Raise Diverged where `loss`, one of the epoch under way, is not a number."""
+        if not math.isfinite(loss):
+            raise Diverged(
+                f'the loss is {loss} in epoch {state.epoch + (state.images > 0)}: try a lower --learning_rate (now '
+                f'{self.args.learning_rate}); the last good checkpoint is {self.path or "none"}'
+            )
+
+    @staticmethod
+    def where(state):
+        """A position in words."""
+        if state.images:
+            return f'in epoch {state.epoch + 1}, after {state.images} images'
+        return f'after epoch {state.epoch}'
 
 
 def runs(args):
@@ -47,7 +94,8 @@ def describe_run(run, args):
     """Write run.json into the folder of a new run: its options, the command, versions, the time."""
     about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(),
              'started': time.strftime('%Y-%m-%d %H:%M:%S')}  # fmt: skip
-    write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
+    if not rank():
+        write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 
 
 def of_run(args):
@@ -74,15 +122,15 @@ def resumed(args):
         found = checkpoints(run)
         if not found:
             continue
-        content = read(found[-1], 'args', 'epoch')
+        content, _ = upgraded(read(found[-1]))
         saved = content['args']
         other = [f for f in OPTIONS.values()
                  if f.name not in OF_THE_CALL and f.metadata['used_by'] != EVALUATE
-                 and saved.get(f.name, f.default) != getattr(args, f.name)]  # fmt: skip
-        if other and content['epoch'] >= saved.get('max_epochs', 0):
+                 and saved[f.name] != getattr(args, f.name)]  # fmt: skip
+        if other and content['epoch'] >= saved['max_epochs']:
             continue  # that one is finished
         if other:
-            said = ', '.join(f'{f.name}={saved.get(f.name, f.default)} (not {getattr(args, f.name)})' for f in other)
+            said = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(args, f.name)})' for f in other)
             raise UserError(f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '
                             'with it, without --resume a new run starts')  # fmt: skip
         return changed(args, ckpt_name=run.name)

@@ -1,6 +1,7 @@
 """Lines on standard error, in colour where there is somebody to see it. Standard library only."""
 
 import contextlib
+import io
 import os
 import sys
 import threading
@@ -18,15 +19,28 @@ def complain(kind, line):
     print(text, file=sys.stderr, flush=True)
 
 
+class Lasting(io.FileIO):
+    """An output whose reader may go away (`| head`, a closed terminal), or whose disk may be full: what is written then
+    is dropped, for what is said is no reason to end the work."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def own_streams():
-    """Let standard output and error take any name of a file (what is no text is escaped), and give Python an error
-    stream that `hushed` does not reach."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if sys.stderr.fileno() == 2:
-            sys.stderr = os.fdopen(os.dup(2), 'w', 1, sys.stderr.encoding, 'backslashreplace')
+    """Let standard output and error take any name of a file (what is no text is escaped) and outlast their readers, and
+    give Python an error stream that `hushed` does not reach."""
+    for name, number in (('stdout', 1), ('stderr', 2)):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if stream.fileno() == number:
+                raw = Lasting(os.dup(number) if number == 2 else number, 'w', closefd=False)
+                lines = number == 2 or stream.isatty()
+                setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, 'backslashreplace',
+                                                    line_buffering=lines))  # fmt: skip
 
 
 @contextlib.contextmanager

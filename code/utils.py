@@ -8,12 +8,13 @@ import importlib
 import multiprocessing.util
 import os
 import shutil
+import socket
 import tempfile
 
 import torch
 
 from config import ROOT, UserError, WorkError
-from distributed import rank, world
+from distributed import first_here, world
 
 
 def get_device(args):
@@ -76,6 +77,15 @@ def use_compile(args):
     if args.compile == 'auto':
         return get_device(args).type == 'cuda' and any(shutil.which(name) for name in ('cc', 'gcc', 'clang'))
     return args.compile == 'True'
+
+
+def peak_memory(device):
+    """{'speed/memory_gigabytes': the most that was in use on this GPU since this was asked last}; nothing of a CPU."""
+    if device.type != 'cuda':
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {'speed/memory_gigabytes': peak / 1e9}
 
 
 def later(values):
@@ -156,11 +166,12 @@ def cpu_count():
 
 
 def write_aside(path, write):
-    """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us."""
-    if rank():
-        return  # rank 0 writes for all
+    """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us. Of
+    several processes the first of each machine writes."""
+    if not first_here():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    aside = path.with_name(f'.{path.name}.{socket.gethostname()}.{os.getpid()}.part')
     try:
         write(aside)
         os.replace(aside, path)

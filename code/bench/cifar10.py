@@ -27,6 +27,7 @@ from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from pictures import Panel, curves
 from precision import autocast, precision
 from protocols.features import features_of
+from state import State
 from utils import get_device, random_from, save_picture, write_aside
 
 CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
@@ -41,7 +42,7 @@ def pretrain(options, given, output, minutes):
     run = output / 'ckpt/model_name_cifar10_ckpt_0'
     known = [f'--ckpt_name={run.name}'] if run.is_dir() and checkpoints(run) else ['--model_name=cifar10', *given]
     cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every=100')
-    return run, read(checkpoints(run)[-1], 'epoch')['epoch']
+    return run, read(checkpoints(run)[-1])['epoch']
 
 
 def supervised(args, epochs, output, deadline):
@@ -51,14 +52,15 @@ def supervised(args, epochs, output, deadline):
     model = new_model(args).to(device, memory_format=torch.channels_last)
     features = model.projector[0].in_features
     model.predictor = torch.nn.Linear(features, len(val.dataset.classes)).to(device)
-    optimizer, run, done = make_sgd(model, 0.9, 5e-4), output / 'supervised', 0
+    optimizer, run = make_sgd(model, 0.9, 5e-4), output / 'supervised'
+    state = State(model, optimizer)
     run.mkdir(exist_ok=True)
     if known := checkpoints(run):
         saved = torch.load(known[-1], map_location='cpu', weights_only=True)
         model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        done = saved['epoch']
+        state.restore(saved)
     started = time.time()
+    done = state.epoch
     for epoch in range(done, epochs):
         batches.batch_sampler.start_epoch(epoch, 'moco')
         model.train()
@@ -77,7 +79,8 @@ def supervised(args, epochs, output, deadline):
         a_epoch = (time.time() - started) / (epoch + 1 - done)
         out_of_time = time.time() + 2 * a_epoch > deadline
         if out_of_time or epoch + 1 == epochs:
-            save_checkpoint(run, args, model, optimizer, epoch + 1, loss.item())
+            state.finish_epoch((loss.item(), 0.0))
+            save_checkpoint(run, args, state)
         if out_of_time and epoch + 1 < epochs:
             print(f'supervised: {epoch + 1} of {epochs} epochs', flush=True)
             return None

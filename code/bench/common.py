@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,6 +54,24 @@ def bare(model, optimizer, view1, view2, steps, dtype):
         loss.backward()
         optimizer.step()
     return steps * len(view1)
+
+
+def an_epoch(args, state, train):
+    """A function that trains an epoch of `train`, as the command does, and returns the number of its images."""
+    from runs import Run
+    from train import train_epoch
+    from watch import Watch
+
+    folder = Path(tempfile.mkdtemp())
+    args.log_path, args.save_minutes = str(folder), 0.0
+    run = Run(args, folder)
+    watch = Watch(args, run, {'train': train, 'val': None}, state)
+
+    def epoch():
+        train_epoch(args, state.model, state, train, watch, run)
+        return len(train) * args.batch_size
+
+    return epoch
 
 
 def prepare(preset, batch_size):

@@ -11,15 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
+from common import an_epoch, bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
 from dataloader.load_dataset import batches, in_order, make_images, select
 from dataloader.names import Names
 from dataloader.stores.memory import Memory
-from interrupt import Interrupt
-from logger import Logger
 from protocols.knn import knn_accuracy
-from train import train_epoch
+from state import State
 from utils import channels_last, get_device
 
 
@@ -32,12 +30,8 @@ def measure(preset, batch_size, side, steps):
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     labels, store = torch.arange(count) % 10, Memory(Names(str(i) for i in range(count)), pixels)
     images = make_images(args, folder, store, labels, [str(i) for i in range(10)])
-    train, logger = batches(args, replace(images, views=2), shuffled=True), Logger(folder)
-
-    def ours():
-        train_epoch(args, model, optimizer, None, train, 1, 0, None, logger, Interrupt(), None)
-        return count
-
+    train = batches(args, replace(images, views=2), shuffled=True)
+    ours = an_epoch(args, State(model, optimizer), train)
     fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
     fixed = [channels_last(view) for view in fixed]
     measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import in_turns
+from common import an_epoch, in_turns
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from lightly.transforms import SimSiamTransform
@@ -27,12 +27,10 @@ from torchvision.datasets import ImageFolder
 from ckpt import new_model
 from config import get_config
 from dataloader.load_dataset import get_iterator
-from interrupt import Interrupt
-from logger import Logger
 from model.backbone import make_backbone
 from optimizer.sgd import make_sgd
 from precision import described, precision
-from train import train_epoch
+from state import State
 from utils import cpu_count, get_device, use_compile
 
 # Of each case: preset, backbone, batch, steps a turn on a CPU (a GPU takes ten times as many).
@@ -96,12 +94,8 @@ def training(name, folder):
     theirs = Lightly(backbone, args.stem).to(device).train()
     its_optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     its_batches = lightly_loader(folder, args.image_size, batch)
-    logger = Logger(Path(tempfile.mkdtemp()))
     return in_turns(
-        lambda: (
-            train_epoch(args, ours, optimizer, scaler, train, 1, 0, None, logger, Interrupt(), None)
-            and len(train) * batch
-        ),
+        an_epoch(args, State(ours, optimizer, scaler), train),
         lambda: lightly_epoch(theirs, its_optimizer, its_batches, device),
     )
 

@@ -118,4 +118,9 @@ def make_demo(folder, progress):
         Image.fromarray(draw(kind, generator).numpy()).save(path)
     (aside / done.name).write_text(VERSION)
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process has drawn it in the meantime
+        if not done.is_file():
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

@@ -20,12 +20,13 @@ class Keys:
         self.start_epoch(0, augmentation)
 
     def start_epoch(self, epoch, augmentation, first=0):
-        """Name the epoch that the next iteration gives, and its first batch."""
+        """Name the epoch that the next iteration gives, and how many images of it (drop_last) are done."""
         self.epoch, self.augmentation, self.first = epoch, augmentation, first
 
     def __len__(self):
+        """Batches of the epoch that are left."""
         if self.drop_last:
-            return self.count // self.batch_size
+            return max(0, self.count - self.first) // self.batch_size
         return -(-len(share(range(self.count))) // self.batch_size)
 
     def __iter__(self):
@@ -37,7 +38,7 @@ class Keys:
             order, seeds = torch.arange(self.count), torch.zeros(self.count, dtype=torch.int64)
         if not self.drop_last:
             order, seeds = share(order), share(seeds)
-        for start in range(self.first * self.batch_size, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.first, self.first + len(self) * self.batch_size, self.batch_size):
             rows = order[start : start + self.batch_size], seeds[start : start + self.batch_size]
             if self.drop_last:
                 rows = [share(part) for part in rows]

@@ -22,6 +22,7 @@ from dataloader.keys import Keys
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
+from distributed import in_turn
 from logger import progress, say
 from utils import get_device, prepare_batch
 
@@ -103,7 +104,16 @@ def arrived(tensors, copied):
 
 
 def load_splits(args):
-    """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing."""
+    """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing.
+
+    Of several processes the first of a machine draws, fetches, indexes and decodes what is kept for the others.
+    """
+    with in_turn():
+        return splits_of(args)
+
+
+def splits_of(args):
+    """load_splits, by each process for itself."""
     parts = parts_of(args)
     train, val = parts['train'], parts.get('val')
     # The classes are train's; where train has none, val's: pretraining needs no label.
@@ -152,8 +162,9 @@ def parts_of(args):
 def load_whole(args, path):
     """All images of a folder, an archive, a list or one file, without labels: for infer. Raises UserError where there
     are none."""
-    part = layout.whole(path, path_of(args.cache_path), progress)
-    return of_part(args, part, torch.full_like(part.labels, -1), [])
+    with in_turn():
+        part = layout.whole(path, path_of(args.cache_path), progress)
+        return of_part(args, part, torch.full_like(part.labels, -1), [])
 
 
 def of_part(args, part, labels, classes):

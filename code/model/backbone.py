@@ -50,7 +50,7 @@ def small(stride):
 def extract_features(backbone, batches):
     """Features of every image of `batches`, in order, BN in eval mode: (N x d float, N int64 labels), on the device.
 
-    batches: pairs of normalised N x 3 x S x S and labels.
+    batches: pairs of normalised N x 3 x S x S and labels, on the device; one without images gives none.
     """
     training = backbone.training
     backbone.eval()

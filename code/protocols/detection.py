@@ -36,14 +36,8 @@ def detection(args, model):
 
     The backbone starts from `model`, or with --init=random untrained; all of it is trained, its BN included.
     """
-    extra('pycocotools', '--protocol=detection')
-    if not args.detection_path:
-        raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    masks = args.detector == 'mask_rcnn'
-    splits = load_boxes(path_of(args.detection_path), masks)
-    train, val = splits['train'], splits['val']
-    if not len(train) or not len(val) or not val.table['annotations']:
-        raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
+    train, val = splits_of(args)
+    masks = train.masks
     say(f'{path_of(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
     backbone = (new_model(args) if args.init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
@@ -51,6 +45,18 @@ def detection(args, model):
     said = {'init': args.init, 'detector': args.detector, 'train': train.split, 'val': val.split}
     result = {**said, **score(args, detector, val, masks)}
     return {**result, 'num_train': len(train), 'num_val': len(val)}, None, None, None
+
+
+def splits_of(args):
+    """The Boxes of train and val of --detection_path. Raises UserError for what is missing."""
+    extra('pycocotools', '--protocol=detection')
+    if not args.detection_path:
+        raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
+    splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn')
+    train, val = splits['train'], splits['val']
+    if not len(train) or not len(val) or not val.table['annotations']:
+        raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
+    return train, val
 
 
 def make_detector(args, backbone, num_classes, masks):

@@ -9,7 +9,7 @@ from distributed import gather, rank, world
 from logger import progress
 from model.backbone import extract_features
 from precision import autocast
-from utils import channels_last, random_from
+from utils import channels_last, get_device, random_from
 
 
 def features_of(args, backbone, batches, title):
@@ -18,6 +18,9 @@ def features_of(args, backbone, batches, title):
         (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
         for images, labels in prepared(args, progress(batches, title))
     )
+    if not len(batches):  # this process's share, where there are more processes than images
+        device, side = get_device(args), args.image_size
+        views = [(torch.zeros(0, 3, side, side, device=device), torch.zeros(0, dtype=torch.int64, device=device))]
     with autocast(args):
         features, labels = extract_features(backbone, views)
     count = len(batches.dataset)

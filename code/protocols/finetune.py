@@ -24,12 +24,16 @@ def semi(args, model, splits):
 
     With --baseline the same network is also trained from scratch on the same labels: what the pretraining is worth.
     """
-    train, val = labelled(splits['train']), splits['val']
-    rows = listed(args, train) if args.subset_list else balanced(train.labels, args.label_fraction, args.random_seed)
-    few = select(train, rows)
+    few, val = few_of(args, labelled(splits['train'])), splits['val']
     result, scores, labels = finetune(args, model.backbone, few, val)
     result['labels'] = args.subset_list or f'{args.label_fraction:g} of train, the same number of each class'
     return result, scores, labels, None, val.classes
+
+
+def few_of(args, train):
+    """The labelled images of --label_fraction or --subset_list. Raises UserError for a list that cannot be used."""
+    rows = listed(args, train) if args.subset_list else balanced(train.labels, args.label_fraction, args.random_seed)
+    return select(train, rows)
 
 
 def finetune(args, backbone, train, val):
@@ -85,15 +89,25 @@ def train_and_score(args, backbone, train, val, rates, title):
 
 
 def balanced(labels, fraction, seed):
-    """Row numbers of `fraction` of the images, the same number of every class (all of a smaller one), at least one.
+    """Row numbers of `fraction` of the images, at least one of every class, and the same number of every one, as far as
+    they have it: what a small class lacks, the larger ones give.
 
     labels: N, int64, >= 0. The choice depends on the seed alone.
     """
-    classes = labels.unique().tolist()
-    each = max(1, round(fraction * len(labels) / len(classes)))
+    groups = of_each_class(labels, seed)
+    wanted, chosen, left = round(fraction * len(labels)), [], len(groups)
+    for rows in sorted(groups, key=len):  # the smallest first: what it has not is shared by those that follow
+        count = min(len(rows), max(1, round(wanted / left)))
+        chosen.append(rows[:count])
+        wanted, left = wanted - count, left - 1
+    return torch.cat(chosen).sort().values
+
+
+def of_each_class(labels, seed):
+    """The row numbers of each class that has images, in random order."""
     order = torch.randperm(len(labels), generator=random_from(seed, 'label fraction'))
-    rows = [order[labels[order] == number][:each] for number in classes]
-    return torch.cat(rows).sort().values
+    order = order[labels[order].argsort(stable=True)]
+    return order.split(labels.unique(return_counts=True)[1].tolist())
 
 
 def listed(args, images):

@@ -8,7 +8,7 @@ from dataloader.load_dataset import in_order, labelled, load_splits
 from logger import progress
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
-from protocols.finetune import balanced, finetune
+from protocols.finetune import finetune, of_each_class
 
 L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
 HELD_OUT = 0.2  # share of train that chooses among them
@@ -17,13 +17,7 @@ HELD_OUT = 0.2  # share of train that chooses among them
 def transfer(args, model, splits):
     """The set of --transfer_path with the backbone. Returns (result, scores of its val, labels, None,
     classes)."""
-    if not args.transfer_path:
-        raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
-    there = changed(args, image_path=args.transfer_path, preset='imagenet')
-    splits = load_splits(there)
-    train, val = labelled(splits['train']), splits['val']
-    if val is None or not len(train) or not (val.labels >= 0).any():
-        raise UserError(f'--transfer_path: {path_of(args.transfer_path)} wants class folders in train/ and in val/')
+    there, train, val = target_splits(args)
     if args.transfer == 'finetune':
         result, scores, labels = finetune(there, model.backbone, train, val)
     else:
@@ -32,30 +26,58 @@ def transfer(args, model, splits):
     return result, scores, labels, None, val.classes
 
 
+def target_splits(args):
+    """(args of the set of --transfer_path, its labelled train, its val). Raises UserError for what is missing."""
+    if not args.transfer_path:
+        raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
+    there = changed(args, image_path=args.transfer_path, preset='imagenet')
+    splits = load_splits(there)
+    train, val = labelled(splits['train']), splits['val']
+    if val is None or not len(train) or not (val.labels >= 0).any():
+        raise UserError(f'--transfer_path: {path_of(args.transfer_path)} wants class folders in train/ and in val/')
+    return there, train, val
+
+
 def regression(args, backbone, train, val):
     """Multinomial logistic regression on the features of the centre crops, its l2 strength chosen on a held-out part of
     train, then fitted to all of it. Returns (result, scores, labels)."""
     x, labels = features_of(args, backbone, in_order(args, train), 'features of train')
     val_x, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
-    held = balanced(train.labels, HELD_OUT, args.random_seed).to(x.device)
-    kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    kept[held] = False
-    num_classes, start, tried = len(val.classes), None, {}
-    for l2 in progress(L2, 'l2 strength', 'fits'):
-        start = logistic_regression(x[kept], labels[kept], num_classes, l2, start)
-        tried[l2] = topk_accuracy(x[held] @ start[0].T + start[1], labels[held], 1)
-    best = max(tried, key=tried.get)  # the strongest of equals
+    num_classes = len(val.classes)
+    best, held_out = strength(args, x, labels, num_classes)
     weight, bias = logistic_regression(x, labels, num_classes, best)
     scores = val_x @ weight.T + bias
     result = {
         'top1': topk_accuracy(scores, val_labels, 1),
         'top5': topk_accuracy(scores, val_labels, 5),
         'l2': best,
-        'held_out_top1': tried[best],
+        'held_out_top1': held_out,
         'num_train': len(train),
         'num_val': len(val),
     }
     return result, scores, val_labels
+
+
+def strength(args, x, labels, num_classes):
+    """(the l2 strength, its top-1 on the images held out of train to choose it by). At most half of a class is held
+    out; where no class has two images, none is: the middle strength, and None."""
+    spare = held_out(labels.cpu(), args.random_seed).to(x.device)
+    if not spare.any():
+        return L2[len(L2) // 2], None
+    start, tried = None, {}
+    for l2 in progress(L2, 'l2 strength', 'fits'):
+        start = logistic_regression(x[~spare], labels[~spare], num_classes, l2, start)
+        tried[l2] = topk_accuracy(x[spare] @ start[0].T + start[1], labels[spare], 1)
+    best = max(tried, key=tried.get)  # the strongest of equals
+    return best, tried[best]
+
+
+def held_out(labels, seed):
+    """Which rows (N bool) are held out: HELD_OUT of each class, at least one and at most half."""
+    spare = torch.zeros(len(labels), dtype=torch.bool)
+    for rows in of_each_class(labels, seed):
+        spare[rows[: min(len(rows) // 2, max(1, round(HELD_OUT * len(rows))))]] = True
+    return spare
 
 
 def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):

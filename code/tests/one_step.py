@@ -29,7 +29,7 @@ if __name__ == '__main__':
     set_learning_rates(optimizer, 0.1, 0.2)
     for view1, view2 in views.transpose(0, 1):
         loss, _ = train_step(net, optimizer, (view1[mine], view2[mine]))
-        losses.append(distributed.mean(loss).item())
+        losses.append(distributed.means([loss.item()], loss.device)[0])
     if not distributed.rank():
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.save({'losses': losses, 'gradients': gradients, 'state': model.state_dict()}, sys.argv[1])

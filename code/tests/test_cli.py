@@ -73,7 +73,13 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     assert path.name == f'loss_{loss}_epoch_2'
     assert (content['epoch'], round(content['loss'], 4)) == (2, float(loss))
     assert content['args']['image_path'] == str(drawn)
-    assert sorted(p.name.split('_')[0] for p in path.parent.iterdir()) == ['log.txt', 'loss', 'loss', 'run.json']
+    assert sorted(p.name.split('_')[0] for p in path.parent.iterdir()) == [
+        'log.txt',
+        'loss',
+        'loss',
+        'metrics.jsonl',
+        'run.json',
+    ]
     events = EventAccumulator(str(folder / 'log' / f'{RUN}0')).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
     assert set(scalars) == {
@@ -110,7 +116,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
     shutil.copy(next((trained[0] / 'ckpt' / f'{RUN}0').glob('*_epoch_1')), run_folder)
     done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert f'going on with {RUN}0 after epoch 1 of 2' in done.stdout
+    assert f'going on with {RUN}0 after epoch 1 (of 2 epochs)' in done.stdout
     path, content = newest(tmp_path)
     before, wanted = newest(trained[0])
     assert path.name == before.name
@@ -130,10 +136,10 @@ def test_large_images_train_through_workers(drawn_large, tmp_path):
 
 
 def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_path):
-    """Stopped after its first epoch and resumed, the run ends as the one that never stopped."""
+    """Stopped after its first step and resumed, the run ends as the one that never stopped."""
     said = train(tmp_path, drawn, '--max_minutes=0.0001').stdout
-    assert f'python3 cli.py train --ckpt_name={RUN}0 goes on' in said
-    assert newest(tmp_path)[1]['epoch'] == 1
+    assert f'python3 cli.py train --resume={RUN}0 goes on in epoch 1, after 16 images' in said
+    assert (newest(tmp_path)[1]['epoch'], newest(tmp_path)[1]['images']) == (0, 16)
     done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
     assert same(newest(tmp_path)[1]['model'], newest(trained[0])[1]['model'])
@@ -294,7 +300,11 @@ def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
     assert cli.main(['evaluate', f'--ckpt_path={trained[0]}/ckpt']) == 2
     said = capsys.readouterr()
     names = {path.name for path in (trained[0] / 'ckpt' / f'{RUN}0').iterdir()}
-    assert {line.removeprefix(f'{RUN}0/') for line in said.out.split()} == names - {'run.json', 'log.txt'}
+    assert {line.removeprefix(f'{RUN}0/') for line in said.out.split()} == names - {
+        'run.json',
+        'log.txt',
+        'metrics.jsonl',
+    }
     assert 'wants --ckpt_name' in one_line(said.err)
     assert cli.main(['evaluate', f'--ckpt_path={tmp_path}']) == 2
     assert 'no checkpoint in' in capsys.readouterr().out

@@ -13,11 +13,13 @@ from torch import nn
 
 import cli
 import embed as embedding
-from ckpt import get_model_ckpt, new_model
+from ckpt import get_model_ckpt, new_model, save_checkpoint
 from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from metric.knn import nearest
 from model.layouts import to_detectron2
+from optimizer.sgd import make_sgd
+from state import State
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -169,14 +171,18 @@ def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
 @pytest.fixture(scope='module')
 def ours(tmp_path_factory):
     """(path, model) of a checkpoint of ours: ResNet-18 with the ImageNet stem, everything random."""
-    from ckpt import save_checkpoint
-    from optimizer.sgd import make_sgd
-
     folder = tmp_path_factory.mktemp('ours') / 'run'
     folder.mkdir()
     args = get_config(preset='imagenet', backbone='resnet18', proj_dim=16, pred_dim=8, image_size=64)
     model = randomised(new_model(args), 3)
-    return save_checkpoint(folder, args, model, make_sgd(model, 0.9, 0), 1, -0.5), model
+    return saved(folder, args, model), model
+
+
+def saved(folder, args, model):
+    """The path of a checkpoint of `model` after an epoch."""
+    state = State(model, make_sgd(model, 0.9, 0))
+    state.finish_epoch((-0.5, 1.0))
+    return save_checkpoint(folder, args, state)
 
 
 def export(path, form, output):
@@ -224,12 +230,9 @@ def test_export_to_onnx(kind, ours, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     path, model = ours
     if kind == 'small':
-        from ckpt import save_checkpoint
-        from optimizer.sgd import make_sgd
-
         args = get_config(preset='demo', image_size=64)
         model = randomised(new_model(args), 4)
-        path = save_checkpoint(tmp_path, args, model, make_sgd(model, 0.9, 0), 1, -0.5)
+        path = saved(tmp_path, args, model)
     export(path, 'onnx', tmp_path / 'b.onnx')
     assert [file.name for file in tmp_path.glob('b.onnx*')] == ['b.onnx']
     there = onnxruntime.InferenceSession(str(tmp_path / 'b.onnx'))
@@ -271,16 +274,13 @@ def test_export_to_detectron2(ours, tmp_path):
 
 @pytest.mark.parametrize('form', ['torchvision', 'timm', 'detectron2'])
 def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
-    from ckpt import save_checkpoint
-    from optimizer.sgd import make_sgd
-
     for options, said in (
         ({'preset': 'demo'}, '--backbone=small'),
         ({'preset': 'cifar10', 'proj_dim': 8}, '--stem=cifar'),
     ):
         args = get_config(**options)
         model = new_model(args)
-        path = save_checkpoint(tmp_path, args, model, make_sgd(model, 0.9, 0), 1, -0.5)
+        path = saved(tmp_path, args, model)
         assert cli.main(['export', f'--ckpt_name={path}', f'--format={form}', f'--output={tmp_path}/b']) == 2
         error = one_line(capsys.readouterr().err)
         assert f'--format={form} has ResNets with the ImageNet stem only' in error

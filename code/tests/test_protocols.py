@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,13 +16,13 @@ import cli
 from config import UserError, distortion, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader import geometry, vision
-from dataloader.load_dataset import load_splits, shuffled_crops
+from dataloader.load_dataset import load_splits, select, shuffled_crops
 from dataloader.names import Names
 from dataloader.stores.memory import Memory
 from optimizer.lars import Lars
 from protocols.finetune import balanced, listed
 from protocols.linear import cached_features, in_steps, train_probe
-from protocols.transfer import logistic_regression
+from protocols.transfer import held_out, logistic_regression, regression
 from utils import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -117,10 +119,42 @@ def test_kept_features_are_those_of_the_first_passes(drawn):
 def test_the_labels_are_balanced_and_fixed_by_the_seed():
     labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 3)
     rows = balanced(labels, 0.1, 0)
-    assert torch.bincount(labels[rows]).tolist() == [27, 27, 3]
+    assert torch.bincount(labels[rows]).tolist() == [39, 38, 3]  # what the small class lacks, the others give
     assert torch.equal(rows, balanced(labels, 0.1, 0))
     assert not torch.equal(rows, balanced(labels, 0.1, 1))
     assert torch.bincount(labels[balanced(labels, 0.0001, 0)]).tolist() == [1, 1, 1]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.floats(0.0001, 1.0), st.integers(0, 5))
+def test_few_labels_of_classes_of_any_size(counts, fraction, seed):
+    """As many as the fraction says, one of each class or more; none has two more than another that has some left."""
+    labels = torch.cat([torch.full((count,), 2 * number) for number, count in enumerate(counts)])  # with gaps
+    rows = balanced(labels, fraction, seed)
+    found = [int((labels[rows] == 2 * number).sum()) for number in range(len(counts))]
+    assert len(rows.unique()) == sum(found) == max(len(counts), round(fraction * len(labels)))
+    assert all(1 <= some <= count for some, count in zip(found, counts, strict=True))
+    assert all(one + 1 >= max(found) for one, count in zip(found, counts, strict=True) if one < count)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_what_is_held_out_leaves_every_class_some(counts):
+    labels = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
+    spare = held_out(labels, 0)
+    for number, count in enumerate(counts):
+        some = int(spare[labels == number].sum())
+        assert some <= count // 2
+        assert some >= (count > 1)
+
+
+def test_transfer_with_one_image_a_class(drawn, tmp_path):
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path))
+    train = load_splits(args)['train']
+    one = select(train, balanced(train.labels, 0.0001, 0))
+    result, _, _ = regression(args, torch.nn.Flatten(), one, load_splits(args)['val'])
+    assert (result['num_train'], result['held_out_top1']) == (3, None)
+    assert result['top1'] > 20
 
 
 def test_a_subset_list_as_it_is_published(drawn, tmp_path):

@@ -1,0 +1,47 @@
+"""Checkpoints of earlier commits, as the present one would have written them (state.State.content).
+
+Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and kept the loss and std of
+each of them; its first files had no step, scaler, random states or versions.
+"""
+
+import torch
+
+from config import OPTIONS, PRESETS, WorkError, parse
+from state import FORMAT
+
+
+def is_ours(content):
+    """Whether a file holds a run of ours, of any format."""
+    keys = ('model', 'optimizer', 'args', 'epoch', 'loss')
+    return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
+
+
+def upgraded(content):
+    """(content in the present format, the options that the file does not say). The options are checked values, and what
+    is missing among them is what the file's preset has. Raises UserError for a value that is no longer possible."""
+    if content.get('format', 1) > FORMAT:
+        raise WorkError(f'the checkpoint is of format {content["format"]}, a later one than {FORMAT}: update this code')
+    if content.get('format', 1) == 1:
+        content = from_steps(content)
+    said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
+    preset = {'preset': said['preset'], **PRESETS.get(said['preset'], {})} if 'preset' in said else {}
+    unsaid = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
+    return {**content, 'args': {**unsaid, **said}}, sorted(unsaid)
+
+
+def from_steps(content):
+    """Format 1 to 2."""
+    step, loss = content.get('step', 0), content['loss']
+    losses, stds = content.get('seen') or (torch.zeros(0), torch.zeros(0))
+    batch = content['args'].get('batch_size', OPTIONS['batch_size'].default)
+    sums = torch.stack((losses.double().sum(), stds.double().sum())) * batch
+    return {
+        **{name: value for name, value in content.items() if name not in ('step', 'seen')},
+        'format': 2,
+        'scaler': content.get('scaler'),
+        'images': step * batch,
+        'sums': sums,
+        'last': (0.0, 0.0) if step else (loss, float('nan')),
+        'rng': content.get('rng'),
+        'versions': content.get('versions', {}),
+    }

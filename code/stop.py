@@ -1,0 +1,100 @@
+"""What ends work from outside: a signal, or the time that is up.
+
+A signal of SIGNALS ends what is going on at once, wherever that is, by raising Stopped; within `held` (a training step,
+the writing of a checkpoint) it waits until that is done. A second SIGTERM or Ctrl-C, a second later or more, ends the
+process as if nobody listened; what comes sooner is the same wish again, for shells and batch systems send it twice.
+"""
+
+import contextlib
+import os
+import signal
+import time
+
+# Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SAME_WISH = 1.0  # seconds
+NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'told': False}  # told: Stopped has been raised
+ASK_EVERY = 10  # steps after which several processes ask one another
+
+
+class Stopped(BaseException):
+    """Work that ended on a wish. number: the signal, 0 where the time is up. No Exception, for nothing on the way out
+    may take it for a failure."""
+
+    def __init__(self, number, line=''):
+        super().__init__(line or f'{name_of(number)}: stopped')
+        self.number = number
+
+
+def name_of(number):
+    return signal.Signals(number).name if number else 'time'
+
+
+@contextlib.contextmanager
+def listening():
+    """Within, SIGNALS raise Stopped; but for those that whoever started us had us ignore (nohup, a job with &)."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        NOTED.update(number=0, held=0, told=False)
+
+
+def note(number, _):
+    """The handler."""
+    if not NOTED['number']:
+        NOTED.update(number=number, when=time.monotonic())
+        tell()
+    elif number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - NOTED['when'] > SAME_WISH:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def tell():
+    """Raise Stopped of a signal that has come, once, unless it has to wait."""
+    if NOTED['number'] and not NOTED['held'] and not NOTED['told']:
+        NOTED['told'] = True
+        raise Stopped(NOTED['number'])
+
+
+@contextlib.contextmanager
+def held():
+    """Within, a signal waits; at the end it raises Stopped."""
+    NOTED['held'] += 1
+    try:
+        yield
+    finally:
+        NOTED['held'] -= 1
+    tell()
+
+
+@contextlib.contextmanager
+def together():
+    """`held` where there are several processes, which have to stop at the same step (`check`); alone, nothing."""
+    from distributed import world  # torch: cli.py wants this file before it has looked at the options
+
+    with held() if world() > 1 else contextlib.nullcontext():
+        yield
+
+
+def check(step, last, deadline, device):
+    """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any.
+
+    step: the number of the one that is done; last: whether it is the epoch's. deadline: by time.time(), 0 is none.
+    Several processes all ask here, now and then, for it costs time.
+    """
+    from distributed import most, world
+
+    late = 0 < deadline < time.time()
+    if world() == 1:
+        if late:
+            raise Stopped(0)
+    elif last or (step + 1) % ASK_EVERY == 0:
+        wish = most(NOTED['number'] or (0.5 if late else 0), device)
+        if wish:
+            raise Stopped(int(wish))

@@ -1,0 +1,155 @@
+"""Whatever ends a run, at whatever moment: saved first, within seconds, one line, the right exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import stop
+import stop_table
+from conftest import CODE, TINY, one_line, own_paths, run
+from test_resume import LONG, RUN, start
+
+# (epochs, images) that are saved by then; None: there is nothing to save.
+SAVED = {
+    'in the set-up': None,
+    'in the first monitor': None,
+    'before the first batch': None,
+    'in a step': [0, 48],
+    'waiting for the first batch of an epoch': [1, 0],
+    'at the end of an epoch': [1, 72],
+    'in the monitor': [2, 0],
+    'in a save': [3, 0],
+    'in the evaluation': [3, 0],
+}
+
+
+@pytest.fixture(scope='module')
+def rows(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('stops')
+    done = subprocess.run([sys.executable, stop_table.__file__, drawn, folder], capture_output=True, text=True,
+                          timeout=500, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+    return {(row['moment'], row['signal']): row for row in found}
+
+
+@pytest.mark.parametrize('number', stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize('moment', stop_table.MOMENTS)
+def test_a_signal(moment, number, rows):
+    row = rows[moment, number.name]
+    assert row['code'] == 128 + number
+    assert row['seconds'] < 30
+    (line,) = row['errors'].splitlines()
+    assert line.startswith(f'{number.name}: ')
+    assert row['saved'] == SAVED[moment]
+    if SAVED[moment] and moment != 'in the evaluation':
+        assert line.endswith(f'python3 cli.py train --resume={RUN} goes on')
+        assert 'saved ' in line
+    assert row['again'] == 0
+    assert row['same'], 'the run that went on ends otherwise'
+    if SAVED[moment]:
+        assert row['epochs'] == [0, 1, 2, 3]  # the metrics of each epoch, once
+
+
+def test_the_group_at_the_start_of_epochs(drawn_large, tmp_path):
+    """As SLURM does it: all processes at once, while the first batch of an epoch is awaited from workers."""
+    options = ('--num_workers=2', '--max_epochs=30', '--knn_every=0')
+    for time_of in (0.0, 0.02, 0.05):
+        process = start(tmp_path, drawn_large, *options, '--resume=auto')
+        log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
+        before = log.read_text().count('loss') if log.exists() else 0
+        while time.time() < end and not (log.exists() and log.read_text().count('loss') > before):
+            time.sleep(0.002)
+        time.sleep(time_of)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 143, errors
+        assert re.fullmatch(rf'SIGTERM: saved .*; python3 cli.py train --resume={RUN} goes on\n', errors)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(drawn, tmp_path):
+    """nohup: whoever starts a run so wants it to outlast the terminal."""
+    command = f'trap "" HUP; exec "{sys.executable}" cli.py train {" ".join(LONG)} --image_path={drawn}'
+    process = subprocess.Popen(['bash', '-c', f'{command} {" ".join(own_paths(tmp_path))}'], cwd=CODE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not list((tmp_path / 'ckpt').glob('*/loss_*')) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=200)
+    assert (process.returncode, errors) == (0, '')
+
+
+@pytest.mark.parametrize('reader', ['head -1', 'true'])
+def test_a_reader_that_goes_away_ends_nothing(reader, drawn, tmp_path):
+    """The log file has what the reader did not want to see."""
+    options = ' '.join((*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)))
+    command = f'"{sys.executable}" cli.py train {options} | {reader}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', command], cwd=CODE, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'epoch 2/2' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
+    assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2'))
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_an_output_on_a_full_disk_ends_nothing(drawn, tmp_path):
+    options = ' '.join((*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)))
+    command = f'"{sys.executable}" cli.py train {options} > /dev/full'
+    done = subprocess.run(['bash', '-c', command], cwd=CODE, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stderr) == (0, '')
+
+
+def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):
+    """What was done since the last checkpoint is saved on the way out, and said where the run goes on."""
+    process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400', '--save_minutes=0')
+    log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
+    while time.time() < end and not (log.exists() and 'epoch 2/400' in log.read_text()):
+        time.sleep(0.01)
+    asked = ['ps', '-o', 'pid=', '--ppid', str(process.pid)]
+    children = subprocess.run(asked, capture_output=True, text=True, check=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'was ended by SIGKILL' in one_line(errors)
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*')
+    assert torch.load(path, weights_only=True)['epoch'] >= 2
+
+
+@pytest.mark.parametrize('options', [('--batch_size=16',), ('--batch_size=5',), ('--accumulate_steps=2',)])
+def test_a_run_goes_on_with_another_batch(options, drawn, tmp_path):
+    """A position is counted in images: another batch goes on where the last one was, and no image is seen twice."""
+    small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
+    assert run('train', *small, '--batch_size=8', '--max_minutes=0.00001').returncode == 0
+    done = run('train', *small[len(TINY) :], f'--resume={RUN}', *options)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert f'going on with {RUN} in epoch 1, after 8 images' in done.stdout
+    assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2'))
+
+
+def test_a_run_goes_on_with_fewer_images(drawn, tmp_path):
+    """More were seen in the epoch than there are now: it is over."""
+    small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
+    assert run('train', *small, '--batch_size=40', '--max_minutes=0.00001', '--max_epochs=3').returncode == 0
+    few = drawn / 'train/dots'
+    done = run('train', f'--resume={RUN}', '--knn_every=0', '--batch_size=16', f'--image_path={few}',
+               *own_paths(tmp_path))  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, '')
+    assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_3'))
+
+
+def test_minutes_between_saves_go_on_across_epochs(drawn, tmp_path):
+    """Epochs shorter than --save_minutes: it fires all the same."""
+    process = start(tmp_path, drawn, '--save_minutes=0.02', '--max_epochs=4000')  # 1.2 s; an epoch takes some 0.1
+    end = time.time() + 60
+    while time.time() < end and not list((tmp_path / 'ckpt' / RUN).glob('loss_*_images_*')):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_images_*'))

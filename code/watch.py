@@ -1,0 +1,119 @@
+"""What looks at a run: the bar, the guard, the kNN monitor, TensorBoard and metrics.jsonl. It changes nothing."""
+
+import time
+from dataclasses import asdict
+
+import torch
+
+from config import path_of
+from dataloader import vision
+from dataloader.load_dataset import in_order, labelled
+from evaluate import why_no_labels
+from logger import Logger, duration, progress, say
+from protocols.knn import knn_accuracy
+from utils import get_device, later, peak_memory
+
+READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
+
+
+class Watch:
+    """run: runs.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
+
+    def __init__(self, args, run, iterators, state):
+        self.args, self.run = args, run
+        train, self.val = iterators['train'].dataset, iterators['val']
+        self.splits = {'train': train, 'val': self.val and self.val.dataset}
+        self.bank = in_order(args, labelled(train))
+        self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
+        after = state.epoch + 1 if run.path else 0
+        self.logger = Logger(path_of(args.log_path) / run.folder.name, after, run.folder / 'metrics.jsonl')
+        self.started, self.began = time.time(), state.epoch + state.images / max(1, len(train))
+        self.bar, self.seen = None, {}
+
+    def begin(self, state):
+        """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
+        saved after and stopped before it could be looked at."""
+        if self.knn_off:
+            say(f'the kNN monitor is off: {self.knn_off}')
+        if self.run.path:
+            if state.epoch and self.logger.lacks(state.epoch):
+                self.epoch(state)
+            return
+        self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
+        if not self.knn_off:
+            top1 = knn_accuracy(self.args, state.model.backbone, self.bank, self.val)
+            self.logger.scalars(0, {'pretraining/knn_top1': top1})
+            say(f'epoch 0/{self.args.max_epochs}  kNN {top1:.2f} % (untrained)')
+
+    def steps(self, state, batches, total):
+        """`batches`, what is left of an epoch of `total` images, behind a bar; notes how long they take to come."""
+        title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
+        self.bar = progress(title=title, unit='images', total=total, first=state.images)
+        self.from_image, self.epoch_started, self.waited, self.read = state.images, time.time(), 0.0, None
+        batches, before = iter(batches), time.time()
+        while (batch := next(batches, None)) is not None:
+            self.waited += time.time() - before
+            yield batch
+            self.bar.update(self.args.batch_size)
+            before = time.time()
+        self.bar.close()
+
+    def first_views(self, views):
+        self.logger.views('two_views', [vision.denormalise(view[:16]) for view in views])
+
+    def step(self, state, loss, std, rates):
+        """A step is done. loss, std: on the device; rates: of the encoder and of the predictor."""
+        elapsed = time.time() - self.epoch_started
+        self.seen = {
+            'speed/images_per_second': (state.images - self.from_image) / elapsed,
+            'speed/waiting_for_data': self.waited / elapsed,
+            'schedule/learning_rate_encoder': rates[0],
+            'schedule/learning_rate_predictor': rates[1],
+        }
+        if state.images // self.args.batch_size % READ_EVERY == 0:
+            self.look(state)
+            self.read = later(torch.stack((loss, std)))
+
+    def look(self, state):
+        """What an earlier step has to say: a bad run is stopped, or warned of."""
+        if not self.read:
+            return
+        loss, std = self.read()
+        self.run.check_finite(state, loss)
+        if std < self.args.collapse_threshold:
+            self.warn_of_collapse(state, loss, std)
+        self.bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {self.seen["speed/waiting_for_data"]:.0%} waiting '
+                                 'for data')  # fmt: skip
+
+    def epoch(self, state):
+        """An epoch is over: its scalars, kNN where it is due, and a line."""
+        args, (loss, std) = self.args, state.last
+        if std < args.collapse_threshold:
+            self.warn_of_collapse(state, loss, std)
+        values = {'pretraining/loss': loss, 'pretraining/std': std, **self.seen, **peak_memory(get_device(args))}
+        line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
+        if self.seen:
+            line += f'  {self.seen["speed/images_per_second"]:.0f} images/s'
+        last = state.epoch == args.max_epochs
+        if not self.knn_off and (last or state.epoch % args.knn_every == 0):
+            values['pretraining/knn_top1'] = knn_accuracy(args, state.model.backbone, self.bank, self.val)
+            line += f'  kNN {values["pretraining/knn_top1"]:.2f} %'
+        self.logger.scalars(state.epoch, values)
+        if not last and state.epoch > self.began:
+            each = (time.time() - self.started) / (state.epoch - self.began)
+            line += f'  {duration(each * (args.max_epochs - state.epoch))} left'
+        say(line)
+
+    def warn_of_collapse(self, state, loss, std):
+        self.logger.warn_once(
+            'collapse',
+            f'the model collapses: std {std:.3f} (healthy near 1, threshold {self.args.collapse_threshold}) at loss '
+            f'{loss:.4f} in epoch {state.epoch + (state.images > 0)}: all images get nearly the same z, so the loss '
+            'falls and nothing is learned. Try --augmentation=moco, or --warmup_epochs=10 with '
+            '--warmup_augmentation=moco, or a lower --learning_rate; README.md, When it collapses, has more',
+        )
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        self.logger.close()
