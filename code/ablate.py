@@ -3,6 +3,7 @@
 import json
 
 import pictures
+import results
 from ckpt import checkpoints, read
 from config import changed, path_of
 from logger import read_scalars, say
@@ -74,7 +75,7 @@ def ablate(args):
         own.given = given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         say(f'\n{args.table}: {variant}, {number + 1} of {len(TABLES[args.table])}')
         known = runs(own)
-        if not known or not (known[-1] / 'evaluate_linear.json').is_file():
+        if not known or not results.of_run(known[-1], protocol='linear'):
             train(own)
         rows.append({'variant': variant, 'options': options, **outcome(args, runs(own)[-1]), 'paper': paper})
     folder = path_of(args.log_path)
@@ -95,7 +96,7 @@ def ablate(args):
 
 def outcome(args, run):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
-    result = json.loads((run / 'evaluate_linear.json').read_text())
+    result = results.of_run(run, protocol='linear')[-1]
     content = read(checkpoints(run)[-1])
     logged = read_scalars(path_of(args.log_path) / run.name)
     curves = {f'{short}_curve': logged.get(f'pretraining/{tag}', [])

@@ -262,6 +262,11 @@ class Config:
                             low=0, high=4096, used_by=('pack',))  # fmt: skip
     shard_megabytes: float = option(1000.0, 'pack: size at which the next archive begins', low=0.001, high=1e6,
                                     used_by=('pack',))  # fmt: skip
+    classifier: str = option(
+        '',
+        'infer: the folder of the set whose classes are wanted, where evaluate trained on several',
+        used_by=('infer',),
+    )
     neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',
                              low=0, high=50, used_by=('infer',))  # fmt: skip
     projector_images: int = option(1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none",

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import torch
 
+import distributed
 from ckpt import get_model_ckpt
 from config import UserError, path_of
 from dataloader.images import shown
@@ -28,6 +29,7 @@ def embed(args):
         raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
     args.given -= {'image_path'}
+    distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
@@ -44,9 +46,10 @@ def embed(args):
             csv.writer(file).writerows([head, *([name, *row] for name, row in zip(images.names, features.tolist(),
                                                                                  strict=True))])  # fmt: skip
 
-    write_aside(output, write)
+    if not distributed.rank():
+        write_aside(output, write)
     say(f'{len(features)} x {features.shape[1]} features of {images.folder} written to {output}')
-    if args.projector_images:
+    if args.projector_images and not distributed.rank():
         logger = Logger(path_of(args.log_path) / checkpoint['run'].name / 'projector')
         rows = torch.linspace(0, len(images) - 1, min(args.projector_images, len(images))).round().long()
         names = [shown(images.names[row]) for row in rows]  # a tab or a new line would break its table

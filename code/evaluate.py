@@ -3,7 +3,6 @@
 What is reported is the last epoch, never the best one, on the whole of `val`.
 """
 
-import json
 import math
 import time
 
@@ -11,6 +10,7 @@ import torch
 
 import distributed
 import pictures
+import results
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
 from dataloader.images import shown
@@ -21,7 +21,7 @@ from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
 from protocols.transfer import target_splits, transfer
-from utils import get_device, memory_for, write_aside
+from utils import get_device, memory_for
 
 
 def evaluate(args):
@@ -37,7 +37,7 @@ def evaluate(args):
     distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
-    check_protocol(args, splits)
+    splits_for(args, splits)
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_model(args, model, splits, checkpoint)
     say(f'result     {checkpoint["run"] / result["file"]}')
@@ -53,21 +53,18 @@ def evaluate_model(args, model, splits, checkpoint):
     splits: {'train', 'val', ...} of Images, for the protocols that use the checkpoint's own set. checkpoint: a dict of
     its path, run (the folder for the results) and epoch.
     """
-    started = time.time()
+    started, splits = time.time(), splits_for(args, splits)
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 
         with memory_for('a detector', 'try a smaller --detection_batch_size or --detection_size'):
-            result, scores, labels, classifier = detection(args, model)
+            result, scores, labels, classifier = detection(args, model, splits)
         classes = []
     else:
         protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}[args.protocol]
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol(args, model, splits)
-    run, epoch = checkpoint['run'], checkpoint['epoch']
-    name = '_'.join([args.protocol, *DETAILS.get(args.protocol, lambda args: [])(args)])
-    head = {'protocol': args.protocol, 'checkpoint': checkpoint['path'].name, 'epoch': epoch}
-    result = {**head, **result, 'seconds': round(time.time() - started, 2), 'file': f'evaluate_{name}.json'}
+    run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
     logger = Logger(path_of(args.log_path) / run.name)
     if scores is not None:
         counts = confusion(scores, labels).cpu()
@@ -75,17 +72,15 @@ def evaluate_model(args, model, splits, checkpoint):
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
         picture = pictures.confusion(counts, classes)
         logger.picture(f'{name}_confusion', picture, epoch)
+    if classifier:
+        classifier = {**classifier, 'classes': classes}
+    asked = results.question(args, splits, checkpoint)
+    result = results.write(run, name, asked, {**result, 'seconds': round(time.time() - started, 2)}, classifier)
     logger.scalars(
         epoch, {f'results/{name}_{key}': value for key, value in result.items() if key in NAMES and value is not None}
     )
     logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
-    if classifier and not distributed.rank():
-        classifier = {**classifier, 'classes': classes, 'checkpoint': checkpoint['path'].name}
-        write_aside(run / f'classifier_epoch_{epoch}', lambda aside: torch.save(classifier, aside))
-    text = json.dumps(result, indent=2) + '\n'
-    if not distributed.rank():
-        write_aside(run / result['file'], lambda aside: aside.write_text(text))
     say(table(result))
     return result
 
@@ -97,28 +92,24 @@ SMALLER = {
     'semi': '--finetune_batch_size',
     'transfer': '--batch_size, or --finetune_batch_size',
 }
-# What tells two results of a protocol apart, in the name of their files.
-DETAILS = {
-    'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
-    'transfer': lambda args: [args.transfer, path_of(args.transfer_path).name],
-    'detection': lambda args: [args.init],
-}
 
 
-def check_protocol(args, splits):
-    """Raise UserError for what --protocol will lack: labels, a list, a folder, a package. Before a training, too."""
+def splits_for(args, own):
+    """{'train', 'val'} that --protocol works on; own: the checkpoint's. Raises UserError for what it will lack: labels,
+    a list, a folder, a package; `train` asks before it begins."""
     if distributed.world() > 1 and args.protocol not in ('linear', 'knn'):
         raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
     if args.protocol == 'detection':
         from protocols.detection import splits_of
 
-        splits_of(args)
-    elif args.protocol == 'transfer':
-        target_splits(args)
-    elif reason := why_no_labels(splits):
+        return splits_of(args)
+    if args.protocol == 'transfer':
+        return target_splits(args)
+    if reason := why_no_labels(own):
         raise UserError(f'evaluate needs labels: {reason}')
     if args.protocol == 'semi':
-        few_of(args, labelled(splits['train']))
+        few_of(args, labelled(own['train']))
+    return {name: own[name] for name in ('train', 'val')}
 
 
 def why_no_labels(splits):
@@ -157,6 +148,8 @@ def table(result):
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'validation images, {duration(result["seconds"])}',
+        f'images {result["images"]["path"]}, {result["settings"]["image_size"]} px, preset {result["preset"]}'
+        + ''.join(f', --{name}={result["settings"][name]}' for name in result['given']),
         *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if result.get(key) is not None),
     ]
     if result.get('per_class'):

@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import torch
 
+import distributed
 import pictures
-from ckpt import get_model_ckpt, list_checkpoints, load_file
-from config import UserError, WorkError, changed, path_of
+from ckpt import get_model_ckpt, list_checkpoints
+from config import UserError, path_of
 from dataloader import vision
 from dataloader.images import shown
 from dataloader.layout import places_of
-from dataloader.load_dataset import in_order, labelled, load_splits, load_whole, prepared, select
+from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.torchvision_sets import torchvision_kind
 from logger import say
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
-from utils import get_device, save_picture, write_aside
+from results import classifier_for
+from utils import get_device, prepare_batch, save_picture, write_aside
 
 ROWS = 12  # of the picture of neighbours
 
@@ -35,16 +37,18 @@ def infer(args):
         raise UserError(f'infer wants --ckpt_name=<run>/<checkpoint>; {hint}')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
     args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
+    distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
 
-    classifier = load_classifier(checkpoint)
+    classifier = classifier_for(args, checkpoint, wanted or path_of(args.image_path))
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
-        scores, how = logits.softmax(1), 'the linear classifier of evaluate'
+        of = classifier['question']['images']['path']
+        scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {of}'
     else:
         train = labelled(load_splits(args)['train'])
         if not len(train):
@@ -68,7 +72,8 @@ def infer(args):
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             csv.writer(file).writerows([('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
 
-    write_aside(output, write)
+    if not distributed.rank():
+        write_aside(output, write)
     say(f'{len(rows)} images of {shown(images.folder)} predicted by {how}')
     say(f'written to {output}')
     if args.neighbours:
@@ -76,7 +81,8 @@ def infer(args):
         bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
         picture = neighbours_picture(args, images, features, train, bank, args.neighbours)
         path = output.with_name(f'{output.stem}_neighbours.png')
-        save_picture(picture, path)
+        if not distributed.rank():
+            save_picture(picture, path)
         say(f'their nearest training images: {path}')
     return output
 
@@ -102,9 +108,11 @@ def same_class(images, row, others, other):
 
 def pixels_of(args, images, rows):
     """The centre crops of these images, n x 3 x S x S in [0, 1], on the CPU."""
-    batches = in_order(changed(args, num_workers=0), select(images, rows))
-    views = [vision.plain_view(batch, args.image_size, args.crop_ratio) for batch, _ in prepared(args, batches)]
-    return vision.denormalise(torch.cat(views)).cpu()
+    whole, found = replace(images, views=0), []
+    for part in rows.split(256):
+        pixels, _ = prepare_batch(args, whole.batch([(row, 0, '') for row in part.tolist()]))
+        found.append(vision.denormalise(vision.plain_view(pixels, args.image_size, args.crop_ratio)).cpu())
+    return torch.cat(found)
 
 
 def images_to_predict(args, wanted):
@@ -120,14 +128,3 @@ def images_to_predict(args, wanted):
         if images := splits['test'] or splits['val']:
             return images
     return load_whole(args, root)
-
-
-def load_classifier(checkpoint):
-    """The classifier that evaluate trained on this checkpoint, or None. Raises WorkError for a damaged file."""
-    file = checkpoint['run'] / f'classifier_epoch_{checkpoint["epoch"]}'
-    if not file.is_file():
-        return None
-    classifier = load_file(file)
-    if not isinstance(classifier, dict) or not {'weight', 'bias', 'classes', 'checkpoint'} <= classifier.keys():
-        raise WorkError(f'{file} is damaged: evaluate again')
-    return classifier if classifier['checkpoint'] == checkpoint['path'].name else None

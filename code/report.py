@@ -3,8 +3,8 @@
 import base64
 import html
 import io
-import json
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from logger import read_scalars, say
 from metric.accuracy import confusion
 from protocols.features import features_of
 from protocols.knn import vote
+from results import of_run
 from utils import get_device, save_picture, write_aside
 
 POINTS = 2000  # images on the map
@@ -50,7 +51,7 @@ def report(args):
     run, folder = checkpoint['run'], path_of(args.log_path) / checkpoint['run'].name
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     splits, logged = load_splits(args), read_scalars(folder)
-    results = [json.loads(path.read_text()) for path in sorted(run.glob('evaluate_*.json'))]
+    results = of_run(run)
     parts = [*curves(args, logged), *two_views(folder), *of_features(args, backbone, splits)]
     for _, name, _, image in parts:
         save_picture(image, folder / f'report_{name}.png')
@@ -188,10 +189,12 @@ def results_table(results):
     """What evaluate measured: a row for each result, its first number in front."""
     rows = ''
     for result in results:
-        name = result['file'].removeprefix('evaluate_').removesuffix('.json')
-        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if key in result]
+        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if result.get(key) is not None]
         beside = ', '.join(' '.join(pair) for pair in others)
-        rows += f'<tr><td>{html.escape(name)}</td><td><b>{first[1]}</b> {first[0]}</td><td>{beside}</td></tr>'
+        name = f'{result["protocol"]}, epoch {result["epoch"]}'
+        of = Path(result['images']['path']).name if 'images' in result else ''
+        cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, of))
+        rows += f'<tr>{cells}<td><b>{first[1]}</b> {first[0]}</td><td>{beside}</td></tr>'
     return f'<h2>Results, %</h2><table>{rows}</table>' if rows else ''
 
 

@@ -17,7 +17,7 @@ from config import AUGMENTATIONS, ROOT, UserError, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, prepared, views_of
 from dataloader.ranges import warn_of_range
-from evaluate import check_protocol, evaluate_model
+from evaluate import evaluate_model, splits_for
 from logger import duration, log_to, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
@@ -146,7 +146,7 @@ def set_up(args):
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
     iterators = get_iterator(args)
     if args.evaluate_after:
-        check_protocol(args, {name: batches and batches.dataset for name, batches in iterators.items()})
+        splits_for(args, {name: batches and batches.dataset for name, batches in iterators.items()})
     if not distributed.rank():
         warn_of_range(iterators['train'].dataset.store, args.pixel_max)
     state = new_state(args, model)

@@ -27,6 +27,7 @@ from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from pictures import Panel, curves
 from precision import autocast, precision
 from protocols.features import features_of
+from results import of_run
 from state import State
 from utils import get_device, random_from, save_picture, write_aside
 
@@ -128,9 +129,9 @@ def main():
     run, epoch = pretrain(paths, given, output, max(0.01, (deadline - time.time()) / 60 - 0.5))
     result = {'epochs': epoch, **measured(args, output / 'log' / run.name)}
     if epoch == mine.epochs:
-        if not (run / 'evaluate_linear.json').is_file():
+        if not of_run(run, protocol='linear'):
             cli('evaluate', f'--ckpt_name={run.name}', *paths)
-        result['linear'] = json.loads((run / 'evaluate_linear.json').read_text())
+        result['linear'] = of_run(run, protocol='linear')[-1]
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
     picture = curves([Panel('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))

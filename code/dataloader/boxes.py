@@ -36,6 +36,15 @@ class Boxes(Dataset):
     def __len__(self):
         return len(self.table['images'])
 
+    @property
+    def names(self):
+        return [image['file_name'] for image in self.table['images']]
+
+    @property
+    def labels(self):
+        """How many boxes each image has."""
+        return torch.tensor([len(self.of_image[image['id']]) for image in self.table['images']])
+
     def __getitems__(self, keys):
         """Two tuples, of images and of targets, or an exception (batches.caught)."""
         return caught(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))

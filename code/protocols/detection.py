@@ -31,12 +31,12 @@ STAGES = {**dict.fromkeys(BLOCKS, RESNET), 'small': {'3': '0', '4': '1', '5': '2
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
-def detection(args, model):
+def detection(args, model, splits):
     """Train a detector on --detection_path and judge it. Returns (result with AP, AP50, AP75 in percent, three None).
 
     The backbone starts from `model`, or with --init=random untrained; all of it is trained, its BN included.
     """
-    train, val = splits_of(args)
+    train, val = splits['train'], splits['val']
     masks = train.masks
     say(f'{path_of(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
     backbone = (new_model(args) if args.init == 'random' else model).backbone
@@ -48,7 +48,7 @@ def detection(args, model):
 
 
 def splits_of(args):
-    """The Boxes of train and val of --detection_path. Raises UserError for what is missing."""
+    """{'train', 'val'} of Boxes of --detection_path. Raises UserError for what is missing."""
     extra('pycocotools', '--protocol=detection')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
@@ -56,7 +56,7 @@ def splits_of(args):
     train, val = splits['train'], splits['val']
     if not len(train) or not len(val) or not val.table['annotations']:
         raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
-    return train, val
+    return splits
 
 
 def make_detector(args, backbone, num_classes, masks):

@@ -17,7 +17,7 @@ HELD_OUT = 0.2  # share of train that chooses among them
 def transfer(args, model, splits):
     """The set of --transfer_path with the backbone. Returns (result, scores of its val, labels, None,
     classes)."""
-    there, train, val = target_splits(args)
+    there, train, val = of_target(args), labelled(splits['train']), splits['val']
     if args.transfer == 'finetune':
         result, scores, labels = finetune(there, model.backbone, train, val)
     else:
@@ -27,15 +27,19 @@ def transfer(args, model, splits):
 
 
 def target_splits(args):
-    """(args of the set of --transfer_path, its labelled train, its val). Raises UserError for what is missing."""
+    """{'train', 'val'} of the set of --transfer_path. Raises UserError for what is missing."""
     if not args.transfer_path:
         raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
-    there = changed(args, image_path=args.transfer_path, preset='imagenet')
-    splits = load_splits(there)
+    splits = load_splits(of_target(args))
     train, val = labelled(splits['train']), splits['val']
     if val is None or not len(train) or not (val.labels >= 0).any():
         raise UserError(f'--transfer_path: {path_of(args.transfer_path)} wants class folders in train/ and in val/')
-    return there, train, val
+    return {'train': train, 'val': val}
+
+
+def of_target(args):
+    """args of that set: no preset draws or fetches it."""
+    return changed(args, image_path=args.transfer_path, preset='imagenet')
 
 
 def regression(args, backbone, train, val):

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
+from results import of_run
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -152,7 +152,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     done = run('evaluate', name, *own_paths(copied))
     assert done.returncode == 0, done.stderr
     folder = copied / 'ckpt' / f'{RUN}0'
-    result = json.loads((folder / 'evaluate_linear.json').read_text())
+    result = of_run(folder)[-1]
     assert {'protocol', 'epoch', 'top1', 'top5', 'knn_top1', 'knn_top1_untrained', 'num_train', 'num_val',
             'seconds'} <= set(result)  # fmt: skip
     assert (result['protocol'], result['epoch'], result['num_train'], result['num_val']) == ('linear', 2, 72, 24)
@@ -164,7 +164,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     output = tmp_path / 'submission.csv'
     done = run('infer', name, f'--output={output}', *own_paths(copied, 'ckpt', 'cache'))
     assert done.returncode == 0, done.stderr
-    assert 'the linear classifier of evaluate' in done.stdout
+    assert f'predicted by the linear classifier that evaluate trained on {drawn}' in done.stdout
     rows = read_rows(output)
     assert list(rows[0]) == ['file', 'prediction', 'confidence', 'top5']
     files = sorted(str(path.relative_to(drawn / 'val')) for path in (drawn / 'val').rglob('*.png'))

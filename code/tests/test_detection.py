@@ -12,6 +12,7 @@ from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.boxes import load_boxes
 from protocols.detection import average_precision, make_detector
+from results import of_run
 
 RUN = 'model_name_simsiam_ckpt_0'
 KINDS = {'disc': 'red', 'square': 'blue'}
@@ -153,7 +154,7 @@ def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
     run(trained, f'--detection_path={folder}', '--detection_epochs=4', '--detection_batch_size=4',
         '--detection_learning_rate=0.05')  # fmt: skip
     said = capsys.readouterr().out
-    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_detection_checkpoint.json').read_text())
+    result = of_run(trained / 'ckpt' / RUN, init='checkpoint')[-1]
     assert f'AP50                  {result["AP50"]:6.2f} %' in said
     assert result['AP50'] > 10
     assert result['AP'] <= result['AP50']
@@ -182,7 +183,7 @@ def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_pat
     folder = coco(tmp_path / 'coco', {'train': 4, 'val': 3})
     run(trained, f'--detection_path={folder}', '--detection_epochs=1', '--detection_batch_size=2', '--init=random',
         '--detector=mask_rcnn')  # fmt: skip
-    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_detection_random.json').read_text())
+    result = of_run(trained / 'ckpt' / RUN, init='random')[-1]
     assert {'AP', 'AP50', 'AP75', 'mask_AP', 'mask_AP50', 'mask_AP75'} <= set(result)
 
 

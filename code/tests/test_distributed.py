@@ -1,6 +1,5 @@
 """Several processes: the same gradients, statistics, images and results as one; and what happens when one dies."""
 
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from config import AUGMENTATIONS, get_config
 from conftest import CODE, TINY, own_paths
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
+from results import of_run
 from utils import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -109,10 +109,10 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
         assert other == pytest.approx(loss, abs=2e-3)
         assert other_top1 == pytest.approx(top1, abs=9)  # two of 24 images
     print('epoch: loss, kNN of one process and of two:', list(zip(one, two, strict=True)))
-    files = {name: sorted(re.sub('_-?[0-9.]+_', '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
+    files = {name: sorted(re.sub('_-?[0-9.]+_|_[0-9a-f]{12}', '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
              for name in said}  # fmt: skip
     assert files['one'] == files['two']
-    result = json.loads((tmp_path / 'two/ckpt' / RUN / 'evaluate_linear.json').read_text())
+    result = of_run(tmp_path / 'two/ckpt' / RUN, protocol='linear')[-1]
     assert (result['num_train'], result['num_val']) == (72, 24)
     judge = ('cli.py', 'evaluate', '--protocol=knn', f'--ckpt_name={RUN}', *own_paths(tmp_path / 'two'))
     done = run(*TORCHRUN, *judge)

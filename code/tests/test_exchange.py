@@ -348,12 +348,12 @@ def test_infer_shows_the_neighbours(drawn, tmp_path):
 
 
 def test_an_unreadable_classifier_is_one_line(ours, drawn, tmp_path, capsys):
-    (ours[0].parent / 'classifier_epoch_1').write_text('text')
+    (ours[0].parent / 'classifier_1').write_text('text')
     code = cli.main(['infer', f'--ckpt_name={ours[0]}', f'--image_path={drawn}', f'--output={tmp_path}/o.csv',
                      *own_paths(tmp_path, 'cache')])  # fmt: skip
-    (ours[0].parent / 'classifier_epoch_1').unlink()
+    (ours[0].parent / 'classifier_1').unlink()
     assert code == 1
-    assert 'classifier_epoch_1 is damaged' in one_line(capsys.readouterr().err)
+    assert 'classifier_1 is damaged' in one_line(capsys.readouterr().err)
     with pytest.raises(WorkError):
         load(ours[0].parent / 'nothing' if (ours[0].parent / 'nothing').exists() else save_text(tmp_path))
 

@@ -1,6 +1,5 @@
 """Evaluation protocols: optimizers and classifiers against independent ones, and each protocol as a user runs it."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +22,7 @@ from optimizer.lars import Lars
 from protocols.finetune import balanced, listed
 from protocols.linear import cached_features, in_steps, train_probe
 from protocols.transfer import held_out, logistic_regression, regression
+from results import of_run
 from utils import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -212,7 +212,8 @@ def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, t
     options = [option.format(other=other) for option in options]
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
     said = capsys.readouterr().out
-    result = json.loads((trained / 'ckpt' / RUN / f'evaluate_{name}.json').read_text())
+    result = of_run(trained / 'ckpt' / RUN)[-1]
+    assert result['file'].startswith(f'evaluate_{name}_')
     assert {key for key, value in result.items() if isinstance(value, float)} == keys | {'seconds'}
     assert (result['epoch'], result['protocol']) == (2, name.split('_')[0])
     assert f'top-1                 {result["top1"]:6.2f} %' in said
@@ -236,7 +237,7 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
         '--finetune_learning_rate=2',
     )
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
-    result = json.loads((trained / 'ckpt' / RUN / 'evaluate_semi_1.json').read_text())
+    result = of_run(trained / 'ckpt' / RUN)[-1]
     assert result['top1'] > 70  # of three classes
     assert next((trained / 'ckpt' / RUN).glob('loss_*')).read_bytes() == before
 

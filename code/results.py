@@ -1,0 +1,110 @@
+"""Results that say what they are of: a question, what came out, and a file that no other question shares.
+
+A question is which images (path, number, a digest of their names and labels), which weights, at which size, with which
+settings. <run>/evaluate_<protocol>_<digest of the question>.json; the classifier of a linear one is beside it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from ckpt import OF_THE_CALL, load_file, versions
+from config import OPTIONS, UserError, path_of
+from distributed import rank
+from utils import write_aside
+
+# Of the protocol `semi` and so on: what is shown of the settings in a file's name.
+DETAILS = {
+    'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
+    'transfer': lambda args: [args.transfer, path_of(args.transfer_path).name],
+    'detection': lambda args: [args.init],
+}
+ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a question has in other entries, or not
+
+
+def question(args, splits, checkpoint):
+    """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of Images or Boxes."""
+    settings = {name: getattr(args, name) for name, option in OPTIONS.items()
+                if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by']}  # fmt: skip
+    if args.subset_list:
+        settings['subset_digest'] = digest([path_of(args.subset_list).read_text()])
+    path = {'transfer': args.transfer_path, 'detection': args.detection_path}.get(args.protocol, args.image_path)
+    return {
+        'protocol': args.protocol,
+        'checkpoint': checkpoint['path'].name,
+        'epoch': checkpoint['epoch'],
+        'images': {'path': str(path_of(path)), **{name: described(images) for name, images in splits.items()}},
+        'preset': args.preset,
+        'settings': settings,
+        'given': sorted(name for name in args.given if name in settings),
+    }
+
+
+def described(images):
+    """Images or Boxes: how many, which."""
+    names = [*images.names]
+    return {'number': len(images), 'digest': digest(f'{name}\t{label}' for name, label in
+                                                    zip(names, images.labels.tolist(), strict=True))}  # fmt: skip
+
+
+def digest(lines):
+    found = hashlib.blake2b(digest_size=6)
+    for line in lines:
+        found.update(line.encode(errors='surrogateescape') + b'\n')
+    return found.hexdigest()
+
+
+def name_of(args):
+    """What TensorBoard and the file call an evaluation: the protocol and what it is about."""
+    return '_'.join([args.protocol, *DETAILS.get(args.protocol, lambda args: [])(args)])
+
+
+def write(run, name, asked, found, classifier=None):
+    """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
+    mark = digest([json.dumps({**asked, 'given': None}, sort_keys=True)])
+    result = {**asked, **found, 'versions': versions(), 'file': f'evaluate_{name}_{mark}.json'}
+    if rank():
+        return result
+    if classifier:
+        content = {**classifier, 'question': asked}
+        write_aside(run / f'classifier_{mark}', lambda aside: torch.save(content, aside))
+    text = json.dumps(result, indent=2) + '\n'
+    write_aside(run / result['file'], lambda aside: aside.write_text(text))
+    return result
+
+
+def of_run(run, **wanted):
+    """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
+    which images they were of."""
+    found = sorted(run.glob('evaluate_*.json'), key=lambda path: path.stat().st_mtime)
+    results = [json.loads(path.read_text()) for path in found]
+    return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
+
+
+def classifier_for(args, checkpoint, where):
+    """The classifier that evaluate trained on this checkpoint for the images at the path `where`, or None.
+
+    That of --classifier (the folder of the set), else of the set in which the images lie, else of the checkpoint's own
+    set, else the only one there is, but never another set's for images of the checkpoint's own. Raises UserError where
+    --classifier names none, WorkError for a damaged file.
+    """
+    found = {}  # the folder of a set: the newest of its classifiers
+    for path in sorted(checkpoint['run'].glob('classifier_*'), key=lambda path: path.stat().st_mtime):
+        content = load_file(path)
+        if isinstance(content, dict) and content.get('question', {}).get('checkpoint') == checkpoint['path'].name:
+            found[Path(content['question']['images']['path'])] = content
+    own = path_of(args.image_path)
+    if args.classifier:
+        wanted = path_of(args.classifier)
+        if wanted not in found:
+            known = ', '.join(map(str, found)) or 'none: run evaluate first'
+            raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
+        return found[wanted]
+    inside = [folder for folder in found if where.is_relative_to(folder)]
+    if inside:
+        return found[max(inside, key=lambda folder: len(folder.parts))]
+    if own in found:
+        return found[own]
+    return next(iter(found.values())) if len(found) == 1 and not where.is_relative_to(own) else None

@@ -1,0 +1,128 @@
+"""A result says what it is of, no two questions share a file, and a classifier is used for its own classes."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+import cli
+from config import OPTIONS, get_config
+from conftest import TINY, draw_folder, one_line, own_paths
+from dataloader.load_dataset import load_splits
+from dataloader.names import Names
+from results import ELSEWHERE, of_run, question, write
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('results')
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / 'copy')
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another set, whose classes are named otherwise."""
+    folder = draw_folder(tmp_path / 'other', {'train': 9, 'val': 6})
+    for split in ('train', 'val'):
+        for entry in list((folder / split).iterdir()):
+            entry.rename(entry.with_name(f'other_{entry.name}'))
+    return folder
+
+
+def evaluate(copied, *options):
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(copied), '--probe_epochs=5', *options]) == 0
+
+
+def infer(copied, output, *options):
+    """The classes that were predicted."""
+    argv = ['infer', f'--ckpt_name={RUN}', f'--output={output}', *own_paths(copied, 'ckpt', 'cache'), *options]
+    assert cli.main(argv) == 0
+    with open(output, newline='') as file:
+        return {row['prediction'].removeprefix('other_') != row['prediction'] for row in csv.DictReader(file)}
+
+
+def test_a_classifier_labels_its_own_classes(copied, drawn, other, tmp_path, capsys):
+    """Of set A, then of set B: A's images never get B's classes."""
+    out, (ours, theirs) = tmp_path / 'o.csv', ({False}, {True})
+    evaluate(copied, f'--image_path={other}')
+    assert infer(copied, out) == ours  # by kNN: B's classifier is not for the checkpoint's own images
+    assert 'predicted by kNN' in capsys.readouterr().out
+    assert infer(copied, out, f'--image_path={other}') == theirs
+    assert f'the linear classifier that evaluate trained on {other}' in capsys.readouterr().out
+    evaluate(copied)
+    assert infer(copied, out) == ours
+    assert f'the linear classifier that evaluate trained on {drawn}' in capsys.readouterr().out
+    evaluate(copied, f'--image_path={other}')
+    assert infer(copied, out) == ours
+    assert infer(copied, out, f'--image_path={other}/val') == theirs
+    elsewhere = shutil.copytree(other / 'val', tmp_path / 'elsewhere')
+    assert infer(copied, out, f'--image_path={elsewhere}') == ours  # the checkpoint's own set goes first
+    assert infer(copied, out, f'--image_path={elsewhere}', f'--classifier={other}') == theirs
+    capsys.readouterr()
+    argv = ['infer', f'--ckpt_name={RUN}', f'--classifier={tmp_path}', *own_paths(copied, 'ckpt', 'cache')]
+    assert cli.main(argv) == 2
+    assert 'the sets that this checkpoint has one of are' in one_line(capsys.readouterr().err)
+    files = [result['images']['path'] for result in of_run(copied / 'ckpt' / RUN, protocol='linear')]
+    assert sorted(files) == sorted(map(str, (drawn, other)))  # asked again, a question has its file again
+
+
+def test_what_a_result_says(copied, drawn, capsys):
+    evaluate(copied, '--protocol=knn', '--knn_k=7')
+    (result,) = of_run(copied / 'ckpt' / RUN)
+    assert result['checkpoint'] == next((copied / 'ckpt' / RUN).glob('loss_*')).name
+    assert (result['epoch'], result['preset'], result['settings']['image_size']) == (2, 'demo', 32)
+    assert (result['images']['train']['number'], result['images']['val']['number']) == (72, 24)
+    assert result['given'] == ['knn_k', 'probe_epochs']
+    assert set(result['versions']) == {'python', 'torch', 'torchvision', 'commit'}
+    said = capsys.readouterr().out
+    assert f'images {drawn}, 32 px, preset demo, --knn_k=7' in said
+    assert json.loads((copied / 'ckpt' / RUN / result['file']).read_text()) == result
+
+
+def test_two_lists_of_labels_are_two_questions(copied, drawn, tmp_path):
+    for name, count in (('1percent.txt', 1), ('10percent.txt', 3)):
+        kinds = ('checks', 'dots', 'stripes')
+        (tmp_path / name).write_text(''.join(f'{kind}/{i:03d}.png\n' for kind in kinds for i in range(count)))
+        evaluate(copied, '--protocol=semi', f'--subset_list={tmp_path / name}', '--finetune_epochs=1')
+    assert sorted(result['num_train'] for result in of_run(copied / 'ckpt' / RUN)) == [3, 9]
+
+
+def test_no_two_questions_share_a_file(drawn, tmp_path):
+    """Whatever is asked otherwise: each setting, the images, the weights."""
+    cache = f'{tmp_path}/cache'
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=cache)
+    splits = {name: images for name, images in load_splits(args).items() if name != 'test'}
+    checkpoint = {'path': tmp_path / 'loss_0.0000_epoch_1', 'epoch': 1}
+    files = set()
+
+    def ask(args, splits=splits, checkpoint=checkpoint):
+        write(tmp_path / 'run', 'linear', question(args, splits, checkpoint), {'top1': 0.0})
+        found = {path.name for path in (tmp_path / 'run').iterdir()}
+        assert len(found) == len(files) + 1, 'shares a file with another question'
+        files.update(found)
+
+    ask(args)
+    for name, option in OPTIONS.items():
+        if name in ELSEWHERE or name == 'subset_list' or 'evaluate' not in option.metadata['used_by']:
+            continue
+        changed = get_config(preset='demo', image_path=str(drawn), cache_path=cache)
+        now = getattr(args, name)
+        setattr(changed, name, not now if isinstance(now, bool) else f'{now}x' if isinstance(now, str) else now + 1)
+        ask(changed)
+    ask(args, checkpoint={**checkpoint, 'path': tmp_path / 'loss_0.0000_epoch_2'})
+    fewer = load_splits(args)
+    fewer['val'].labels = fewer['val'].labels.roll(1)
+    ask(args, {'train': splits['train'], 'val': fewer['val']})
+    fewer['val'].store.names = Names(f'{name}_' for name in fewer['val'].names)
+    ask(args, {'train': splits['train'], 'val': fewer['val']})
+    assert torch.is_tensor(fewer['val'].labels)
