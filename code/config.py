@@ -142,7 +142,7 @@ class Config:
     )  # fmt: skip
 
     max_minutes: float = option(
-        0.0, 'stop after the epoch in which this many minutes have passed, with a checkpoint; 0: no limit',
+        0.0, 'stop between two steps when this many minutes have passed, with a checkpoint; 0: no limit',
         low=0.0, high=1e6, used_by=TRAIN,
     )  # fmt: skip
     amp: str = option(

@@ -47,6 +47,7 @@ def start(device):
 
 
 def end():
+    JOINED['store'], JOINED['others'] = None, []
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -47,7 +47,8 @@ class Run:
         if not math.isfinite(loss):
             raise Diverged(
                 f'the loss is {loss} in epoch {state.epoch + (state.images > 0)}: try a lower --learning_rate (now '
-                f'{self.args.learning_rate}); the last good checkpoint is {self.path or "none"}'
+                f'{self.args.learning_rate}); noticed {self.where(state)}; the last good checkpoint is '
+                f'{self.path or "none"}'
             )
 
     @staticmethod

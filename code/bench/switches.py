@@ -37,7 +37,7 @@ def train(folder, *options):
     subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
     (log,) = (folder / 'log').iterdir()
     last = {tag: values[-1][1] for tag, values in read_scalars(log).items()}
-    return last['speed/images_per_second'], last.get('speed/memory_gigabytes'), last['pretraining/loss']
+    return tuple(last.get(tag) for tag in ('speed/images_per_second', 'speed/memory_gigabytes', 'pretraining/loss'))
 
 
 def main():

@@ -73,6 +73,7 @@ def make_detector(args, backbone, num_classes, masks):
         torch.manual_seed(args.random_seed)
         channels = [found.shape[1] for found in maps.values()]
         pyramid = BackboneWithFPN(backbone, STAGES[args.backbone], channels, 256, norm_layer=torch.nn.BatchNorm2d)
+        pyramid = Half(args, pyramid)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
         heads = {'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
                  'box_roi_pool': MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2)}  # fmt: skip
@@ -81,6 +82,20 @@ def make_detector(args, backbone, num_classes, masks):
         kind = MaskRCNN if masks else FasterRCNN
         size = args.detection_size
         return kind(pyramid, num_classes + 1, min_size=size, max_size=round(size * 5 / 3), **heads)
+
+
+class Half(torch.nn.Module):
+    """The pyramid in the precision of --amp, its maps in float32: the heads reckon with coordinates, and in bfloat16 a
+    box of a few pixels far from the corner has no width, whose logarithm ends the training."""
+
+    def __init__(self, args, body):
+        super().__init__()
+        self.args, self.body, self.out_channels = args, body, body.out_channels
+
+    def forward(self, images):
+        with autocast(self.args, scaled=False):
+            maps = self.body(images)
+        return {name: found.float() for name, found in maps.items()}
 
 
 def fit(args, detector, train):
@@ -102,8 +117,7 @@ def fit(args, detector, train):
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [{name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
                        for target in targets]  # fmt: skip
-            with autocast(args, scaled=False):
-                loss = sum(detector(images, targets).values())
+            loss = sum(detector(images, targets).values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

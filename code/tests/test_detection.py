@@ -1,13 +1,14 @@
 """Detection end to end on small drawn sets in both formats; AP against cases whose value is known."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 import cli
-from ckpt import new_model
+from ckpt import get_model_ckpt, new_model
 from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.boxes import load_boxes
@@ -116,6 +117,19 @@ def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
         return
     splits = load_boxes(tmp_path, False)
     assert (splits['train'].split, splits['val'].split) == pair
+
+
+def test_coordinates_stay_in_full_precision(trained):
+    """In bfloat16 the width of a small box far from the corner would be rounded away, and its logarithm is nan."""
+    args, model, _ = get_model_ckpt(get_config(ckpt_name=RUN, ckpt_path=f'{trained}/ckpt', amp='off'))
+    detector = make_detector(args, model.backbone, 2, False).train()
+    detector.backbone.args = SimpleNamespace(amp='bf16', device='cpu')
+    target = {'boxes': torch.tensor([[629.5, 470.5, 630.0, 471.0]]), 'labels': torch.tensor([1])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('protocols.detection.autocast', lambda *_, **__: torch.autocast('cpu', torch.bfloat16))
+        losses = detector([torch.rand(3, 480, 640)], [target])
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
 def test_average_precision_of_known_cases(tmp_path):

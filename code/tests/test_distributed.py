@@ -109,7 +109,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
         assert other == pytest.approx(loss, abs=2e-3)
         assert other_top1 == pytest.approx(top1, abs=9)  # two of 24 images
     print('epoch: loss, kNN of one process and of two:', list(zip(one, two, strict=True)))
-    files = {name: sorted(re.sub('_-?[0-9.]+_|_[0-9a-f]{12}', '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
+    varying = '_-?[0-9.]+_|_[0-9a-f]{12}'
+    files = {name: sorted(re.sub(varying, '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
              for name in said}  # fmt: skip
     assert files['one'] == files['two']
     result = of_run(tmp_path / 'two/ckpt' / RUN, protocol='linear')[-1]

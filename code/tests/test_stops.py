@@ -40,6 +40,7 @@ def rows(drawn, tmp_path_factory):
     return {(row['moment'], row['signal']): row for row in found}
 
 
+@pytest.mark.xdist_group('stops')  # one table for all
 @pytest.mark.parametrize('number', stop.SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize('moment', stop_table.MOMENTS)
 def test_a_signal(moment, number, rows):
