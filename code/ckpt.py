@@ -16,14 +16,17 @@ from dataclasses import asdict
 import torch
 import torchvision
 
-from config import ROOT, Config, UserError, WorkError, changed, path_of
-from distributed import rank
+from config import ROOT, Config, UserError, WorkError, changed, get_config, path_of
+from distributed import in_turn, rank
 from formats import is_ours, upgraded
 from logger import say
-from model.layouts import architecture, read_layout
+from model.layouts import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
-from utils import write_aside
+from utils import extra, write_aside
 
+# Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
+CARRIERS = ('argparse', 'numpy', 'pathlib', 'omegaconf', 'typing', 'collections', 'enum', 'pytorch_lightning',
+            'lightning', 'lightning_fabric', 'easydict', 'yacs', 'ml_collections', 'addict')  # fmt: skip
 SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
@@ -46,6 +49,8 @@ def get_model_ckpt(args):
     """
     if args.ckpt_name:
         return load_checkpoint(args, find_checkpoint(args))
+    if args.init_from == 'imagenet':
+        return args, supervised(args), None
     if args.init_from:
         path = path_of(args.init_from)
         path = path if path.is_file() else find_checkpoint(changed(args, ckpt_name=args.init_from))
@@ -57,21 +62,94 @@ def get_model_ckpt(args):
 def load_checkpoint(args, path):
     """get_model_ckpt of this file."""
     content = load_file(path)
-    other = None if is_ours(content) else read_layout(content)
-    if other:
-        layout, state = other
-        saved = {**asdict(args), **architecture(state)}
-        checkpoint = {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout,
-                      'run': path_of(args.ckpt_path) / f'{layout}_{path.name}'}  # fmt: skip
-    elif is_ours(content):
-        content, unsaid = upgraded(content)
-        state, saved = content['model'], content['args']
-        say_unsaid(path, saved['preset'], unsaid)
-        checkpoint = {**content, 'layout': 'ours', 'run': path.parent}
-    else:
-        raise WorkError(f'{path} is damaged or was not written by this project, nor in the layout of the official '
-                        'release, of MoCo or of a torchvision ResNet; take another checkpoint')  # fmt: skip
-    for name in (*ARCHITECTURE, *(() if other else ('preset',))):
+    if not is_ours(content):
+        return load_foreign(args, path, content)
+    content, unsaid = upgraded(content)
+    state, saved = content['model'], content['args']
+    say_unsaid(path, saved['preset'], unsaid)
+    merged = with_saved(args, saved, path, (*ARCHITECTURE, 'preset'))
+    model = new_model(merged)
+    strict_load(model, state, path)
+    return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
+
+
+def load_foreign(args, path, content):
+    """load_checkpoint of another tool's file: the backbone, and the heads where they are a SimSiam's.
+
+    Where --preset is not given, the settings are ImageNet's, or CIFAR-10's where the stem is for small images, whatever
+    lies about here.
+    """
+    found = read_layout(content)
+    if not found:
+        keys = [str(key) for key in (tensors_of(content) or (content if isinstance(content, dict) else ()))]
+        first = ', '.join(keys[:SHOWN]) or 'none'
+        raise WorkError(f'{path} is damaged, or holds no ResNet in a layout that is known here (the official release, '
+                        'MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, torchvision, timm); its first keys: '
+                        f'{first}')  # fmt: skip
+    layout, state, left = found
+    shapes = architecture(state)
+    if 'backbone' not in shapes:
+        raise UserError(f'{path} holds a network with other residual blocks than {", ".join(BLOCKS)}')
+    if 'preset' not in args.given:
+        args = with_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
+    of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
+    merged = with_saved(args, {**asdict(args), **shapes}, path, of_backbone)
+    if not heads_fit(state, new_model(merged)):
+        heads = [name for name in state if not name.startswith('backbone.')]
+        left = sorted({*left, *(name.split('.')[0] for name in heads)})
+        state = {name: value for name, value in state.items() if name not in heads}
+        merged = with_saved(args, {**asdict(args), **of_backbone}, path, of_backbone)
+    model = new_model(merged)
+    whole = any(not name.startswith('backbone.') for name in state)
+    strict_load(model, {**counters(model, whole), **state}, path)
+    unused = f'; not used: {", ".join(left)}' if left else ''
+    say(f'{path.name}: {merged.backbone}, layout {layout}, {"with" if whole else "without"} projector and predictor'
+        f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}')  # fmt: skip
+    run = path_of(args.ckpt_path) / f'{layout}_{path.name}'
+    return merged, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
+
+
+def supervised(args):
+    """A new model whose backbone has torchvision's weights of ImageNet with labels, which torchvision fetches."""
+    if args.backbone not in BLOCKS or args.stem != 'imagenet':
+        raise UserError(f'--init_from=imagenet has ResNets with the ImageNet stem, not --backbone={args.backbone} '
+                        f'--stem={args.stem}')  # fmt: skip
+    weights, model = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1, new_model(args)
+    try:
+        with in_turn():
+            state = weights.get_state_dict(progress=not args.quiet, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise WorkError(f'could not fetch {weights.url}: {error}; put the file into '
+                        f'{torch.hub.get_dir()}/checkpoints') from None  # fmt: skip
+    model.backbone.load_state_dict({name: value for name, value in state.items() if not name.startswith('fc.')})
+    say(f'the backbone starts from {weights} of torchvision, trained with labels')
+    return model
+
+
+def with_preset(args, preset):
+    """args with this preset's defaults in place of another's."""
+    own = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
+    found = changed(get_config(preset=preset), **own)
+    found.given = args.given
+    return found
+
+
+def heads_fit(state, model):
+    """Whether `state` has the whole of the model's projector and predictor, and nothing else but a backbone."""
+    theirs = {name: value.shape for name, value in {**counters(model), **state}.items() if 'backbone.' not in name}
+    return theirs == {name: value.shape for name, value in model.state_dict().items() if 'backbone.' not in name}
+
+
+def counters(model, whole=True):
+    """The BNs' counters of batches, which some tools leave out: nothing depends on them. whole: the heads' too."""
+    return {name: value for name, value in model.state_dict().items()
+            if name.endswith('num_batches_tracked') and (whole or name.startswith('backbone.'))}  # fmt: skip
+
+
+def with_saved(args, saved, path, fixed):
+    """The options of a checkpoint, but for what this call gave, and what belongs to the call. Raises UserError where
+    one of `fixed` is given otherwise."""
+    for name in fixed:
         if name in args.given and getattr(args, name) != saved.get(name):
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
@@ -80,9 +158,7 @@ def load_checkpoint(args, path):
     kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
     merged = Config(**{**saved, **kept})
     merged.given = args.given
-    model = new_model(merged)
-    strict_load(model, state, path)
-    return merged, model, {**checkpoint, 'path': path}
+    return merged
 
 
 def say_unsaid(path, preset, names):
@@ -155,17 +231,38 @@ def versions():
 
 
 def load_file(path):
-    """What torch.save wrote into a file, on the CPU. No file can run code. Raises WorkError."""
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if refused:
-            raise WorkError(f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain values '
-                            'are read from a checkpoint') from None  # fmt: skip
-        raise WorkError(DAMAGED.format(path)) from None
-    except Exception:  # what the unpickler raises on damaged bytes has no common base
-        raise WorkError(DAMAGED.format(path)) from None
+    """What torch.save, or safetensors, wrote into a file, on the CPU. No file can run code. Raises WorkError."""
+    if path.suffix == '.safetensors':
+        reader = extra('safetensors.torch', path.name)
+        try:
+            return reader.load_file(path)
+        except Exception as error:  # its own has no common base with the system's
+            raise WorkError(f'{DAMAGED.format(path)} ({error})') from None
+    inert = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([(Inert, name) for name in inert]):
+                return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r'GLOBAL ([\w.]+)', str(error))
+            if not refused:
+                raise WorkError(DAMAGED.format(path)) from None
+            if refused[1].split('.')[0] not in CARRIERS or refused[1] in inert:
+                raise WorkError(f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain '
+                                'values are read from a checkpoint') from None  # fmt: skip
+            inert.append(refused[1])
+        except Exception:  # what the unpickler raises on damaged bytes has no common base
+            raise WorkError(DAMAGED.format(path)) from None
+
+
+class Inert:
+    """Stands for an object of another tool's settings in its file: takes what it is given, and does nothing."""
+
+    def __init__(self, *given, **more):
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 def read(path):

@@ -99,7 +99,8 @@ class Config:
 
     # Model (paper section 3)
     model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=TRAIN)
-    backbone: str = option('resnet50', 'the encoder', ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'small'))
+    backbone: str = option('resnet50', 'the encoder',
+                           ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'small'))  # fmt: skip
     stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
     proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
     proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536)
@@ -247,7 +248,8 @@ class Config:
     ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
                             used_by=ALL[1:])  # fmt: skip
     log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], *ALL[4:]))
-    init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool; a new run',
+    init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool, or imagenet: '
+                            "torchvision's supervised ones; a new run",
                             used_by=TRAIN)  # fmt: skip
     table: str = option(
         'stopgrad', "which of the paper's tables, or collapse: what goes wrong, and what helps",

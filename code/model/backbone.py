@@ -11,7 +11,7 @@ WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 def make_backbone(name, stem):
     """(backbone, its number of features d). backbone: N x 3 x S x S float to N x d.
 
-    name: small, resnet18, resnet34, resnet50 or resnet101. stem: 'imagenet' (7 x 7 stride 2, max-pool) or 'cifar'
+    name: small, resnet18, 34, 50, 101 or 152. stem: 'imagenet' (7 x 7 stride 2, max-pool) or 'cifar'
     (3 x 3 stride 1, no max-pool; paper appendix D); small has 3 x 3 for both, with stride 2 or 1. The last BN
     of every residual block starts at zero, as in the official release.
     """

@@ -1,7 +1,7 @@
 """State dicts of other tools, to and from ours: names, and what the shapes say of the architecture.
 
-Every key of a file is accounted for: it is translated, or left out by name (a classifier, a momentum encoder, a
-queue), or it stands as it is and the strict load_state_dict that follows complains of it.
+Every key of a file is accounted for: it is translated, or left out by name (a classifier, a momentum encoder, a queue,
+the heads of another method), or it stands as it is and the strict load_state_dict that follows complains of it.
 """
 
 import re
@@ -11,51 +11,93 @@ BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenec
     'resnet34': ((3, 4, 6, 3), False),
     'resnet50': ((3, 4, 6, 3), True),
     'resnet101': ((3, 4, 23, 3), True),
+    'resnet152': ((3, 8, 36, 3), True),
 }
-FROZEN_BIAS = 'projector.6.bias'  # the official release's; see from_official
+WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.|_forward_module\.)+')  # DDP's, torch.compile's, Fabric's
+# Where in a file the weights are, the first that is there: of a teacher and a student DINO judges the teacher.
+PLACES = ('state_dict', 'model', 'teacher', 'student', 'network', 'net', 'backbone', 'encoder', 'weights')
+# The encoder of each layout by its prefix; a momentum encoder has another and is not looked for. backbone: of lightly,
+# solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm's too.
+PREFIXES = {
+    'backbone': 'backbone.',
+    'moco': 'encoder_q.',
+    'moco_v3': 'base_encoder.',
+    'official': 'encoder.',
+    'torchvision': '',
+    'model': 'model.',
+    'net': 'net.',
+}
+SEQUENTIAL = {
+    '0': 'conv1',
+    '1': 'bn1',
+    '4': 'layer1',
+    '5': 'layer2',
+    '6': 'layer3',
+    '7': 'layer4',
+}  # lightly's children
+# Heads by other names than ours.
+HEADS = (('encoder.fc.', 'projector.'), ('projection_head.layers.', 'projector.'),
+         ('prediction_head.layers.', 'predictor.'))  # fmt: skip
 
 
 def read_layout(content):
-    """(layout, state) of what torch.load gave: 'official', 'moco' or 'torchvision', state with our names; or None.
-
-    official: SimSiam's release, backbone, projector and predictor. moco: encoder_q of a MoCo checkpoint, the backbone
-    alone. torchvision: a ResNet's own state dict, perhaps under 'state_dict' or 'model'. state is a dict of tensors.
-    """
-    if not isinstance(content, dict):
-        return None
-    state = next((content[key] for key in ('state_dict', 'model') if isinstance(content.get(key), dict)), content)
-    state = {str(name).removeprefix('module.'): value for name, value in state.items() if hasattr(value, 'shape')}
-    if 'encoder_q.conv1.weight' in state:
-        return 'moco', from_moco(state)
-    if 'encoder.conv1.weight' in state:
-        return 'official', from_official(state)
-    if 'conv1.weight' in state:
-        heads = ('fc.weight', 'fc.bias')
-        return 'torchvision', {f'backbone.{name}': value for name, value in state.items() if name not in heads}
+    """(layout, state, left out) of what a file held, or None. state: a dict of tensors by our names, the backbone's and
+    those heads that may be a SimSiam's. left out: the beginnings of the keys that are not used."""
+    state = tensors_of(content)
+    for layout, prefix in PREFIXES.items():
+        sequential = f'{prefix}4.0.conv1.weight' in state
+        if f'{prefix}layer1.0.conv1.weight' not in state and not sequential:
+            continue
+        ours, left = {}, set()
+        for name, value in state.items():
+            new = of_backbone(name, prefix, sequential) or of_head(name)
+            if new:
+                ours[new] = value
+            else:
+                left.add(name.removeprefix(prefix).split('.')[0] if name.startswith(prefix) else name.split('.')[0])
+        return layout, without_frozen_bias(ours), sorted(left)
     return None
 
 
-def from_official(state):
-    """encoder.fc.N is the projector. Its last layer's frozen bias, which ours has not, goes into the BN after it: the
-    batch's mean, and so the running one, is higher by just this bias."""
-    ours = {}
-    for name, value in state.items():
-        name = name.replace('encoder.fc.', 'projector.', 1).replace('encoder.', 'backbone.', 1)
-        ours[name] = value
-    last = re.sub(r'(\d+)\.bias', lambda match: f'{int(match[1]) + 1}.running_mean', FROZEN_BIAS)
-    if FROZEN_BIAS in ours and last in ours and ours[last].shape == ours[FROZEN_BIAS].shape:
-        ours[last] = ours[last] - ours.pop(FROZEN_BIAS)
-    return ours
+def tensors_of(content):
+    """The tensors of a file by their names without wrappers, from wherever in it they are."""
+    while isinstance(content, dict):
+        inner = next((content[key] for key in PLACES if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    items = content.items() if isinstance(content, dict) else ()
+    return {WRAPPERS.sub('', str(name)): value for name, value in items if hasattr(value, 'shape')}
 
 
-def from_moco(state):
-    """The query encoder without its head; the key encoder and the queue are of no use after the pretraining."""
-    left_out = ('encoder_k.', 'encoder_q.fc.', 'queue')
-    return {
-        name.replace('encoder_q.', 'backbone.', 1): value
-        for name, value in state.items()
-        if not name.startswith(left_out)
-    }
+def of_backbone(name, prefix, sequential):
+    """Our name of an encoder's key; None of a classifier's, a head's, or of what is not in it."""
+    if not name.startswith(prefix):
+        return None
+    first, _, rest = name.removeprefix(prefix).partition('.')
+    if sequential:
+        first = SEQUENTIAL.get(first)
+    known = ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4')
+    return f'backbone.{first}.{rest}' if first in known else None
+
+
+def of_head(name):
+    """Our name of a key of a head like SimSiam's: projector.N or predictor.N."""
+    for theirs, ours in HEADS:
+        name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+    return name if re.fullmatch(r'(projector|predictor)\.\d+\.\w+', name) else None
+
+
+def without_frozen_bias(state):
+    """The official release keeps the bias of the projector's last layer, frozen; ours has none. It goes into the BN
+    after it: the batch's mean, and so the running one, is higher by just this bias."""
+    for name in [name for name in state if re.fullmatch(r'projector\.\d+\.bias', name)]:
+        number = int(name.split('.')[1])
+        after = f'projector.{number + 1}.running_mean'
+        last = f'projector.{number + 1}.weight' not in state  # no affine
+        if state[f'projector.{number}.weight'].ndim == 2 and last and after in state:
+            state[after] = state[after] - state.pop(name)
+    return state
 
 
 def architecture(state):

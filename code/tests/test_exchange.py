@@ -138,7 +138,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
         ('more', {'state_dict': more}, 2, 'unexpected: backbone.layer3.0.extra'),
         ('moco', {'state_dict': moco}, 2, 'missing: backbone.bn1.weight'),
         ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it wants to run io.open'),
-        ('other', {'weights': state}, 1, 'nor in the layout of the official release'),
+        ('other', {'elsewhere': state}, 1, 'its first keys: elsewhere'),
     ):  # fmt: skip
         torch.save(content, tmp_path / name)
         option = '--init_from' if command == 'train' else '--ckpt_name'

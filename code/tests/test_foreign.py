@@ -1,0 +1,176 @@
+"""Other tools' files: which of their weights are taken, and that the features are those of the model they came from."""
+
+import argparse
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import cli
+from ckpt import get_model_ckpt
+from config import get_config
+from conftest import one_line, own_paths
+from test_exchange import Official, randomised, save_official, views
+
+
+def plain():
+    """A ResNet-18 with every weight at random, without a classifier."""
+    model = randomised(torchvision.models.resnet18(), 7)
+    model.fc = nn.Identity()
+    return model
+
+
+def named(prefix, model=None, **more):
+    """{prefix + key: weight} of `model`, and `more`, whose __ stand for points."""
+    state = {f'{prefix}{name}': value for name, value in (model or plain()).state_dict().items()}
+    return state | {name.replace('__', '.'): torch.zeros(4, 3) for name in more}
+
+
+def as_children(model):
+    """lightly's backbone: a Sequential of all but the last child."""
+    return nn.Sequential(*list(model.children())[:-1])
+
+
+def heads(prefix, index):
+    """SimSiam's projector and predictor of lightly (projection_head.layers.N) or solo-learn (projector.N): 512 wide."""
+    projector = nn.Sequential(
+        nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512, bias=False),
+        nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512, affine=False),
+    )  # fmt: skip
+    predictor = nn.Sequential(nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 512))
+    return named(prefix[0], randomised(projector, 1)) | named(prefix[1], randomised(predictor, 2))
+
+
+MORE = {'fc__weight': 0, 'queue': 0}
+# Of each tool: what its file holds, the layout that is found, and whether the heads are taken.
+FILES = {
+    'torchvision': (lambda: named('', fc__weight=0), 'torchvision', False),
+    'torchvision, wrapped by DDP': (lambda: {'state_dict': named('module.', module__fc__bias=0)}, 'torchvision', False),
+    'torch.compile': (lambda: {'model': named('_orig_mod.')}, 'torchvision', False),
+    'torch.compile in DDP': (lambda: {'model': named('module._orig_mod.')}, 'torchvision', False),
+    'timm, without counters': (
+        lambda: {name: value for name, value in named('').items() if 'num_batches' not in name}, 'torchvision', False),
+    'MoCo v1, v2': (lambda: {'state_dict': named('module.encoder_q.', module__queue=0) | named('module.encoder_k.')},
+                    'moco', False),
+    'MoCo v3': (lambda: {'state_dict': named('module.base_encoder.', module__predictor__0__weight=0)
+                         | named('module.momentum_encoder.')}, 'moco_v3', False),
+    'lightly': (lambda: {'state_dict': named('backbone.', as_children(plain())) | heads(
+        ('projection_head.layers.', 'prediction_head.layers.'), 0)}, 'backbone', True),
+    'solo-learn': (lambda: {'state_dict': named('backbone.', classifier__weight=0)
+                            | heads(('projector.', 'predictor.'), 0),
+                            'hyper_parameters': argparse.Namespace(lr=0.1, dir=pathlib.PurePosixPath('/x'))},
+                   'backbone', True),
+    'SimCLR': (lambda: {'state_dict': named('backbone.', backbone__fc__0__weight=0, backbone__fc__2__weight=0)},
+               'backbone', False),
+    'SimCLR, with a projector': (lambda: named('encoder.', projector__0__weight=0, projector__2__weight=0), 'official',
+                                 False),
+    'Barlow Twins': (lambda: {'epoch': 1, 'model': named('module.backbone.', module__projector__0__weight=0,
+                                                         module__bn__running_mean=0)}, 'backbone', False),
+    'DINO': (lambda: {'student': named('module.backbone.', randomised(torchvision.models.resnet18(), 9)),
+                      'teacher': named('backbone.', head__mlp__0__weight=0), 'args': argparse.Namespace(arch='r18')},
+             'backbone', False),
+    'a wrapper with NumPy scalars': (lambda: {'state_dict': named('model.'), 'best': np.float64(0.5),
+                                              'step': np.int64(3)}, 'model', False),
+}  # fmt: skip
+
+
+def load(path, **options):
+    return get_model_ckpt(get_config(ckpt_name=str(path), **options))
+
+
+def features(backbone):
+    with torch.no_grad():
+        return backbone.eval()(views())
+
+
+@pytest.mark.parametrize('tool', FILES)
+def test_the_features_are_those_of_the_model_they_came_from(tool, tmp_path, capsys):
+    make, layout, with_heads = FILES[tool]
+    torch.save(make(), tmp_path / 'file.pth')
+    args, model, checkpoint = load(tmp_path / 'file.pth')
+    assert (args.backbone, args.stem, checkpoint['layout']) == ('resnet18', 'imagenet', layout)
+    assert (args.preset, args.image_size) == ('imagenet', 224)  # whatever lies about here
+    assert torch.equal(features(model.backbone), features(plain()))
+    said = capsys.readouterr().out
+    assert f'file.pth: resnet18, layout {layout}, {"with" if with_heads else "without"} projector and predictor' in said
+    if with_heads:
+        assert (args.proj_dim, args.pred_dim, args.proj_layers) == (512, 64, 3)
+        wanted = heads(('projector.', 'predictor.'), 0)
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(named(''), tmp_path / 'file.safetensors')
+    _, model, checkpoint = load(tmp_path / 'file.safetensors')
+    assert checkpoint['layout'] == 'torchvision'
+    assert torch.equal(features(model.backbone), features(plain()))
+    (tmp_path / 'bad.safetensors').write_bytes(b'no such thing')
+    assert cli.main(['export', f'--ckpt_name={tmp_path / "bad.safetensors"}', f'--output={tmp_path}/o']) == 1
+
+
+def test_a_head_of_another_shape_costs_no_backbone(tmp_path, capsys):
+    """The official code's ResNet-18: its projector is 512, 512, 2048 wide, ours as wide throughout."""
+    official = randomised(Official(width=2048, hidden=512))
+    _, model, _ = load(save_official(tmp_path / 'official.pth.tar', official))
+    official.encoder.fc = nn.Identity()
+    assert torch.equal(features(model.backbone), features(official.encoder))
+    assert 'without projector and predictor; not used: predictor, projector' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'])
+def test_every_resnet(name, tmp_path):
+    theirs = getattr(torchvision.models, name)()
+    torch.save({'state_dict': named('module.encoder.', theirs)}, tmp_path / 'file')
+    args, model, _ = load(tmp_path / 'file')
+    assert args.backbone == name
+    state = theirs.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(('content', 'code', 'said'), [
+    ({'state_dict': {'blocks.0.attn.qkv.weight': torch.zeros(3), 'head.bias': torch.zeros(2)}}, 1,
+     'its first keys: blocks.0.attn.qkv.weight, head.bias'),
+    ({}, 1, 'its first keys: none'),
+    ([1, 2], 1, 'its first keys: none'),
+    (named('', torchvision.models.resnext50_32x4d()), 2, 'size mismatch: backbone.layer1.0.conv1.weight'),
+    ({name: value for name, value in named('').items() if 'layer4' not in name}, 2, 'with other residual blocks'),
+])  # fmt: skip
+def test_what_cannot_be_used_is_one_line(content, code, said, tmp_path, capsys):
+    torch.save(content, tmp_path / 'file')
+    argv = ['export', f'--ckpt_name={tmp_path / "file"}', f'--output={tmp_path}/o', *own_paths(tmp_path, 'ckpt')]
+    assert cli.main(argv) == code
+    assert said in one_line(capsys.readouterr().err)
+
+
+def test_a_small_stem_is_judged_as_small_images(tmp_path):
+    theirs = plain()
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    torch.save(named('', theirs), tmp_path / 'file')
+    args, _, _ = load(tmp_path / 'file')
+    assert (args.preset, args.image_size, args.stem) == ('cifar10', 32, 'cifar')
+    args, _, _ = load(tmp_path / 'file', preset='imagenet', image_size='64')
+    assert (args.preset, args.image_size, args.stem) == ('imagenet', 64, 'cifar')
+
+
+def test_supervised_weights_of_torchvision(tmp_path, monkeypatch, capsys):
+    """From where torchvision would have put them; there is no network in a test."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    folder = tmp_path / 'hub/checkpoints'
+    folder.mkdir(parents=True)
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    theirs = randomised(torchvision.models.resnet18(), 4)
+    torch.save(theirs.state_dict(), folder / weights.url.rsplit('/', 1)[1])
+    _, model, checkpoint = get_model_ckpt(get_config(preset='imagenet', backbone='resnet18', init_from='imagenet'))
+    theirs.fc = nn.Identity()
+    assert checkpoint is None
+    assert torch.equal(features(model.backbone), features(theirs))
+    assert 'ResNet18_Weights.IMAGENET1K_V1 of torchvision' in capsys.readouterr().out
+    for options in (('--preset=demo',), ('--preset=cifar10',)):
+        assert cli.main(['train', *options, '--init_from=imagenet', *own_paths(tmp_path)]) == 2
+        assert '--init_from=imagenet has ResNets with the ImageNet stem' in capsys.readouterr().err

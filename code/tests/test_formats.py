@@ -1,0 +1,72 @@
+"""Checkpoints that earlier commits wrote (tests/checkpoints) are read as what they were."""
+
+import shutil
+
+import pytest
+import torch
+
+import cli
+from ckpt import get_model_ckpt
+from config import PRESETS, WorkError, get_config
+from conftest import CODE, own_paths
+from formats import upgraded
+from results import of_run
+from state import FORMAT
+
+OLD = CODE / 'tests/checkpoints'
+
+
+def old(name):
+    return torch.load(OLD / name, weights_only=True)
+
+
+def test_what_a_file_does_not_say_is_its_presets(capsys):
+    """An option that is younger than the file, of a demo run: the demo's default, and it is said."""
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(OLD / 'da4e617')))
+    unsaid = set(PRESETS['demo']) - set(old('da4e617')['args'])
+    assert {'probe_optimizer', 'cache_features', 'crop_scale'} <= unsaid
+    for name in unsaid:
+        assert getattr(args, name) == PRESETS['demo'][name], name
+    assert args.proj_dim == 8
+    assert (checkpoint['epoch'], checkpoint['images'], checkpoint['format']) == (1, 0, FORMAT)
+    said = capsys.readouterr().out
+    assert 'da4e617 is older than --' in said
+    assert 'they are as in --preset=demo' in said
+
+
+def test_it_is_judged_as_it_was(drawn, tmp_path):
+    """kNN as that commit measured it on these images: 12 of 24."""
+    run = tmp_path / 'ckpt/model_name_old_ckpt_0'
+    run.mkdir(parents=True)
+    shutil.copy(OLD / 'da4e617', run / 'loss_-0.0824_epoch_1')
+    argv = ['evaluate', '--ckpt_name=model_name_old_ckpt_0', '--protocol=knn', f'--image_path={drawn}', '--amp=off']
+    assert cli.main([*argv, *own_paths(tmp_path)]) == 0
+    assert of_run(run)[-1]['top1'] == 50.0
+
+
+def test_a_position_in_steps_is_one_in_images():
+    before = old('6693c8e')
+    assert (before['step'], before['args']['batch_size']) == (1, 16)
+    now, _ = upgraded(before)
+    assert (now['epoch'], now['images']) == (0, 16)
+    assert (now['sums'] / now['images'])[0].item() == pytest.approx(before['loss'], abs=1e-6)
+    assert 'step' not in now
+
+
+@pytest.mark.parametrize('name', ['da4e617', '6693c8e'])
+def test_it_goes_on(name, drawn, tmp_path, capsys):
+    run = tmp_path / 'ckpt/model_name_old_ckpt_0'
+    run.mkdir(parents=True)
+    content = old(name)
+    step = f'_step_{content["step"]}' if content.get('step') else ''
+    shutil.copy(OLD / name, run / f'loss_{content["loss"]:.4f}_epoch_{content["epoch"]}{step}')
+    options = ('--resume=model_name_old_ckpt_0', '--max_epochs=2', f'--image_path={drawn}', '--knn_every=0')
+    assert cli.main(['train', *options, *own_paths(tmp_path)]) == 0
+    assert 'going on with model_name_old_ckpt_0' in capsys.readouterr().out
+    assert list(run.glob('loss_*_epoch_2'))
+    assert not list(run.glob('*_step_*'))
+
+
+def test_a_later_format_is_told_as_that():
+    with pytest.raises(WorkError, match=f'of format {FORMAT + 1}, a later one than {FORMAT}: update this code'):
+        upgraded({**old('6693c8e'), 'format': FORMAT + 1})
