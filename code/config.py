@@ -353,6 +353,9 @@ def get_config(**options):
     The result has one attribute per option, and `given`, the names that were set explicitly.
     Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
     """
+    for name, value in options.items():
+        if value == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
+            raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
     given = {name: parse(name, value) for name, value in options.items()}
     preset = given.get('preset', 'auto')
     if preset == 'auto':

@@ -1,13 +1,16 @@
 """Kill demo runs at random moments, start each again, and compare its last weights with those of a run left alone.
 
-    python3 bench/kill.py [--kills=20] [--terms=10] [--seed=0]
+    python3 bench/kill.py [--kills=20] [--terms=10] [--groups=10] [--seed=0]
 
-kill -9 so many times, SIGTERM so many times, in a random order; a run that ends is compared, and the next one starts.
+kill -9 so many times, SIGTERM so many times, and so many times SIGTERM to the whole process group at the start of an
+epoch, as SLURM may send it, with images read by two processes; in a random order. A run that ends is compared, and the
+next one starts.
 Says at the end how many interruptions there were, how many runs they fell on, and how many of these ended the same.
 """
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -19,13 +22,14 @@ from pathlib import Path
 import torch
 from common import CODE
 
-OPTIONS = ['--preset=demo', '--max_epochs=2', '--knn_every=0', '--save_minutes=0.01', '--resume=auto']
+OPTIONS = ['--preset=demo', '--max_epochs=2', '--knn_every=0', '--save_minutes=0.01', '--resume=auto',
+           '--cache_images=off', '--num_workers=2']  # fmt: skip
 
 
 def start(folder):
     paths = [f'--{name}_path={folder}/{name}' for name in ('ckpt', 'log')]
     return subprocess.Popen([sys.executable, 'cli.py', 'train', *OPTIONS, *paths], cwd=CODE, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
 
 
 def digest(folder):
@@ -38,10 +42,21 @@ def digest(folder):
     return hashlib.sha256(b''.join(parts)).hexdigest()[:16]
 
 
+def wait_for_an_epoch(process, folder, limit):
+    """Until the run has said that an epoch is over, or at most so many seconds, or its end."""
+    logs = list((folder / 'ckpt').glob('*/log.txt'))
+    before, end = sum(log.read_text().count('  loss ') for log in logs), time.time() + limit
+    while time.time() < end and process.poll() is None:
+        if sum(log.read_text().count('  loss ') for log in (folder / 'ckpt').glob('*/log.txt')) > before:
+            return
+        time.sleep(0.005)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--terms', type=int, default=10)
+    parser.add_argument('--groups', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
     mine = parser.parse_args()
     chance, root = random.Random(mine.seed), Path(tempfile.mkdtemp())
@@ -51,7 +66,7 @@ def main():
     whole, wanted = time.time() - started, digest(root / 'alone')
     print(f'left alone: {wanted}, {whole:.1f} s', flush=True)
 
-    plan = [signal.SIGKILL] * mine.kills + [signal.SIGTERM] * mine.terms
+    plan = ['kill'] * mine.kills + ['term'] * mine.terms + ['group'] * mine.groups
     chance.shuffle(plan)
     runs = same = hits = 0
     process = folder = None
@@ -60,14 +75,19 @@ def main():
             runs += 1
             folder = root / f'run_{runs}'
             process = start(folder)
+        kind = plan.pop() if plan else None
+        if kind == 'group':
+            wait_for_an_epoch(process, folder, whole)
         try:
-            _, errors = process.communicate(timeout=chance.uniform(0.2, 1.0) * whole if plan else None)
+            short = 0.01 if kind == 'group' else chance.uniform(0.2, 1.0) * whole
+            _, errors = process.communicate(timeout=short if kind else None)
+            plan += [kind] if kind else []  # it was through before
         except subprocess.TimeoutExpired:
-            number = plan.pop()
-            process.send_signal(number)
+            number = signal.SIGKILL if kind == 'kill' else signal.SIGTERM
+            os.killpg(process.pid, number) if kind == 'group' else process.send_signal(number)
             _, errors = process.communicate()
             hits += 1
-            print(f'{hits}: {number.name}, exit code {process.returncode}: {errors.strip()}', flush=True)
+            print(f'{hits}: {kind}, exit code {process.returncode}: {errors.strip()}', flush=True)
             process = start(folder)
             continue
         if process.returncode:

@@ -31,6 +31,7 @@ def test_unknown_option_names_the_nearest(typed, meant, capsys):
         ('--max_epochs=1.5', '--max_epochs wants a whole number'),
         ('--learning_rate=fast', '--learning_rate wants a number'),
         ('--learning_rate=nan', '--learning_rate wants a number'),
+        *((f'--{name}=', f'--{name} is given as nothing') for name in ('resume', 'ckpt_name', 'batch_size', 'quiet')),
         ('--evaluate_after=perhaps', '--evaluate_after wants True or False'),
         ('--batch_size=1', '--batch_size must lie between 2 and'),
         ('--momentum=2', '--momentum must lie between 0.0 and'),

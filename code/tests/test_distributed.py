@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cli
 from config import AUGMENTATIONS, get_config
-from conftest import CODE, TINY, own_paths
+from conftest import CODE, TINY, draw_folder, own_paths
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
 from results import of_run
@@ -175,3 +176,49 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     one, two = (torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_12')), weights_only=True)
                 for name in ('whole', 'broken'))  # fmt: skip
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
+
+
+def test_one_process_of_a_machine_prepares_and_the_others_read(drawn_large, tmp_path):
+    """Into an empty cache, and a set that is drawn: all processes want it at once."""
+    options = (*TINY, '--max_epochs=1', '--batch_size=8', '--resize_cache=64', '--num_workers=1', '--bad_images=skip')
+    done = run(*TORCHRUN, 'cli.py', 'train', *options, f'--image_path={drawn_large}', *own_paths(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert 'kNN' in done.stdout
+    assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
+    done = run(*TORCHRUN, CODE / 'tests/draw_together.py', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r'rank \d: .*', done.stdout)) == ['rank 0: drew 150, has 120', 'rank 1: drew 0, has 120']
+
+
+def test_more_processes_than_images_to_judge(tmp_path):
+    folder = draw_folder(tmp_path / 'set', {'train': 16, 'val': 1})
+    four = [word.replace('=2', '=4') for word in TORCHRUN]
+    options = (*TINY, '--max_epochs=1', f'--image_path={folder}', *own_paths(tmp_path))
+    done = run(*four, 'cli.py', 'train', *options)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'epoch 1/1 .* kNN', done.stdout)
+
+
+def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_path):
+    assert cli.main(['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
+    written = {}
+    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+        for command, file in (('infer', 'o.csv'), ('embed', 'f.csv')):
+            more = ('--neighbours=3',) if command == 'infer' else ('--projector_images=5',)
+            output = tmp_path / f'{name}_{file}'
+            done = run(
+                *start, 'cli.py', command, f'--ckpt_name={RUN}', f'--output={output}', *more, *own_paths(tmp_path)
+            )
+            assert done.returncode == 0, done.stderr
+            written[name, command] = output.read_text()
+    assert written['one', 'infer'] == written['two', 'infer']
+    one, two = (np.array([row.split(',')[1:] for row in written[name, 'embed'].splitlines()[1:]], float)
+                for name in ('one', 'two'))  # fmt: skip
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize('command', ['report', 'export', 'pack', 'check_dataloader'])
+def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
+    as_one_of(1, 2)
+    assert cli.main([command]) == 2
+    assert capsys.readouterr().err == f'error: {command} is the work of one process: start it without torchrun\n'
