@@ -83,9 +83,9 @@ def load_foreign(args, path, content):
     if not found:
         keys = [str(key) for key in (tensors_of(content) or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:SHOWN]) or 'none'
-        raise WorkError(f'{path} is damaged, or holds no ResNet in a layout that is known here (the official release, '
-                        'MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, torchvision, timm); its first keys: '
-                        f'{first}')  # fmt: skip
+        raise WorkError(f'{path} is damaged or was not written by this project, nor is it a ResNet in a layout that is '
+                        'known here (the official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, '
+                        f'torchvision, timm); its first keys: {first}')  # fmt: skip
     layout, state, left = found
     shapes = architecture(state)
     if 'backbone' not in shapes:

@@ -84,7 +84,8 @@ def train_epoch(args, net, state, batches, watch, run):
                 run.save(state)
             stop.check(state.images // size, state.images >= total, run.deadline, device)
         watch.look(state)
-        state.finish_epoch(distributed.means(state.means(), device))
+        with stop.held():
+            state.finish_epoch(distributed.means(state.means(), device))
 
 
 def random_views(args, images, distortion, state, dataset):

@@ -1,6 +1,6 @@
 """Kill demo runs at random moments, start each again, and compare its last weights with those of a run left alone.
 
-    python3 bench/kill.py [--kills=20] [--terms=10] [--groups=10] [--seed=0]
+    python3 bench/kill.py [--kills=20] [--terms=10] [--groups=10] [--seed=0] [options of train]
 
 kill -9 so many times, SIGTERM so many times, and so many times SIGTERM to the whole process group at the start of an
 epoch, as SLURM may send it, with images read by two processes; in a random order. A run that ends is compared, and the
@@ -58,7 +58,8 @@ def main():
     parser.add_argument('--terms', type=int, default=10)
     parser.add_argument('--groups', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
-    mine = parser.parse_args()
+    mine, more = parser.parse_known_args()
+    OPTIONS.extend(more)
     chance, root = random.Random(mine.seed), Path(tempfile.mkdtemp())
     started = time.time()
     if start(root / 'alone').wait():

@@ -18,7 +18,7 @@ SMALL = ['--backbone=resnet18', '--image_size=32', '--proj_dim=32', '--pred_dim=
 JUDGE = ['--probe_epochs=2', '--cache_passes=1', '--finetune_epochs=1', '--detection_epochs=1', '--detection_size=64',
          '--detection_batch_size=2', '--num_workers=1', '--amp=off']  # fmt: skip
 BENCH = {
-    'kill.py': ['--kills=1', '--terms=1'],
+    'kill.py': ['--kills=1', '--terms=1', '--groups=1', '--image_path=data/photos', '--batch_size=8'],
     'cifar10.py': ['--epochs=1', '--supervised_epochs=1', *FEW[1:], *SMALL, '--backbone=small'],
     'switches.py': ['--image_path=data/photos', *FEW[1:3], *SMALL, '--backbone=small'],
 }

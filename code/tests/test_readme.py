@@ -64,11 +64,12 @@ def first_command(block):
     return re.sub(r'\W+', '_', next(line for line in block.splitlines() if not line.startswith(('#', 'RUN='))))[:60]
 
 
+@pytest.mark.xdist_group('readme')  # one after the other: what the first write, the others read
 @pytest.mark.parametrize('block', SHELL, ids=first_command)
 def test_commands(block, clone):
     folder = clone if block.startswith(TOP) else clone / 'code'
     environment = {'PATH': f'{clone}/bin:/usr/bin:/bin', 'HOME': str(clone), 'SLURM_NNODES': '1', 'SLURM_JOB_ID': '7',
-                   'SLURM_JOB_NODELIST': 'here'}  # fmt: skip
+                   'SLURM_JOB_NODELIST': 'here', 'OMP_NUM_THREADS': '1'}  # fmt: skip
     done = subprocess.run(['bash', '-euo', 'pipefail', '-c', block], cwd=folder, env=environment, check=False,
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -80,6 +81,7 @@ def test_commands(block, clone):
         assert (clone / name.rstrip(',')).is_file()
 
 
+@pytest.mark.xdist_group('readme')
 def test_make_train_learns_and_prints_what_the_page_shows(clone):
     """Six of its fifteen epochs. Needs the test of its block, which runs it."""
     if not (clone / 'made').is_file():
