@@ -147,7 +147,7 @@ def set_up(args):
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
     iterators = get_iterator(args)
     if args.evaluate_after:
-        splits_for(args, {name: batches and batches.dataset for name, batches in iterators.items()})
+        splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
         warn_of_range(iterators['train'].dataset.store, args.pixel_max)
     state = new_state(args, model)

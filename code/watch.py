@@ -22,7 +22,7 @@ class Watch:
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
         train, self.val = iterators['train'].dataset, iterators['val']
-        self.splits = {'train': train, 'val': self.val and self.val.dataset}
+        self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
         self.bank = in_order(args, labelled(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
         after = state.epoch + 1 if run.path else 0
