@@ -12,7 +12,7 @@ train: .venv/installed
 
 test: .venv/installed-tests
 	.venv/bin/ruff check code && .venv/bin/ruff format --check code
-	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadgroup tests
+	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -64,7 +64,6 @@ def first_command(block):
     return re.sub(r'\W+', '_', next(line for line in block.splitlines() if not line.startswith(('#', 'RUN='))))[:60]
 
 
-@pytest.mark.xdist_group('readme')  # one after the other: what the first write, the others read
 @pytest.mark.parametrize('block', SHELL, ids=first_command)
 def test_commands(block, clone):
     folder = clone if block.startswith(TOP) else clone / 'code'
@@ -81,7 +80,6 @@ def test_commands(block, clone):
         assert (clone / name.rstrip(',')).is_file()
 
 
-@pytest.mark.xdist_group('readme')
 def test_make_train_learns_and_prints_what_the_page_shows(clone):
     """Six of its fifteen epochs. Needs the test of its block, which runs it."""
     if not (clone / 'made').is_file():
@@ -89,7 +87,7 @@ def test_make_train_learns_and_prints_what_the_page_shows(clone):
     said = (clone / 'made').read_text()
     shown = README.split('ends with, seed 0', 1)[1].split('```', 2)[1]
     for line in shown.strip().splitlines():
-        assert line.strip()[:8].split('...')[0] in said, line
+        assert line.strip().split('...')[0][:8] in said, line
     kNN, untrained, pixels = (float(re.search(rf'^{name} +([\d.]+) %$', said, re.M)[1])
                               for name in ('kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels'))  # fmt: skip
     assert kNN > untrained + 10
