@@ -1,5 +1,7 @@
 """Several processes: the same gradients, statistics, images and results as one; and what happens when one dies."""
 
+import csv
+import io
 import os
 import re
 import signal
