@@ -37,7 +37,6 @@ def evaluate(args):
     distributed.start(get_device(args))
     args, model, checkpoint = get_model_ckpt(args)
     splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
-    splits_for(args, splits)
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_model(args, model, splits, checkpoint)
     say(f'result     {checkpoint["run"] / result["file"]}')

@@ -43,23 +43,7 @@ def infer(args):
     images = images_to_predict(args, wanted)
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
 
-    classifier = classifier_for(args, checkpoint, wanted or path_of(args.image_path))
-    if classifier:
-        classes = classifier['classes']
-        logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
-        of = classifier['question']['images']['path']
-        scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {of}'
-    else:
-        train = labelled(load_splits(args)['train'])
-        if not len(train):
-            raise UserError(
-                f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
-            )
-        classes = train.classes
-        bank, labels = features_of(args, backbone, in_order(args, train), 'features of train')
-        k = neighbours(args.knn_k, labels)
-        scores = knn_scores(features, bank, labels, len(classes), k, args.knn_temperature)
-        how = f'kNN (k={k}) against {len(labels)} training images, for this checkpoint has no classifier (run evaluate)'
+    scores, classes, how = predicted(args, checkpoint, backbone, features, wanted or path_of(args.image_path))
     best = scores.topk(min(5, len(classes)), dim=1)
     rows = [
         (name, classes[top[0]], f'{share[0]:.4f}', ';'.join(classes[i] for i in top))
@@ -85,6 +69,29 @@ def infer(args):
             save_picture(picture, path)
         say(f'their nearest training images: {path}')
     return output
+
+
+def predicted(args, checkpoint, backbone, features, where):
+    """(scores, N x classes; the classes; how in words) of images at the path `where`, of which these are the features:
+    by the classifier that evaluate trained, or where there is none by their neighbours in train."""
+    classifier = classifier_for(args, checkpoint, where)
+    if classifier:
+        classes = classifier['classes']
+        logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
+        of = classifier['question']['images']['path']
+        scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {of}'
+    else:
+        train = labelled(load_splits(args)['train'])
+        if not len(train):
+            raise UserError(
+                f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
+            )
+        classes = train.classes
+        bank, labels = features_of(args, backbone, in_order(args, train), 'features of train')
+        k = neighbours(args.knn_k, labels)
+        scores = knn_scores(features, bank, labels, len(classes), k, args.knn_temperature)
+        how = f'kNN (k={k}) against {len(labels)} training images, for this checkpoint has no classifier (run evaluate)'
+    return scores, classes, how
 
 
 def neighbours_picture(args, images, features, train, bank, k):

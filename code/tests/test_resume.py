@@ -226,15 +226,21 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(drawn, tmp_path):
     assert after == before
 
 
+def kill_a_worker(process):
+    """As the system does it when memory runs out; returns what the run, which has to end with 1, said of it."""
+    asked = ['ps', '-o', 'pid=', '--ppid', str(process.pid)]
+    children = subprocess.run(asked, capture_output=True, text=True, check=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return errors
+
+
 def test_a_worker_that_dies_is_one_line(drawn_large, tmp_path):
     """Killed as the system does it when memory runs out."""
     process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400')
     end = time.time() + 60
     while not list((tmp_path / 'ckpt' / RUN).glob('loss_*')) and time.time() < end:
         time.sleep(0.01)
-    asked = ['ps', '-o', 'pid=', '--ppid', str(process.pid)]
-    children = subprocess.run(asked, capture_output=True, text=True, check=True)
-    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    errors = kill_a_worker(process)
     assert 'a process that reads images was ended by SIGKILL' in one_line(errors)

@@ -14,7 +14,7 @@ import torch
 import stop
 import stop_table
 from conftest import CODE, TINY, one_line, own_paths, run
-from test_resume import LONG, RUN, start
+from test_resume import LONG, RUN, kill_a_worker, start
 
 # (epochs, images) that are saved by then; None: there is nothing to save.
 SAVED = {
@@ -111,11 +111,7 @@ def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):
     log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
     while time.time() < end and not (log.exists() and 'epoch 2/400' in log.read_text()):
         time.sleep(0.01)
-    asked = ['ps', '-o', 'pid=', '--ppid', str(process.pid)]
-    children = subprocess.run(asked, capture_output=True, text=True, check=True)
-    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    errors = kill_a_worker(process)
     assert 'was ended by SIGKILL' in one_line(errors)
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*')
     assert torch.load(path, weights_only=True)['epoch'] >= 2
