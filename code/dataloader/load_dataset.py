@@ -14,11 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from config import ROOT, UserError, WorkError, path_of
+from config import ROOT, UserError, path_of
 from dataloader import demo, layout, prepare
 from dataloader.batches import Batches, workers_for
 from dataloader.images import shown
 from dataloader.keys import Keys
+from dataloader.scan import beside
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
@@ -150,6 +151,9 @@ def parts_of(args):
         )
     parts = layout.find(root, path_of(args.cache_path), progress)
     train = parts['train']
+    if unread := beside(root, [part.where for part in parts.values()]):
+        say(f'not read: {", ".join(shown(name) for name in unread[:5])}{" ..." if len(unread) > 5 else ""}, beside '
+            f'{shown(train.where.name)} in {shown(root)}')  # fmt: skip
     if 'val' not in parts and train.classes and args.val_fraction:
         train, val = layout.hold_out(train, args.val_fraction)
         if len(val.labels):
@@ -171,12 +175,8 @@ def of_part(args, part, labels, classes):
     """The Images of a Part: held in memory, made smaller on disk, or read when they are needed."""
     store, where, kept = part.store, part.where, path_of(args.cache_path)
     if args.bad_images == 'skip' and not isinstance(store, Memory):
-        bad = torch.zeros(len(labels), dtype=torch.bool)
-        bad[prepare.unreadable(store, where, kept)] = True
-        rows = (~bad).nonzero()[:, 0]
-        if not len(rows):
-            raise WorkError(f'no image of {shown(where)} can be read')
-        store, labels = store.select(rows) if bad.any() else store, labels[rows]
+        rows = prepare.readable(store, where, kept)
+        store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if not isinstance(store, Memory):
         held = prepare.hold_in_memory(store, where, args.cache_images, args.pixel_max, kept)
         if held is None and args.resize_cache:

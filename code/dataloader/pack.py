@@ -4,13 +4,12 @@ import io
 import os
 import tarfile
 
-import torch
 from PIL import Image
 
 from config import UserError, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import parts_of
-from dataloader.prepare import smaller, unreadable
+from dataloader.prepare import readable, smaller
 from logger import progress, say
 from terminal import hushed
 from utils import write_aside
@@ -32,9 +31,7 @@ def pack(args):
         raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
     for name, part in parts_of(args).items():
         if args.bad_images == 'skip':
-            good = torch.ones(len(part.labels), dtype=torch.bool)
-            good[unreadable(part.store, part.where, path_of(args.cache_path))] = False
-            part = part.select(good.nonzero()[:, 0])
+            part = part.select(readable(part.store, part.where, path_of(args.cache_path)))
         shards = write_split(args, output, name, part)
         say(f'{name:5}  {len(part.labels)} images in {shards} archives')
     say(f'use them: --image_path={shown(output)}')

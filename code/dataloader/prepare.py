@@ -96,8 +96,9 @@ def smaller(store, row, side, white=0.0):
     return np.asarray(image)
 
 
-def unreadable(store, where, cache_path):
-    """Row numbers of the images that cannot be read. All are decoded, once; they are named in a file, and said."""
+def readable(store, where, cache_path):
+    """Row numbers of the images that can be read. All are decoded, once; the others are named in a file, and said.
+    Raises WorkError where none can."""
     path, mark = cache.file_of(cache_path, where.parent, where.name, 'unreadable'), store.digest()
     bad, named = cache.load(path, mark), path.with_suffix('.txt')
     if bad is None:
@@ -106,10 +107,13 @@ def unreadable(store, where, cache_path):
         cache.keep(path, {'mark': mark, 'content': bad})
         text = ''.join(f'{error}\n' for error in errors)
         write_aside(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+    rows = torch.ones(len(store.names), dtype=torch.bool).index_fill_(0, torch.tensor(bad, dtype=torch.int64), False)
+    if len(bad) == len(rows):
+        raise WorkError(f'no image of {shown(where)} can be read')
     if bad:
         say(f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; they are '
             f'named in {named}')  # fmt: skip
-    return bad
+    return rows.nonzero()[:, 0]
 
 
 def decode_all(store, title, keep, white=0.0):

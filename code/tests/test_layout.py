@@ -390,3 +390,14 @@ def test_a_name_list_is_small_and_right():
     assert list(kept.select(rows)) == [names[row] for row in rows]
     with pytest.raises(IndexError):
         kept[500]
+
+
+def test_what_lies_beside_the_splits_is_named(drawn, tmp_path, capsys):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    picture(folder / 'unlabelled' / 'a.png')
+    picture(folder / 'stray.png')
+    (folder / '.git').mkdir()
+    load_splits(options(folder))
+    assert f'not read: stray.png, unlabelled, beside train in {folder}\n' in capsys.readouterr().out
+    load_splits(options(drawn))
+    assert 'not read' not in capsys.readouterr().out
