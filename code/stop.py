@@ -8,12 +8,13 @@ process as if nobody listened; what comes sooner is the same wish again, for she
 import contextlib
 import os
 import signal
+import sys
 import time
 
 # Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_WISH = 1.0  # seconds
-NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'told': False}  # told: Stopped has been raised
+NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False}
 ASK_EVERY = 10  # steps after which several processes ask one another
 
 
@@ -33,16 +34,18 @@ def name_of(number):
 @contextlib.contextmanager
 def listening():
     """Within, SIGNALS raise Stopped; but for those that whoever started us had us ignore (nohup, a job with &)."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, note)
+            signal.signal(number, note if number in SIGNALS else tell)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda lost: say_again(lost, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-        NOTED.update(number=0, held=0, told=False)
+        NOTED.update(number=0, held=0, heard=False)
 
 
 def note(number, _):
@@ -55,11 +58,24 @@ def note(number, _):
         os.kill(os.getpid(), number)
 
 
-def tell():
-    """Raise Stopped of a signal that has come, once, unless it has to wait."""
-    if NOTED['number'] and not NOTED['held'] and not NOTED['told']:
-        NOTED['told'] = True
+def tell(*_):
+    """Raise Stopped of a signal that has come, unless it has to wait, or is heard."""
+    if NOTED['number'] and not NOTED['held'] and not NOTED['heard']:
         raise Stopped(NOTED['number'])
+
+
+def heard():
+    """From here on nothing raises Stopped again: it has reached who saves and ends."""
+    NOTED['heard'] = True
+
+
+def say_again(lost, otherwise):
+    """The handler of exceptions that Python drops, as those in a __del__, in which a signal may come as anywhere else:
+    Stopped is raised again a moment later."""
+    if isinstance(lost.exc_value, Stopped):
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    else:
+        otherwise(lost)
 
 
 @contextlib.contextmanager
@@ -92,6 +108,7 @@ def check(step, last, deadline, device):
 
     late = 0 < deadline < time.time()
     if world() == 1:
+        tell()
         if late:
             raise Stopped(0)
     elif last or (step + 1) % ASK_EVERY == 0:

@@ -198,6 +198,7 @@ def check_batch(args):
 def save_on_the_way_out(run, state, end):
     """Save what is done after `end`, an exception, stopped it, and raise what is to be heard of it; nothing where the
     time is up."""
+    stop.heard()
     if isinstance(end, Diverged):
         raise end
     try:

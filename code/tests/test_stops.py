@@ -149,3 +149,32 @@ def test_minutes_between_saves_go_on_across_epochs(drawn, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_images_*'))
+
+
+SWALLOWED = """
+import contextlib, os, signal, sys, time, stop
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+try:
+    with stop.listening():
+        with stop.held() if sys.argv[1] == 'held' else contextlib.nullcontext():
+            slow = Slow()
+            del slow
+        if sys.argv[1] == 'caught':  # by a library that catches everything
+            with contextlib.suppress(BaseException):
+                time.sleep(0.1)
+            stop.check(0, False, 0.0, None)
+        time.sleep(20)
+except stop.Stopped as end:
+    sys.exit(f'heard {end.number}')
+"""
+
+
+@pytest.mark.parametrize('place', ['alone', 'held', 'caught'])
+def test_a_signal_is_heard_where_python_drops_exceptions(place):
+    """In a __del__ an exception is printed and gone: it is raised again, and nothing is printed."""
+    done = subprocess.run([sys.executable, '-c', SWALLOWED, place], cwd=CODE, capture_output=True, text=True,
+                          timeout=15, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, f'heard {signal.SIGTERM}\n')
