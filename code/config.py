@@ -338,9 +338,9 @@ AUGMENTATIONS = {
 
 
 def distortion(args, name):
-    """The row `name` of AUGMENTATIONS."""
-    row = AUGMENTATIONS[name]
-    return {**row, 'scale': (args.crop_scale, 1.0)} if name == 'crop' else row
+    """The row `name` of AUGMENTATIONS, with the views' size (px) and the share of them that is blurred."""
+    row = {**AUGMENTATIONS[name], 'size': args.image_size, 'blur_prob': args.blur_prob}
+    return {**row, 'scale': (args.crop_scale, 1.0), 'blur_prob': 0.0} if name == 'crop' else row
 
 
 OPTIONS = {f.name: f for f in fields(Config)}

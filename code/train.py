@@ -13,9 +13,8 @@ import torch
 import distributed
 import stop
 from ckpt import get_model_ckpt
-from config import AUGMENTATIONS, ROOT, UserError, path_of
-from dataloader import vision
-from dataloader.load_dataset import get_iterator, prepared, views_of
+from config import ROOT, UserError, path_of
+from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
 from logger import duration, log_to, say
@@ -71,7 +70,7 @@ def train_epoch(args, net, state, batches, watch, run):
     net.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, batches), total):
-            views = random_views(args, images, AUGMENTATIONS[name], state, batches.dataset)
+            views = random_views(args, images, name, state, batches.dataset)
             if state.position == (0, 0):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
@@ -88,14 +87,12 @@ def train_epoch(args, net, state, batches, watch, run):
             state.finish_epoch(distributed.means(state.means(), device))
 
 
-def random_views(args, images, distortion, state, dataset):
+def random_views(args, images, augmentation, state, dataset):
     """The views of a batch, N x 3 x S x S each, from what the loader gave of it. What is drawn depends on the seed, the
     epoch and the step alone."""
     generator = random_from(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
-    return vision.random_views(
-        images, args.image_size, distortion, args.blur_prob, generator, count=views_of(args),
-        distorted=not dataset.crops_only, compiled=use_compile(args), part=(distributed.rank(), distributed.world()),
-    )  # fmt: skip
+    part = distributed.rank(), distributed.world()
+    return dataset.random_views(images, augmentation, generator, part, use_compile(args))
 
 
 def learning_rates(args, epochs):

@@ -56,7 +56,14 @@ def prepare_batch(args, batch):
     """
     images, labels = batch
     device = get_device(args)
-    return images.to(device, non_blocking=True), labels.to(device, torch.int64, non_blocking=True)
+    return to_device(images, device), to_device(labels.to(torch.int64), device)
+
+
+def to_device(x, device):
+    """x on the device. To a GPU from pinned memory: from any other, a copy waits for all that the GPU has to do."""
+    if device.type == 'cuda' and x.device.type == 'cpu':
+        x = x if x.is_pinned() else x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def channels_last(x):

@@ -19,8 +19,8 @@ from common import CODE, flops_an_image, matmul_rate
 from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
-from config import get_config, path_of
-from dataloader import geometry, vision
+from config import distortion, get_config, path_of
+from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
@@ -30,8 +30,6 @@ from protocols.features import features_of
 from results import of_run
 from state import State
 from utils import get_device, random_from, save_picture, write_aside
-
-CROP_AND_FLIP = {'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5}
 
 
 def cli(command, *options):
@@ -67,8 +65,7 @@ def supervised(args, epochs, output, deadline):
         model.train()
         for step, (images, labels) in enumerate(prepared(args, batches)):
             generator = random_from('supervised', epoch, step)
-            boxes, flips = geometry.draw_crops(len(images), *images.shape[-2:], CROP_AND_FLIP, generator)
-            view = vision.normalise(geometry.crop_resize(images / 255, boxes, flips, args.image_size))
+            (view,) = vision.random_views(images, distortion(args, 'crop'), generator, count=1)
             rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
             set_learning_rates(optimizer, rate, rate)
             with autocast(args, scaled=False):

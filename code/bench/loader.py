@@ -100,8 +100,7 @@ def views(args, batches):
     """Go through our batches to both views, as train does; returns the number of images."""
     count = 0
     for step, (images, _) in enumerate(prepared(args, batches)):
-        augmentation, generator = AUGMENTATIONS[args.augmentation], random_from(step)
-        view1, _ = vision.random_views(images, args.image_size, augmentation, args.blur_prob, generator, distorted=True)
+        view1, _ = batches.dataset.random_views(images, args.augmentation, random_from(step))
         count += len(view1)
     return count
 

@@ -9,7 +9,7 @@ that everything else shows. Ours takes whole uint8 images on the device and make
 import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
-from config import AUGMENTATIONS
+from config import distortion
 from dataloader import vision
 from train import train_step
 from utils import channels_last, get_device, random_from, use_compile
@@ -17,14 +17,12 @@ from utils import channels_last, get_device, random_from, use_compile
 
 def measure(preset, batch_size, side, steps):
     args, model, optimizer, dtype = prepare(preset, batch_size)
-    device, augmentation = get_device(args), AUGMENTATIONS[args.augmentation]
+    device, row = get_device(args), distortion(args, args.augmentation)
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
 
     def views(step):
-        return vision.random_views(
-            images, args.image_size, augmentation, args.blur_prob, random_from(step), compiled=use_compile(args)
-        )
+        return vision.random_views(images, row, random_from(step), compiled=use_compile(args))
 
     def ours():
         for step in range(steps):

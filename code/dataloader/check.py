@@ -2,7 +2,7 @@
 
 import time
 
-from config import AUGMENTATIONS, WorkError, path_of
+from config import WorkError, path_of
 from dataloader import vision
 from dataloader.images import shown
 from dataloader.load_dataset import get_iterator, parts_of
@@ -99,9 +99,7 @@ def shape(tensor):
 
 
 def distorted(args, images, batch):
-    generator, augmentation = random_from(args.random_seed, 'views', 0, 0), AUGMENTATIONS[args.augmentation]
-    ready = not images.crops_only
-    return vision.random_views(batch, args.image_size, augmentation, args.blur_prob, generator, distorted=ready)
+    return images.random_views(batch, args.augmentation, random_from(args.random_seed, 'views', 0, 0))
 
 
 def plain(args, images):

@@ -15,22 +15,22 @@ GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R 601
 REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 
 
-def draw_colours(n, augmentation, blur_prob, generator):
+def draw_colours(n, row, generator):
     """Each image's colour jitter, grayscale and blur.
 
-    Returns a dict of CPU tensors: factors, n x 4 (brightness, contrast, saturation: factors; hue: turns of the colour
-    circle); order, n x 4, the place of each of the four, or 4 (never) for an image that is not jittered; gray, n bool;
-    sigma, n, in pixels, 0 for no blur.
+    row: of config.distortion. Returns a dict of CPU tensors: factors, n x 4 (brightness, contrast, saturation: factors;
+    hue: turns of the colour circle); order, n x 4, the place of each of the four, or 4 (never) for an image that is not
+    jittered; gray, n bool; sigma, n, in pixels, 0 for no blur.
     """
-    jitter = torch.tensor(augmentation['jitter'])
+    jitter = torch.tensor(row['jitter'])
     factors = 1 + jitter * (2 * torch.rand(n, 4, generator=generator) - 1)
     factors[:, 3] -= 1  # a turn, not a factor
     order = torch.rand(n, 4, generator=generator).argsort(1)
-    apply = torch.rand(n, generator=generator) < augmentation['jitter_prob']
-    gray = torch.rand(n, generator=generator) < augmentation['gray_prob']
-    low, high = augmentation['sigma']
+    apply = torch.rand(n, generator=generator) < row['jitter_prob']
+    gray = torch.rand(n, generator=generator) < row['gray_prob']
+    low, high = row['sigma']
     sigma = low + (high - low) * torch.rand(n, generator=generator)
-    blurred = torch.rand(n, generator=generator) < blur_prob
+    blurred = torch.rand(n, generator=generator) < row['blur_prob']
     return {
         'factors': factors,
         'order': order.masked_fill(~apply[:, None], 4),
@@ -77,8 +77,8 @@ def recolour_all(x, factors, order, gray):
         base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
         factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
         moved = torch.lerp(base, x, factor).clamp(0, 1)
-        turned = hue(x.clone(), factors[:, 3, None, None, None])
-        x = torch.where(is_brightness | is_contrast | is_saturation, moved, torch.where(is_hue, turned, x))
+        x = torch.where(is_brightness | is_contrast | is_saturation, moved,
+                        torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x))  # fmt: skip
     return torch.where(gray[:, None, None, None], luma(x), x)
 
 
@@ -132,6 +132,20 @@ def hue(x, turns):
     return x
 
 
+def hue_all(x, turns):
+    """`hue` for a GPU: in new memory, for torch.compile does not trace out=, and fuses this. turns: N x 1 x 1."""
+    red, green, blue = x.unbind(1)
+    high, low = x.amax(1), x.amin(1)
+    angle = torch.copysign(green + blue - red + high - 2 * low, green - blue)
+    chroma = 6 * (high - low)
+    angle = (angle / chroma.clamp(min=1e-8) + (1 + turns)).frac()
+    low, high = low - chroma / 6, high + chroma / 6
+    red = low + chroma * (angle - 1 / 2).abs().clamp(1 / 6, 1 / 3)
+    green = high - chroma * (angle - 1 / 3).abs().clamp(1 / 6, 1 / 3)
+    blue = high - chroma * (angle - 2 / 3).abs().clamp(1 / 6, 1 / 3)
+    return torch.stack((red, green, blue), 1)
+
+
 def blur(x, sigma):
     """Gaussian blur, the border mirrored. x: N x 3 x S x S; sigma: N or N x 1 x 1 x 1, pixels, above 0; on the CPU.
 
@@ -157,7 +171,7 @@ def blur_all(x, sigma):
     weight = torch.cat((weight[:, 1:].flip(1), weight), 1)[:, None].expand(-1, side, -1)
     source = torch.arange(side, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
     source = (side - 1) - (source.abs() - (side - 1)).abs()  # mirrored at both ends
-    matrix = x.new_zeros(len(x), side, side).scatter_add_(2, source.expand(len(x), -1, -1), weight)
+    matrix = x.new_zeros(len(x), side, side).scatter_add(2, source.expand(len(x), -1, -1), weight)
     same = torch.eye(side, device=x.device)
     matrix = torch.where(sigma[:, None, None] > 0, matrix, same)
     return separable(x, matrix, matrix)

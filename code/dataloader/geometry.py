@@ -12,13 +12,14 @@ def centre_box(height, width, crop_ratio):
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-def draw_crops(n, height, width, augmentation, generator):
+def draw_crops(n, height, width, row, generator):
     """Random resized crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them.
 
-    Of ten candidates the first that fits is taken; the fallback is the largest centre crop within the ratio's bounds.
-    Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool; both on the CPU.
+    row: of config.distortion. Of ten candidates the first that fits is taken; the fallback is the largest centre crop
+    within the ratio's bounds. Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool;
+    both on the CPU.
     """
-    (low, high), (thin, wide) = augmentation['scale'], augmentation['ratio']
+    (low, high), (thin, wide) = row['scale'], row['ratio']
     drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
     area = height * width * (low + (high - low) * drawn[:, :10])
     ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
@@ -31,7 +32,7 @@ def draw_crops(n, height, width, augmentation, generator):
     if unfit.any():
         w, h = min(width, round(height * wide)), min(height, round(width / thin))
         boxes[unfit] = (height - h) // 2, (width - w) // 2, h, w
-    return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < augmentation['flip'])
+    return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < row['flip'])
 
 
 def crop_resize(x, boxes, flips, size, inside=True):
@@ -39,12 +40,13 @@ def crop_resize(x, boxes, flips, size, inside=True):
 
     A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
     each, whatever the boxes. A flip only turns the columns' matrix round. inside: pixels beyond the box count for
-    nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; returns N x 3 x S x S.
+    nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
+    None; on x's device. Returns N x 3 x S x S.
     """
     height, width = x.shape[-2:]
-    top, left, h, w = boxes.to(x.device, x.dtype).unbind(1)
+    top, left, h, w = boxes.to(x.dtype).unbind(1)
     rows = resize_matrix(top, h, height, size, inside)
-    columns = resize_matrix(left, w, width, size, inside, flips.to(x.device))
+    columns = resize_matrix(left, w, width, size, inside, flips)
     return separable(x, rows, columns)
 
 

@@ -10,7 +10,7 @@ from dataloader import crops, vision
 from dataloader.batches import caught, together
 from dataloader.images import rgb
 from dataloader.stores.memory import Memory
-from utils import random_from
+from utils import random_from, to_device
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Images(torch.utils.data.Dataset):
     def batch(self, keys):
         indices = torch.tensor([index for index, *_ in keys])
         if self.in_memory():
-            return self.pixels[indices.to(self.pixels.device)], self.labels[indices]
+            return self.pixels[to_device(indices, self.pixels.device)], self.labels[indices]
         images = together([self.read(*key) for key in keys])
         if self.views and self.args.augment_on == 'device' and not self.crops_only:
             images = self.distorted(images, *keys[0][1:])
@@ -63,20 +63,27 @@ class Images(torch.utils.data.Dataset):
             if not self.views:
                 return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max)
             if args.augment_on == 'worker':
-                views = vision.torchvision_views(args.image_size, augmentation, args.blur_prob)
+                views = vision.torchvision_views(tuple(distortion(args, augmentation).items()))
                 return views(rgb(image, args.pixel_max), seed, self.views)
             generator, row = torch.Generator().manual_seed(seed), distortion(args, augmentation)
             return crops.random_crops(image, args.image_size, self.views, row, generator, args.jpeg_shrink,
                                       args.pixel_max)  # fmt: skip
+
+    def random_views(self, images, augmentation, generator, part=(0, 1), compiled=False):
+        """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
+        if images.ndim == 5 and not self.crops_only:
+            return vision.normalised(images)
+        row = distortion(self.args, augmentation)
+        return vision.random_views(images, row, generator, self.views, part, compiled)
 
     def distorted(self, images, seed, augmentation):
         """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
 
         Whole grey levels, for floats would take as long to hand over as to make.
         """
-        args, row = self.args, distortion(self.args, augmentation)
-        if not vision.has_colours(row, args.blur_prob):
-            return images
-        generator, flat = random_from(seed, 'colours'), images.flatten(0, 1)  # not the stream that drew the crops
-        flat.copy_(vision.distort(flat, False, args.image_size, row, args.blur_prob, generator, vision.to_bytes))
+        row = distortion(self.args, augmentation)
+        if vision.has_colours(row) or row['blur_prob']:
+            flat = images.flatten(0, 1)
+            table = vision.draw(len(flat), row, random_from(seed, 'colours'))  # not the stream that drew the crops
+            flat.copy_(vision.distort(flat, table, row, vision.to_bytes))
         return images

@@ -3,8 +3,8 @@
 Every image has its own draw.
 
 The order is the reference's: random resized crop, flip, colour jitter, grayscale, blur, normalise. (The reference
-flips last; a flip commutes with all that stands between.) Every random number comes from a CPU generator, so a seed
-fixes the views whatever the device.
+flips last; a flip commutes with all that stands between.) What is random is drawn first, as one table, and the views
+are a function of images and table.
 
 Images come either whole, N x 3 x H x W uint8, or as crops that the workers already cut and resized,
 N x V x 3 x S x S uint8 (V views of one image; see load_dataset.py), where the whole images are too large to move.
@@ -15,62 +15,56 @@ import functools
 import torch
 from torch.nn.functional import pad
 
-from config import AUGMENTATIONS
 from dataloader.colours import REACH, blur_all, draw_colours, recolour, recolour_all
 from dataloader.geometry import centre_box, crop_resize, draw_crops
+from utils import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per channel
 CACHE_BYTES = 2**20  # of one core's cache
+# The columns of a table of draws, one row a view.
+COLUMNS = {'boxes': slice(0, 4), 'flips': 4, 'factors': slice(5, 9), 'order': slice(9, 13), 'gray': 13, 'sigma': 14}
 
 
-def random_views(
-    images, size, augmentation, blur_prob, generator, count=2, distorted=False, compiled=False, part=(0, 1)
-):
+def random_views(images, row, generator, count=2, part=(0, 1), compiled=False):
     """`count` independently distorted views of every image.
 
-    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8: already cropped, or (distorted) all but normalised.
-    size: S. augmentation: a row of config.AUGMENTATIONS. generator: CPU generator. compiled: on a GPU, fuse the
-    colours into few kernels with torch.compile. part: (i, n), the images are the i-th of n equal parts of a batch, and
-    get the random numbers that they would get in the whole. Returns a tuple of normalised float tensors, N x 3 x S x S.
+    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. row: of config.distortion, with S.
+    generator: CPU generator. part: (i, n), the images are the i-th of n equal parts of a batch, and get the random
+    numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with torch.compile.
+    Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
-    whole = images.ndim == 4
-    if distorted and not whole:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
-        views = tuple(normalise_bytes(view) for view in images.unbind(1))
-        torch.set_num_threads(threads)
-        return views
-    images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
-    mine = None
-    if part[1] > 1:  # the rows of this part among those of the whole batch
-        mine = torch.arange(len(images)).view(count, -1)
-        mine = (mine + mine[:, :1] * (part[1] - 1) + part[0] * mine.shape[1]).flatten()
-    views = distort(images, whole, size, augmentation, blur_prob, generator, normalise, compiled, part[1], mine)
-    return views.chunk(count)
+    n, whole = len(images), images.ndim == 4
+    table = draw(count * n * part[1], row, generator, images.shape[-2:] if whole else None)
+    table = table.view(count, part[1], n, -1)[:, part[0]].flatten(0, 1)
+    if images.device.type == 'cpu':
+        images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
+        return distort(images, table, row, normalise).chunk(count)
+    run = compiled_once(distort_all) if compiled else distort_all
+    moments, colours = mean_and_std(images.device), has_colours(row)
+    return run(images, to_device(table, images.device), moments, count, row['size'], colours, row['blur_prob'] > 0)
 
 
-def distort(images, whole, size, augmentation, blur_prob, generator, finish, compiled=False, parts=1, mine=None):
-    """One distorted view of every image, N x 3 x H x W uint8 to N x 3 x S x S.
+def draw(n, row, generator, sides=None):
+    """All that is random in n views of images: n x 15 float32 on the CPU, of COLUMNS; the CPU's generator, so that a
+    seed fixes the views whatever the device. sides: height and width of whole images, which are cropped, too."""
+    boxes, flips = draw_crops(n, *sides, row, generator) if sides else (torch.zeros(n, 4), torch.zeros(n))
+    colours = draw_colours(n, row, generator)
+    columns = (boxes, flips, *(colours[name] for name in ('factors', 'order', 'gray', 'sigma')))
+    return torch.cat([column.float().view(n, -1) for column in columns], 1)
 
-    finish: what to do with the colours in [0, 1] at last: normalise or to_bytes. parts, mine: draw for N x parts images
-    and take these rows of it (of several processes, each draws for all).
+
+def distort(images, table, row, finish):
+    """One distorted view of every image, on a CPU: each operation on the images that it is for.
+
+    images: N x 3 x H x W uint8, to be cropped, or of S x S; table: of `draw`. finish: what to do with the colours in
+    [0, 1] at last: normalise or to_bytes. A CPU core is fastest on what stays in its cache, so large views go through
+    all operations one or a few at a time; of small ones the whole batch, which all cores share.
     """
-    drawn, mine = len(images) * parts, slice(None) if mine is None else mine
-    if whole:
-        boxes, flips = (draw[mine] for draw in draw_crops(drawn, *images.shape[-2:], augmentation, generator))
-    draws = draw_colours(drawn, augmentation, blur_prob, generator)
-    draws = {name: draw[mine] for name, draw in draws.items()}
-    if images.device.type != 'cpu':
-        x = crop_resize(images / 255, boxes, flips, size) if whole else images / 255
-        if not has_colours(augmentation, blur_prob):
-            return finish(x)
-        draws = {name: draw.to(x.device, non_blocking=True) for name, draw in draws.items()}
-        sigma = draws.pop('sigma')
-        x = (compiled_once(recolour_all) if compiled else recolour_all)(x, **draws)
-        return finish(blur_all(x, sigma) if blur_prob else x)
-    # A CPU core is fastest on what stays in its cache, so large views go through all operations one or a few at a time;
-    # of small ones the whole batch, which all cores share.
-    views, step = [], max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
+    size, views = row['size'], []
+    step = max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
+    draws = {name: table[:, columns] for name, columns in COLUMNS.items()}
+    boxes, flips = draws.pop('boxes'), draws.pop('flips') > 0
+    whole = bool(boxes[:, 2].any())
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         x = images[part].float().div_(255)
@@ -80,30 +74,50 @@ def distort(images, whole, size, augmentation, blur_prob, generator, finish, com
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
-def has_colours(augmentation, blur_prob):
-    """Whether anything but the crop and the flip is random."""
-    return bool(augmentation['jitter_prob'] or augmentation['gray_prob'] or blur_prob)
+def distort_all(images, table, moments, count, size, colours, blurs):
+    """random_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
+    was drawn and all of it is one graph. moments: mean_and_std. Returns the views, each in channels_last."""
+    boxes, flips, factors, order, gray, sigma = (table[:, columns] for columns in COLUMNS.values())
+    if images.ndim == 4:
+        x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, size)
+    else:
+        x = images.transpose(0, 1).flatten(0, 1) / 255
+    if colours:
+        x = recolour_all(x, factors, order, gray > 0)
+    if blurs:
+        x = blur_all(x, sigma)
+    x = (x - moments[0]) / moments[1]
+    return x.contiguous(memory_format=torch.channels_last).chunk(count)
+
+
+def has_colours(row):
+    """Whether the colours are random."""
+    return bool(row['jitter_prob'] or row['gray_prob'])
 
 
 @functools.cache
 def compiled_once(function):
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
 
 
 @functools.cache
-def torchvision_views(size, augmentation, blur_prob):
-    """The reference: torchvision's transforms, one image at a time.
+def mean_and_std(device):
+    """MEAN and STD, 2 x 3 x 1 x 1, on the device: copied there once."""
+    return torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device)
 
-    augmentation: its name. Returns a function of (PIL image, seed, count) to its views, count x 3 x S x S uint8.
-    """
+
+@functools.cache
+def torchvision_views(row):
+    """The reference: torchvision's transforms, one image at a time, as a function of (PIL image, seed, count) to its
+    views, count x 3 x S x S uint8. row: of config.distortion, as the pairs of its items."""
     from torchvision.transforms import v2
 
-    a = AUGMENTATIONS[augmentation]
+    a = dict(row)
     transform = v2.Compose([
-        v2.RandomResizedCrop(size, a['scale'], a['ratio']),
+        v2.RandomResizedCrop(a['size'], a['scale'], a['ratio']),
         v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
         v2.RandomGrayscale(a['gray_prob']),
-        v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], blur_prob),
+        v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], a['blur_prob']),
         v2.RandomHorizontalFlip(a['flip']),
         v2.ToImage(),
     ])  # fmt: skip
@@ -125,20 +139,30 @@ def plain_view(images, size, crop_ratio):
         return normalise_bytes(images[:, 0])
     x, (height, width) = images.float().div_(255), images.shape[-2:]
     if (height, width) != (size, size) or crop_ratio != 1:
-        box = torch.tensor([centre_box(height, width, crop_ratio)]).expand(len(x), 4)
-        x = crop_resize(x, box, torch.zeros(len(x), dtype=torch.bool), size, inside=False)
+        box = torch.tensor([centre_box(height, width, crop_ratio)])
+        x = crop_resize(x, to_device(box, x.device).expand(len(x), 4), None, size, inside=False)
     return normalise(x)
 
 
 def normalise(x):
     """Colours in [0, 1] to zero mean and unit variance over ImageNet, in place. x: N x 3 x S x S."""
-    return x.sub_(x.new_tensor(MEAN).view(3, 1, 1)).div_(x.new_tensor(STD).view(3, 1, 1))
+    mean, std = mean_and_std(x.device)
+    return x.sub_(mean).div_(std)
 
 
 def normalise_bytes(images):
     """uint8 colours to the floats of normalise. images: N x 3 x S x S."""
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return images.float().mul_(1 / (255 * std)).sub_(torch.tensor(MEAN, device=images.device).view(3, 1, 1) / std)
+    mean, std = mean_and_std(images.device)
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def normalised(views):
+    """Views that the workers have distorted, N x V x 3 x S x S uint8, as random_views gives them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
+    found = tuple(normalise_bytes(view) for view in views.unbind(1))
+    torch.set_num_threads(threads)
+    return found
 
 
 def to_bytes(x):
@@ -148,7 +172,8 @@ def to_bytes(x):
 
 def denormalise(x):
     """The inverse of normalise, clamped to [0, 1]: for pictures."""
-    return (x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    mean, std = mean_and_std(x.device)
+    return (x * std + mean).clamp(0, 1)
 
 
 def picture(rows, path, zoom_to=64):

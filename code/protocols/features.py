@@ -2,7 +2,6 @@
 
 import torch
 
-from config import distortion
 from dataloader import vision
 from dataloader.load_dataset import prepared
 from distributed import gather, rank, world
@@ -30,13 +29,9 @@ def features_of(args, backbone, batches, title):
 def labelled_crops(args, batches, epoch):
     """One epoch of load_dataset.shuffled_crops: pairs of normalised views, N x 3 x S x S, and labels, on the device."""
     batches.batch_sampler.start_epoch(epoch, 'crop')
-    ready = not batches.dataset.crops_only
     for step, (images, labels) in enumerate(prepared(args, batches)):
         generator = random_from(args.random_seed, 'crops', epoch, step)
-        (view,) = vision.random_views(
-            images, args.image_size, distortion(args, 'crop'), 0.0, generator, count=1, distorted=ready,
-            part=(rank(), world()),
-        )  # fmt: skip
+        (view,) = batches.dataset.random_views(images, 'crop', generator, (rank(), world()))
         yield channels_last(view), labels
 
 

@@ -195,9 +195,7 @@ def views_of(args, epochs):
     for epoch in range(epochs):
         batches.batch_sampler.start_epoch(epoch, args.augmentation)
         for step, (images, _) in enumerate(batches):
-            ready = not batches.dataset.crops_only
-            views += vision.random_views(images, 32, AUGMENTATIONS[args.augmentation], args.blur_prob,
-                                      random_from(epoch, step), distorted=ready)  # fmt: skip
+            views += batches.dataset.random_views(images, args.augmentation, random_from(epoch, step))
     return torch.cat(views)
 
 

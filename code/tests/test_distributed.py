@@ -82,8 +82,10 @@ def test_every_process_draws_what_one_would(blur, atol):
     """Views of the parts of a batch are those of the whole batch (a blur reaches as far as the largest of a batch)."""
     images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
+    row = {**AUGMENTATIONS['moco'], 'size': 24, 'blur_prob': blur}
+
     def views(part, these):
-        return vision.random_views(these, 24, AUGMENTATIONS['moco'], blur, random_from(1), part=part)
+        return vision.random_views(these, row, random_from(1), part=part)
 
     whole = views((0, 1), images)
     for rank in range(4):

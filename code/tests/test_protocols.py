@@ -249,7 +249,7 @@ def test_the_smallest_crop_is_an_option(scale):
     area = boxes[:, 2] * boxes[:, 3] / 96**2
     assert scale - 0.02 < area.min() < scale + 0.05
     assert area.max() > 0.95
-    assert not vision.has_colours(row, 0.0)
+    assert not vision.has_colours(row)
     assert 0.45 < flips.float().mean() < 0.55
 
 

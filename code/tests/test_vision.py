@@ -13,7 +13,7 @@ from config import AUGMENTATIONS
 from dataloader import colours, geometry, vision
 from utils import random_from
 
-MOCO = AUGMENTATIONS['moco']
+MOCO = {**AUGMENTATIONS['moco'], 'size': 24, 'blur_prob': 0.5}
 
 
 def photos(n, height, width, seed=0):
@@ -102,7 +102,7 @@ def test_blur_of_a_tiny_image():
 
 def test_recolour_applies_each_images_own_draw():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
-    x, draws = photos(40, 12, 12), colours.draw_colours(40, MOCO, 0.5, random_from('colours'))
+    x, draws = photos(40, 12, 12), colours.draw_colours(40, MOCO, random_from('colours'))
     ours = colours.recolour(x.clone(), **draws)
     untouched = 0
     for i, image in enumerate(x):
@@ -122,7 +122,7 @@ def test_recolour_applies_each_images_own_draw():
 
 def test_the_gpus_formulation_is_the_same():
     """recolour_all and blur_all, which work on every image whatever was drawn, against recolour."""
-    x, draws = photos(60, 24, 24), colours.draw_colours(60, MOCO, 0.5, random_from('gpu'))
+    x, draws = photos(60, 24, 24), colours.draw_colours(60, MOCO, random_from('gpu'))
     sigma = draws['sigma']
     ours = colours.blur_all(colours.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), sigma)
     torch.testing.assert_close(ours, colours.recolour(x.clone(), **draws), atol=4e-3, rtol=0)
@@ -158,8 +158,8 @@ def test_crops_are_distributed_as_torchvisions(height, width, name):
 
 @pytest.mark.parametrize('name', ['moco', 'simclr'])
 def test_colours_are_distributed_as_stated(name):
-    augmentation, n = AUGMENTATIONS[name], 24000
-    draws = colours.draw_colours(n, augmentation, 0.5, random_from('colours'))
+    augmentation, n = {**AUGMENTATIONS[name], 'blur_prob': 0.5}, 24000
+    draws = colours.draw_colours(n, augmentation, random_from('colours'))
     even = (torch.arange(n) + 0.5) / n
     for kind, strength in enumerate(augmentation['jitter']):
         middle = 0 if kind == 3 else 1
@@ -182,7 +182,7 @@ def test_colours_are_distributed_as_stated(name):
 
 def test_two_views_are_fixed_by_the_generator_and_differ():
     images = (photos(6, 40, 40) * 255).to(torch.uint8)
-    first, again, other = (vision.random_views(images, 24, MOCO, 0.5, random_from(seed)) for seed in (1, 1, 2))
+    first, again, other = (vision.random_views(images, MOCO, random_from(seed)) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other, strict=True):
         assert a.shape == (6, 3, 24, 24)
         assert torch.equal(a, b)
@@ -192,13 +192,12 @@ def test_two_views_are_fixed_by_the_generator_and_differ():
 
 def test_without_distortion_the_views_are_the_image():
     plain = {'scale': (1, 1), 'ratio': (1, 1), 'flip': 0, 'jitter': (0, 0, 0, 0), 'jitter_prob': 1, 'gray_prob': 0,
-             'sigma': (0.1, 2.0)}  # fmt: skip
+             'sigma': (0.1, 2.0), 'size': 16, 'blur_prob': 0.0}  # fmt: skip
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
-    for view in vision.random_views(images, 16, plain, 0.0, random_from(0)):
+    for view in vision.random_views(images, plain, random_from(0)):
         torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)
     crops = torch.stack((images, 255 - images), 1)  # as workers send them, for a GPU to distort or distorted already
-    for distorted in (False, True):
-        view1, view2 = vision.random_views(crops, 16, plain, 0.0, random_from(0), distorted=distorted)
+    for view1, view2 in (vision.random_views(crops, plain, random_from(0)), vision.normalised(crops)):
         torch.testing.assert_close(vision.denormalise(view1), images / 255, atol=1e-4, rtol=0)
         torch.testing.assert_close(vision.denormalise(view2), 1 - images / 255, atol=1e-4, rtol=0)
 
