@@ -98,6 +98,10 @@ def main(argv):
     except Exception as error:
         if place := 'utils' in sys.modules and sys.modules['utils'].short_of_memory(error):
             return failed(f'{place} has not enough memory: {str(error).splitlines()[0] or type(error).__name__}')
+        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            return failed(
+                f'torch.compile fails: {str(error).strip().splitlines()[0][:200]}; --compile=False goes without'
+            )
         if gone := 'distributed' in sys.modules and sys.modules['distributed'].gone():
             return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
         return fault(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,11 +32,14 @@ def world():
     return int(os.environ.get('WORLD_SIZE', 1))
 
 
+def local_world():
+    """The number of processes on this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
 def start(device):
     """Join the other processes: NCCL between GPUs, gloo between CPUs. device: this process's."""
     if world() > 1 and not dist.is_initialized():
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
         # Each restart has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
         ours = rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=ours)
@@ -93,14 +97,14 @@ def wrap(model, device):
     """What to call in place of `model` in training: gradients averaged and BN statistics shared between processes."""
     if world() == 1:
         return model
-    if device.type == 'cuda':
-        shared = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return nn.parallel.DistributedDataParallel(shared, device_ids=[device.index])
-    return nn.parallel.DistributedDataParallel(share_statistics(model))
+    share_statistics(model)
+    # The running statistics are equal already: nothing has to be sent for them.
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                               broadcast_buffers=False, gradient_as_bucket_view=True)  # fmt: skip
 
 
 def share_statistics(model):
-    """Turn every BN of `model` into a SharedBatchNorm, in place: torch's SyncBatchNorm runs on GPUs only."""
+    """Turn every BN of `model` into a SharedBatchNorm, in place."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.__class__ = SharedBatchNorm
@@ -108,7 +112,10 @@ def share_statistics(model):
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BN over the batches of all processes. x: N x C or N x C x H x W."""
+    """BN over the batches of all processes, all of one size. x: N x C or N x C x H x W.
+
+    torch's SyncBatchNorm runs on GPUs only, gathers where a sum does, and breaks a compiled graph at every layer.
+    """
 
     def _check_input_dim(self, x):
         pass
@@ -116,34 +123,56 @@ class SharedBatchNorm(_BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = world() * x.numel() // x.shape[1]  # every process has as many
-        mean = Sum.apply(x.sum(axes)) / count
-        centred = x - mean.view(shape)
-        variance = Sum.apply((centred**2).sum(axes)) / count
+        y, mean, variance = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps)
         with torch.no_grad():
+            count = world() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
-        x = centred * (variance + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return y
 
 
-class Sum(torch.autograd.Function):
-    """The sum over the processes; so is its gradient, for each one's loss depends on every one's x."""
+class Normalise(torch.autograd.Function):
+    """x, normalised by mean and variance over all processes; also the two. One sum over the processes each way.
 
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    shift: C, the same in every process: moments are taken about it, for a sum of squares about 0 loses the digits of a
+    variance that is small beside the mean. Of a half-precision x only itself is kept for the way back.
+    """
 
     @staticmethod
-    def backward(ctx, slope):
-        slope = slope.clone()
-        dist.all_reduce(slope)
-        return slope
+    def forward(ctx, x, weight, bias, shift, eps):
+        axes, shape = around(x)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        count, moved = world() * x.numel() // x.shape[1], x.to(exact) - shift.to(exact).view(shape)
+        first, second = (total(torch.cat((moved.sum(axes), moved.square().sum(axes)))) / count).chunk(2)
+        variance = (second - first.square()).clamp(min=0)
+        mean, scale = first + shift, (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, variance)
+        y = (x - mean.view(shape)) * (scale if weight is None else scale * weight).view(shape)
+        return (y if bias is None else y + bias.view(shape)).to(x.dtype), mean, variance
+
+    @staticmethod
+    def backward(ctx, slope, *_):
+        x, weight, mean, scale = ctx.saved_tensors
+        axes, shape = around(x)
+        normal, exact = (x - mean.view(shape)) * scale.view(shape), slope.to(mean.dtype)
+        of_bias, of_weight = exact.sum(axes), (exact * normal).sum(axes)
+        first, second = (total(torch.cat((of_bias, of_weight))) * (x.shape[1] / x.numel() / world())).chunk(2)
+        factor = scale if weight is None else scale * weight
+        back = (exact - first.view(shape) - normal * second.view(shape)) * factor.view(shape)
+        parameters = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(weight.dtype))
+        return back.to(x.dtype), *parameters, None, None
+
+
+def around(x):
+    """The axes of x but its channels', and a shape that spreads a value per channel over x."""
+    return [axis for axis in range(x.ndim) if axis != 1], [1, -1] + [1] * (x.ndim - 2)
+
+
+def total(x):
+    """The sum over the processes, as an operation that torch.compile keeps in its graph."""
+    return collectives.wait_tensor(collectives.all_reduce(x, 'sum', dist.group.WORLD))
 
 
 def means(numbers, device):

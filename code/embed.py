@@ -13,7 +13,7 @@ from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
 from protocols.features import features_of
-from utils import get_device, write_aside
+from utils import get_device, use_device, write_aside
 
 
 def embed(args):
@@ -29,7 +29,7 @@ def embed(args):
         raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
     args.given -= {'image_path'}
-    distributed.start(get_device(args))
+    use_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)

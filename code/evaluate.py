@@ -21,7 +21,7 @@ from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
 from protocols.transfer import target_splits, transfer
-from utils import get_device, memory_for
+from utils import get_device, memory_for, use_device
 
 
 def evaluate(args):
@@ -34,7 +34,7 @@ def evaluate(args):
         known = list_checkpoints(args)
         say('\n'.join(known) if known else f'no checkpoint in {path_of(args.ckpt_path)} yet: run python3 cli.py train')
         raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
-    distributed.start(get_device(args))
+    use_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
     model = model.to(get_device(args), memory_format=torch.channels_last)

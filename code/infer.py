@@ -18,7 +18,7 @@ from logger import say
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
 from results import classifier_for
-from utils import get_device, prepare_batch, save_picture, write_aside
+from utils import get_device, prepare_batch, save_picture, use_device, write_aside
 
 ROWS = 12  # of the picture of neighbours
 
@@ -37,7 +37,7 @@ def infer(args):
         raise UserError(f'infer wants --ckpt_name=<run>/<checkpoint>; {hint}')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
     args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
-    distributed.start(get_device(args))
+    use_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)

@@ -51,7 +51,9 @@ def precision(args):
         if args.amp == 'bf16' and not has_it:
             raise UserError(f'--amp=bf16: this GPU has no bfloat16 ({torch.cuda.get_device_name(device)}); '
                             'try --amp=fp16')  # fmt: skip
-        return torch.bfloat16 if has_it else None
+        if args.amp == 'bf16' or has_it:
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None  # tensor cores
     if device.type != 'cpu':
         if args.amp == 'bf16':
             raise UserError(f'--amp=bf16 wants a CUDA GPU or a CPU, not {device}; try --amp=off')

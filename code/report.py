@@ -21,7 +21,7 @@ from metric.accuracy import confusion
 from protocols.features import features_of
 from protocols.knn import vote
 from results import of_run
-from utils import get_device, save_picture, write_aside
+from utils import save_picture, use_device, write_aside
 
 POINTS = 2000  # images on the map
 STYLE = """
@@ -49,7 +49,7 @@ def report(args):
         raise UserError('report wants --ckpt_name=<run>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
     run, folder = checkpoint['run'], path_of(args.log_path) / checkpoint['run'].name
-    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
+    backbone = model.backbone.to(use_device(args), memory_format=torch.channels_last)
     splits, logged = load_splits(args), read_scalars(folder)
     results = of_run(run)
     parts = [*curves(args, logged), *two_views(folder), *of_features(args, backbone, splits)]

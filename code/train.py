@@ -11,6 +11,7 @@ import time
 import torch
 
 import distributed
+import memory
 import stop
 from ckpt import get_model_ckpt
 from config import ROOT, UserError, path_of
@@ -24,7 +25,7 @@ from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
 from runs import Diverged, Run, describe_run, new_run, of_run, resumed
 from state import State
-from utils import channels_last, get_device, memory_for, random_from, use_compile
+from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
 from watch import Watch
 
 
@@ -35,10 +36,10 @@ def train(args):
     stop.Stopped after a signal, with everything saved.
     """
     started = time.time()
-    distributed.start(get_device(args))
+    device = use_device(args)
     args, state, iterators, run = set_up(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
-    net = distributed.wrap(state.model, get_device(args))
+    net = distributed.wrap(state.model, device)
     watch = Watch(args, run, iterators, state)
     try:
         watch.begin(state)
@@ -69,7 +70,7 @@ def train_epoch(args, net, state, batches, watch, run):
                                 symmetric=args.symmetric == 'true')  # fmt: skip
     net.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
-        for images, _ in watch.steps(state, prepared(args, batches), total):
+        for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
             views = random_views(args, images, name, state, batches.dataset)
             if state.position == (0, 0):
                 watch.first_views(views)
@@ -155,7 +156,7 @@ def set_up(args):
         run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
         describe_run(run.folder, args)
     log_to(run.folder / 'log.txt')
-    introduce(args, state, run, len(iterators['train'].dataset))
+    introduce(args, state, run, iterators['train'])
     return args, state, iterators, run
 
 
@@ -165,22 +166,34 @@ def new_state(args, model):
     model = model.to(device, memory_format=torch.channels_last)
     if use_compile(args):
         model.compile()
-    if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
-        torch.backends.cudnn.benchmark = True
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
     return State(model, make_sgd(model, args.momentum, args.weight_decay), scaler)
 
 
-def introduce(args, state, run, count):
-    """The first lines of a run, and of one that goes on."""
+def introduce(args, state, run, batches):
+    """The first lines of a run, and of one that goes on: what is done where, and in how much memory."""
     if run.path and state.epoch >= args.max_epochs:
         say(f'{run.folder.name} has its {state.epoch} epochs already; --max_epochs=<more> goes on')
     elif run.path:
         say(f'going on with {run.folder.name} {run.where(state)} (of {args.max_epochs} epochs)')
     device, world = get_device(args), distributed.world()
-    say(f'run {run.folder.name}: {args.backbone}, {count} images, {args.image_size} px views, on {device}'
-        f'{f", {world} processes" if world > 1 else ""}, {described(args)}')  # fmt: skip
+    together = f', {world} processes' if world > 1 else ''
+    say(f'run {run.folder.name}: {args.backbone}, {len(batches.dataset)} images {batches.place()}, '
+        f'{args.image_size} px views, on {named(device)}{together}, {described(args)}, {compiled(args)}')  # fmt: skip
+    if device.type == 'cuda' and state.epoch < args.max_epochs:
+        say(memory.of_a_step(args, state.model, precision(args), torch.cuda.mem_get_info(device)[0]))
+
+
+def named(device):
+    return f'{device} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else str(device)
+
+
+def compiled(args):
+    """Whether, in words, and on a GPU why not."""
+    if use_compile(args):
+        return 'compiled'
+    reason = args.compile == 'auto' and get_device(args).type == 'cuda' and why_not_compiled(get_device(args))
+    return f'not compiled: {reason}' if reason else 'not compiled'
 
 
 def check_batch(args):

@@ -3,18 +3,20 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import importlib
 import multiprocessing.util
 import os
 import shutil
 import socket
+import sysconfig
 import tempfile
 
 import torch
 
 from config import ROOT, UserError, WorkError
-from distributed import first_here, world
+from distributed import first_here, start, world
 
 
 def get_device(args):
@@ -22,6 +24,10 @@ def get_device(args):
     name = args.device
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name.startswith('cuda:') and world() > 1:
+        raise UserError(
+            f'--device={name} would put all {world()} processes on one GPU: --device=cuda gives each its own'
+        )
     if name == 'cuda' and world() > 1:
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
@@ -29,11 +35,24 @@ def get_device(args):
     except RuntimeError:
         raise UserError(f'--device is auto, cpu, cuda, cuda:<number> or mps, not {name!r}') from None
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device={name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; try --device=auto')
+        count = torch.cuda.device_count()
+        helps = f'start one a GPU: --nproc_per_node={count}' if world() > 1 and count else 'try --device=auto'
+        raise UserError(f'--device={name}: torch sees {count} CUDA GPUs here; {helps}')
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('--device=mps: torch sees no Apple GPU here; try --device=auto')
     if device.type not in ('cpu', 'cuda', 'mps'):
         raise UserError(f'--device is auto, cpu, cuda, cuda:<number> or mps, not {name!r}')
+    return device
+
+
+def use_device(args):
+    """get_device, made this process's own, and the other processes joined: what every command begins with."""
+    device = get_device(args)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device.index or 0)  # where threads and pinned memory have their home, too
+        torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
+        torch.backends.cudnn.benchmark = True
+    start(device)
     return device
 
 
@@ -80,10 +99,27 @@ def extra(package, purpose):
 
 
 def use_compile(args):
-    """Whether to torch.compile, as --compile says."""
+    """Whether to torch.compile, as --compile says. Raises UserError where it is wanted and cannot be."""
+    device = get_device(args)
     if args.compile == 'auto':
-        return get_device(args).type == 'cuda' and any(shutil.which(name) for name in ('cc', 'gcc', 'clang'))
+        return device.type == 'cuda' and not why_not_compiled(device)
+    if args.compile == 'True' and (reason := why_not_compiled(device)):
+        raise UserError(f'--compile=True: {reason}; --compile=False goes without')
     return args.compile == 'True'
+
+
+@functools.cache
+def why_not_compiled(device):
+    """Why torch.compile does not work here, in a few words; '' where it does: tried on a small function."""
+    if not any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'clang')):
+        return 'there is no C compiler (apt install gcc)'
+    if not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')):
+        return "Python's headers are missing (apt install python3-dev)"
+    try:
+        torch.compile(lambda x: (x + 1).relu())(torch.zeros(8, device=device))
+    except Exception as error:  # of a compiler, of Triton, of the driver
+        return f'torch.compile fails: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}'
+    return ''
 
 
 def peak_memory(device):
@@ -103,8 +139,7 @@ def later(values):
     copy = values.to('cpu', non_blocking=True)
     if not values.is_cuda:
         return copy.tolist
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = torch.cuda.current_stream(values.device).record_event()
 
     def read():
         arrived.synchronize()

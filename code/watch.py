@@ -45,17 +45,25 @@ class Watch:
             self.logger.scalars(0, {'pretraining/knn_top1': top1})
             say(f'epoch 0/{self.args.max_epochs}  kNN {top1:.2f} % (untrained)')
 
+    def waits(self, batches):
+        """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""
+        self.waited, batches = 0.0, iter(batches)
+        while True:
+            before = time.time()
+            batch = next(batches, None)
+            self.waited += time.time() - before
+            if batch is None:
+                return
+            yield batch
+
     def steps(self, state, batches, total):
-        """`batches`, what is left of an epoch of `total` images, behind a bar; notes how long they take to come."""
+        """`batches`, what is left of an epoch of `total` images, behind a bar."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar = progress(title=title, unit='images', total=total, first=state.images)
-        self.from_image, self.epoch_started, self.waited, self.read = state.images, time.time(), 0.0, None
-        batches, before = iter(batches), time.time()
-        while (batch := next(batches, None)) is not None:
-            self.waited += time.time() - before
+        self.from_image, self.epoch_started, self.read = state.images, time.time(), None
+        for batch in batches:
             yield batch
             self.bar.update(self.args.batch_size)
-            before = time.time()
         self.bar.close()
 
     def first_views(self, views):

@@ -80,15 +80,12 @@ def prepare(preset, batch_size):
     from config import get_config
     from optimizer.sgd import make_sgd
     from precision import precision
-    from utils import get_device, use_compile
+    from utils import use_compile, use_device
 
     args = get_config(preset=preset, knn_every=5)
-    device = get_device(args)
+    device = use_device(args)
     if device.type == 'cpu':
         args.batch_size = batch_size
-    else:
-        torch.set_float32_matmul_precision('high')
-        torch.backends.cudnn.benchmark = True
     model = new_model(args).to(device, memory_format=torch.channels_last)
     if use_compile(args):
         model.compile()

@@ -12,6 +12,7 @@ import torch
 import torch.utils.data
 
 from config import WorkError
+from distributed import local_world
 from terminal import hush, hushed
 from utils import cpu_count, give_freed_memory_back
 
@@ -43,6 +44,13 @@ class Batches(torch.utils.data.DataLoader):
     def __init__(self, dataset, num_workers, **more):
         super().__init__(dataset, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=in_worker,
                          timeout=CHECK if num_workers else 0, **more)  # fmt: skip
+
+    def place(self):
+        """Where the images are, in words."""
+        if not self.num_workers:
+            return 'read as they come' if not self.dataset.in_memory() else (
+                'held on the GPU' if self.dataset.pixels.is_cuda else 'held in memory')  # fmt: skip
+        return f'read by {self.num_workers} workers'
 
     def __iter__(self):
         again = self.num_workers and self._iterator
@@ -191,5 +199,5 @@ def as_it_is(batch):
 
 
 def workers_for(wish):
-    """The number of processes that --num_workers means: -1 is one per core."""
-    return cpu_count() if wish < 0 else wish
+    """The number of processes that --num_workers means: -1 is one per core, shared by the processes of a machine."""
+    return max(1, cpu_count() // local_world()) if wish < 0 else wish

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from config import WorkError, path_of
 from dataloader import vision
 from dataloader.images import shown
@@ -10,7 +12,7 @@ from dataloader.prepare import decode_all
 from dataloader.ranges import warn_of_range
 from dataloader.stores.memory import Memory
 from logger import say
-from utils import prepare_batch, random_from
+from utils import prepare_batch, random_from, use_device
 
 SECONDS = 5  # to time the batches of a split for
 
@@ -21,6 +23,7 @@ def check_dataloader(args):
     Raises WorkError, after naming each, where files cannot be read; UserError for a folder that is not laid out.
     """
     root = path_of(args.image_path)
+    use_device(args)
     unreadable, read = read_all(args)
     if unreadable and args.bad_images == 'error':
         raise WorkError(f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
@@ -81,6 +84,8 @@ def describe(args, batches):
         seen += len(batch)
         if time.time() - started > SECONDS:
             break
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)  # what was begun is not yet done
     speed = seen / (time.time() - started)
     batch, views = first
     classes = f'{len(images.classes)} classes' if (images.labels >= 0).any() else 'no classes'

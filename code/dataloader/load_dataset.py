@@ -85,7 +85,7 @@ def prepared(args, batches):
     if get_device(args).type != 'cuda':
         yield from (prepare_batch(args, batch) for batch in batches)
         return
-    stream, ahead = torch.cuda.Stream(), None
+    stream, ahead = torch.cuda.Stream(get_device(args)), None
     for batch in batches:
         with torch.cuda.stream(stream):
             following = prepare_batch(args, batch), stream.record_event()
@@ -98,9 +98,10 @@ def prepared(args, batches):
 
 def arrived(tensors, copied):
     """Tensors that another stream made, safe to use on this one: after the event `copied`, and not freed before."""
-    torch.cuda.current_stream().wait_event(copied)
+    stream = torch.cuda.current_stream(tensors[0].device)
+    stream.wait_event(copied)
     for tensor in tensors:
-        tensor.record_stream(torch.cuda.current_stream())
+        tensor.record_stream(stream)
     return tensors
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cli
+import utils
 from config import AUGMENTATIONS, get_config
 from conftest import CODE, TINY, draw_folder, own_paths
 from dataloader import vision
@@ -128,10 +129,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
 
 
 def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
-    import distributed
-
     as_one_of(0, 3)
-    monkeypatch.setattr(distributed, 'start', lambda device: None)
+    monkeypatch.setattr(utils, 'start', lambda device: None)
     assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
     assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
 

@@ -1,0 +1,59 @@
+"""How much memory a training step takes, reckoned before the first one: the network runs on tensors without content."""
+
+import torch
+from torch.func import functional_call
+
+import distributed
+
+
+def step_bytes(model, images, size, dtype):
+    """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the two views of `images`
+    images of size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None:
+    float32).
+
+    An estimate for a network that is not compiled: torch.compile keeps less. Buffers of cuDNN come on top.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import
+
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # alive until the end, so that no other takes its number
+        return tensor
+
+    mode, (first, *_) = FakeTensorMode(), model.parameters()
+    weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        shape = images, 3, size, size
+        views = [torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last)
+                 for _ in range(2)]  # fmt: skip
+        autocast = torch.autocast(first.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        with autocast, torch.compiler.set_stance('force_eager'):
+            outputs = functional_call(model, weights, tuple(views))
+        for value in (*weights.values(), *views):
+            keep(value)
+        del outputs
+    held = sum(storage.nbytes() for storage in kept.values())
+    return held + sum(2 * value.nbytes for value in model.parameters() if value.requires_grad)
+
+
+def of_a_step(args, model, dtype, free):
+    """What a training step takes, in a line; where that is more than `free` bytes, with the --accumulate_steps that
+    would fit. Buffers of cuDNN and what lies between the blocks are taken as a tenth."""
+    share = args.batch_size // distributed.world()
+
+    def takes(parts):
+        return 1.1 * step_bytes(model, share // parts, args.image_size, dtype)
+
+    line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
+    if takes(args.accumulate_steps) < free:
+        return line
+    for parts in range(args.accumulate_steps + 1, share // 2 + 1):
+        if share % parts == 0 and takes(parts) < free:
+            return f'{line}: --accumulate_steps={parts} takes {gigabytes(takes(parts))}'
+    return f'{line}: try a smaller --image_size or --backbone'
+
+
+def gigabytes(count):
+    return f'{count / 1e9:.1f} GB'
