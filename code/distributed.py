@@ -4,6 +4,9 @@ Each process has a rank. All train the same model on their share of every batch;
 """
 
 import contextlib
+import inspect
+import itertools
+import json
 import os
 import socket
 import time
@@ -15,7 +18,8 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-JOINED = {'store': None, 'others': [], 'turns': 0}  # what `start` found: the store, (machine, process) of each rank
+JOINED = {'store': None, 'others': []}  # what `start` found: the store, [machine, process] of each rank
+TURNS = itertools.count()  # of what goes through the store: all processes come to it in the same order
 
 
 def rank():
@@ -46,8 +50,9 @@ def start(device):
         store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world())
-        JOINED['store'], JOINED['others'] = store, [None] * world()
-        dist.all_gather_object(JOINED['others'], (socket.gethostname(), os.getpid()))
+        JOINED['store'] = store
+        store.set(f'place_{rank()}', json.dumps([socket.gethostname(), os.getpid()]))
+        JOINED['others'] = [json.loads(told(f'place_{other}')) for other in range(world())]
 
 
 def end():
@@ -63,13 +68,19 @@ def in_turn():
     if world() == 1 or not JOINED['store']:
         yield
         return
-    JOINED['turns'] += 1
-    key = f'turn_{JOINED["turns"]}_{os.environ.get("GROUP_RANK", 0)}'
-    while not first_here() and not JOINED['store'].check([key]):
-        time.sleep(0.2)  # in Python, where a signal is heard
+    key = f'turn_{next(TURNS)}_{os.environ.get("GROUP_RANK", 0)}'
+    if not first_here():
+        told(key)
     yield
     if first_here():
         JOINED['store'].set(key, 'done')
+
+
+def told(key):
+    """What another process has set, or sets some day, in the store. Waits in Python, where a signal is heard."""
+    while not JOINED['store'].check([key]):
+        time.sleep(0.05)
+    return JOINED['store'].get(key)
 
 
 def gone():
@@ -98,9 +109,11 @@ def wrap(model, device):
     if world() == 1:
         return model
     share_statistics(model)
-    # The running statistics are equal already: nothing has to be sent for them.
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                               broadcast_buffers=False, gradient_as_bucket_view=True)  # fmt: skip
+    ddp = nn.parallel.DistributedDataParallel
+    # The running statistics are equal already: nothing has to be sent for them. (torch 2.14 has a new name for it.)
+    known = inspect.signature(ddp).parameters
+    options = {'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers': False}
+    return ddp(model, [device.index] if device.type == 'cuda' else None, gradient_as_bucket_view=True, **options)
 
 
 def share_statistics(model):
@@ -123,7 +136,7 @@ class SharedBatchNorm(_BatchNorm):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        y, mean, variance = Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps)
+        y, mean, variance = Normalise.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             count = world() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
@@ -135,18 +148,18 @@ class SharedBatchNorm(_BatchNorm):
 class Normalise(torch.autograd.Function):
     """x, normalised by mean and variance over all processes; also the two. One sum over the processes each way.
 
-    shift: C, the same in every process: moments are taken about it, for a sum of squares about 0 loses the digits of a
-    variance that is small beside the mean. Of a half-precision x only itself is kept for the way back.
+    Means and squares are summed in double precision, C numbers of each: in single a variance that is small beside the
+    mean would lose its digits. Of a half-precision x only itself is kept for the way back.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, shift, eps):
+    def forward(ctx, x, weight, bias, eps):
         axes, shape = around(x)
         exact = torch.promote_types(x.dtype, torch.float32)
-        count, moved = world() * x.numel() // x.shape[1], x.to(exact) - shift.to(exact).view(shape)
-        first, second = (total(torch.cat((moved.sum(axes), moved.square().sum(axes)))) / count).chunk(2)
-        variance = (second - first.square()).clamp(min=0)
-        mean, scale = first + shift, (variance + eps).rsqrt()
+        variance, mean = (part.double() for part in torch.var_mean(x.to(exact), axes, correction=0))
+        mean, square = (total(torch.cat((mean, variance + mean.square()))) / world()).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        mean, variance, scale = mean.to(exact), variance.to(exact), (variance + eps).rsqrt().to(exact)
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.mark_non_differentiable(mean, variance)
         y = (x - mean.view(shape)) * (scale if weight is None else scale * weight).view(shape)
@@ -162,7 +175,7 @@ class Normalise(torch.autograd.Function):
         factor = scale if weight is None else scale * weight
         back = (exact - first.view(shape) - normal * second.view(shape)) * factor.view(shape)
         parameters = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(weight.dtype))
-        return back.to(x.dtype), *parameters, None, None
+        return back.to(x.dtype), *parameters, None
 
 
 def around(x):
@@ -185,31 +198,29 @@ def means(numbers, device):
 
 
 def most(number, device):
-    """The largest of the processes' numbers. All of them have to ask at the same place."""
-    if world() == 1:
-        return number
-    asked = torch.tensor(float(number), device=device)
+    """The largest of the processes' numbers, 1 on the device. All of them have to ask at the same place."""
+    asked = torch.full((1,), float(number), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return asked.item()
+    return asked
 
 
 def gather(x, count=None):
-    """The rows of all processes' x, one after the other, the first `count`; each gives as many but the last few."""
+    """The rows of all processes' x, one after the other. count: of all rows, cut into keys.share; None: each has as
+    many."""
     if world() == 1:
         return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    most = max(int(size) for size in sizes)
+    most = len(x) if count is None else -(-count // world())
     padded = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:]))).contiguous()
     parts = [torch.empty_like(padded) for _ in range(world())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])[:count]
+    return torch.cat(parts)[:count]
 
 
 def same_for_all(make):
-    """What make() gives in rank 0, in every process."""
+    """What make() gives in rank 0, in every process: plain data."""
     if world() == 1:
         return make()
-    box = [None if rank() else make()]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    key = f'same_{next(TURNS)}'
+    if not rank():
+        JOINED['store'].set(key, json.dumps(make()))
+    return json.loads(told(key))

@@ -14,7 +14,7 @@ import time
 # Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_WISH = 1.0  # seconds
-NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False}
+NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: of check, by the last answer
 ASK_EVERY = 10  # steps after which several processes ask one another
 
 
@@ -45,7 +45,7 @@ def listening():
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-        NOTED.update(number=0, held=0, heard=False)
+        NOTED.update(number=0, held=0, heard=False, asked=None)
 
 
 def note(number, _):
@@ -102,9 +102,11 @@ def check(step, last, deadline, device):
     """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any.
 
     step: the number of the one that is done; last: whether it is the epoch's. deadline: by time.time(), 0 is none.
-    Several processes all ask here, now and then, for it costs time.
+    Several processes all ask here, now and then, and on a GPU hear the answer when they ask again: to wait for it would
+    let the queue run dry.
     """
     from distributed import most, world
+    from utils import later
 
     late = 0 < deadline < time.time()
     if world() == 1:
@@ -112,6 +114,10 @@ def check(step, last, deadline, device):
         if late:
             raise Stopped(0)
     elif last or (step + 1) % ASK_EVERY == 0:
-        wish = most(NOTED['number'] or (0.5 if late else 0), device)
-        if wish:
-            raise Stopped(int(wish))
+        before, now = NOTED['asked'], later(most(NOTED['number'] or (0.5 if late else 0), device))
+        at_once = last or device.type == 'cpu'
+        NOTED['asked'] = None if at_once else now
+        for answer in (before, now if at_once else None):
+            if answer and (wish := answer()[0]):
+                NOTED['asked'] = None
+                raise Stopped(int(wish))
