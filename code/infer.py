@@ -15,8 +15,9 @@ from dataloader.layout import places_of
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.torchvision_sets import torchvision_kind
 from logger import say
-from metric.knn import knn_scores, nearest, neighbours
+from metric.knn import neighbours
 from protocols.features import features_of
+from protocols.knn import nearest_images, vote
 from results import classifier_for
 from utils import get_device, prepare_batch, save_picture, use_device, write_aside
 
@@ -62,8 +63,10 @@ def infer(args):
     say(f'written to {output}')
     if args.neighbours:
         train = load_splits(args)['train']
-        bank, _ = features_of(args, backbone, in_order(args, train), 'features of train')
-        picture = neighbours_picture(args, images, features, train, bank, args.neighbours)
+        rows = shown_of(images)
+        queries = features[rows.to(features.device)]
+        near = nearest_images(args, backbone, in_order(args, train), queries, args.neighbours)
+        picture = neighbours_picture(args, images, rows, train, *near)
         path = output.with_name(f'{output.stem}_neighbours.png')
         if not distributed.rank():
             save_picture(picture, path)
@@ -87,17 +90,22 @@ def predicted(args, checkpoint, backbone, features, where):
                 f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
             )
         classes = train.classes
-        bank, labels = features_of(args, backbone, in_order(args, train), 'features of train')
-        k = neighbours(args.knn_k, labels)
-        scores = knn_scores(features, bank, labels, len(classes), k, args.knn_temperature)
-        how = f'kNN (k={k}) against {len(labels)} training images, for this checkpoint has no classifier (run evaluate)'
+        scores, k = (
+            vote(args, backbone, in_order(args, train), features, len(classes)),
+            neighbours(args.knn_k, train.labels),
+        )
+        how = f'kNN (k={k}) against {len(train)} training images, for this checkpoint has no classifier (run evaluate)'
     return scores, classes, how
 
 
-def neighbours_picture(args, images, features, train, bank, k):
-    """A picture of up to ROWS of `images`, each beside its k nearest of `train`. features, bank: theirs."""
-    rows = torch.linspace(0, len(images) - 1, min(ROWS, len(images))).round().long()
-    cosine, found = nearest(features[rows.to(features.device)], bank, k)
+def shown_of(images):
+    """Row numbers of up to ROWS of the images."""
+    return torch.linspace(0, len(images) - 1, min(ROWS, len(images))).round().long()
+
+
+def neighbours_picture(args, images, rows, train, cosine, found):
+    """A picture of these rows of `images`, each beside those of `train` that are nearest to it. cosine, found: rows x
+    k, how near, and which rows of train."""
     queries = pixels_of(args, images, rows)
     grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
     captions = [f'{shown(images.names[row])}: cosine {values[0]:.3f} to {values[-1]:.3f}'

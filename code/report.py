@@ -15,11 +15,11 @@ from ckpt import get_model_ckpt
 from config import OPTIONS, UserError, path_of
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
-from infer import neighbours_picture
+from infer import neighbours_picture, shown_of
 from logger import read_scalars, say
 from metric.accuracy import confusion
+from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
-from protocols.knn import vote
 from results import of_run
 from utils import save_picture, use_device, write_aside
 
@@ -96,6 +96,8 @@ def of_features(args, backbone, splits):
     features, labels = features_of(args, backbone, in_order(args, train), 'features of train')
     val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
     rows = torch.linspace(0, len(val) - 1, min(POINTS, len(val))).round().long()
+    shown = shown_of(val)
+    near = nearest(val_features[shown.to(val_features.device)], features, 8)
     points, share = principal(normalize(val_features[rows.to(val_features.device)], dim=1))
     parts = [
         ('The space of features', 'map', 'Directions of the features of val, in the plane in which they vary most '
@@ -103,11 +105,12 @@ def of_features(args, backbone, splits):
          pictures.scatter(points.cpu(), val_labels[rows].cpu(), val.classes)),
         ('Nearest neighbours', 'neighbours', 'Images of val, and the training images nearest to each, in green where '
          'they are of its class and in red where they are not.',
-         neighbours_picture(args, val, val_features, train, features, 8)),
+         neighbours_picture(args, val, shown, train, *near)),
     ]  # fmt: skip
     known = labels >= 0
     if splits['val'] and known.any() and (val_labels >= 0).all():
-        scores = vote(args, features[known], labels[known], val_features, len(val.classes))
+        k = neighbours(args.knn_k, labels[known])
+        scores = knn_scores(val_features, features[known], labels[known], len(val.classes), k, args.knn_temperature)
         counts = confusion(scores, val_labels).cpu()
         parts.append(('Confusion', 'confusion', 'Of kNN on val.', pictures.confusion(counts, val.classes)))
     return parts

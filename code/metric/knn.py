@@ -3,26 +3,55 @@
 import torch
 from torch.nn.functional import normalize
 
+PIECE, CHUNK = 4096, 8192  # rows of the bank and queries whose cosines are held at once
 
-def knn_scores(queries, bank, labels, num_classes, k, temperature, chunk=1024):
-    """Each class's share of the votes of a query's k nearest neighbours by cosine; a vote weighs exp(cosine / T).
 
-    queries: Q x d; bank: N x d; labels: N int64, all >= 0. Works `chunk` queries at a time. Returns Q x num_classes,
-    rows that sum to 1.
+class Nearest:
+    """Of each query the k nearest rows by cosine of a bank that is shown in parts, none of which is kept.
+
+    queries: Q x d. cosine, rows: Q x k, the nearest first; where fewer than k were shown, cosine is -inf and row 0.
     """
-    bank, k = normalize(bank, dim=1).T, min(k, len(labels))
-    scores = []
-    for part in normalize(queries, dim=1).split(chunk):
-        cosine, nearest = (part @ bank).topk(k, dim=1)
-        weight = torch.exp((cosine - 1) / temperature)  # the 1 cancels in the shares and keeps exp from overflowing
-        votes = weight.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weight)
-        scores.append(votes / votes.sum(1, keepdim=True))
-    return torch.cat(scores)
+
+    def __init__(self, queries, k):
+        self.queries = normalize(queries, dim=1)
+        self.cosine = self.queries.new_full((len(queries), k), -torch.inf)
+        self.rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+
+    def see(self, bank, first):
+        """Part of the bank, n x d, as its rows number `first` to first + n - 1."""
+        for start in range(0, len(bank), PIECE):
+            piece = normalize(bank[start : start + PIECE], dim=1).T
+            for chunk in range(0, len(self.queries), CHUNK):
+                part = slice(chunk, chunk + CHUNK)
+                k = min(self.cosine.shape[1], piece.shape[1])
+                cosine, rows = (self.queries[part] @ piece).topk(k, dim=1)
+                cosine = torch.cat((self.cosine[part], cosine), 1)
+                rows = torch.cat((self.rows[part], rows + first + start), 1)
+                self.cosine[part], best = cosine.topk(self.cosine.shape[1], dim=1)
+                self.rows[part] = rows.gather(1, best)
+
+
+def votes(cosine, labels, num_classes, temperature):
+    """Each class's share of the votes of a query's neighbours; a vote weighs exp(cosine / T).
+
+    cosine: Q x k; labels: Q x k, int64, the neighbours', >= 0. Returns Q x num_classes, rows that sum to 1.
+    """
+    weight = torch.exp((cosine - 1) / temperature)  # the 1 cancels in the shares and keeps exp from overflowing
+    shares = weight.new_zeros(len(cosine), num_classes).scatter_add_(1, labels, weight)
+    return shares / shares.sum(1, keepdim=True)
 
 
 def nearest(queries, bank, k):
-    """(cosines, row numbers in bank), both Q x k, of each query's k nearest, the nearest first. For few queries."""
-    return (normalize(queries, dim=1) @ normalize(bank, dim=1).T).topk(min(k, len(bank)), dim=1)
+    """(cosines, row numbers in bank), both Q x k, of each query's k nearest, the nearest first."""
+    found = Nearest(queries, min(k, len(bank)))
+    found.see(bank, 0)
+    return found.cosine, found.rows
+
+
+def knn_scores(queries, bank, labels, num_classes, k, temperature):
+    """`votes` of each query's k nearest. queries: Q x d; bank: N x d; labels: N int64, all >= 0."""
+    cosine, rows = nearest(queries, bank, k)
+    return votes(cosine, labels[rows], num_classes, temperature)
 
 
 def neighbours(k, labels):

@@ -1,6 +1,5 @@
 """The encoders: torchvision's ResNets, with the CIFAR stem as an option, and a small one for CPUs."""
 
-import torch
 from torch import nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock
@@ -44,16 +43,3 @@ def small(stride):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
     return network
-
-
-@torch.no_grad()
-def extract_features(backbone, batches):
-    """Features of every image of `batches`, in order, BN in eval mode: (N x d float, N int64 labels), on the device.
-
-    batches: pairs of normalised N x 3 x S x S and labels, on the device; one without images gives none.
-    """
-    training = backbone.training
-    backbone.eval()
-    features, labels = zip(*((backbone(views).float(), labels) for views, labels in batches), strict=True)
-    backbone.train(training)
-    return torch.cat(features), torch.cat(labels)

@@ -6,24 +6,47 @@ from dataloader import vision
 from dataloader.load_dataset import prepared
 from distributed import gather, rank, world
 from logger import progress
-from model.backbone import extract_features
 from precision import autocast
 from utils import channels_last, get_device, random_from
+
+PIXELS = 64 * 224**2  # of the images that go through a network at once: what it holds meanwhile stays below a gigabyte
 
 
 def features_of(args, backbone, batches, title):
     """(N x d float, N int64 labels) of the centre crops of `batches`, on the device. title: of the progress bar."""
-    views = (
-        (channels_last(vision.plain_view(images, args.image_size, args.crop_ratio)), labels)
-        for images, labels in prepared(args, progress(batches, title))
-    )
-    if not len(batches):  # this process's share, where there are more processes than images
-        device, side = get_device(args), args.image_size
-        views = [(torch.zeros(0, 3, side, side, device=device), torch.zeros(0, dtype=torch.int64, device=device))]
-    with autocast(args):
-        features, labels = extract_features(backbone, views)
     count = len(batches.dataset)
+    features, labels = filled(in_parts(args, backbone, batches, title), -(-count // world()))
     return gather(features, count), gather(labels, count)
+
+
+def filled(pairs, count):
+    """`count` rows of pairs of tensors, in two tensors made at once: to join them at the end would take both twice."""
+    rows = 0
+    for x, labels in pairs:
+        if not rows:
+            whole = x.new_empty(count, *x.shape[1:]), labels.new_empty(count)
+        whole[0][rows : rows + len(x)], whole[1][rows : rows + len(x)] = x, labels
+        rows += len(x)
+    return whole[0][:rows], whole[1][:rows]
+
+
+@torch.no_grad()
+def in_parts(args, backbone, batches, title):
+    """Pairs of features, n x d float, and labels, n, of the centre crops of this process's part of `batches`, in order.
+    The backbone is in eval mode the while; at least one pair comes, perhaps without rows."""
+    training, came = backbone.training, False
+    backbone.eval()
+    for images, labels in prepared(args, progress(batches, title)):
+        views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
+        most = max(1, PIXELS // args.image_size**2)
+        for view, part in zip(views.split(most), labels.split(most), strict=True):
+            with autocast(args):
+                features = backbone(channels_last(view))
+            yield features.float(), part
+    if not came:  # there are more processes than images
+        side, device = args.image_size, get_device(args)
+        yield backbone(torch.zeros(1, 3, side, side, device=device))[:0].float(), torch.zeros(0, device=device).long()
+    backbone.train(training)
 
 
 def labelled_crops(args, batches, epoch):

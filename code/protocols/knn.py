@@ -1,12 +1,17 @@
-"""kNN on frozen features: the monitor of training (paper appendix D), and a protocol of its own."""
+"""kNN on frozen features: the monitor of training (paper appendix D), and a protocol of its own.
+
+The features of the bank are looked at as they come, so that it may be of any size; of several processes each looks at
+its own part.
+"""
 
 import torch
 
 from ckpt import new_model
 from dataloader.load_dataset import in_order, labelled
+from distributed import gather, rank, world
 from metric.accuracy import topk_accuracy
-from metric.knn import knn_scores, neighbours
-from protocols.features import features_of
+from metric.knn import Nearest, neighbours, votes
+from protocols.features import features_of, in_parts
 from utils import get_device, memory_for
 
 
@@ -17,18 +22,16 @@ def knn(args, model, splits):
     pixels.
     """
     bank, val = in_order(args, labelled(splits['train'])), in_order(args, splits['val'])
-    train_features, train_labels = features_of(args, model.backbone, bank, 'features of train')
-    val_features, val_labels = features_of(args, model.backbone, val, 'features of val')
-    scores = vote(args, train_features, train_labels, val_features, len(splits['val'].classes))
+    scores, labels = judged(args, model.backbone, bank, val)
     result = {
-        'top1': topk_accuracy(scores, val_labels, 1),
-        'top5': topk_accuracy(scores, val_labels, 5),
-        'k': neighbours(args.knn_k, train_labels),
-        'num_train': len(train_labels),
-        'num_val': len(val_labels),
+        'top1': topk_accuracy(scores, labels, 1),
+        'top5': topk_accuracy(scores, labels, 5),
+        'k': neighbours(args.knn_k, bank.dataset.labels),
+        'num_train': len(bank.dataset),
+        'num_val': len(labels),
         **references(args, bank, val),
     }
-    return result, scores, val_labels, None, splits['val'].classes
+    return result, scores, labels, None, splits['val'].classes
 
 
 def references(args, bank, val):
@@ -43,13 +46,31 @@ def references(args, bank, val):
 def knn_accuracy(args, backbone, bank, val):
     """Top-1 in percent of kNN on the backbone's features: the neighbours are `bank`'s, `val` is judged (batches)."""
     with memory_for('the kNN test', '--knn_every=0 trains without it'):
-        train_features, train_labels = features_of(args, backbone, bank, 'kNN: features of train')
-        val_features, val_labels = features_of(args, backbone, val, 'kNN: features of val')
-        scores = vote(args, train_features, train_labels, val_features, len(val.dataset.classes))
-        return topk_accuracy(scores, val_labels, 1)
+        return topk_accuracy(*judged(args, backbone, bank, val), 1)
 
 
-def vote(args, train_features, train_labels, features, num_classes):
-    """Scores, N x num_classes, of knn_scores with the options' k and temperature."""
-    k = neighbours(args.knn_k, train_labels)
-    return knn_scores(features, train_features, train_labels, num_classes, k, args.knn_temperature)
+def judged(args, backbone, bank, val):
+    """(scores, N x classes, labels) of val (batches) by its neighbours in bank (batches)."""
+    features, labels = features_of(args, backbone, val, 'kNN: features of val')
+    return vote(args, backbone, bank, features, len(val.dataset.classes)), labels
+
+
+def vote(args, backbone, bank, queries, num_classes):
+    """Scores, Q x num_classes, of queries, Q x d, by their neighbours among the labelled images of bank (batches)."""
+    labels = bank.dataset.labels
+    cosine, rows = nearest_images(args, backbone, bank, queries, neighbours(args.knn_k, labels))
+    return votes(cosine, labels.to(rows.device)[rows], num_classes, args.knn_temperature)
+
+
+def nearest_images(args, backbone, bank, queries, k):
+    """(cosines, row numbers in bank), Q x k, of the images of bank (batches) whose features are nearest to queries."""
+    count = len(bank.dataset)
+    found, row = Nearest(queries, min(k, count)), rank() * -(-count // world())
+    for features, _ in in_parts(args, backbone, bank, 'kNN: features of train'):
+        found.see(features, row)
+        row += len(features)
+    if world() == 1:
+        return found.cosine, found.rows
+    cosine, rows = (gather(x.T.contiguous()).T for x in (found.cosine, found.rows))
+    cosine, best = cosine.topk(found.cosine.shape[1], dim=1)
+    return cosine, rows.gather(1, best)

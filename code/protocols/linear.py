@@ -9,9 +9,9 @@ from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
-from protocols.features import augmented_features, features_of
+from protocols.features import augmented_features, features_of, filled
 from protocols.knn import references, vote
-from utils import get_device, random_from
+from utils import get_device, random_from, to_device
 
 # Of each --probe_optimizer: base learning rate (x batch / 256) and batch size (paper, appendix A; MoCo's for SGD).
 PROBE = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
@@ -36,18 +36,18 @@ def linear(args, model, splits):
 
     weight, bias = train_probe(args, pairs_of, len(train), size, num_classes)
 
-    train_features, train_labels = features_of(args, backbone, in_order(args, train), 'features of train')
-    val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
+    bank, shown = in_order(args, train), in_order(args, val)
+    val_features, val_labels = features_of(args, backbone, shown, 'features of val')
     scores = val_features @ weight.T + bias
-    votes = vote(args, train_features, train_labels, val_features, num_classes)
+    votes = vote(args, backbone, bank, val_features, num_classes)
     result = {
         'top1': topk_accuracy(scores, val_labels, 1),
         'top5': topk_accuracy(scores, val_labels, 5),
         'knn_top1': topk_accuracy(votes, val_labels, 1),
-        **references(args, in_order(args, train), in_order(args, val)),
+        **references(args, bank, shown),
         'features': f'{args.cache_passes} passes, kept' if args.cache_features else 'new crops in every epoch',
         'optimizer': args.probe_optimizer,
-        'num_train': len(train_labels),
+        'num_train': len(train),
         'num_val': len(val_labels),
     }
     return result, scores, val_labels, {'weight': weight.cpu(), 'bias': bias.cpu()}, val.classes
@@ -96,20 +96,27 @@ def in_steps(pairs, size):
 def cached_features(args, backbone, crops, size):
     """pairs_of for train_probe, from the features of --cache_passes epochs that are extracted here, once.
 
-    They stay on the device where they take less than half of what is free there, else in the CPU's memory.
+    On a GPU they are kept in half precision, and there, where all passes take less than a quarter of its memory;
+    else in the CPU's memory.
     """
-    passes = []
+    passes, count = [], len(crops.dataset)
     for epoch in progress(range(args.cache_passes), 'features', 'passes'):
-        pairs = list(augmented_features(args, backbone, crops, epoch))
-        x, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        if x.is_cuda and x.nbytes * (args.cache_passes - epoch) > torch.cuda.mem_get_info(x.device)[0] / 2:
-            x = x.cpu()
-        passes.append((x, labels))
+        passes.append(filled(kept_small(args, augmented_features(args, backbone, crops, epoch), count), count))
 
     def pairs_of(epoch):
         x, labels = passes[epoch % len(passes)]
         order = torch.randperm(len(x), generator=random_from(args.random_seed, 'probe order', epoch))
         for rows in order.split(size):
-            yield x[rows.to(x.device)].to(labels.device), labels[rows.to(labels.device)]
+            yield to_device(x[to_device(rows, x.device)], labels.device).float(), labels[to_device(rows, labels.device)]
 
     return pairs_of
+
+
+def kept_small(args, pairs, count):
+    """Pairs of features and labels, the features as cached_features keeps them, for `count` of them a pass."""
+    for x, labels in pairs:
+        if not x.is_cuda:
+            yield x, labels
+            continue
+        room, half = torch.cuda.get_device_properties(x.device).total_memory / 4, x.half()
+        yield (half if args.cache_passes * count * half[0].nbytes < room else half.cpu()), labels

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from metric import knn
 from metric.accuracy import confusion, topk_accuracy
 from metric.collapse import spread
 from metric.knn import knn_scores, neighbours
@@ -14,12 +15,14 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
-@pytest.mark.parametrize(('k', 'temperature', 'chunk'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
-def test_knn_is_a_brute_force_count(k, temperature, chunk):
+@pytest.mark.parametrize(('k', 'temperature', 'piece'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
+def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
+    monkeypatch.setattr(knn, 'PIECE', piece)
+    monkeypatch.setattr(knn, 'CHUNK', 10)
     generator = torch.Generator().manual_seed(1)
     queries, bank = torch.randn(23, 6, generator=generator), torch.randn(60, 6, generator=generator)
     labels = torch.randint(4, (60,), generator=generator)
-    ours = knn_scores(queries.double(), bank.double(), labels, 4, k, temperature, chunk)
+    ours = knn_scores(queries.double(), bank.double(), labels, 4, k, temperature)
     for query, row in zip(queries.double().tolist(), ours.tolist(), strict=True):
         near = sorted(((cosine(query, b), label) for b, label in zip(bank.double().tolist(), labels.tolist(),
                                                                      strict=True)), reverse=True)[:k]  # fmt: skip
