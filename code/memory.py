@@ -50,7 +50,7 @@ def of_a_step(args, model, dtype, free):
     if takes(args.accumulate_steps) < free:
         return line
     for parts in range(args.accumulate_steps + 1, share // 2 + 1):
-        if share % parts == 0 and takes(parts) < free:
+        if share % parts == 0 and takes(parts) < 0.9 * free:
             return f'{line}: --accumulate_steps={parts} takes {gigabytes(takes(parts))}'
     return f'{line}: try a smaller --image_size or --backbone'
 

@@ -68,6 +68,7 @@ def train_epoch(args, net, state, batches, watch, run):
     total = state.images + len(batches) * size
     loss_of = functools.partial(simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity,
                                 symmetric=args.symmetric == 'true')  # fmt: skip
+    smaller = f'try a smaller --batch_size, or --accumulate_steps={2 * args.accumulate_steps}'
     net.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
@@ -76,7 +77,7 @@ def train_epoch(args, net, state, batches, watch, run):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
-            with stop.held(), memory_for('a training step', 'try a smaller --batch_size, or --accumulate_steps=2'):
+            with stop.held(), memory_for('a training step', smaller):
                 loss, std = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, args.accumulate_steps)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates)

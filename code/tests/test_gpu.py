@@ -1,0 +1,227 @@
+"""What runs on a GPU, tested without one, as far as that goes.
+
+Tensors without content (FakeTensorMode) say that they are on a GPU: a wrong device, a wrong type, and anything that
+would wait for a GPU's answer (item, a choice by a value, a shape by a value) is an error. torch.compile with
+fullgraph=True raises where it would fall back. Not shown: values and speed of kernels, cuDNN, NCCL, the way back
+through the network on a GPU (autograd wants a real one). Tests of these want a GPU, and are skipped without.
+"""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import distributed
+import memory
+import utils
+from ckpt import new_model
+from config import AUGMENTATIONS, UserError, get_config
+from conftest import TINY, own_paths, run
+from dataloader import vision
+from dataloader.batches import workers_for
+from loss.negative_cosine import simsiam_loss
+from metric.collapse import spread
+from metric.knn import Nearest, votes
+from model.simsiam import SimSiam
+from optimizer.sgd import make_sgd
+from precision import precision
+from protocols.linear import train_probe
+from train import train_step
+from utils import channels_last, get_device, random_from, use_compile, why_not_compiled
+
+ROW = {**AUGMENTATIONS['moco'], 'size': 32, 'blur_prob': 0.5}
+GPU = torch.device('cuda', 0)
+SMALL = {'preset': 'demo', 'proj_dim': 32, 'pred_dim': 8}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU here')
+
+
+@pytest.fixture
+def no_content(monkeypatch):
+    """A FakeTensorMode in which autocast to bfloat16 on CUDA is what it is there."""
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_, **__: True)
+    vision.mean_and_std.cache_clear()
+    with FakeTensorMode() as mode:
+        yield mode
+    vision.mean_and_std.cache_clear()
+
+
+def images_of(device, crops):
+    shape = (16, 2, 3, 32, 32) if crops else (16, 3, 40, 48)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize('crops', [False, True])
+def test_views_stay_on_the_gpu(crops, no_content):
+    table, moments = torch.zeros(32, 15, device=GPU), torch.zeros(2, 3, 1, 1, device=GPU)
+    views = vision.distort_all(images_of(GPU, crops), table, moments, 2, 32, True, True)
+    for view in views:
+        assert (view.shape, view.device, view.dtype) == ((16, 3, 32, 32), GPU, torch.float32)
+        assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_forward_and_loss_stay_on_the_gpu(no_content):
+    with GPU:
+        model = SimSiam(get_config(**SMALL)).train()
+        views = [torch.zeros(16, 3, 32, 32) for _ in range(2)]
+    with torch.autocast('cuda', torch.bfloat16):
+        outputs = model(*(channels_last(view) for view in views))
+    assert {(x.device, x.dtype) for x in outputs} == {(GPU, torch.bfloat16)}
+    outputs = [x.float() for x in outputs]
+    for value in (simsiam_loss(*outputs), spread(outputs[2]), spread(outputs[2].detach())):
+        assert (value.device, value.dtype, value.shape) == (GPU, torch.float32, ())
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_step_waits_for_nothing(parts, no_content):
+    """Forward, loss, way back and update; that the test can fail is the last line."""
+    model = SimSiam(get_config(**SMALL)).train()
+    optimizer, views = make_sgd(model, 0.9, 1e-4), [torch.zeros(16, 3, 32, 32) for _ in range(2)]
+    train_step(model, optimizer, views, parts=parts)
+    with pytest.raises(DataDependentOutputException):
+        train_step(model, optimizer, views, lambda *outputs: simsiam_loss(*outputs) * simsiam_loss(*outputs).item())
+
+
+def test_knn_stays_on_the_gpu(no_content):
+    found = Nearest(torch.zeros(30, 8, device=GPU), 5)
+    for first in (0, 40):
+        found.see(torch.zeros(40, 8, device=GPU), first)
+    labels = torch.zeros(80, dtype=torch.int64, device=GPU)
+    scores = votes(found.cosine, labels[found.rows], 7, 0.1)
+    assert (scores.shape, scores.device) == ((30, 7), GPU)
+
+
+def test_the_probe_waits_for_nothing(no_content):
+    def pairs_of(_):
+        for _ in range(3):
+            yield torch.zeros(16, 8), torch.zeros(16, dtype=torch.int64)
+
+    args = get_config(preset='demo', probe_epochs=2, device='cpu')
+    weight, bias = train_probe(args, pairs_of, 48, 20, 5)
+    assert (weight.shape, bias.shape) == ((5, 8), (5,))
+
+
+@pytest.mark.parametrize('crops', [False, True])
+def test_the_views_are_one_graph_and_the_cpus(crops):
+    """All of it, from bytes to normalised views, without a break; and what the CPU's path makes of the same table."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, images_of('cpu', crops).shape, dtype=torch.uint8, generator=generator)
+    table = vision.draw(32, ROW, random_from(1), None if crops else images.shape[-2:])
+    given = (images, table, vision.mean_and_std(images.device), 2, 32, True, True)
+    whole = torch.compile(vision.distort_all, backend='eager', fullgraph=True)(*given)
+    for ours, plain, wanted in zip(whole, vision.distort_all(*given), vision.random_views(images, ROW, random_from(1)),
+                                   strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+        # Of a blur the CPU leaves out what lies beyond the largest sigma of the batch.
+        torch.testing.assert_close(vision.denormalise(ours), vision.denormalise(wanted), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize(('backbone', 'shared'), [('small', True), ('resnet18', True), ('resnet50', False)])
+def test_the_network_is_one_graph(backbone, shared):
+    """With the BN of several processes, too, there and back."""
+    torch._dynamo.reset()
+    model = new_model(get_config(**SMALL, backbone=backbone)).train()
+    if shared:
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if shared:
+            distributed.share_statistics(model)
+        outputs = torch.compile(model, backend='aot_eager', fullgraph=True)(*torch.randn(2, 4, 3, 32, 32))
+        simsiam_loss(*outputs).backward()
+        assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+    finally:
+        if shared:
+            dist.destroy_process_group()
+
+
+def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
+    """--compile=auto goes on without; --compile=True says why not."""
+    cases = {
+        'there is no C compiler (apt install gcc)': lambda m: m.setenv('PATH', str(tmp_path)),
+        "Python's headers are missing (apt install python3-dev)":
+            lambda m: m.setattr(utils.sysconfig, 'get_path', lambda _: str(tmp_path)),
+        'torch.compile fails: InductorError: nothing works': lambda m: m.setattr(torch, 'compile', broken),
+    }  # fmt: skip
+
+    def broken(_):
+        raise RuntimeError('InductorError: nothing works\nand a hundred lines')
+
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setattr(utils, 'get_device', lambda _: torch.device('cpu'))
+    for said, breaks in cases.items():
+        why_not_compiled.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, 'which', shutil.which if 'gcc' in said else lambda name: f'/usr/bin/{name}')
+            if 'fails' in said:
+                patch.setattr(utils.os.path, 'exists', lambda _: True)
+            breaks(patch)
+            assert why_not_compiled(torch.device('cpu')) == said
+            with pytest.raises(UserError, match='--compile=False goes without'):
+                use_compile(get_config(compile='True'))
+            patch.setattr(utils, 'get_device', lambda _: GPU)
+            monkeypatch.setattr(utils, 'why_not_compiled', lambda _, said=said: said)
+            assert use_compile(get_config(compile='auto')) is False
+        monkeypatch.setattr(utils, 'why_not_compiled', why_not_compiled)
+    why_not_compiled.cache_clear()
+
+
+@pytest.mark.parametrize(('capability', 'bf16', 'found'), [
+    ((9, 0), True, torch.bfloat16), ((8, 0), True, torch.bfloat16), ((7, 5), False, torch.float16),
+    ((7, 0), False, torch.float16), ((6, 1), False, None),
+])  # fmt: skip
+def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
+    """V100, T4 and RTX 20 have no bfloat16, but cores for float16."""
+    monkeypatch.setattr('precision.get_device', lambda _: GPU)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: bf16)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    assert precision(get_config(amp='auto')) == found
+
+
+def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr('dataloader.batches.cpu_count', lambda: 128)
+    assert (get_device(get_config()).type, workers_for(-1)) == ('cuda', 128)
+    assert get_device(get_config(device='cuda:1')) == torch.device('cuda', 1)
+    for name, value in {'WORLD_SIZE': 16, 'LOCAL_WORLD_SIZE': 8, 'RANK': 9, 'LOCAL_RANK': 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert (get_device(get_config()), workers_for(-1), workers_for(3)) == (torch.device('cuda', 1), 16, 3)
+    with pytest.raises(UserError, match='would put all 16 processes on one GPU'):
+        get_device(get_config(device='cuda:0'))
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(UserError, match='--nproc_per_node=2'):
+        get_device(get_config())
+
+
+def test_what_a_step_takes_is_known_before_it():
+    """For the paper's ResNet-50 at 224 px in bfloat16 12, 24 and 47 GB at 128, 256 and 512 images were counted."""
+    args = get_config(preset='imagenet', device='cpu')
+    model = new_model(args)
+    for images, counted in ((128, 12e9), (256, 24e9), (512, 47e9)):
+        assert memory.step_bytes(model, images, 224, torch.bfloat16) == pytest.approx(counted, rel=0.04)
+    half = memory.step_bytes(model, 64, 224, None)
+    assert half / 2 < memory.step_bytes(model, 64, 224, torch.bfloat16) < 0.6 * half
+    line = memory.of_a_step(args, model, torch.bfloat16, 25e9)
+    assert line == 'a step takes about 50.6 GB, 25.0 GB are free: --accumulate_steps=4 takes 13.1 GB'
+    assert memory.of_a_step(args, model, torch.bfloat16, 80e9) == 'a step takes about 50.6 GB, 80.0 GB are free'
+    assert 'a smaller --image_size' in memory.of_a_step(args, model, torch.bfloat16, 1e8)
+
+
+@needs_gpu
+def test_views_on_a_gpu_are_the_cpus():
+    images = torch.randint(0, 256, (16, 3, 40, 48), dtype=torch.uint8)
+    for compiled in (False, use_compile(get_config())):
+        ours = vision.random_views(images.cuda(), ROW, random_from(1), compiled=compiled)
+        for view, wanted in zip(ours, vision.random_views(images, ROW, random_from(1)), strict=True):
+            assert (vision.denormalise(view).cpu() - vision.denormalise(wanted)).abs().max() < 0.01  # TF32
+
+
+@needs_gpu
+@pytest.mark.parametrize('options', [(), ('--compile=False', '--amp=fp16'), ('--accumulate_steps=2', '--amp=off')])
+def test_training_on_a_gpu(options, drawn, tmp_path):
+    done = run('train', *TINY, f'--image_path={drawn}', '--device=cuda', *options, *own_paths(tmp_path))
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'cuda' in done.stdout
+    assert 'nan' not in done.stdout
