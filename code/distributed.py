@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -44,15 +45,36 @@ def local_world():
 def start(device):
     """Join the other processes: NCCL between GPUs, gloo between CPUs. device: this process's."""
     if world() > 1 and not dist.is_initialized():
-        # Each restart has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
         ours = rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=ours)
-        store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        # Each start has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
+        store = dist.PrefixStore(this_start(store), store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world())
         JOINED['store'] = store
         store.set(f'place_{rank()}', json.dumps([socket.gethostname(), os.getpid()]))
         JOINED['others'] = [json.loads(told(f'place_{other}')) for other in range(world())]
+
+
+def this_start(store):
+    """A name for this start of all processes, the same in each, and new: torchrun keeps its store when it restarts, and
+    counts restarts on each machine for itself. Each says hello by a name of its own, and rank 0 offers one to all until
+    all have found their hello in the offer."""
+    mine, others = uuid.uuid4().hex, [str(other) for other in range(1, world())]
+    if not rank():
+        while not store.check([f'{mine}_{other}' for other in others]):
+            there = [other for other in others if store.check([f'hello_{other}'])]
+            hellos = {other: store.get(f'hello_{other}').decode() for other in there}
+            store.set('offer', json.dumps([mine, hellos]))
+            time.sleep(0.05)
+        return mine
+    store.set(f'hello_{rank()}', mine)
+    while True:
+        name, hellos = json.loads(store.get('offer')) if store.check(['offer']) else ('', {})
+        if hellos.get(str(rank())) == mine:
+            store.set(f'{name}_{rank()}', 'yes')
+            return name
+        time.sleep(0.05)
 
 
 def end():

@@ -225,3 +225,16 @@ def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
     as_one_of(1, 2)
     assert cli.main([command]) == 2
     assert capsys.readouterr().err == f'error: {command} is the work of one process: start it without torchrun\n'
+
+
+def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):
+    """torchrun counts on each machine apart, and keeps its store: a start's own keys may depend on neither."""
+    store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    shared = {**ALONE, 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(store.port),
+              'TORCHELASTIC_USE_AGENT_STORE': 'True'}  # fmt: skip
+    for start in range(2):
+        pair = [subprocess.Popen([sys.executable, CODE / 'tests/one_step.py', tmp_path / str(start)],
+                                 env={**shared, 'RANK': str(rank), 'TORCHELASTIC_RESTART_COUNT': str(start * rank)})
+                for rank in range(2)]  # fmt: skip
+        assert [process.wait(timeout=60) for process in pair] == [0, 0]
+        assert (tmp_path / str(start)).is_file()
