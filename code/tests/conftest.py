@@ -1,5 +1,6 @@
 """What the tests share: small folders of real image files, and the command line as a process of its own."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from PIL import Image
 
 import precision
 from dataloader import demo
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or behind a job with &: the runs would ignore it too
+        signal.signal(number, signal.SIG_DFL)
 
 CODE = Path(__file__).resolve().parent.parent
 KINDS = (demo.checks, demo.dots, demo.stripes)

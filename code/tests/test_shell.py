@@ -205,7 +205,8 @@ def test_shell_scripts_pass_shellcheck():
     checker = shutil.which('shellcheck')
     if not checker:
         pytest.skip('shellcheck is not installed (Debian: apt-get install shellcheck)')
-    subprocess.run([checker, ROOT / 'setup-docker.sh', ROOT / '.ci/run'], check=True)
+    scripts = [ROOT / 'setup-docker.sh', ROOT / '.ci/run', *CODE.glob('*/*.sh')]
+    subprocess.run([checker, *scripts], check=True)
 
 
 def test_requirements_are_bounded_and_installable_from_code():

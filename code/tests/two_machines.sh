@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 folder=$(mktemp -d)
 pids=()
+# shellcheck disable=SC2317 # it is called by the trap
 clean() {
     [ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true
     ip netns del machine1 2>/dev/null || true

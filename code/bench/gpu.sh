@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All that is to be measured where there is a GPU, in one command: the tests that want one, a step and an epoch beside the
+# bare loop, the loader, each switch off and on, and a piece of the paper's CIFAR-10 run.
+#     bench/gpu.sh OUTPUT [IMAGES]      in code/; OUTPUT: folder for what each prints; IMAGES: CIFAR-10 as files
+# Goes on where one fails, and says which; about half an hour.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+output=${1:?bench/gpu.sh OUTPUT [IMAGES]}
+images=${2:-}
+mkdir -p "$output"
+failed=0
+measure() {
+    name=$1
+    shift
+    echo "--- $name: $*"
+    "$@" 2>&1 | tee "$output/$name.txt" || { echo "$name failed" && failed=1; }
+}
+
+python3 -c 'import torch; torch.cuda.is_available() or exit("torch sees no CUDA GPU here")' || exit 1
+nvidia-smi >"$output/nvidia-smi.txt" 2>&1 || true
+measure tests python3 -m pytest -q tests/test_gpu.py
+measure step python3 bench/step.py
+measure epoch python3 bench/epoch.py
+measure loader python3 bench/loader.py
+measure switches python3 bench/switches.py
+[ -z "$images" ] || measure cifar10 python3 bench/cifar10.py --image_path="$images" --output="$output/cifar10"
+exit "$failed"
