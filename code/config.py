@@ -61,7 +61,12 @@ class Config:
     )
     image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024)
     crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
-    num_workers: int = option(-1, 'processes that decode images; -1 is one per CPU core', low=-1, high=1024)
+    num_workers: int = option(
+        -1,
+        'processes that decode images; -1 is one per CPU core, shared by the processes of a machine',
+        low=-1,
+        high=1024,
+    )
     device: str = option('auto', 'auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps')
     cache_images: str = option(
         'auto', 'hold decoded images in memory: auto (one size, up to 96 px and 4 GiB), on (one size), off',
@@ -148,11 +153,11 @@ class Config:
     )  # fmt: skip
     amp: str = option(
         'auto', 'precision of the network: bf16 (CUDA, CPU), fp16 (CUDA), off (float32); auto: bf16 where the GPU has '
-        'it, or a short trial on this CPU shows that it is at least 1.3 times as fast',
+        'it (else fp16, with tensor cores), or a short trial on this CPU shows that it is at least 1.3 times as fast',
         ('auto', 'bf16', 'fp16', 'off'), used_by=('train', 'ablate', 'evaluate', 'infer', 'embed', 'report'),
     )  # fmt: skip
     compile: str = option(
-        'auto', 'torch.compile: True, False, auto: on CUDA, where a C compiler is there', ('auto', 'True', 'False'),
+        'auto', 'torch.compile: True, False, auto: on CUDA, where it works', ('auto', 'True', 'False'),
         used_by=TRAIN,
     )  # fmt: skip
 
