@@ -118,7 +118,7 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
         torch.testing.assert_close(vision.denormalise(ours), vision.denormalise(wanted), atol=4e-3, rtol=0)
 
 
-@pytest.mark.parametrize(('backbone', 'shared'), [('small', True), ('resnet18', True), ('resnet50', False)])
+@pytest.mark.parametrize(('backbone', 'shared'), [('small', True), ('resnet50', False)])
 def test_the_network_is_one_graph(backbone, shared):
     """With the BN of several processes, too, there and back."""
     torch._dynamo.reset()

@@ -54,7 +54,8 @@ def clone(tmp_path_factory):
     draw_folder(top / 'data/clothing', {'train': 24, 'validation': 8}, side=120, suffix='.jpg')
     draw_folder(top / 'data/flowers', {'train': 8, 'val': 4}, side=60, suffix='.jpg')
     draw_folder(top / 'data/cifar10-jpeg', {'train': 24, 'val': 8}, side=32, suffix='.jpg')
-    test_detection.voc(top / 'data/VOC2007', {'train': 6, 'val': 2})
+    for name in ('VOC2007', 'blood-cells'):
+        test_detection.voc(top / 'data' / name, {'train': 6, 'val': 2})
     test_exchange.save_official(top / 'data/checkpoint_0099.pth.tar', test_exchange.Official(width=512))
     return top
 
