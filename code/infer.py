@@ -90,10 +90,8 @@ def predicted(args, checkpoint, backbone, features, where):
                 f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
             )
         classes = train.classes
-        scores, k = (
-            vote(args, backbone, in_order(args, train), features, len(classes)),
-            neighbours(args.knn_k, train.labels),
-        )
+        scores = vote(args, backbone, in_order(args, train), features, len(classes))
+        k = neighbours(args.knn_k, train.labels)
         how = f'kNN (k={k}) against {len(train)} training images, for this checkpoint has no classifier (run evaluate)'
     return scores, classes, how
 
