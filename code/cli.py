@@ -22,7 +22,7 @@ COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
     'pack': ('dataloader.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
-    'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer or detection'),
+    'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer, detection or spectrum'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': ('ablate', "the paper's ablations: the variants of --table one after the other, ours beside the paper's"),
     'report': ('report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),

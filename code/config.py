@@ -100,6 +100,10 @@ class Config:
         'device', "device: a batch at a time; worker: torchvision's transforms, the slow reference",
         ('device', 'worker'), used_by=VIEWS,
     )  # fmt: skip
+    views: int = option(
+        2, "views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)", low=2,
+        high=16, used_by=VIEWS,
+    )  # fmt: skip
     blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=VIEWS)
 
     # Model (paper section 3)
@@ -186,8 +190,8 @@ class Config:
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=TRAIN)
     protocol: str = option(
         'linear', 'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
-        'detection: on --detection_path',
-        ('linear', 'knn', 'semi', 'transfer', 'detection'), used_by=EVALUATE,
+        'detection: on --detection_path; spectrum: measures that need no labels',
+        ('linear', 'knn', 'semi', 'transfer', 'detection', 'spectrum'), used_by=EVALUATE,
     )  # fmt: skip
     knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=EVALUATE)
     crop_scale: float = option(

@@ -1,4 +1,4 @@
-"""How good a pretrained backbone is, by one of five protocols; every one ends with the same kind of result.
+"""How good a pretrained backbone is, by one of six protocols; every one ends with the same kind of result.
 
 What is reported is the last epoch, never the best one, on the whole of `val`.
 """
@@ -11,8 +11,8 @@ import torch
 import distributed
 import pictures
 import results
-from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, path_of
+from ckpt import checkpoints, get_model_ckpt, list_checkpoints
+from config import UserError, changed, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
@@ -20,23 +20,29 @@ from metric.accuracy import confusion
 from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
+from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
 from utils import get_device, memory_for, use_device
+from verdict import FAVOURED, MEASURES, QUICK
 
 
 def evaluate(args):
     """Evaluate the backbone of --ckpt_name by --protocol. Returns the result, as it is written beside the checkpoint.
 
     Without --ckpt_name it lists the checkpoints there are and raises UserError. Raises UserError where `train` or `val`
-    has no labels.
+    has no labels, but for --protocol=spectrum, which judges all checkpoints where --ckpt_name is a run, and returns the
+    best one's result.
     """
     if not args.ckpt_name:
         known = list_checkpoints(args)
         say('\n'.join(known) if known else f'no checkpoint in {path_of(args.ckpt_path)} yet: run python3 cli.py train')
         raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
     use_device(args)
+    paths = of_run(args, args.ckpt_name) if args.protocol == 'spectrum' else []
+    if len(paths) > 1:
+        return best_of(args, paths)
     args, model, checkpoint = get_model_ckpt(args)
-    splits = load_splits(args) if args.protocol in ('linear', 'knn', 'semi') else None
+    splits = load_splits(args) if args.protocol in OF_OWN_SET else None
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_model(args, model, splits, checkpoint)
     say(f'result     {checkpoint["run"] / result["file"]}')
@@ -44,6 +50,28 @@ def evaluate(args):
     if args.protocol == 'linear':
         say(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}')
     return result
+
+
+def of_run(args, name):
+    """The checkpoints of the run of this name, the oldest first; none where it names a checkpoint or a file."""
+    folder = next((path for path in (path_of(args.ckpt_path) / name, path_of(name)) if path.is_dir()), None)
+    return checkpoints(folder) if folder else []
+
+
+def best_of(args, paths):
+    """Judge all checkpoints of a run by --protocol=spectrum, and name the best. Returns its result."""
+    found, splits = [], None
+    for path in paths:
+        own, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=str(path)))
+        splits = splits or load_splits(own)
+        model = model.to(get_device(own), memory_format=torch.channels_last)
+        found.append(evaluate_model(own, model, splits, checkpoint))
+    say('')
+    for result in found:
+        say(f'epoch {result["epoch"]:<5} ' + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in QUICK))
+    best = min(found, key=lambda result: result['measures'][FAVOURED])
+    say(f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={paths[0].parent.name}/{best["checkpoint"]}')
+    return best
 
 
 def evaluate_model(args, model, splits, checkpoint):
@@ -60,7 +88,8 @@ def evaluate_model(args, model, splits, checkpoint):
             result, scores, labels, classifier = detection(args, model, splits)
         classes = []
     else:
-        protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}[args.protocol]
+        protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer, 'spectrum': spectrum}
+        protocol = protocol[args.protocol]
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol(args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
@@ -75,17 +104,18 @@ def evaluate_model(args, model, splits, checkpoint):
         classifier = {**classifier, 'classes': classes}
     asked = results.question(args, splits, checkpoint)
     result = results.write(run, name, asked, {**result, 'seconds': round(time.time() - started, 2)}, classifier)
-    logger.scalars(
-        epoch, {f'results/{name}_{key}': value for key, value in result.items() if key in NAMES and value is not None}
-    )
+    numbers = {**{key: result[key] for key in NAMES if result.get(key) is not None}, **result.get('measures', {})}
+    logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in numbers.items()})
     logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
     say(table(result))
     return result
 
 
+OF_OWN_SET = ('linear', 'knn', 'semi', 'spectrum')  # protocols on the images that the checkpoint was trained on
 # What takes less memory.
 SMALLER = {
+    'spectrum': '--batch_size',
     'linear': '--batch_size, or --cache_passes',
     'knn': '--batch_size',
     'semi': '--finetune_batch_size',
@@ -104,6 +134,8 @@ def splits_for(args, own):
         return splits_of(args)
     if args.protocol == 'transfer':
         return target_splits(args)
+    if args.protocol == 'spectrum':
+        return {'train': own['train']}
     if reason := why_no_labels(own):
         raise UserError(f'evaluate needs labels: {reason}')
     if args.protocol == 'semi':
@@ -151,6 +183,10 @@ def table(result):
         + ''.join(f', --{name}={result["settings"][name]}' for name in result['given']),
         *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if result.get(key) is not None),
     ]
+    for name, value in result.get('measures', {}).items():
+        lines.append(f'{MEASURES[name]:44}{value:8.2f}   untrained{result["untrained"][name]:8.2f}')
+    if 'verdict' in result:
+        lines.append(result['verdict'])
     if result.get('per_class'):
         worst = sorted(result['per_class'].items(), key=lambda item: item[1])
         named = ', '.join(f'{name} {value:.1f}' for name, value in worst[:10])

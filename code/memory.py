@@ -6,10 +6,9 @@ from torch.func import functional_call
 import distributed
 
 
-def step_bytes(model, images, size, dtype):
-    """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the two views of `images`
-    images of size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None:
-    float32).
+def step_bytes(model, images, views, size, dtype):
+    """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the views of `images` images of
+    size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None: float32).
 
     An estimate for a network that is not compiled: torch.compile keeps less. Buffers of cuDNN come on top.
     """
@@ -26,12 +25,12 @@ def step_bytes(model, images, size, dtype):
     weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         shape = images, 3, size, size
-        views = [torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last)
-                 for _ in range(2)]  # fmt: skip
+        pictures = [torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last)
+                 for _ in range(views)]  # fmt: skip
         autocast = torch.autocast(first.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         with autocast, torch.compiler.set_stance('force_eager'):
-            outputs = functional_call(model, weights, tuple(views))
-        for value in (*weights.values(), *views):
+            outputs = functional_call(model, weights, tuple(pictures))
+        for value in (*weights.values(), *pictures):
             keep(value)
         del outputs
     held = sum(storage.nbytes() for storage in kept.values())
@@ -44,7 +43,7 @@ def of_a_step(args, model, dtype, free):
     share = args.batch_size // distributed.world()
 
     def takes(parts):
-        return 1.1 * step_bytes(model, share // parts, args.image_size, dtype)
+        return 1.1 * step_bytes(model, share // parts, args.views, args.image_size, dtype)
 
     line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
     if takes(args.accumulate_steps) < free:

@@ -72,15 +72,16 @@ def train_epoch(args, net, state, batches, watch, run):
     net.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
-            views = random_views(args, images, name, state, batches.dataset)
+            views, parts = random_views(args, images, name, state, batches.dataset)
             if state.position == (0, 0):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
             with stop.held(), memory_for('a training step', smaller):
-                loss, std = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, args.accumulate_steps)
+                loss, (p, z) = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, parts)
+                std = spread(z[0])
                 state.add(loss, std, size)
-            watch.step(state, loss, std, rates)
+            watch.step(state, loss, std, rates, p, z)
             if run.save_is_due() and state.images < total:
                 run.save(state)
             stop.check(state.images // size, state.images >= total, run.deadline, device)
@@ -90,11 +91,14 @@ def train_epoch(args, net, state, batches, watch, run):
 
 
 def random_views(args, images, augmentation, state, dataset):
-    """The views of a batch, N x 3 x S x S each, from what the loader gave of it. What is drawn depends on the seed, the
-    epoch and the step alone."""
+    """(the views of a batch, N x 3 x S x S each, from what the loader gave of it; the parts that it goes through the
+    network in). What is drawn depends on the seed, the epoch and the step alone."""
     generator = random_from(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
     part = distributed.rank(), distributed.world()
-    return dataset.random_views(images, augmentation, generator, part, use_compile(args))
+    views = dataset.random_views(images, augmentation, generator, part, use_compile(args))
+    if args.symmetric == '2x':  # two pairs are two parts of a batch
+        return (torch.cat(views[::2]), torch.cat(views[1::2])), 2 * args.accumulate_steps
+    return views, args.accumulate_steps
 
 
 def learning_rates(args, epochs):
@@ -105,24 +109,22 @@ def learning_rates(args, epochs):
 
 
 def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=None, parts=1):
-    """Forward, loss, backward, update on a batch's views, N x 3 x S x S each: one pair, or two. Returns (loss, std), on
-    the device.
+    """Forward, loss, backward, update on a batch's views, N x 3 x S x S each. Returns (loss, (p, z)), on the device: p
+    and z are those of each view, of the last part.
 
     loss_of: simsiam_loss, perhaps with options. dtype: that the network computes in, None for float32; scaler: of the
     gradients, for float16. parts: this many equal parts of the batch go through one after the other. The gradient is
-    the mean over parts and pairs.
+    the mean over the parts.
     """
     optimizer.zero_grad(set_to_none=True)
-    pairs = [pair for first in range(0, len(views), 2)
-             for pair in zip(views[first].chunk(parts), views[first + 1].chunk(parts), strict=True)]  # fmt: skip
     total = 0.0
-    for i, (view1, view2) in enumerate(pairs):
-        wait = i + 1 < len(pairs) and hasattr(net, 'no_sync')  # processes exchange gradients once a step
+    for i, part in enumerate(zip(*(view.chunk(parts) for view in views), strict=True)):
+        wait = i + 1 < parts and hasattr(net, 'no_sync')  # processes exchange gradients once a step
         with net.no_sync() if wait else contextlib.nullcontext():
-            with torch.autocast(view1.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                outputs = net(channels_last(view1), channels_last(view2))
-            p1, p2, z1, z2 = (x.float() if dtype else x for x in outputs)
-            loss = loss_of(p1, p2, z1, z2) / len(pairs)
+            with torch.autocast(part[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                outputs = net(*map(channels_last, part))
+            outputs = [x.float() if dtype else x for x in outputs]
+            loss = loss_of(*outputs) / parts
             (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     if scaler:
@@ -130,7 +132,8 @@ def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=N
         scaler.update()
     else:
         optimizer.step()
-    return total, spread(z1.detach())
+    outputs = [x.detach() for x in outputs]
+    return total, (outputs[: len(views)], outputs[len(views) :])
 
 
 def set_up(args):

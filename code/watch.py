@@ -1,4 +1,5 @@
-"""What looks at a run: the bar, the guard, the kNN monitor, TensorBoard and metrics.jsonl. It changes nothing."""
+"""What looks at a run: the bar, the guard, kNN, the measures without labels, TensorBoard and metrics.jsonl. It changes
+nothing."""
 
 import time
 from dataclasses import asdict
@@ -10,7 +11,9 @@ from dataloader import vision
 from dataloader.load_dataset import in_order, labelled
 from evaluate import why_no_labels
 from logger import Logger, duration, progress, say
+from metric import spectrum
 from protocols.knn import knn_accuracy
+from protocols.spectrum import FOUND_AMONG, quick
 from utils import get_device, later, peak_memory
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
@@ -28,7 +31,7 @@ class Watch:
         after = state.epoch + 1 if run.path else 0
         self.logger = Logger(path_of(args.log_path) / run.folder.name, after, run.folder / 'metrics.jsonl')
         self.started, self.began = time.time(), state.epoch + state.images / max(1, len(train))
-        self.bar, self.seen = None, {}
+        self.bar, self.seen, self.outputs = None, {}, None
 
     def begin(self, state):
         """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
@@ -40,10 +43,9 @@ class Watch:
                 self.epoch(state)
             return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
-        if not self.knn_off:
-            top1 = knn_accuracy(self.args, state.model.backbone, self.bank, self.val)
-            self.logger.scalars(0, {'pretraining/knn_top1': top1})
-            say(f'epoch 0/{self.args.max_epochs}  kNN {top1:.2f} % (untrained)')
+        values, line = self.measured(state)
+        self.logger.scalars(0, values)
+        say(f'epoch 0/{self.args.max_epochs}{line} (untrained)')
 
     def waits(self, batches):
         """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""
@@ -69,8 +71,9 @@ class Watch:
     def first_views(self, views):
         self.logger.views('two_views', [vision.denormalise(view[:16]) for view in views])
 
-    def step(self, state, loss, std, rates):
-        """A step is done. loss, std: on the device; rates: of the encoder and of the predictor."""
+    def step(self, state, loss, std, rates, p, z):
+        """A step is done. loss, std: on the device; rates: of the encoder and of the predictor; p, z: of each view."""
+        self.outputs = p[0], z[0]
         elapsed = time.time() - self.epoch_started
         self.seen = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
@@ -80,18 +83,19 @@ class Watch:
         }
         if state.images // self.args.batch_size % READ_EVERY == 0:
             self.look(state)
-            self.read = later(torch.stack((loss, std)))
+            self.read = later(torch.stack((loss, std, spectrum.retrieval(z[0], z[1]))))
 
     def look(self, state):
         """What an earlier step has to say: a bad run is stopped, or warned of."""
         if not self.read:
             return
-        loss, std = self.read()
+        loss, std, found = self.read()
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
             self.warn_of_collapse(state, loss, std)
-        self.bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {self.seen["speed/waiting_for_data"]:.0%} waiting '
-                                 'for data')  # fmt: skip
+        waiting = self.seen['speed/waiting_for_data']
+        self.bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} '
+                                 'waiting for data')  # fmt: skip
 
     def epoch(self, state):
         """An epoch is over: its scalars, kNN where it is due, and a line."""
@@ -103,14 +107,27 @@ class Watch:
         if self.seen:
             line += f'  {self.seen["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs
-        if not self.knn_off and (last or state.epoch % args.knn_every == 0):
-            values['pretraining/knn_top1'] = knn_accuracy(args, state.model.backbone, self.bank, self.val)
-            line += f'  kNN {values["pretraining/knn_top1"]:.2f} %'
+        if last or (args.knn_every and state.epoch % args.knn_every == 0):
+            measured, said = self.measured(state)
+            values, line = {**values, **measured}, line + said
         self.logger.scalars(state.epoch, values)
         if not last and state.epoch > self.began:
             each = (time.time() - self.started) / (state.epoch - self.began)
             line += f'  {duration(each * (args.max_epochs - state.epoch))} left'
         say(line)
+
+    def measured(self, state):
+        """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
+        args, found, words = self.args, {}, ''
+        if not self.knn_off:
+            found['knn_top1'] = knn_accuracy(args, state.model.backbone, self.bank, self.val)
+            words = f'  kNN {found["knn_top1"]:.2f} %'
+        found |= quick(args, state.model, self.splits['train'])
+        words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, len(self.splits["train"]))}'
+        if self.outputs:
+            p, z = self.outputs
+            found |= spectrum.of_outputs(z, p)
+        return {f'pretraining/{name}': value for name, value in found.items()}, words
 
     def warn_of_collapse(self, state, loss, std):
         self.logger.warn_once(

@@ -51,8 +51,10 @@ def get_iterator(args):
 
 
 def views_of(args):
-    """Random views of an image that a training step takes."""
-    return 4 if args.symmetric == '2x' else 2
+    """Random views of an image that a training step takes. Raises UserError for what makes no sense together."""
+    if args.views > 2 and args.symmetric != 'true':
+        raise UserError(f'--symmetric={args.symmetric} is for two views, not --views={args.views}: leave one out')
+    return 4 if args.symmetric == '2x' else args.views
 
 
 def in_order(args, images):

@@ -1,17 +1,22 @@
-"""SimSiam's loss (arXiv 2011.10566, section 3, equations 1 to 4), and what section 4 changes in it."""
+"""SimSiam's loss (arXiv 2011.10566, section 3, equations 1 to 4), what section 4 changes in it, and more views."""
 
 from torch.nn.functional import cosine_similarity, log_softmax, softmax
 
 
-def simsiam_loss(p1, p2, z1, z2, stop_gradient=True, similarity='cosine', symmetric=True):
-    """L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2 (equation 4). p, z: N x d. Returns a scalar.
+def simsiam_loss(*outputs, stop_gradient=True, similarity='cosine', symmetric=True):
+    """L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2 (equation 4). Returns a scalar.
 
-    With cosine similarity it lies in [-1, 1]. symmetric=False: D(p1, stopgrad(z2)) alone.
+    outputs: p1, p2, z1, z2, N x d each; of n views p1 ... pn, z1 ... zn: the mean over the views of D(p of this one,
+    stopgrad(mean z of the others)) (FastSiam, Pototzky et al., GCPR 2022, equation 3). With cosine similarity it lies
+    in [-1, 1]. symmetric=False: of two views, D(p1, stopgrad(z2)) alone.
     """
     d = negative_cosine if similarity == 'cosine' else cross_entropy
-    if stop_gradient:
-        z1, z2 = z1.detach(), z2.detach()
-    return d(p1, z2) / 2 + d(p2, z1) / 2 if symmetric else d(p1, z2)
+    n = len(outputs) // 2
+    p, z = outputs[:n], [each.detach() if stop_gradient else each for each in outputs[n:]]
+    if not symmetric:
+        return d(p[0], z[1])
+    others = [sum(z[:i] + z[i + 1 :]) / (n - 1) for i in range(n)]
+    return sum(d(p[i], others[i]) / n for i in range(n))
 
 
 def negative_cosine(p, z):

@@ -21,14 +21,13 @@ class SimSiam(nn.Module):
             self.predictor = nn.Identity()
         self.predictor.requires_grad_(args.predictor == 'mlp')
 
-    def forward(self, view1, view2):
-        """view1, view2: N x 3 x S x S. Returns p1, p2, z1, z2, each N x proj_dim.
+    def forward(self, *views):
+        """views: two (or more), N x 3 x S x S each. Returns p1, p2, z1, z2 (p of each, then z), each N x proj_dim.
 
         Each view goes through alone: in one forward of both, the batch statistics of BN would mix the views.
         """
-        z1 = self.projector(self.backbone(view1))
-        z2 = self.projector(self.backbone(view2))
-        return self.predictor(z1), self.predictor(z2), z1, z2
+        z = [self.projector(self.backbone(view)) for view in views]
+        return *(self.predictor(each) for each in z), *z
 
 
 def make_projector(features, layers, width, bn='default'):

@@ -24,7 +24,7 @@ def filled(pairs, count):
     rows = 0
     for x, labels in pairs:
         if not rows:
-            whole = x.new_empty(count, *x.shape[1:]), labels.new_empty(count)
+            whole = x.new_empty(count, *x.shape[1:]), labels.new_empty(count, *labels.shape[1:])
         whole[0][rows : rows + len(x)], whole[1][rows : rows + len(x)] = x, labels
         rows += len(x)
     return whole[0][:rows], whole[1][:rows]

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
+from logger import read_metrics
 from results import of_run
+from verdict import FAVOURED, QUICK
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -66,7 +68,7 @@ def copied(trained, tmp_path):
 
 def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     folder, said = trained
-    assert re.search(r'epoch 0/2  kNN [\d.]+ % \(untrained\)', said)
+    assert re.search(r'epoch 0/2  kNN [\d.]+ %  rank [\d.]+ of 72 \(untrained\)', said)
     loss = re.search(r'epoch 2/2  loss (-\d\.\d{4})  std [\d.]+  \d+ images/s  kNN [\d.]+ %', said)[1]
     assert f'--ckpt_name={RUN}0/loss_{loss}_epoch_2' in said
     path, content = newest(folder)
@@ -85,8 +87,11 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     assert set(scalars) == {
         'pretraining/knn_top1', 'pretraining/loss', 'pretraining/std', 'speed/images_per_second',
         'speed/waiting_for_data', 'schedule/learning_rate_encoder', 'schedule/learning_rate_predictor',
+        *(f'pretraining/{name}' for name in ('rank', 'rank_z', 'retrieval', 'retrieval_z', 'rankme', 'area', 'alpha')),
+        *(f'pretraining/{name}' for name in ('mean_direction', 'correlation', 'rank_z_minus_p', 'norm_z', 'norm_p')),
     }  # fmt: skip
-    assert [event.step for event in events.Scalars('pretraining/knn_top1')] == [0, 1, 2]
+    for name in ('knn_top1', 'rank', 'area'):
+        assert [event.step for event in events.Scalars(f'pretraining/{name}')] == [0, 1, 2]
     assert scalars['pretraining/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)
     first, last = scalars['schedule/learning_rate_encoder']
     assert 0 < last < first < 0.8 * 16 / 256
@@ -318,6 +323,36 @@ def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys)
     assert f'the kNN monitor is off: {tmp_path}/set/train has no class folders' in done.stdout
     assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path)]) == 2
     assert 'evaluate needs labels' in one_line(capsys.readouterr().err)
+    lines = read_metrics(tmp_path / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')
+    assert [line['epoch'] for line in lines if 'pretraining/rank' in line] == [0, 2]
+    assert not any('pretraining/knn_top1' in line for line in lines)
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path), '--protocol=spectrum']) == 0
+    assert 'RankMe' in capsys.readouterr().out
+
+
+def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys):
+    """The last agrees with what training noted; the best by the favoured measure is named, and is one of them."""
+    options = ['evaluate', *own_paths(copied), '--protocol=spectrum']
+    assert cli.main([*options, f'--ckpt_name={RUN}0']) == 0
+    said = capsys.readouterr().out
+    found = {result['epoch']: result for result in of_run(copied / 'ckpt' / f'{RUN}0', protocol='spectrum')}
+    assert sorted(found) == [1, 2]
+    for line in read_metrics(copied / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')[1:]:
+        for name in QUICK:
+            assert found[line['epoch']]['measures'][name] == pytest.approx(line[f'pretraining/{name}'], nan_ok=True)
+    assert found[1]['untrained'] == pytest.approx(found[2]['untrained'], nan_ok=True)
+    best = min(found.values(), key=lambda result: result['measures'][FAVOURED])
+    assert f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={RUN}0/{best["checkpoint"]}' in said
+    assert cli.main([*options, f'--ckpt_name={RUN}0/{found[1]["checkpoint"]}']) == 0
+    assert 'the best by' not in capsys.readouterr().out
+
+
+def test_more_views_than_two_train(drawn, tmp_path, capsys):
+    done = train(tmp_path, drawn, '--views=4', '--accumulate_steps=2')
+    assert re.search(r'epoch 2/2  loss -0\.\d+', done.stdout)
+    assert newest(tmp_path)[1]['args']['views'] == 4
+    assert cli.main(['train', '--preset=demo', '--views=3', '--symmetric=2x', *own_paths(tmp_path)]) == 2
+    assert '--symmetric=2x is for two views' in one_line(capsys.readouterr().err)
 
 
 def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):

@@ -1,0 +1,164 @@
+"""Which measure without labels tells which features are good? Runs that differ, all measures of each, correlations.
+
+    python3 bench/evidence.py --set=demo --output=data/evidence [--seeds=0,1,2]
+    python3 bench/evidence.py --set=cifar10 --image_path=data/cifar10-15k --output=data/evidence
+
+Trains every variant of a set with every seed, evaluates it linearly, and does not train again what is there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+from common import CODE
+
+import results
+from ablate import TABLES
+from ckpt import checkpoints
+from config import changed, get_config, path_of
+from evaluate import evaluate
+from logger import read_metrics
+from runs import runs
+from verdict import MEASURES
+
+SMALL = {'backbone': 'small', 'proj_layers': 2, 'proj_dim': 512, 'pred_dim': 128, 'learning_rate': 0.4,
+         'weight_decay': 5e-4, 'probe_optimizer': 'sgd', 'probe_epochs': 100, 'cache_features': True,
+         'cache_passes': 2, 'num_workers': 0}  # fmt: skip
+SETS = {
+    'demo': {'preset': 'demo', 'max_epochs': 5},
+    'cifar10': {'preset': 'cifar10', **SMALL, 'batch_size': 128, 'max_epochs': 3},
+    'clothing': {'preset': 'imagenet', **SMALL, 'batch_size': 64, 'image_size': 64, 'resize_cache': 72,
+                 'max_epochs': 10},
+}  # fmt: skip
+TIMES = {'rate': 'learning_rate', 'decay': 'weight_decay', 'epochs': 'max_epochs', 'batch': 'batch_size'}
+# What is changed: an option and its value, or one of TIMES and what the set's own value is multiplied by.
+VARIED = {
+    'as it is': {}, 'rate x 10': {'rate': 10}, 'rate x 3': {'rate': 3}, 'rate / 3': {'rate': 1 / 3},
+    'rate / 10': {'rate': 0.1}, 'no decay': {'decay': 0}, 'decay x 10': {'decay': 10},
+    'SimCLR': {'augmentation': 'simclr'}, 'SimCLR, longer': {'augmentation': 'simclr', 'epochs': 3},
+    'a third of the epochs': {'epochs': 1 / 3}, 'three times the epochs': {'epochs': 3}, 'batch / 4': {'batch': 0.25},
+    'no stop-gradient': {'stop_gradient': False}, 'no predictor': {'predictor': 'none'},
+    'fixed predictor': {'predictor': 'fixed'}, 'no BN': {'proj_bn': 'none'},
+}  # fmt: skip
+# Not used to choose anything: settings and seeds of their own.
+HELD_OUT = {
+    'demo': {
+        'a': {'epochs': 2, 'rate': 2.5}, 'b': {'epochs': 2, 'rate': 0.25}, 'c': {'epochs': 2, 'augmentation': 'simclr'},
+        'd': {'epochs': 2, 'stop_gradient': False, 'rate': 0.25}, 'e': {'proj_bn': 'hidden', 'decay': 4},
+    },
+    'cifar10': {'a': {'rate': 4, 'decay': 4}, 'b': {'symmetric': 'false', 'epochs': 2}, 'c': {'proj_bn': 'all'},
+                'd': {'predictor': 'none', 'rate': 0.25}},
+    'clothing': {'a': {'epochs': 2, 'augmentation': 'simclr', 'rate': 2}, 'b': {'epochs': 4, 'decay': 4},
+                 'c': {'stop_gradient': False, 'rate': 3}},
+}  # fmt: skip
+
+
+def variants(kind, held_out):
+    """{name: options} of a set."""
+    if held_out:
+        return {f'held_out_{name}': options for name, options in HELD_OUT[kind].items()}
+    if kind != 'demo':
+        return VARIED
+    return {f'{table}: {name}': options
+            for table in ('collapse', 'stopgrad', 'predictor', 'bn') for name, options, _ in TABLES[table]}  # fmt: skip
+
+
+def as_trained(args):
+    """Its options as far as they make a difference: without a predictor its rate makes none."""
+    return asdict(changed(args, fix_pred_lr=True) if args.predictor == 'none' else args)
+
+
+def options_of(kind, given, varied):
+    """All options of a run: the set's, those of the command line, the variant's."""
+    base = {**SETS[kind], **given}
+    args, own = get_config(**base), {}
+    for name, value in varied.items():
+        if callable(value):
+            own[name] = value(args)
+        elif name in TIMES:
+            number = getattr(args, TIMES[name]) * value
+            own[TIMES[name]] = number if name in ('rate', 'decay') else max(1, round(number))
+        else:
+            own[name] = value
+    return {**base, **own}
+
+
+def train_all(kind, given, seeds, held_out, folder):
+    """Train and evaluate what is not there yet. Returns [(variant, seed, run folder)]."""
+    found = []
+    for seed in seeds:
+        trained = []
+        for number, (variant, varied) in enumerate(variants(kind, held_out).items()):
+            own = {'random_seed': seed, 'model_name': f'{kind}{"_held" * held_out}_{number}_{seed}',
+                   'ckpt_path': f'{folder}/ckpt', 'log_path': f'{folder}/log'}  # fmt: skip
+            options = {**options_of(kind, given, varied), **own}
+            args = get_config(**options)
+            if (same := {**as_trained(args), 'model_name': ''}) in trained:
+                continue  # another table's name for it
+            trained.append(same)
+            known = runs(args)
+            if not known or not results.of_run(known[-1], protocol='linear'):
+                print(f'{kind}, {variant}, seed {seed}', flush=True)
+                texts = [f'--{name}={value}' for name, value in options.items()]
+                last = f'--knn_every={args.max_epochs}'
+                command = [sys.executable, 'cli.py', 'train', *texts, last, '--evaluate_after=True', '--resume=auto']
+                subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
+            found.append((variant, seed, runs(args)[-1]))
+    return found
+
+
+def measure(run):
+    """{measure: number} of the last checkpoint of a run, its accuracies in percent beside them; kept in the run."""
+    linear = results.of_run(run, protocol='linear')[-1]
+    name = checkpoints(run)[-1].name
+    if not (known := results.of_run(run, protocol='spectrum', checkpoint=name)):
+        args = get_config(protocol='spectrum', ckpt_name=str(run / name), log_path=str(run.parent.parent / 'log'),
+                          cache_path=str(run.parent.parent / 'cache'), quiet=True)  # fmt: skip
+        known = [evaluate(args)]
+    loss = read_metrics(run / 'metrics.jsonl')[-1]['pretraining/loss']
+    return {**known[-1]['measures'], 'loss': loss, 'linear': linear['top1'], 'knn': linear['knn_top1'],
+            'untrained': known[-1]['untrained'], 'knn_untrained': linear['knn_top1_untrained']}  # fmt: skip
+
+
+def correlations(rows):
+    """{measure: (Spearman's correlation with linear top-1 over the runs, a 95 % interval)}."""
+    linear = [row['linear'] for row in rows]
+    return {name: with_interval([row[name] for row in rows], linear) for name in (*MEASURES, 'loss')}
+
+
+def with_interval(x, y, tries=1000):
+    """(Spearman's correlation of x and y, 2.5 and 97.5 % of its bootstrap over the pairs)."""
+    generator, pairs = np.random.default_rng(0), np.array([x, y])
+    pairs = pairs[:, np.isfinite(pairs).all(0)]
+    drawn = [spearman(pairs[:, generator.integers(pairs.shape[1], size=pairs.shape[1])]) for _ in range(tries)]
+    return spearman(pairs), *np.nanpercentile(drawn, [2.5, 97.5])
+
+
+def spearman(pairs):
+    """The correlation of the ranks of two rows of numbers; nan where one does not vary."""
+    places = [[((row < value).sum() + (row <= value).sum()) / 2 for value in row] for row in pairs]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.corrcoef(places)[0, 1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--set', choices=SETS, required=True)
+    parser.add_argument('--output', required=True)
+    parser.add_argument('--seeds', default='0,1,2')
+    parser.add_argument('--held_out', action='store_true')
+    known, others = parser.parse_known_args()
+    given = dict(text.removeprefix('--').split('=', 1) for text in others)
+    folder, name = path_of(known.output), f'{known.set}{"_held_out" * known.held_out}'
+    found = train_all(known.set, given, [*map(int, known.seeds.split(','))], known.held_out, folder)
+    rows = [{'variant': variant, 'seed': seed, 'run': run.name, **measure(run)} for variant, seed, run in found]
+    (folder / f'{name}.json').write_text(json.dumps(rows, indent=1) + '\n')
+    for key, (rho, low, high) in correlations(rows).items():
+        print(f'{key:16} {rho:6.2f}   {low:.2f} to {high:.2f}')
+
+
+if __name__ == '__main__':
+    main()

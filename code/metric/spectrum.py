@@ -1,0 +1,135 @@
+"""What features are worth, told without a label: of the spectrum of N features, of two views of the same images, and of
+the z and p of a training step.
+
+x: N x d, features of plain views. Singular values s_1 >= s_2 >= ...; all in double precision, on the device of x.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+SMALL = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
+WITHIN = 1e-4  # added to the scatter within images (LiDAR, section 3)
+
+
+def rankme(x):
+    """exp(entropy of s / sum s): how many directions the features use, 1 to min(N, d). Not centred.
+
+    Garrido et al., arXiv 2210.02885, equation 1.
+    """
+    return effective_rank(torch.linalg.svdvals(x.double()))
+
+
+def effective_rank(values):
+    """exp(entropy of the shares of `values`, >= 0 and not all 0), SMALL added to each; of none but zeros 1."""
+    total = values.sum()
+    shares = values / total if total > 0 else torch.zeros_like(values)
+    shares = shares + SMALL
+    return min(len(values), max(1.0, torch.exp(-(shares * shares.log()).sum()).item())) if total > 0 else 1.0
+
+
+def cumulative_area(x):
+    """Area under the cumulative spectrum of the centred features: 1 where they vary in one direction or in none, 1/2 +
+    1/2d where in all alike.
+
+    Li, Efros, Pathak, arXiv 2209.15007, equation 2.
+    """
+    values = torch.linalg.svdvals(x.double() - x.double().mean(0))
+    total = values.sum().item()
+    return (values.cumsum(0) / total).mean().item() if total > 1e-12 * x.double().norm().item() else 1.0
+
+
+def alpha_req(x):
+    """Exponent a of the covariance's eigenvalues, lambda_i ~ i^-a: least squares on log-log axes over the middle half
+    of the logarithmic axis of i; nan where fewer than three eigenvalues there are above rounding.
+
+    Agrawal et al., NeurIPS 2022.
+    """
+    values = torch.linalg.svdvals(x.double() - x.double().mean(0)).square()
+    first, last = len(values) ** 0.25, len(values) ** 0.75
+    index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=x.device)
+    middle = (index >= first) & (index <= last) & (values > 1e-12 * values[0])
+    if middle.sum() < 3:
+        return float('nan')
+    log_i, log_value = index[middle].log(), values[middle].log()
+    log_i = log_i - log_i.mean()
+    return -((log_i * log_value).sum() / log_i.square().sum()).item()
+
+
+def lidar(x):
+    """Effective rank of the linear discriminants that tell images apart. x: n x q x d, of q views of each of n images.
+
+    The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw the mean covariance of
+    an image's views, WITHIN added on its diagonal. Thilak et al., arXiv 2312.04000, section 3.
+    """
+    x = x.double()
+    means = x.mean(1)
+    between = (means - means.mean(0)).T @ (means - means.mean(0)) / (len(x) - 1)
+    apart = (x - means[:, None]).flatten(0, 1)
+    within = apart.T @ apart / (len(x) * (x.shape[1] - 1))
+    within.diagonal().add_(WITHIN)
+    values, axes = torch.linalg.eigh(within)
+    whiten = axes * values.rsqrt()
+    return effective_rank(torch.linalg.eigvalsh(whiten.T @ between @ whiten).clamp(min=0))
+
+
+def own_ranks(first, second):
+    """Of n images' first views, the place of each one's own second view among all n second views, by cosine: 1 where it
+    is the nearest; of equals the last. first, second: n x d. Returns n float, on the device."""
+    cosine = normalize(first, dim=1) @ normalize(second, dim=1).T
+    return (cosine >= cosine.diagonal()[:, None]).sum(1).float()
+
+
+def retrieval(first, second):
+    """Percent of n images whose own second view is the nearest to their first; 100 / n by chance. first, second: n x d.
+    Returns a scalar on the device."""
+    return 100 * (own_ranks(first, second) == 1).float().mean()
+
+
+def mean_rank(first, second):
+    """The geometric mean of `own_ranks`: 1 where every image finds itself, about n / e by chance. It says what
+    `retrieval` does, and needs fewer images to say it, for all of them count."""
+    return own_ranks(first, second).log().mean().exp().item()
+
+
+def alignment(first, second):
+    """Mean squared distance between the two views of an image on the sphere, 0 to 4. first, second: n x d.
+
+    Wang and Isola, arXiv 2005.10242, equation 1; read together with `uniformity`: collapse makes it 0.
+    """
+    return (normalize(first.double(), dim=1) - normalize(second.double(), dim=1)).square().sum(1).mean().item()
+
+
+def uniformity(x):
+    """log of the mean over pairs of exp(-2 |x - y|^2), on the sphere: 0 where all are one, near -4 where they spread.
+
+    Wang and Isola, arXiv 2005.10242, equation 2.
+    """
+    distances = torch.pdist(normalize(x.double(), dim=1))
+    return torch.exp(-2 * distances.square()).mean().log().item()
+
+
+def of_outputs(z, p):
+    """What z and p of a batch, N x d each, tell, by name: those of a training step are there anyway.
+
+    mean_direction: norm of mean(z / |z|), 0 healthy, 1 all one direction. correlation: mean absolute correlation of
+    different channels of z over the batch (Zhang et al., arXiv 2203.16262). rank_z_minus_p: effective rank of z minus
+    that of p, above 0 in training that works (Zhuo et al., arXiv 2303.02387). norm_z, norm_p: means; they grow, and a
+    large one is a slow start (Draganov et al., arXiv 2406.16468).
+    """
+    z, p = z.double(), p.double()
+    return {
+        'mean_direction': normalize(z, dim=1).mean(0).norm().item(),
+        'correlation': correlation(z),
+        'rank_z_minus_p': rankme(z) - rankme(p),
+        'norm_z': z.norm(dim=1).mean().item(),
+        'norm_p': p.norm(dim=1).mean().item(),
+    }
+
+
+def correlation(z):
+    """Mean absolute value of the correlations of different channels of z, N x d, over N; a channel that does not vary
+    has none with any."""
+    z = z.double() - z.double().mean(0)
+    z = z / z.norm(dim=0).clamp(min=1e-12)
+    d = z.shape[1]
+    return (((z.T @ z).abs().sum() - z.square().sum()) / (d * (d - 1))).item()

@@ -1,0 +1,142 @@
+"""What a network is worth, told without a label, by metric/spectrum.py: the monitor of training, and a protocol.
+
+The same images with the same views for every network, so that runs on one set can be compared: some of train, evenly
+spaced, with MoCo's distortion, whatever the network was trained with.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from ckpt import new_model
+from dataloader import vision
+from dataloader.load_dataset import batches, in_order, prepared, select
+from distributed import gather, rank, world
+from logger import progress
+from metric import spectrum as measures
+from metric.accuracy import topk_accuracy
+from metric.collapse import spread
+from precision import autocast
+from protocols.features import features_of, filled
+from protocols.transfer import logistic_regression
+from utils import channels_last, get_device, memory_for, random_from
+
+FOUND_AMONG = 1000  # images of the retrieval: chance and difficulty depend on how many
+MANY_VIEWS = 100, 10  # images, and views of each (LiDAR, section 5)
+SEED = 0  # of the views: the same in every run
+
+
+def quick(args, model, images):
+    """What training looks at: retrieval by features and by z, and the spectrum of plain views. {name: number}."""
+    with memory_for('the measures without labels', 'try a smaller --batch_size'):
+        return {**of_pairs(*of_views(args, model, spaced(images, FOUND_AMONG), 2)), **of_plain(args, model, images)}
+
+
+def of_pairs(features, z):
+    """features: N x 2 x d, of two views of each image; z: N x 2 x D."""
+    found = {}
+    for name, pair in (('', features.unbind(1)), ('_z', z.unbind(1))):
+        found[f'rank{name}'] = measures.mean_rank(*pair)
+        found[f'retrieval{name}'] = measures.retrieval(*pair).item()
+    return found
+
+
+def of_plain(args, model, images):
+    some = spaced(images, max(FOUND_AMONG, 2 * model.projector[0].in_features))
+    x, _ = features_of(args, model.backbone, in_order(args, some), 'features of train')
+    return {'rankme': measures.rankme(x), 'area': measures.cumulative_area(x), 'alpha': measures.alpha_req(x)}
+
+
+def measured(args, model, images):
+    """All measures, {name: number}: those of `quick`, of the sphere, LiDAR, and a probe that tells rotations apart."""
+    with memory_for('the measures without labels', 'try a smaller --batch_size'):
+        pairs, z = of_views(args, model, spaced(images, FOUND_AMONG), 2)
+        p = after(model.predictor, z[:, 0])
+        many, many_z = of_views(args, model, spaced(images, MANY_VIEWS[0]), MANY_VIEWS[1])
+        turned = turned_features(args, model.backbone, spaced(images, FOUND_AMONG))
+        return {
+            **of_pairs(pairs, z),
+            **of_plain(args, model, images),
+            'alignment': measures.alignment(*pairs.unbind(1)),
+            'uniformity': measures.uniformity(pairs[:, 0]),
+            'lidar': measures.lidar(many),
+            'lidar_z': measures.lidar(many_z),
+            'rotation': rotation_probe(turned),
+            'std': spread(z[:, 0]).item(),
+            **measures.of_outputs(z[:, 0], p),
+        }
+
+
+def spectrum(args, model, splits):
+    """Every measure of the network, and of an untrained one beside it. Returns (result, None, None, None, [])."""
+    images = splits['train']
+    untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
+    result = {'measures': measured(args, model, images), 'untrained': measured(args, untrained, images),
+              'num_train': len(images), 'num_val': 0}  # fmt: skip
+    return result, None, None, None, []
+
+
+def spaced(images, count):
+    """Up to `count` of the images, evenly spaced."""
+    return select(images, torch.linspace(0, len(images) - 1, min(count, len(images))).round().long())
+
+
+@torch.no_grad()
+def of_views(args, model, images, views):
+    """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode."""
+    args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
+    found = batches(args, replace(images, args=args, views=views), shuffled=True, drop_last=False)
+    training, count = model.training, len(images)
+    model.eval()
+
+    def parts():
+        for step, (pixels, _) in enumerate(prepared(args, progress(found, 'two views'))):
+            yield seen(found.dataset.random_views(pixels, 'moco', random_from(SEED, 'fixed views', step), part))
+        side = torch.zeros(1, 3, args.image_size, args.image_size, device=get_device(args))
+        yield tuple(x[:0] for x in seen([side] * views))  # there may be more processes than images
+
+    def seen(pictures):
+        with autocast(args):
+            features = [model.backbone(channels_last(view)) for view in pictures]
+            z = [model.projector(x) for x in features]
+        return torch.stack(features, 1).float(), torch.stack(z, 1).float()
+
+    part = rank(), world()
+    features, z = filled(parts(), -(-count // world()))
+    model.train(training)
+    return gather(features, count), gather(z, count)
+
+
+@torch.no_grad()
+def after(predictor, z):
+    """p of z, N x d each; the predictor in eval mode."""
+    training = predictor.training
+    p = predictor.eval()(z)
+    predictor.train(training)
+    return p
+
+
+@torch.no_grad()
+def turned_features(args, backbone, images):
+    """N x 4 x d: of the centre crops turned by 0, 90, 180 and 270 degrees."""
+    training, found = backbone.training, []
+    backbone.eval()
+    for pixels, _ in prepared(args, in_order(args, images)):
+        views = vision.plain_view(pixels, args.image_size, args.crop_ratio)
+        with autocast(args):
+            turned = [backbone(channels_last(views.rot90(quarter, (2, 3)))) for quarter in range(4)]
+        found.append(torch.stack(turned, 1).float())
+    backbone.train(training)
+    return torch.cat(found)
+
+
+def rotation_probe(turned):
+    """Percent of turned images whose rotation a linear classifier names: trained on four of five images, judged on the
+    fifth. turned: N x 4 x d. Reed et al., arXiv 2009.07724."""
+    held = torch.arange(len(turned), device=turned.device) % 5 == 0
+    x, y = (turned[part].flatten(0, 1) for part in (~held, held))
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    rotations = torch.arange(4, device=x.device)
+    weight, bias = logistic_regression((x - mean) / deviation, rotations.repeat(len(x) // 4), 4, 1.0)
+    scores = ((y - mean) / deviation) @ weight.T + bias
+    return topk_accuracy(scores, rotations.repeat(len(y) // 4), 1)
