@@ -191,10 +191,13 @@ def strict_load(model, state, path):
 
 
 def new_model(args):
-    """An untrained SimSiam; --random_seed fixes its weights."""
+    """An untrained SimSiam; --random_seed fixes its weights. Raises UserError where there is no such backbone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
-        return SimSiam(args)
+        try:
+            return SimSiam(args)
+        except ValueError as error:
+            raise UserError(f'--backbone={args.backbone}: {error}') from None
 
 
 def save_checkpoint(run, args, state):

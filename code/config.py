@@ -108,8 +108,7 @@ class Config:
 
     # Model (paper section 3)
     model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=TRAIN)
-    backbone: str = option('resnet50', 'the encoder',
-                           ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'small'))  # fmt: skip
+    backbone: str = option('resnet50', 'the encoder: small, timm/<name>, or a classification network of torchvision')
     stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
     proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
     proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536)

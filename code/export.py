@@ -16,22 +16,21 @@ SUFFIX = {'torchvision': '.pth', 'timm': '.pth', 'detectron2': '.pkl', 'onnx': '
 def export(args):
     """Write the backbone of --ckpt_name to --output in --format. Returns the path.
 
-    torchvision, timm: a ResNet's state dict without its classifier. detectron2: the same by its names, as a pickle of
-    arrays. safetensors: the state dict by our names (torchvision's, for a ResNet). onnx: the network itself, from
-    N x 3 x S x S normalised images to N x d features, any N. Raises UserError where the tool has no such architecture.
+    torchvision, timm: the state dict without the last layer of the classifier, of a network that the tool has by the
+    same names. detectron2: a ResNet's by its names, as a pickle of arrays. safetensors: the state dict by our names
+    (torchvision's or timm's, of their networks). onnx: the network itself, from N x 3 x S x S normalised images to
+    N x d features, any N. Raises UserError where the tool has no such architecture.
     """
     if not args.ckpt_name:
         raise UserError('export wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
-    if args.format in ('torchvision', 'timm', 'detectron2') and (args.backbone not in BLOCKS or args.stem == 'cifar'):
-        raise UserError(
-            f'--format={args.format} has ResNets with the ImageNet stem only, not --backbone={args.backbone} '
-            f'--stem={args.stem}; try --format=onnx or --format=safetensors'
-        )
+    if not known_there(args.backbone, args.stem, args.format):
+        raise UserError(f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
+                        f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors')  # fmt: skip
     backbone = model.backbone.eval()
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
-    how = HOW[args.format].format(name=args.backbone, file=output)
+    how = HOW[args.format].format(name=args.backbone.removeprefix('timm/'), file=output)
     if args.format in ('torchvision', 'timm'):
         write_aside(output, lambda aside: torch.save(state, aside))
     elif args.format == 'detectron2':
@@ -49,6 +48,19 @@ def export(args):
     return output
 
 
+def known_there(backbone, stem, tool):
+    """Whether a tool has this network, its layers by the same names as here or by names that are known here."""
+    if tool in ('onnx', 'safetensors'):
+        return True
+    if stem == 'cifar':
+        return False
+    if tool == 'torchvision':
+        return backbone != 'small' and not backbone.startswith('timm/')
+    if tool == 'timm':
+        return backbone in BLOCKS or backbone.startswith('timm/')
+    return backbone in BLOCKS
+
+
 def to_onnx(backbone, size, path):
     """One file, weights inside; the batch is of any size."""
     example = torch.zeros(2, 3, size, size)
@@ -61,8 +73,8 @@ def to_onnx(backbone, size, path):
 
 # How each is loaded there, in a line. Images are RGB, in [0, 1], normalised by ImageNet's mean and deviation.
 HOW = {
-    'torchvision': 'load: m = torchvision.models.{name}(); m.fc = torch.nn.Identity(); '
-    "m.load_state_dict(torch.load('{file}'))",
+    'torchvision': 'load: m = torchvision.models.{name}(); '
+    "m.load_state_dict(torch.load('{file}'), strict=False); the classifier's last layer alone is missing",
     'timm': "load: timm.create_model('{name}', num_classes=0).load_state_dict(torch.load('{file}'))",
     'detectron2': 'use: MODEL.WEIGHTS {file}, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False, '
     'MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, 57.120, 57.375]',

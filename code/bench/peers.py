@@ -44,9 +44,9 @@ CASES = {
 class Lightly(torch.nn.Module):
     """The model of lightly's example, on the backbone that ours has."""
 
-    def __init__(self, name, stem):
+    def __init__(self, name, stem, size):
         super().__init__()
-        self.backbone, features = make_backbone(name, stem)
+        self.backbone, features = make_backbone(name, stem, size)
         self.projection_head = SimSiamProjectionHead(features, 2048, 2048)
         self.prediction_head = SimSiamPredictionHead(2048, 512, 2048)
 
@@ -91,7 +91,7 @@ def training(name, folder):
     optimizer = make_sgd(ours, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
     print(f'{name}: batch {batch}, ours in {described(args)}', flush=True)
-    theirs = Lightly(backbone, args.stem).to(device).train()
+    theirs = Lightly(backbone, args.stem, args.image_size).to(device).train()
     its_optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     its_batches = lightly_loader(folder, args.image_size, batch)
     return in_turns(

@@ -1,29 +1,112 @@
-"""The encoders: torchvision's ResNets, with the CIFAR stem as an option, and a small one for CPUs."""
+"""The encoders: networks of torchvision and of timm without their classifiers, and a small one for CPUs."""
 
+import difflib
+
+import torch
+import torchvision
 from torch import nn
-from torchvision.models import resnet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models import regnet, resnet
 
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
-def make_backbone(name, stem):
-    """(backbone, its number of features d). backbone: N x 3 x S x S float to N x d.
+def make_backbone(name, stem, size):
+    """(backbone, its number of features d). backbone: N x 3 x size x size float to N x d.
 
-    name: small, resnet18, 34, 50, 101 or 152. stem: 'imagenet' (7 x 7 stride 2, max-pool) or 'cifar'
-    (3 x 3 stride 1, no max-pool; paper appendix D); small has 3 x 3 for both, with stride 2 or 1. The last BN
-    of every residual block starts at zero, as in the official release.
+    name: small, a classification network of torchvision (resnet50, convnext_tiny, vit_b_16, ...) or timm/<name>. stem:
+    'imagenet', the network as it is, or of a ResNet 'cifar', 3 x 3 stride 1 without max-pool (paper, appendix D); small
+    has 3 x 3 for both, with stride 2 or 1. The last BN of every residual block of a ResNet or RegNet starts at zero, as
+    in the official release. Raises ValueError where there is no such network, or it does not take such images.
     """
     if name == 'small':
         return small(1 if stem == 'cifar' else 2), WIDTHS[-1]
-    backbone = getattr(resnet, name)(zero_init_residual=True)
-    features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
+    backbone = of_timm(name.removeprefix('timm/'), size) if name.startswith('timm/') else of_torchvision(name, size)
     if stem == 'cifar':
-        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode='fan_out', nonlinearity='relu')
-        backbone.maxpool = nn.Identity()
-    return backbone, features
+        use_small_stem(backbone)
+    return backbone, width_of(backbone, size)
+
+
+def of_torchvision(name, size):
+    """A classification network of torchvision, its classifier's last layer taken off."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"it is none of torchvision's classification networks (the nearest is {near}), small, or "
+                         'timm/<name>')  # fmt: skip
+    more = {}
+    if hasattr(resnet, name):
+        more = {'zero_init_residual': True}
+    elif name in ('googlenet', 'inception_v3'):
+        more = {'aux_logits': False, 'init_weights': False}
+    elif name.startswith(('vit_', 'maxvit_')):
+        more = {'image_size': size} if name.startswith('vit_') else {'input_size': (size, size)}
+    network = built(torchvision.models.get_model, name, size, **more)
+    for block in network.modules():
+        if isinstance(block, regnet.ResBottleneckBlock):
+            nn.init.zeros_(block.f.c[1].weight)
+    last, classifier = [*network.named_children()][-1]
+    setattr(network, last, without_classes(classifier))
+    return network
+
+
+def without_classes(classifier):
+    """A torchvision classifier up to the layer that names the classes, and the dropout before it."""
+    layers = [*classifier] if isinstance(classifier, nn.Sequential) else [classifier]
+    pool = [nn.AdaptiveAvgPool2d(1)] if not any(isinstance(layer, nn.Linear) for layer in layers) else []  # SqueezeNet
+    while layers and not isinstance(layers.pop(), nn.Linear | nn.Conv2d):
+        pass
+    while layers and isinstance(layers[-1], nn.Dropout):
+        layers.pop()
+    return nn.Sequential(*layers, *pool)
+
+
+def of_timm(name, size):
+    """A network of timm without a classifier; built for images of this size where that is part of it."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError('it needs timm: pip3 install -r code/requirements-extra.txt') from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
+        raise ValueError(f'timm has no such network; the nearest is timm/{near}')
+    try:
+        return built(timm.create_model, name, size, num_classes=0, img_size=size)
+    except TypeError:  # most networks take any size, and no such option
+        return built(timm.create_model, name, size, num_classes=0)
+
+
+def built(make, name, size, **more):
+    try:
+        return make(name, **more)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(refused(size, error)) from None
+
+
+def refused(size, error):
+    return f'it does not take images of {size} px ({(str(error).strip() or type(error).__name__).splitlines()[0]})'
+
+
+def width_of(backbone, size):
+    """The number of features, by what comes out."""
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, size, size))
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(refused(size, error)) from None
+    backbone.train()
+    if features.ndim != 2:
+        raise ValueError(f'it gives {tuple(features.shape)} and not one row of features an image')
+    return features.shape[1]
+
+
+def use_small_stem(backbone):
+    """Give a ResNet the stem for images of 32 pixels."""
+    if not isinstance(backbone, resnet.ResNet):
+        raise ValueError("--stem=cifar is for torchvision's ResNets; leave it out")
+    backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode='fan_out', nonlinearity='relu')
+    backbone.maxpool = nn.Identity()
 
 
 def small(stride):
@@ -34,7 +117,7 @@ def small(stride):
         down = None
         if width != before:
             down = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-        block = BasicBlock(before, width, 1 if down is None else 2, down)
+        block = resnet.BasicBlock(before, width, 1 if down is None else 2, down)
         nn.init.zeros_(block.bn2.weight)
         layers.append(block)
         before = width

@@ -9,6 +9,7 @@ import io
 
 import numpy as np
 import torch
+from torchvision.models import resnet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -20,14 +21,13 @@ from config import UserError, WorkError, path_of
 from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
 from logger import progress, say
-from model.layouts import BLOCKS
 from optimizer.sgd import learning_rate
 from precision import autocast
 from utils import extra, get_device, random_from
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
-STAGES = {**dict.fromkeys(BLOCKS, RESNET), 'small': {'3': '0', '4': '1', '5': '2'}}
+SMALL = {'3': '0', '4': '1', '5': '2'}
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
@@ -50,6 +50,8 @@ def detection(args, model, splits):
 def splits_of(args):
     """{'train', 'val'} of Boxes of --detection_path. Raises UserError for what is missing."""
     extra('pycocotools', '--protocol=detection')
+    if not stages_of(args.backbone):
+        raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
     splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn')
@@ -59,6 +61,11 @@ def splits_of(args):
     return splits
 
 
+def stages_of(backbone):
+    """The modules that a pyramid is made of, with their levels' names; None for a network that has no such."""
+    return SMALL if backbone == 'small' else RESNET if backbone in resnet.__all__ else None
+
+
 def make_detector(args, backbone, num_classes, masks):
     """torchvision's detector on a pyramid of the backbone's stages. num_classes: without the background.
 
@@ -66,13 +73,14 @@ def make_detector(args, backbone, num_classes, masks):
     pyramid has BN, for pretrained features may be of any size, a tenth of what an untrained network's are, and without
     it a detector learns nothing from those (MoCo, arXiv 1911.05722, section 4.2: BN in the new layers).
     """
+    stages = stages_of(args.backbone)
     with torch.no_grad():
-        maps = IntermediateLayerGetter(backbone.cpu().eval(), STAGES[args.backbone])(torch.zeros(1, 3, 256, 256))
+        maps = IntermediateLayerGetter(backbone.cpu().eval(), stages)(torch.zeros(1, 3, 256, 256))
     strides = [256 // found.shape[2] for found in maps.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
         channels = [found.shape[1] for found in maps.values()]
-        pyramid = BackboneWithFPN(backbone, STAGES[args.backbone], channels, 256, norm_layer=torch.nn.BatchNorm2d)
+        pyramid = BackboneWithFPN(backbone, stages, channels, 256, norm_layer=torch.nn.BatchNorm2d)
         pyramid = Half(args, pyramid)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
         heads = {'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),

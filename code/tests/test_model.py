@@ -171,7 +171,7 @@ def test_sizes_are_the_published_networks():
         ('resnet50', 'imagenet', 2048, 23_508_032),
         ('resnet101', 'imagenet', 2048, 42_500_160),
     ):
-        backbone, d = make_backbone(name, stem)
+        backbone, d = make_backbone(name, stem, 64)
         assert (d, sum(p.numel() for p in backbone.parameters())) == (features, count)
     model = SimSiam(get_config(preset='imagenet'))
     assert sum(p.numel() for p in model.projector.parameters()) == 3 * 2048 * 2048 + 2 * 2 * 2048
@@ -180,7 +180,7 @@ def test_sizes_are_the_published_networks():
 
 @pytest.mark.parametrize('name', ['small', 'resnet18', 'resnet50'])
 def test_residual_blocks_start_as_the_identity(name):
-    backbone, _ = make_backbone(name, 'cifar')
+    backbone, _ = make_backbone(name, 'cifar', 32)
     blocks = [m for m in backbone.modules() if hasattr(m, 'downsample')]
     assert blocks
     for block in blocks:
@@ -193,7 +193,7 @@ def test_the_cifar_stem_keeps_the_resolution():
     """3 x 3, stride 1, no max-pool: the first stage sees all 32 x 32 pixels; the ImageNet stem leaves 8 x 8."""
     sides = {}
     for stem in ('cifar', 'imagenet'):
-        backbone, _ = make_backbone('resnet18', stem)
+        backbone, _ = make_backbone('resnet18', stem, 32)
         seen = []
         backbone.layer1.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.shape[-1]))
         assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 512)

@@ -1,0 +1,121 @@
+"""Any network of torchvision and timm as the backbone: its width, what is taken off, what it is refused for."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+
+import cli
+from ckpt import new_model
+from config import UserError, get_config
+from conftest import CODE, TINY, one_line, own_paths
+from model.backbone import make_backbone
+
+# One of each family, and its features.
+WIDTHS = {
+    'convnext_tiny': 768, 'vit_b_16': 768, 'swin_t': 768, 'swin_v2_t': 768, 'efficientnet_b0': 1280,
+    'densenet121': 1024, 'vgg11': 4096, 'alexnet': 4096,
+    'mobilenet_v2': 1280, 'mobilenet_v3_small': 1024, 'squeezenet1_1': 512,
+    'regnet_y_400mf': 440, 'googlenet': 1024, 'inception_v3': 2048, 'maxvit_t': 512, 'resnext50_32x4d': 2048,
+    'shufflenet_v2_x0_5': 1024, 'mnasnet0_5': 1280,
+}  # fmt: skip
+
+
+def test_of_every_family_there_is_one():
+    names = torchvision.models.list_models(module=torchvision.models)
+    families = {re.match('[a-z]+', name)[0] for name in names}
+    assert families - {'wide', 'resnet'} == {re.match('[a-z]+', name)[0] for name in WIDTHS}
+
+
+@pytest.mark.parametrize('name', WIDTHS)
+def test_a_network_of_torchvision_loses_its_classes(name):
+    """Where it can be, built and run without memory or arithmetic; no layer with a thousand outputs is left, nor a
+    dropout at the end."""
+    with torch.device('cpu' if name.startswith('regnet') else 'meta'):
+        backbone, width = make_backbone(name, 'imagenet', 224)
+    assert backbone.training
+    assert width == WIDTHS[name]
+    assert not any(value.shape[0] == 1000 for value in backbone.parameters())
+    last = [*backbone.children()][-1]
+    assert not any(isinstance(layer, torch.nn.Dropout) for layer in [*last.modules()][-1:])
+
+
+@pytest.mark.parametrize(
+    ('name', 'width'),
+    [('convnext_atto', 320), ('vit_tiny_patch16_224', 192), ('resnet18', 512), ('mobilenetv3_small_050', 1024)],
+)
+def test_networks_of_timm(name, width):
+    pytest.importorskip('timm')
+    with torch.device('meta'):
+        backbone, found = make_backbone(f'timm/{name}', 'imagenet', 224)
+    assert found == width
+    assert backbone.training
+
+
+def test_a_vision_transformer_is_made_for_the_size_of_the_views():
+    for name in ('vit_b_16', 'timm/vit_tiny_patch16_224'):
+        with torch.device('meta'):
+            assert make_backbone(name, 'imagenet', 64)[1] in (768, 192)
+
+
+def test_residual_blocks_of_other_families_start_as_the_identity():
+    for name in ('regnet_y_400mf', 'resnext50_32x4d'):
+        backbone, _ = make_backbone(name, 'imagenet', 64)
+        zeros = sum(
+            not value.any() for key, value in backbone.named_parameters() if value.ndim == 1 and 'weight' in key
+        )
+        assert zeros == 16
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({'backbone': 'resnet49'}, r"none of torchvision's .* \(the nearest is resnet34\)"),
+        ({'backbone': 'timm/resnet1'}, 'the nearest is timm/resnet'),
+        ({'backbone': 'convnext_tiny', 'stem': 'cifar'}, "--stem=cifar is for torchvision's ResNets"),
+        ({'backbone': 'inception_v3', 'image_size': 32}, 'does not take images of 32 px'),
+        ({'backbone': 'vit_b_16', 'image_size': 100}, 'does not take images of 100 px'),
+        ({'backbone': 'fcn_resnet50'}, "none of torchvision's"),
+        ({'backbone': ' '}, "none of torchvision's"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_said(options, said):
+    with pytest.raises(UserError, match=said):
+        new_model(get_config(preset='imagenet', proj_dim=8, pred_dim=4, **options))
+
+
+def test_without_timm_the_command_that_installs_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(UserError, match=r'requirements-extra\.txt'):
+        new_model(get_config(backbone='timm/resnet18', proj_dim=8, pred_dim=4))
+
+
+@pytest.mark.parametrize('name', ['timm/convnext_atto', 'mobilenet_v3_small'])
+def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, capsys):
+    """Through the commands; what its export can and cannot do, and the weights in another process."""
+    pytest.importorskip('timm')
+    paths = own_paths(tmp_path)
+    given = [*TINY, f'--image_path={drawn}', '--stem=imagenet', '--max_epochs=1', f'--backbone={name}', *paths]
+    assert cli.main(['train', *given]) == 0
+    run = 'model_name_simsiam_ckpt_0'
+    assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=knn', *paths]) == 0
+    tool = 'timm' if name.startswith('timm/') else 'torchvision'
+    output = tmp_path / 'backbone.pth'
+    assert cli.main(['export', f'--ckpt_name={run}', f'--format={tool}', f'--output={output}', paths[0]]) == 0
+    capsys.readouterr()
+    for other in {'torchvision', 'timm', 'detectron2'} - {tool}:
+        assert cli.main(['export', f'--ckpt_name={run}', f'--format={other}', paths[0]]) == 2
+        assert f'has no --backbone={name}' in one_line(capsys.readouterr().err)
+    assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=detection', '--detection_path=x', *paths]) == 2
+    assert 'of a ResNet or of small' in one_line(capsys.readouterr().err)
+    loads = {
+        'timm': "timm.create_model('convnext_atto', num_classes=0).load_state_dict(state)",
+        'torchvision': 'print(torchvision.models.mobilenet_v3_small().load_state_dict(state, strict=False))',
+    }[tool]
+    code = f"import timm, torch, torchvision; state = torch.load('{output}'); {loads}"
+    done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=True)
+    assert 'unexpected_keys=[]' in done.stdout or tool == 'timm'
+    assert 'classifier.3' in done.stdout or tool == 'timm'
