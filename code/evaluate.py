@@ -186,7 +186,7 @@ def table(result):
     for name, value in result.get('measures', {}).items():
         lines.append(f'{MEASURES[name]:44}{value:8.2f}   untrained{result["untrained"][name]:8.2f}')
     if 'verdict' in result:
-        lines.append(result['verdict'])
+        lines.append('verdict    {}: {}'.format(*result['verdict']))
     if result.get('per_class'):
         worst = sorted(result['per_class'].items(), key=lambda item: item[1])
         named = ', '.join(f'{name} {value:.1f}' for name, value in worst[:10])

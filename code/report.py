@@ -16,12 +16,13 @@ from config import OPTIONS, UserError, path_of
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
 from infer import neighbours_picture, shown_of
-from logger import read_scalars, say
+from logger import read_metrics, read_scalars, say
 from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
 from results import of_run
 from utils import save_picture, use_device, write_aside
+from verdict import of_metrics
 
 POINTS = 2000  # images on the map
 STYLE = """
@@ -123,27 +124,6 @@ def principal(x):
     return x @ axes[:2].T, (strengths[:2].square().sum() / strengths.square().sum()).item()
 
 
-def verdict(args, logged):
-    """(whether the run looks well, a sentence that says why), or None where nothing was logged."""
-    if 'pretraining/std' not in logged:
-        return None
-    std = logged['pretraining/std'][-1][1]
-    if std < args.collapse_threshold:
-        return False, (f'Collapsed: std {std:.2f}, healthy is near 1. Images get nearly the same z, whatever the loss '
-                       'says; README.md, "When it collapses", names what to try.')  # fmt: skip
-    knn = dict(logged.get('pretraining/knn_top1', []))
-    if 0 not in knn or len(knn) < 2:
-        return True, f'No collapse: std {std:.2f}, healthy is near 1. What the features are worth was not measured.'
-    before, after = knn[0], knn[max(knn)]
-    if after <= before:
-        return False, (f'No collapse (std {std:.2f}), but nothing learned: kNN {before:.1f} % untrained, {after:.1f} % '
-                       'now. Train longer, or try another --learning_rate or augmentation.')  # fmt: skip
-    return (
-        True,
-        f'No collapse (std {std:.2f}, healthy is near 1), and kNN rose from {before:.1f} % untrained to {after:.1f} %.',
-    )
-
-
 def page_of(args, checkpoint, logged, results, parts):
     """The page as text; pictures are inside it."""
     numbers = [('epoch', f'{checkpoint["epoch"]} of {args.max_epochs}'), ('loss', f'{checkpoint["loss"]:.4f}')]
@@ -152,8 +132,7 @@ def page_of(args, checkpoint, logged, results, parts):
         if tag in logged:
             numbers.append((name, form.format(logged[tag][-1][1])))
     boxes = ''.join(f'<div><b>{html.escape(value)}</b>{html.escape(name)}</div>' for name, value in numbers)
-    said = verdict(args, logged)
-    judged = f'<p class="verdict{"" if said[0] else " bad"}">{html.escape(said[1])}</p>' if said else ''
+    judged = verdict_on(checkpoint['run'])
     training = ''.join(figure(*part) for part in parts if part[1].startswith('curve'))
     if training:
         caption = ('Loss falls while std stays near 1: the views of an image agree, images differ. A falling std is '
@@ -174,6 +153,16 @@ def page_of(args, checkpoint, logged, results, parts):
 {options_table(own)}
 <details><summary>all {len(pairs)}</summary>{options_table(pairs)}</details></body></html>
 """
+
+
+def verdict_on(run):
+    """What the measures without labels say of a run, as a paragraph; nothing of one that has none."""
+    path = run / 'metrics.jsonl'
+    said = of_metrics(read_metrics(path)) if path.is_file() else None
+    if not said:
+        return ''
+    good = '' if said[0] == 'healthy' else ' bad'
+    return f'<p class="verdict{good}"><b>{html.escape(said[0].capitalize())}.</b> {html.escape(said[1])}</p>'
 
 
 def figure(title, _, caption, image):

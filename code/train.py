@@ -18,7 +18,7 @@ from config import ROOT, UserError, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
-from logger import duration, log_to, say
+from logger import duration, log_to, read_metrics, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
@@ -26,6 +26,7 @@ from precision import described, kept, precision, settled
 from runs import Diverged, Run, describe_run, new_run, of_run, resumed
 from state import State
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
+from verdict import of_metrics
 from watch import Watch
 
 
@@ -240,6 +241,8 @@ def summary(args, run, result):
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
+    if judged := of_metrics(read_metrics(run.folder / 'metrics.jsonl')):
+        lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')
     if not result:

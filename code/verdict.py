@@ -1,6 +1,6 @@
 """What the measures without labels are called, and what they say together of a network."""
 
-# In front of people, in this order. n: images of the retrieval (protocols/spectrum.py).
+# In front of people, in this order (metric/spectrum.py, protocols/spectrum.py).
 MEASURES = {
     'rank': 'rank of the own other view, features',
     'rank_z': 'rank of the own other view, z',
@@ -22,4 +22,44 @@ MEASURES = {
     'norm_p': 'norm of p',
 }
 QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
-FAVOURED = 'rank'
+FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
+# From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
+COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.9
+
+FOR_COLLAPSED = ('Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it '
+                 'collapses')  # fmt: skip
+FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
+FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
+
+
+def verdict(now, untrained):
+    """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
+
+    now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
+    began as.
+    """
+    std, rank, before = now['std'], now['rank'], untrained['rank']
+    numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} (untrained {before:.1f})'
+    if std < COLLAPSED:
+        return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
+    if rank > LEARNED * before:
+        return 'nothing learned', f'{numbers}, and no collapse. {FOR_NOTHING}'
+    signs = []
+    if now.get('correlation', 0) > CORRELATED:
+        signs.append(f'channels of z correlated by {now["correlation"]:.2f}')
+    if now['area'] > untrained['area']:
+        signs.append(f'fewer directions used than untrained (area {now["area"]:.2f}, {untrained["area"]:.2f})')
+    if signs or std < PARTLY:
+        return 'partly collapsed', '; '.join([numbers, *signs]) + f'. Something was learned. {FOR_PARTLY}'
+    return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
+
+
+def of_metrics(lines):
+    """The verdict on a run, by what its metrics.jsonl holds (logger.read_metrics): of the last epoch that was measured,
+    beside epoch 0; None where one of them is not there."""
+    measured = [line for line in lines if 'pretraining/rank' in line]
+    if len(measured) < 2 or measured[0]['epoch']:
+        return None
+    untrained, now = ({key.removeprefix('pretraining/'): value for key, value in line.items()}
+                      for line in (measured[0], measured[-1]))  # fmt: skip
+    return verdict(now, untrained)

@@ -20,6 +20,7 @@ from precision import autocast
 from protocols.features import features_of, filled
 from protocols.transfer import logistic_regression
 from utils import channels_last, get_device, memory_for, random_from
+from verdict import verdict
 
 FOUND_AMONG = 1000  # images of the retrieval: chance and difficulty depend on how many
 MANY_VIEWS = 100, 10  # images, and views of each (LiDAR, section 5)
@@ -71,9 +72,9 @@ def spectrum(args, model, splits):
     """Every measure of the network, and of an untrained one beside it. Returns (result, None, None, None, [])."""
     images = splits['train']
     untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
-    result = {'measures': measured(args, model, images), 'untrained': measured(args, untrained, images),
-              'num_train': len(images), 'num_val': 0}  # fmt: skip
-    return result, None, None, None, []
+    now, before = measured(args, model, images), measured(args, untrained, images)
+    result = {'measures': now, 'untrained': before, 'verdict': verdict(now, before)}
+    return {**result, 'num_train': len(images), 'num_val': 0}, None, None, None, []
 
 
 def spaced(images, count):

@@ -90,6 +90,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
         *(f'pretraining/{name}' for name in ('rank', 'rank_z', 'retrieval', 'retrieval_z', 'rankme', 'area', 'alpha')),
         *(f'pretraining/{name}' for name in ('mean_direction', 'correlation', 'rank_z_minus_p', 'norm_z', 'norm_p')),
     }  # fmt: skip
+    assert re.search(r'^verdict      (healthy|partly collapsed|collapsed|nothing learned): .*std of z', said, re.M)
     for name in ('knn_top1', 'rank', 'area'):
         assert [event.step for event in events.Scalars(f'pretraining/{name}')] == [0, 1, 2]
     assert scalars['pretraining/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)

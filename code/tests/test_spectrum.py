@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import spectrum
+from verdict import of_metrics, verdict
 
 
 def with_singular_values(values, n=400, seed=0, mean=0.0):
@@ -139,3 +140,28 @@ def test_the_loss_of_n_views(n):
     of_p, of_z = torch.autograd.grad(loss, (p, z), allow_unused=True)
     assert of_p.abs().sum() > 0
     assert of_z is None or not of_z.any()
+
+
+BEFORE = {'std': 0.3, 'rank': 150.0, 'area': 0.88}
+
+
+@pytest.mark.parametrize(
+    ('now', 'word'),
+    [
+        ({'std': 0.98, 'rank': 40.0, 'area': 0.82}, 'healthy'),
+        ({'std': 0.98, 'rank': 40.0, 'area': 0.82, 'correlation': 0.4}, 'healthy'),
+        ({'std': 0.10, 'rank': 40.0, 'area': 0.82}, 'collapsed'),
+        ({'std': 0.98, 'rank': 149.0, 'area': 0.82}, 'nothing learned'),
+        ({'std': 0.70, 'rank': 40.0, 'area': 0.82}, 'partly collapsed'),
+        ({'std': 0.98, 'rank': 40.0, 'area': 0.93}, 'partly collapsed'),
+        ({'std': 0.98, 'rank': 40.0, 'area': 0.82, 'correlation': 0.97}, 'partly collapsed'),
+    ],
+)
+def test_the_verdict_is_that_of_the_numbers(now, word):
+    said = verdict(now, BEFORE)
+    assert said[0] == word
+    assert f'{now["std"]:.2f}' in said[1]
+    lines = [{'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
+             for epoch, values in ((0, BEFORE), (3, now))]  # fmt: skip
+    assert of_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
+    assert of_metrics(lines[1:]) is of_metrics([]) is None
