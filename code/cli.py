@@ -16,7 +16,7 @@ from config import UserError, WorkError, get_config, help_text, nearest, unused
 from terminal import complain, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
-ALONE = ('check_dataloader', 'pack', 'export', 'report')  # commands that have no work for several processes
+ALONE = ('check_dataloader', 'pack', 'export', 'report', 'select')  # commands that have no work for several processes
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
@@ -26,6 +26,10 @@ COMMANDS = {
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': ('ablate', "the paper's ablations: the variants of --table one after the other, ours beside the paper's"),
     'report': ('report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
+    'select': (
+        'picks',
+        'which images to label first with --ckpt_name, which are double, which are odd: CSV and pictures',
+    ),
     'embed': ('embed', 'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector'),
     'export': ('export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
 }

@@ -20,7 +20,7 @@ class WorkError(Exception):
     """The work itself failed: an unreadable image or checkpoint, a loss that is not finite. One line, exit code 1."""
 
 
-ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report')
+ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report', 'select')
 DATA = (*ALL, 'pack')
 TRAIN = ('train', 'ablate')
 VIEWS = ('check_dataloader', *TRAIN)
@@ -157,7 +157,7 @@ class Config:
     amp: str = option(
         'auto', 'precision of the network: bf16 (CUDA, CPU), fp16 (CUDA), off (float32); auto: bf16 where the GPU has '
         'it (else fp16, with tensor cores), or a short trial on this CPU shows that it is at least 1.3 times as fast',
-        ('auto', 'bf16', 'fp16', 'off'), used_by=('train', 'ablate', 'evaluate', 'infer', 'embed', 'report'),
+        ('auto', 'bf16', 'fp16', 'off'), used_by=('train', 'ablate', 'evaluate', 'infer', 'embed', 'report', 'select'),
     )  # fmt: skip
     compile: str = option(
         'auto', 'torch.compile: True, False, auto: on CUDA, where it works', ('auto', 'True', 'False'),
@@ -264,10 +264,19 @@ class Config:
         ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'), used_by=('ablate',),
     )  # fmt: skip
     output: str = option(
-        '', 'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth; '
+        '',
+        'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth, '
+        'select selected.csv; '
         'pack: a folder',
-        used_by=('infer', 'embed', 'export', 'pack'),
+        used_by=('infer', 'embed', 'export', 'pack', 'select'),
+    )
+    count: int = option(100, 'select: images to label first', low=1, high=10**6, used_by=('select',))
+    method: str = option(
+        'typical', 'select: the most typical of as many clusters, or each the farthest from all before',
+        ('typical', 'kcentre'), used_by=('select',),
     )  # fmt: skip
+    duplicates: float = option(0.99, 'select: cosine above which two images count as double', low=-1.0, high=1.0,
+                               used_by=('select',))  # fmt: skip  # fmt: skip
     pack_side: int = option(0, 'pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are',
                             low=0, high=4096, used_by=('pack',))  # fmt: skip
     shard_megabytes: float = option(1000.0, 'pack: size at which the next archive begins', low=0.001, high=1e6,

@@ -70,6 +70,19 @@ def beside(rows, captions, right, side=96):
     return image
 
 
+def tiles(rows, side=96):
+    """Rows of images, 3 x S x S in [0, 1] each, as one PIL image."""
+    gap = 6
+    width = max(map(len, rows)) * (side + gap) + gap
+    image = Image.new('RGB', (width, len(rows) * (side + gap) + gap), PAPER)
+    for i, row in enumerate(rows):
+        for j, tensor in enumerate(row):
+            picture = Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+            image.paste(picture, (gap + j * (side + gap), gap + i * (side + gap)))
+    return image
+
+
 def as_tensor(image):
     """A PIL image as 3 x H x W in [0, 1], as TensorBoard wants it."""
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 255

@@ -13,15 +13,19 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from common import CODE
 
 import results
 from ablate import TABLES
-from ckpt import checkpoints
+from ckpt import checkpoints, get_model_ckpt, new_model
 from config import changed, get_config, path_of
+from dataloader.load_dataset import load_splits
 from evaluate import evaluate
 from logger import read_metrics
+from protocols.linear import linear
 from runs import runs
+from utils import get_device
 from verdict import MEASURES
 
 SMALL = {'backbone': 'small', 'proj_layers': 2, 'proj_dim': 512, 'pred_dim': 128, 'learning_rate': 0.4,
@@ -112,21 +116,30 @@ def train_all(kind, given, seeds, held_out, folder):
 
 def measure(run):
     """{measure: number} of the last checkpoint of a run, its accuracies in percent beside them; kept in the run."""
-    linear = results.of_run(run, protocol='linear')[-1]
+    judged = results.of_run(run, protocol='linear')[-1]
     name = checkpoints(run)[-1].name
     if not (known := results.of_run(run, protocol='spectrum', checkpoint=name)):
         args = get_config(protocol='spectrum', ckpt_name=str(run / name), log_path=str(run.parent.parent / 'log'),
                           cache_path=str(run.parent.parent / 'cache'), quiet=True)  # fmt: skip
         known = [evaluate(args)]
     loss = read_metrics(run / 'metrics.jsonl')[-1]['pretraining/loss']
-    return {**known[-1]['measures'], 'loss': loss, 'linear': linear['top1'], 'knn': linear['knn_top1'],
-            'untrained': known[-1]['untrained'], 'knn_untrained': linear['knn_top1_untrained']}  # fmt: skip
+    return {**known[-1]['measures'], 'loss': loss, 'linear': judged['top1'], 'knn': judged['knn_top1'],
+            'untrained': known[-1]['untrained'], 'knn_untrained': judged['knn_top1_untrained']}  # fmt: skip
+
+
+def untrained_linear(run, kept):
+    """Linear top-1 of the network that a run began as; kept in a file, for the runs of a seed share it."""
+    if not kept.is_file():
+        args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run), cache_path=str(run.parent.parent / 'cache')))
+        model = new_model(args).to(get_device(args), memory_format=torch.channels_last)
+        kept.write_text(json.dumps(linear(args, model, load_splits(args))[0]['top1']))
+    return json.loads(kept.read_text())
 
 
 def correlations(rows):
     """{measure: (Spearman's correlation with linear top-1 over the runs, a 95 % interval)}."""
-    linear = [row['linear'] for row in rows]
-    return {name: with_interval([row[name] for row in rows], linear) for name in (*MEASURES, 'loss')}
+    accuracies = [row['linear'] for row in rows]
+    return {name: with_interval([row[name] for row in rows], accuracies) for name in (*MEASURES, 'loss')}
 
 
 def with_interval(x, y, tries=1000):
@@ -139,9 +152,14 @@ def with_interval(x, y, tries=1000):
 
 def spearman(pairs):
     """The correlation of the ranks of two rows of numbers; nan where one does not vary."""
-    places = [[((row < value).sum() + (row <= value).sum()) / 2 for value in row] for row in pairs]
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.corrcoef(places)[0, 1]
+        return np.corrcoef([places(row) for row in pairs])[0, 1]
+
+
+def places(row):
+    """The rank of each number, equal ones' mean."""
+    _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 def main():
@@ -154,7 +172,10 @@ def main():
     given = dict(text.removeprefix('--').split('=', 1) for text in others)
     folder, name = path_of(known.output), f'{known.set}{"_held_out" * known.held_out}'
     found = train_all(known.set, given, [*map(int, known.seeds.split(','))], known.held_out, folder)
-    rows = [{'variant': variant, 'seed': seed, 'run': run.name, **measure(run)} for variant, seed, run in found]
+    rows = []
+    for variant, seed, run in found:
+        before = untrained_linear(run, folder / f'untrained_{known.set}_{seed}.json')
+        rows.append({'variant': variant, 'seed': seed, **measure(run), 'linear_untrained': before})
     (folder / f'{name}.json').write_text(json.dumps(rows, indent=1) + '\n')
     for key, (rho, low, high) in correlations(rows).items():
         print(f'{key:16} {rho:6.2f}   {low:.2f} to {high:.2f}')

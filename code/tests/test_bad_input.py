@@ -1,4 +1,4 @@
-"""Bad input of every kind, as README.md's table says: what is printed, in one line, and the exit code.
+"""Bad input of every kind, as the table in README.md beside this says: what is printed, in one line, and the exit code.
 
 Each row of the table is a case here and each case a row; `...` in the table stands for any text.
 """
@@ -18,11 +18,11 @@ from conftest import CODE, TINY, one_line, own_paths
 from dataloader.images import decode
 
 RUN = 'model_name_simsiam_ckpt_0'
-README = CODE.parent / 'README.md'
+README = CODE / 'tests/README.md'
 
 
 def rows():
-    """{kind: (exit code, what is printed)} of the README's table of bad input."""
+    """{kind: (exit code, what is printed)} of that table."""
     table = README.read_text().split('| bad input |', 1)[1].split('\n\n', 1)[0]
     found = re.findall(r'^\| ([^|]+) \| (\d) \| `([^|]+)` \|$', table, re.M)
     return {kind.strip(): (int(code), said) for kind, code, said in found}

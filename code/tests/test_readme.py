@@ -1,4 +1,5 @@
-"""README.md as a newcomer takes it: every command as it is written, from top to bottom, in a copy of this repository.
+"""README.md, and those beside the code, as a newcomer takes them: every command as it is written, from top to bottom,
+in a copy of this repository.
 
 The programs that the commands call are made small, or stood in for, by stand_in.py; the folders of images that they
 name are drawn. `make test` alone is left to the continuous integration, which calls it.
@@ -21,7 +22,8 @@ from loss.negative_cosine import simsiam_loss
 
 ROOT = CODE.parent
 README = (ROOT / 'README.md').read_text()
-SHELL = re.findall(r'^```sh\n(.*?)^```$', README, re.M | re.S)
+PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted(CODE.glob('**/README.md')))}
+SHELL = [block for page in PAGES.values() for block in re.findall(r'^```sh\n(.*?)^```$', page, re.M | re.S)]
 PYTHON = re.findall(r'^```python\n(.*?)^```$', README, re.M | re.S)
 STANDS_IN = ('python3', 'python', 'pip3', 'make', 'docker', 'sudo', 'torchrun', 'tensorboard', 'srun', 'scontrol')
 TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
@@ -29,7 +31,7 @@ TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the to
 OF_OTHERS = {
     'index_url', 'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'max_restarts', 'logdir',
     'ntasks_per_node', 'nodes', 'gpus_per_node', 'cpus_per_task', 'time', 'signal', 'requeue', 'open_mode', 'help',
-    'kills', 'terms', 'name', 'batchsize',
+    'kills', 'terms', 'name', 'batchsize', 'held_out', 'seeds', 'set',
 }  # fmt: skip
 
 
@@ -113,17 +115,29 @@ def test_the_python_of_usage():
 
 
 def test_every_option_and_file_that_is_named_is_there():
-    text = README.replace('-ckpt_', '')
+    text = '\n'.join(PAGES.values()).replace('-ckpt_', '')
     options = {name.replace('-', '_') for name in re.findall(r'(?<![\w-])--([a-z][a-z0-9_-]+)', text)}
     assert options - set(OPTIONS) - OF_OTHERS == set()
-    for name in re.findall(r'\]\(((?:code|images)/[^)#]+|[A-Za-z-]+\.txt|Dockerfile)\)|<img src="([^"]+)"', README):
-        assert (ROOT / (name[0] or name[1])).exists(), name
-    tree = README.split('├── code/\n', 1)[1].split('```', 1)[0]
+    tree = PAGES[CODE / 'README.md'].split('├── code/\n', 1)[1].split('```', 1)[0]
     listed = set(re.findall(r'([\w-]+\.(?:py|txt|sh)|Dockerfile|Makefile)', tree))
     for name in listed:
         assert list(ROOT.glob(f'**/{name}')), name
     modules = {path.name for path in CODE.glob('*.py')}
     assert modules <= listed
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    text = PAGES[page]
     headings = {re.sub(r'[^\w -]', '', line).strip().lower().replace(' ', '-')
-                for line in re.findall(r'^#+ (.*)$', README, re.M)}  # fmt: skip
-    assert set(re.findall(r'\]\(#([^)]+)\)', README)) <= headings
+                for line in re.findall(r'^#+ (.*)$', text, re.M)}  # fmt: skip
+    for link in re.findall(r'\]\(([^)]+)\)|<img src="([^"]+)"', text):
+        path, _, heading = (link[0] or link[1]).partition('#')
+        if path.startswith('http'):
+            continue
+        assert not path or (page.parent / path).exists(), link
+        assert path or heading in headings, link
+
+
+def test_the_first_page_is_read_in_five_minutes():
+    assert len(README.splitlines()) <= 250

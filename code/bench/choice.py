@@ -1,0 +1,62 @@
+"""What labels are worth by who chose them: accuracy after labelling the images that `select` names, and random ones.
+
+    python3 bench/choice.py --output=results/choice_demo.json --ckpt_name=...
+
+A logistic regression on the features of the chosen images of train, judged on val; five seeds of each way and number.
+"""
+
+import json
+from statistics import mean
+
+import common  # noqa: F401
+import torch
+
+from ckpt import get_model_ckpt
+from config import get_config, path_of
+from dataloader.load_dataset import in_order, labelled, load_splits
+from metric import choose
+from metric.accuracy import topk_accuracy
+from protocols.features import features_of
+from protocols.transfer import logistic_regression
+from utils import random_from, use_device
+
+COUNTS, SEEDS = (10, 20, 50, 100), range(5)
+
+
+def at_random(x, count, seed):
+    return torch.randperm(len(x), generator=random_from('choice', seed))[:count]
+
+
+WAYS = {'random': at_random, 'typical': choose.typical, 'kcentre': choose.k_centre}
+
+
+def accuracy(x, labels, rows, val, val_labels, num_classes):
+    """Top-1 on val of a classifier of these rows, on features of one scale."""
+    scale = x.std(0).clamp(min=1e-6)
+    x, val = (x - x.mean(0)) / scale, (val - x.mean(0)) / scale
+    weight, bias = logistic_regression(x[rows], labels[rows], num_classes, 1.0)
+    return topk_accuracy(val @ weight.T + bias, val_labels, 1)
+
+
+def main():
+    import sys
+
+    given = dict(text.removeprefix('--').split('=', 1) for text in sys.argv[1:])
+    output = given.pop('output')
+    args = get_config(**given)
+    device = use_device(args)
+    args, model, checkpoint = get_model_ckpt(args)
+    splits, backbone = load_splits(args), model.backbone.to(device)
+    train, val = labelled(splits['train']), splits['val']
+    x, labels = features_of(args, backbone, in_order(args, train), 'train')
+    val_x, val_labels = features_of(args, backbone, in_order(args, val), 'val')
+    found = {way: {count: [accuracy(x, labels, choose_rows(x, count, seed), val_x, val_labels, len(val.classes))
+                           for seed in SEEDS] for count in COUNTS} for way, choose_rows in WAYS.items()}  # fmt: skip
+    for way, counts in found.items():
+        print(way, *(f'{count}: {mean(values):.1f}' for count, values in counts.items()))
+    about = {'checkpoint': checkpoint['path'].name, 'epoch': checkpoint['epoch'], 'top1': found}
+    path_of(output).write_text(json.dumps(about, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,194 @@
+"""The tables of README.md's Results and of results/README.md, made of the files under results/.
+
+    python3 bench/tables.py
+
+Writes each between its two marks, `<!-- figures: NAME -->` and `<!-- end -->`; tests/test_figures.py sees that they are
+what the files say, and that no other number stands in Results.
+"""
+
+import json
+import re
+from statistics import mean
+
+from common import CODE
+from evidence import correlations
+
+from logger import read_metrics
+from verdict import MEASURES, verdict
+
+RESULTS = CODE / 'results'
+PAGES = (CODE.parent / 'README.md', RESULTS / 'README.md')
+MARK = re.compile(r'(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)', re.S)
+NAMES = {'demo': 'demo', 'cifar10': 'CIFAR-10', 'clothing': 'clothing'}
+
+
+def markdown(head, rows):
+    """head: the titles; rows: lists of cells. A table, aligned by nothing."""
+    lines = [head, ['---'] * len(head), *rows]
+    return ''.join(f'| {" | ".join(str(cell) for cell in line)} |\n' for line in lines)
+
+
+def percent(value):
+    return f'{value:.1f}'
+
+
+def result(name, protocol, **wanted):
+    """The one result of a protocol in results/<name>."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob(f'evaluate_{protocol}*.json'))]
+    (one,) = [each for each in found if all(each['settings'].get(key) == value for key, value in wanted.items())]
+    return one
+
+
+def curve(name, tag):
+    """{epoch: value} of results/<name>/metrics.jsonl."""
+    lines = read_metrics(RESULTS / name / 'metrics.jsonl')
+    return {line['epoch']: line[f'pretraining/{tag}'] for line in lines if f'pretraining/{tag}' in line}
+
+
+def last(name, tag):
+    return [*curve(name, tag).values()][-1]
+
+
+def runs_of(kind):
+    return json.loads((RESULTS / f'evidence_{kind}.json').read_text())
+
+
+def demo():
+    """Five seeds in both precisions."""
+    rows, sums = [], []
+    for seed in range(5):
+        names = f'demo_bf16_{seed}', f'demo_off_{seed}'
+        numbers = [number for name in names for number in (last(name, 'knn_top1'), result(name, 'linear')['top1'])]
+        sums.append([curve(names[0], 'knn_top1')[0], *numbers])
+        rows.append([seed, *map(percent, sums[-1])])
+    rows.append(['mean', *(percent(mean(column)) for column in zip(*sums, strict=True))])
+    return markdown(['seed', 'kNN, untrained', 'kNN', 'linear', 'kNN, float32', 'linear, float32'], rows)
+
+
+def summary():
+    """A row for each kind of run."""
+    seeds = [f'demo_bf16_{seed}' for seed in range(5)]
+
+    def mean_of(numbers):
+        return percent(mean(numbers))
+
+    rows = [
+        ['the demo, 15 epochs, mean of five seeds', mean_of(curve(name, 'knn_top1')[0] for name in seeds),
+         mean_of(last(name, 'knn_top1') for name in seeds), mean_of(result(name, 'linear')['top1'] for name in seeds)],
+        ['CIFAR-10 JPEGs, small network, 10 epochs', percent(curve('cifar10_small_bf16', 'knn_top1')[0]),
+         percent(last('cifar10_small_bf16', 'knn_top1')), ''],
+        ['3,068 photographs of clothes, ResNet-18 at 96 px, 60 epochs', percent(curve('clothing', 'knn_top1')[0]),
+         percent(last('clothing', 'knn_top1')), percent(result('clothing', 'linear')['top1'])],
+    ]  # fmt: skip
+    return markdown(['run', 'kNN, untrained', 'kNN', 'linear'], rows)
+
+
+def cifar10():
+    rows = [[name, *(percent(value) for value in curve(f'cifar10_small_{amp}', 'knn_top1').values())]
+            for name, amp in (('bfloat16', 'bf16'), ('float32', 'off'))]  # fmt: skip
+    return markdown(['epochs', *curve('cifar10_small_off', 'knn_top1')], rows)
+
+
+def clothing():
+    semi = result('clothing', 'semi')
+    rows = [
+        ['kNN', percent(last('clothing', 'knn_top1')), f'untrained {percent(curve("clothing", "knn_top1")[0])}'],
+        ['linear', percent(result('clothing', 'linear')['top1']), ''],
+        ['fine-tuned on a tenth of the labels', percent(semi['top1']),
+         f'from scratch {percent(semi["top1_from_scratch"])}'],
+    ]  # fmt: skip
+    return markdown(['photographs of clothes', 'top-1', 'beside it'], rows)
+
+
+def detection():
+    rows = []
+    for path in sorted((RESULTS / 'clothing').glob('evaluate_detection_*.json')):
+        found = json.loads(path.read_text())
+        rows.append([found['init'], found['settings']['random_seed'], *(percent(found[name]) for name in
+                                                                        ('AP', 'AP50', 'AP75'))])  # fmt: skip
+    return markdown(['blood cells, from', 'seed', 'AP', 'AP50', 'AP75'], sorted(rows))
+
+
+def of_table(table, kind='demo'):
+    """[(variant, its rows, one a seed)] of a table of ablate.TABLES; what is another table's row is found there."""
+    found = {}
+    for row in runs_of(kind):
+        if row['variant'].startswith(table):
+            found.setdefault(row['variant'].partition(': ')[2], []).append(row)
+    return found.items()
+
+
+def collapse():
+    """Every variant of the demo with all seeds."""
+    rows = []
+    for table in ('collapse', 'predictor', 'bn'):
+        for variant, seeds in of_table(table):
+            rows.append([variant, ', '.join(percent(row['linear']) for row in seeds),
+                         *(f'{mean(row[name] for row in seeds):.{digits}f}' for name, digits in
+                           (('knn', 1), ('rank', 0), ('loss', 3), ('std', 2))),
+                         ', '.join(words(seeds))])  # fmt: skip
+    return markdown(['variant', 'linear', 'kNN', 'rank', 'loss', 'std', 'verdict'], rows)
+
+
+def words(rows):
+    """The verdicts on these runs, the same ones together."""
+    said = [verdict(row, row['untrained'])[0] for row in rows]
+    return [f'{word} ({said.count(word)} of {len(said)})' if len({*said}) > 1 else word for word in dict.fromkeys(said)]
+
+
+def measures():
+    """Spearman's correlation of each measure with linear top-1, within each set, and of all runs together."""
+    sets = {kind: runs_of(kind) for kind in NAMES}
+    found = {kind: correlations(rows) for kind, rows in sets.items()}
+    pooled = correlations([row for rows in sets.values() for row in rows])
+    names = sorted(pooled, key=lambda name: -abs(mean(found[kind][name][0] for kind in NAMES)))
+    rows = [[MEASURES.get(name, name), *(interval(*of[name]) for of in (*found.values(), pooled))] for name in names]
+    return markdown(['measure', *(f'{NAMES[kind]}, {len(rows)} runs' for kind, rows in sets.items()), 'all together'],
+                    rows)  # fmt: skip
+
+
+def interval(rho, low, high):
+    return f'{rho:.2f} ({low:.2f} to {high:.2f})'
+
+
+def held_out():
+    """The verdict on runs that chose nothing, and whether it was right: see `right`."""
+    rows = []
+    for kind in NAMES:
+        usual = [row['linear'] - row['linear_untrained'] for row in runs_of(kind) if 'as it is' in row['variant']]
+        for row in runs_of(f'{kind}_held_out'):
+            of = f'{NAMES[kind]}, {row["variant"].removeprefix("held_out_")}'
+
+            word = verdict(row, row['untrained'])[0]
+            gain = row['linear'] - row['linear_untrained']
+            numbers = [percent(row['linear_untrained']), percent(row['linear']), f'{row["std"]:.2f}',
+                       f'{row["rank"]:.0f}', f'{row["untrained"]["rank"]:.0f}']  # fmt: skip
+            rows.append([of, *numbers, word, 'right' if right(word, gain, mean(usual)) else 'wrong'])
+    return markdown(['run', 'linear, untrained', 'linear', 'std', 'rank', 'untrained', 'verdict', ''], rows)
+
+
+def right(word, gain, usual):
+    """Healthy is right where linear top-1 gained at least half of what the set's usual run gains; the others where it
+    did not."""
+    return (word == 'healthy') == (gain >= usual / 2)
+
+
+def choice():
+    """Accuracy after labelling the chosen images."""
+    rows = []
+    for kind in ('demo', 'clothing'):
+        found = json.loads((RESULTS / f'choice_{kind}.json').read_text())['top1']
+        for way, counts in found.items():
+            cells = [f'{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})' for values in counts.values()]
+            rows.append([f'{NAMES[kind]}, {way}', *cells])
+    return markdown(['labelled', *(f'{count}' for count in (10, 20, 50, 100))], rows)
+
+
+def write():
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(MARK.sub(lambda found: f'{found[1]}{globals()[found[2]]()}{found[4]}', text))
+
+
+if __name__ == '__main__':
+    write()

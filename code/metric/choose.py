@@ -1,0 +1,83 @@
+"""Which images to label first, which are double, which are odd: by their features alone.
+
+x: N x d features; all is by cosine, on directions of the centred features, for those of a network have a common part
+that makes every cosine near 1.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+from metric.knn import nearest
+
+NEIGHBOURS = 20  # of an image that say how typical it is (TypiClust, section 3)
+MOST_CLUSTERS = 500
+
+
+def directions(x):
+    """x, centred and at length 1."""
+    return normalize(x - x.mean(0), dim=1)
+
+
+def k_centre(x, count, seed=0):
+    """`count` rows, each the one farthest from all before it; the first is the nearest to the mean (seed 0), or any.
+
+    Sener and Savarese, arXiv 1708.00489: greedy k-centre. Returns row numbers, in the order chosen.
+    """
+    x = directions(x)
+    row = int((x @ x.mean(0)).argmax()) if not seed else seed % len(x)
+    closest, rows = torch.full((len(x),), -2.0, device=x.device), []
+    for _ in range(min(count, len(x))):
+        rows.append(row)
+        closest = torch.maximum(closest, x @ x[row])
+        closest[row] = 2.0
+        row = int(closest.argmin())
+    return torch.tensor(rows)
+
+
+def typical(x, count, seed=0):
+    """`count` rows, the most typical of each of so many clusters: the one whose NEIGHBOURS in it are nearest.
+
+    TypiClust (Hacohen et al., arXiv 2202.02794, section 3), for few labels: as many clusters (k-means) as images are
+    wanted, up to MOST_CLUSTERS, from the largest on, round after round. Returns row numbers, in the order chosen.
+    """
+    from sklearn.cluster import KMeans
+
+    x, count = directions(x), min(count, len(x))
+    clusters = min(count, MOST_CLUSTERS)
+    labels = KMeans(clusters, n_init=1, random_state=seed).fit(x.cpu().numpy()).labels_
+    members = [rows for rows in (torch.from_numpy(labels == i).nonzero()[:, 0] for i in range(clusters)) if len(rows)]
+    ordered = [rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()]
+               for rows in sorted(members, key=len, reverse=True)]  # fmt: skip
+    rounds = max(map(len, ordered))
+    rows = [int(of[turn]) for turn in range(rounds) for of in ordered if turn < len(of)]
+    return torch.tensor(rows[:count])
+
+
+def typicality(x):
+    """How near each row's NEIGHBOURS are, N: the mean of their cosines. x: N x d, of length 1."""
+    if len(x) == 1:
+        return x.new_zeros(1)
+    cosine, _ = nearest(x, x, min(NEIGHBOURS + 1, len(x)))
+    return cosine[:, 1:].mean(1)  # the first is the row itself
+
+
+def near_pairs(x, least, most=1000):
+    """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first, at most `most`."""
+    x = directions(x)
+    found, values = [], []
+    for start in range(0, len(x), 1024):
+        cosine = x[start : start + 1024] @ x.T
+        rows, others = (cosine > least).nonzero().T
+        keep = rows + start < others
+        found.append(torch.stack((rows[keep] + start, others[keep]), 1).cpu())
+        values.append(cosine[rows[keep], others[keep]].cpu())
+    pairs, values = torch.cat(found), torch.cat(values)
+    order = values.argsort(descending=True)[:most]
+    return pairs[order], values[order]
+
+
+def oddest(x, count):
+    """(the `count` rows that are farthest from their neighbours, how near those are), the oddest first."""
+    near = typicality(directions(x))
+    values, rows = near.sort()
+    return rows[:count].cpu(), values[:count].cpu()

@@ -1,0 +1,93 @@
+"""Which images to label first, which are double, which are odd: `select`, from the features of a checkpoint."""
+
+import csv
+
+import torch
+
+import pictures
+from ckpt import get_model_ckpt, list_checkpoints
+from config import UserError, path_of
+from dataloader.images import shown
+from dataloader.load_dataset import in_order, load_splits
+from infer import pixels_of
+from logger import say
+from metric import choose
+from protocols.features import features_of
+from utils import save_picture, use_device, write_aside
+
+SHOWN = 48  # images of a picture
+ACROSS = 12  # of a row
+METHODS = {'typical': choose.typical, 'kcentre': choose.k_centre}
+
+
+def select(args):
+    """Write --output, the images of train to label first, and beside it the near-duplicates of all splits and the
+    oddest images of train, each as CSV and as a picture. Returns the path of the first.
+
+    Raises UserError without a checkpoint, or where fewer images than --count are there.
+    """
+    if not args.ckpt_name:
+        known = list_checkpoints(args)
+        hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
+        raise UserError(f'select wants --ckpt_name=<run>/<checkpoint>; {hint}')
+    device = use_device(args)
+    args, model, _ = get_model_ckpt(args)
+    backbone = model.backbone.to(device, memory_format=torch.channels_last)
+    splits = {name: images for name, images in load_splits(args).items() if images}
+    train = splits['train']
+    if args.count > len(train):
+        raise UserError(f'--count={args.count}: {shown(train.folder)} has {len(train)} images')
+    features = {name: features_of(args, backbone, in_order(args, images), f'features of {name}')[0]
+                for name, images in splits.items()}  # fmt: skip
+    output = path_of(args.output or 'data/selected.csv')
+    chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
+    write_rows(output, ('file',), [[train.names[row]] for row in chosen.tolist()])
+    save_picture(gallery(args, [(train, row) for row in chosen.tolist()[:SHOWN]]), output.with_suffix('.png'))
+    say(f'{len(chosen)} of {len(train)} images to label first ({args.method}): {output}')
+    doubles(args, splits, features, output)
+    odd(args, train, features['train'], output)
+    return output
+
+
+def doubles(args, splits, features, output):
+    """Pairs of images above --duplicates, also of two splits: what stands in both train and val flatters."""
+    places = [(name, row) for name, images in splits.items() for row in range(len(images))]
+    pairs, cosines = choose.near_pairs(torch.cat([*features.values()]), args.duplicates)
+    found = [[*(places[row] for row in pair), cosine]
+             for pair, cosine in zip(pairs.tolist(), cosines.tolist(), strict=True)]  # fmt: skip
+    path = output.with_name(f'{output.stem}_duplicates.csv')
+    rows = [[f'{cosine:.4f}', *(part for split, row in pair for part in (split, splits[split].names[row]))]
+            for *pair, cosine in found]  # fmt: skip
+    write_rows(path, ('cosine', 'split', 'file', 'other_split', 'other_file'), rows)
+    leaks = sum(one[0] != other[0] for one, other, _ in found)
+    say(f'{len(found)} pairs with a cosine above {args.duplicates:g}, {leaks} of them in two splits: {path}')
+    if found:
+        shown_pairs = [[(splits[split], row) for split, row in pair] for *pair, _ in found[: SHOWN // 2]]
+        save_picture(gallery(args, sum(shown_pairs, [])), path.with_suffix('.png'))
+
+
+def odd(args, train, features, output):
+    """The images that are least like any other."""
+    rows, near = choose.oddest(features, min(args.count, len(train)))
+    path = output.with_name(f'{output.stem}_outliers.csv')
+    found = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
+    write_rows(path, ('cosine_of_neighbours', 'file'), found)
+    save_picture(gallery(args, [(train, row) for row in rows.tolist()[:SHOWN]]), path.with_suffix('.png'))
+    say(f'the {len(rows)} images that are least like any other: {path}')
+
+
+def gallery(args, places):
+    """A picture of images, (Images, row) each, ACROSS in a row."""
+    tiles = [pixels_of(args, images, torch.tensor([row]))[0] for images, row in places]
+    rows = [tiles[start : start + ACROSS] for start in range(0, len(tiles), ACROSS)]
+    return pictures.tiles(rows)
+
+
+def write_rows(path, head, rows):
+    """A CSV file; a name is bytes, and is written as it is."""
+
+    def write(aside):
+        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            csv.writer(file).writerows([head, *rows])
+
+    write_aside(path, write)

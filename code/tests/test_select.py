@@ -1,0 +1,106 @@
+"""Which images `select` names: on points made by hand, and through the command."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cli
+from conftest import TINY, one_line, own_paths
+from metric import choose
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+def clusters(sizes, d=8, spread=0.05, seed=0):
+    """(x, the cluster of each row): tight groups around far directions."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.linalg.qr(torch.randn(d, d, generator=generator))[0][: len(sizes)]
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return centres[labels] + spread * torch.randn(len(labels), d, generator=generator), labels
+
+
+@pytest.mark.parametrize('way', [choose.typical, choose.k_centre])
+def test_every_cluster_gets_one_before_any_gets_two(way):
+    x, labels = clusters([40, 30, 20, 5])
+    rows = way(x, 4)
+    assert sorted(labels[rows].tolist()) == [0, 1, 2, 3]
+
+
+def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
+    x, labels = clusters([60, 20])
+    first, second = choose.typical(x, 2).tolist()
+    assert labels[first] == 0
+    of_first = choose.directions(x)[labels == 0]
+    middle = of_first @ of_first.mean(0)
+    assert (middle > (choose.directions(x)[first] @ of_first.mean(0))).sum() < 15
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 60), st.integers(0, 50), st.sampled_from([choose.typical, choose.k_centre]))
+def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
+    rows = way(x, count, seed).tolist()
+    assert len(rows) == len({*rows}) == min(n, count)
+    assert all(0 <= row < n for row in rows)
+
+
+def test_k_centre_takes_the_farthest():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    rows, directions = choose.k_centre(x, 10).tolist(), choose.directions(x)
+    for i in range(1, 10):
+        near = (directions @ directions[rows[:i]].T).amax(1)
+        assert near[rows[i]] == pytest.approx(near.min().item(), abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 60), st.integers(0, 50), st.floats(-0.5, 0.9))
+def test_pairs_are_those_of_a_double_loop(n, seed, least):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    d = choose.directions(x)
+    wanted = {(i, j) for i in range(n) for j in range(i + 1, n) if d[i] @ d[j] > least}
+    pairs, cosines = choose.near_pairs(x, least, most=10**6)
+    assert {tuple(pair) for pair in pairs.tolist()} == wanted
+    assert cosines.tolist() == sorted(cosines.tolist(), reverse=True)
+
+
+def test_the_odd_one_is_found():
+    x, _ = clusters([30, 30, 1])
+    rows, near = choose.oddest(x, 3)
+    assert rows[0] == 60
+    assert near.tolist() == sorted(near.tolist())
+
+
+def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys):
+    """A training image copied into another class and one into val are found, at the head of the list."""
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    first, second = sorted((folder / 'train').rglob('*.png'))[:2]
+    other = sorted(path for path in (folder / 'train').iterdir() if path != first.parent)[0]
+    shutil.copy(first, other / 'copy.png')
+    shutil.copy(second, folder / 'val' / second.parent.name / 'leak.png')
+    paths = own_paths(tmp_path)
+    assert cli.main(['train', *TINY, '--max_epochs=1', f'--image_path={folder}', *paths]) == 0
+    options = [f'--ckpt_name={RUN}', *paths, f'--output={tmp_path}/out/chosen.csv', '--duplicates=0.9999']
+    assert cli.main(['select', *options, '--count=7']) == 0
+    said = capsys.readouterr().out
+    with open(tmp_path / 'out/chosen.csv', newline='') as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ['file']
+    assert len({row[0] for row in rows[1:]}) == 7
+    with open(tmp_path / 'out/chosen_duplicates.csv', newline='') as file:
+        pairs = [frozenset((row['file'], row['other_file'])) for row in csv.DictReader(file)]
+    names = {frozenset((f'{first.parent.name}/{first.name}', f'{other.name}/copy.png')),
+             frozenset((f'{second.parent.name}/{second.name}', f'{second.parent.name}/leak.png'))}  # fmt: skip
+    assert names <= {*pairs}
+    assert ' of them in two splits' in said
+    for name in ('chosen', 'chosen_duplicates', 'chosen_outliers'):
+        with Image.open(tmp_path / f'out/{name}.png') as picture:
+            assert picture.width > 100
+    assert cli.main(['select', *options, '--count=100000']) == 2
+    assert '--count=100000' in one_line(capsys.readouterr().err)
+    assert cli.main(['select', *paths]) == 2
+    assert 'the newest is --ckpt_name=' in one_line(capsys.readouterr().err)
