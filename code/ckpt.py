@@ -34,7 +34,8 @@ ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'pred
 # What belongs to this call and this machine, and never comes from a checkpoint.
 OF_THE_CALL = ('ckpt_name', 'init_from', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers',
                'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile', 'save_minutes',
-               'keep_last', 'resume', 'from_run', 'quiet', 'classifier', 'count', 'method', 'duplicates')  # fmt: skip
+               'keep_last', 'resume', 'from_run', 'quiet', 'classifier', 'count', 'method', 'duplicates',
+               'sort', 'diff')  # fmt: skip
 
 
 def get_model_ckpt(args):

@@ -16,7 +16,14 @@ from config import UserError, WorkError, get_config, help_text, nearest, unused
 from terminal import complain, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
-ALONE = ('check_dataloader', 'pack', 'export', 'report', 'select')  # commands that have no work for several processes
+ALONE = (
+    'check_dataloader',
+    'pack',
+    'export',
+    'report',
+    'select',
+    'runs',
+)  # commands that have no work for several processes
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
@@ -30,6 +37,7 @@ COMMANDS = {
         'picks',
         'which images to label first with --ckpt_name, which are double, which are odd: CSV and pictures',
     ),
+    'runs': ('listing', 'every run under --ckpt_path: state, numbers, options that differ; --diff=RUN1,RUN2'),
     'embed': ('embed', 'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector'),
     'export': ('export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
 }
@@ -41,6 +49,9 @@ def runner(command):
     @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
     def run(*words, **options):
         args = read_options(command, words, options)
+        if command == 'runs':  # at once: without torch
+            importlib.import_module(COMMANDS[command][0]).runs(args)
+            return
         import distributed
         from logger import be_quiet
         from utils import keep_freed_memory, short_paths_for_processes

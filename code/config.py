@@ -252,7 +252,9 @@ class Config:
                                  low=32, high=4096, used_by=EVALUATE)  # fmt: skip
 
     # Files
-    ckpt_path: str = option('data/checkpoints', 'folder of the run folders with checkpoints', used_by=ALL[1:])
+    ckpt_path: str = option(
+        'data/checkpoints', 'folder of the run folders with checkpoints', used_by=(*ALL[1:], 'runs')
+    )
     ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
                             used_by=ALL[1:])  # fmt: skip
     log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], *ALL[4:]))
@@ -266,10 +268,15 @@ class Config:
     output: str = option(
         '',
         'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth, '
-        'select selected.csv; '
+        'select selected.csv; runs: a CSV file; '
         'pack: a folder',
-        used_by=('infer', 'embed', 'export', 'pack', 'select'),
+        used_by=('infer', 'embed', 'export', 'pack', 'select', 'runs'),
     )
+    sort: str = option(
+        'run', 'runs: the column that they are sorted by, the best first',
+        ('run', 'state', 'epoch', 'loss', 'std', 'knn', 'rank', 'linear'), used_by=('runs',),
+    )  # fmt: skip
+    diff: str = option('', 'runs: two runs whose options are compared, RUN1,RUN2', used_by=('runs',))
     count: int = option(100, 'select: images to label first', low=1, high=10**6, used_by=('select',))
     method: str = option(
         'typical', 'select: the most typical of as many clusters, or each the farthest from all before',

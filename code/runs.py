@@ -11,6 +11,8 @@ from ckpt import OF_THE_CALL, checkpoints, read, save_checkpoint, versions
 from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
 from distributed import rank
 from formats import upgraded
+from listing import MARK, mark_of_this_process
+from listing import read as read_json
 from stop import held
 from utils import write_aside
 
@@ -26,6 +28,17 @@ class Run:
     def __init__(self, args, folder, path=None, position=(0, 0)):
         self.args, self.folder, self.path, self.position = args, folder, path, position
         self.saved_at, self.deadline = time.time(), 0.0
+
+    def begin(self):
+        """Say in the folder that this process trains it."""
+        if not rank():
+            text = json.dumps(mark_of_this_process())
+            write_aside(self.folder / MARK, lambda aside: aside.write_text(text))
+
+    def end(self):
+        """Say no more that it trains."""
+        if not rank():
+            (self.folder / MARK).unlink(missing_ok=True)
 
     def save(self, state):
         """Write a checkpoint, unless this very state is saved. Raises Diverged, and OSError where it cannot be written:
@@ -92,9 +105,12 @@ def new_run(args):
 
 
 def describe_run(run, args):
-    """Write run.json into the folder of a new run: its options, the command, versions, the time."""
-    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(),
-             'started': time.strftime('%Y-%m-%d %H:%M:%S')}  # fmt: skip
+    """Write run.json into the folder of a run: its options, the command, versions, the time; of one that is gone on
+    with the present ones, and when it first began."""
+    now, before = time.strftime('%Y-%m-%d %H:%M:%S'), read_json(run / 'run.json')
+    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', now)}
+    if before:
+        about['resumed'] = now
     if not rank():
         write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 

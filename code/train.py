@@ -42,6 +42,7 @@ def train(args):
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
     net = distributed.wrap(state.model, device)
     watch = Watch(args, run, iterators, state)
+    run.begin()
     try:
         watch.begin(state)
         while state.epoch < args.max_epochs:
@@ -52,6 +53,8 @@ def train(args):
     except BaseException as end:
         watch.close()
         save_on_the_way_out(run, state, end)  # raises `end` again, but where it was the time that is up
+    finally:
+        run.end()
     watch.close()
     if state.epoch == args.max_epochs:
         say(f'pretraining done in {duration(time.time() - started)}')
@@ -159,7 +162,7 @@ def set_up(args):
         run = Run(args, checkpoint['run'], checkpoint['path'], state.position)
     else:
         run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
-        describe_run(run.folder, args)
+    describe_run(run.folder, args)
     log_to(run.folder / 'log.txt')
     introduce(args, state, run, iterators['train'])
     return args, state, iterators, run

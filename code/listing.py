@@ -1,0 +1,173 @@
+"""`runs`: every run of --ckpt_path in a table: state, epoch, loss, std, kNN, rank, result, and the options that differ.
+
+Reads small files alone and imports nothing heavy: a thousand runs take about a second.
+"""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from config import OPTIONS, UserError, path_of
+
+MARK = 'running.json'  # in the folder of a run that trains: by whom
+# Columns that may be sorted by, and whether the largest comes first.
+COLUMNS = {'run': False, 'state': False, 'epoch': True, 'loss': False, 'std': True, 'knn': True, 'rank': False,
+           'linear': True}  # fmt: skip
+# Of the call and the machine, not of what is trained.
+NOT_SHOWN = {'model_name', 'ckpt_path', 'log_path', 'cache_path', 'resume', 'ckpt_name', 'output', 'quiet',
+             'num_workers', 'device', 'evaluate_after'}  # fmt: skip
+
+
+def runs(args):
+    """Print the table, sorted by --sort, or with --diff two runs' options side by side; --output: also as CSV.
+
+    Raises UserError where there is no run, or none of a name in --diff.
+    """
+    root = path_of(args.ckpt_path)
+    folders = sorted(path.parent for path in root.glob('*/run.json')) if root.is_dir() else []
+    if not folders:
+        raise UserError(f'there is no run in {root} yet: python3 cli.py train')
+    if args.diff:
+        return difference(root, args.diff.split(','))
+    found = [(row_of(folder), options_of(folder)) for folder in folders]
+    varied = differing([options for _, options in found])
+    usual = {name: most_common([options.get(name) for _, options in found]) for name in varied}
+    for row, options in found:
+        own = [name for name in varied if name in options and options[name] != usual[name]]
+        row['options'] = ' '.join(f'{name}={options[name]}' for name in own)
+    rows = ordered([row for row, _ in found], args.sort)
+    print(as_text(rows, None if args.output or not sys.stdout.isatty() else shutil.get_terminal_size().columns))
+    if args.output:
+        with open(path_of(args.output), 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            table = csv.DictWriter(file, [*rows[0]])
+            table.writeheader()
+            table.writerows(rows)
+        print(f'written to {path_of(args.output)}')
+    return rows
+
+
+def row_of(folder):
+    """What a run has come to, as text by column; '' for what it has not."""
+    last, at_end = {}, {}
+    for line in lines_of(folder / 'metrics.jsonl'):
+        last = {**last, **line}
+    at_end = {name: last.get(f'pretraining/{tag}') for name, tag in
+              (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))}  # fmt: skip
+    epochs, epoch = options_of(folder).get('max_epochs', 0), last.get('epoch', 0)
+    judged = [content for path in sorted(folder.glob('evaluate_linear*.json'), key=lambda path: path.stat().st_mtime)
+              if 'top1' in (content := read(path))]  # fmt: skip
+    number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
+    return {
+        'run': folder.name,
+        'state': state_of(folder, epoch, epochs),
+        'epoch': f'{epoch}/{epochs}',
+        **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
+        'linear': f'{judged[-1]["top1"]:.2f}' if judged else '',
+    }
+
+
+def state_of(folder, epoch, epochs):
+    """finished; running, where its process is there (or on another machine said to be); stopped, saved; lost: its
+    process is gone and has not said so."""
+    mark = read(folder / MARK)
+    if mark:
+        if mark.get('host') != socket.gethostname():
+            return f'running on {mark.get("host")}'
+        return 'running' if started(mark.get('pid', 0)) == mark.get('started') else 'lost'
+    return 'finished' if epoch >= epochs else 'stopped'
+
+
+def started(pid):
+    """When a process of this machine began, in the system's ticks: a number that a later one of the same pid has not;
+    None where there is none."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+    except OSError:
+        try:  # not Linux: whether it is there is all that can be told
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return '' if not Path('/proc/self/stat').exists() else None
+
+
+def mark_of_this_process():
+    return {'host': socket.gethostname(), 'pid': os.getpid(), 'started': started(os.getpid())}
+
+
+def options_of(folder):
+    found = read(folder / 'run.json').get('args', {})
+    return found if isinstance(found, dict) else {}
+
+
+def read(path):
+    """A file of JSON as a dict; an empty one where it is not there, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def lines_of(path):
+    """The lines of a metrics file as dicts, those that are whole."""
+    try:
+        text = path.read_text(encoding='utf-8')
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def differing(options):
+    """The options that are not the same in all runs."""
+    names = [name for name in OPTIONS if name not in NOT_SHOWN]
+    return [name for name in names if len({repr(of.get(name)) for of in options}) > 1]
+
+
+def most_common(values):
+    return max({*values}, key=values.count) if len({*values}) < 100 else None
+
+
+def ordered(rows, column):
+    """Rows by a column; those that have nothing there last."""
+    if column in ('run', 'state'):
+        return sorted(rows, key=lambda row: row[column])
+    with_it = [row for row in rows if row[column]]
+    with_it.sort(key=lambda row: float(row[column].split('/')[0]), reverse=COLUMNS[column])
+    return with_it + [row for row in rows if not row[column]]
+
+
+def as_text(rows, width):
+    """Columns under their names; lines no longer than `width`, where there is one."""
+    lines = [dict(zip(rows[0], rows[0], strict=True)), *rows]
+    sizes = {name: max(len(line[name]) for line in lines) for name in rows[0]}
+    text = ['  '.join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
+    return '\n'.join(line if not width or len(line) <= width else line[: width - 1] + '…' for line in text)
+
+
+def difference(root, names):
+    """Print the options and last numbers in which the named runs differ; returns them."""
+    for name in names:
+        if not (root / name / 'run.json').is_file():
+            raise UserError(f'--diff: there is no run {name} in {root}; python3 cli.py runs lists them')
+    if len(names) != 2:
+        raise UserError('--diff wants two runs: --diff=RUN1,RUN2')
+    options, rows = [options_of(root / name) for name in names], [row_of(root / name) for name in names]
+    found = [(f'--{name}', *(str(of.get(name)) for of in options)) for name in differing(options)]
+    found += [
+        (name, *(row[name] for row in rows)) for name in COLUMNS if name != 'run' and rows[0][name] != rows[1][name]
+    ]
+    lines = [('', *names), *found]
+    sizes = [max(len(line[column]) for line in lines) for column in range(3)]
+    print('\n'.join('  '.join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip()
+                    for line in lines))  # fmt: skip
+    return found

@@ -1,0 +1,128 @@
+"""The table of runs: what it says of each, by real runs and processes, and how fast."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import cli
+import listing
+from config import get_config
+from conftest import CODE, TINY, one_line, own_paths
+
+RUN = 'model_name_simsiam_ckpt_'
+
+
+def made(root, name, epoch=3, mark=None, **options):
+    """A run's folder with its small files."""
+    folder = root / 'ckpt' / name
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text(json.dumps({'args': {'max_epochs': 3, 'learning_rate': 0.05, **options}}))
+    lines = [{'epoch': i, 'pretraining/loss': -0.1 * i, 'pretraining/rank': 100.0 - i} for i in range(epoch + 1)]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if mark:
+        (folder / listing.MARK).write_text(json.dumps(mark))
+    return folder
+
+
+def rows(root, *options):
+    return {row['run']: row for row in listing.runs(get_config(ckpt_path=str(root / 'ckpt'), **dict(options)))}
+
+
+def test_what_each_run_is(tmp_path, capsys):
+    here = listing.mark_of_this_process()
+    made(tmp_path, 'a')
+    made(tmp_path, 'b', epoch=1, learning_rate=0.5)
+    made(tmp_path, 'c', epoch=1, mark=here)
+    made(tmp_path, 'd', epoch=1, mark={**here, 'started': '1'})  # its number has another process now
+    made(tmp_path, 'e', epoch=1, mark={'host': 'elsewhere', 'pid': 1, 'started': '1'})
+    (made(tmp_path, 'f', epoch=2) / 'run.json').write_text('{damaged')
+    (made(tmp_path, 'g', epoch=2) / 'metrics.jsonl').write_text('{"epoch": 1, "pretraining/loss": -0.1}\n{"epo')
+    found = rows(tmp_path)
+    states = {name: row['state'] for name, row in found.items()}
+    assert states == {'a': 'finished', 'b': 'stopped', 'c': 'running', 'd': 'lost', 'e': 'running on elsewhere',
+                      'f': 'finished', 'g': 'stopped'}  # fmt: skip
+    assert (found['b']['epoch'], found['b']['loss'], found['b']['rank']) == ('1/3', '-0.1000', '99.0')
+    assert found['b']['options'] == 'learning_rate=0.5'
+    assert found['g']['epoch'] == '1/3'
+    said = capsys.readouterr().out
+    assert all(name in said for name in found)
+
+
+@pytest.mark.parametrize('column', listing.COLUMNS)
+def test_it_is_sorted_by_any_column_the_best_first(column, tmp_path):
+    for number, name in enumerate(random.Random(1).sample('abcdefg', 7)):
+        folder = made(tmp_path, name, epoch=number % 4)
+        if number == 3:
+            (folder / 'metrics.jsonl').unlink()
+    found = [row[column] for row in listing.runs(get_config(ckpt_path=str(tmp_path / 'ckpt'), sort=column))]
+    there = [value for value in found if value]
+    assert found == there + [''] * (len(found) - len(there))
+    keys = there if column in ('run', 'state') else [float(value.split('/')[0]) for value in there]
+    assert keys == sorted(keys, reverse=listing.COLUMNS[column])
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    made(tmp_path, 'a')
+    made(tmp_path, 'b', epoch=1, learning_rate=0.5)
+    paths = [f'--ckpt_path={tmp_path}/ckpt']
+    assert cli.main(['runs', '--diff=a,b', *paths]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ['--learning_rate', '0.05', '0.5']
+    assert ['epoch', '3/3', '1/3'] in [line.split() for line in said]
+    for wrong, why in (('a,x', 'no run x'), ('a', 'wants two runs')):
+        assert cli.main(['runs', f'--diff={wrong}', *paths]) == 2
+        assert why in one_line(capsys.readouterr().err)
+    assert cli.main(['runs', f'--ckpt_path={tmp_path}/none']) == 2
+    assert 'there is no run in' in one_line(capsys.readouterr().err)
+
+
+def test_a_thousand_runs_take_no_two_seconds_and_no_torch(tmp_path):
+    for number in range(1000):
+        made(tmp_path, f'model_name_x_ckpt_{number}', learning_rate=number / 100)
+    command = [sys.executable, '-X', 'importtime', 'cli.py', 'runs', f'--ckpt_path={tmp_path}/ckpt',
+               f'--output={tmp_path}/runs.csv', '--sort=rank']  # fmt: skip
+    before = os.times()
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=True)
+    after = os.times()
+    assert '| torch\n' not in done.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+    assert 'model_name_x_ckpt_999' in done.stdout
+    with open(tmp_path / 'runs.csv', newline='') as file:
+        assert len(list(csv.DictReader(file))) == 1000
+
+
+def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
+    """Killed in the middle; gone on with, it ends, and its mark with it."""
+    options = [
+        *TINY,
+        '--max_epochs=400',
+        f'--image_path={drawn}',
+        *own_paths(tmp_path),
+        '--save_every=1',
+        '--knn_every=0',
+    ]
+    process = subprocess.Popen([sys.executable, 'cli.py', 'train', *options], cwd=CODE, stdout=subprocess.DEVNULL)
+    folder, end = tmp_path / 'ckpt' / f'{RUN}0', time.monotonic() + 120
+    while not list(folder.glob('loss_*')) and time.monotonic() < end:
+        time.sleep(0.1)
+    (row,) = rows(tmp_path).values()
+    assert row['state'] == 'running'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (row,) = rows(tmp_path).values()
+    assert row['state'] == 'lost'
+    epoch = int(row['epoch'].split('/')[0])
+    began = json.loads((folder / 'run.json').read_text())['started']
+    assert cli.main(['train', *options, f'--max_epochs={epoch + 1}', f'--resume={folder.name}']) == 0
+    assert not (folder / listing.MARK).exists()
+    about = json.loads((folder / 'run.json').read_text())
+    assert (about['args']['max_epochs'], about['started']) == (epoch + 1, began)
+    (row,) = rows(tmp_path).values()
+    assert (row['state'], row['epoch']) == ('finished', f'{epoch + 1}/{epoch + 1}')
