@@ -12,7 +12,7 @@ import fire
 from fire.decorators import SetParseFn
 
 import stop
-from config import UserError, WorkError, get_config, help_text, nearest, unused
+from config import UserError, WorkError, get_config, help_of, help_text, nearest, unused
 from terminal import complain, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
@@ -87,12 +87,15 @@ def main(argv):
     if not argv or argv[0] in ('--help', '-h', 'help'):
         print('python3 cli.py <command> --option=value ...\n')
         print('\n'.join(f'  {name:18}{purpose}' for name, (_, purpose) in COMMANDS.items()))
-        print('\npython3 cli.py <command> --help lists the options of a command.')
+        print('\npython3 cli.py <command> --help lists the options of a command, --help=<option> tells more of one.')
         return 0
     command = argv[0]
     try:
         if command not in COMMANDS:
             raise UserError(f'there is no command {command!r}; did you mean {nearest(command, COMMANDS)}?')
+        if asked := [word for word in argv if word.startswith('--help=')]:
+            print(help_of(asked[0].removeprefix('--help=')))
+            return 0
         if {'--help', '-h'} & set(argv):
             print(f'{command}: {COMMANDS[command][1]}\n\n{help_text(command)}')
             return 0

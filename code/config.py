@@ -368,6 +368,13 @@ def distortion(args, name):
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
+# Themes of --help, by the first option of each in Config; and what people set most.
+THEMES = {'Data': 'preset', 'Views': 'augmentation', 'Model': 'model_name', 'The method, changed': 'stop_gradient',
+          'Optimisation': 'batch_size', 'Watching': 'knn_every', 'Evaluation': 'evaluate_after', 'Files': 'ckpt_path',
+          'What a command makes': 'table'}  # fmt: skip
+OFTEN = ('preset', 'image_path', 'ckpt_name', 'protocol', 'backbone', 'batch_size', 'max_epochs', 'learning_rate',
+         'augmentation', 'resume', 'model_name', 'output', 'count', 'sort', 'diff', 'format', 'table', 'image_size',
+         'random_seed', 'device', 'num_workers', 'amp', 'ckpt_path')  # fmt: skip
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 
@@ -432,18 +439,53 @@ def nearest(word, words):
 
 
 def help_text(command):
-    """The options that `command` uses, each with its default and meaning, and what the presets change."""
-    lines = []
-    for name, f in OPTIONS.items():
-        if command in f.metadata['used_by']:
-            default = repr(f.default) if f.default == '' else f.default
-            lines.append(f'  --{name}={default}'.ljust(36) + f.metadata['meaning'])
-            if f.metadata['choices']:
-                lines[-1] += f' [{" | ".join(f.metadata["choices"])}]'
+    """The options that `command` uses, the most used first, then by theme, each with its default and meaning; and what
+    the presets change."""
+    names = [name for name, f in OPTIONS.items() if command in f.metadata['used_by']]
+    often = [name for name in OFTEN if name in names][:10]
+    lines = ['Most used', *map(help_line, often)]
+    for theme, group in themes().items():
+        rest = [name for name in group if name in names and name not in often]
+        lines += [f'\n{theme}', *map(help_line, rest)] if rest else []
     lines.append('\nPresets change these defaults:')
     for preset, changes in PRESETS.items():
         said = ' '.join(f'--{name}={value}' for name, value in changes.items())
         lines.append(f'  {preset}: {said or "none, the defaults are its values"}')
+    return '\n'.join(lines)
+
+
+def themes():
+    """{theme: its options}, in the order of Config."""
+    found, first = {}, {name: theme for theme, name in THEMES.items()}
+    for name in OPTIONS:
+        theme = first.get(name) or [*found][-1]
+        found.setdefault(theme, []).append(name)
+    return found
+
+
+def help_line(name):
+    """An option with its default, meaning and choices."""
+    f = OPTIONS[name]
+    default = repr(f.default) if f.default == '' else f.default
+    choices = f' [{" | ".join(f.metadata["choices"])}]' if f.metadata['choices'] else ''
+    return f'  --{name}={default}'.ljust(36) + f.metadata['meaning'] + choices
+
+
+def help_of(name):
+    """All there is to say of one option. Raises UserError where there is none of this name."""
+    name = name.lstrip('-').replace('-', '_')
+    if name not in OPTIONS:
+        raise UserError(f'--help={name}: there is no such option; the nearest is --help={nearest(name, OPTIONS)}')
+    f = OPTIONS[name]
+    limits, kind = f.metadata, {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[f.type]
+    lines = [f'--{name}, {kind}: {limits["meaning"]}', f'default    {f.default!r}']
+    if limits['choices']:
+        lines.append(f'one of     {", ".join(limits["choices"])}')
+    if limits['low'] is not None:
+        lines.append(f'between    {limits["low"]:g} and {limits["high"]:g}')
+    lines += [f'preset     {preset}: {changes[name]!r}' for preset, changes in PRESETS.items() if name in changes]
+    lines.append(f'theme      {next(theme for theme, names in themes().items() if name in names)}')
+    lines.append(f'used by    {", ".join(limits["used_by"])}')
     return '\n'.join(lines)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import cli
 import config
-from config import OPTIONS, UserError, get_config
+from config import OPTIONS, UserError, get_config, help_of, themes
 from conftest import CODE, one_line, run
 
 
@@ -69,8 +69,27 @@ def test_help_answers_without_torch(tmp_path):
         if 'train' in option.metadata['used_by']:
             assert re.search(rf'--{name}={re.escape(str(option.default))}.* {re.escape(option.metadata["meaning"])}',
                              done.stdout), name  # fmt: skip
+    headings = re.findall(r'^(?=\w)(?!Presets|train)(.+)$', done.stdout, re.M)
+    assert headings == ['Most used', 'Data', 'Views', 'Model', 'The method, changed', 'Optimisation', 'Watching',
+                        'Evaluation', 'Files']  # fmt: skip
+    assert len(done.stdout.split('Most used')[1].split('\n\n')[0].strip().splitlines()) == 10
+    one = run('train', '--help=learning-rate', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
+    assert 'preset     cifar10: 0.03' in one.stdout
+    assert 'between    0 and 100' in one.stdout
+    wrong = run('train', '--help=learning', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
+    assert (wrong.returncode, 'nearest is --help=learning_rate' in wrong.stderr) == (2, True)
     typo = run('train', '--batchsize=3', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
     assert (typo.returncode, 'torch' in typo.stderr) == (2, False)
+
+
+def test_every_option_has_one_theme_and_a_full_account():
+    grouped = [name for names in themes().values() for name in names]
+    assert grouped == [*OPTIONS]
+    for name, option in OPTIONS.items():
+        said = help_of(name)
+        assert option.metadata['meaning'] in said
+        assert repr(option.default) in said
+        assert all(command in said for command in option.metadata['used_by'])
 
 
 def test_every_option_is_used_somewhere():
