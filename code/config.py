@@ -141,6 +141,10 @@ class Config:
     fix_pred_lr: bool = option(
         True, "keep the predictor's learning rate constant (the paper's best row)", used_by=TRAIN
     )
+    optimizer: str = option(
+        'sgd', "sgd, the paper's; adamw for networks without BN (ViT, ConvNeXt), with a --learning_rate near 0.002",
+        ('sgd', 'adamw'), used_by=TRAIN,
+    )  # fmt: skip
     momentum: float = option(0.9, 'momentum of SGD', low=0.0, high=0.9999, used_by=TRAIN)
     weight_decay: float = option(
         1e-4, 'L2 penalty on all parameters, biases and BN too', low=0.0, high=1.0, used_by=TRAIN

@@ -42,8 +42,10 @@ def of_a_step(args, model, dtype, free):
     would fit. Buffers of cuDNN and what lies between the blocks are taken as a tenth."""
     share = args.batch_size // distributed.world()
 
+    second = sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0  # its other moment
+
     def takes(parts):
-        return 1.1 * step_bytes(model, share // parts, args.views, args.image_size, dtype)
+        return second + 1.1 * step_bytes(model, share // parts, args.views, args.image_size, dtype)
 
     line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
     if takes(args.accumulate_steps) < free:

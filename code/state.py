@@ -9,7 +9,7 @@ FORMAT = 2  # of `content`; formats.py reads the earlier ones
 
 
 class State:
-    """model: SimSiam; optimizer: its SGD; scaler: of float16's gradients, or None.
+    """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None.
 
     epoch: how many are finished; images: how many of the next are seen, and sums, 2, on the device: of loss and std
     over these (of this process). last: (loss, std), the means of the epoch that was finished last.
@@ -57,7 +57,8 @@ class State:
     def restore(self, content):
         """Go on from `content`; the model has its weights already (ckpt.get_model_ckpt). The optimizer keeps the
         momentum and the weight decay that it was made with: they may be this call's; its rates are set at each step."""
-        wanted = [{name: group[name] for name in ('momentum', 'weight_decay')} for group in self.optimizer.param_groups]
+        kept = ('momentum', 'weight_decay')
+        wanted = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content['optimizer'])
         for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(values)

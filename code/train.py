@@ -21,7 +21,7 @@ from evaluate import evaluate_model, splits_for
 from logger import duration, log_to, read_metrics, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
-from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
 from runs import Diverged, Run, describe_run, new_run, of_run, resumed
 from state import State
@@ -150,6 +150,9 @@ def set_up(args):
         raise UserError(f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
                         f'--init_from={args.ckpt_name}')  # fmt: skip
     check_batch(args)
+    if checkpoint and checkpoint['args']['optimizer'] != args.optimizer:
+        raise UserError(f'--optimizer={args.optimizer}: the run goes on with {checkpoint["args"]["optimizer"]}; a new '
+                        f'one from its weights is --init_from={args.ckpt_name}')  # fmt: skip
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
     iterators = get_iterator(args)
     if args.evaluate_after:
@@ -175,6 +178,8 @@ def new_state(args, model):
     if use_compile(args):
         model.compile()
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
+    if args.optimizer == 'adamw':
+        return State(model, make_adamw(model, args.weight_decay), scaler)
     return State(model, make_sgd(model, args.momentum, args.weight_decay), scaler)
 
 

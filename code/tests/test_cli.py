@@ -348,6 +348,18 @@ def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys):
     assert 'the best by' not in capsys.readouterr().out
 
 
+def test_adamw_trains_and_goes_on_as_if_it_had_not_stopped(drawn, tmp_path, capsys):
+    options = ['--optimizer=adamw', '--learning_rate=0.01']
+    train(tmp_path / 'whole', drawn, *options)
+    train(tmp_path / 'parts', drawn, *options, '--save_every=1', '--max_minutes=0.0000001')
+    while newest(tmp_path / 'parts')[1]['epoch'] < 2:
+        train(tmp_path / 'parts', drawn, *options, '--resume=auto', '--save_every=1', '--max_minutes=0')
+    one, other = newest(tmp_path / 'whole')[1], newest(tmp_path / 'parts')[1]
+    assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
+    assert cli.main(['train', *TINY, f'--resume={RUN}0', '--optimizer=sgd', *own_paths(tmp_path / 'whole')]) == 2
+    assert 'the run goes on with adamw' in one_line(capsys.readouterr().err)
+
+
 def test_more_views_than_two_train(drawn, tmp_path, capsys):
     done = train(tmp_path, drawn, '--views=4', '--accumulate_steps=2')
     assert re.search(r'epoch 2/2  loss -0\.\d+', done.stdout)

@@ -5,7 +5,7 @@ import torch
 
 from config import get_config
 from model.simsiam import SimSiam
-from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 
 
 def test_the_cosine_is_torchs():
@@ -41,3 +41,15 @@ def test_two_groups_hold_every_parameter_once_and_all_decay():
         optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), wanted[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('make', [lambda model: make_sgd(model, 0.9, 1e-4), lambda model: make_adamw(model, 1e-4)])
+def test_two_groups_hold_every_parameter_once(make):
+    model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4))
+    optimizer = make(model)
+    set_learning_rates(optimizer, 0.1, 0.2)
+    assert [group['lr'] for group in optimizer.param_groups] == [0.1, 0.2]
+    first, second = ({id(value) for value in group['params']} for group in optimizer.param_groups)
+    assert second == {id(value) for value in model.predictor.parameters()}
+    assert first | second == {id(value) for value in model.parameters()}
+    assert not first & second
