@@ -1,18 +1,28 @@
 # make train [ARGS='--preset=... --...']   pretrain (the built-in demo without data of one's own), then evaluate
 # make test                                lint and run the tests
-# Both make the virtual environment .venv first, and again when a requirements file has changed.
+# make check                               lint and the tests that train nothing: under a minute
+# All make the virtual environment .venv first, and again when a requirements file has changed.
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test
+.PHONY: train test check lint
 
 train: .venv/installed
 	cd code && ../.venv/bin/python cli.py train --evaluate_after=True --knn_pixels=True $(ARGS)
 
-test: .venv/installed-tests
-	.venv/bin/ruff check code && .venv/bin/ruff format --check code
+test: lint
 	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile tests
+
+QUICK = $(addprefix tests/test_, metric.py spectrum.py config.py optimizer.py crops.py pixels.py vision.py formats.py \
+	layout.py listing.py figures.py)
+
+check: lint
+	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile -k "not a_real_run" $(QUICK)
+
+lint: .venv/installed-tests
+	.venv/bin/ruff check code && .venv/bin/ruff format --check code
+	! grep -rnE "# fmt: (skip|off)" code --include=*.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

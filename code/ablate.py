@@ -99,8 +99,10 @@ def outcome(args, run):
     result = results.of_run(run, protocol='linear')[-1]
     content = read(checkpoints(run)[-1])
     logged = read_scalars(path_of(args.log_path) / run.name)
-    curves = {f'{short}_curve': logged.get(f'pretraining/{tag}', [])
-              for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))}  # fmt: skip
+    curves = {
+        f'{short}_curve': logged.get(f'pretraining/{tag}', [])
+        for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))
+    }
     return {
         'linear': result['top1'],
         'knn': result['knn_top1'],
@@ -115,8 +117,10 @@ def outcome(args, run):
 def table(rows):
     """The rows as Markdown, which is readable as it is."""
     with_paper = any(row['paper'] for row in rows)
-    lines = ['| variant | linear | kNN | loss | std |' + with_paper * ' paper: linear, ImageNet |',
-             '|---|---|---|---|---|' + with_paper * '---|']  # fmt: skip
+    lines = [
+        '| variant | linear | kNN | loss | std |' + with_paper * ' paper: linear, ImageNet |',
+        '|---|---|---|---|---|' + with_paper * '---|',
+    ]
     for row in rows:
         line = f'| {row["variant"]} | {row["linear"]:.1f} | {row["knn"]:.1f} | {row["loss"]:.3f} | {row["std"]:.2f} |'
         lines.append(line + with_paper * f' {row["paper"]} |')

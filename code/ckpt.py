@@ -25,17 +25,54 @@ from model.simsiam import SimSiam
 from utils import extra, write_aside
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
-CARRIERS = ('argparse', 'numpy', 'pathlib', 'omegaconf', 'typing', 'collections', 'enum', 'pytorch_lightning',
-            'lightning', 'lightning_fabric', 'easydict', 'yacs', 'ml_collections', 'addict')  # fmt: skip
+CARRIERS = (
+    'argparse',
+    'numpy',
+    'pathlib',
+    'omegaconf',
+    'typing',
+    'collections',
+    'enum',
+    'pytorch_lightning',
+    'lightning',
+    'lightning_fabric',
+    'easydict',
+    'yacs',
+    'ml_collections',
+    'addict',
+)
 SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 # What belongs to this call and this machine, and never comes from a checkpoint.
-OF_THE_CALL = ('ckpt_name', 'init_from', 'ckpt_path', 'log_path', 'cache_path', 'output', 'device', 'num_workers',
-               'download', 'evaluate_after', 'knn_pixels', 'max_minutes', 'amp', 'compile', 'save_minutes',
-               'keep_last', 'resume', 'from_run', 'quiet', 'classifier', 'count', 'method', 'duplicates',
-               'sort', 'diff')  # fmt: skip
+OF_THE_CALL = (
+    'ckpt_name',
+    'init_from',
+    'ckpt_path',
+    'log_path',
+    'cache_path',
+    'output',
+    'device',
+    'num_workers',
+    'download',
+    'evaluate_after',
+    'knn_pixels',
+    'max_minutes',
+    'amp',
+    'compile',
+    'save_minutes',
+    'keep_last',
+    'resume',
+    'from_run',
+    'quiet',
+    'classifier',
+    'count',
+    'method',
+    'duplicates',
+    'sort',
+    'diff',
+)
 
 
 def get_model_ckpt(args):
@@ -84,9 +121,11 @@ def load_foreign(args, path, content):
     if not found:
         keys = [str(key) for key in (tensors_of(content) or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:SHOWN]) or 'none'
-        raise WorkError(f'{path} is damaged or was not written by this project, nor is it a ResNet in a layout that is '
-                        'known here (the official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, '
-                        f'torchvision, timm); its first keys: {first}')  # fmt: skip
+        raise WorkError(
+            f'{path} is damaged or was not written by this project, nor is it a ResNet in a layout that is '
+            'known here (the official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, '
+            f'torchvision, timm); its first keys: {first}'
+        )
     layout, state, left = found
     shapes = architecture(state)
     if 'backbone' not in shapes:
@@ -104,8 +143,10 @@ def load_foreign(args, path, content):
     whole = any(not name.startswith('backbone.') for name in state)
     strict_load(model, {**counters(model, whole), **state}, path)
     unused = f'; not used: {", ".join(left)}' if left else ''
-    say(f'{path.name}: {merged.backbone}, layout {layout}, {"with" if whole else "without"} projector and predictor'
-        f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}')  # fmt: skip
+    say(
+        f'{path.name}: {merged.backbone}, layout {layout}, {"with" if whole else "without"} projector and predictor'
+        f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
+    )
     run = path_of(args.ckpt_path) / f'{layout}_{path.name}'
     return merged, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
 
@@ -113,15 +154,18 @@ def load_foreign(args, path, content):
 def supervised(args):
     """A new model whose backbone has torchvision's weights of ImageNet with labels, which torchvision fetches."""
     if args.backbone not in BLOCKS or args.stem != 'imagenet':
-        raise UserError(f'--init_from=imagenet has ResNets with the ImageNet stem, not --backbone={args.backbone} '
-                        f'--stem={args.stem}')  # fmt: skip
+        raise UserError(
+            f'--init_from=imagenet has ResNets with the ImageNet stem, not --backbone={args.backbone} '
+            f'--stem={args.stem}'
+        )
     weights, model = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1, new_model(args)
     try:
         with in_turn():
             state = weights.get_state_dict(progress=not args.quiet, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise WorkError(f'could not fetch {weights.url}: {error}; put the file into '
-                        f'{torch.hub.get_dir()}/checkpoints') from None  # fmt: skip
+        raise WorkError(
+            f'could not fetch {weights.url}: {error}; put the file into {torch.hub.get_dir()}/checkpoints'
+        ) from None
     model.backbone.load_state_dict({name: value for name, value in state.items() if not name.startswith('fc.')})
     say(f'the backbone starts from {weights} of torchvision, trained with labels')
     return model
@@ -143,8 +187,11 @@ def heads_fit(state, model):
 
 def counters(model, whole=True):
     """The BNs' counters of batches, which some tools leave out: nothing depends on them. whole: the heads' too."""
-    return {name: value for name, value in model.state_dict().items()
-            if name.endswith('num_batches_tracked') and (whole or name.startswith('backbone.'))}  # fmt: skip
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.endswith('num_batches_tracked') and (whole or name.startswith('backbone.'))
+    }
 
 
 def with_saved(args, saved, path, fixed):
@@ -179,8 +226,11 @@ def strict_load(model, state, path):
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
-    kinds = {'missing': sorted(wanted.keys() - state.keys()), 'unexpected': sorted(state.keys() - wanted.keys()),
-             'size mismatch': sizes}  # fmt: skip
+    kinds = {
+        'missing': sorted(wanted.keys() - state.keys()),
+        'unexpected': sorted(state.keys() - wanted.keys()),
+        'size mismatch': sizes,
+    }
     problems = [
         f'{kind}: {", ".join(found[:SHOWN])}' + (f' and {len(found) - SHOWN} more' if len(found) > SHOWN else '')
         for kind, found in kinds.items()
@@ -224,8 +274,17 @@ def save_checkpoint(run, args, state):
 def versions():
     """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout, or
     where setup-docker.sh says it."""
-    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'], cwd=ROOT,
-                         capture_output=True, text=True, check=False) if shutil.which('git') else None  # fmt: skip
+    git = (
+        subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which('git')
+        else None
+    )
     return {
         'python': platform.python_version(),
         'torch': str(torch.__version__),
@@ -252,8 +311,10 @@ def load_file(path):
             if not refused:
                 raise WorkError(DAMAGED.format(path)) from None
             if refused[1].split('.')[0] not in CARRIERS or refused[1] in inert:
-                raise WorkError(f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain '
-                                'values are read from a checkpoint') from None  # fmt: skip
+                raise WorkError(
+                    f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain '
+                    'values are read from a checkpoint'
+                ) from None
             inert.append(refused[1])
         except Exception:  # what the unpickler raises on damaged bytes has no common base
             raise WorkError(DAMAGED.format(path)) from None
@@ -279,8 +340,11 @@ def read(path):
 
 def checkpoints(folder):
     """The checkpoints of a run folder, the newest (highest epoch and step, then latest written) last."""
-    found = [(int(match[2]), int(match[3] or 0), path.stat().st_mtime, path)
-             for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]  # fmt: skip
+    found = [
+        (int(match[2]), int(match[3] or 0), path.stat().st_mtime, path)
+        for path in folder.iterdir()
+        if (match := NAME.fullmatch(path.name))
+    ]
     return [path for *_, path in sorted(found)]
 
 

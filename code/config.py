@@ -44,18 +44,25 @@ class Config:
         used_by=DATA,
     )
     image_path: str = option(
-        'data/imagenet', 'folder with train/, val/ and perhaps test/, or of class folders, or of images; .tar '
+        'data/imagenet',
+        'folder with train/, val/ and perhaps test/, or of class folders, or of images; .tar '
         'archives; a list of paths; for infer: the images',
         used_by=DATA,
-    )  # fmt: skip
+    )
     val_fraction: float = option(
-        0.1, 'share of the labelled images of every class that becomes val where there is none; 0: none', low=0.0,
-        high=0.9, used_by=DATA,
-    )  # fmt: skip
+        0.1,
+        'share of the labelled images of every class that becomes val where there is none; 0: none',
+        low=0.0,
+        high=0.9,
+        used_by=DATA,
+    )
     pixel_max: float = option(
-        0.0, 'pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats', low=0.0,
-        high=1e12, used_by=DATA,
-    )  # fmt: skip
+        0.0,
+        'pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats',
+        low=0.0,
+        high=1e12,
+        used_by=DATA,
+    )
     download: bool = option(
         False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10', used_by=DATA
     )
@@ -69,13 +76,16 @@ class Config:
     )
     device: str = option('auto', 'auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps')
     cache_images: str = option(
-        'auto', 'hold decoded images in memory: auto (one size, up to 96 px and 4 GiB), on (one size), off',
+        'auto',
+        'hold decoded images in memory: auto (one size, up to 96 px and 4 GiB), on (one size), off',
         ('auto', 'on', 'off'),
-    )  # fmt: skip
+    )
     resize_cache: int = option(
-        0, 'keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no',
-        low=0, high=4096,
-    )  # fmt: skip
+        0,
+        'keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no',
+        low=0,
+        high=4096,
+    )
     cache_path: str = option(
         'data/cache', 'folder of what is kept for the next run: decoded images, indexes, trials', used_by=DATA
     )
@@ -83,9 +93,11 @@ class Config:
         True, 'let the JPEG decoder halve photos whose crops stay at least twice the view', used_by=VIEWS
     )
     bad_images: str = option(
-        'error', 'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
-        ('error', 'skip'), used_by=DATA,
-    )  # fmt: skip
+        'error',
+        'unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)',
+        ('error', 'skip'),
+        used_by=DATA,
+    )
     quiet: bool = option(
         False, 'say nothing but warnings and errors, show no bars; the log file of a run has it all', used_by=DATA
     )
@@ -97,13 +109,18 @@ class Config:
     )
     warmup_augmentation: str = option('moco', 'distortion during the warmup_epochs', ('moco', 'simclr'), used_by=TRAIN)
     augment_on: str = option(
-        'device', "device: a batch at a time; worker: torchvision's transforms, the slow reference",
-        ('device', 'worker'), used_by=VIEWS,
-    )  # fmt: skip
+        'device',
+        "device: a batch at a time; worker: torchvision's transforms, the slow reference",
+        ('device', 'worker'),
+        used_by=VIEWS,
+    )
     views: int = option(
-        2, "views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)", low=2,
-        high=16, used_by=VIEWS,
-    )  # fmt: skip
+        2,
+        'views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)',
+        low=2,
+        high=16,
+        used_by=VIEWS,
+    )
     blur_prob: float = option(0.5, 'share of views that are blurred', low=0.0, high=1.0, used_by=VIEWS)
 
     # Model (paper section 3)
@@ -118,22 +135,33 @@ class Config:
     stop_gradient: bool = option(True, 'hold z constant in the loss (table 1)', used_by=TRAIN)
     predictor: str = option('mlp', 'mlp; none: p is z; fixed: never trained (table 2)', ('mlp', 'none', 'fixed'))
     proj_bn: str = option(
-        'default', 'BN in projector and predictor (table 4): none; hidden layers; default: and the output of the '
-        'projector; all: and of the predictor', ('none', 'hidden', 'default', 'all'),
-    )  # fmt: skip
-    similarity: str = option('cosine', 'in the loss (section 4.5): cosine, or cross-entropy of softmaxes',
-                             ('cosine', 'softmax'), used_by=TRAIN)  # fmt: skip
+        'default',
+        'BN in projector and predictor (table 4): none; hidden layers; default: and the output of the '
+        'projector; all: and of the predictor',
+        ('none', 'hidden', 'default', 'all'),
+    )
+    similarity: str = option(
+        'cosine',
+        'in the loss (section 4.5): cosine, or cross-entropy of softmaxes',
+        ('cosine', 'softmax'),
+        used_by=TRAIN,
+    )
     symmetric: str = option(
-        'true', 'each view predicts the other (true), the first the second (false), or two such pairs of views (2x)',
-        ('true', 'false', '2x'), used_by=TRAIN,
-    )  # fmt: skip
+        'true',
+        'each view predicts the other (true), the first the second (false), or two such pairs of views (2x)',
+        ('true', 'false', '2x'),
+        used_by=TRAIN,
+    )
 
     # Optimisation (paper section 3)
     batch_size: int = option(512, 'images a step, of all processes together', low=2, high=65536)
     accumulate_steps: int = option(
-        1, 'parts of a step that go through the network one after the other, for small memories; BN sees a part alone',
-        low=1, high=1024, used_by=TRAIN,
-    )  # fmt: skip
+        1,
+        'parts of a step that go through the network one after the other, for small memories; BN sees a part alone',
+        low=1,
+        high=1024,
+        used_by=TRAIN,
+    )
     max_epochs: int = option(100, 'passes over the training images', low=1, high=100000, used_by=TRAIN)
     learning_rate: float = option(
         0.05, 'base learning rate: a step uses this x batch_size / 256', low=0.0, high=100.0, used_by=TRAIN
@@ -142,133 +170,198 @@ class Config:
         True, "keep the predictor's learning rate constant (the paper's best row)", used_by=TRAIN
     )
     optimizer: str = option(
-        'sgd', "sgd, the paper's; adamw for networks without BN (ViT, ConvNeXt), with a --learning_rate near 0.002",
-        ('sgd', 'adamw'), used_by=TRAIN,
-    )  # fmt: skip
+        'sgd',
+        "sgd, the paper's; adamw for networks without BN (ViT, ConvNeXt), with a --learning_rate near 0.002",
+        ('sgd', 'adamw'),
+        used_by=TRAIN,
+    )
     momentum: float = option(0.9, 'momentum of SGD', low=0.0, high=0.9999, used_by=TRAIN)
     weight_decay: float = option(
         1e-4, 'L2 penalty on all parameters, biases and BN too', low=0.0, high=1.0, used_by=TRAIN
     )
     warmup_epochs: int = option(
-        0, 'first epochs: learning rate rises linearly, warmup_augmentation is used', low=0, high=1000,
+        0,
+        'first epochs: learning rate rises linearly, warmup_augmentation is used',
+        low=0,
+        high=1000,
         used_by=TRAIN,
-    )  # fmt: skip
+    )
 
     max_minutes: float = option(
-        0.0, 'stop between two steps when this many minutes have passed, with a checkpoint; 0: no limit',
-        low=0.0, high=1e6, used_by=TRAIN,
-    )  # fmt: skip
-    amp: str = option(
-        'auto', 'precision of the network: bf16 (CUDA, CPU), fp16 (CUDA), off (float32); auto: bf16 where the GPU has '
-        'it (else fp16, with tensor cores), or a short trial on this CPU shows that it is at least 1.3 times as fast',
-        ('auto', 'bf16', 'fp16', 'off'), used_by=('train', 'ablate', 'evaluate', 'infer', 'embed', 'report', 'select'),
-    )  # fmt: skip
-    compile: str = option(
-        'auto', 'torch.compile: True, False, auto: on CUDA, where it works', ('auto', 'True', 'False'),
+        0.0,
+        'stop between two steps when this many minutes have passed, with a checkpoint; 0: no limit',
+        low=0.0,
+        high=1e6,
         used_by=TRAIN,
-    )  # fmt: skip
+    )
+    amp: str = option(
+        'auto',
+        'precision of the network: bf16 (CUDA, CPU), fp16 (CUDA), off (float32); auto: bf16 where the GPU has '
+        'it (else fp16, with tensor cores), or a short trial on this CPU shows that it is at least 1.3 times as fast',
+        ('auto', 'bf16', 'fp16', 'off'),
+        used_by=('train', 'ablate', 'evaluate', 'infer', 'embed', 'report', 'select'),
+    )
+    compile: str = option(
+        'auto',
+        'torch.compile: True, False, auto: on CUDA, where it works',
+        ('auto', 'True', 'False'),
+        used_by=TRAIN,
+    )
 
     # Watching a run
     knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=TRAIN)
     knn_k: int = option(200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000)
     knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0)
     collapse_threshold: float = option(
-        0.25, 'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1', low=0.0, high=1.0,
+        0.25,
+        'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1',
+        low=0.0,
+        high=1.0,
         used_by=TRAIN,
-    )  # fmt: skip
-    save_every: int = option(10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000,
-                             used_by=TRAIN)  # fmt: skip
+    )
+    save_every: int = option(
+        10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000, used_by=TRAIN
+    )
 
     save_minutes: float = option(
-        15.0, 'minutes after which a checkpoint is saved within an epoch too; 0: never', low=0.0, high=1e6,
+        15.0,
+        'minutes after which a checkpoint is saved within an epoch too; 0: never',
+        low=0.0,
+        high=1e6,
         used_by=TRAIN,
-    )  # fmt: skip
-    keep_last: int = option(0, 'checkpoints of a run that are kept, the older ones are deleted; 0: all', low=0,
-                            high=100000, used_by=TRAIN)  # fmt: skip
-    resume: str = option('', 'auto: go on with the newest run of these options, or start it; or the name of a run',
-                         used_by=TRAIN)  # fmt: skip
+    )
+    keep_last: int = option(
+        0, 'checkpoints of a run that are kept, the older ones are deleted; 0: all', low=0, high=100000, used_by=TRAIN
+    )
+    resume: str = option(
+        '', 'auto: go on with the newest run of these options, or start it; or the name of a run', used_by=TRAIN
+    )
     from_run: str = option('', 'a run whose options are taken, to repeat it as a new run', used_by=TRAIN)
 
     # Evaluation
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=TRAIN)
     protocol: str = option(
-        'linear', 'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
+        'linear',
+        'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
         'detection: on --detection_path; spectrum: measures that need no labels',
-        ('linear', 'knn', 'semi', 'transfer', 'detection', 'spectrum'), used_by=EVALUATE,
-    )  # fmt: skip
+        ('linear', 'knn', 'semi', 'transfer', 'detection', 'spectrum'),
+        used_by=EVALUATE,
+    )
     knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=EVALUATE)
     crop_scale: float = option(
-        0.08, 'linear, semi, finetune: smallest share of the area in a training crop', low=0.01, high=1.0,
+        0.08,
+        'linear, semi, finetune: smallest share of the area in a training crop',
+        low=0.01,
+        high=1.0,
         used_by=EVALUATE,
-    )  # fmt: skip
+    )
     probe_optimizer: str = option('lars', 'linear: LARS (paper, appendix A) or SGD', ('lars', 'sgd'), used_by=EVALUATE)
     probe_epochs: int = option(90, 'linear: epochs of the classifier', low=1, high=10000, used_by=EVALUATE)
     probe_batch_size: int = option(
-        0, 'linear: images a step, whatever the memory holds at once; 0: 4096 (lars), 256 (sgd)', low=0, high=65536,
+        0,
+        'linear: images a step, whatever the memory holds at once; 0: 4096 (lars), 256 (sgd)',
+        low=0,
+        high=65536,
         used_by=EVALUATE,
-    )  # fmt: skip
+    )
     probe_learning_rate: float = option(
-        0.0, 'linear: base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)', low=0.0, high=1000.0,
+        0.0,
+        'linear: base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)',
+        low=0.0,
+        high=1000.0,
         used_by=EVALUATE,
-    )  # fmt: skip
+    )
     cache_features: bool = option(
-        False, 'linear: extract the features of some augmented passes once, and train on them: many times faster',
+        False,
+        'linear: extract the features of some augmented passes once, and train on them: many times faster',
         used_by=EVALUATE,
-    )  # fmt: skip
-    cache_passes: int = option(4, 'linear: augmented passes that --cache_features keeps', low=1, high=1000,
-                               used_by=EVALUATE)  # fmt: skip
-    label_fraction: float = option(0.1, 'semi: share of the labels, the same number of every class', low=0.0001,
-                                   high=1.0, used_by=EVALUATE)  # fmt: skip
-    subset_list: str = option('', 'semi: a file with the names of the labelled images, one a line, in its place',
-                              used_by=EVALUATE)  # fmt: skip
+    )
+    cache_passes: int = option(
+        4, 'linear: augmented passes that --cache_features keeps', low=1, high=1000, used_by=EVALUATE
+    )
+    label_fraction: float = option(
+        0.1, 'semi: share of the labels, the same number of every class', low=0.0001, high=1.0, used_by=EVALUATE
+    )
+    subset_list: str = option(
+        '', 'semi: a file with the names of the labelled images, one a line, in its place', used_by=EVALUATE
+    )
     baseline: bool = option(False, 'semi, finetune: also train from scratch on the same labels', used_by=EVALUATE)
     finetune_epochs: int = option(50, 'semi, finetune: epochs', low=1, high=100000, used_by=EVALUATE)
     finetune_batch_size: int = option(256, 'semi, finetune: images a step', low=2, high=65536, used_by=EVALUATE)
     finetune_learning_rate: float = option(
-        0.05, 'semi, finetune: base learning rate of the backbone, x batch / 256', low=0.0, high=100.0,
+        0.05,
+        'semi, finetune: base learning rate of the backbone, x batch / 256',
+        low=0.0,
+        high=100.0,
         used_by=EVALUATE,
-    )  # fmt: skip
+    )
     head_learning_rate: float = option(
-        1.0, 'semi, finetune: base learning rate of the new linear head, x batch / 256', low=0.0, high=1000.0,
+        1.0,
+        'semi, finetune: base learning rate of the new linear head, x batch / 256',
+        low=0.0,
+        high=1000.0,
         used_by=EVALUATE,
-    )  # fmt: skip
+    )
     baseline_learning_rate: float = option(
         0.1, 'baseline: base learning rate of the whole network, x batch / 256', low=0.0, high=100.0, used_by=EVALUATE
     )
-    finetune_warmup: float = option(0.1, 'semi, finetune: share of the epochs in which the rates rise', low=0.0,
-                                    high=0.9, used_by=EVALUATE)  # fmt: skip
+    finetune_warmup: float = option(
+        0.1, 'semi, finetune: share of the epochs in which the rates rise', low=0.0, high=0.9, used_by=EVALUATE
+    )
     finetune_weight_decay: float = option(1e-4, 'semi, finetune: L2 penalty', low=0.0, high=1.0, used_by=EVALUATE)
     transfer_path: str = option('', 'transfer: folder with train/<class>/ and val/<class>/', used_by=EVALUATE)
     transfer: str = option(
-        'linear', 'linear: logistic regression on frozen features, l2 chosen on a held-out fifth of train; finetune',
-        ('linear', 'finetune'), used_by=EVALUATE,
-    )  # fmt: skip
+        'linear',
+        'linear: logistic regression on frozen features, l2 chosen on a held-out fifth of train; finetune',
+        ('linear', 'finetune'),
+        used_by=EVALUATE,
+    )
     detection_path: str = option('', 'detection: folder in the format of VOC or COCO', used_by=EVALUATE)
-    detector: str = option('faster_rcnn', 'detection: torchvision detector, with a feature pyramid',
-                           ('faster_rcnn', 'mask_rcnn'), used_by=EVALUATE)  # fmt: skip
-    init: str = option('checkpoint', 'detection: start from the checkpoint, or random: the baseline',
-                       ('checkpoint', 'random'), used_by=EVALUATE)  # fmt: skip
+    detector: str = option(
+        'faster_rcnn',
+        'detection: torchvision detector, with a feature pyramid',
+        ('faster_rcnn', 'mask_rcnn'),
+        used_by=EVALUATE,
+    )
+    init: str = option(
+        'checkpoint',
+        'detection: start from the checkpoint, or random: the baseline',
+        ('checkpoint', 'random'),
+        used_by=EVALUATE,
+    )
     detection_epochs: int = option(12, 'detection: epochs', low=1, high=1000, used_by=EVALUATE)
     detection_batch_size: int = option(16, 'detection: images a step', low=1, high=1024, used_by=EVALUATE)
-    detection_learning_rate: float = option(0.02, 'detection: learning rate, x batch / 16', low=0.0, high=10.0,
-                                            used_by=EVALUATE)  # fmt: skip
-    detection_size: int = option(800, 'detection: shorter side of an image, in pixels; the longer is at most 5/3 of it',
-                                 low=32, high=4096, used_by=EVALUATE)  # fmt: skip
+    detection_learning_rate: float = option(
+        0.02, 'detection: learning rate, x batch / 16', low=0.0, high=10.0, used_by=EVALUATE
+    )
+    detection_size: int = option(
+        800,
+        'detection: shorter side of an image, in pixels; the longer is at most 5/3 of it',
+        low=32,
+        high=4096,
+        used_by=EVALUATE,
+    )
 
     # Files
     ckpt_path: str = option(
         'data/checkpoints', 'folder of the run folders with checkpoints', used_by=(*ALL[1:], 'runs')
     )
-    ckpt_name: str = option('', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest',
-                            used_by=ALL[1:])  # fmt: skip
+    ckpt_name: str = option(
+        '', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest', used_by=ALL[1:]
+    )
     log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], *ALL[4:]))
-    init_from: str = option('', 'start from these weights, of a run of ours or a file of another tool, or imagenet: '
-                            "torchvision's supervised ones; a new run",
-                            used_by=TRAIN)  # fmt: skip
+    init_from: str = option(
+        '',
+        'start from these weights, of a run of ours or a file of another tool, or imagenet: '
+        "torchvision's supervised ones; a new run",
+        used_by=TRAIN,
+    )
     table: str = option(
-        'stopgrad', "which of the paper's tables, or collapse: what goes wrong, and what helps",
-        ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'), used_by=('ablate',),
-    )  # fmt: skip
+        'stopgrad',
+        "which of the paper's tables, or collapse: what goes wrong, and what helps",
+        ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'),
+        used_by=('ablate',),
+    )
     output: str = option(
         '',
         'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth, '
@@ -277,34 +370,53 @@ class Config:
         used_by=('infer', 'embed', 'export', 'pack', 'select', 'runs'),
     )
     sort: str = option(
-        'run', 'runs: the column that they are sorted by, the best first',
-        ('run', 'state', 'epoch', 'loss', 'std', 'knn', 'rank', 'linear'), used_by=('runs',),
-    )  # fmt: skip
+        'run',
+        'runs: the column that they are sorted by, the best first',
+        ('run', 'state', 'epoch', 'loss', 'std', 'knn', 'rank', 'linear'),
+        used_by=('runs',),
+    )
     diff: str = option('', 'runs: two runs whose options are compared, RUN1,RUN2', used_by=('runs',))
     count: int = option(100, 'select: images to label first', low=1, high=10**6, used_by=('select',))
     method: str = option(
-        'typical', 'select: the most typical of as many clusters, or each the farthest from all before',
-        ('typical', 'kcentre'), used_by=('select',),
-    )  # fmt: skip
-    duplicates: float = option(0.99, 'select: cosine above which two images count as double', low=-1.0, high=1.0,
-                               used_by=('select',))  # fmt: skip  # fmt: skip
-    pack_side: int = option(0, 'pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are',
-                            low=0, high=4096, used_by=('pack',))  # fmt: skip
-    shard_megabytes: float = option(1000.0, 'pack: size at which the next archive begins', low=0.001, high=1e6,
-                                    used_by=('pack',))  # fmt: skip
+        'typical',
+        'select: the most typical of as many clusters, or each the farthest from all before',
+        ('typical', 'kcentre'),
+        used_by=('select',),
+    )
+    duplicates: float = option(
+        0.99, 'select: cosine above which two images count as double', low=-1.0, high=1.0, used_by=('select',)
+    )
+    pack_side: int = option(
+        0,
+        'pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are',
+        low=0,
+        high=4096,
+        used_by=('pack',),
+    )
+    shard_megabytes: float = option(
+        1000.0, 'pack: size at which the next archive begins', low=0.001, high=1e6, used_by=('pack',)
+    )
     classifier: str = option(
         '',
         'infer: the folder of the set whose classes are wanted, where evaluate trained on several',
         used_by=('infer',),
     )
-    neighbours: int = option(0, 'infer: also save a picture of some images beside their nearest training images',
-                             low=0, high=50, used_by=('infer',))  # fmt: skip
-    projector_images: int = option(1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none",
-                                   low=0, high=8000, used_by=('embed',))  # fmt: skip
+    neighbours: int = option(
+        0,
+        'infer: also save a picture of some images beside their nearest training images',
+        low=0,
+        high=50,
+        used_by=('infer',),
+    )
+    projector_images: int = option(
+        1000, "embed: images in TensorBoard's projector, with thumbnails; 0: none", low=0, high=8000, used_by=('embed',)
+    )
     format: str = option(
-        'torchvision', 'export: the tool that is to load the backbone',
-        ('torchvision', 'timm', 'detectron2', 'onnx', 'safetensors'), used_by=('export',),
-    )  # fmt: skip
+        'torchvision',
+        'export: the tool that is to load the backbone',
+        ('torchvision', 'timm', 'detectron2', 'onnx', 'safetensors'),
+        used_by=('export',),
+    )
 
 
 PRESETS = {
@@ -351,18 +463,33 @@ PRESETS = {
 # saturation and hue; the rest are probabilities, and `sigma` the blur's range in pixels of the view.
 AUGMENTATIONS = {
     'moco': {  # MoCo v2, the paper's (section 3)
-        'scale': (0.2, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
-        'jitter': (0.4, 0.4, 0.4, 0.1), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
+        'scale': (0.2, 1.0),
+        'ratio': (3 / 4, 4 / 3),
+        'flip': 0.5,
+        'jitter': (0.4, 0.4, 0.4, 0.1),
+        'jitter_prob': 0.8,
+        'gray_prob': 0.2,
+        'sigma': (0.1, 2.0),
     },
     'crop': {  # with labels (paper, appendix A): a random resized crop, from --crop_scale on, and a flip
-        'scale': (None, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
-        'jitter': (0.0, 0.0, 0.0, 0.0), 'jitter_prob': 0.0, 'gray_prob': 0.0, 'sigma': (0.1, 2.0),
+        'scale': (None, 1.0),
+        'ratio': (3 / 4, 4 / 3),
+        'flip': 0.5,
+        'jitter': (0.0, 0.0, 0.0, 0.0),
+        'jitter_prob': 0.0,
+        'gray_prob': 0.0,
+        'sigma': (0.1, 2.0),
     },
     'simclr': {  # SimCLR (arXiv 2002.05709, appendix A) at strength 1
-        'scale': (0.08, 1.0), 'ratio': (3 / 4, 4 / 3), 'flip': 0.5,
-        'jitter': (0.8, 0.8, 0.8, 0.2), 'jitter_prob': 0.8, 'gray_prob': 0.2, 'sigma': (0.1, 2.0),
+        'scale': (0.08, 1.0),
+        'ratio': (3 / 4, 4 / 3),
+        'flip': 0.5,
+        'jitter': (0.8, 0.8, 0.8, 0.2),
+        'jitter_prob': 0.8,
+        'gray_prob': 0.2,
+        'sigma': (0.1, 2.0),
     },
-}  # fmt: skip
+}
 
 
 def distortion(args, name):
@@ -373,12 +500,42 @@ def distortion(args, name):
 
 OPTIONS = {f.name: f for f in fields(Config)}
 # Themes of --help, by the first option of each in Config; and what people set most.
-THEMES = {'Data': 'preset', 'Views': 'augmentation', 'Model': 'model_name', 'The method, changed': 'stop_gradient',
-          'Optimisation': 'batch_size', 'Watching': 'knn_every', 'Evaluation': 'evaluate_after', 'Files': 'ckpt_path',
-          'What a command makes': 'table'}  # fmt: skip
-OFTEN = ('preset', 'image_path', 'ckpt_name', 'protocol', 'backbone', 'batch_size', 'max_epochs', 'learning_rate',
-         'augmentation', 'resume', 'model_name', 'output', 'count', 'sort', 'diff', 'format', 'table', 'image_size',
-         'random_seed', 'device', 'num_workers', 'amp', 'ckpt_path')  # fmt: skip
+THEMES = {
+    'Data': 'preset',
+    'Views': 'augmentation',
+    'Model': 'model_name',
+    'The method, changed': 'stop_gradient',
+    'Optimisation': 'batch_size',
+    'Watching': 'knn_every',
+    'Evaluation': 'evaluate_after',
+    'Files': 'ckpt_path',
+    'What a command makes': 'table',
+}
+OFTEN = (
+    'preset',
+    'image_path',
+    'ckpt_name',
+    'protocol',
+    'backbone',
+    'batch_size',
+    'max_epochs',
+    'learning_rate',
+    'augmentation',
+    'resume',
+    'model_name',
+    'output',
+    'count',
+    'sort',
+    'diff',
+    'format',
+    'table',
+    'image_size',
+    'random_seed',
+    'device',
+    'num_workers',
+    'amp',
+    'ckpt_path',
+)
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
 

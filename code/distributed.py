@@ -110,8 +110,11 @@ def gone():
     host, ended = socket.gethostname(), []
     end = time.monotonic() + 2.0  # what one's end does to the others may reach them first
     while JOINED['others'] and not ended and time.monotonic() < end:
-        ended = [f'{number} (process {pid})' for number, (place, pid) in enumerate(JOINED['others'])
-                 if place == host and not runs(pid)]  # fmt: skip
+        ended = [
+            f'{number} (process {pid})'
+            for number, (place, pid) in enumerate(JOINED['others'])
+            if place == host and not runs(pid)
+        ]
         time.sleep(0.1)
     return f'of the {world()} processes of this run number {", ".join(ended)} has ended' if ended else ''
 

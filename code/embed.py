@@ -43,8 +43,9 @@ def embed(args):
             return
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
-            csv.writer(file).writerows([head, *([name, *row] for name, row in zip(images.names, features.tolist(),
-                                                                                 strict=True))])  # fmt: skip
+            csv.writer(file).writerows(
+                [head, *([name, *row] for name, row in zip(images.names, features.tolist(), strict=True))]
+            )
 
     if not distributed.rank():
         write_aside(output, write)

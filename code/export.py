@@ -25,8 +25,10 @@ def export(args):
         raise UserError('export wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
     if not known_there(args.backbone, args.stem, args.format):
-        raise UserError(f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
-                        f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors')  # fmt: skip
+        raise UserError(
+            f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
+            f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
+        )
     backbone = model.backbone.eval()
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
@@ -65,9 +67,14 @@ def to_onnx(backbone, size, path):
     """One file, weights inside; the batch is of any size."""
     example = torch.zeros(2, 3, size, size)
     program = torch.onnx.export(
-        backbone, (example,), input_names=['images'], output_names=['features'],
-        dynamic_shapes=({0: torch.export.Dim('batch')},), dynamo=True, verbose=False,
-    )  # fmt: skip
+        backbone,
+        (example,),
+        input_names=['images'],
+        output_names=['features'],
+        dynamic_shapes=({0: torch.export.Dim('batch')},),
+        dynamo=True,
+        verbose=False,
+    )
     program.save(path, external_data=False)
 
 

@@ -106,10 +106,14 @@ def neighbours_picture(args, images, rows, train, cosine, found):
     k, how near, and which rows of train."""
     queries = pixels_of(args, images, rows)
     grid = [[query, *pixels_of(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
-    captions = [f'{shown(images.names[row])}: cosine {values[0]:.3f} to {values[-1]:.3f}'
-                for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)]  # fmt: skip
-    right = [[same_class(images, row, train, other) for other in others]
-             for row, others in zip(rows.tolist(), found.tolist(), strict=True)]  # fmt: skip
+    captions = [
+        f'{shown(images.names[row])}: cosine {values[0]:.3f} to {values[-1]:.3f}'
+        for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)
+    ]
+    right = [
+        [same_class(images, row, train, other) for other in others]
+        for row, others in zip(rows.tolist(), found.tolist(), strict=True)
+    ]
     return pictures.beside(grid, captions, right)
 
 

@@ -15,11 +15,30 @@ from config import OPTIONS, UserError, path_of
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
-COLUMNS = {'run': False, 'state': False, 'epoch': True, 'loss': False, 'std': True, 'knn': True, 'rank': False,
-           'linear': True}  # fmt: skip
+COLUMNS = {
+    'run': False,
+    'state': False,
+    'epoch': True,
+    'loss': False,
+    'std': True,
+    'knn': True,
+    'rank': False,
+    'linear': True,
+}
 # Of the call and the machine, not of what is trained.
-NOT_SHOWN = {'model_name', 'ckpt_path', 'log_path', 'cache_path', 'resume', 'ckpt_name', 'output', 'quiet',
-             'num_workers', 'device', 'evaluate_after'}  # fmt: skip
+NOT_SHOWN = {
+    'model_name',
+    'ckpt_path',
+    'log_path',
+    'cache_path',
+    'resume',
+    'ckpt_name',
+    'output',
+    'quiet',
+    'num_workers',
+    'device',
+    'evaluate_after',
+}
 
 
 def runs(args):
@@ -55,11 +74,16 @@ def row_of(folder):
     last, at_end = {}, {}
     for line in lines_of(folder / 'metrics.jsonl'):
         last = {**last, **line}
-    at_end = {name: last.get(f'pretraining/{tag}') for name, tag in
-              (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))}  # fmt: skip
+    at_end = {
+        name: last.get(f'pretraining/{tag}')
+        for name, tag in (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))
+    }
     epochs, epoch = options_of(folder).get('max_epochs', 0), last.get('epoch', 0)
-    judged = [content for path in sorted(folder.glob('evaluate_linear*.json'), key=lambda path: path.stat().st_mtime)
-              if 'top1' in (content := read(path))]  # fmt: skip
+    judged = [
+        content
+        for path in sorted(folder.glob('evaluate_linear*.json'), key=lambda path: path.stat().st_mtime)
+        if 'top1' in (content := read(path))
+    ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
         'run': folder.name,
@@ -168,6 +192,9 @@ def difference(root, names):
     ]
     lines = [('', *names), *found]
     sizes = [max(len(line[column]) for line in lines) for column in range(3)]
-    print('\n'.join('  '.join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip()
-                    for line in lines))  # fmt: skip
+    print(
+        '\n'.join(
+            '  '.join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines
+        )
+    )
     return found

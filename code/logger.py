@@ -119,8 +119,15 @@ def progress(items=None, title='', unit='batches', total=None, first=0):
 
     Only on a terminal, of the process that speaks for all, and not with --quiet.
     """
-    return tqdm(items, desc=title, unit=unit, total=total, initial=first, leave=False,
-                disable=True if rank() or SAID['quiet'] else None)  # fmt: skip
+    return tqdm(
+        items,
+        desc=title,
+        unit=unit,
+        total=total,
+        initial=first,
+        leave=False,
+        disable=True if rank() or SAID['quiet'] else None,
+    )
 
 
 def log_to(path):

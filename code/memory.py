@@ -25,8 +25,9 @@ def step_bytes(model, images, views, size, dtype):
     weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         shape = images, 3, size, size
-        pictures = [torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last)
-                 for _ in range(views)]  # fmt: skip
+        pictures = [
+            torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last) for _ in range(views)
+        ]
         autocast = torch.autocast(first.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         with autocast, torch.compiler.set_stance('force_eager'):
             outputs = functional_call(model, weights, tuple(pictures))

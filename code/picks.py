@@ -37,8 +37,10 @@ def select(args):
     train = splits['train']
     if args.count > len(train):
         raise UserError(f'--count={args.count}: {shown(train.folder)} has {len(train)} images')
-    features = {name: features_of(args, backbone, in_order(args, images), f'features of {name}')[0]
-                for name, images in splits.items()}  # fmt: skip
+    features = {
+        name: features_of(args, backbone, in_order(args, images), f'features of {name}')[0]
+        for name, images in splits.items()
+    }
     output = path_of(args.output or 'data/selected.csv')
     chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
     write_rows(output, ('file',), [[train.names[row]] for row in chosen.tolist()])
@@ -53,11 +55,14 @@ def doubles(args, splits, features, output):
     """Pairs of images above --duplicates, also of two splits: what stands in both train and val flatters."""
     places = [(name, row) for name, images in splits.items() for row in range(len(images))]
     pairs, cosines = choose.near_pairs(torch.cat([*features.values()]), args.duplicates)
-    found = [[*(places[row] for row in pair), cosine]
-             for pair, cosine in zip(pairs.tolist(), cosines.tolist(), strict=True)]  # fmt: skip
+    found = [
+        [*(places[row] for row in pair), cosine] for pair, cosine in zip(pairs.tolist(), cosines.tolist(), strict=True)
+    ]
     path = output.with_name(f'{output.stem}_duplicates.csv')
-    rows = [[f'{cosine:.4f}', *(part for split, row in pair for part in (split, splits[split].names[row]))]
-            for *pair, cosine in found]  # fmt: skip
+    rows = [
+        [f'{cosine:.4f}', *(part for split, row in pair for part in (split, splits[split].names[row]))]
+        for *pair, cosine in found
+    ]
     write_rows(path, ('cosine', 'split', 'file', 'other_split', 'other_file'), rows)
     leaks = sum(one[0] != other[0] for one, other, _ in found)
     say(f'{len(found)} pairs with a cosine above {args.duplicates:g}, {leaks} of them in two splits: {path}')

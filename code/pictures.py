@@ -88,8 +88,20 @@ def as_tensor(image):
     return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 255
 
 
-COLOURS = ('#2166ac', '#d6604d', '#1b9e77', '#7570b3', '#e6ab02', '#666666', '#a65628', '#e7298a', '#66a61e', '#17becf',
-           '#000000', '#bc80bd')  # fmt: skip
+COLOURS = (
+    '#2166ac',
+    '#d6604d',
+    '#1b9e77',
+    '#7570b3',
+    '#e6ab02',
+    '#666666',
+    '#a65628',
+    '#e7298a',
+    '#66a61e',
+    '#17becf',
+    '#000000',
+    '#bc80bd',
+)
 
 
 @dataclass
@@ -175,8 +187,10 @@ def scatter(points, labels, classes, side=640):
     pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(26)
     low, high = points.min(0).values, points.max(0).values
     where = side + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9) * (2 * side - 64)
-    hues = [ImageColor.getrgb(f'hsl({360 * i // max(1, len(classes))}, 70%, {40 + 12 * (i % 2)}%)')
-            for i in range(len(classes))]  # fmt: skip
+    hues = [
+        ImageColor.getrgb(f'hsl({360 * i // max(1, len(classes))}, 70%, {40 + 12 * (i % 2)}%)')
+        for i in range(len(classes))
+    ]
     for (x, y), label in zip(where.tolist(), labels.tolist(), strict=True):
         colour = hues[label] if label >= 0 else (90, 90, 90)
         pen.ellipse((x - 6, 2 * side - y - 6, x + 6, 2 * side - y + 6), fill=(*colour, 170))

@@ -49,8 +49,9 @@ def precision(args):
     if device.type == 'cuda':
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
         if args.amp == 'bf16' and not has_it:
-            raise UserError(f'--amp=bf16: this GPU has no bfloat16 ({torch.cuda.get_device_name(device)}); '
-                            'try --amp=fp16')  # fmt: skip
+            raise UserError(
+                f'--amp=bf16: this GPU has no bfloat16 ({torch.cuda.get_device_name(device)}); try --amp=fp16'
+            )
         if args.amp == 'bf16' or has_it:
             return torch.bfloat16
         return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None  # tensor cores
@@ -150,8 +151,14 @@ def in_child(options):
     job = json.dumps({'options': json.loads(options), 'threads': torch.get_num_threads()})
     alone = {name: value for name, value in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
     try:
-        done = subprocess.run([sys.executable, SCRIPT, job], capture_output=True, text=True, timeout=LIMIT,
-                              check=False, env={**alone, 'CUDA_VISIBLE_DEVICES': ''})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, SCRIPT, job],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+            env={**alone, 'CUDA_VISIBLE_DEVICES': ''},
+        )
     except subprocess.TimeoutExpired:
         return {'ratio': 0.0, 'failed': f'the trial of bfloat16 took longer than {LIMIT} s', 'sure': False}
     if done.returncode < 0:
@@ -164,8 +171,11 @@ def in_child(options):
         said = (done.stderr.strip() or 'nothing was said').splitlines()[-1]
         return {'ratio': 0.0, 'failed': f'the trial of bfloat16 failed: {said}', 'sure': False}
     if not found['difference'] <= CLOSE:  # nan too
-        return {'ratio': 0.0, 'failed': f'bfloat16 computes another loss here (by {found["difference"]:.2g})',
-                'sure': True}  # fmt: skip
+        return {
+            'ratio': 0.0,
+            'failed': f'bfloat16 computes another loss here (by {found["difference"]:.2g})',
+            'sure': True,
+        }
     return {'ratio': found['ratio'], 'failed': '', 'sure': True}
 
 

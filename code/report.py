@@ -73,12 +73,27 @@ def curves(args, logged):
     untrained = dict(knn[0][1]).get(0) if knn else None
     panels = (
         ('loss', pictures.Panel('loss', line('', 'pretraining/loss'))),
-        ('std', pictures.Panel('std of z / |z|, times sqrt(d)', line('', 'pretraining/std'), (0, 1.1),
-                               ('collapse is warned of', args.collapse_threshold))),
+        (
+            'std',
+            pictures.Panel(
+                'std of z / |z|, times sqrt(d)',
+                line('', 'pretraining/std'),
+                (0, 1.1),
+                ('collapse is warned of', args.collapse_threshold),
+            ),
+        ),
         ('knn', pictures.Panel('kNN top-1 on val, %', knn, None, untrained and ('untrained', untrained))),
-        ('rate', pictures.Panel('learning rate', [*line('backbone, projector', 'schedule/learning_rate_encoder'),
-                                                  *line('predictor', 'schedule/learning_rate_predictor')])),
-    )  # fmt: skip
+        (
+            'rate',
+            pictures.Panel(
+                'learning rate',
+                [
+                    *line('backbone, projector', 'schedule/learning_rate_encoder'),
+                    *line('predictor', 'schedule/learning_rate_predictor'),
+                ],
+            ),
+        ),
+    )
     return [('', f'curve_{name}', '', pictures.curves([panel], (480, 280))) for name, panel in panels if panel.lines]
 
 
@@ -87,8 +102,14 @@ def two_views(folder):
     if not path.is_file():
         return []
     with Image.open(path) as image:
-        return [('What the network sees', 'two_views', 'Two random views of each image, one above the other; the first '
-                 "batch's.", image.convert('RGB'))]  # fmt: skip
+        return [
+            (
+                'What the network sees',
+                'two_views',
+                "Two random views of each image, one above the other; the first batch's.",
+                image.convert('RGB'),
+            )
+        ]
 
 
 def of_features(args, backbone, splits):
@@ -101,13 +122,21 @@ def of_features(args, backbone, splits):
     near = nearest(val_features[shown.to(val_features.device)], features, 8)
     points, share = principal(normalize(val_features[rows.to(val_features.device)], dim=1))
     parts = [
-        ('The space of features', 'map', 'Directions of the features of val, in the plane in which they vary most '
-         f'(PCA; {share:.0%} of their variance); a colour is a class.',
-         pictures.scatter(points.cpu(), val_labels[rows].cpu(), val.classes)),
-        ('Nearest neighbours', 'neighbours', 'Images of val, and the training images nearest to each, in green where '
-         'they are of its class and in red where they are not.',
-         neighbours_picture(args, val, shown, train, *near)),
-    ]  # fmt: skip
+        (
+            'The space of features',
+            'map',
+            'Directions of the features of val, in the plane in which they vary most '
+            f'(PCA; {share:.0%} of their variance); a colour is a class.',
+            pictures.scatter(points.cpu(), val_labels[rows].cpu(), val.classes),
+        ),
+        (
+            'Nearest neighbours',
+            'neighbours',
+            'Images of val, and the training images nearest to each, in green where '
+            'they are of its class and in red where they are not.',
+            neighbours_picture(args, val, shown, train, *near),
+        ),
+    ]
     known = labels >= 0
     if splits['val'] and known.any() and (val_labels >= 0).all():
         k = neighbours(args.knn_k, labels[known])
@@ -127,16 +156,21 @@ def principal(x):
 def page_of(args, checkpoint, logged, results, parts):
     """The page as text; pictures are inside it."""
     numbers = [('epoch', f'{checkpoint["epoch"]} of {args.max_epochs}'), ('loss', f'{checkpoint["loss"]:.4f}')]
-    for name, tag, form in (('std', 'pretraining/std', '{:.3f}'), ('kNN top-1', 'pretraining/knn_top1', '{:.2f} %'),
-                            ('images/s', 'speed/images_per_second', '{:.0f}')):  # fmt: skip
+    for name, tag, form in (
+        ('std', 'pretraining/std', '{:.3f}'),
+        ('kNN top-1', 'pretraining/knn_top1', '{:.2f} %'),
+        ('images/s', 'speed/images_per_second', '{:.0f}'),
+    ):
         if tag in logged:
             numbers.append((name, form.format(logged[tag][-1][1])))
     boxes = ''.join(f'<div><b>{html.escape(value)}</b>{html.escape(name)}</div>' for name, value in numbers)
     judged = verdict_on(checkpoint['run'])
     training = ''.join(figure(*part) for part in parts if part[1].startswith('curve'))
     if training:
-        caption = ('Loss falls while std stays near 1: the views of an image agree, images differ. A falling std is '
-                   'collapse, whatever the loss.')  # fmt: skip
+        caption = (
+            'Loss falls while std stays near 1: the views of an image agree, images differ. A falling std is '
+            'collapse, whatever the loss.'
+        )
         training = f'<h2>Training</h2><p>{caption}</p><div class="pair">{training}</div>'
     pairs = [(f'--{name}', value, OPTIONS[name]) for name, value in asdict(args).items()]
     own = [pair for pair in pairs if pair[1] != pair[2].default]

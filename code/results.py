@@ -26,8 +26,11 @@ ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a
 
 def question(args, splits, checkpoint):
     """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of Images or Boxes."""
-    settings = {name: getattr(args, name) for name, option in OPTIONS.items()
-                if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by']}  # fmt: skip
+    settings = {
+        name: getattr(args, name)
+        for name, option in OPTIONS.items()
+        if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by']
+    }
     if args.subset_list:
         settings['subset_digest'] = digest([path_of(args.subset_list).read_text()])
     path = {'transfer': args.transfer_path, 'detection': args.detection_path}.get(args.protocol, args.image_path)
@@ -45,8 +48,10 @@ def question(args, splits, checkpoint):
 def described(images):
     """Images or Boxes: how many, which."""
     names = [*images.names]
-    return {'number': len(images), 'digest': digest(f'{name}\t{label}' for name, label in
-                                                    zip(names, images.labels.tolist(), strict=True))}  # fmt: skip
+    return {
+        'number': len(images),
+        'digest': digest(f'{name}\t{label}' for name, label in zip(names, images.labels.tolist(), strict=True)),
+    }
 
 
 def digest(lines):

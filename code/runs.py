@@ -75,8 +75,11 @@ class Run:
 def runs(args):
     """The run folders of --model_name, in the order of their numbers."""
     root, prefix = path_of(args.ckpt_path), f'model_name_{args.model_name}_ckpt_'
-    found = {entry.name.removeprefix(prefix): entry for entry in (root.iterdir() if root.is_dir() else ())
-             if entry.name.startswith(prefix)}  # fmt: skip
+    found = {
+        entry.name.removeprefix(prefix): entry
+        for entry in (root.iterdir() if root.is_dir() else ())
+        if entry.name.startswith(prefix)
+    }
     return [found[number] for number in sorted((n for n in found if n.isdecimal()), key=int)]
 
 
@@ -86,8 +89,10 @@ def find_run(args, name):
         if path.is_dir():
             return path
     known = [run.name for run in runs(args)]
-    raise UserError(f'there is no run {name} in {path_of(args.ckpt_path)}; ' +
-                    (f'the newest is {known[-1]}' if known else 'there is none yet'))  # fmt: skip
+    raise UserError(
+        f'there is no run {name} in {path_of(args.ckpt_path)}; '
+        + (f'the newest is {known[-1]}' if known else 'there is none yet')
+    )
 
 
 def new_run(args):
@@ -141,14 +146,20 @@ def resumed(args):
             continue
         content, _ = upgraded(read(found[-1]))
         saved = content['args']
-        other = [f for f in OPTIONS.values()
-                 if f.name not in OF_THE_CALL and f.metadata['used_by'] != EVALUATE
-                 and saved[f.name] != getattr(args, f.name)]  # fmt: skip
+        other = [
+            f
+            for f in OPTIONS.values()
+            if f.name not in OF_THE_CALL
+            and f.metadata['used_by'] != EVALUATE
+            and saved[f.name] != getattr(args, f.name)
+        ]
         if other and content['epoch'] >= saved['max_epochs']:
             continue  # that one is finished
         if other:
             said = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(args, f.name)})' for f in other)
-            raise UserError(f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '
-                            'with it, without --resume a new run starts')  # fmt: skip
+            raise UserError(
+                f'--resume=auto: the unfinished run {run.name} has {said}; --resume={run.name} goes on '
+                'with it, without --resume a new run starts'
+            )
         return changed(args, ckpt_name=run.name)
     return args

@@ -39,8 +39,11 @@ def own_streams():
             if stream.fileno() == number:
                 raw = Lasting(os.dup(number) if number == 2 else number, 'w', closefd=False)
                 lines = number == 2 or stream.isatty()
-                setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, 'backslashreplace',
-                                                    line_buffering=lines))  # fmt: skip
+                setattr(
+                    sys,
+                    name,
+                    io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, 'backslashreplace', line_buffering=lines),
+                )
 
 
 @contextlib.contextmanager

@@ -70,8 +70,9 @@ def train_epoch(args, net, state, batches, watch, run):
     name = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     batches.batch_sampler.start_epoch(state.epoch, name, state.images)
     total = state.images + len(batches) * size
-    loss_of = functools.partial(simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity,
-                                symmetric=args.symmetric == 'true')  # fmt: skip
+    loss_of = functools.partial(
+        simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity, symmetric=args.symmetric == 'true'
+    )
     smaller = f'try a smaller --batch_size, or --accumulate_steps={2 * args.accumulate_steps}'
     net.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
@@ -147,12 +148,16 @@ def set_up(args):
     args = resumed(args) if args.resume else args
     args, model, checkpoint = get_model_ckpt(args)
     if checkpoint and checkpoint['layout'] != 'ours':
-        raise UserError(f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
-                        f'--init_from={args.ckpt_name}')  # fmt: skip
+        raise UserError(
+            f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
+            f'--init_from={args.ckpt_name}'
+        )
     check_batch(args)
     if checkpoint and checkpoint['args']['optimizer'] != args.optimizer:
-        raise UserError(f'--optimizer={args.optimizer}: the run goes on with {checkpoint["args"]["optimizer"]}; a new '
-                        f'one from its weights is --init_from={args.ckpt_name}')  # fmt: skip
+        raise UserError(
+            f'--optimizer={args.optimizer}: the run goes on with {checkpoint["args"]["optimizer"]}; a new '
+            f'one from its weights is --init_from={args.ckpt_name}'
+        )
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
     iterators = get_iterator(args)
     if args.evaluate_after:
@@ -191,8 +196,10 @@ def introduce(args, state, run, batches):
         say(f'going on with {run.folder.name} {run.where(state)} (of {args.max_epochs} epochs)')
     device, world = get_device(args), distributed.world()
     together = f', {world} processes' if world > 1 else ''
-    say(f'run {run.folder.name}: {args.backbone}, {len(batches.dataset)} images {batches.place()}, '
-        f'{args.image_size} px views, on {named(device)}{together}, {described(args)}, {compiled(args)}')  # fmt: skip
+    say(
+        f'run {run.folder.name}: {args.backbone}, {len(batches.dataset)} images {batches.place()}, '
+        f'{args.image_size} px views, on {named(device)}{together}, {described(args)}, {compiled(args)}'
+    )
     if device.type == 'cuda' and state.epoch < args.max_epochs:
         say(memory.of_a_step(args, state.model, precision(args), torch.cuda.mem_get_info(device)[0]))
 
@@ -213,9 +220,10 @@ def check_batch(args):
     """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps."""
     parts = distributed.world() * args.accumulate_steps
     if args.batch_size % parts or args.batch_size // parts < 2:
-        raise UserError(f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
-                        f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
-                        )  # fmt: skip
+        raise UserError(
+            f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
+            f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
+        )
 
 
 def save_on_the_way_out(run, state, end):
@@ -233,8 +241,10 @@ def save_on_the_way_out(run, state, end):
             say(f'saved {run.where(state)}; python3 cli.py train --resume={run.folder.name} goes on')
         raise end
     if not end.number:
-        say(f'--max_minutes={run.args.max_minutes:g} have passed: python3 cli.py train --resume={run.folder.name} '
-            f'goes on {run.where(state)}')  # fmt: skip
+        say(
+            f'--max_minutes={run.args.max_minutes:g} have passed: python3 cli.py train --resume={run.folder.name} '
+            f'goes on {run.where(state)}'
+        )
         return
     name = stop.name_of(end.number)
     say(f'stopped by {name} {run.where(state)}')

@@ -26,8 +26,9 @@ FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
 # From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
 COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.9
 
-FOR_COLLAPSED = ('Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it '
-                 'collapses')  # fmt: skip
+FOR_COLLAPSED = (
+    'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
+)
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
@@ -60,6 +61,7 @@ def of_metrics(lines):
     measured = [line for line in lines if 'pretraining/rank' in line]
     if len(measured) < 2 or measured[0]['epoch']:
         return None
-    untrained, now = ({key.removeprefix('pretraining/'): value for key, value in line.items()}
-                      for line in (measured[0], measured[-1]))  # fmt: skip
+    untrained, now = (
+        {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
+    )
     return verdict(now, untrained)

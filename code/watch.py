@@ -94,8 +94,9 @@ class Watch:
         if std < self.args.collapse_threshold:
             self.warn_of_collapse(state, loss, std)
         waiting = self.seen['speed/waiting_for_data']
-        self.bar.set_postfix_str(f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} '
-                                 'waiting for data')  # fmt: skip
+        self.bar.set_postfix_str(
+            f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} waiting for data'
+        )
 
     def epoch(self, state):
         """An epoch is over: its scalars, kNN where it is due, and a line."""

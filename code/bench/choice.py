@@ -50,8 +50,15 @@ def main():
     train, val = labelled(splits['train']), splits['val']
     x, labels = features_of(args, backbone, in_order(args, train), 'train')
     val_x, val_labels = features_of(args, backbone, in_order(args, val), 'val')
-    found = {way: {count: [accuracy(x, labels, choose_rows(x, count, seed), val_x, val_labels, len(val.classes))
-                           for seed in SEEDS] for count in COUNTS} for way, choose_rows in WAYS.items()}  # fmt: skip
+    found = {
+        way: {
+            count: [
+                accuracy(x, labels, choose_rows(x, count, seed), val_x, val_labels, len(val.classes)) for seed in SEEDS
+            ]
+            for count in COUNTS
+        }
+        for way, choose_rows in WAYS.items()
+    }
     for way, counts in found.items():
         print(way, *(f'{count}: {mean(values):.1f}' for count, values in counts.items()))
     about = {'checkpoint': checkpoint['path'].name, 'epoch': checkpoint['epoch'], 'top1': found}

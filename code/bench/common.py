@@ -128,6 +128,9 @@ def show(cases, bounds):
         ours, reference, ratio, bound = values
         print(f'{name:16}{ours:12.0f}{reference:12.0f}{ratio:8.2f}{bound:12.0f}   {bounds[name]}')
         rounded[name] = {
-            'ours': round(ours, 1), 'reference': round(reference, 1), 'ratio': round(ratio, 3), 'bound': round(bound, 1)
-        }  # fmt: skip
+            'ours': round(ours, 1),
+            'reference': round(reference, 1),
+            'ratio': round(ratio, 3),
+            'bound': round(bound, 1),
+        }
     print(json.dumps(rounded))

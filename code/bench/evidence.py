@@ -28,36 +28,72 @@ from runs import runs
 from utils import get_device
 from verdict import MEASURES
 
-SMALL = {'backbone': 'small', 'proj_layers': 2, 'proj_dim': 512, 'pred_dim': 128, 'learning_rate': 0.4,
-         'weight_decay': 5e-4, 'probe_optimizer': 'sgd', 'probe_epochs': 100, 'cache_features': True,
-         'cache_passes': 2, 'num_workers': 0}  # fmt: skip
+SMALL = {
+    'backbone': 'small',
+    'proj_layers': 2,
+    'proj_dim': 512,
+    'pred_dim': 128,
+    'learning_rate': 0.4,
+    'weight_decay': 5e-4,
+    'probe_optimizer': 'sgd',
+    'probe_epochs': 100,
+    'cache_features': True,
+    'cache_passes': 2,
+    'num_workers': 0,
+}
 SETS = {
     'demo': {'preset': 'demo', 'max_epochs': 5},
     'cifar10': {'preset': 'cifar10', **SMALL, 'batch_size': 128, 'max_epochs': 3},
-    'clothing': {'preset': 'imagenet', **SMALL, 'batch_size': 64, 'image_size': 64, 'resize_cache': 72,
-                 'max_epochs': 10},
-}  # fmt: skip
+    'clothing': {
+        'preset': 'imagenet',
+        **SMALL,
+        'batch_size': 64,
+        'image_size': 64,
+        'resize_cache': 72,
+        'max_epochs': 10,
+    },
+}
 TIMES = {'rate': 'learning_rate', 'decay': 'weight_decay', 'epochs': 'max_epochs', 'batch': 'batch_size'}
 # What is changed: an option and its value, or one of TIMES and what the set's own value is multiplied by.
 VARIED = {
-    'as it is': {}, 'rate x 10': {'rate': 10}, 'rate x 3': {'rate': 3}, 'rate / 3': {'rate': 1 / 3},
-    'rate / 10': {'rate': 0.1}, 'no decay': {'decay': 0}, 'decay x 10': {'decay': 10},
-    'SimCLR': {'augmentation': 'simclr'}, 'SimCLR, longer': {'augmentation': 'simclr', 'epochs': 3},
-    'a third of the epochs': {'epochs': 1 / 3}, 'three times the epochs': {'epochs': 3}, 'batch / 4': {'batch': 0.25},
-    'no stop-gradient': {'stop_gradient': False}, 'no predictor': {'predictor': 'none'},
-    'fixed predictor': {'predictor': 'fixed'}, 'no BN': {'proj_bn': 'none'},
-}  # fmt: skip
+    'as it is': {},
+    'rate x 10': {'rate': 10},
+    'rate x 3': {'rate': 3},
+    'rate / 3': {'rate': 1 / 3},
+    'rate / 10': {'rate': 0.1},
+    'no decay': {'decay': 0},
+    'decay x 10': {'decay': 10},
+    'SimCLR': {'augmentation': 'simclr'},
+    'SimCLR, longer': {'augmentation': 'simclr', 'epochs': 3},
+    'a third of the epochs': {'epochs': 1 / 3},
+    'three times the epochs': {'epochs': 3},
+    'batch / 4': {'batch': 0.25},
+    'no stop-gradient': {'stop_gradient': False},
+    'no predictor': {'predictor': 'none'},
+    'fixed predictor': {'predictor': 'fixed'},
+    'no BN': {'proj_bn': 'none'},
+}
 # Not used to choose anything: settings and seeds of their own.
 HELD_OUT = {
     'demo': {
-        'a': {'epochs': 2, 'rate': 2.5}, 'b': {'epochs': 2, 'rate': 0.25}, 'c': {'epochs': 2, 'augmentation': 'simclr'},
-        'd': {'epochs': 2, 'stop_gradient': False, 'rate': 0.25}, 'e': {'proj_bn': 'hidden', 'decay': 4},
+        'a': {'epochs': 2, 'rate': 2.5},
+        'b': {'epochs': 2, 'rate': 0.25},
+        'c': {'epochs': 2, 'augmentation': 'simclr'},
+        'd': {'epochs': 2, 'stop_gradient': False, 'rate': 0.25},
+        'e': {'proj_bn': 'hidden', 'decay': 4},
     },
-    'cifar10': {'a': {'rate': 4, 'decay': 4}, 'b': {'symmetric': 'false', 'epochs': 2}, 'c': {'proj_bn': 'all'},
-                'd': {'predictor': 'none', 'rate': 0.25}},
-    'clothing': {'a': {'epochs': 2, 'augmentation': 'simclr', 'rate': 2}, 'b': {'epochs': 4, 'decay': 4},
-                 'c': {'stop_gradient': False, 'rate': 3}},
-}  # fmt: skip
+    'cifar10': {
+        'a': {'rate': 4, 'decay': 4},
+        'b': {'symmetric': 'false', 'epochs': 2},
+        'c': {'proj_bn': 'all'},
+        'd': {'predictor': 'none', 'rate': 0.25},
+    },
+    'clothing': {
+        'a': {'epochs': 2, 'augmentation': 'simclr', 'rate': 2},
+        'b': {'epochs': 4, 'decay': 4},
+        'c': {'stop_gradient': False, 'rate': 3},
+    },
+}
 
 
 def variants(kind, held_out):
@@ -66,8 +102,11 @@ def variants(kind, held_out):
         return {f'held_out_{name}': options for name, options in HELD_OUT[kind].items()}
     if kind != 'demo':
         return VARIED
-    return {f'{table}: {name}': options
-            for table in ('collapse', 'stopgrad', 'predictor', 'bn') for name, options, _ in TABLES[table]}  # fmt: skip
+    return {
+        f'{table}: {name}': options
+        for table in ('collapse', 'stopgrad', 'predictor', 'bn')
+        for name, options, _ in TABLES[table]
+    }
 
 
 def as_trained(args):
@@ -96,8 +135,12 @@ def train_all(kind, given, seeds, held_out, folder):
     for seed in seeds:
         trained = []
         for number, (variant, varied) in enumerate(variants(kind, held_out).items()):
-            own = {'random_seed': seed, 'model_name': f'{kind}{"_held" * held_out}_{number}_{seed}',
-                   'ckpt_path': f'{folder}/ckpt', 'log_path': f'{folder}/log'}  # fmt: skip
+            own = {
+                'random_seed': seed,
+                'model_name': f'{kind}{"_held" * held_out}_{number}_{seed}',
+                'ckpt_path': f'{folder}/ckpt',
+                'log_path': f'{folder}/log',
+            }
             options = {**options_of(kind, given, varied), **own}
             args = get_config(**options)
             if (same := {**as_trained(args), 'model_name': ''}) in trained:
@@ -119,12 +162,23 @@ def measure(run):
     judged = results.of_run(run, protocol='linear')[-1]
     name = checkpoints(run)[-1].name
     if not (known := results.of_run(run, protocol='spectrum', checkpoint=name)):
-        args = get_config(protocol='spectrum', ckpt_name=str(run / name), log_path=str(run.parent.parent / 'log'),
-                          cache_path=str(run.parent.parent / 'cache'), quiet=True)  # fmt: skip
+        args = get_config(
+            protocol='spectrum',
+            ckpt_name=str(run / name),
+            log_path=str(run.parent.parent / 'log'),
+            cache_path=str(run.parent.parent / 'cache'),
+            quiet=True,
+        )
         known = [evaluate(args)]
     loss = read_metrics(run / 'metrics.jsonl')[-1]['pretraining/loss']
-    return {**known[-1]['measures'], 'loss': loss, 'linear': judged['top1'], 'knn': judged['knn_top1'],
-            'untrained': known[-1]['untrained'], 'knn_untrained': judged['knn_top1_untrained']}  # fmt: skip
+    return {
+        **known[-1]['measures'],
+        'loss': loss,
+        'linear': judged['top1'],
+        'knn': judged['knn_top1'],
+        'untrained': known[-1]['untrained'],
+        'knn_untrained': judged['knn_top1_untrained'],
+    }
 
 
 def untrained_linear(run, kept):

@@ -22,14 +22,27 @@ from pathlib import Path
 import torch
 from common import CODE
 
-OPTIONS = ['--preset=demo', '--max_epochs=2', '--knn_every=0', '--save_minutes=0.01', '--resume=auto',
-           '--cache_images=off', '--num_workers=2']  # fmt: skip
+OPTIONS = [
+    '--preset=demo',
+    '--max_epochs=2',
+    '--knn_every=0',
+    '--save_minutes=0.01',
+    '--resume=auto',
+    '--cache_images=off',
+    '--num_workers=2',
+]
 
 
 def start(folder):
     paths = [f'--{name}_path={folder}/{name}' for name in ('ckpt', 'log')]
-    return subprocess.Popen([sys.executable, 'cli.py', 'train', *OPTIONS, *paths], cwd=CODE, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, 'cli.py', 'train', *OPTIONS, *paths],
+        cwd=CODE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def digest(folder):

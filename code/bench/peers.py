@@ -57,8 +57,14 @@ class Lightly(torch.nn.Module):
 
 def lightly_loader(folder, size, batch):
     transform = SimSiamTransform(input_size=size, gaussian_blur=0.0 if size == 32 else 0.5)
-    return DataLoader(ImageFolder(folder / 'train', transform), batch, shuffle=True, drop_last=True,
-                      num_workers=cpu_count(), persistent_workers=True)  # fmt: skip
+    return DataLoader(
+        ImageFolder(folder / 'train', transform),
+        batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=cpu_count(),
+        persistent_workers=True,
+    )
 
 
 def lightly_epoch(model, optimizer, batches, device):
@@ -76,8 +82,16 @@ def lightly_epoch(model, optimizer, batches, device):
 
 def options(preset, folder, batch, **more):
     blur = {'proj_layers': 3} if preset == 'cifar10' else {}
-    return get_config(preset=preset, image_path=str(folder), batch_size=batch, learning_rate=0.0, knn_every=0,
-                      cache_path=str(folder.parent / 'cache'), **blur, **more)  # fmt: skip
+    return get_config(
+        preset=preset,
+        image_path=str(folder),
+        batch_size=batch,
+        learning_rate=0.0,
+        knn_every=0,
+        cache_path=str(folder.parent / 'cache'),
+        **blur,
+        **more,
+    )
 
 
 def training(name, folder):
@@ -125,8 +139,11 @@ def main():
     for name, (ours, theirs, ratio) in found.items():
         print(f'{name:16}{ours:10.1f}{theirs:10.1f}{ratio:8.2f}')
     names = ('ours', 'lightly', 'ratio')
-    print(json.dumps({name: dict(zip(names, (round(x, 2) for x in values), strict=True))
-                      for name, values in found.items()}))  # fmt: skip
+    print(
+        json.dumps(
+            {name: dict(zip(names, (round(x, 2) for x in values), strict=True)) for name, values in found.items()}
+        )
+    )
 
 
 if __name__ == '__main__':

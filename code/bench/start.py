@@ -57,8 +57,15 @@ def measure(root):
     from dataloader.load_dataset import get_iterator
 
     before = time.process_time()
-    args = get_config(preset='imagenet', image_path=root, image_size=32, batch_size=32, num_workers=2, val_fraction=0.0,
-                      cache_path=f'{root}/cache')  # fmt: skip
+    args = get_config(
+        preset='imagenet',
+        image_path=root,
+        image_size=32,
+        batch_size=32,
+        num_workers=2,
+        val_fraction=0.0,
+        cache_path=f'{root}/cache',
+    )
     train = get_iterator(args)['train']
     next(iter(train.batch_sampler))
     seconds, memory = time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -92,8 +99,10 @@ def main():
                 shutil.rmtree(root)
             row = json.loads(done.stdout.splitlines()[-1])
             found[f'{count}_{number}'] = row
-            print(f'{count:10}{number:10}{row["cpu_seconds"]:10.2f}{row["gigabytes"]:8.2f}   {row["worker_growth_mb"]}',
-                  flush=True)  # fmt: skip
+            print(
+                f'{count:10}{number:10}{row["cpu_seconds"]:10.2f}{row["gigabytes"]:8.2f}   {row["worker_growth_mb"]}',
+                flush=True,
+            )
     print(json.dumps(found))
 
 

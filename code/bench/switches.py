@@ -45,8 +45,12 @@ def main():
     demo = [] if any(option.startswith('--image_path') for option in given) else ['--image_path=data/demo']
     common = ['--preset=cifar10', *demo, '--max_epochs=2', *given]
     if demo:
-        subprocess.run([sys.executable, 'cli.py', 'check_dataloader', '--preset=demo'], cwd=CODE, check=True,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [sys.executable, 'cli.py', 'check_dataloader', '--preset=demo'],
+            cwd=CODE,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     cuda, found = torch.cuda.is_available(), {}
     for name, options in SWITCHES.items():
         if cuda or not name.startswith(('--amp=bf16', '--amp=fp16', '--compile=True')):

@@ -73,19 +73,33 @@ def summary():
         return percent(mean(numbers))
 
     rows = [
-        ['the demo, 15 epochs, mean of five seeds', mean_of(curve(name, 'knn_top1')[0] for name in seeds),
-         mean_of(last(name, 'knn_top1') for name in seeds), mean_of(result(name, 'linear')['top1'] for name in seeds)],
-        ['CIFAR-10 JPEGs, small network, 10 epochs', percent(curve('cifar10_small_bf16', 'knn_top1')[0]),
-         percent(last('cifar10_small_bf16', 'knn_top1')), ''],
-        ['3,068 photographs of clothes, ResNet-18 at 96 px, 60 epochs', percent(curve('clothing', 'knn_top1')[0]),
-         percent(last('clothing', 'knn_top1')), percent(result('clothing', 'linear')['top1'])],
-    ]  # fmt: skip
+        [
+            'the demo, 15 epochs, mean of five seeds',
+            mean_of(curve(name, 'knn_top1')[0] for name in seeds),
+            mean_of(last(name, 'knn_top1') for name in seeds),
+            mean_of(result(name, 'linear')['top1'] for name in seeds),
+        ],
+        [
+            'CIFAR-10 JPEGs, small network, 10 epochs',
+            percent(curve('cifar10_small_bf16', 'knn_top1')[0]),
+            percent(last('cifar10_small_bf16', 'knn_top1')),
+            '',
+        ],
+        [
+            '3,068 photographs of clothes, ResNet-18 at 96 px, 60 epochs',
+            percent(curve('clothing', 'knn_top1')[0]),
+            percent(last('clothing', 'knn_top1')),
+            percent(result('clothing', 'linear')['top1']),
+        ],
+    ]
     return markdown(['run', 'kNN, untrained', 'kNN', 'linear'], rows)
 
 
 def cifar10():
-    rows = [[name, *(percent(value) for value in curve(f'cifar10_small_{amp}', 'knn_top1').values())]
-            for name, amp in (('bfloat16', 'bf16'), ('float32', 'off'))]  # fmt: skip
+    rows = [
+        [name, *(percent(value) for value in curve(f'cifar10_small_{amp}', 'knn_top1').values())]
+        for name, amp in (('bfloat16', 'bf16'), ('float32', 'off'))
+    ]
     return markdown(['epochs', *curve('cifar10_small_off', 'knn_top1')], rows)
 
 
@@ -94,9 +108,12 @@ def clothing():
     rows = [
         ['kNN', percent(last('clothing', 'knn_top1')), f'untrained {percent(curve("clothing", "knn_top1")[0])}'],
         ['linear', percent(result('clothing', 'linear')['top1']), ''],
-        ['fine-tuned on a tenth of the labels', percent(semi['top1']),
-         f'from scratch {percent(semi["top1_from_scratch"])}'],
-    ]  # fmt: skip
+        [
+            'fine-tuned on a tenth of the labels',
+            percent(semi['top1']),
+            f'from scratch {percent(semi["top1_from_scratch"])}',
+        ],
+    ]
     return markdown(['photographs of clothes', 'top-1', 'beside it'], rows)
 
 
@@ -104,8 +121,13 @@ def detection():
     rows = []
     for path in sorted((RESULTS / 'clothing').glob('evaluate_detection_*.json')):
         found = json.loads(path.read_text())
-        rows.append([found['init'], found['settings']['random_seed'], *(percent(found[name]) for name in
-                                                                        ('AP', 'AP50', 'AP75'))])  # fmt: skip
+        rows.append(
+            [
+                found['init'],
+                found['settings']['random_seed'],
+                *(percent(found[name]) for name in ('AP', 'AP50', 'AP75')),
+            ]
+        )
     return markdown(['blood cells, from', 'seed', 'AP', 'AP50', 'AP75'], sorted(rows))
 
 
@@ -123,10 +145,17 @@ def collapse():
     rows = []
     for table in ('collapse', 'predictor', 'bn'):
         for variant, seeds in of_table(table):
-            rows.append([variant, ', '.join(percent(row['linear']) for row in seeds),
-                         *(f'{mean(row[name] for row in seeds):.{digits}f}' for name, digits in
-                           (('knn', 1), ('rank', 0), ('loss', 3), ('std', 2))),
-                         ', '.join(words(seeds))])  # fmt: skip
+            rows.append(
+                [
+                    variant,
+                    ', '.join(percent(row['linear']) for row in seeds),
+                    *(
+                        f'{mean(row[name] for row in seeds):.{digits}f}'
+                        for name, digits in (('knn', 1), ('rank', 0), ('loss', 3), ('std', 2))
+                    ),
+                    ', '.join(words(seeds)),
+                ]
+            )
     return markdown(['variant', 'linear', 'kNN', 'rank', 'loss', 'std', 'verdict'], rows)
 
 
@@ -143,8 +172,9 @@ def measures():
     pooled = correlations([row for rows in sets.values() for row in rows])
     names = sorted(pooled, key=lambda name: -abs(mean(found[kind][name][0] for kind in NAMES)))
     rows = [[MEASURES.get(name, name), *(interval(*of[name]) for of in (*found.values(), pooled))] for name in names]
-    return markdown(['measure', *(f'{NAMES[kind]}, {len(rows)} runs' for kind, rows in sets.items()), 'all together'],
-                    rows)  # fmt: skip
+    return markdown(
+        ['measure', *(f'{NAMES[kind]}, {len(rows)} runs' for kind, rows in sets.items()), 'all together'], rows
+    )
 
 
 def interval(rho, low, high):
@@ -161,8 +191,13 @@ def held_out():
 
             word = verdict(row, row['untrained'])[0]
             gain = row['linear'] - row['linear_untrained']
-            numbers = [percent(row['linear_untrained']), percent(row['linear']), f'{row["std"]:.2f}',
-                       f'{row["rank"]:.0f}', f'{row["untrained"]["rank"]:.0f}']  # fmt: skip
+            numbers = [
+                percent(row['linear_untrained']),
+                percent(row['linear']),
+                f'{row["std"]:.2f}',
+                f'{row["rank"]:.0f}',
+                f'{row["untrained"]["rank"]:.0f}',
+            ]
             rows.append([of, *numbers, word, 'right' if right(word, gain, mean(usual)) else 'wrong'])
     return markdown(['run', 'linear, untrained', 'linear', 'std', 'rank', 'untrained', 'verdict', ''], rows)
 
@@ -171,6 +206,81 @@ def right(word, gain, usual):
     """Healthy is right where linear top-1 gained at least half of what the set's usual run gains; the others where it
     did not."""
     return (word == 'healthy') == (gain >= usual / 2)
+
+
+def views():
+    """kNN after equal work of two, three and four views: as many views through the network."""
+    rows = []
+    for n in (2, 3, 4):
+        names = [f'views_{n}_{seed}' for seed in range(3)]
+        epochs, finals = max(curve(names[0], 'loss')), [last(name, 'knn_top1') for name in names]
+        rows.append(
+            [
+                n,
+                epochs,
+                f'{n * epochs * 15_000:,}',
+                ', '.join(map(percent, finals)),
+                percent(mean(finals)),
+                percent(mean(last(name, 'rank') for name in names)),
+            ]
+        )
+    return markdown(['views', 'epochs', 'views in all', 'kNN, seeds 0 to 2', 'mean', 'rank'], rows)
+
+
+def starts():
+    """The demo from its usual start, from weights divided by three, and with a rate that rises."""
+    rows = []
+    for title, name in (
+        ('as it is', 'demo_bf16'),
+        ('weights of layers / 3 at the start', 'cut'),
+        ('rate rises for 3 epochs', 'slow'),
+    ):
+        runs = [f'{name}_{seed}' for seed in range(3)]
+        early = [curve(run, 'loss')[1] for run in runs]
+        finals = [last(run, 'knn_top1') for run in runs]
+        rows.append([title, f'{mean(early):.3f}', ', '.join(map(percent, finals)), percent(mean(finals))])
+    return markdown(['start', 'loss after an epoch', 'kNN after 15, seeds 0 to 2', 'mean'], rows)
+
+
+PUBLISHED = {  # read from their repositories, November 2026; kNN of the 800-epoch recipe after so many epochs
+    'PatrickHua/SimSiam, 10 warm-up epochs': {1: 35.1, 2: 36.7, 3: 37.4, 5: 40.0, 10: 43.6, 15: 48.3, 20: 53.4},
+    'ahmdtaha/simsiam, one GPU, none': {1: 33.1, 2: 32.6, 3: 33.7},
+}
+
+
+def recipe():
+    """kNN over the first epochs of the paper's CIFAR-10 recipe, ours beside the published ones."""
+    epochs = (0, 1, 2, 3, 5, 10, 15, 20)
+    ours = {'here, ResNet-18, JPEGs, no warm-up': curve('recipe', 'knn_top1')}
+    rows = [
+        [name, *(percent(of[epoch]) if epoch in of else '' for epoch in epochs)]
+        for name, of in {**ours, **PUBLISHED}.items()
+    ]
+    return markdown(['epochs', *epochs], rows)
+
+
+def warm():
+    """The recipe's first epochs with the small network and fewer images, with and without warm-up."""
+    epochs = (0, 1, 2, 3, 5, 10, 15, 20)
+    rows = []
+    for title, name in (('no warm-up', 'warm_none'), ('10 warm-up epochs', 'warm_warmup')):
+        of = curve(name, 'knn_top1')
+        rows.append([title, *(percent(of[epoch]) if epoch in of else '' for epoch in epochs)])
+    return markdown(['epochs', *epochs], rows)
+
+
+def backbones():
+    """Networks beyond ResNets, before and after."""
+    rows = []
+    for title, name in (
+        ('ConvNeXt (timm/convnext_atto), 32 px', 'backbone_convnext'),
+        ('ViT (timm/vit_tiny_patch16_224), 64 px', 'backbone_vit'),
+    ):
+        knn, ranks = curve(name, 'knn_top1'), curve(name, 'rank')
+        rows.append(
+            [title, max(knn), percent(knn[0]), percent(knn[max(knn)]), percent(ranks[0]), percent(ranks[max(ranks)])]
+        )
+    return markdown(['backbone', 'epochs', 'kNN, untrained', 'kNN', 'rank, untrained', 'rank'], rows)
 
 
 def choice():

@@ -96,11 +96,14 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
         elif any(part[:1] == b'.' or part.lower() in OF_SYSTEMS for part in parts):
             others['(hidden)'] += 1
         elif member.size < 0 or offset + member.size > limit:
-            raise WorkError(f'{shown(archive.name or prefix)}: {shown(name)} claims {member.size} bytes, more than '
-                            'the archive has')  # fmt: skip
+            raise WorkError(
+                f'{shown(archive.name or prefix)}: {shown(name)} claims {member.size} bytes, more than the archive has'
+            )
         elif not prefix and name.lower().endswith(b'.tar'):
-            with archive.extractfile(member) as inner, tarfile.open(fileobj=inner, mode='r:',
-                                                                    errors='surrogateescape') as nested:  # fmt: skip
+            with (
+                archive.extractfile(member) as inner,
+                tarfile.open(fileobj=inner, mode='r:', errors='surrogateescape') as nested,
+            ):
                 yield from members(nested, others, classes, limit, bar, name[:-4] + b'/', offset)
         elif name.endswith(b'.cls') and member.size <= LONGEST_CLASS:
             classes[prefix + name[:-4]] = archive.extractfile(member).read().decode(errors='replace').strip()

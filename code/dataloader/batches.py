@@ -42,14 +42,23 @@ class Batches(torch.utils.data.DataLoader):
     waited for is the end of a process, or the time; they are raised here."""
 
     def __init__(self, dataset, num_workers, **more):
-        super().__init__(dataset, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=in_worker,
-                         timeout=CHECK if num_workers else 0, **more)  # fmt: skip
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=as_it_is,
+            worker_init_fn=in_worker,
+            timeout=CHECK if num_workers else 0,
+            **more,
+        )
 
     def place(self):
         """Where the images are, in words."""
         if not self.num_workers:
-            return 'read as they come' if not self.dataset.in_memory() else (
-                'held on the GPU' if self.dataset.pixels.is_cuda else 'held in memory')  # fmt: skip
+            return (
+                'read as they come'
+                if not self.dataset.in_memory()
+                else ('held on the GPU' if self.dataset.pixels.is_cuda else 'held in memory')
+            )
         return f'read by {self.num_workers} workers'
 
     def __iter__(self):
@@ -111,8 +120,10 @@ class Watch(threading.Thread):
     def judge(self):
         """Raise what happened to the processes, if anything did."""
         if self.hung:
-            raise WorkError(f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
-                            f'network answer? {GO_ON}') from None  # fmt: skip
+            raise WorkError(
+                f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
+                f'network answer? {GO_ON}'
+            ) from None
         explain(self.workers)
 
     def next_of(self, batches):
@@ -189,8 +200,10 @@ def together(images):
     except RuntimeError:
         wanted = len(images) * images[0].nbytes
         if torch.utils.data.get_worker_info() and shutil.disk_usage('/dev/shm').free < wanted:
-            raise WorkError(f'/dev/shm has no room for a batch of {wanted / 1e6:.0f} MB: docker run --shm-size=8g, a '
-                            'smaller --batch_size or --num_workers=0, which needs none') from None  # fmt: skip
+            raise WorkError(
+                f'/dev/shm has no room for a batch of {wanted / 1e6:.0f} MB: docker run --shm-size=8g, a '
+                'smaller --batch_size or --num_workers=0, which needs none'
+            ) from None
         raise
 
 

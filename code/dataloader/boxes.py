@@ -101,8 +101,9 @@ def coco_split(folder, split, masks):
     try:
         table = json.loads(files[0].read_text())
         table = {key: table[key] for key in ('images', 'annotations', 'categories')}
-        table['annotations'] = [{'iscrowd': 0, 'area': box['bbox'][2] * box['bbox'][3], **box}
-                                for box in table['annotations']]  # fmt: skip
+        table['annotations'] = [
+            {'iscrowd': 0, 'area': box['bbox'][2] * box['bbox'][3], **box} for box in table['annotations']
+        ]
         inside(table, images)
         return Boxes(images, table, masks, own)
     except (ValueError, KeyError, TypeError) as error:
@@ -118,8 +119,13 @@ def inside(table, folder):
 
 def voc_classes(folder):
     """The names of all classes that are annotated, sorted."""
-    return sorted({thing.findtext('name') for path in sorted((folder / 'Annotations').glob('*.xml'))
-                   for thing in annotation(path).iter('object')})  # fmt: skip
+    return sorted(
+        {
+            thing.findtext('name')
+            for path in sorted((folder / 'Annotations').glob('*.xml'))
+            for thing in annotation(path).iter('object')
+        }
+    )
 
 
 def voc_lists(folder):
@@ -139,15 +145,29 @@ def voc_split(folder, path, numbers):
         root = annotation(file)
         try:
             size = root.find('size')
-            images.append({'id': number, 'file_name': f'{line}.jpg', 'width': int(size.findtext('width')),
-                           'height': int(size.findtext('height'))})  # fmt: skip
+            images.append(
+                {
+                    'id': number,
+                    'file_name': f'{line}.jpg',
+                    'width': int(size.findtext('width')),
+                    'height': int(size.findtext('height')),
+                }
+            )
             for thing in root.iter('object'):
-                left, top, right, bottom = (float(thing.find('bndbox').findtext(side))
-                                            for side in ('xmin', 'ymin', 'xmax', 'ymax'))  # fmt: skip
+                left, top, right, bottom = (
+                    float(thing.find('bndbox').findtext(side)) for side in ('xmin', 'ymin', 'xmax', 'ymax')
+                )
                 box = [left - 1, top - 1, right - left + 1, bottom - top + 1]  # VOC counts pixels from 1, both included
-                boxes.append({'id': len(boxes) + 1, 'image_id': number, 'category_id': numbers[thing.findtext('name')],
-                              'bbox': box, 'area': box[2] * box[3],
-                              'iscrowd': int(thing.findtext('difficult') == '1')})  # fmt: skip
+                boxes.append(
+                    {
+                        'id': len(boxes) + 1,
+                        'image_id': number,
+                        'category_id': numbers[thing.findtext('name')],
+                        'bbox': box,
+                        'area': box[2] * box[3],
+                        'iscrowd': int(thing.findtext('difficult') == '1'),
+                    }
+                )
         except (AttributeError, TypeError, ValueError) as error:
             raise WorkError(f'{file} is not in the VOC format: {error}') from None
     categories = [{'id': number, 'name': name} for name, number in numbers.items()]

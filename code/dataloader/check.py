@@ -26,8 +26,10 @@ def check_dataloader(args):
     use_device(args)
     unreadable, read = read_all(args)
     if unreadable and args.bad_images == 'error':
-        raise WorkError(f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
-                        'them, or --bad_images=skip leaves them out')  # fmt: skip
+        raise WorkError(
+            f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
+            'them, or --bad_images=skip leaves them out'
+        )
     iterators = get_iterator(args)
     say(f'{shown(root)}, ' + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out'))
     for name, batches in iterators.items():

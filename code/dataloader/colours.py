@@ -77,8 +77,11 @@ def recolour_all(x, factors, order, gray):
         base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
         factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
         moved = torch.lerp(base, x, factor).clamp(0, 1)
-        x = torch.where(is_brightness | is_contrast | is_saturation, moved,
-                        torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x))  # fmt: skip
+        x = torch.where(
+            is_brightness | is_contrast | is_saturation,
+            moved,
+            torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x),
+        )
     return torch.where(gray[:, None, None, None], luma(x), x)
 
 

@@ -36,6 +36,7 @@ def random_crops(image, size, views, row, generator, halve=True, white=0.0):
 def centre_crop(image, size, ratio, white=0.0):
     """The view for evaluation: 1 x 3 x size x size uint8. ratio: share of the shorter side."""
     top, left, height, width = geometry.centre_box(image.height, image.width, ratio)
-    image = rgb(image, white).resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width,
-                                                                                  top + height))  # fmt: skip
+    image = rgb(image, white).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
     return pixels_of(image)[None]

@@ -32,11 +32,17 @@ WHITE = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless
 def endings():
     """The endings of the files that Pillow can open, lower case, as bytes: {b'.jpg', b'.jfif', b'.avif', ...}."""
     Image.init()
-    stubs = {name for name, (factory, _) in Image.OPEN.items()
-             if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}  # fmt: skip
+    stubs = {
+        name
+        for name, (factory, _) in Image.OPEN.items()
+        if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+    }
     left_out = stubs.union(NOT_READ)
-    return frozenset(ending.encode() for ending, name in Image.registered_extensions().items()
-                     if name in Image.OPEN and name not in left_out)  # fmt: skip
+    return frozenset(
+        ending.encode()
+        for ending, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in left_out
+    )
 
 
 def is_image(name):
@@ -63,8 +69,10 @@ def opened(source, name):
         image = Image.open(source)
     with image:
         if image.width * image.height > MOST_PIXELS:
-            raise WorkError(f'cannot read the image {shown(name)}: it has {image.width} x {image.height} pixels, more '
-                            f'than {MOST_PIXELS:,}')  # fmt: skip
+            raise WorkError(
+                f'cannot read the image {shown(name)}: it has {image.width} x {image.height} pixels, more '
+                f'than {MOST_PIXELS:,}'
+            )
         image.named = name
         yield image
 
@@ -112,8 +120,9 @@ def converted(image, white):
     elif image.mode == 'LAB':
         from PIL import ImageCms  # not in every build of Pillow
 
-        return ImageCms.profileToProfile(image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'),
-                                         outputMode='RGB')  # fmt: skip
+        return ImageCms.profileToProfile(
+            image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB'
+        )
     return image.convert('RGB')
 
 

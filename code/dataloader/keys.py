@@ -42,8 +42,9 @@ class Keys:
             rows = order[start : start + self.batch_size], seeds[start : start + self.batch_size]
             if self.drop_last:
                 rows = [share(part) for part in rows]
-            yield [(index, seed, self.augmentation) for index, seed in zip(*(part.tolist() for part in rows),
-                                                                          strict=True)]  # fmt: skip
+            yield [
+                (index, seed, self.augmentation) for index, seed in zip(*(part.tolist() for part in rows), strict=True)
+            ]
 
 
 def share(rows):

@@ -26,8 +26,15 @@ from dataloader.names import Names
 from dataloader.scan import Found, ending, scan
 from dataloader.stores.files import Files
 
-SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test',
-          'testing': 'test'}  # fmt: skip
+SPLITS = {
+    'train': 'train',
+    'training': 'train',
+    'val': 'val',
+    'valid': 'val',
+    'validation': 'val',
+    'test': 'test',
+    'testing': 'test',
+}
 ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
 
 
@@ -52,8 +59,11 @@ def find(root, cache_path, progress):
     progress: logger.progress. Raises UserError where there are no images, or the layout is none of the above.
     """
     if root.is_file():
-        return {'train': whole(root, cache_path, progress)} if not is_tar(root) else in_one_archive(
-            root, cache_path, progress)  # fmt: skip
+        return (
+            {'train': whole(root, cache_path, progress)}
+            if not is_tar(root)
+            else in_one_archive(root, cache_path, progress)
+        )
     if archives := imagenet.archives_of(root):
         found = {}
         for name, path in archives.items():

@@ -128,8 +128,10 @@ def splits_of(args):
         own = part.classes if (part.labels >= 0).any() else []
         extra = sorted(set(own) - set(classes))
         if extra:
-            raise UserError(f'{shown(part.where)} has the class {shown(extra[0])!r}, which {shown(train.where)} has '
-                            'not: spelled otherwise?')  # fmt: skip
+            raise UserError(
+                f'{shown(part.where)} has the class {shown(extra[0])!r}, which {shown(train.where)} has '
+                'not: spelled otherwise?'
+            )
         table = torch.tensor([*(number[owner] for owner in own), -1])  # the last for -1
         splits[name] = of_part(args, part, table[part.labels], classes)
     return splits
@@ -155,14 +157,18 @@ def parts_of(args):
     parts = layout.find(root, path_of(args.cache_path), progress)
     train = parts['train']
     if unread := beside(root, [part.where for part in parts.values()]):
-        say(f'not read: {", ".join(shown(name) for name in unread[:5])}{" ..." if len(unread) > 5 else ""}, beside '
-            f'{shown(train.where.name)} in {shown(root)}')  # fmt: skip
+        say(
+            f'not read: {", ".join(shown(name) for name in unread[:5])}{" ..." if len(unread) > 5 else ""}, beside '
+            f'{shown(train.where.name)} in {shown(root)}'
+        )
     if 'val' not in parts and train.classes and args.val_fraction:
         train, val = layout.hold_out(train, args.val_fraction)
         if len(val.labels):
             parts = {**parts, 'train': train, 'val': val}
-            say(f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
-                f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})')  # fmt: skip
+            say(
+                f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
+                f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})'
+            )
     return parts
 
 

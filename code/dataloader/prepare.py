@@ -111,8 +111,10 @@ def readable(store, where, cache_path):
     if len(bad) == len(rows):
         raise WorkError(f'no image of {shown(where)} can be read')
     if bad:
-        say(f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; they are '
-            f'named in {named}')  # fmt: skip
+        say(
+            f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; they are '
+            f'named in {named}'
+        )
     return rows.nonzero()[:, 0]
 
 

@@ -12,9 +12,21 @@ from dataloader.images import is_image, shown
 from dataloader.names import Names
 
 # What systems put beside people's files, lower case; so is whatever begins with a dot.
-OF_SYSTEMS = {b'@eadir', b'@recycle', b'@recently-snapshot', b'@tmp', b'#recycle', b'#snapshot', b'lost+found',
-              b'__macosx', b'__pycache__', b'$recycle.bin', b'system volume information', b'thumbs.db',
-              b'desktop.ini'}  # fmt: skip
+OF_SYSTEMS = {
+    b'@eadir',
+    b'@recycle',
+    b'@recently-snapshot',
+    b'@tmp',
+    b'#recycle',
+    b'#snapshot',
+    b'lost+found',
+    b'__macosx',
+    b'__pycache__',
+    b'$recycle.bin',
+    b'system volume information',
+    b'thumbs.db',
+    b'desktop.ini',
+}
 
 
 @dataclass

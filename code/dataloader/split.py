@@ -66,8 +66,9 @@ class Images(torch.utils.data.Dataset):
                 views = vision.torchvision_views(tuple(distortion(args, augmentation).items()))
                 return views(rgb(image, args.pixel_max), seed, self.views)
             generator, row = torch.Generator().manual_seed(seed), distortion(args, augmentation)
-            return crops.random_crops(image, args.image_size, self.views, row, generator, args.jpeg_shrink,
-                                      args.pixel_max)  # fmt: skip
+            return crops.random_crops(
+                image, args.image_size, self.views, row, generator, args.jpeg_shrink, args.pixel_max
+            )
 
     def random_views(self, images, augmentation, generator, part=(0, 1), compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""

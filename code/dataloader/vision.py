@@ -113,14 +113,16 @@ def torchvision_views(row):
     from torchvision.transforms import v2
 
     a = dict(row)
-    transform = v2.Compose([
-        v2.RandomResizedCrop(a['size'], a['scale'], a['ratio']),
-        v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
-        v2.RandomGrayscale(a['gray_prob']),
-        v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], a['blur_prob']),
-        v2.RandomHorizontalFlip(a['flip']),
-        v2.ToImage(),
-    ])  # fmt: skip
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(a['size'], a['scale'], a['ratio']),
+            v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
+            v2.RandomGrayscale(a['gray_prob']),
+            v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], a['blur_prob']),
+            v2.RandomHorizontalFlip(a['flip']),
+            v2.ToImage(),
+        ]
+    )
 
     def views(image, seed, count):
         with torch.random.fork_rng(devices=[]):

@@ -46,8 +46,10 @@ def typical(x, count, seed=0):
     clusters = min(count, MOST_CLUSTERS)
     labels = KMeans(clusters, n_init=1, random_state=seed).fit(x.cpu().numpy()).labels_
     members = [rows for rows in (torch.from_numpy(labels == i).nonzero()[:, 0] for i in range(clusters)) if len(rows)]
-    ordered = [rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()]
-               for rows in sorted(members, key=len, reverse=True)]  # fmt: skip
+    ordered = [
+        rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()]
+        for rows in sorted(members, key=len, reverse=True)
+    ]
     rounds = max(map(len, ordered))
     rows = [int(of[turn]) for turn in range(rounds) for of in ordered if turn < len(of)]
     return torch.tensor(rows[:count])

@@ -74,9 +74,10 @@ def lidar(x):
 
 def own_ranks(first, second):
     """Of n images' first views, the place of each one's own second view among all n second views, by cosine: 1 where it
-    is the nearest; of equals the last. first, second: n x d. Returns n float, on the device."""
+    is the nearest; of those that are equal but for rounding the last. first, second: n x d. Returns n float, on the
+    device."""
     cosine = normalize(first, dim=1) @ normalize(second, dim=1).T
-    return (cosine >= cosine.diagonal()[:, None]).sum(1).float()
+    return (cosine >= cosine.diagonal()[:, None] - 4 * torch.finfo(cosine.dtype).eps).sum(1).float()
 
 
 def retrieval(first, second):

@@ -31,8 +31,9 @@ def of_torchvision(name, size):
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"it is none of torchvision's classification networks (the nearest is {near}), small, or "
-                         'timm/<name>')  # fmt: skip
+        raise ValueError(
+            f"it is none of torchvision's classification networks (the nearest is {near}), small, or timm/<name>"
+        )
     more = {}
     if hasattr(resnet, name):
         more = {'zero_init_residual': True}

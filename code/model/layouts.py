@@ -36,8 +36,11 @@ SEQUENTIAL = {
     '7': 'layer4',
 }  # lightly's children
 # Heads by other names than ours.
-HEADS = (('encoder.fc.', 'projector.'), ('projection_head.layers.', 'projector.'),
-         ('prediction_head.layers.', 'predictor.'))  # fmt: skip
+HEADS = (
+    ('encoder.fc.', 'projector.'),
+    ('projection_head.layers.', 'projector.'),
+    ('prediction_head.layers.', 'predictor.'),
+)
 
 
 def read_layout(content):
@@ -104,8 +107,9 @@ def architecture(state):
     """The options of config.py that a state with our names settles by its shapes: backbone, stem, and where it has
     heads proj_layers, proj_dim and pred_dim. What cannot be told is left out."""
     known = {}
-    counts = tuple(len({name.split('.')[2] for name in state if name.startswith(f'backbone.layer{i}.')})
-                   for i in range(1, 5))  # fmt: skip
+    counts = tuple(
+        len({name.split('.')[2] for name in state if name.startswith(f'backbone.layer{i}.')}) for i in range(1, 5)
+    )
     bottleneck = 'backbone.layer1.0.conv3.weight' in state
     for name, blocks in BLOCKS.items():
         if (counts, bottleneck) == blocks:
@@ -113,8 +117,9 @@ def architecture(state):
     stem = state.get('backbone.conv1.weight')
     if stem is not None and stem.ndim == 4:
         known['stem'] = 'cifar' if stem.shape[2] == 3 else 'imagenet'
-    layers = [value for name, value in state.items()
-              if re.fullmatch(r'projector\.\d+\.weight', name) and value.ndim == 2]  # fmt: skip
+    layers = [
+        value for name, value in state.items() if re.fullmatch(r'projector\.\d+\.weight', name) and value.ndim == 2
+    ]
     if layers:
         known |= {'proj_layers': len(layers), 'proj_dim': layers[-1].shape[0]}
     predictor = state.get('predictor.0.weight')

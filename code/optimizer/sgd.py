@@ -18,8 +18,10 @@ def make_adamw(model, weight_decay):
 
 def groups(model):
     """The parameters of backbone and projector, and those of the predictor."""
-    return [{'params': [*model.backbone.parameters(), *model.projector.parameters()]},
-            {'params': [*model.predictor.parameters()]}]  # fmt: skip
+    return [
+        {'params': [*model.backbone.parameters(), *model.projector.parameters()]},
+        {'params': [*model.predictor.parameters()]},
+    ]
 
 
 def fused(model):

@@ -83,8 +83,10 @@ def make_detector(args, backbone, num_classes, masks):
         pyramid = BackboneWithFPN(backbone, stages, channels, 256, norm_layer=torch.nn.BatchNorm2d)
         pyramid = Half(args, pyramid)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
-        heads = {'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-                 'box_roi_pool': MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2)}  # fmt: skip
+        heads = {
+            'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            'box_roi_pool': MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2),
+        }
         if masks:
             heads['mask_roi_pool'] = MultiScaleRoIAlign(list(maps), output_size=14, sampling_ratio=2)
         kind = MaskRCNN if masks else FasterRCNN
@@ -123,8 +125,10 @@ def fit(args, detector, train):
             done = (epoch + step / steps) / args.detection_epochs
             optimizer.param_groups[0]['lr'] = learning_rate(done, WARMUP, args.detection_learning_rate * size / 16)
             images = [image.to(device, non_blocking=True) for image in images]
-            targets = [{name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
-                       for target in targets]  # fmt: skip
+            targets = [
+                {name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
+                for target in targets
+            ]
             loss = sum(detector(images, targets).values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -134,8 +138,10 @@ def fit(args, detector, train):
                 value = loss.item()
                 bar.set_postfix_str(f'loss {value:.3f}')
                 if not np.isfinite(value):
-                    raise WorkError(f'the detection loss is {value} in epoch {epoch + 1}: try a lower '
-                                    f'--detection_learning_rate (now {args.detection_learning_rate})')  # fmt: skip
+                    raise WorkError(
+                        f'the detection loss is {value} in epoch {epoch + 1}: try a lower '
+                        f'--detection_learning_rate (now {args.detection_learning_rate})'
+                    )
     bar.close()
 
 

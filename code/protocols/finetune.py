@@ -46,8 +46,10 @@ def finetune(args, backbone, train, val):
         fresh = new_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
         rates = args.baseline_learning_rate, args.baseline_learning_rate
         others, _ = train_and_score(args, fresh, train, val, rates, 'from scratch')
-        result |= {'top1_from_scratch': topk_accuracy(others, labels, 1),
-                   'top5_from_scratch': topk_accuracy(others, labels, 5)}  # fmt: skip
+        result |= {
+            'top1_from_scratch': topk_accuracy(others, labels, 1),
+            'top5_from_scratch': topk_accuracy(others, labels, 5),
+        }
     return {**result, 'num_train': len(train), 'num_val': len(val)}, scores, labels
 
 
@@ -128,10 +130,14 @@ def listed(args, images):
     if not wanted:
         raise UserError(f'--subset_list: {path} names no image')
     if unknown:
-        raise UserError(f'--subset_list: {len(unknown)} of its {len(wanted)} names are not in {images.folder}; the '
-                        f'first is {unknown[0]!r}')  # fmt: skip
+        raise UserError(
+            f'--subset_list: {len(unknown)} of its {len(wanted)} names are not in {images.folder}; the '
+            f'first is {unknown[0]!r}'
+        )
     repeated = [name for name in wanted if len(by_name[name]) > 1]
     if repeated:
-        raise UserError(f'--subset_list: {len(by_name[repeated[0]])} images of {images.folder} are named '
-                        f'{repeated[0]!r}: write <class>/{repeated[0]}')  # fmt: skip
+        raise UserError(
+            f'--subset_list: {len(by_name[repeated[0]])} images of {images.folder} are named '
+            f'{repeated[0]!r}: write <class>/{repeated[0]}'
+        )
     return torch.tensor(sorted({by_name[name][0] for name in wanted}))

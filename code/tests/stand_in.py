@@ -13,10 +13,24 @@ import sys
 from pathlib import Path
 
 FEW = ['--max_epochs=1', '--batch_size=8', '--num_workers=1', '--knn_every=1', '--amp=off']
-SMALL = ['--backbone=resnet18', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--probe_epochs=2',
-         '--cache_passes=1']  # fmt: skip
-JUDGE = ['--probe_epochs=2', '--cache_passes=1', '--finetune_epochs=1', '--detection_epochs=1', '--detection_size=64',
-         '--detection_batch_size=2', '--num_workers=1', '--amp=off']  # fmt: skip
+SMALL = [
+    '--backbone=resnet18',
+    '--image_size=32',
+    '--proj_dim=32',
+    '--pred_dim=8',
+    '--probe_epochs=2',
+    '--cache_passes=1',
+]
+JUDGE = [
+    '--probe_epochs=2',
+    '--cache_passes=1',
+    '--finetune_epochs=1',
+    '--detection_epochs=1',
+    '--detection_size=64',
+    '--detection_batch_size=2',
+    '--num_workers=1',
+    '--amp=off',
+]
 BENCH = {
     'kill.py': ['--kills=1', '--terms=1', '--groups=1', '--image_path=data/photos', '--batch_size=8'],
     'cifar10.py': ['--epochs=1', '--supervised_epochs=1', *FEW[1:], *SMALL, '--backbone=small'],

@@ -26,8 +26,16 @@ import train
 import watch
 from conftest import TINY, own_paths
 
-OPTIONS = (*TINY, '--batch_size=8', '--max_epochs=3', '--knn_every=1', '--save_every=1000', '--evaluate_after=True',
-           '--probe_epochs=2', '--num_workers=0')  # fmt: skip
+OPTIONS = (
+    *TINY,
+    '--batch_size=8',
+    '--max_epochs=3',
+    '--knn_every=1',
+    '--save_every=1000',
+    '--evaluate_after=True',
+    '--probe_epochs=2',
+    '--num_workers=0',
+)
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {
     'in the set-up': (train, 'get_iterator', 0),
@@ -97,9 +105,17 @@ def main(images, folder):
             again, _, _ = child(own, [*argv, '--resume=auto'])
             run, content = last(own)
             metrics = (run / 'metrics.jsonl').read_text().splitlines()
-            row = {'moment': moment, 'signal': number.name, 'code': code, 'errors': errors, 'seconds': seconds,
-                   'saved': saved and [saved[1]['epoch'], saved[1]['images']], 'again': again,
-                   'epochs': [json.loads(line)['epoch'] for line in metrics], 'same': same(content, whole)}  # fmt: skip
+            row = {
+                'moment': moment,
+                'signal': number.name,
+                'code': code,
+                'errors': errors,
+                'seconds': seconds,
+                'saved': saved and [saved[1]['epoch'], saved[1]['images']],
+                'again': again,
+                'epochs': [json.loads(line)['epoch'] for line in metrics],
+                'same': same(content, whole),
+            }
             print(json.dumps(row), flush=True)
 
 

@@ -16,12 +16,25 @@ from model.backbone import make_backbone
 
 # One of each family, and its features.
 WIDTHS = {
-    'convnext_tiny': 768, 'vit_b_16': 768, 'swin_t': 768, 'swin_v2_t': 768, 'efficientnet_b0': 1280,
-    'densenet121': 1024, 'vgg11': 4096, 'alexnet': 4096,
-    'mobilenet_v2': 1280, 'mobilenet_v3_small': 1024, 'squeezenet1_1': 512,
-    'regnet_y_400mf': 440, 'googlenet': 1024, 'inception_v3': 2048, 'maxvit_t': 512, 'resnext50_32x4d': 2048,
-    'shufflenet_v2_x0_5': 1024, 'mnasnet0_5': 1280,
-}  # fmt: skip
+    'convnext_tiny': 768,
+    'vit_b_16': 768,
+    'swin_t': 768,
+    'swin_v2_t': 768,
+    'efficientnet_b0': 1280,
+    'densenet121': 1024,
+    'vgg11': 4096,
+    'alexnet': 4096,
+    'mobilenet_v2': 1280,
+    'mobilenet_v3_small': 1024,
+    'squeezenet1_1': 512,
+    'regnet_y_400mf': 440,
+    'googlenet': 1024,
+    'inception_v3': 2048,
+    'maxvit_t': 512,
+    'resnext50_32x4d': 2048,
+    'shufflenet_v2_x0_5': 1024,
+    'mnasnet0_5': 1280,
+}
 
 
 def test_of_every_family_there_is_one():

@@ -110,10 +110,11 @@ CASES = {
     'no such checkpoint': lambda case: case.evaluate(name='nothing'),
     'other architecture than the checkpoint': lambda case: case.evaluate('--proj_dim=7'),
     'label list of other images': lambda case: case.evaluate('--protocol=semi', f'--subset_list={names(case)}'),
-    'learning rate too high': lambda case: case.train('--learning_rate=100', '--weight_decay=1', '--momentum=0.9999',
-                                                      '--max_epochs=60'),
+    'learning rate too high': lambda case: case.train(
+        '--learning_rate=100', '--weight_decay=1', '--momentum=0.9999', '--max_epochs=60'
+    ),
     'disk full': full_disk,
-}  # fmt: skip
+}
 
 
 def empty(case):
@@ -145,9 +146,7 @@ def test_bad_input_is_one_line(kind, drawn, trained, tmp_path, capsys):
     case = Case(tmp_path, drawn, trained)
     before = {path: path.stat().st_size for path in (tmp_path / 'out/ckpt' / RUN).glob('loss_*')}
     assert CASES[kind](case) == code
-    error = one_line('\n'.join(
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')
-    ))  # fmt: skip
+    error = one_line('\n'.join(line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')))
     pattern = '.*'.join(re.escape(part) for part in said.split('...'))
     assert re.fullmatch(pattern, error), error
     if kind != 'checkpoint cut short':

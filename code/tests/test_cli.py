@@ -85,11 +85,16 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     events = EventAccumulator(str(folder / 'log' / f'{RUN}0')).Reload()
     scalars = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
     assert set(scalars) == {
-        'pretraining/knn_top1', 'pretraining/loss', 'pretraining/std', 'speed/images_per_second',
-        'speed/waiting_for_data', 'schedule/learning_rate_encoder', 'schedule/learning_rate_predictor',
+        'pretraining/knn_top1',
+        'pretraining/loss',
+        'pretraining/std',
+        'speed/images_per_second',
+        'speed/waiting_for_data',
+        'schedule/learning_rate_encoder',
+        'schedule/learning_rate_predictor',
         *(f'pretraining/{name}' for name in ('rank', 'rank_z', 'retrieval', 'retrieval_z', 'rankme', 'area', 'alpha')),
         *(f'pretraining/{name}' for name in ('mean_direction', 'correlation', 'rank_z_minus_p', 'norm_z', 'norm_p')),
-    }  # fmt: skip
+    }
     assert re.search(r'^verdict      (healthy|partly collapsed|collapsed|nothing learned): .*std of z', said, re.M)
     for name in ('knn_top1', 'rank', 'area'):
         assert [event.step for event in events.Scalars(f'pretraining/{name}')] == [0, 1, 2]
@@ -159,8 +164,17 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = copied / 'ckpt' / f'{RUN}0'
     result = of_run(folder)[-1]
-    assert {'protocol', 'epoch', 'top1', 'top5', 'knn_top1', 'knn_top1_untrained', 'num_train', 'num_val',
-            'seconds'} <= set(result)  # fmt: skip
+    assert {
+        'protocol',
+        'epoch',
+        'top1',
+        'top5',
+        'knn_top1',
+        'knn_top1_untrained',
+        'num_train',
+        'num_val',
+        'seconds',
+    } <= set(result)
     assert (result['protocol'], result['epoch'], result['num_train'], result['num_val']) == ('linear', 2, 72, 24)
     assert result['top5'] == 100  # there are three classes
     assert sum(result['per_class'].values()) / 3 == pytest.approx(result['top1'])
@@ -377,8 +391,17 @@ def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(drawn, tmp_path):
-    done = run('train', *TINY, f'--image_path={drawn}', '--learning_rate=100', '--weight_decay=1', '--max_epochs=60',
-               '--momentum=0.9999', '--knn_every=0', *own_paths(tmp_path))  # fmt: skip
+    done = run(
+        'train',
+        *TINY,
+        f'--image_path={drawn}',
+        '--learning_rate=100',
+        '--weight_decay=1',
+        '--max_epochs=60',
+        '--momentum=0.9999',
+        '--knn_every=0',
+        *own_paths(tmp_path),
+    )
     assert done.returncode == 1, done.stdout
     errors = [line for line in done.stderr.splitlines() if not line.startswith('warning: the model collapses')]
     assert re.search(r'the loss is nan in epoch \d+: try a lower --learning_rate', one_line('\n'.join(errors)))
@@ -397,8 +420,17 @@ def test_quiet_says_nothing_and_the_log_has_it_all(trained, drawn, tmp_path):
 @pytest.mark.parametrize('plain', [False, True])
 def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
     """On a pseudo-terminal; in a pipe (every other test) there is neither."""
-    command = [sys.executable, 'cli.py', 'train', *TINY, '--knn_k=5', '--collapse_threshold=1', '--neighbours=3',
-               f'--image_path={drawn}', *own_paths(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        'cli.py',
+        'train',
+        *TINY,
+        '--knn_k=5',
+        '--collapse_threshold=1',
+        '--neighbours=3',
+        f'--image_path={drawn}',
+        *own_paths(tmp_path),
+    ]
     main, end = os.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 120, 0, 0))
     environment = os.environ | ({'NO_COLOR': '1'} if plain else {})

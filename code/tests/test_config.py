@@ -67,11 +67,21 @@ def test_help_answers_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     for name, option in OPTIONS.items():
         if 'train' in option.metadata['used_by']:
-            assert re.search(rf'--{name}={re.escape(str(option.default))}.* {re.escape(option.metadata["meaning"])}',
-                             done.stdout), name  # fmt: skip
+            assert re.search(
+                rf'--{name}={re.escape(str(option.default))}.* {re.escape(option.metadata["meaning"])}', done.stdout
+            ), name
     headings = re.findall(r'^(?=\w)(?!Presets|train)(.+)$', done.stdout, re.M)
-    assert headings == ['Most used', 'Data', 'Views', 'Model', 'The method, changed', 'Optimisation', 'Watching',
-                        'Evaluation', 'Files']  # fmt: skip
+    assert headings == [
+        'Most used',
+        'Data',
+        'Views',
+        'Model',
+        'The method, changed',
+        'Optimisation',
+        'Watching',
+        'Evaluation',
+        'Files',
+    ]
     assert len(done.stdout.split('Most used')[1].split('\n\n')[0].strip().splitlines()) == 10
     one = run('train', '--help=learning-rate', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
     assert 'preset     cifar10: 0.03' in one.stdout
@@ -103,14 +113,32 @@ def test_every_option_is_used_somewhere():
 def test_presets_are_the_papers():
     """Section 3 and appendix A for ImageNet, appendix D for CIFAR-10."""
     imagenet = {
-        'backbone': 'resnet50', 'stem': 'imagenet', 'image_size': 224, 'batch_size': 512, 'learning_rate': 0.05,
-        'weight_decay': 1e-4, 'momentum': 0.9, 'max_epochs': 100, 'fix_pred_lr': True, 'proj_layers': 3,
-        'proj_dim': 2048, 'pred_dim': 512, 'augmentation': 'moco', 'blur_prob': 0.5, 'warmup_epochs': 0,
-    }  # fmt: skip
+        'backbone': 'resnet50',
+        'stem': 'imagenet',
+        'image_size': 224,
+        'batch_size': 512,
+        'learning_rate': 0.05,
+        'weight_decay': 1e-4,
+        'momentum': 0.9,
+        'max_epochs': 100,
+        'fix_pred_lr': True,
+        'proj_layers': 3,
+        'proj_dim': 2048,
+        'pred_dim': 512,
+        'augmentation': 'moco',
+        'blur_prob': 0.5,
+        'warmup_epochs': 0,
+    }
     cifar10 = imagenet | {
-        'backbone': 'resnet18', 'stem': 'cifar', 'image_size': 32, 'learning_rate': 0.03, 'weight_decay': 5e-4,
-        'max_epochs': 800, 'proj_layers': 2, 'blur_prob': 0.0,
-    }  # fmt: skip
+        'backbone': 'resnet18',
+        'stem': 'cifar',
+        'image_size': 32,
+        'learning_rate': 0.03,
+        'weight_decay': 5e-4,
+        'max_epochs': 800,
+        'proj_layers': 2,
+        'blur_prob': 0.0,
+    }
     for preset, values in (('imagenet', imagenet), ('cifar10', cifar10)):
         args = get_config(preset=preset)
         assert {name: getattr(args, name) for name in values} == values

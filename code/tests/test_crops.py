@@ -26,8 +26,12 @@ from logger import progress
 
 EXAMPLES = int(os.environ.get('EXAMPLES', 150))
 # The same examples every day; others where more are asked for.
-every_day = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck),
-                     derandomize='EXAMPLES' not in os.environ)  # fmt: skip
+every_day = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize='EXAMPLES' not in os.environ,
+)
 LARGEST = 9_000_000  # pixels: more takes its time and shows nothing else
 side = st.one_of(st.integers(1, 40), st.integers(1, 700), st.integers(1, 5000))
 sizes = st.tuples(side, side).map(lambda size: (size[0], max(1, min(size[1], LARGEST // size[0]))))
@@ -39,8 +43,9 @@ def picture(height, width, seed=0):
     """Waves of a few periods across: smooth, so that what is resized in two ways is the same, and none of it flat."""
     y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
     shifts = np.random.default_rng(seed).random(6)
-    channels = [128 + 55 * np.sin(6.28 * (2 * x + shifts[i])) + 55 * np.sin(6.28 * (1.5 * y + shifts[3 + i]))
-                for i in range(3)]  # fmt: skip
+    channels = [
+        128 + 55 * np.sin(6.28 * (2 * x + shifts[i])) + 55 * np.sin(6.28 * (1.5 * y + shifts[3 + i])) for i in range(3)
+    ]
     return Image.fromarray(np.stack(channels, 2).round().astype(np.uint8))
 
 
@@ -127,8 +132,11 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
         for name in names:
             archive.add(folder / name, name)
     files = Files(folder, Names(names))
-    stores = [files, open_archives([folder / 'train.tar'], folder / 'cache', progress)[1],
-              resized(files, folder, 300, 0.0, folder / 'cache')]  # fmt: skip
+    stores = [
+        files,
+        open_archives([folder / 'train.tar'], folder / 'cache', progress)[1],
+        resized(files, folder, 300, 0.0, folder / 'cache'),
+    ]
     with files.opened(0) as image:
         pixels = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)[None]
     for row in range(len(names)):

@@ -25,8 +25,13 @@ from utils import prepare_batch, random_from
 
 
 def options(folder, **more):
-    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': str(folder.parent / 'cache'), 'batch_size': 8,
-             'num_workers': 0}  # fmt: skip
+    given = {
+        'preset': 'demo',
+        'image_path': str(folder),
+        'cache_path': str(folder.parent / 'cache'),
+        'batch_size': 8,
+        'num_workers': 0,
+    }
     return get_config(**given | more)
 
 
@@ -59,8 +64,9 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own(drawn):
         orders.append([key[0] for keys in batches.batch_sampler for key in keys])
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(72))
     assert orders[0] == orders[2] != orders[1]
-    assert orders[0] != [key[0] for keys in get_iterator(options(drawn, random_seed=1))['train'].batch_sampler
-                         for key in keys]  # fmt: skip
+    assert orders[0] != [
+        key[0] for keys in get_iterator(options(drawn, random_seed=1))['train'].batch_sampler for key in keys
+    ]
     assert len(get_iterator(options(drawn, batch_size=50))['train']) == 1  # the last, smaller batch is left out
     assert sum(len(labels) for _, labels in get_iterator(options(drawn, batch_size=50))['val']) == 24  # not here
 
@@ -107,8 +113,9 @@ def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_larg
     args = options(drawn_large)
     from_workers = in_order(args, load_splits(args)['val'])
     images = from_workers.dataset
-    pixels = torch.stack([torch.from_numpy(np.array(decode(images.folder / name))).permute(2, 0, 1)
-                          for name in images.names])  # fmt: skip
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(decode(images.folder / name))).permute(2, 0, 1) for name in images.names]
+    )
     for start, batch in zip(range(0, 12, 8), from_workers, strict=True):
         ours = vision.plain_view(prepare_batch(args, batch)[0], 32, args.crop_ratio)
         wanted = vision.plain_view(pixels[start : start + 8], 32, args.crop_ratio)

@@ -49,10 +49,15 @@ def coco(folder, counts):
             table['images'].append({'id': 100 + i, 'file_name': f'{i:03d}.png', 'width': 96, 'height': 80})
             for kind, x1, y1, x2, y2 in shapes:
                 polygon = [x1, y1, x2, y1, x2, y2, x1, y2]
-                table['annotations'].append({
-                    'id': len(table['annotations']) + 1, 'image_id': 100 + i, 'category_id': 7 if kind == 'disc' else 3,
-                    'bbox': [x1, y1, x2 - x1, y2 - y1], 'segmentation': [polygon],
-                })  # fmt: skip
+                table['annotations'].append(
+                    {
+                        'id': len(table['annotations']) + 1,
+                        'image_id': 100 + i,
+                        'category_id': 7 if kind == 'disc' else 3,
+                        'bbox': [x1, y1, x2 - x1, y2 - y1],
+                        'segmentation': [polygon],
+                    }
+                )
         (folder / f'annotations/instances_{split}2017.json').write_text(json.dumps(table))
     return folder
 
@@ -67,8 +72,9 @@ def voc(folder, counts):
             image.save(folder / f'JPEGImages/{names[-1]}.jpg', quality=95)
             objects = ''.join(
                 f'<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>'
-                f'<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>' for kind, x1, y1, x2, y2 in shapes
-            )  # fmt: skip
+                f'<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>'
+                for kind, x1, y1, x2, y2 in shapes
+            )
             (folder / f'Annotations/{names[-1]}.xml').write_text(
                 f'<annotation><size><width>96</width><height>80</height></size>{objects}</annotation>'
             )
@@ -98,11 +104,18 @@ def test_both_formats_say_the_same(tmp_path):
             assert turned['boxes'][0, 0] == 96 - target['boxes'][0, 2]
 
 
-@pytest.mark.parametrize(('lists', 'pair'), [
-    ('train val trainval test', ('trainval', 'test')), ('trainval test', ('trainval', 'test')),
-    ('train val', ('train', 'val')), ('train val trainval', ('train', 'val')), ('train test', ('train', 'test')),
-    ('trainval val', None), ('train', None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ('lists', 'pair'),
+    [
+        ('train val trainval test', ('trainval', 'test')),
+        ('trainval test', ('trainval', 'test')),
+        ('train val', ('train', 'val')),
+        ('train val trainval', ('train', 'val')),
+        ('train test', ('train', 'test')),
+        ('trainval val', None),
+        ('train', None),
+    ],
+)
 def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
     """The field's convention where both are there: trainval to test (paper, table 5)."""
     voc(tmp_path, {'train': 2, 'val': 1})
@@ -140,8 +153,10 @@ def test_average_precision_of_known_cases(tmp_path):
     table['categories'] = [{'id': 7, 'name': 'disc'}]
     first = {box['image_id']: box for box in table['annotations']}
     table['annotations'] = list(first.values())
-    perfect = [{'image_id': box['image_id'], 'category_id': 7, 'bbox': box['bbox'], 'score': 0.9}
-               for box in table['annotations']]  # fmt: skip
+    perfect = [
+        {'image_id': box['image_id'], 'category_id': 7, 'bbox': box['bbox'], 'score': 0.9}
+        for box in table['annotations']
+    ]
     assert average_precision(table, perfect, 'bbox') == pytest.approx((100, 100, 100))
     assert average_precision(table, perfect[:20], 'bbox') == pytest.approx((100 * 51 / 101,) * 3)
     narrow = [{**box, 'bbox': [*box['bbox'][:2], 0.601 * box['bbox'][2], box['bbox'][3]]} for box in perfect]
@@ -158,15 +173,29 @@ def trained(drawn, tmp_path_factory):
 
 
 def run(folder, *options):
-    code = cli.main(['evaluate', '--protocol=detection', f'--ckpt_name={RUN}', '--num_workers=0',
-                     '--detection_size=80', *own_paths(folder), *options])  # fmt: skip
+    code = cli.main(
+        [
+            'evaluate',
+            '--protocol=detection',
+            f'--ckpt_name={RUN}',
+            '--num_workers=0',
+            '--detection_size=80',
+            *own_paths(folder),
+            *options,
+        ]
+    )
     assert code == 0
 
 
 def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
     folder = voc(tmp_path / 'voc', {'train': 24, 'val': 8})
-    run(trained, f'--detection_path={folder}', '--detection_epochs=4', '--detection_batch_size=4',
-        '--detection_learning_rate=0.05')  # fmt: skip
+    run(
+        trained,
+        f'--detection_path={folder}',
+        '--detection_epochs=4',
+        '--detection_batch_size=4',
+        '--detection_learning_rate=0.05',
+    )
     said = capsys.readouterr().out
     result = of_run(trained / 'ckpt' / RUN, init='checkpoint')[-1]
     assert f'AP50                  {result["AP50"]:6.2f} %' in said
@@ -195,8 +224,14 @@ def test_the_pyramid_is_the_same_for_small_features():
 
 def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_path):
     folder = coco(tmp_path / 'coco', {'train': 4, 'val': 3})
-    run(trained, f'--detection_path={folder}', '--detection_epochs=1', '--detection_batch_size=2', '--init=random',
-        '--detector=mask_rcnn')  # fmt: skip
+    run(
+        trained,
+        f'--detection_path={folder}',
+        '--detection_epochs=1',
+        '--detection_batch_size=2',
+        '--init=random',
+        '--detector=mask_rcnn',
+    )
     result = of_run(trained / 'ckpt' / RUN, init='random')[-1]
     assert {'AP', 'AP50', 'AP75', 'mask_AP', 'mask_AP50', 'mask_AP75'} <= set(result)
 

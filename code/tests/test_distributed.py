@@ -29,8 +29,9 @@ ALONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 def run(*command, **more):
-    return subprocess.run(list(map(str, command)), cwd=CODE, env=ALONE, capture_output=True, text=True, timeout=300,
-                          check=False, **more)  # fmt: skip
+    return subprocess.run(
+        list(map(str, command)), cwd=CODE, env=ALONE, capture_output=True, text=True, timeout=300, check=False, **more
+    )
 
 
 def test_two_processes_make_the_step_of_one(tmp_path):
@@ -116,8 +117,10 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
         assert other_top1 == pytest.approx(top1, abs=9)  # two of 24 images
     print('epoch: loss, kNN of one process and of two:', list(zip(one, two, strict=True)))
     varying = '_-?[0-9.]+_|_[0-9a-f]{12}'
-    files = {name: sorted(re.sub(varying, '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
-             for name in said}  # fmt: skip
+    files = {
+        name: sorted(re.sub(varying, '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())
+        for name in said
+    }
     assert files['one'] == files['two']
     result = of_run(tmp_path / 'two/ckpt' / RUN, protocol='linear')[-1]
     assert (result['num_train'], result['num_val']) == (72, 24)
@@ -160,8 +163,16 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc, which only Linux has')
 def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_path):
-    options = [*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', f'--image_path={drawn}', '--save_every=1',
-               '--keep_last=2', '--resume=auto']  # fmt: skip
+    options = [
+        *TINY,
+        '--batch_size=8',
+        '--max_epochs=12',
+        '--knn_every=0',
+        f'--image_path={drawn}',
+        '--save_every=1',
+        '--keep_last=2',
+        '--resume=auto',
+    ]
     whole = run(*TORCHRUN, 'cli.py', 'train', *options, *own_paths(tmp_path / 'whole'))
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / 'broken/ckpt' / RUN
@@ -174,8 +185,10 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert f'going on with {RUN} after epoch' in said
-    one, two = (torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_12')), weights_only=True)
-                for name in ('whole', 'broken'))  # fmt: skip
+    one, two = (
+        torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_12')), weights_only=True)
+        for name in ('whole', 'broken')
+    )
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
 
 
@@ -215,8 +228,10 @@ def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_p
     assert [row['file'] for row in one] == [row['file'] for row in two]
     shares = [np.array([float(row['confidence']) for row in rows]) for rows in (one, two)]
     np.testing.assert_allclose(*shares, atol=1e-3)
-    one, two = (np.array([row.split(',')[1:] for row in written[name, 'embed'].splitlines()[1:]], float)
-                for name in ('one', 'two'))  # fmt: skip
+    one, two = (
+        np.array([row.split(',')[1:] for row in written[name, 'embed'].splitlines()[1:]], float)
+        for name in ('one', 'two')
+    )
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
@@ -230,11 +245,20 @@ def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
 def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):
     """torchrun counts on each machine apart, and keeps its store: a start's own keys may depend on neither."""
     store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
-    shared = {**ALONE, 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(store.port),
-              'TORCHELASTIC_USE_AGENT_STORE': 'True'}  # fmt: skip
+    shared = {
+        **ALONE,
+        'WORLD_SIZE': '2',
+        'MASTER_ADDR': 'localhost',
+        'MASTER_PORT': str(store.port),
+        'TORCHELASTIC_USE_AGENT_STORE': 'True',
+    }
     for start in range(2):
-        pair = [subprocess.Popen([sys.executable, CODE / 'tests/one_step.py', tmp_path / str(start)],
-                                 env={**shared, 'RANK': str(rank), 'TORCHELASTIC_RESTART_COUNT': str(start * rank)})
-                for rank in range(2)]  # fmt: skip
+        pair = [
+            subprocess.Popen(
+                [sys.executable, CODE / 'tests/one_step.py', tmp_path / str(start)],
+                env={**shared, 'RANK': str(rank), 'TORCHELASTIC_RESTART_COUNT': str(start * rank)},
+            )
+            for rank in range(2)
+        ]
         assert [process.wait(timeout=60) for process in pair] == [0, 0]
         assert (tmp_path / str(start)).is_file()

@@ -33,12 +33,18 @@ class Official(nn.Module):
         self.encoder = torchvision.models.resnet18()
         d = self.encoder.fc.in_features
         self.encoder.fc = nn.Sequential(
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, width), nn.BatchNorm1d(width, affine=False),
-        )  # fmt: skip
-        self.predictor = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                                       nn.Linear(hidden, width))  # fmt: skip
+            nn.Linear(d, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, width),
+            nn.BatchNorm1d(width, affine=False),
+        )
+        self.predictor = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
+        )
 
 
 def randomised(model, seed=0):
@@ -47,8 +53,11 @@ def randomised(model, seed=0):
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             noise = torch.randn(value.shape, generator=generator)
-            value.copy_(noise.abs() + 0.5 if 'running_var' in name or value.ndim == 1 else
-                        noise / max(1, value[0].numel()) ** 0.5)  # fmt: skip
+            value.copy_(
+                noise.abs() + 0.5
+                if 'running_var' in name or value.ndim == 1
+                else noise / max(1, value[0].numel()) ** 0.5
+            )
     return model
 
 
@@ -97,8 +106,13 @@ def moco_file(path, backbone):
     for encoder in ('encoder_q', 'encoder_k'):
         state |= {f'module.{encoder}.{name}': value for name, value in backbone.state_dict().items()}
         state[f'module.{encoder}.fc.0.weight'] = torch.zeros(8, 512)
-    torch.save({'arch': 'resnet18', 'state_dict': {**state, 'module.queue': torch.zeros(8, 16),
-                                                   'module.queue_ptr': torch.zeros(1)}}, path)  # fmt: skip
+    torch.save(
+        {
+            'arch': 'resnet18',
+            'state_dict': {**state, 'module.queue': torch.zeros(8, 16), 'module.queue_ptr': torch.zeros(1)},
+        },
+        path,
+    )
 
 
 def test_a_moco_encoder_and_a_plain_resnet_give_the_same_features(tmp_path):
@@ -139,14 +153,14 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
         ('moco', {'state_dict': moco}, 2, 'missing: backbone.bn1.weight'),
         ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it wants to run io.open'),
         ('other', {'elsewhere': state}, 1, 'its first keys: elsewhere'),
-    ):  # fmt: skip
+    ):
         torch.save(content, tmp_path / name)
         option = '--init_from' if command == 'train' else '--ckpt_name'
         options = ('--preset=imagenet', f'--image_path={drawn}', *own_paths(tmp_path / 'out', 'ckpt', 'cache'))
         assert cli.main([command, f'{option}={tmp_path / name}', *options]) == code, name
-        assert said in one_line('\n'.join(
-            line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning')
-        ))  # fmt: skip
+        assert said in one_line(
+            '\n'.join(line for line in capsys.readouterr().err.splitlines() if not line.startswith('warning'))
+        )
     assert not (tmp_path / 'harm').exists()
     assert not (tmp_path / 'out').exists()
 
@@ -163,8 +177,19 @@ def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
         torch.testing.assert_close(saved['model'][name], parameter.detach())
     assert cli.main(['train', f'--init_from={path}', '--backbone=resnet50', *images]) == 2
     assert '--backbone=resnet50 contradicts the checkpoint' in capsys.readouterr().err
-    assert cli.main(['train', f'--ckpt_name={path}', '--preset=imagenet', f'--image_path={drawn}', '--batch_size=16',
-                     *own_paths(tmp_path)]) == 2  # fmt: skip
+    assert (
+        cli.main(
+            [
+                'train',
+                f'--ckpt_name={path}',
+                '--preset=imagenet',
+                f'--image_path={drawn}',
+                '--batch_size=16',
+                *own_paths(tmp_path),
+            ]
+        )
+        == 2
+    )
     assert 'is no run of ours to go on with; start a new one from its weights: --init_from=' in capsys.readouterr().err
 
 
@@ -255,8 +280,11 @@ def detectron2_names():
 
 def test_export_to_detectron2(ours, tmp_path):
     state = torchvision.models.resnet50().state_dict()
-    names = {name for name in to_detectron2({k: v for k, v in state.items() if not k.startswith('fc.')})
-             if 'num_batches' not in name}  # fmt: skip
+    names = {
+        name
+        for name in to_detectron2({k: v for k, v in state.items() if not k.startswith('fc.')})
+        if 'num_batches' not in name
+    }
     assert names == detectron2_names()
     export(ours[0], 'detectron2', tmp_path / 'b.pkl')
     content = pickle.loads((tmp_path / 'b.pkl').read_bytes())
@@ -302,8 +330,11 @@ def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
     assert (rows[0][:2], len(rows[0])) == (['file', 'feature_0'], 513)
     assert [row[0] for row in rows[1:]] == names.tolist()
     np.testing.assert_allclose(np.array([row[1:] for row in rows[1:]], float), found, rtol=1e-6)
-    image = Image.open(drawn / 'val' / names[3]).convert('RGB').resize((64, 64), Image.Resampling.BILINEAR,
-                                                                       box=(3, 3, 45, 45))  # fmt: skip
+    image = (
+        Image.open(drawn / 'val' / names[3])
+        .convert('RGB')
+        .resize((64, 64), Image.Resampling.BILINEAR, box=(3, 3, 45, 45))
+    )
     view = torchvision.transforms.functional.to_tensor(image)[None]
     view = torchvision.transforms.functional.normalize(view, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():
@@ -349,8 +380,15 @@ def test_infer_shows_the_neighbours(drawn, tmp_path):
 
 def test_an_unreadable_classifier_is_one_line(ours, drawn, tmp_path, capsys):
     (ours[0].parent / 'classifier_1').write_text('text')
-    code = cli.main(['infer', f'--ckpt_name={ours[0]}', f'--image_path={drawn}', f'--output={tmp_path}/o.csv',
-                     *own_paths(tmp_path, 'cache')])  # fmt: skip
+    code = cli.main(
+        [
+            'infer',
+            f'--ckpt_name={ours[0]}',
+            f'--image_path={drawn}',
+            f'--output={tmp_path}/o.csv',
+            *own_paths(tmp_path, 'cache'),
+        ]
+    )
     (ours[0].parent / 'classifier_1').unlink()
     assert code == 1
     assert 'classifier_1 is damaged' in one_line(capsys.readouterr().err)

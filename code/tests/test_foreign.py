@@ -37,9 +37,15 @@ def as_children(model):
 def heads(prefix, index):
     """SimSiam's projector and predictor of lightly (projection_head.layers.N) or solo-learn (projector.N): 512 wide."""
     projector = nn.Sequential(
-        nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512, bias=False),
-        nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512, affine=False),
-    )  # fmt: skip
+        nn.Linear(512, 512, bias=False),
+        nn.BatchNorm1d(512),
+        nn.ReLU(),
+        nn.Linear(512, 512, bias=False),
+        nn.BatchNorm1d(512),
+        nn.ReLU(),
+        nn.Linear(512, 512, bias=False),
+        nn.BatchNorm1d(512, affine=False),
+    )
     predictor = nn.Sequential(nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 512))
     return named(prefix[0], randomised(projector, 1)) | named(prefix[1], randomised(predictor, 2))
 
@@ -52,29 +58,72 @@ FILES = {
     'torch.compile': (lambda: {'model': named('_orig_mod.')}, 'torchvision', False),
     'torch.compile in DDP': (lambda: {'model': named('module._orig_mod.')}, 'torchvision', False),
     'timm, without counters': (
-        lambda: {name: value for name, value in named('').items() if 'num_batches' not in name}, 'torchvision', False),
-    'MoCo v1, v2': (lambda: {'state_dict': named('module.encoder_q.', module__queue=0) | named('module.encoder_k.')},
-                    'moco', False),
-    'MoCo v3': (lambda: {'state_dict': named('module.base_encoder.', module__predictor__0__weight=0)
-                         | named('module.momentum_encoder.')}, 'moco_v3', False),
-    'lightly': (lambda: {'state_dict': named('backbone.', as_children(plain())) | heads(
-        ('projection_head.layers.', 'prediction_head.layers.'), 0)}, 'backbone', True),
-    'solo-learn': (lambda: {'state_dict': named('backbone.', classifier__weight=0)
-                            | heads(('projector.', 'predictor.'), 0),
-                            'hyper_parameters': argparse.Namespace(lr=0.1, dir=pathlib.PurePosixPath('/x'))},
-                   'backbone', True),
-    'SimCLR': (lambda: {'state_dict': named('backbone.', backbone__fc__0__weight=0, backbone__fc__2__weight=0)},
-               'backbone', False),
-    'SimCLR, with a projector': (lambda: named('encoder.', projector__0__weight=0, projector__2__weight=0), 'official',
-                                 False),
-    'Barlow Twins': (lambda: {'epoch': 1, 'model': named('module.backbone.', module__projector__0__weight=0,
-                                                         module__bn__running_mean=0)}, 'backbone', False),
-    'DINO': (lambda: {'student': named('module.backbone.', randomised(torchvision.models.resnet18(), 9)),
-                      'teacher': named('backbone.', head__mlp__0__weight=0), 'args': argparse.Namespace(arch='r18')},
-             'backbone', False),
-    'a wrapper with NumPy scalars': (lambda: {'state_dict': named('model.'), 'best': np.float64(0.5),
-                                              'step': np.int64(3)}, 'model', False),
-}  # fmt: skip
+        lambda: {name: value for name, value in named('').items() if 'num_batches' not in name},
+        'torchvision',
+        False,
+    ),
+    'MoCo v1, v2': (
+        lambda: {'state_dict': named('module.encoder_q.', module__queue=0) | named('module.encoder_k.')},
+        'moco',
+        False,
+    ),
+    'MoCo v3': (
+        lambda: {
+            'state_dict': named('module.base_encoder.', module__predictor__0__weight=0)
+            | named('module.momentum_encoder.')
+        },
+        'moco_v3',
+        False,
+    ),
+    'lightly': (
+        lambda: {
+            'state_dict': named('backbone.', as_children(plain()))
+            | heads(('projection_head.layers.', 'prediction_head.layers.'), 0)
+        },
+        'backbone',
+        True,
+    ),
+    'solo-learn': (
+        lambda: {
+            'state_dict': named('backbone.', classifier__weight=0) | heads(('projector.', 'predictor.'), 0),
+            'hyper_parameters': argparse.Namespace(lr=0.1, dir=pathlib.PurePosixPath('/x')),
+        },
+        'backbone',
+        True,
+    ),
+    'SimCLR': (
+        lambda: {'state_dict': named('backbone.', backbone__fc__0__weight=0, backbone__fc__2__weight=0)},
+        'backbone',
+        False,
+    ),
+    'SimCLR, with a projector': (
+        lambda: named('encoder.', projector__0__weight=0, projector__2__weight=0),
+        'official',
+        False,
+    ),
+    'Barlow Twins': (
+        lambda: {
+            'epoch': 1,
+            'model': named('module.backbone.', module__projector__0__weight=0, module__bn__running_mean=0),
+        },
+        'backbone',
+        False,
+    ),
+    'DINO': (
+        lambda: {
+            'student': named('module.backbone.', randomised(torchvision.models.resnet18(), 9)),
+            'teacher': named('backbone.', head__mlp__0__weight=0),
+            'args': argparse.Namespace(arch='r18'),
+        },
+        'backbone',
+        False,
+    ),
+    'a wrapper with NumPy scalars': (
+        lambda: {'state_dict': named('model.'), 'best': np.float64(0.5), 'step': np.int64(3)},
+        'model',
+        False,
+    ),
+}
 
 
 def load(path, **options):
@@ -133,14 +182,20 @@ def test_every_resnet(name, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize(('content', 'code', 'said'), [
-    ({'state_dict': {'blocks.0.attn.qkv.weight': torch.zeros(3), 'head.bias': torch.zeros(2)}}, 1,
-     'its first keys: blocks.0.attn.qkv.weight, head.bias'),
-    ({}, 1, 'its first keys: none'),
-    ([1, 2], 1, 'its first keys: none'),
-    (named('', torchvision.models.resnext50_32x4d()), 2, 'size mismatch: backbone.layer1.0.conv1.weight'),
-    ({name: value for name, value in named('').items() if 'layer4' not in name}, 2, 'with other residual blocks'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ('content', 'code', 'said'),
+    [
+        (
+            {'state_dict': {'blocks.0.attn.qkv.weight': torch.zeros(3), 'head.bias': torch.zeros(2)}},
+            1,
+            'its first keys: blocks.0.attn.qkv.weight, head.bias',
+        ),
+        ({}, 1, 'its first keys: none'),
+        ([1, 2], 1, 'its first keys: none'),
+        (named('', torchvision.models.resnext50_32x4d()), 2, 'size mismatch: backbone.layer1.0.conv1.weight'),
+        ({name: value for name, value in named('').items() if 'layer4' not in name}, 2, 'with other residual blocks'),
+    ],
+)
 def test_what_cannot_be_used_is_one_line(content, code, said, tmp_path, capsys):
     torch.save(content, tmp_path / 'file')
     argv = ['export', f'--ckpt_name={tmp_path / "file"}', f'--output={tmp_path}/o', *own_paths(tmp_path, 'ckpt')]

@@ -111,8 +111,9 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
     table = vision.draw(32, ROW, random_from(1), None if crops else images.shape[-2:])
     given = (images, table, vision.mean_and_std(images.device), 2, 32, True, True)
     whole = torch.compile(vision.distort_all, backend='eager', fullgraph=True)(*given)
-    for ours, plain, wanted in zip(whole, vision.distort_all(*given), vision.random_views(images, ROW, random_from(1)),
-                                   strict=True):  # fmt: skip
+    for ours, plain, wanted in zip(
+        whole, vision.distort_all(*given), vision.random_views(images, ROW, random_from(1)), strict=True
+    ):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
         # Of a blur the CPU leaves out what lies beyond the largest sigma of the batch.
         torch.testing.assert_close(vision.denormalise(ours), vision.denormalise(wanted), atol=4e-3, rtol=0)
@@ -140,10 +141,11 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
     """--compile=auto goes on without; --compile=True says why not."""
     cases = {
         'there is no C compiler (apt install gcc)': lambda m: m.setenv('PATH', str(tmp_path)),
-        "Python's headers are missing (apt install python3-dev)":
-            lambda m: m.setattr(utils.sysconfig, 'get_path', lambda _: str(tmp_path)),
+        "Python's headers are missing (apt install python3-dev)": lambda m: m.setattr(
+            utils.sysconfig, 'get_path', lambda _: str(tmp_path)
+        ),
         'torch.compile fails: InductorError: nothing works': lambda m: m.setattr(torch, 'compile', broken),
-    }  # fmt: skip
+    }
 
     def broken(_):
         raise RuntimeError('InductorError: nothing works\nand a hundred lines')
@@ -167,10 +169,16 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
     why_not_compiled.cache_clear()
 
 
-@pytest.mark.parametrize(('capability', 'bf16', 'found'), [
-    ((9, 0), True, torch.bfloat16), ((8, 0), True, torch.bfloat16), ((7, 5), False, torch.float16),
-    ((7, 0), False, torch.float16), ((6, 1), False, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ('capability', 'bf16', 'found'),
+    [
+        ((9, 0), True, torch.bfloat16),
+        ((8, 0), True, torch.bfloat16),
+        ((7, 5), False, torch.float16),
+        ((7, 0), False, torch.float16),
+        ((6, 1), False, None),
+    ],
+)
 def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
     """V100, T4 and RTX 20 have no bfloat16, but cores for float16."""
     monkeypatch.setattr('precision.get_device', lambda _: GPU)

@@ -23,8 +23,13 @@ from dataloader.scan import scan
 
 
 def options(folder, **more):
-    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': f'{folder}.cache', 'batch_size': 2,
-             'num_workers': 0}  # fmt: skip
+    given = {
+        'preset': 'demo',
+        'image_path': str(folder),
+        'cache_path': f'{folder}.cache',
+        'batch_size': 2,
+        'num_workers': 0,
+    }
     return get_config(**given | more)
 
 
@@ -39,16 +44,21 @@ def split_names(folder, **more):
     found = {}
     for split, images in load_splits(options(folder, **more)).items():
         if images:
-            found[split] = {name: images.classes[label] if label >= 0 else None
-                            for name, label in zip(images.names, images.labels.tolist(), strict=True)}  # fmt: skip
+            found[split] = {
+                name: images.classes[label] if label >= 0 else None
+                for name, label in zip(images.names, images.labels.tolist(), strict=True)
+            }
     return found
 
 
-words = st.text(st.sampled_from('abcXYZ019 _-+.,()[]é漢'), min_size=1, max_size=6).map(str.strip).filter(
-    lambda name: name and name[0] != '.' and name.lower() not in ('train', 'val', 'test', 'valid', 'training')
-)  # fmt: skip
-trees = st.dictionaries(words, st.lists(st.tuples(st.lists(words, max_size=2), words), min_size=1, max_size=4),
-                        min_size=1, max_size=5)  # fmt: skip
+words = (
+    st.text(st.sampled_from('abcXYZ019 _-+.,()[]é漢'), min_size=1, max_size=6)
+    .map(str.strip)
+    .filter(lambda name: name and name[0] != '.' and name.lower() not in ('train', 'val', 'test', 'valid', 'training'))
+)
+trees = st.dictionaries(
+    words, st.lists(st.tuples(st.lists(words, max_size=2), words), min_size=1, max_size=4), min_size=1, max_size=5
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -158,8 +168,10 @@ def test_lists(drawn, tmp_path):
     part = layout.whole(tmp_path / 'mine.txt', tmp_path, None)
     assert part.classes == ['checks', 'dots', 'stripes']
     assert [part.classes[label] if label >= 0 else '' for label in part.labels.tolist()] == [
-        *(file.parent.name for file in files), 'dots', ''
-    ]  # fmt: skip
+        *(file.parent.name for file in files),
+        'dots',
+        '',
+    ]
     splits = load_splits(options(tmp_path / 'mine.txt'))
     assert (len(splits['train']), len(splits['val'])) == (len(files) + 2 - 3, 3)
     (tmp_path / 'train.txt').write_text('\n'.join(map(str, files)))
@@ -186,8 +198,19 @@ def test_lists_that_cannot_work(text, said, tmp_path):
         load_splits(options(tmp_path / 'mine.txt'))
 
 
-SYSTEMS = ('@eaDir', 'lost+found', '__MACOSX', '.ipynb_checkpoints', '#recycle', '$RECYCLE.BIN', '@Recycle', '.git',
-           'System Volume Information', '.Trash-1000', '__pycache__')  # fmt: skip
+SYSTEMS = (
+    '@eaDir',
+    'lost+found',
+    '__MACOSX',
+    '.ipynb_checkpoints',
+    '#recycle',
+    '$RECYCLE.BIN',
+    '@Recycle',
+    '.git',
+    'System Volume Information',
+    '.Trash-1000',
+    '__pycache__',
+)
 
 
 @pytest.mark.parametrize('where', ['train', 'train/dots', '.'])
@@ -209,8 +232,17 @@ def test_what_counts_as_an_image_is_pillows_list(tmp_path):
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.JPE', '.jp2', '.pnm', '.avif', '.webp', '.tga', '.ppm', '.JPG'])
 def test_every_ending_is_trained_on(suffix, tmp_path):
-    kinds = {'.jfif': 'JPEG', '.jpe': 'JPEG', '.jpg': 'JPEG', '.jp2': 'JPEG2000', '.pnm': 'PPM', '.ppm': 'PPM',
-             '.avif': 'AVIF', '.webp': 'WEBP', '.tga': 'TGA'}  # fmt: skip
+    kinds = {
+        '.jfif': 'JPEG',
+        '.jpe': 'JPEG',
+        '.jpg': 'JPEG',
+        '.jp2': 'JPEG2000',
+        '.pnm': 'PPM',
+        '.ppm': 'PPM',
+        '.avif': 'AVIF',
+        '.webp': 'WEBP',
+        '.tga': 'TGA',
+    }
     for number in range(4):
         path = picture(tmp_path / f'set/train/one/{number}{suffix}', size=(200, 150))
         Image.new('RGB', (200, 150), 'red').save(path, kinds[suffix.lower()])
@@ -231,8 +263,10 @@ def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
     (folder / 'train/stripes/up').symlink_to('..')
     done = run('check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert ('train  no images for Pillow, and not read: 3 .cr2, 2 .mpg, 1 (hidden), 1 (neither file nor folder), '
-            '1 (no ending), 1 .txt') in done.stdout  # fmt: skip
+    assert (
+        'train  no images for Pillow, and not read: 3 .cr2, 2 .mpg, 1 (hidden), 1 (neither file nor folder), '
+        '1 (no ending), 1 .txt'
+    ) in done.stdout
     assert 'not gone into: dots/@eaDir/, stripes/up/ (a link to a folder that holds it)' in done.stdout
     assert 'train  72 images' in done.stdout
 
@@ -270,8 +304,18 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_image(target, drawn, tmp_pat
     assert '1 of 73 images' in capsys.readouterr().out
 
 
-ODD_NAMES = (b'caf\xe9.png', b'new\nline.png', b'tab\there.png', b'\x1b[31mred.png', '漢字.png'.encode(),
-             b'a [b] *?.png', b'-rf.png', b'%s {0}.png', b'"quote", comma.png', b' .png')  # fmt: skip
+ODD_NAMES = (
+    b'caf\xe9.png',
+    b'new\nline.png',
+    b'tab\there.png',
+    b'\x1b[31mred.png',
+    '漢字.png'.encode(),
+    b'a [b] *?.png',
+    b'-rf.png',
+    b'%s {0}.png',
+    b'"quote", comma.png',
+    b' .png',
+)
 
 
 def test_names_are_bytes(drawn, tmp_path):

@@ -46,8 +46,15 @@ def test_what_each_run_is(tmp_path, capsys):
     (made(tmp_path, 'g', epoch=2) / 'metrics.jsonl').write_text('{"epoch": 1, "pretraining/loss": -0.1}\n{"epo')
     found = rows(tmp_path)
     states = {name: row['state'] for name, row in found.items()}
-    assert states == {'a': 'finished', 'b': 'stopped', 'c': 'running', 'd': 'lost', 'e': 'running on elsewhere',
-                      'f': 'finished', 'g': 'stopped'}  # fmt: skip
+    assert states == {
+        'a': 'finished',
+        'b': 'stopped',
+        'c': 'running',
+        'd': 'lost',
+        'e': 'running on elsewhere',
+        'f': 'finished',
+        'g': 'stopped',
+    }
     assert (found['b']['epoch'], found['b']['loss'], found['b']['rank']) == ('1/3', '-0.1000', '99.0')
     assert found['b']['options'] == 'learning_rate=0.5'
     assert found['g']['epoch'] == '1/3'
@@ -86,8 +93,16 @@ def test_two_runs_side_by_side(tmp_path, capsys):
 def test_a_thousand_runs_take_no_two_seconds_and_no_torch(tmp_path):
     for number in range(1000):
         made(tmp_path, f'model_name_x_ckpt_{number}', learning_rate=number / 100)
-    command = [sys.executable, '-X', 'importtime', 'cli.py', 'runs', f'--ckpt_path={tmp_path}/ckpt',
-               f'--output={tmp_path}/runs.csv', '--sort=rank']  # fmt: skip
+    command = [
+        sys.executable,
+        '-X',
+        'importtime',
+        'cli.py',
+        'runs',
+        f'--ckpt_path={tmp_path}/ckpt',
+        f'--output={tmp_path}/runs.csv',
+        '--sort=rank',
+    ]
     before = os.times()
     done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=True)
     after = os.times()

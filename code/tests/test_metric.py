@@ -24,8 +24,10 @@ def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
     labels = torch.randint(4, (60,), generator=generator)
     ours = knn_scores(queries.double(), bank.double(), labels, 4, k, temperature)
     for query, row in zip(queries.double().tolist(), ours.tolist(), strict=True):
-        near = sorted(((cosine(query, b), label) for b, label in zip(bank.double().tolist(), labels.tolist(),
-                                                                     strict=True)), reverse=True)[:k]  # fmt: skip
+        near = sorted(
+            ((cosine(query, b), label) for b, label in zip(bank.double().tolist(), labels.tolist(), strict=True)),
+            reverse=True,
+        )[:k]
         votes = [0.0] * 4
         for similarity, label in near:
             votes[label] += math.exp(similarity / temperature)

@@ -72,8 +72,11 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
     for first in (['check_dataloader', '--preset=demo', '--batch_size=8'], ['train', *TINY, '--max_epochs=1']):
         done = run(*first, *command)
         assert done.returncode == 0, done.stderr
-        assert re.search(r'warning: images of more than 8 bits hold values from \d+ to 409\d, where 65535 is white: '
-                         r'they are nearly black; --pixel_max=4095', done.stderr)  # fmt: skip
+        assert re.search(
+            r'warning: images of more than 8 bits hold values from \d+ to 409\d, where 65535 is white: '
+            r'they are nearly black; --pixel_max=4095',
+            done.stderr,
+        )
         done = run(*first, *command, '--pixel_max=4095')
         assert 'bits' not in done.stderr
 
@@ -162,7 +165,14 @@ def test_libraries_below_python_print_nothing(tmp_path):
     unread = int(re.search(r'error: (\d+)', checked.stderr)[1])
     assert checked.stdout.count('cannot read the image') == unread > 20
     for workers in (0, 2):
-        done = run('train', *TINY, '--max_epochs=1', '--bad_images=skip', f'--num_workers={workers}',
-                   '--cache_images=off', *command)  # fmt: skip
+        done = run(
+            'train',
+            *TINY,
+            '--max_epochs=1',
+            '--bad_images=skip',
+            f'--num_workers={workers}',
+            '--cache_images=off',
+            *command,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ''

@@ -106,8 +106,9 @@ def test_a_step_is_of_the_given_size_whatever_the_batches():
 
 
 def test_kept_features_are_those_of_the_first_passes(drawn):
-    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2,
-                      crop_scale=0.3)  # fmt: skip
+    args = get_config(
+        preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2, crop_scale=0.3
+    )
     crops = shuffled_crops(args, load_splits(args)['train'], drop_last=False)
     pairs_of = cached_features(args, torch.nn.Flatten(), crops, 50)
     sums = [torch.cat([x.sum(1) for x, _ in pairs_of(epoch)]).sort().values for epoch in range(4)]
@@ -195,17 +196,29 @@ FEW = ('--finetune_epochs=3', '--finetune_batch_size=16')
 @pytest.mark.parametrize(
     ('name', 'options', 'keys'),
     [
-        ('linear', ('--protocol=linear', '--cache_features=False', '--probe_epochs=3', '--probe_optimizer=lars'),
-         {'top1', 'top5', 'knn_top1', 'knn_top1_untrained'}),
+        (
+            'linear',
+            ('--protocol=linear', '--cache_features=False', '--probe_epochs=3', '--probe_optimizer=lars'),
+            {'top1', 'top5', 'knn_top1', 'knn_top1_untrained'},
+        ),
         ('knn', ('--protocol=knn', '--knn_pixels=True'), {'top1', 'top5', 'knn_top1_untrained', 'knn_top1_pixels'}),
-        ('semi_0.3', ('--protocol=semi', '--label_fraction=0.3', '--baseline=True', *FEW),
-         {'top1', 'top5', 'top1_from_scratch', 'top5_from_scratch'}),
-        ('transfer_linear_other', ('--protocol=transfer', '--transfer_path={other}'),
-         {'top1', 'top5', 'l2', 'held_out_top1'}),
-        ('transfer_finetune_other', ('--protocol=transfer', '--transfer_path={other}', '--transfer=finetune', *FEW),
-         {'top1', 'top5'}),
+        (
+            'semi_0.3',
+            ('--protocol=semi', '--label_fraction=0.3', '--baseline=True', *FEW),
+            {'top1', 'top5', 'top1_from_scratch', 'top5_from_scratch'},
+        ),
+        (
+            'transfer_linear_other',
+            ('--protocol=transfer', '--transfer_path={other}'),
+            {'top1', 'top5', 'l2', 'held_out_top1'},
+        ),
+        (
+            'transfer_finetune_other',
+            ('--protocol=transfer', '--transfer_path={other}', '--transfer=finetune', *FEW),
+            {'top1', 'top5'},
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, trained, tmp_path, capsys):
     """A table, a JSON file, scalars, and a confusion picture whose counts give the accuracy."""
     other = draw_folder(tmp_path / 'other', {'train': 12, 'val': 6})

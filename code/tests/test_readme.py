@@ -29,10 +29,31 @@ STANDS_IN = ('python3', 'python', 'pip3', 'make', 'docker', 'sudo', 'torchrun', 
 TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
 # Options of other programs and of the benchmarks, and two that stand for any or a mistyped one.
 OF_OTHERS = {
-    'index_url', 'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint', 'rdzv_id', 'max_restarts', 'logdir',
-    'ntasks_per_node', 'nodes', 'gpus_per_node', 'cpus_per_task', 'time', 'signal', 'requeue', 'open_mode', 'help',
-    'kills', 'terms', 'name', 'batchsize', 'held_out', 'seeds', 'set',
-}  # fmt: skip
+    'index_url',
+    'nproc_per_node',
+    'nnodes',
+    'rdzv_backend',
+    'rdzv_endpoint',
+    'rdzv_id',
+    'max_restarts',
+    'logdir',
+    'ntasks_per_node',
+    'nodes',
+    'gpus_per_node',
+    'cpus_per_task',
+    'time',
+    'signal',
+    'requeue',
+    'open_mode',
+    'help',
+    'kills',
+    'terms',
+    'name',
+    'batchsize',
+    'held_out',
+    'seeds',
+    'set',
+}
 
 
 @pytest.fixture(scope='module')
@@ -70,10 +91,23 @@ def first_command(block):
 @pytest.mark.parametrize('block', SHELL, ids=first_command)
 def test_commands(block, clone):
     folder = clone if block.startswith(TOP) else clone / 'code'
-    environment = {'PATH': f'{clone}/bin:/usr/bin:/bin', 'HOME': str(clone), 'SLURM_NNODES': '1', 'SLURM_JOB_ID': '7',
-                   'SLURM_JOB_NODELIST': 'here', 'OMP_NUM_THREADS': '1'}  # fmt: skip
-    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', block], cwd=folder, env=environment, check=False,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    environment = {
+        'PATH': f'{clone}/bin:/usr/bin:/bin',
+        'HOME': str(clone),
+        'SLURM_NNODES': '1',
+        'SLURM_JOB_ID': '7',
+        'SLURM_JOB_NODELIST': 'here',
+        'OMP_NUM_THREADS': '1',
+    }
+    done = subprocess.run(
+        ['bash', '-euo', 'pipefail', '-c', block],
+        cwd=folder,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'Traceback' not in done.stderr
     assert 'has no effect' not in done.stderr
@@ -91,8 +125,10 @@ def test_make_train_learns_and_prints_what_the_page_shows(clone):
     shown = README.split('ends with, seed 0', 1)[1].split('```', 2)[1]
     for line in shown.strip().splitlines():
         assert line.strip().split('...')[0][:8] in said, line
-    kNN, untrained, pixels = (float(re.search(rf'^{name} +([\d.]+) %$', said, re.M)[1])
-                              for name in ('kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels'))  # fmt: skip
+    kNN, untrained, pixels = (
+        float(re.search(rf'^{name} +([\d.]+) %$', said, re.M)[1])
+        for name in ('kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels')
+    )
     assert kNN > untrained + 10
     assert kNN > pixels + 20
     assert float(re.search(r'^top-1 +([\d.]+) %$', said, re.M)[1]) > 65
@@ -129,8 +165,9 @@ def test_every_option_and_file_that_is_named_is_there():
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     text = PAGES[page]
-    headings = {re.sub(r'[^\w -]', '', line).strip().lower().replace(' ', '-')
-                for line in re.findall(r'^#+ (.*)$', text, re.M)}  # fmt: skip
+    headings = {
+        re.sub(r'[^\w -]', '', line).strip().lower().replace(' ', '-') for line in re.findall(r'^#+ (.*)$', text, re.M)
+    }
     for link in re.findall(r'\]\(([^)]+)\)|<img src="([^"]+)"', text):
         path, _, heading = (link[0] or link[1]).partition('#')
         if path.startswith('http'):

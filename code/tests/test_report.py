@@ -53,10 +53,22 @@ def test_it_shows_on_a_phone_and_on_a_desk(page, tmp_path):
         pytest.skip('chromium is not installed (Debian: apt-get install chromium)')
     for width in (500, 1200):
         picture = tmp_path / f'{width}.png'
-        command = [browser, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-                   '--disable-background-networking', '--disable-component-update', '--disable-sync',
-                   f'--user-data-dir={tmp_path}/profile', f'--window-size={width},6000', f'--screenshot={picture}',
-                   '--hide-scrollbars', page.as_uri()]  # fmt: skip
+        command = [
+            browser,
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            '--disable-quic',
+            '--no-first-run',
+            '--disable-background-networking',
+            '--disable-component-update',
+            '--disable-sync',
+            f'--user-data-dir={tmp_path}/profile',
+            f'--window-size={width},6000',
+            f'--screenshot={picture}',
+            '--hide-scrollbars',
+            page.as_uri(),
+        ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         with Image.open(picture) as image:
             pixels = np.asarray(image.convert('L')).astype(int)

@@ -129,10 +129,12 @@ def test_stopped_among_worker_processes(drawn_large, tmp_path):
 
 def test_a_second_signal_ends_at_once():
     """After a second; what comes sooner is the same wish again: a shell and a batch system send it twice."""
-    code = 'import os, signal, stop, sys, time\nwith stop.listening(), stop.held():\n' \
-           '    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n' \
-           '    print(stop.NOTED["number"], flush=True)\n    time.sleep(1.1)\n' \
-           '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'  # fmt: skip
+    code = (
+        'import os, signal, stop, sys, time\nwith stop.listening(), stop.held():\n'
+        '    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n'
+        '    print(stop.NOTED["number"], flush=True)\n    time.sleep(1.1)\n'
+        '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'
+    )
     done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ('15\n', -signal.SIGINT)
     before = signal.getsignal(signal.SIGTERM)
@@ -182,8 +184,10 @@ def test_a_run_repeats_from_its_folder(drawn, tmp_path):
     assert about['versions']['torch'] == torch.__version__
     assert set(about['versions']) == {'python', 'torch', 'torchvision', 'commit'}
     assert cli.main(['train', f'--from_run={RUN}', *own_paths(tmp_path)]) == 0
-    one, two = (torch.load(next((tmp_path / 'ckpt' / RUN.replace('_0', f'_{i}')).glob('loss_*')), weights_only=True)
-                for i in (0, 1))  # fmt: skip
+    one, two = (
+        torch.load(next((tmp_path / 'ckpt' / RUN.replace('_0', f'_{i}')).glob('loss_*')), weights_only=True)
+        for i in (0, 1)
+    )
     assert same(one['model'], two['model'])
     assert one['args']['proj_dim'] == two['args']['proj_dim'] == 24
 

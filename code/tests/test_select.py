@@ -93,8 +93,10 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys):
     assert len({row[0] for row in rows[1:]}) == 7
     with open(tmp_path / 'out/chosen_duplicates.csv', newline='') as file:
         pairs = [frozenset((row['file'], row['other_file'])) for row in csv.DictReader(file)]
-    names = {frozenset((f'{first.parent.name}/{first.name}', f'{other.name}/copy.png')),
-             frozenset((f'{second.parent.name}/{second.name}', f'{second.parent.name}/leak.png'))}  # fmt: skip
+    names = {
+        frozenset((f'{first.parent.name}/{first.name}', f'{other.name}/copy.png')),
+        frozenset((f'{second.parent.name}/{second.name}', f'{second.parent.name}/leak.png')),
+    }
     assert names <= {*pairs}
     assert ' of them in two splits' in said
     for name in ('chosen', 'chosen_duplicates', 'chosen_outliers'):

@@ -42,8 +42,15 @@ def docker(tmp_path):
         log.write_text('')
         path = f'{tmp_path}/bin:{os.environ["PATH"]}'
         environment = {'PATH': path, 'DOCKER_LOG': str(log)} | environment
-        done = subprocess.run([str(tmp_path / 'top/setup-docker.sh'), *argv], cwd='/', env=environment, check=False,
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+        done = subprocess.run(
+            [str(tmp_path / 'top/setup-docker.sh'), *argv],
+            cwd='/',
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
         return done, [line for line in log.read_text().splitlines() if not line.startswith(('version', 'info'))]
 
     call.top, call.bin = tmp_path / 'top', tmp_path / 'bin'
@@ -128,17 +135,23 @@ def test_docker_runs_torchrun(docker):
 @pytest.mark.parametrize(
     ('environment', 'said'),
     [
-        ({'DAEMON': 'Cannot connect to the Docker daemon at unix:///var/run/docker.sock'},
-         'error: the docker daemon does not answer: sudo systemctl start docker, or start Docker Desktop'),
-        ({'DAEMON': 'permission denied while trying to connect to the Docker daemon socket'},
-         'error: docker may only be used by root and the group docker: sudo ./setup-docker.sh'),
-        ({'GPU': '1', 'RUNTIMES': '{"runc":{}}'}, "error: there is a GPU, but docker cannot reach it; install"),
+        (
+            {'DAEMON': 'Cannot connect to the Docker daemon at unix:///var/run/docker.sock'},
+            'error: the docker daemon does not answer: sudo systemctl start docker, or start Docker Desktop',
+        ),
+        (
+            {'DAEMON': 'permission denied while trying to connect to the Docker daemon socket'},
+            'error: docker may only be used by root and the group docker: sudo ./setup-docker.sh',
+        ),
+        ({'GPU': '1', 'RUNTIMES': '{"runc":{}}'}, 'error: there is a GPU, but docker cannot reach it; install'),
         ({'DATA': '/nowhere'}, 'error: DATA=/nowhere is not a folder'),
         ({'FAILS': 'build'}, 'error: the image was not built'),
-        ({'FAILS': 'push', 'REGISTRY': 'registry.example/me'},
-         'error: registry.example/me/simsiam was not pushed: docker login registry.example?'),
+        (
+            {'FAILS': 'push', 'REGISTRY': 'registry.example/me'},
+            'error: registry.example/me/simsiam was not pushed: docker login registry.example?',
+        ),
     ],
-)  # fmt: skip
+)
 def test_docker_says_in_a_line_what_is_missing(environment, said, docker):
     done, calls = docker('train', **environment)
     assert done.returncode == 1
@@ -153,7 +166,9 @@ def test_docker_that_is_not_there(docker):
         (docker.bin / name).symlink_to(shutil.which(name))
     done, _ = docker('train', PATH=str(docker.bin))
     assert (done.returncode, done.stderr) == (
-        1, 'error: docker is not installed: https://docs.docker.com/engine/install\n')  # fmt: skip
+        1,
+        'error: docker is not installed: https://docs.docker.com/engine/install\n',
+    )
 
 
 def test_the_image_works_as_somebody_without_a_name_or_a_place_to_write_but_data(drawn, tmp_path):
@@ -175,15 +190,35 @@ def test_the_image_works_as_somebody_without_a_name_or_a_place_to_write_but_data
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(0o755)
     # It may read all files, for this machine's Python may lie where only root looks; and write its own alone.
-    become = ['setpriv', '--reuid=12345', '--regid=12345', '--clear-groups', '--inh-caps=+dac_read_search',
-              '--ambient-caps=+dac_read_search']  # fmt: skip
-    environment = {'PATH': os.environ['PATH'], 'HOME': '/tmp', 'USER': 'simsiam', 'PYTHONDONTWRITEBYTECODE': '1',
-                   'SIMSIAM_COMMIT': 'abc123'}  # fmt: skip
+    become = [
+        'setpriv',
+        '--reuid=12345',
+        '--regid=12345',
+        '--clear-groups',
+        '--inh-caps=+dac_read_search',
+        '--ambient-caps=+dac_read_search',
+    ]
+    environment = {
+        'PATH': os.environ['PATH'],
+        'HOME': '/tmp',
+        'USER': 'simsiam',
+        'PYTHONDONTWRITEBYTECODE': '1',
+        'SIMSIAM_COMMIT': 'abc123',
+    }
     run = 'model_name_simsiam_ckpt_0'
-    for command in (['train', *TINY, '--image_path=data/photos', '--evaluate_after=True'],
-                    ['infer', f'--ckpt_name={run}'], ['report', f'--ckpt_name={run}']):  # fmt: skip
-        done = subprocess.run([*become, sys.executable, 'cli.py', *command], cwd=home / 'code', env=environment,
-                              capture_output=True, text=True, check=False)  # fmt: skip
+    for command in (
+        ['train', *TINY, '--image_path=data/photos', '--evaluate_after=True'],
+        ['infer', f'--ckpt_name={run}'],
+        ['report', f'--ckpt_name={run}'],
+    ):
+        done = subprocess.run(
+            [*become, sys.executable, 'cli.py', *command],
+            cwd=home / 'code',
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     for file in ('submission.csv', f'logs/{run}/report.html', f'checkpoints/{run}/run.json'):
         assert (home / 'data' / file).stat().st_uid == 12345
@@ -226,6 +261,17 @@ def test_nothing_else_at_the_top():
     if listed.returncode:
         pytest.skip('this is not a git checkout')
     assert {path.split('/')[0] for path in listed.stdout.split()} == {
-        'code', 'data', 'images', 'setup-docker.sh', 'Dockerfile', 'requirements.txt', 'README.md',
-        'Makefile', 'LICENSE', 'pyproject.toml', '.gitignore', '.dockerignore', '.ci',
-    }  # fmt: skip
+        'code',
+        'data',
+        'images',
+        'setup-docker.sh',
+        'Dockerfile',
+        'requirements.txt',
+        'README.md',
+        'Makefile',
+        'LICENSE',
+        'pyproject.toml',
+        '.gitignore',
+        '.dockerignore',
+        '.ci',
+    }

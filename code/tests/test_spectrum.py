@@ -161,7 +161,9 @@ def test_the_verdict_is_that_of_the_numbers(now, word):
     said = verdict(now, BEFORE)
     assert said[0] == word
     assert f'{now["std"]:.2f}' in said[1]
-    lines = [{'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
-             for epoch, values in ((0, BEFORE), (3, now))]  # fmt: skip
+    lines = [
+        {'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
+        for epoch, values in ((0, BEFORE), (3, now))
+    ]
     assert of_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
     assert of_metrics(lines[1:]) is of_metrics([]) is None

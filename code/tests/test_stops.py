@@ -33,8 +33,9 @@ SAVED = {
 @pytest.fixture(scope='module')
 def rows(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp('stops')
-    done = subprocess.run([sys.executable, stop_table.__file__, drawn, folder], capture_output=True, text=True,
-                          timeout=500, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, stop_table.__file__, drawn, folder], capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
     return {(row['moment'], row['signal']): row for row in found}
@@ -77,8 +78,13 @@ def test_the_group_at_the_start_of_epochs(drawn_large, tmp_path):
 def test_a_hangup_that_is_ignored_stays_ignored(drawn, tmp_path):
     """nohup: whoever starts a run so wants it to outlast the terminal."""
     command = f'trap "" HUP; exec "{sys.executable}" cli.py train {" ".join(LONG)} --image_path={drawn}'
-    process = subprocess.Popen(['bash', '-c', f'{command} {" ".join(own_paths(tmp_path))}'], cwd=CODE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        ['bash', '-c', f'{command} {" ".join(own_paths(tmp_path))}'],
+        cwd=CODE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not list((tmp_path / 'ckpt').glob('*/loss_*')) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
@@ -133,8 +139,9 @@ def test_a_run_goes_on_with_fewer_images(drawn, tmp_path):
     small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
     assert run('train', *small, '--batch_size=40', '--max_minutes=0.00001', '--max_epochs=3').returncode == 0
     few = drawn / 'train/dots'
-    done = run('train', f'--resume={RUN}', '--knn_every=0', '--batch_size=16', f'--image_path={few}',
-               *own_paths(tmp_path))  # fmt: skip
+    done = run(
+        'train', f'--resume={RUN}', '--knn_every=0', '--batch_size=16', f'--image_path={few}', *own_paths(tmp_path)
+    )
     assert (done.returncode, done.stderr) == (0, '')
     assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_3'))
 
@@ -175,6 +182,7 @@ except stop.Stopped as end:
 @pytest.mark.parametrize('place', ['alone', 'held', 'caught'])
 def test_a_signal_is_heard_where_python_drops_exceptions(place):
     """In a __del__ an exception is printed and gone: it is raised again, and nothing is printed."""
-    done = subprocess.run([sys.executable, '-c', SWALLOWED, place], cwd=CODE, capture_output=True, text=True,
-                          timeout=15, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, '-c', SWALLOWED, place], cwd=CODE, capture_output=True, text=True, timeout=15, check=False
+    )
     assert (done.returncode, done.stderr) == (1, f'heard {signal.SIGTERM}\n')

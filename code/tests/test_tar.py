@@ -21,8 +21,13 @@ from test_cli import newest, same
 
 
 def options(folder, **more):
-    given = {'preset': 'demo', 'image_path': str(folder), 'cache_path': f'{folder}.cache', 'batch_size': 8,
-             'num_workers': 0}  # fmt: skip
+    given = {
+        'preset': 'demo',
+        'image_path': str(folder),
+        'cache_path': f'{folder}.cache',
+        'batch_size': 8,
+        'num_workers': 0,
+    }
     return get_config(**given | more)
 
 
@@ -97,8 +102,15 @@ def test_training_and_resume_as_with_files(drawn_large, tmp_path):
     top = tarred(drawn_large, tmp_path / 'packed')
     runs = {}
     for name, images in (('files', drawn_large), ('tar', top)):
-        common = [*TINY, f'--image_path={images}', '--batch_size=8', '--knn_every=0', '--save_every=1',
-                  '--max_epochs=3', *own_paths(tmp_path / name)]  # fmt: skip
+        common = [
+            *TINY,
+            f'--image_path={images}',
+            '--batch_size=8',
+            '--knn_every=0',
+            '--save_every=1',
+            '--max_epochs=3',
+            *own_paths(tmp_path / name),
+        ]
         for more in (['--max_minutes=0.0001'], ['--resume=auto']):
             done = run('train', *common, *more)
             assert done.returncode == 0, done.stderr
@@ -147,15 +159,19 @@ def archives_bar(*_, **__):
 
 def devkit(path, wnids, truth):
     """The devkit's two files that matter; ILSVRC's numbers are not in the order of the names."""
-    rows = np.empty(len(wnids) + 1, dtype=[('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('words', 'O'), ('gloss', 'O'),
-                                           ('num_children', 'O')])  # fmt: skip
+    rows = np.empty(
+        len(wnids) + 1,
+        dtype=[('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('words', 'O'), ('gloss', 'O'), ('num_children', 'O')],
+    )
     for i, wnid in enumerate([*wnids, 'n99999999']):
         rows[i] = (i + 1, wnid, 'a word', 'a gloss', 0 if i < len(wnids) else 3)
     buffer = io.BytesIO()
     savemat(buffer, {'synsets': rows})
     top = 'ILSVRC2012_devkit_t12/data/'
-    files = [(f'{top}meta.mat', buffer.getvalue()),
-             (f'{top}ILSVRC2012_validation_ground_truth.txt', '\n'.join(map(str, truth)).encode() + b'\n')]  # fmt: skip
+    files = [
+        (f'{top}meta.mat', buffer.getvalue()),
+        (f'{top}ILSVRC2012_validation_ground_truth.txt', '\n'.join(map(str, truth)).encode() + b'\n'),
+    ]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w:gz') as archive:
         for name, content in files:
@@ -176,8 +192,10 @@ def imagenet(tmp_path):
     write(top / 'ILSVRC2012_img_train.tar', inner)
     truth = [1, 3, 2, 2, 1]  # n03 n02 n01 n01 n03
     wnids = list(colours)
-    write(top / 'ILSVRC2012_img_val.tar', [(f'ILSVRC2012_val_{i + 1:08d}.JPEG', png(colours[wnids[number - 1]]))
-                                           for i, number in enumerate(truth)])  # fmt: skip
+    write(
+        top / 'ILSVRC2012_img_val.tar',
+        [(f'ILSVRC2012_val_{i + 1:08d}.JPEG', png(colours[wnids[number - 1]])) for i, number in enumerate(truth)],
+    )
     devkit(top / 'ILSVRC2012_devkit_t12.tar.gz', wnids, truth)
     return top
 
@@ -214,16 +232,31 @@ def link(name, target, kind):
 
 
 def test_hostile_members_are_left_out_and_counted(tmp_path):
-    members = [('a/1.png', png()), ('b/2.png', png()), ('../out.png', png()), ('/etc/out.png', png()),
-               ('a/../../up.png', png()), link('a/link.png', '/etc/passwd', tarfile.SYMTYPE),
-               link('a/hard.png', 'a/1.png', tarfile.LNKTYPE), link('a/device.png', '', tarfile.CHRTYPE),
-               link('a/pipe.png', '', tarfile.FIFOTYPE), ('a/.hidden.png', png()), ('__MACOSX/a/1.png', png()),
-               ('a/empty.png', b''), ('a/note.txt', b'x')]  # fmt: skip
+    members = [
+        ('a/1.png', png()),
+        ('b/2.png', png()),
+        ('../out.png', png()),
+        ('/etc/out.png', png()),
+        ('a/../../up.png', png()),
+        link('a/link.png', '/etc/passwd', tarfile.SYMTYPE),
+        link('a/hard.png', 'a/1.png', tarfile.LNKTYPE),
+        link('a/device.png', '', tarfile.CHRTYPE),
+        link('a/pipe.png', '', tarfile.FIFOTYPE),
+        ('a/.hidden.png', png()),
+        ('__MACOSX/a/1.png', png()),
+        ('a/empty.png', b''),
+        ('a/note.txt', b'x'),
+    ]
     write(tmp_path / 'set/train.tar', members)
     part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png']
-    assert dict(part.others) == {'(a path out of the folder)': 3, '(a link, or no plain file)': 4, '(hidden)': 2,
-                                 '(empty)': 1, '.txt': 1}  # fmt: skip
+    assert dict(part.others) == {
+        '(a path out of the folder)': 3,
+        '(a link, or no plain file)': 4,
+        '(hidden)': 2,
+        '(empty)': 1,
+        '.txt': 1,
+    }
 
 
 def test_a_size_that_lies_is_refused(tmp_path):
@@ -285,8 +318,13 @@ def test_packed_archives_are_refused_with_what_helps(ending, tmp_path):
 
 def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
     for name in ('one', 'two'):
-        done = run('pack', f'--image_path={drawn_large}', f'--output={tmp_path}/{name}', '--pack_side=64',
-                   *own_paths(tmp_path, 'cache'))  # fmt: skip
+        done = run(
+            'pack',
+            f'--image_path={drawn_large}',
+            f'--output={tmp_path}/{name}',
+            '--pack_side=64',
+            *own_paths(tmp_path, 'cache'),
+        )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / 'one/train-000000.tar').read_bytes() == (tmp_path / 'two/train-000000.tar').read_bytes()
     packed = load_splits(options(tmp_path / 'one'))['train']

@@ -191,8 +191,17 @@ def test_two_views_are_fixed_by_the_generator_and_differ():
 
 
 def test_without_distortion_the_views_are_the_image():
-    plain = {'scale': (1, 1), 'ratio': (1, 1), 'flip': 0, 'jitter': (0, 0, 0, 0), 'jitter_prob': 1, 'gray_prob': 0,
-             'sigma': (0.1, 2.0), 'size': 16, 'blur_prob': 0.0}  # fmt: skip
+    plain = {
+        'scale': (1, 1),
+        'ratio': (1, 1),
+        'flip': 0,
+        'jitter': (0, 0, 0, 0),
+        'jitter_prob': 1,
+        'gray_prob': 0,
+        'sigma': (0.1, 2.0),
+        'size': 16,
+        'blur_prob': 0.0,
+    }
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
     for view in vision.random_views(images, plain, random_from(0)):
         torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)

@@ -32,8 +32,9 @@ def start(folder, images, *options, **more):
         *own_paths(folder),
         *options,
     ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            **more)  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more
+    )
 
 
 def workers_of(process):
@@ -128,16 +129,30 @@ def test_a_long_tmpdir_changes_nothing(drawn_large, tmp_path):
     """A socket's name holds 108 bytes: the processes printed that, and the run hung."""
     folder = tmp_path / ('x' * 100)
     folder.mkdir()
-    done = run('train', *TINY, f'--image_path={drawn_large}', '--batch_size=8', '--max_epochs=1', '--num_workers=2',
-               *own_paths(tmp_path), env={**os.environ, 'TMPDIR': str(folder)})  # fmt: skip
+    done = run(
+        'train',
+        *TINY,
+        f'--image_path={drawn_large}',
+        '--batch_size=8',
+        '--max_epochs=1',
+        '--num_workers=2',
+        *own_paths(tmp_path),
+        env={**os.environ, 'TMPDIR': str(folder)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ''
 
 
 def small_shm(megabytes):
     """The beginning of a command that sees /dev/shm as small as Docker makes it; None where that cannot be made."""
-    command = ['unshare', '--mount', 'sh', '-c',
-               f'mount -t tmpfs -o size={megabytes}m none /dev/shm && exec "$@"', 'sh']  # fmt: skip
+    command = [
+        'unshare',
+        '--mount',
+        'sh',
+        '-c',
+        f'mount -t tmpfs -o size={megabytes}m none /dev/shm && exec "$@"',
+        'sh',
+    ]
     possible = (
         shutil.which('unshare') and not subprocess.run([*command, 'true'], capture_output=True, check=False).returncode
     )
@@ -149,12 +164,32 @@ def test_a_small_shared_memory_is_named(tmp_path):
     if not command:
         pytest.skip('no mount of its own can be made here')
     folder = draw_folder(tmp_path / 'set', {'train': 24, 'val': 8}, side=150, suffix='.jpg')
-    done = subprocess.run([*command, sys.executable, str(CODE / 'cli.py'), 'train', *TINY, f'--image_path={folder}',
-                           '--image_size=128', '--batch_size=32', '--num_workers=2', '--knn_every=0', '--max_epochs=1',
-                           *own_paths(tmp_path)], capture_output=True, text=True, timeout=100, check=False)  # fmt: skip
+    done = subprocess.run(
+        [
+            *command,
+            sys.executable,
+            str(CODE / 'cli.py'),
+            'train',
+            *TINY,
+            f'--image_path={folder}',
+            '--image_size=128',
+            '--batch_size=32',
+            '--num_workers=2',
+            '--knn_every=0',
+            '--max_epochs=1',
+            *own_paths(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 1, done.stdout
-    assert re.search(r'error: (/dev/shm has no room for a batch|a process that reads images was ended by SIGBUS, as '
-                     r'where /dev/shm is full).*docker run --shm-size=8g', one_line(done.stderr))  # fmt: skip
+    assert re.search(
+        r'error: (/dev/shm has no room for a batch|a process that reads images was ended by SIGBUS, as '
+        r'where /dev/shm is full).*docker run --shm-size=8g',
+        one_line(done.stderr),
+    )
 
 
 def test_memory_that_runs_out_is_told_with_what_helps_there():
@@ -177,9 +212,22 @@ def test_memory_that_runs_out_is_told_with_what_helps_there():
 
 def test_the_cpus_memory_that_runs_out_is_one_line(drawn, tmp_path):
     """With a limit on the address space, and views that do not fit below it."""
-    command = ['sh', '-c', 'ulimit -v 4000000; exec "$@"', 'sh', sys.executable, str(CODE / 'cli.py'), 'train', *TINY,
-               f'--image_path={drawn}', '--batch_size=64', '--image_size=1024', '--device=cpu', '--knn_every=0',
-               *own_paths(tmp_path)]  # fmt: skip
+    command = [
+        'sh',
+        '-c',
+        'ulimit -v 4000000; exec "$@"',
+        'sh',
+        sys.executable,
+        str(CODE / 'cli.py'),
+        'train',
+        *TINY,
+        f'--image_path={drawn}',
+        '--batch_size=64',
+        '--image_size=1024',
+        '--device=cpu',
+        '--knn_every=0',
+        *own_paths(tmp_path),
+    ]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     if done.returncode != 1 or 'fault' in done.stderr:
