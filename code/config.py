@@ -364,7 +364,7 @@ class Config:
     )
     output: str = option(
         '',
-        'the file to write; in data/: infer submission.csv, embed features.npz (or .csv), export backbone.pth, '
+        'the file to write; in data/: infer submission.csv, embed features.npz (.csv, .parquet), export backbone.pth, '
         'select selected.csv; runs: a CSV file; '
         'pack: a folder',
         used_by=('infer', 'embed', 'export', 'pack', 'select', 'runs'),

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 import distributed
 from ckpt import get_model_ckpt
@@ -12,19 +13,24 @@ from dataloader.images import shown
 from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
+from metric.knn import nearest
 from protocols.features import features_of
-from utils import get_device, use_device, write_aside
+from utils import extra, get_device, use_device, write_aside
+
+NEIGHBOURS, MOST_IN_PLANE = 15, 20_000
 
 
 def embed(args):
-    """Write --output: .npz (arrays features, N x d float32, and names, N) or .csv (name, then d numbers). Returns it.
+    """Write --output: .npz (arrays features, N x d float32, and names, N), .csv (name, then d numbers) or .parquet
+    (as_table). Returns it.
 
     The images are those that infer would predict. Up to --projector_images of them also go to TensorBoard's projector,
     with thumbnails. Raises UserError without a checkpoint or images, or for another kind of file.
     """
     output = path_of(args.output or 'data/features.npz')
-    if output.suffix not in ('.npz', '.csv'):
-        raise UserError(f'--output of embed ends in .npz or .csv, not {output.name!r}')
+    if output.suffix not in ('.npz', '.csv', '.parquet'):
+        raise UserError(f'--output of embed ends in .npz, .csv or .parquet, not {output.name!r}')
+    parquet = extra('pyarrow.parquet', output.name) if output.suffix == '.parquet' else None
     if not args.ckpt_name:
         raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
@@ -37,6 +43,9 @@ def embed(args):
     features = features.cpu()
 
     def write(aside):
+        if parquet:
+            parquet.write_table(as_table(images, features), aside)
+            return
         if output.suffix == '.npz':
             with open(aside, 'wb') as file:
                 np.savez(file, features=features.numpy(), names=np.array(list(images.names)))
@@ -59,3 +68,41 @@ def embed(args):
         logger.close()
         say(f'in the projector: tensorboard --logdir {logger.folder}')
     return output
+
+
+def as_table(images, features):
+    """A pyarrow table, a row an image, as viewers of embeddings open it: file, split into text that is no bytes; label;
+    features, d float32; x and y, a map of the features; neighbors, {ids: row numbers, distances: 1 - cosine}."""
+    import pyarrow
+
+    cosine, rows = nearest(features, features, min(NEIGHBOURS + 1, len(features)))
+    near = [
+        {'ids': ids, 'distances': apart}
+        for ids, apart in zip(rows.tolist(), (1 - cosine).clamp(min=0).tolist(), strict=True)
+    ]
+    labels = [images.classes[label] if label >= 0 else None for label in images.labels.tolist()]
+    x, y = plane(features).T
+    return pyarrow.table(
+        {
+            'file': [shown(name) for name in images.names],
+            'label': pyarrow.array(labels, pyarrow.string()),
+            'features': pyarrow.array(features.tolist(), pyarrow.list_(pyarrow.float32())),
+            'x': x,
+            'y': y,
+            'neighbors': near,
+        }
+    )
+
+
+def plane(features):
+    """Features as points of a plane, N x 2 float32: t-SNE of their directions, which keeps neighbours together; of a
+    handful of images, or of so many that it would take minutes, the two main axes."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    directions = normalize(features - features.mean(0), dim=1).numpy()
+    if not 10 <= len(features) <= MOST_IN_PLANE:
+        return (
+            PCA(2).fit_transform(directions).astype(np.float32) if len(features) > 1 else np.zeros((1, 2), np.float32)
+        )
+    return TSNE(2, init='pca', perplexity=min(30, len(features) / 4), random_state=0).fit_transform(directions)

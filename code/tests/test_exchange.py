@@ -316,6 +316,25 @@ def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
     assert not (tmp_path / 'b').exists()
 
 
+def test_embed_writes_a_table_for_viewers(ours, drawn, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    options = [f'--ckpt_name={ours[0]}', f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache')]
+    for file in ('f.parquet', 'f.npz'):
+        assert cli.main(['embed', f'--output={tmp_path / file}', '--projector_images=0', *options]) == 0
+    table = parquet.read_table(tmp_path / 'f.parquet').to_pydict()
+    with np.load(tmp_path / 'f.npz') as content:
+        features, names = content['features'], content['names']
+    assert table['file'] == names.tolist()
+    assert table['label'] == [name.split('/')[0] for name in names]
+    np.testing.assert_array_equal(np.array(table['features'], np.float32), features)
+    assert np.isfinite(table['x']).all()
+    assert np.std(table['y']) > 0
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    for row, near in enumerate(table['neighbors']):
+        assert len(near['ids']) == 16
+        np.testing.assert_allclose(near['distances'], np.sort(1 - unit @ unit[row])[:16].clip(0), atol=1e-5)
+
+
 def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
     name = f'--ckpt_name={ours[0]}'
     options = [name, f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache')]
@@ -347,7 +366,7 @@ def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
     (sprite,) = projector.rglob('sprite.png')
     with Image.open(sprite) as picture:
         assert picture.size == (4 * 32, 4 * 32)
-    with pytest.raises(UserError, match='ends in .npz or .csv'):
+    with pytest.raises(UserError, match='ends in .npz, .csv or .parquet'):
         embedding.embed(get_config(output='f.txt', ckpt_name=str(ours[0])))
 
 
