@@ -1,7 +1,7 @@
 """What features are worth, told without a label: of the spectrum of N features, of two views of the same images, and of
 the z and p of a training step.
 
-x: N x d, features of plain views. Singular values s_1 >= s_2 >= ...; all in double precision, on the device of x.
+x: N x d, features of plain views. Singular values s_1 >= s_2 >= ..., in double precision.
 """
 
 import torch
@@ -11,12 +11,21 @@ SMALL = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
 WITHIN = 1e-4  # added to the scatter within images (LiDAR, section 3)
 
 
+def singular_values(x):
+    """Those of x, the largest first, on the CPU: by way of the products of its rows or columns, whichever are fewer,
+    for whose roots a CPU is fast enough. What rounding leaves is 0."""
+    x = x.double()
+    squares = torch.linalg.eigvalsh((x @ x.T if len(x) < x.shape[1] else x.T @ x).cpu()).flip(0)
+    rounding = max(x.shape) * torch.finfo(x.dtype).eps * squares[0]
+    return torch.where(squares > rounding, squares, 0.0).sqrt()
+
+
 def rankme(x):
     """exp(entropy of s / sum s): how many directions the features use, 1 to min(N, d). Not centred.
 
     Garrido et al., arXiv 2210.02885, equation 1.
     """
-    return effective_rank(torch.linalg.svdvals(x.double()))
+    return effective_rank(singular_values(x))
 
 
 def effective_rank(values):
@@ -33,7 +42,7 @@ def cumulative_area(x):
 
     Li, Efros, Pathak, arXiv 2209.15007, equation 2.
     """
-    values = torch.linalg.svdvals(x.double() - x.double().mean(0))
+    values = singular_values(x.double() - x.double().mean(0))
     total = values.sum().item()
     return (values.cumsum(0) / total).mean().item() if total > 1e-12 * x.double().norm().item() else 1.0
 
@@ -44,9 +53,9 @@ def alpha_req(x):
 
     Agrawal et al., NeurIPS 2022.
     """
-    values = torch.linalg.svdvals(x.double() - x.double().mean(0)).square()
+    values = singular_values(x.double() - x.double().mean(0)).square()
     first, last = len(values) ** 0.25, len(values) ** 0.75
-    index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=x.device)
+    index = torch.arange(1, len(values) + 1, dtype=torch.float64)
     middle = (index >= first) & (index <= last) & (values > 1e-12 * values[0])
     if middle.sum() < 3:
         return float('nan')
@@ -61,7 +70,7 @@ def lidar(x):
     The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw the mean covariance of
     an image's views, WITHIN added on its diagonal. Thilak et al., arXiv 2312.04000, section 3.
     """
-    x = x.double()
+    x = x.cpu().double()
     means = x.mean(1)
     between = (means - means.mean(0)).T @ (means - means.mean(0)) / (len(x) - 1)
     apart = (x - means[:, None]).flatten(0, 1)
