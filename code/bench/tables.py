@@ -242,13 +242,9 @@ def views():
 
 
 def starts():
-    """The demo from its usual start, from weights divided by three, and with a rate that rises."""
+    """The demo from its usual start, and from weights divided by three."""
     rows = []
-    for title, name in (
-        ('as it is', 'demo_bf16'),
-        ('weights of layers / 3 at the start', 'cut'),
-        ('rate rises for 3 epochs', 'slow'),
-    ):
+    for title, name in (('as it is', 'demo_bf16'), ('weights of layers / 3 at the start', 'cut')):
         runs = [f'{name}_{seed}' for seed in range(3)]
         early = [curve(run, 'loss')[1] for run in runs]
         finals = [last(run, 'knn_top1') for run in runs]
