@@ -11,13 +11,14 @@ import os
 import socket
 import time
 import uuid
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from records import process_stat
 
 JOINED = {'store': None, 'others': []}  # what `start` found: the store, [machine, process] of each rank
 TURNS = itertools.count()  # of what goes through the store: all processes come to it in the same order
@@ -121,12 +122,7 @@ def gone():
 
 def runs(pid):
     """Whether a process of this machine is there and no zombie; True where the system does not tell."""
-    if not Path('/proc/self/stat').exists():
-        return True
-    try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError:
-        return False
+    return not process_stat('self') or process_stat(pid)[:1] not in ([], ['Z'])
 
 
 def wrap(model, device):

@@ -1,10 +1,7 @@
 """Features of every image of a folder, for use elsewhere, and a look at them in TensorBoard's projector."""
 
-import csv
-
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 import distributed
 from ckpt import get_model_ckpt
@@ -13,9 +10,10 @@ from dataloader.images import shown
 from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
+from metric import choose
 from metric.knn import nearest
 from protocols.features import features_of
-from utils import extra, get_device, use_device, write_aside
+from utils import evenly_spaced, extra, get_device, use_device, write_aside, write_csv
 
 NEIGHBOURS, MOST_IN_PLANE = 15, 20_000
 
@@ -46,22 +44,18 @@ def embed(args):
         if parquet:
             parquet.write_table(as_table(images, features), aside)
             return
-        if output.suffix == '.npz':
-            with open(aside, 'wb') as file:
-                np.savez(file, features=features.numpy(), names=np.array(list(images.names)))
-            return
-        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
-            csv.writer(file).writerows(
-                [head, *([name, *row] for name, row in zip(images.names, features.tolist(), strict=True))]
-            )
+        with open(aside, 'wb') as file:
+            np.savez(file, features=features.numpy(), names=np.array(list(images.names)))
 
-    if not distributed.rank():
+    if not distributed.rank() and output.suffix == '.csv':
+        head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
+        write_csv(output, [head, *([name, *row] for name, row in zip(images.names, features.tolist(), strict=True))])
+    elif not distributed.rank():
         write_aside(output, write)
     say(f'{len(features)} x {features.shape[1]} features of {images.folder} written to {output}')
     if args.projector_images and not distributed.rank():
         logger = Logger(path_of(args.log_path) / checkpoint['run'].name / 'projector')
-        rows = torch.linspace(0, len(images) - 1, min(args.projector_images, len(images))).round().long()
+        rows = evenly_spaced(len(images), args.projector_images)
         names = [shown(images.names[row]) for row in rows]  # a tab or a new line would break its table
         thumbnails = torch.nn.functional.interpolate(pixels_of(args, images, rows), (32, 32), mode='area')
         logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
@@ -100,7 +94,7 @@ def plane(features):
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    directions = normalize(features - features.mean(0), dim=1).numpy()
+    directions = choose.directions(features).numpy()
     if not 10 <= len(features) <= MOST_IN_PLANE:
         return (
             PCA(2).fit_transform(directions).astype(np.float32) if len(features) > 1 else np.zeros((1, 2), np.float32)

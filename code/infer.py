@@ -1,6 +1,5 @@
 """Predict the class of every image of a folder with a checkpoint, as a CSV file: a submission."""
 
-import csv
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,7 @@ from metric.knn import neighbours
 from protocols.features import features_of
 from protocols.knn import nearest_images, vote
 from results import classifier_for
-from utils import get_device, prepare_batch, save_picture, use_device, write_aside
+from utils import evenly_spaced, get_device, prepare_batch, save_picture, use_device, write_csv
 
 ROWS = 12  # of the picture of neighbours
 
@@ -51,14 +50,8 @@ def infer(args):
         for name, share, top in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     output = path_of(args.output or 'data/submission.csv')
-
-    def write(aside):
-        # A name is bytes: it is written as it is, whatever it is in.
-        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            csv.writer(file).writerows([('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
-
     if not distributed.rank():
-        write_aside(output, write)
+        write_csv(output, [('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
     say(f'{len(rows)} images of {shown(images.folder)} predicted by {how}')
     say(f'written to {output}')
     if args.neighbours:
@@ -98,7 +91,7 @@ def predicted(args, checkpoint, backbone, features, where):
 
 def shown_of(images):
     """Row numbers of up to ROWS of the images."""
-    return torch.linspace(0, len(images) - 1, min(ROWS, len(images))).round().long()
+    return evenly_spaced(len(images), ROWS)
 
 
 def neighbours_picture(args, images, rows, train, cosine, found):

@@ -4,14 +4,13 @@ Reads small files alone and imports nothing heavy: a thousand runs take about a 
 """
 
 import csv
-import json
 import os
 import shutil
 import socket
 import sys
-from pathlib import Path
 
 from config import OPTIONS, UserError, path_of
+from records import process_stat, read_json, read_metrics
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
@@ -52,9 +51,10 @@ def runs(args):
         raise UserError(f'there is no run in {root} yet: python3 cli.py train')
     if args.diff:
         return difference(root, args.diff.split(','))
-    found = [(row_of(folder), options_of(folder)) for folder in folders]
-    varied = differing([options for _, options in found])
-    usual = {name: most_common([options.get(name) for _, options in found]) for name in varied}
+    every = [options_of(folder) for folder in folders]
+    found = [(row_of(folder, options), options) for folder, options in zip(folders, every, strict=True)]
+    varied = differing(every)
+    usual = {name: most_common([options.get(name) for options in every]) for name in varied}
     for row, options in found:
         own = [name for name in varied if name in options and options[name] != usual[name]]
         row['options'] = ' '.join(f'{name}={options[name]}' for name in own)
@@ -69,20 +69,20 @@ def runs(args):
     return rows
 
 
-def row_of(folder):
+def row_of(folder, options):
     """What a run has come to, as text by column; '' for what it has not."""
-    last, at_end = {}, {}
-    for line in lines_of(folder / 'metrics.jsonl'):
+    last = {}
+    for line in read_metrics(folder / 'metrics.jsonl'):
         last = {**last, **line}
     at_end = {
         name: last.get(f'pretraining/{tag}')
         for name, tag in (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))
     }
-    epochs, epoch = options_of(folder).get('max_epochs', 0), last.get('epoch', 0)
+    epochs, epoch = options.get('max_epochs', 0), last.get('epoch', 0)
     judged = [
         content
         for path in sorted(folder.glob('evaluate_linear*.json'), key=lambda path: path.stat().st_mtime)
-        if 'top1' in (content := read(path))
+        if 'top1' in (content := read_json(path))
     ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
@@ -97,7 +97,7 @@ def row_of(folder):
 def state_of(folder, epoch, epochs):
     """finished; running, where its process is there (or on another machine said to be); stopped, saved; lost: its
     process is gone and has not said so."""
-    mark = read(folder / MARK)
+    mark = read_json(folder / MARK)
     if mark:
         if mark.get('host') != socket.gethostname():
             return f'running on {mark.get("host")}'
@@ -108,14 +108,14 @@ def state_of(folder, epoch, epochs):
 def started(pid):
     """When a process of this machine began, in the system's ticks: a number that a later one of the same pid has not;
     None where there is none."""
-    try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+    if process_stat('self'):
+        stat = process_stat(pid)
+        return stat[19] if stat else None
+    try:  # not Linux: whether it is there is all that can be told
+        os.kill(pid, 0)
     except OSError:
-        try:  # not Linux: whether it is there is all that can be told
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return '' if not Path('/proc/self/stat').exists() else None
+        return None
+    return ''
 
 
 def mark_of_this_process():
@@ -123,32 +123,8 @@ def mark_of_this_process():
 
 
 def options_of(folder):
-    found = read(folder / 'run.json').get('args', {})
+    found = read_json(folder / 'run.json').get('args', {})
     return found if isinstance(found, dict) else {}
-
-
-def read(path):
-    """A file of JSON as a dict; an empty one where it is not there, or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def lines_of(path):
-    """The lines of a metrics file as dicts, those that are whole."""
-    try:
-        text = path.read_text(encoding='utf-8')
-    except OSError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
 
 
 def differing(options):
@@ -185,7 +161,8 @@ def difference(root, names):
             raise UserError(f'--diff: there is no run {name} in {root}; python3 cli.py runs lists them')
     if len(names) != 2:
         raise UserError('--diff wants two runs: --diff=RUN1,RUN2')
-    options, rows = [options_of(root / name) for name in names], [row_of(root / name) for name in names]
+    options = [options_of(root / name) for name in names]
+    rows = [row_of(root / name, of) for name, of in zip(names, options, strict=True)]
     found = [(f'--{name}', *(str(of.get(name)) for of in options)) for name in differing(options)]
     found += [
         (name, *(row[name] for row in rows)) for name in COLUMNS if name != 'run' and rows[0][name] != rows[1][name]

@@ -8,6 +8,7 @@ from tqdm import tqdm
 import pictures
 from dataloader import vision
 from distributed import rank
+from records import read_metrics
 from terminal import complain
 from utils import save_picture, write_aside
 
@@ -75,17 +76,6 @@ class Logger:
     def close(self):
         if self.writer:
             self.writer.close()
-
-
-def read_metrics(path):
-    """The lines of a metrics file as dicts; a last one that was cut short is left out."""
-    found = []
-    for line in path.read_text(encoding='utf-8').splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
 
 
 def read_scalars(folder):

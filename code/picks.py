@@ -1,7 +1,5 @@
 """Which images to label first, which are double, which are odd: `select`, from the features of a checkpoint."""
 
-import csv
-
 import torch
 
 import pictures
@@ -13,7 +11,7 @@ from infer import pixels_of
 from logger import say
 from metric import choose
 from protocols.features import features_of
-from utils import save_picture, use_device, write_aside
+from utils import save_picture, use_device, write_csv
 
 SHOWN = 48  # images of a picture
 ACROSS = 12  # of a row
@@ -43,7 +41,7 @@ def select(args):
     }
     output = path_of(args.output or 'data/selected.csv')
     chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
-    write_rows(output, ('file',), [[train.names[row]] for row in chosen.tolist()])
+    write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
     save_picture(gallery(args, [(train, row) for row in chosen.tolist()[:SHOWN]]), output.with_suffix('.png'))
     say(f'{len(chosen)} of {len(train)} images to label first ({args.method}): {output}')
     doubles(args, splits, features, output)
@@ -63,7 +61,7 @@ def doubles(args, splits, features, output):
         [f'{cosine:.4f}', *(part for split, row in pair for part in (split, splits[split].names[row]))]
         for *pair, cosine in found
     ]
-    write_rows(path, ('cosine', 'split', 'file', 'other_split', 'other_file'), rows)
+    write_csv(path, [('cosine', 'split', 'file', 'other_split', 'other_file'), *rows])
     leaks = sum(one[0] != other[0] for one, other, _ in found)
     say(f'{len(found)} pairs with a cosine above {args.duplicates:g}, {leaks} of them in two splits: {path}')
     if found:
@@ -76,7 +74,7 @@ def odd(args, train, features, output):
     rows, near = choose.oddest(features, min(args.count, len(train)))
     path = output.with_name(f'{output.stem}_outliers.csv')
     found = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
-    write_rows(path, ('cosine_of_neighbours', 'file'), found)
+    write_csv(path, [('cosine_of_neighbours', 'file'), *found])
     save_picture(gallery(args, [(train, row) for row in rows.tolist()[:SHOWN]]), path.with_suffix('.png'))
     say(f'the {len(rows)} images that are least like any other: {path}')
 
@@ -86,13 +84,3 @@ def gallery(args, places):
     tiles = [pixels_of(args, images, torch.tensor([row]))[0] for images, row in places]
     rows = [tiles[start : start + ACROSS] for start in range(0, len(tiles), ACROSS)]
     return pictures.tiles(rows)
-
-
-def write_rows(path, head, rows):
-    """A CSV file; a name is bytes, and is written as it is."""
-
-    def write(aside):
-        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            csv.writer(file).writerows([head, *rows])
-
-    write_aside(path, write)

@@ -16,12 +16,13 @@ from config import OPTIONS, UserError, path_of
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
 from infer import neighbours_picture, shown_of
-from logger import read_metrics, read_scalars, say
+from logger import read_scalars, say
 from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
 from protocols.features import features_of
+from records import read_metrics
 from results import of_run
-from utils import save_picture, use_device, write_aside
+from utils import evenly_spaced, save_picture, use_device, write_aside
 from verdict import of_metrics
 
 POINTS = 2000  # images on the map
@@ -117,7 +118,7 @@ def of_features(args, backbone, splits):
     train, val = splits['train'], splits['val'] or splits['train']
     features, labels = features_of(args, backbone, in_order(args, train), 'features of train')
     val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
-    rows = torch.linspace(0, len(val) - 1, min(POINTS, len(val))).round().long()
+    rows = evenly_spaced(len(val), POINTS)
     shown = shown_of(val)
     near = nearest(val_features[shown.to(val_features.device)], features, 8)
     points, share = principal(normalize(val_features[rows.to(val_features.device)], dim=1))
@@ -191,8 +192,7 @@ def page_of(args, checkpoint, logged, results, parts):
 
 def verdict_on(run):
     """What the measures without labels say of a run, as a paragraph; nothing of one that has none."""
-    path = run / 'metrics.jsonl'
-    said = of_metrics(read_metrics(path)) if path.is_file() else None
+    said = of_metrics(read_metrics(run / 'metrics.jsonl'))
     if not said:
         return ''
     good = '' if said[0] == 'healthy' else ' bad'

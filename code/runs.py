@@ -12,7 +12,7 @@ from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path
 from distributed import rank
 from formats import upgraded
 from listing import MARK, mark_of_this_process
-from listing import read as read_json
+from records import read_json
 from stop import held
 from utils import write_aside
 

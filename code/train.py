@@ -18,11 +18,12 @@ from config import ROOT, UserError, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
-from logger import duration, log_to, read_metrics, say
+from logger import duration, log_to, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
+from records import read_metrics
 from runs import Diverged, Run, describe_run, new_run, of_run, resumed
 from state import State
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled

@@ -1,6 +1,7 @@
 """What several parts need and no part owns: the device, random numbers by name, a batch's move to the device."""
 
 import contextlib
+import csv
 import ctypes
 import errno
 import functools
@@ -83,6 +84,11 @@ def to_device(x, device):
     if device.type == 'cuda' and x.device.type == 'cpu':
         x = x if x.is_pinned() else x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def evenly_spaced(total, count):
+    """Up to `count` of `total` row numbers, from the first to the last."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
 def channels_last(x):
@@ -221,6 +227,16 @@ def write_aside(path, write):
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Write rows as a CSV file. A name is bytes: it is written as it is, whatever it is in."""
+
+    def write(aside):
+        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            csv.writer(file).writerows(rows)
+
+    write_aside(path, write)
 
 
 def save_picture(image, path):

@@ -56,7 +56,7 @@ def verdict(now, untrained):
 
 
 def of_metrics(lines):
-    """The verdict on a run, by what its metrics.jsonl holds (logger.read_metrics): of the last epoch that was measured,
+    """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
     beside epoch 0; None where one of them is not there."""
     measured = [line for line in lines if 'pretraining/rank' in line]
     if len(measured) < 2 or measured[0]['epoch']:

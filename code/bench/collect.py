@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common import CODE
 
-from logger import read_metrics, read_scalars
+from logger import read_scalars
+from records import read_metrics
 
 
 def plain(value):
@@ -26,9 +27,8 @@ def plain(value):
 
 def lines_of(run, log):
     """One dict an epoch of a run."""
-    path = run / 'metrics.jsonl'
-    if path.is_file():
-        return read_metrics(path)
+    if known := read_metrics(run / 'metrics.jsonl'):
+        return known
     lines = {}
     for tag, values in read_scalars(log).items():
         for epoch, value in values if tag.startswith(('pretraining/', 'schedule/', 'speed/')) else ():

@@ -22,8 +22,8 @@ from ckpt import checkpoints, get_model_ckpt, new_model
 from config import changed, get_config, path_of
 from dataloader.load_dataset import load_splits
 from evaluate import evaluate
-from logger import read_metrics
 from protocols.linear import linear
+from records import read_metrics
 from runs import runs
 from utils import get_device
 from verdict import MEASURES

@@ -13,7 +13,7 @@ from statistics import mean
 from common import CODE
 from evidence import correlations
 
-from logger import read_metrics
+from records import read_metrics
 from verdict import MEASURES, verdict
 
 RESULTS = CODE / 'results'

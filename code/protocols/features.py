@@ -1,5 +1,7 @@
 """Features of a frozen backbone, BN in eval mode: of the centre crops, or of one augmented pass."""
 
+import contextlib
+
 import torch
 
 from dataloader import vision
@@ -30,23 +32,34 @@ def filled(pairs, count):
     return whole[0][:rows], whole[1][:rows]
 
 
+@contextlib.contextmanager
+def judged(module):
+    """The module in eval mode, and as it was before afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
 @torch.no_grad()
 def in_parts(args, backbone, batches, title):
     """Pairs of features, n x d float, and labels, n, of the centre crops of this process's part of `batches`, in order.
     The backbone is in eval mode the while; at least one pair comes, perhaps without rows."""
-    training, came = backbone.training, False
-    backbone.eval()
-    for images, labels in prepared(args, progress(batches, title)):
-        views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
-        most = max(1, PIXELS // args.image_size**2)
-        for view, part in zip(views.split(most), labels.split(most), strict=True):
-            with autocast(args):
-                features = backbone(channels_last(view))
-            yield features.float(), part
-    if not came:  # there are more processes than images
-        side, device = args.image_size, get_device(args)
-        yield backbone(torch.zeros(1, 3, side, side, device=device))[:0].float(), torch.zeros(0, device=device).long()
-    backbone.train(training)
+    came = False
+    with judged(backbone):
+        for images, labels in prepared(args, progress(batches, title)):
+            views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
+            most = max(1, PIXELS // args.image_size**2)
+            for view, part in zip(views.split(most), labels.split(most), strict=True):
+                with autocast(args):
+                    features = backbone(channels_last(view))
+                yield features.float(), part
+        if not came:  # there are more processes than images
+            side, device = args.image_size, get_device(args)
+            none = torch.zeros(1, 3, side, side, device=device)
+            yield backbone(none)[:0].float(), torch.zeros(0, device=device).long()
 
 
 def labelled_crops(args, batches, epoch):

@@ -17,9 +17,9 @@ from metric import spectrum as measures
 from metric.accuracy import topk_accuracy
 from metric.collapse import spread
 from precision import autocast
-from protocols.features import features_of, filled
+from protocols.features import features_of, filled, judged
 from protocols.transfer import logistic_regression
-from utils import channels_last, get_device, memory_for, random_from
+from utils import channels_last, evenly_spaced, get_device, memory_for, random_from
 from verdict import verdict
 
 FOUND_AMONG = 1000  # images of the retrieval: chance and difficulty depend on how many
@@ -52,7 +52,8 @@ def measured(args, model, images):
     """All measures, {name: number}: those of `quick`, of the sphere, LiDAR, and a probe that tells rotations apart."""
     with memory_for('the measures without labels', 'try a smaller --batch_size'):
         pairs, z = of_views(args, model, spaced(images, FOUND_AMONG), 2)
-        p = after(model.predictor, z[:, 0])
+        with torch.no_grad(), judged(model.predictor):
+            p = model.predictor(z[:, 0])
         many, many_z = of_views(args, model, spaced(images, MANY_VIEWS[0]), MANY_VIEWS[1])
         turned = turned_features(args, model.backbone, spaced(images, FOUND_AMONG))
         return {
@@ -79,7 +80,7 @@ def spectrum(args, model, splits):
 
 def spaced(images, count):
     """Up to `count` of the images, evenly spaced."""
-    return select(images, torch.linspace(0, len(images) - 1, min(count, len(images))).round().long())
+    return select(images, evenly_spaced(len(images), count))
 
 
 @torch.no_grad()
@@ -87,8 +88,7 @@ def of_views(args, model, images, views):
     """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
     found = batches(args, replace(images, args=args, views=views), shuffled=True, drop_last=False)
-    training, count = model.training, len(images)
-    model.eval()
+    part, count = (rank(), world()), len(images)
 
     def parts():
         for step, (pixels, _) in enumerate(prepared(args, progress(found, 'two views'))):
@@ -102,32 +102,21 @@ def of_views(args, model, images, views):
             z = [model.projector(x) for x in features]
         return torch.stack(features, 1).float(), torch.stack(z, 1).float()
 
-    part = rank(), world()
-    features, z = filled(parts(), -(-count // world()))
-    model.train(training)
+    with judged(model):
+        features, z = filled(parts(), -(-count // world()))
     return gather(features, count), gather(z, count)
-
-
-@torch.no_grad()
-def after(predictor, z):
-    """p of z, N x d each; the predictor in eval mode."""
-    training = predictor.training
-    p = predictor.eval()(z)
-    predictor.train(training)
-    return p
 
 
 @torch.no_grad()
 def turned_features(args, backbone, images):
     """N x 4 x d: of the centre crops turned by 0, 90, 180 and 270 degrees."""
-    training, found = backbone.training, []
-    backbone.eval()
-    for pixels, _ in prepared(args, in_order(args, images)):
-        views = vision.plain_view(pixels, args.image_size, args.crop_ratio)
-        with autocast(args):
-            turned = [backbone(channels_last(views.rot90(quarter, (2, 3)))) for quarter in range(4)]
-        found.append(torch.stack(turned, 1).float())
-    backbone.train(training)
+    found = []
+    with judged(backbone):
+        for pixels, _ in prepared(args, in_order(args, images)):
+            views = vision.plain_view(pixels, args.image_size, args.crop_ratio)
+            with autocast(args):
+                turned = [backbone(channels_last(views.rot90(quarter, (2, 3)))) for quarter in range(4)]
+            found.append(torch.stack(turned, 1).float())
     return torch.cat(found)
 
 

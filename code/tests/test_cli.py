@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
-from logger import read_metrics
+from records import read_metrics
 from results import of_run
 from verdict import FAVOURED, QUICK
 
