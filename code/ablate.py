@@ -88,7 +88,7 @@ def ablate(args):
     picture = pictures.curves(
         [pictures.Panel(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
     )
-    save_picture(picture, folder / f'{args.table}.png')
+    save_picture(pictures.image_of(picture), folder / f'{args.table}.png')
     say('\n' + table(rows))
     say(f'\nthe curves: {folder / f"{args.table}.png"}')
     return rows

@@ -16,7 +16,7 @@ from dataclasses import asdict
 import torch
 import torchvision
 
-from config import ROOT, Config, UserError, WorkError, changed, get_config, path_of
+from config import OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
 from distributed import in_turn, rank
 from formats import is_ours, upgraded
 from logger import say
@@ -211,7 +211,8 @@ def with_saved(args, saved, path, fixed):
 
 def say_unsaid(path, preset, names):
     """Name the options that a file does not know, for it is older than they are."""
-    names = [name for name in names if name not in OF_THE_CALL]
+    of_training = [name for name in names if {'train', 'evaluate'} & {*OPTIONS[name].metadata['used_by']}]
+    names = [name for name in of_training if name not in OF_THE_CALL]
     if names:
         more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
         say(f'{path.name} is older than --{", --".join(names[:SHOWN])}{more}: they are as in --preset={preset}')

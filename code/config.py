@@ -365,9 +365,8 @@ class Config:
     output: str = option(
         '',
         'the file to write; in data/: infer submission.csv, embed features.npz (.csv, .parquet), export backbone.pth, '
-        'select selected.csv; runs: a CSV file; '
-        'pack: a folder',
-        used_by=('infer', 'embed', 'export', 'pack', 'select', 'runs'),
+        'select selected.csv; report: a page; runs: a CSV file; pack: a folder',
+        used_by=('infer', 'embed', 'export', 'pack', 'select', 'report', 'runs'),
     )
     sort: str = option(
         'run',
@@ -384,7 +383,10 @@ class Config:
         used_by=('select',),
     )
     duplicates: float = option(
-        0.99, 'select: cosine above which two images count as double', low=-1.0, high=1.0, used_by=('select',)
+        0.99, 'cosine above which two images count as double', low=-1.0, high=1.0, used_by=('select', 'report')
+    )
+    map_images: int = option(
+        3000, 'report: images on the map, with thumbnails in the page', low=10, high=20000, used_by=('report',)
     )
     pack_side: int = option(
         0,

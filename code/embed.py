@@ -10,12 +10,12 @@ from dataloader.images import shown
 from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
-from metric import choose
 from metric.knn import nearest
+from metric.plane import plane
 from protocols.features import features_of
 from utils import evenly_spaced, extra, get_device, use_device, write_aside, write_csv
 
-NEIGHBOURS, MOST_IN_PLANE = 15, 20_000
+NEIGHBOURS = 15
 
 
 def embed(args):
@@ -86,17 +86,3 @@ def as_table(images, features):
             'neighbors': near,
         }
     )
-
-
-def plane(features):
-    """Features as points of a plane, N x 2 float32: t-SNE of their directions, which keeps neighbours together; of a
-    handful of images, or of so many that it would take minutes, the two main axes."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    directions = choose.directions(features).numpy()
-    if not 10 <= len(features) <= MOST_IN_PLANE:
-        return (
-            PCA(2).fit_transform(directions).astype(np.float32) if len(features) > 1 else np.zeros((1, 2), np.float32)
-        )
-    return TSNE(2, init='pca', perplexity=min(30, len(features) / 4), random_state=0).fit_transform(directions)

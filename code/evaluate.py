@@ -98,8 +98,7 @@ def evaluate_model(args, model, splits, checkpoint):
         counts = confusion(scores, labels).cpu()
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
-        picture = pictures.confusion(counts, classes)
-        logger.picture(f'{name}_confusion', picture, epoch)
+        logger.picture(f'{name}_confusion', pictures.image_of(pictures.confusion(counts, classes)), epoch)
     if classifier:
         classifier = {**classifier, 'classes': classes}
     asked = results.question(args, splits, checkpoint)

@@ -3,9 +3,9 @@
 import json
 import time
 
+from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-import pictures
 from dataloader import vision
 from distributed import rank
 from records import read_metrics
@@ -71,7 +71,7 @@ class Logger:
     def picture(self, name, image, step):
         """A PIL image, also as a file: <folder>/<name>.png."""
         save_picture(image, self.folder / f'{name}.png')
-        self.image(f'results/{name}', pictures.as_tensor(image), step)
+        self.image(f'results/{name}', to_tensor(image), step)
 
     def close(self):
         if self.writer:

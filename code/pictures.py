@@ -1,107 +1,79 @@
-"""Pictures of results, drawn with Pillow: a confusion matrix, images beside their nearest neighbours."""
+"""Pictures of results: curves, a confusion matrix and a map by matplotlib, and images beside one another."""
 
-import math
+import io
+import logging
+import re
+import warnings
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.utils import make_grid
 
-INK, PAPER = (30, 30, 30), (255, 255, 255)
-NAMED = 40  # classes up to which they are named and counted in the picture
+from dataloader.images import shown
 
-
-def confusion(counts, classes):
-    """A confusion matrix as a PIL image: row the true class, column the predicted one, darker where more of the row.
-
-    counts: C x C whole numbers; classes: C names.
-    """
-    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    named = len(classes) <= NAMED
-    cell = 34 if named else max(1, 900 // len(classes))
-    font = ImageFont.load_default(12)
-    margin = 12 + max(round(font.getlength(name)) for name in classes) if named else 12
-    side = cell * len(classes)
-    image = Image.new('RGB', (margin + side + 12, margin + side + 34), PAPER)
-    pen = ImageDraw.Draw(image)
-    blue = np.array([33, 102, 172])
-    colours = 255 - share.sqrt().numpy()[..., None] * (255 - blue)
-    matrix = Image.fromarray(colours.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-    image.paste(matrix, (margin, margin))
-    pen.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=(170, 170, 170))
-    if named:
-        for i, name in enumerate(classes):
-            at = margin + cell * i + cell // 2
-            pen.text((margin - 6, at), name, INK, font, anchor='rm')
-            sideways = Image.new('RGB', (margin - 6, 16), PAPER)
-            ImageDraw.Draw(sideways).text((0, 8), name, INK, font, anchor='lm')
-            image.paste(sideways.rotate(90, expand=True), (at - 8, 0))
-            for j in range(len(classes)):
-                if counts[i, j]:
-                    colour = PAPER if share[i, j] > 0.35 else INK
-                    place = (margin + cell * j + cell // 2, at)
-                    pen.text(place, str(int(counts[i, j])), colour, ImageFont.load_default(10), anchor='mm')
-    caption = f'rows: true class, columns: predicted; {int(counts.diag().sum())} of {int(counts.sum())} right'
-    pen.text((12, margin + side + 10), caption, INK, font)
-    return image
-
-
-def beside(rows, captions, right, side=96):
-    """A grid of images, each row led by a wider gap after its first: a query and its neighbours.
-
-    rows: lists of 3 x S x S tensors in [0, 1]; captions: a line of text for each row; right: for each row, of each
-    neighbour, whether its class is the query's, framed in green or red, or None where that is not known. Returns a PIL
-    image.
-    """
-    gap, line, font = 6, 18, ImageFont.load_default(12)
-    width = max(len(row) for row in rows) * (side + gap) + 3 * gap
-    image = Image.new('RGB', (max(width, 420), len(rows) * (side + line + gap) + gap), PAPER)
-    pen = ImageDraw.Draw(image)
-    for i, (row, caption, judged) in enumerate(zip(rows, captions, right, strict=True)):
-        top = gap + i * (side + line + gap)
-        pen.text((gap, top), caption, INK, font)
-        for j, tensor in enumerate(row):
-            picture = Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
-            left = gap + j * (side + gap) + (2 * gap if j else 0)
-            image.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top + line))
-            if j and judged[j - 1] is not None:
-                frame = (left - 2, top + line - 2, left + side + 1, top + line + side + 1)
-                pen.rectangle(frame, outline='#1b9e77' if judged[j - 1] else '#d6301f', width=3)
-    return image
-
-
-def tiles(rows, side=96):
-    """Rows of images, 3 x S x S in [0, 1] each, as one PIL image."""
-    gap = 6
-    width = max(map(len, rows)) * (side + gap) + gap
-    image = Image.new('RGB', (width, len(rows) * (side + gap) + gap), PAPER)
-    for i, row in enumerate(rows):
-        for j, tensor in enumerate(row):
-            picture = Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            image.paste(picture, (gap + j * (side + gap), gap + i * (side + gap)))
-    return image
-
-
-def as_tensor(image):
-    """A PIL image as 3 x H x W in [0, 1], as TensorBoard wants it."""
-    return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 255
-
-
-COLOURS = (
-    '#2166ac',
-    '#d6604d',
-    '#1b9e77',
-    '#7570b3',
-    '#e6ab02',
-    '#666666',
-    '#a65628',
-    '#e7298a',
-    '#66a61e',
-    '#17becf',
-    '#000000',
-    '#bc80bd',
+NAMED, COUNTED = 40, 20  # classes up to which they are named, and counted, in a confusion matrix
+LISTED = 28  # classes up to which the map has a legend
+# Okabe and Ito's, told apart by the colour-blind, without black and yellow: visible on white and on black.
+COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
+MARKERS = ('o', 's', '^', 'D')  # of the first seven classes, of the next seven, ...
+RIGHT, WRONG = '#0072b2', '#d55e00'
+INK, GRID = '#222222', '#dddddd'  # in a page they become what its style says
+matplotlib.rcParams.update(
+    {
+        'font.size': 10,
+        'axes.titlesize': 11,
+        'axes.titlelocation': 'left',
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.grid': True,
+        'axes.axisbelow': True,
+        'axes.edgecolor': INK,
+        'axes.labelcolor': INK,
+        'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
+        'grid.color': GRID,
+        'legend.frameon': False,
+        'lines.linewidth': 2,
+        'lines.markersize': 4,
+        'svg.fonttype': 'none',
+        'svg.hashsalt': 'simsiam',
+        'text.color': INK,
+        'text.parse_math': False,  # a $ is a $
+        'xtick.color': INK,
+        'ytick.color': INK,
+    }
 )
+logging.getLogger('matplotlib').setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
+warnings.filterwarnings('ignore', message='Glyph ')  # a letter that its font has not is a box; on a page it is there
+
+
+def figure(width, height):
+    """An empty figure of width x height pixels."""
+    made = Figure(figsize=(width / 100, height / 100), dpi=100, layout='constrained')
+    FigureCanvasAgg(made)
+    return made
+
+
+def image_of(drawn, scale=1):
+    """A figure as a PIL image, its pixels times `scale`."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format='png', dpi=100 * scale)
+    return Image.open(buffer).convert('RGB')
+
+
+def svg_of(drawn, name):
+    """A figure as SVG text for a page: transparent, in the page's own ink; `name` keeps its ids apart from others'."""
+    buffer = io.StringIO()
+    silent = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+    drawn.savefig(buffer, format='svg', transparent=True, metadata=silent)
+    text = buffer.getvalue()
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', '', text[text.index('<svg') :])
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
+    return text.replace(INK, 'currentColor').replace(GRID, 'var(--line)')
 
 
 @dataclass
@@ -116,86 +88,115 @@ class Panel:
 
 
 def curves(panels, size=(420, 300)):
-    """Line charts over epochs, side by side, under them the names of the first one's lines where it has several.
-    Returns a PIL image."""
-    width, height = size
-    names = [name for name, _ in panels[0].lines]
-    names = names if len(names) > 1 else []
-    image = Image.new('RGB', (2 * width * len(panels), 2 * (height + 24 * len(names) + 4 * bool(names))), PAPER)
-    for number, panel in enumerate(panels):
-        image.paste(chart(panel, (2 * width, 2 * height)), (2 * width * number, 0))
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(28)
-    for i, name in enumerate(names):
-        y = 2 * height + 24 + 48 * i
-        pen.line((104, y, 164, y), fill=COLOURS[i % len(COLOURS)], width=6)
-        pen.text((180, y), name, INK, font, anchor='lm')
-    return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)  # drawn large: smooth lines
+    """Line charts over epochs, side by side; names of lines under the first one, where it has several."""
+    lines = [name for name, _ in panels[0].lines]
+    drawn = figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
+    every = drawn.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(every, panels, strict=True):
+        chart(axes, panel)
+    if len(lines) > 1:
+        drawn.legend(*every[0].get_legend_handles_labels(), loc='outside lower left', fontsize=9)
+    return drawn
 
 
-def chart(panel, size):
-    """One panel of `curves`, at twice its size."""
-    image = Image.new('RGB', size, PAPER)
-    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(28), ImageFont.load_default(22)
-    left, top, right, bottom = 112, 72, size[0] - 36, size[1] - 84
-    pen.text((left, 16), panel.title, INK, font)
-    points = [point for _, line in panel.lines for point in line]
-    if not points:
-        pen.text((left, top + 40), 'not measured', INK, small)
-        return image
-    (first, last), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
-    last, margin = max(last, first + 1), 0.06 * (high - low) or 0.5
-    low, high = panel.bounds or (low - margin, high + margin)
-
-    def at(x, y):
-        return (
-            left + (x - first) * (right - left) / (last - first),
-            bottom - (y - low) * (bottom - top) / (high - low),
-        )
-
-    for y in ticks(low, high):
-        pen.line((*at(first, y), *at(last, y)), fill=(225, 225, 225), width=2)
-        pen.text((left - 12, at(first, y)[1]), f'{y:.4g}', INK, small, anchor='rm')
-    for x in ticks(first, last):
-        pen.text((at(x, low)[0], bottom + 12), f'{x:.4g}', INK, small, anchor='ma')
-    pen.text((right, bottom + 44), 'epochs', (110, 110, 110), small, anchor='ra')
-    if panel.mark and low <= panel.mark[1] <= high:
-        name, y = panel.mark
-        for x in range(left, right, 20):
-            pen.line((x, at(0, y)[1], x + 10, at(0, y)[1]), fill='#b2182b', width=3)
-        pen.text((right, at(0, y)[1] - 4), name, '#b2182b', small, anchor='rd')
-    for i, (_, line) in enumerate(panel.lines):
-        colour = COLOURS[i % len(COLOURS)]
-        where = [at(x, min(max(y, low), high)) for x, y in line]
-        pen.line(where, fill=colour, width=5, joint='curve')
-        for x, y in where[-1:] if len(where) > 30 else where:
-            pen.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
-    return image
+def chart(axes, panel):
+    """One panel of `curves`."""
+    axes.set_title(literal(panel.title))
+    axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
+    axes.set_xlabel('epochs', loc='right')
+    for name, line in panel.lines:
+        if line:
+            few = len(line) <= 30
+            axes.plot(*zip(*line, strict=True), label=literal(name), marker='o' if few else None, clip_on=False)
+    if not any(line for _, line in panel.lines):
+        axes.text(0.05, 0.9, 'not measured', transform=axes.transAxes)
+    if panel.bounds:
+        axes.set_ylim(panel.bounds)
+    if panel.mark:
+        axes.axhline(panel.mark[1], color=WRONG, linestyle='--', linewidth=1)
+        right = axes.get_yaxis_transform()
+        axes.text(1, panel.mark[1], panel.mark[0], color=WRONG, fontsize=8, ha='right', va='bottom', transform=right)
 
 
-def ticks(low, high, count=6):
-    """At most `count` round numbers from `low` to `high`, evenly apart."""
-    least = (high - low) / (count - 1)
-    unit = 10.0 ** math.floor(math.log10(least))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= least * (1 - 1e-9))
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def confusion(counts, classes):
+    """A confusion matrix: row the true class, column the predicted one, darker where more of the row.
+
+    counts: C x C whole numbers; classes: C names.
+    """
+    share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    side = 160 + 34 * len(classes) if len(classes) <= NAMED else 900
+    drawn = figure(max(side, 420), max(side, 420))
+    axes = drawn.subplots()
+    axes.grid(False)
+    axes.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
+    axes.set_title(f'{int(counts.diag().sum())} of {int(counts.sum())} right')
+    axes.set_xlabel('predicted')
+    axes.set_ylabel('true class')
+    if len(classes) <= NAMED:
+        names = [literal(name) for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(classes) <= COUNTED:
+        for i, j in counts.nonzero().tolist():
+            ink = 'white' if share[i, j] > 0.35 else 'black'
+            axes.text(j, i, int(counts[i, j]), color=ink, ha='center', va='center', fontsize=8)
+    return drawn
+
+
+def literal(name):
+    """A name as it is, what is no text escaped; matplotlib leaves one that begins with _ out of a legend."""
+    return ' ' * name.startswith('_') + shown(name)
 
 
 def scatter(points, labels, classes, side=640):
-    """Points in the plane, a colour a class. points: N x 2; labels: N, -1 for none. Returns a PIL image."""
-    names = classes[:20]
-    image = Image.new('RGB', (2 * (side + 160 if names else side), 2 * side), PAPER)
-    pen, font = ImageDraw.Draw(image, 'RGBA'), ImageFont.load_default(26)
-    low, high = points.min(0).values, points.max(0).values
-    where = side + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9) * (2 * side - 64)
-    hues = [
-        ImageColor.getrgb(f'hsl({360 * i // max(1, len(classes))}, 70%, {40 + 12 * (i % 2)}%)')
-        for i in range(len(classes))
-    ]
-    for (x, y), label in zip(where.tolist(), labels.tolist(), strict=True):
-        colour = hues[label] if label >= 0 else (90, 90, 90)
-        pen.ellipse((x - 6, 2 * side - y - 6, x + 6, 2 * side - y + 6), fill=(*colour, 170))
-    for i, name in enumerate(names):
-        y = 50 + 48 * i
-        pen.ellipse((2 * side + 16, y - 10, 2 * side + 36, y + 10), fill=hues[i])
-        pen.text((2 * side + 52, y), name, INK, font, anchor='lm')
-    return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)  # drawn large: smooth dots
+    """Points in the plane, a colour and a shape a class. points: N x 2; labels: N, -1 for none."""
+    drawn = figure(side + 160, side)
+    axes = drawn.subplots()
+    axes.set_axis_off()
+    axes.set_aspect('equal', adjustable='datalim')
+    for label in range(-1, len(classes)):
+        mine = points[labels == label]
+        if len(mine):
+            colour = COLOURS[label % len(COLOURS)] if label >= 0 else INK
+            marker = MARKERS[label // len(COLOURS) % len(MARKERS)]
+            name = literal(classes[label]) if label >= 0 else 'no class'
+            axes.scatter(*mine.T, s=9, color=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
+    if len(classes) <= LISTED:
+        drawn.legend(loc='outside right upper', markerscale=2)
+    return drawn
+
+
+def tiles(rows, side=96):
+    """Rows of images, 3 x S x S in [0, 1] each, as one PIL image."""
+    across = max(map(len, rows))
+    grid = make_grid([tensor for row in rows for tensor in row], nrow=across, padding=0)
+    image = pil_of(grid)
+    scale = side / rows[0][0].shape[-1]
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def pil_of(tensor):
+    """3 x H x W in [0, 1] as a PIL image."""
+    return Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+
+
+def beside(rows, captions, right, side=96):
+    """A grid of images, each row led by a wider gap after its first: a query and its neighbours.
+
+    rows: lists of 3 x S x S tensors in [0, 1]; captions: a line of text for each row; right: for each row, of each
+    neighbour, whether its class is the query's, framed in blue or orange, or None where that is not known. Returns a
+    PIL image.
+    """
+    gap, line, font = 6, 18, ImageFont.load_default(12)
+    width = max(len(row) for row in rows) * (side + gap) + 3 * gap
+    image = Image.new('RGB', (max(width, 420), len(rows) * (side + line + gap) + gap), 'white')
+    pen = ImageDraw.Draw(image)
+    for i, (row, caption, judged) in enumerate(zip(rows, captions, right, strict=True)):
+        top = gap + i * (side + line + gap)
+        pen.text((gap, top), caption, INK, font)
+        for j, (tensor, same) in enumerate(zip(row, [None, *judged], strict=True)):
+            frame = 'white' if same is None else RIGHT if same else WRONG
+            picture = pil_of(tensor).resize((side - 4, side - 4), Image.Resampling.NEAREST)
+            left = gap + j * (side + gap) + (2 * gap if j else 0)
+            image.paste(ImageOps.expand(picture, 3, frame), (left - 1, top + line - 1))
+    return image

@@ -1,233 +1,329 @@
-"""A run on one page: verdict, results, curves, views, map, neighbours, confusion, options. HTML without a network."""
+"""Runs on one page, to be explored: verdict, results, curves, map, neighbours, doubles, odd ones, confusion, options.
+
+One file of HTML that needs no network. page/report.html is its template; style.css and explore.js go into it.
+"""
 
 import base64
-import html
 import io
-from dataclasses import asdict
+import json
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
-from torch.nn.functional import normalize
 
 import pictures
 from ckpt import get_model_ckpt
-from config import OPTIONS, UserError, path_of
+from config import OPTIONS, UserError, changed, path_of
+from dataloader.images import shown
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
-from infer import neighbours_picture, shown_of
+from infer import pixels_of, same_class, shown_of
+from listing import differing
 from logger import read_scalars, say
+from metric import choose
 from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
+from metric.plane import plane
 from protocols.features import features_of
 from records import read_metrics
 from results import of_run
 from utils import evenly_spaced, save_picture, use_device, write_aside
 from verdict import of_metrics
 
-POINTS = 2000  # images on the map
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem }
-body { max-width: 64rem }
-h1 { font-size: 1.5rem; margin-bottom: 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p { margin: .3rem 0; max-width: 46rem } .verdict { border-left: .4rem solid #1b9e77; padding: .2rem .8rem }
-.verdict { margin: 1rem 0; background: #f6f6f6 } .bad { border-color: #d6301f }
-.numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0 }
-.numbers div { border: 1px solid #ddd; border-radius: .4rem; padding: .4rem .8rem }
-.numbers b { display: block; font-size: 1.4rem } img { max-width: 100%; height: auto; display: block; margin: .5rem 0 }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1rem }
-table { border-collapse: collapse; font-size: .9rem } tr { border-bottom: 1px solid #eee }
-td { padding: .15rem .8rem .15rem 0; text-align: left; overflow-wrap: anywhere; vertical-align: top }
-.options td:first-child { white-space: nowrap } details { margin-top: .5rem }
-"""
+PAGE = Path(__file__).resolve().parent / 'page'
+NEAR, GALLERY = 8, 24  # neighbours of an image; doubles and odd ones that are shown
+TILE, ACROSS, SHEET = 64, 32, 1024  # px of a thumbnail at most; thumbnails of a row, and of a sheet
+CHARTS = (  # file name, title, bounds, {tag: name of its line}
+    ('loss', 'loss', None, {'pretraining/loss': ''}),
+    ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
+    ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
+    ('rank', 'rank of the own other view', None, {'pretraining/rank': ''}),
+    (
+        'rate',
+        'learning rate',
+        None,
+        {'schedule/learning_rate_encoder': 'backbone, projector', 'schedule/learning_rate_predictor': 'predictor'},
+    ),
+)
+
+
+@dataclass
+class Shown:
+    """A run on the page. features, labels: of its network, {split: N x d, N}; the images are the first run's."""
+
+    args: object
+    checkpoint: dict
+    backbone: object
+    logged: dict
+    splits: dict = field(default_factory=dict)
+    features: dict = field(default_factory=dict)
+    labels: dict = field(default_factory=dict)
+
+    @property
+    def name(self):
+        return self.checkpoint['run'].name
 
 
 def report(args):
-    """Write <log folder>/<run>/report.html and its pictures beside it as PNG files. Returns the page's path.
+    """Write --output, by default <log folder>/<run>/report.html, and its curves, map and confusion beside it as PNG.
+    Of several runs, --ckpt_name=RUN1,RUN2, the default is comparison.html. Returns the page's path.
 
     Raises UserError without a checkpoint. What a run has not (labels, curves of another tool's file) is left out.
     """
     if not args.ckpt_name:
-        raise UserError('report wants --ckpt_name=<run>: python3 cli.py evaluate lists them')
-    args, model, checkpoint = get_model_ckpt(args)
-    run, folder = checkpoint['run'], path_of(args.log_path) / checkpoint['run'].name
-    backbone = model.backbone.to(use_device(args), memory_format=torch.channels_last)
-    splits, logged = load_splits(args), read_scalars(folder)
-    results = of_run(run)
-    parts = [*curves(args, logged), *two_views(folder), *of_features(args, backbone, splits)]
-    for _, name, _, image in parts:
-        save_picture(image, folder / f'report_{name}.png')
-    page = folder / 'report.html'
-    text = page_of(args, checkpoint, logged, results, parts)
+        raise UserError('report wants --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
+    device = use_device(args)
+    runs = [opened(args, name, device) for name in args.ckpt_name.split(',')]
+    for run in runs:
+        look(run, runs[0].args)
+    folder = path_of(args.log_path) / runs[0].name
+    page = path_of(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+    page.parent.mkdir(parents=True, exist_ok=True)
+    content, data = {}, {}
+    for part in (training, explored, galleries, judged):
+        for_page, for_script = part(runs, page)
+        content, data = {**content, **for_page}, {**data, **for_script}
+    text = rendered(runs, folder, content, data)
     write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
     say(f'report     {page}')
     return page
 
 
-def curves(args, logged):
-    """(title, file name, caption, picture) of what training logged, as far as it did. logged: read_scalars'."""
-
-    def line(name, tag):
-        return [(name, logged[tag])] if tag in logged else []
-
-    knn = line('', 'pretraining/knn_top1')
-    untrained = dict(knn[0][1]).get(0) if knn else None
-    panels = (
-        ('loss', pictures.Panel('loss', line('', 'pretraining/loss'))),
-        (
-            'std',
-            pictures.Panel(
-                'std of z / |z|, times sqrt(d)',
-                line('', 'pretraining/std'),
-                (0, 1.1),
-                ('collapse is warned of', args.collapse_threshold),
-            ),
-        ),
-        ('knn', pictures.Panel('kNN top-1 on val, %', knn, None, untrained and ('untrained', untrained))),
-        (
-            'rate',
-            pictures.Panel(
-                'learning rate',
-                [
-                    *line('backbone, projector', 'schedule/learning_rate_encoder'),
-                    *line('predictor', 'schedule/learning_rate_predictor'),
-                ],
-            ),
-        ),
-    )
-    return [('', f'curve_{name}', '', pictures.curves([panel], (480, 280))) for name, panel in panels if panel.lines]
+def opened(args, name, device):
+    args, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=name))
+    backbone = model.backbone.to(device, memory_format=torch.channels_last)
+    return Shown(args, checkpoint, backbone, read_scalars(path_of(args.log_path) / checkpoint['run'].name))
 
 
-def two_views(folder):
-    path = folder / 'two_views.png'
-    if not path.is_file():
-        return []
-    with Image.open(path) as image:
-        return [
-            (
-                'What the network sees',
-                'two_views',
-                "Two random views of each image, one above the other; the first batch's.",
-                image.convert('RGB'),
-            )
+def look(run, first):
+    """Features of train and val; first: the options of the run whose images they are."""
+    same = {name: getattr(first, name) for name in ('preset', 'image_path', 'val_fraction', 'pixel_max', 'bad_images')}
+    own = changed(run.args, **same)
+    run.splits = {name: images for name, images in load_splits(own).items() if images and name in ('train', 'val')}
+    for name, images in run.splits.items():
+        title = f'{run.name}: features of {name}'
+        run.features[name], run.labels[name] = features_of(own, run.backbone, in_order(own, images), title)
+
+
+def saved(drawn, page, name):
+    """A figure as SVG for the page; beside the page it is a PNG file."""
+    save_picture(pictures.image_of(drawn, scale=2), page.with_name(f'{page.stem}_{name}.png'))
+    return pictures.svg_of(drawn, name)
+
+
+def training(runs, page):
+    """What training logged, as far as it did: the charts, and for the script where their lines run."""
+    panels = []
+    for name, title, bounds, tags in CHARTS:
+        tags = tags if len(runs) == 1 else dict([*tags.items()][:1])
+        lines = [
+            (run.name if len(runs) > 1 else line, [point for point in run.logged[tag] if math.isfinite(point[1])])
+            for run in runs
+            for tag, line in tags.items()
+            if tag in run.logged
         ]
+        mark = None
+        if name == 'std':
+            mark = 'collapse is warned of', runs[0].args.collapse_threshold
+        elif name in ('knn', 'rank') and lines and lines[0][1][0][0] == 0 and len(runs) == 1:
+            mark = 'untrained', lines[0][1][0][1]
+        if lines:
+            panels.append((name, pictures.Panel(title, lines, bounds, mark)))
+    charts, places = [], {}
+    for name, panel in panels:
+        drawn = pictures.curves([panel], (440, 290))
+        charts.append((name, panel.title, saved(drawn, page, name)))
+        places[name] = {**of_axes(drawn), 'lines': panel.lines}
+    return {'charts': charts}, {'charts': places}
 
 
-def of_features(args, backbone, splits):
-    """The pictures that need the features of train and val: map, neighbours, confusion of kNN."""
-    train, val = splits['train'], splits['val'] or splits['train']
-    features, labels = features_of(args, backbone, in_order(args, train), 'features of train')
-    val_features, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
-    rows = evenly_spaced(len(val), POINTS)
-    shown = shown_of(val)
-    near = nearest(val_features[shown.to(val_features.device)], features, 8)
-    points, share = principal(normalize(val_features[rows.to(val_features.device)], dim=1))
-    parts = [
-        (
-            'The space of features',
-            'map',
-            'Directions of the features of val, in the plane in which they vary most '
-            f'(PCA; {share:.0%} of their variance); a colour is a class.',
-            pictures.scatter(points.cpu(), val_labels[rows].cpu(), val.classes),
-        ),
-        (
-            'Nearest neighbours',
-            'neighbours',
-            'Images of val, and the training images nearest to each, in green where '
-            'they are of its class and in red where they are not.',
-            neighbours_picture(args, val, shown, train, *near),
-        ),
-    ]
+def of_axes(drawn):
+    """Where the axes of a figure with one chart lie, in shares of it, and what they span; once it is drawn."""
+    axes = drawn.axes[0]
+    box = axes.get_position()
+    return {
+        'box': [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
+        'x': axes.get_xlim(),
+        'y': axes.get_ylim(),
+    }
+
+
+def explored(runs, page):
+    """The map: for the script the images that are shown, their thumbnails, and of each run where it sees them."""
+    first = runs[0]
+    places = [(name, row) for name, images in first.splits.items() for row in range(len(images))]
+    kept = evenly_spaced(len(places), first.args.map_images)
+    places = [places[row] for row in kept.tolist()]
+    classes = first.splits['train'].classes
+    labels = torch.tensor([int(first.labels[name][row]) for name, row in places])
+    maps = []
+    for run in runs:
+        x = torch.cat([*run.features.values()])[kept.to(run.features['train'].device)]
+        say(f'map        {len(x)} images as {run.name} sees them')
+        points = torch.as_tensor(plane(x))
+        cosine, rows = nearest(choose.directions(x), choose.directions(x), NEAR + 1)
+        others = [[row for row in found if row != own][:NEAR] for own, found in enumerate(rows.tolist())]
+        maps.append({'run': run.name, 'points': unit(points), 'near': others, 'cosine': rounded(cosine[:, 1:], 3)})
+        if run is first:
+            drawn = pictures.scatter(points.numpy(), labels.numpy(), classes)
+            save_picture(pictures.image_of(drawn, scale=2), page.with_name(f'{page.stem}_map.png'))
+    data = {
+        'maps': maps,
+        'classes': [shown(name) for name in classes],
+        'splits': [*first.splits],
+        'names': [shown(first.splits[name].names[row]) for name, row in places],
+        'labels': labels.tolist(),
+        'split': [[*first.splits].index(name) for name, _ in places],
+        'colours': pictures.COLOURS,
+        **sheets(first, places),
+    }
+    of = sum(map(len, first.splits.values()))
+    return {'on_map': len(places), 'of': of, 'map_runs': [run.name for run in runs]}, data
+
+
+def unit(points):
+    """Points of a plane, N x 2, moved into the unit square, y downward, as a list."""
+    low, high = points.min(0).values, points.max(0).values
+    where = 0.5 + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9)
+    return rounded(torch.stack((where[:, 0], 1 - where[:, 1]), 1), 4)
+
+
+def rounded(values, digits):
+    return [[round(value, digits) for value in row] for row in values.nan_to_num().tolist()]
+
+
+def sheets(run, places):
+    """Thumbnails of images, (split, row) each, as sheets of SHEET, ACROSS in a row: data of WebP files."""
+    side, found = min(TILE, run.args.image_size), []
+    for start in range(0, len(places), SHEET):
+        part = places[start : start + SHEET]
+        pixels = torch.cat([thumbnails(run, name, [row for of, row in part if of == name]) for name in run.splits])
+        found.append(embedded(pictures.tiles(cut(pixels, ACROSS), side), 'WEBP'))
+    return {'sheets': found, 'tile': side, 'across': ACROSS, 'per_sheet': SHEET}
+
+
+def thumbnails(run, split, rows):
+    if not rows:
+        return torch.empty(0, 3, run.args.image_size, run.args.image_size)
+    return pixels_of(run.args, run.splits[split], torch.tensor(rows))
+
+
+def cut(rows, length):
+    return [rows[start : start + length] for start in range(0, len(rows), length)]
+
+
+def embedded(image, kind):
+    """A PIL image as a data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=80)
+    return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+def galleries(runs, page):
+    """Two views; near-duplicates and the oddest images of the map; some images of val beside the nearest of train."""
+    first = runs[0]
+    path = path_of(first.args.log_path) / first.name / 'two_views.png'
+    views = None
+    if path.is_file():
+        with Image.open(path) as image:
+            views = image.width, image.height, embedded(image.convert('RGB'), 'PNG')
+    every = torch.cat([*first.features.values()])
+    x = every[evenly_spaced(len(every), first.args.map_images).to(every.device)]
+    pairs, cosines = choose.near_pairs(x, first.args.duplicates)
+    odd, near = choose.oddest(x, min(GALLERY, len(x)))
+    return {
+        'views': views,
+        'doubles': [(*pair, value) for pair, value in zip(pairs[:GALLERY].tolist(), cosines.tolist(), strict=False)],
+        'double_pairs': len(pairs),
+        'threshold': first.args.duplicates,
+        'odd': [*zip(odd.tolist(), near.tolist(), strict=True)],
+        'neighbours': beside(first),
+    }, {}
+
+
+def beside(run):
+    """Rows of [data URI, name, cosine, whether its class is the first one's]: a query and what is nearest in train."""
+    train, val = run.splits['train'], run.splits.get('val', run.splits['train'])
+    queries = shown_of(val)
+    features = run.features['val' if 'val' in run.splits else 'train']
+    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR)
+    rows = []
+    for query, values, others in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
+        tiles = [*pixels_of(run.args, val, torch.tensor([query])), *pixels_of(run.args, train, torch.tensor(others))]
+        images = [embedded(pictures.pil_of(tile).resize((96, 96)), 'WEBP') for tile in tiles]
+        names = [shown(val.names[query]), *(shown(train.names[row]) for row in others)]
+        right = [None, *(same_class(val, query, train, row) for row in others)]
+        rows.append([*zip(images, names, [1.0, *values], right, strict=True)])
+    return rows
+
+
+def judged(runs, page):
+    """The confusion of the first run's kNN on val, where all of val and some of train has labels."""
+    run = runs[0]
+    labels, wanted = run.labels['train'], run.labels.get('val')
     known = labels >= 0
-    if splits['val'] and known.any() and (val_labels >= 0).all():
-        k = neighbours(args.knn_k, labels[known])
-        scores = knn_scores(val_features, features[known], labels[known], len(val.classes), k, args.knn_temperature)
-        counts = confusion(scores, val_labels).cpu()
-        parts.append(('Confusion', 'confusion', 'Of kNN on val.', pictures.confusion(counts, val.classes)))
-    return parts
+    if wanted is None or not known.any() or (wanted < 0).any():
+        return {'confusion': None}, {}
+    classes, k = run.splits['val'].classes, neighbours(run.args.knn_k, labels[known])
+    bank = run.features['train'][known]
+    scores = knn_scores(run.features['val'], bank, labels[known], len(classes), k, run.args.knn_temperature)
+    return {'confusion': saved(pictures.confusion(confusion(scores, wanted).cpu(), classes), page, 'confusion')}, {}
 
 
-def principal(x):
-    """The projection of x, N x d, on its two main axes, N x 2, and the share of the variance that lies in them."""
-    x = x - x.mean(0)
-    _, strengths, axes = torch.linalg.svd(x, full_matrices=False)
-    return x @ axes[:2].T, (strengths[:2].square().sum() / strengths.square().sum()).item()
-
-
-def page_of(args, checkpoint, logged, results, parts):
-    """The page as text; pictures are inside it."""
-    numbers = [('epoch', f'{checkpoint["epoch"]} of {args.max_epochs}'), ('loss', f'{checkpoint["loss"]:.4f}')]
-    for name, tag, form in (
-        ('std', 'pretraining/std', '{:.3f}'),
-        ('kNN top-1', 'pretraining/knn_top1', '{:.2f} %'),
-        ('images/s', 'speed/images_per_second', '{:.0f}'),
-    ):
-        if tag in logged:
-            numbers.append((name, form.format(logged[tag][-1][1])))
-    boxes = ''.join(f'<div><b>{html.escape(value)}</b>{html.escape(name)}</div>' for name, value in numbers)
-    judged = verdict_on(checkpoint['run'])
-    training = ''.join(figure(*part) for part in parts if part[1].startswith('curve'))
-    if training:
-        caption = (
-            'Loss falls while std stays near 1: the views of an image agree, images differ. A falling std is '
-            'collapse, whatever the loss.'
-        )
-        training = f'<h2>Training</h2><p>{caption}</p><div class="pair">{training}</div>'
-    pairs = [(f'--{name}', value, OPTIONS[name]) for name, value in asdict(args).items()]
-    own = [pair for pair in pairs if pair[1] != pair[2].default]
-    title = html.escape(f'{checkpoint["run"].name}: {args.backbone}, {path_of(args.image_path).name}')
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
-<body><h1>{title}</h1>
-{judged}<div class="numbers">{boxes}</div>
-{results_table(results)}
-{training}
-{''.join(figure(*part) for part in parts if not part[1].startswith('curve'))}
-<h2>Options</h2><p>Those that differ from the default, by the preset or on the command line.</p>
-{options_table(own)}
-<details><summary>all {len(pairs)}</summary>{options_table(pairs)}</details></body></html>
-"""
+def rendered(runs, folder, content, data):
+    """The page as text."""
+    first = runs[0]
+    options = [asdict(run.args) for run in runs]
+    varied = differing(options) if len(runs) > 1 else [n for n in OPTIONS if options[0][n] != OPTIONS[n].default]
+    title = f'{first.name}: {first.args.backbone}, {path_of(first.args.image_path).name}'
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    return environment.get_template('report.html').render(
+        title=shown(title if len(runs) == 1 else ' and '.join(run.name for run in runs)),
+        style=(PAGE / 'style.css').read_text(),
+        script=(PAGE / 'explore.js').read_text(),
+        data=json.dumps(data).replace('<', '\\u003c'),
+        runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
+        colours=pictures.COLOURS,
+        results=[(run.name, *row) for run in runs for row in result_rows(run)],
+        varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in varied],
+        options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
+        **content,
+    )
 
 
 def verdict_on(run):
-    """What the measures without labels say of a run, as a paragraph; nothing of one that has none."""
-    said = of_metrics(read_metrics(run / 'metrics.jsonl'))
-    if not said:
-        return ''
-    good = '' if said[0] == 'healthy' else ' bad'
-    return f'<p class="verdict{good}"><b>{html.escape(said[0].capitalize())}.</b> {html.escape(said[1])}</p>'
+    """What the measures without labels say of a run, (word, sentence); None of one that has none."""
+    return of_metrics(read_metrics(run.checkpoint['run'] / 'metrics.jsonl'))
 
 
-def figure(title, _, caption, image):
-    """A picture with its title and what it shows, either of which may be missing."""
-    buffer = io.BytesIO()
-    image.save(buffer, 'PNG')
-    data = base64.b64encode(buffer.getvalue()).decode()
-    heading = f'<h2>{html.escape(title)}</h2>' if title else ''
-    alt = html.escape(title or 'curve')
-    text = f'<p>{html.escape(caption)}</p>' if caption else ''
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'{heading}{text}<img {size} alt="{alt}" src="data:image/png;base64,{data}">\n'
+def numbers(run):
+    """(name, value) of what a run has come to."""
+    found = [
+        ('epoch', f'{run.checkpoint["epoch"]} of {run.args.max_epochs}'),
+        ('loss', f'{run.checkpoint["loss"]:.4f}'),
+    ]
+    for name, tag, form in (
+        ('std', 'pretraining/std', '{:.3f}'),
+        ('kNN top-1', 'pretraining/knn_top1', '{:.2f} %'),
+        ('rank', 'pretraining/rank', '{:.1f}'),
+        ('images/s', 'speed/images_per_second', '{:.0f}'),
+    ):
+        if tag in run.logged:
+            found.append((name, form.format(run.logged[tag][-1][1])))
+    return found
 
 
-def results_table(results):
-    """What evaluate measured: a row for each result, its first number in front."""
-    rows = ''
-    for result in results:
-        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if result.get(key) is not None]
+def result_rows(run):
+    """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
+    for result in of_run(run.checkpoint['run']):
+        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if result.get(key) is not None] or [
+            ('', '')
+        ]
         beside = ', '.join(' '.join(pair) for pair in others)
-        name = f'{result["protocol"]}, epoch {result["epoch"]}'
         of = Path(result['images']['path']).name if 'images' in result else ''
-        cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, of))
-        rows += f'<tr>{cells}<td><b>{first[1]}</b> {first[0]}</td><td>{beside}</td></tr>'
-    return f'<h2>Results, %</h2><table>{rows}</table>' if rows else ''
-
-
-def options_table(pairs):
-    """pairs: (option, value, its field in config.Config)."""
-    rows = ''
-    for name, value, option in pairs:
-        cells = (name, str(value), option.metadata['meaning'])
-        rows += f'<tr>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
-    return f'<table class="options">{rows}</table>'
+        yield f'{result["protocol"]}, epoch {result["epoch"]}', of, *first, beside

@@ -24,7 +24,7 @@ from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order, prepared
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from pictures import Panel, curves
+from pictures import Panel, curves, image_of
 from precision import autocast, precision
 from protocols.features import features_of
 from results import of_run
@@ -132,7 +132,7 @@ def main():
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
     picture = curves([Panel('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
-    save_picture(picture, output / 'cifar10.png')
+    save_picture(image_of(picture), output / 'cifar10.png')
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
 

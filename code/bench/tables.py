@@ -304,6 +304,17 @@ def choice():
     return markdown(['labelled', *(f'{count}' for count in (10, 20, 50, 100))], rows)
 
 
+def maps():
+    """How well a plane keeps the neighbours that images have in feature space."""
+    rows = []
+    for kind in ('demo', 'clothing'):
+        found = json.loads((RESULTS / f'map_{kind}.json').read_text())
+        for way, of in found['methods'].items():
+            numbers = f'{of["trustworthiness"]:.3f}', percent(of['kept']), percent(of['knn']), f'{of["seconds"]:.0f}'
+            rows.append([f'{NAMES[kind]}, {found["images"]:,} images, {way}', *numbers])
+    return markdown(['', 'trustworthiness', 'of 15 neighbours kept, %', 'kNN on the map, %', 'seconds'], rows)
+
+
 def write():
     for page in PAGES:
         text = page.read_text()

@@ -63,8 +63,8 @@ def typicality(x):
     return cosine[:, 1:].mean(1)  # the first is the row itself
 
 
-def near_pairs(x, least, most=1000):
-    """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first, at most `most`."""
+def near_pairs(x, least):
+    """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first."""
     x = directions(x)
     found, values = [], []
     for start in range(0, len(x), 1024):
@@ -74,7 +74,7 @@ def near_pairs(x, least, most=1000):
         found.append(torch.stack((rows[keep] + start, others[keep]), 1).cpu())
         values.append(cosine[rows[keep], others[keep]].cpu())
     pairs, values = torch.cat(found), torch.cat(values)
-    order = values.argsort(descending=True)[:most]
+    order = values.argsort(descending=True)
     return pairs[order], values[order]
 
 

@@ -142,7 +142,8 @@ def test_curves_are_drawn_where_the_numbers_are():
             pictures.Panel('b', [('up', [])]),
         ]
     )
-    pixels = np.asarray(image).astype(int)
-    up = np.argwhere((pixels[:250] == (33, 102, 172)).all(2))
-    left, right = up[up[:, 1] < 100], up[(up[:, 1] > 350) & (up[:, 1] < 420)]
+    pixels = np.asarray(pictures.image_of(image)).astype(int)
+    blue = tuple(int(pictures.COLOURS[0][at : at + 2], 16) for at in (1, 3, 5))
+    up = np.argwhere((pixels[:250] == blue).all(2))
+    left, right = up[up[:, 1] < 120], up[(up[:, 1] > 330) & (up[:, 1] < 420)]
     assert left[:, 0].mean() > right[:, 0].mean() + 100

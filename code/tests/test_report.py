@@ -1,98 +1,374 @@
-"""The report page: everything in one file, nothing from elsewhere, whole in a real browser."""
+"""The report page: everything in one file, nothing from elsewhere, whole and alive in a real browser."""
 
-import base64
-import io
+import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import trustworthiness
 
 import cli
 import pictures
-import report
-from conftest import TINY, one_line, own_paths
+from conftest import TINY, draw_folder, one_line, own_paths
+from metric.plane import plane
+from records import read_metrics
 
-RUN = 'model_name_simsiam_ckpt_0'
+RUN, OTHER = 'model_name_simsiam_ckpt_0', 'model_name_other_ckpt_0'
+ODD = 'a</script><b onclick="x">&$'  # a class that would be mark-up
+
+
+def no_number(name):
+    raise AssertionError(f'{name} is no JSON')
+
+
+def data_of(text):
+    """What the page's script works on; strict: a browser takes no NaN."""
+    found = re.search(r'<script type="application/json" id="data">(.*)</script>', text)[1]
+    return json.loads(found, parse_constant=no_number)
 
 
 @pytest.fixture(scope='module')
-def page(drawn, tmp_path_factory):
-    """The page of a run of two epochs, as a path."""
+def folder(tmp_path_factory):
+    """The folders of two runs of two epochs, on a set of which a class has a name like mark-up."""
     folder = tmp_path_factory.mktemp('report')
-    options = ('--knn_every=1', '--evaluate_after=True', f'--image_path={drawn}', *own_paths(folder))
-    assert cli.main(['train', *TINY, *options]) == 0
-    assert cli.main(['report', f'--ckpt_name={RUN}', *own_paths(folder)]) == 0
+    images = draw_folder(folder / 'set', {'train': 24, 'val': 8})
+    for split in ('train', 'val'):
+        (images / split / 'dots').rename(images / split / ODD.replace('/', '∕'))
+    for name, rate in (('simsiam', 0.8), ('other', 0.1)):
+        options = (f'--model_name={name}', f'--learning_rate={rate}', '--knn_every=1', '--evaluate_after=True')
+        assert cli.main(['train', *TINY, *options, f'--image_path={images}', *own_paths(folder)]) == 0
+    return folder
+
+
+def reported(folder, *options):
+    assert cli.main(['report', *options, *own_paths(folder)]) == 0
+
+
+@pytest.fixture(scope='module')
+def page(folder):
+    reported(folder, f'--ckpt_name={RUN}')
     return folder / 'log' / RUN / 'report.html'
+
+
+@pytest.fixture(scope='module')
+def comparison(folder):
+    reported(folder, f'--ckpt_name={RUN},{OTHER}')
+    return folder / 'log' / RUN / 'comparison.html'
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    path = shutil.which('chromium')
+    if not path:
+        pytest.skip('chromium is not installed (Debian: apt-get install chromium)')
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(chromium):
+    """A function that opens a page in a window of a size; at the end nothing may stand in any console."""
+    opened, errors = [], []
+
+    def opening(path, width=1200, **options):
+        tab = chromium.new_page(viewport={'width': width, 'height': 900}, **options)
+        tab.on('pageerror', lambda error: errors.append(str(error)))
+        tab.on('console', lambda message: message.type == 'error' and errors.append(message.text))
+        tab.on('request', lambda request: request.url.startswith(('file:', 'data:')) or errors.append(request.url))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector('body[data-ready=yes]')
+        opened.append(tab)
+        return tab
+
+    yield opening
+    for tab in opened:
+        tab.close()
+    assert not errors
 
 
 def test_the_page_is_whole_in_itself(page):
     text = page.read_text()
-    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert 'http' not in text
-    assert '<script' not in text
-    pictures = re.findall(r'<img width="(\d+)" height="(\d+)" alt="[^"]+" src="data:image/png;base64,([^"]+)">', text)
-    assert len(pictures) == text.count('<img') == 8  # four curves, views, map, neighbours, confusion
-    for width, height, data in pictures:
-        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-            assert image.size == (int(width), int(height))
-            assert np.asarray(image.convert('L')).std() > 1
-    assert len(list(page.parent.glob('report_*.png'))) == 8
-    headings = ('Results, %', 'Training', 'Nearest neighbours', 'Confusion', 'Options')
-    for said in (*headings, '<td>linear</td>', '--proj_dim', '<b>2 of 2</b>epoch', '<p class="verdict'):
+    for heading in ('Results, %', 'Training', 'The space of features', 'Doubles', 'Nearest neighbours', 'Confusion'):
+        assert f'<h2>{heading}</h2>' in text
+    for said in ('linear, epoch 2', '--proj_dim', '2 of 2', '<p class="verdict'):
         assert said in text
+    assert text.count('<svg') == 6  # five charts and the confusion
+    names = {path.name for path in page.parent.glob('report_*.png')}
+    assert names == {f'report_{name}.png' for name in ('loss', 'std', 'knn', 'rank', 'rate', 'map', 'confusion')}
+    for name in names:
+        with Image.open(page.parent / name) as image:
+            assert np.asarray(image.convert('L')).std() > 1
 
 
-def test_it_shows_on_a_phone_and_on_a_desk(page, tmp_path):
-    """In headless Chromium: rendered, and nothing wider than the window."""
-    browser = shutil.which('chromium')
-    if not browser:
-        pytest.skip('chromium is not installed (Debian: apt-get install chromium)')
-    for width in (500, 1200):
-        picture = tmp_path / f'{width}.png'
-        command = [
-            browser,
-            '--headless',
-            '--no-sandbox',
-            '--disable-gpu',
-            '--disable-quic',
-            '--no-first-run',
-            '--disable-background-networking',
-            '--disable-component-update',
-            '--disable-sync',
-            f'--user-data-dir={tmp_path}/profile',
-            f'--window-size={width},6000',
-            f'--screenshot={picture}',
-            '--hide-scrollbars',
-            page.as_uri(),
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        with Image.open(picture) as image:
-            pixels = np.asarray(image.convert('L')).astype(int)
-        rows = (pixels < 128).any(1)
-        assert rows.sum() > 800  # it is not an empty page
-        assert (pixels[:, -8:] > 250).mean() > 0.99  # the margin is free: nothing runs out of the window
+def test_what_the_script_works_on(page):
+    data = data_of(page.read_text())
+    assert len(data['names']) == len(data['labels']) == len(data['maps'][0]['points']) == 96
+    assert data['splits'] == ['train', 'val']
+    assert data['split'].count(1) == 24
+    assert data['classes'].count(ODD.replace('/', '∕')) == 1
+    for row, (near, cosine) in enumerate(zip(data['maps'][0]['near'], data['maps'][0]['cosine'], strict=True)):
+        assert row not in near
+        assert len({*near}) == len(near) == 8
+        assert cosine == sorted(cosine, reverse=True)
+    logged = {line['epoch']: line for line in read_metrics(page.parents[2] / 'ckpt' / RUN / 'metrics.jsonl')}
+    for epoch, value in data['charts']['knn']['lines'][0][1]:
+        assert value == pytest.approx(logged[epoch]['pretraining/knn_top1'])
 
 
-def test_neighbours_of_another_class_are_framed_in_red():
+def test_names_are_text_and_not_mark_up(page, show):
+    assert '<b onclick' not in page.read_text()
+    tab = show(page)
+    assert ODD.replace('/', '∕') in tab.locator('#classes').inner_text()
+    assert ODD.replace('/', '∕') in tab.locator('.confusion').text_content()
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [360, 1200])
+def test_nothing_is_wider_than_the_window(page, show, width, scheme):
+    tab = show(page, width, color_scheme=scheme)
+    assert tab.evaluate('document.documentElement.scrollWidth') == width
+    ink, paper = (tab.evaluate(f'getComputedStyle(document.body).{name}') for name in ('color', 'backgroundColor'))
+    brightness = [sum(map(int, re.findall(r'\d+', colour)[:3])) for colour in (ink, paper)]
+    assert (brightness[0] < brightness[1]) == (scheme == 'light')
+    assert abs(brightness[0] - brightness[1]) > 400
+
+
+def drawn(tab):
+    """How many pixels of the map are drawn on."""
+    return tab.evaluate(
+        "(() => {const c = document.getElementById('points'); const d = c.getContext('2d')"
+        '.getImageData(0, 0, c.width, c.height).data; let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0;'
+        'return n})()'
+    )
+
+
+def place_of(tab, row):
+    """Where image number `row` lies in the window."""
+    tab.locator('#marks').scroll_into_view_if_needed()
+    box, (x, y) = tab.locator('#marks').bounding_box(), tab.evaluate(f'onScreen({row})')
+    return box['x'] + x, box['y'] + y
+
+
+def apart(tab, data):
+    """The image of the map that is farthest from any other: no other is meant where it is pointed at."""
+    points = torch.tensor(data['maps'][0]['points'])
+    return int((torch.cdist(points, points) + 9 * torch.eye(len(points))).min(1).values.argmax())
+
+
+def test_pointing_shows_an_image_and_a_click_its_neighbours(page, show):
+    tab, data = show(page), data_of(page.read_text())
+    row = apart(tab, data)
+    tab.mouse.move(*place_of(tab, row))
+    assert data['names'][row].split('/')[-1] in tab.locator('#tip').inner_text()
+    assert tab.locator('#tip canvas').count() == 1
+    tab.mouse.click(*place_of(tab, row))
+    buttons = tab.locator('#chosen button')
+    titles = [buttons.nth(i).get_attribute('title') for i in range(buttons.count())]
+    assert titles == [data['names'][i] for i in (row, *data['maps'][0]['near'][row])]
+    buttons.nth(2).click()  # a neighbour is chosen in turn
+    assert tab.locator('#chosen button').first.get_attribute('title') == titles[2]
+    tab.mouse.move(2, 2)
+    assert tab.locator('#tip').is_hidden()
+
+
+def test_a_thumbnail_is_the_image_it_says(page, show):
+    """Its pixels, against the file's."""
+    tab, data = show(page), data_of(page.read_text())
+    for row in (0, 31, 32, 95):
+        name = data['names'][row]
+        root = page.parents[2] / 'set' / data['splits'][data['split'][row]]
+        with Image.open(root / name if (root / name).is_file() else root.parent / name) as image:
+            wanted = np.asarray(image.convert('RGB').resize((data['tile'],) * 2)).astype(float)
+        pixels = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
+        found = tab.evaluate(f'(() => {{const c = thumbnail({row}); return [...{pixels}]}})()')
+        found = np.array(found).reshape(data['tile'], data['tile'], 4)[..., :3]
+        assert np.abs(found - wanted).mean() < 12
+
+
+def test_classes_and_splits_are_switched(page, show):
+    tab = show(page)
+    every = drawn(tab)
+    boxes = tab.locator('#classes input')
+    boxes.nth(0).uncheck()
+    fewer = drawn(tab)
+    assert fewer < 0.9 * every
+    tab.locator('#none').click()
+    assert drawn(tab) == 0
+    tab.locator('#all').click()
+    assert drawn(tab) == every
+    assert boxes.nth(0).is_checked()
+    tab.get_by_label('train', exact=True).uncheck()
+    assert 0 < drawn(tab) < 0.5 * every
+    tab.get_by_label('val', exact=True).press('Space')  # by keyboard
+    assert drawn(tab) == 0
+
+
+def test_the_map_by_keyboard(page, show):
+    tab = show(page)
+    tab.locator('#marks').focus()
+    for key in ('ArrowRight', 'ArrowRight', 'ArrowUp', 'ArrowUp', 'Enter'):
+        tab.keyboard.press(key)
+    assert tab.locator('#tip').is_visible()
+    assert tab.locator('#chosen button').count() == 9
+    before = tab.evaluate('onScreen(0)')
+    tab.keyboard.press('+')
+    assert tab.evaluate('view.scale') > 1
+    assert tab.evaluate('onScreen(0)') != before
+    tab.keyboard.press('0')
+    assert tab.evaluate('onScreen(0)') == before
+    tab.keyboard.press('Escape')
+    assert tab.locator('#chosen button').count() == 0
+    assert tab.locator('#tip').is_hidden()
+
+
+def test_the_map_by_touch(page, show):
+    tab, data = show(page, 360, has_touch=True), data_of(page.read_text())
+    row = apart(tab, data)
+    tab.touchscreen.tap(*place_of(tab, row))
+    assert tab.locator('#chosen button').first.get_attribute('title') == data['names'][row]
+
+
+def test_curves_tell_their_values(page, show):
+    tab, data = show(page), data_of(page.read_text())
+    chart = tab.locator('.chart[data-chart=loss]')
+    chart.hover()
+    lines = dict(data['charts']['loss']['lines'][0][1])
+    said = tab.locator('#tip').inner_text().split('\n')
+    epoch = int(said[0].removeprefix('epoch '))
+    assert float(said[1]) == pytest.approx(lines[epoch], rel=1e-4)
+    chart.focus()
+    tab.keyboard.press('End')
+    assert f'epoch {max(lines)}' in tab.locator('#tip').inner_text()
+    tab.keyboard.press('ArrowLeft')
+    assert f'epoch {max(lines) - 1}' in tab.locator('#tip').inner_text()
+
+
+def test_where_the_script_thinks_a_line_runs(page, show):
+    """The point that the script takes for the last epoch's is where the picture has its mark."""
+    tab, chart = show(page), data_of(page.read_text())['charts']['loss']
+    epoch, value = chart['lines'][0][1][-1]
+    x, y = (
+        low + (at - first) / (last - first) * (high - low)
+        for at, (first, last), low, high in (
+            (epoch, chart['x'], chart['box'][0], chart['box'][2]),
+            (value, chart['y'], chart['box'][3], chart['box'][1]),
+        )
+    )
+    box = tab.locator('.chart[data-chart=loss] svg').bounding_box()
+    marks = tab.locator('.chart[data-chart=loss] [id*=line2d] use').all()
+    places = [mark.bounding_box() for mark in marks]
+    wanted = box['x'] + x * box['width'], box['y'] + y * box['height']
+    away = [
+        np.hypot(at['x'] + at['width'] / 2 - wanted[0], at['y'] + at['height'] / 2 - wanted[1]) for at in places if at
+    ]
+    assert min(away) < 2
+
+
+def test_several_runs_over_one_another(comparison, show):
+    data = data_of(comparison.read_text())
+    assert [of['run'] for of in data['maps']] == [RUN, OTHER]
+    assert [name for name, _ in data['charts']['loss']['lines']] == [RUN, OTHER]
+    assert data['maps'][0]['points'] != data['maps'][1]['points']
+    tab = show(comparison)
+    assert tab.locator('.run h2').all_inner_texts() == [RUN, OTHER]
+    row = tab.locator('tr', has_text='--learning_rate').first.inner_text()
+    assert '0.8' in row
+    assert '0.1' in row
+    assert '--proj_dim' not in tab.locator('.options').first.inner_text()  # the same in both
+    before = tab.evaluate('onScreen(0)')
+    tab.locator('#which').select_option(label=OTHER)
+    assert tab.evaluate('onScreen(0)') != before
+
+
+def test_ten_thousand_points(page, show, tmp_path):
+    """A page of that many images opens, and answers."""
+    text, data = page.read_text(), data_of(page.read_text())
+    many, rows = 10_000, np.random.default_rng(0).integers(len(data['labels']), size=10_000)
+    data['labels'], data['names'], data['split'] = (
+        [data[name][row] for row in rows] for name in ('labels', 'names', 'split')
+    )
+    data['maps'][0]['points'] = np.random.default_rng(1).random((many, 2)).round(4).tolist()
+    data['maps'][0]['near'], data['maps'][0]['cosine'] = [[0] * 8] * many, [[0.5] * 8] * many
+    data['per_sheet'] = many
+    start, end = text.index('id="data">') + 10, text.index('</script>')
+    (tmp_path / 'many.html').write_text(text[:start] + json.dumps(data).replace('<', '\\u003c') + text[end:])
+    tab = show(tmp_path / 'many.html')
+    tab.mouse.move(*place_of(tab, 5))
+    assert tab.locator('#tip').is_visible()
+    assert drawn(tab) > 20_000
+
+
+def test_what_a_run_has_not_is_left_out(folder, tmp_path, show):
+    """Images without classes or val, no logs, measures that are no numbers: a page all the same."""
+    images, names = tmp_path / 'flat', []
+    images.mkdir()
+    for path in (folder / 'set/train/checks').iterdir():
+        shutil.copy(path, images)
+        names.append(path.name)
+    page, paths = tmp_path / 'mine.html', (f'--log_path={tmp_path}/log', f'--ckpt_path={folder}/ckpt')
+    assert cli.main(['report', f'--ckpt_name={RUN}', f'--image_path={images}', f'--output={page}', *paths]) == 0
+    text = page.read_text()
+    data = data_of(text)
+    assert data['charts'] == {}
+    assert '<h2>Training' not in text
+    assert '<h2>Confusion' not in text
+    assert {*data['labels']} == {-1}
+    assert sorted(name.split('/')[-1] for name in data['names']) == sorted(names)
+    tab = show(page)
+    assert 'no class (24)' in tab.locator('#classes').inner_text()
+
+
+def test_a_loss_that_is_no_number_is_no_point():
+    made = pictures.curves([pictures.Panel('a', [('up', [(0, 0.0), (1, 1.0)])]), pictures.Panel('b', [('none', [])])])
+    assert 'not measured' in pictures.svg_of(made, 'x')
+
+
+def test_neighbours_of_another_class_are_framed_in_orange():
     image = np.asarray(pictures.beside([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
-    green, red = (np.argwhere((image == colour).all(2))[:, 1] for colour in ((27, 158, 119), (214, 48, 31)))
-    assert 50 < green.min() < green.max() < red.min()
+    right, wrong = (np.argwhere((image == colour).all(2))[:, 1] for colour in ((0, 114, 178), (213, 94, 0)))
+    assert 50 < right.min() < right.max() < wrong.min()
 
 
-def test_principal_finds_the_plane_of_most_variance():
+def test_a_plane_keeps_neighbours_together():
+    """Thirty groups in 32 dimensions: two main axes lay them over one another."""
     generator = torch.Generator().manual_seed(0)
-    plane = torch.randn(200, 2, generator=generator) @ torch.randn(2, 9, generator=generator)
-    x = plane + 0.01 * torch.randn(200, 9, generator=generator)
-    points, share = report.principal(x)
-    covariance = np.linalg.eigvalsh(np.cov(x.numpy().T))
-    assert share == pytest.approx(covariance[-2:].sum() / covariance.sum(), abs=1e-4)
-    torch.testing.assert_close(torch.pdist(points), torch.pdist(x), atol=0.2, rtol=0.05)
+    centres = torch.randn(30, 32, generator=generator)
+    x = (centres[:, None] + 0.2 * torch.randn(30, 12, 32, generator=generator)).reshape(-1, 32)
+    points = plane(x)
+    axes = PCA(2).fit_transform(x)
+    assert trustworthiness(x, points, n_neighbors=10) > trustworthiness(x, axes, n_neighbors=10) + 0.05
+    np.testing.assert_array_equal(plane(x), points)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 9, 10, 11])
+def test_a_plane_of_few(count):
+    points = plane(torch.randn(count, 7))
+    assert points.shape == (count, 2)
+    assert np.isfinite(points).all()
 
 
 def test_report_without_a_name(capsys):
     assert cli.main(['report']) == 2
     assert 'report wants --ckpt_name=<run>' in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('name', ['$', '$a', 'a$b$c', '\udcff', 'ü', '犬', '<b>', '_^{', '\\frac', 'a\nb', ' ', ''])
+def test_names_of_classes_in_pictures(name):
+    """What a folder may be called is drawn as it is, wherever a picture names classes."""
+    for drawn in (
+        pictures.confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
+        pictures.scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
+        pictures.curves([pictures.Panel(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
+    ):
+        assert np.asarray(pictures.image_of(drawn)).std() > 1
+        assert '<svg' in pictures.svg_of(drawn, 'x')

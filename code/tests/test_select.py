@@ -63,7 +63,7 @@ def test_pairs_are_those_of_a_double_loop(n, seed, least):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     d = choose.directions(x)
     wanted = {(i, j) for i in range(n) for j in range(i + 1, n) if d[i] @ d[j] > least}
-    pairs, cosines = choose.near_pairs(x, least, most=10**6)
+    pairs, cosines = choose.near_pairs(x, least)
     assert {tuple(pair) for pair in pairs.tolist()} == wanted
     assert cosines.tolist() == sorted(cosines.tolist(), reverse=True)
 

@@ -1,0 +1,75 @@
+"""Which map of features keeps neighbours together? Main axes, t-SNE, and UMAP where umap-learn is installed.
+
+    python3 bench/maps.py --output=results/map_demo.json --ckpt_name=RUN [--preset=... --image_path=... ...]
+
+Trustworthiness (Venna and Kaski, ICANN 2001) of 15 neighbours; the share of each image's 15 nearest that are among its
+15 nearest on the map; how well kNN (k = 15) on the map tells the classes; seconds.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+from common import CODE
+from sklearn.decomposition import PCA
+from sklearn.manifold import trustworthiness
+from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+
+from ckpt import get_model_ckpt
+from config import get_config
+from dataloader.load_dataset import in_order, load_splits
+from metric.choose import directions
+from metric.plane import plane
+from protocols.features import features_of
+from utils import evenly_spaced, use_device
+
+K, MOST = 15, 3000
+
+
+def near(points):
+    """Row numbers of each row's K nearest others."""
+    return NearestNeighbors(n_neighbors=K).fit(points).kneighbors(return_distance=False)
+
+
+def umap(x):
+    from umap import UMAP
+
+    return UMAP(random_state=0).fit_transform(directions(x).numpy())
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--output', required=True)
+    mine, given = parser.parse_known_args()
+    args = get_config(**dict(option.removeprefix('--').split('=', 1) for option in given))
+    use_device(args)
+    args, model, _ = get_model_ckpt(args)
+    images = load_splits(args)['train']
+    x, labels = features_of(args, model.backbone, in_order(args, images), 'features')
+    rows = evenly_spaced(len(x), MOST)
+    x, labels, found = x[rows].cpu(), labels[rows].cpu(), {}
+    whole = directions(x).numpy()
+    methods = {'main axes': lambda x: PCA(2).fit_transform(directions(x).numpy()), 't-SNE': plane, 'UMAP': umap}
+    for name, method in methods.items():
+        started = time.time()
+        try:
+            points = method(x)
+        except ImportError:
+            continue
+        seconds = time.time() - started
+        kept = np.mean([len({*a} & {*b}) / K for a, b in zip(near(whole), near(points), strict=True)])
+        found[name] = {
+            'trustworthiness': float(trustworthiness(whole, points, n_neighbors=K)),
+            'kept': float(100 * kept),
+            'knn': float(100 * cross_val_score(KNeighborsClassifier(K), points, labels.numpy(), cv=5).mean()),
+            'seconds': seconds,
+        }
+        print(name, found[name], flush=True)
+    result = {'images': len(x), 'methods': found}
+    (CODE / mine.output).write_text(json.dumps(result, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
