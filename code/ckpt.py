@@ -66,6 +66,7 @@ OF_THE_CALL = (
     'resume',
     'from_run',
     'quiet',
+    'tracker',
     'classifier',
     'count',
     'method',

@@ -219,10 +219,15 @@ class Config:
         high=1.0,
         used_by=TRAIN,
     )
+    tracker: str = option(
+        'none',
+        'where the scalars also go; offline, project, server: by its own variables (WANDB_MODE=offline)',
+        ('none', 'wandb', 'trackio', 'mlflow'),
+        used_by=EVALUATE,
+    )
     save_every: int = option(
         10, 'epochs between two checkpoints; the last is always kept', low=1, high=100000, used_by=TRAIN
     )
-
     save_minutes: float = option(
         15.0,
         'minutes after which a checkpoint is saved within an epoch too; 0: never',

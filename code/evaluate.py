@@ -22,6 +22,7 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
+from tracker import tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK
 
@@ -93,7 +94,7 @@ def evaluate_model(args, model, splits, checkpoint):
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol(args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
-    logger = Logger(path_of(args.log_path) / run.name)
+    logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))
     if scores is not None:
         counts = confusion(scores, labels).cpu()
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val

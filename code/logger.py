@@ -18,13 +18,13 @@ SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once t
 class Logger:
     """Lines for people, scalars and pictures for TensorBoard, of one run."""
 
-    def __init__(self, folder, first_step=0, metrics=None):
+    def __init__(self, folder, first_step=0, metrics=None, tracker=None):
         """folder: of the event files. metrics: a file that gets a line of JSON for each step with all scalars, for who
         reads a run without TensorBoard. first_step: what an earlier, longer try wrote from there on is hidden in the
-        one and taken out of the other."""
+        one and taken out of the other. tracker: of tracker.py, which gets the scalars too."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.warned, self.metrics = folder, set(), metrics
+        self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
         self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
         if metrics and metrics.is_file() and not rank():
             kept = [json.dumps(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
@@ -51,6 +51,8 @@ class Logger:
                 line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
                 with open(self.metrics, 'a', encoding='utf-8') as file:
                     file.write(json.dumps(line) + '\n')
+        if self.tracker:
+            self.tracker.log(step, values)
 
     def text(self, tag, lines, step=0):
         """Lines of text, as they are."""
@@ -76,6 +78,8 @@ class Logger:
     def close(self):
         if self.writer:
             self.writer.close()
+        if self.tracker:
+            self.tracker.close()
 
 
 def read_scalars(folder):

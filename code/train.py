@@ -26,6 +26,7 @@ from precision import described, kept, precision, settled
 from records import read_metrics
 from runs import Diverged, Run, describe_run, new_run, of_run, resumed
 from state import State
+from tracker import package_of
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
 from verdict import of_metrics
 from watch import Watch
@@ -52,11 +53,10 @@ def train(args):
                 run.save(state)
             watch.epoch(state)
     except BaseException as end:
-        watch.close()
         save_on_the_way_out(run, state, end)  # raises `end` again, but where it was the time that is up
     finally:
         run.end()
-    watch.close()
+        watch.close()  # last: a tracker may wait for its network
     if state.epoch == args.max_epochs:
         say(f'pretraining done in {duration(time.time() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
@@ -160,6 +160,7 @@ def set_up(args):
             f'one from its weights is --init_from={args.ckpt_name}'
         )
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
+    package_of(args)  # refused before anything is written
     iterators = get_iterator(args)
     if args.evaluate_after:
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})

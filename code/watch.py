@@ -14,6 +14,7 @@ from logger import Logger, duration, progress, say
 from metric import spectrum
 from protocols.knn import knn_accuracy
 from protocols.spectrum import FOUND_AMONG, quick
+from tracker import tracker_of
 from utils import get_device, later, peak_memory
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
@@ -29,7 +30,8 @@ class Watch:
         self.bank = in_order(args, labelled(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
         after = state.epoch + 1 if run.path else 0
-        self.logger = Logger(path_of(args.log_path) / run.folder.name, after, run.folder / 'metrics.jsonl')
+        logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
+        self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
         self.started, self.began = time.time(), state.epoch + state.images / max(1, len(train))
         self.bar, self.seen, self.outputs = None, {}, None
 

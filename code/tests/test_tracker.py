@@ -1,0 +1,116 @@
+"""--tracker: the scalars of metrics.jsonl arrive in each tracker's own file, offline, in one entry a run."""
+
+import json
+import sqlite3
+import struct
+import sys
+
+import pytest
+
+import cli
+from conftest import TINY, one_line, own_paths
+from records import read_metrics
+from tracker import Tracker
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+def records_of(path):
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB; checksum, length and kind before each
+    part) after seven bytes of its own."""
+    data, at, whole = path.read_bytes(), 7, b''
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack('<HB', data[at + 4 : at + 7])
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield whole
+            whole = b''
+
+
+def in_wandb(folder):
+    """{entry: {epoch: {tag: number}}} of what was written offline."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for path in sorted(folder.glob('log/wandb/offline-run-*/*.wandb')):
+        entry = None
+        for data in records_of(path):
+            record = Record.FromString(data)
+            entry = record.run.run_id or entry
+            if record.HasField('history'):
+                items = record.history.item
+                values = {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in items}
+                values = {name: json.loads(value) for name, value in values.items()}
+                found.setdefault(entry, {}).setdefault(values.pop('epoch'), {}).update(values)
+    return found
+
+
+def in_trackio(folder):
+    found = {}
+    with sqlite3.connect(folder / 'trackio/simsiam.db') as data:
+        for name, step, values in data.execute('select run_name, step, metrics from metrics'):
+            found.setdefault(name, {}).setdefault(step, {}).update(json.loads(values))
+    return found
+
+
+def in_mlflow(folder):
+    found = {}
+    with sqlite3.connect(folder / 'log/mlflow.db') as data:
+        for name, step, key, value in data.execute('select run_uuid, step, key, value from metrics'):
+            found.setdefault(name, {}).setdefault(step, {})[key] = value
+    return found
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio', 'mlflow'])
+def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
+    """A run that is stopped in its first epoch, gone on with, and evaluated: one entry."""
+    for variable in ('WANDB_PROJECT', 'MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_NAME'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'trackio'))
+    pytest.importorskip(name)  # trackio looks at where to write when it is imported
+    options = (f'--tracker={name}', '--knn_every=1', '--resume=auto', f'--image_path={drawn}', *own_paths(tmp_path))
+    assert cli.main(['train', *TINY, *options, '--max_minutes=0.00001']) == 0
+    assert cli.main(['train', *TINY, *options]) == 0
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', f'--tracker={name}', *own_paths(tmp_path)]) == 0
+    ((_, found),) = {'wandb': in_wandb, 'trackio': in_trackio, 'mlflow': in_mlflow}[name](tmp_path).items()
+    logged = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    assert [line['epoch'] for line in logged] == [0, 1, 2]
+    for line in logged:
+        for tag, value in line.items():
+            if '/' in tag:
+                assert found[line['epoch']][tag] == pytest.approx(value, nan_ok=True), tag
+    result = json.loads(next((tmp_path / 'ckpt' / RUN).glob('evaluate_linear_*.json')).read_text())
+    assert found[2]['results/linear_top1'] == pytest.approx(result['top1'])
+
+
+def test_a_package_that_is_missing(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    assert cli.main(['train', *TINY, '--tracker=wandb', f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
+    assert '--tracker=wandb needs wandb: pip3 install' in one_line(capsys.readouterr().err)
+    assert not (tmp_path / 'ckpt').exists()
+
+
+def test_a_tracker_that_will_not_start(drawn, tmp_path, capsys, monkeypatch):
+    pytest.importorskip('mlflow')
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'sqlite:////dev/null/no.db')
+    assert cli.main(['train', *TINY, '--tracker=mlflow', f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
+    assert '--tracker=none goes without' in capsys.readouterr().err
+
+
+def test_a_tracker_that_fails_on_the_way_is_warned_of_once(capsys):
+    def fails(*_):
+        raise ConnectionError('the network\nis gone')
+
+    tracker = Tracker('wandb', fails, fails)
+    for epoch in range(3):
+        tracker.log(epoch, {'a/b': 1.0})
+    tracker.close()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2
+    assert 'gets no more of this run: the network is gone' in said[0]
