@@ -12,7 +12,7 @@ train: .venv/installed
 	cd code && ../.venv/bin/python cli.py train --evaluate_after=True --knn_pixels=True $(ARGS)
 
 test: lint
-	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile tests
+	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
 
 QUICK = $(addprefix tests/test_, metric.py spectrum.py config.py optimizer.py crops.py pixels.py vision.py formats.py \
 	layout.py listing.py figures.py)

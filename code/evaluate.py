@@ -9,7 +9,6 @@ import time
 import torch
 
 import distributed
-import pictures
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints
 from config import UserError, changed, path_of
@@ -96,6 +95,8 @@ def evaluate_model(args, model, splits, checkpoint):
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
     logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))
     if scores is not None:
+        import pictures  # matplotlib takes half a second to import
+
         counts = confusion(scores, labels).cpu()
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 import distributed
-import pictures
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
 from dataloader import vision
@@ -107,6 +106,8 @@ def neighbours_picture(args, images, rows, train, cosine, found):
         [same_class(images, row, train, other) for other in others]
         for row, others in zip(rows.tolist(), found.tolist(), strict=True)
     ]
+    import pictures  # matplotlib takes half a second to import
+
     return pictures.beside(grid, captions, right)
 
 

@@ -61,12 +61,23 @@ def runs(args):
     rows = ordered([row for row, _ in found], args.sort)
     print(as_text(rows, None if args.output or not sys.stdout.isatty() else shutil.get_terminal_size().columns))
     if args.output:
-        with open(path_of(args.output), 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        write_table(path_of(args.output), rows)
+        print(f'written to {path_of(args.output)}')
+    return rows
+
+
+def write_table(path, rows):
+    """Rows as CSV: written aside and renamed, as utils.write_csv does, which needs torch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             table = csv.DictWriter(file, [*rows[0]])
             table.writeheader()
             table.writerows(rows)
-        print(f'written to {path_of(args.output)}')
-    return rows
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def row_of(folder, options):

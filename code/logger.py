@@ -1,6 +1,5 @@
 """What a run says: on the command line, in its log file and in TensorBoard."""
 
-import json
 import time
 
 from torchvision.transforms.functional import to_tensor
@@ -8,7 +7,7 @@ from tqdm import tqdm
 
 from dataloader import vision
 from distributed import rank
-from records import read_metrics
+from records import as_json, read_metrics
 from terminal import complain
 from utils import save_picture, write_aside
 
@@ -27,7 +26,7 @@ class Logger:
         self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
         self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
         if metrics and metrics.is_file() and not rank():
-            kept = [json.dumps(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
+            kept = [as_json(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
             write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))
 
     def lacks(self, step):
@@ -50,7 +49,7 @@ class Logger:
             if self.metrics:
                 line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
                 with open(self.metrics, 'a', encoding='utf-8') as file:
-                    file.write(json.dumps(line) + '\n')
+                    file.write(as_json(line) + '\n')
         if self.tracker:
             self.tracker.log(step, values)
 

@@ -1,6 +1,7 @@
 """The small files and system records that are read without torch: JSON, metrics.jsonl, /proc."""
 
 import json
+import math
 from pathlib import Path
 
 
@@ -26,6 +27,19 @@ def read_metrics(path):
         except ValueError:
             break
     return found
+
+
+def as_json(value, **options):
+    """JSON text; a float that is no number becomes null, for other readers of JSON know none such."""
+    return json.dumps(without_nan(value), **options)
+
+
+def without_nan(value):
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def process_stat(pid):

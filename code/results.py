@@ -13,6 +13,7 @@ import torch
 from ckpt import OF_THE_CALL, load_file, versions
 from config import OPTIONS, UserError, path_of
 from distributed import rank
+from records import as_json
 from utils import write_aside
 
 # Of the protocol `semi` and so on: what is shown of the settings in a file's name.
@@ -75,7 +76,7 @@ def write(run, name, asked, found, classifier=None):
     if classifier:
         content = {**classifier, 'question': asked}
         write_aside(run / f'classifier_{mark}', lambda aside: torch.save(content, aside))
-    text = json.dumps(result, indent=2) + '\n'
+    text = as_json(result, indent=2) + '\n'
     write_aside(run / result['file'], lambda aside: aside.write_text(text))
     return result
 

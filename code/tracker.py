@@ -86,8 +86,7 @@ def mlflow(package, args, run, mark):
         logging.getLogger(name).setLevel(logging.WARNING)
     logs = path_of(args.log_path)
     logs.mkdir(parents=True, exist_ok=True)
-    if 'MLFLOW_TRACKING_URI' not in os.environ:
-        package.set_tracking_uri(f'sqlite:///{logs}/mlflow.db')
+    package.set_tracking_uri(os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{logs}/mlflow.db'))
     project = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
     if not package.get_experiment_by_name(project):
         local = {} if 'MLFLOW_TRACKING_URI' in os.environ else {'artifact_location': f'{logs}/mlflow'}

@@ -64,4 +64,5 @@ def of_metrics(lines):
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
-    return verdict(now, untrained)
+    std = max(now['std'], now.get('std_judged', 0.0))  # of few steps, BN's averages lag behind
+    return verdict({**now, 'std': std}, untrained)

@@ -30,7 +30,9 @@ SEED = 0  # of the views: the same in every run
 def quick(args, model, images):
     """What training looks at: retrieval by features and by z, and the spectrum of plain views. {name: number}."""
     with memory_for('the measures without labels', 'try a smaller --batch_size'):
-        return {**of_pairs(*of_views(args, model, spaced(images, FOUND_AMONG), 2)), **of_plain(args, model, images)}
+        features, z = of_views(args, model, spaced(images, FOUND_AMONG), 2)
+        std = {'std_judged': spread(z[:, 0]).item()}  # of a network in eval mode: what the verdict's thresholds are of
+        return {**of_pairs(features, z), **std, **of_plain(args, model, images)}
 
 
 def of_pairs(features, z):

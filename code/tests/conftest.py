@@ -1,8 +1,10 @@
 """What the tests share: small folders of real image files, and the command line as a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 import precision
+import warm
 from dataloader import demo
 
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -29,6 +32,27 @@ TINY = (
     '--cache_passes=1',
     '--amp=off',
 )
+
+
+# Files whose tests take minutes: begun first, so that at the end no process is left alone with one.
+LONGEST = (
+    'readme',
+    'stops',
+    'distributed',
+    'detection',
+    'cli',
+    'resume',
+    'workers',
+    'tar',
+    'model',
+    'layout',
+    'report',
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = [f'test_{name}' for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +85,24 @@ def drawn_large(tmp_path_factory):
     return draw_folder(tmp_path_factory.mktemp('large') / 'set', {'train': 8, 'val': 4}, side=150, suffix='.jpg')
 
 
-def run(*argv, cwd=CODE, **more):
-    """`python3 cli.py *argv` as a process: a CompletedProcess with its text."""
-    command = [sys.executable, str(CODE / 'cli.py'), *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **more)
+def run(*argv, cwd=CODE, env=None, **more):
+    """`python3 cli.py *argv` as a process: a CompletedProcess with its text. It comes from a warm Python (warm.py)
+    where nothing stands against it."""
+    command = [str(CODE / 'cli.py'), *map(str, argv)]
+    env = dict(os.environ) if env is None else env
+    if more or not warm.usable(env):
+        command = [sys.executable, *command]
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False, **more
+        )
+    warm.started()
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        code = warm.call(command, cwd, env, [nothing.fileno(), out.fileno(), errors.fileno()], 300)
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append(file.read().decode(errors='surrogateescape').replace('\r\n', '\n'))
+    return subprocess.CompletedProcess(command, code, *texts)
 
 
 def own_paths(folder, *names):

@@ -8,9 +8,12 @@ ended. docker, sudo, srun and scontrol are not to be had, and are played. make d
 runs this.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import warm
 
 FEW = ['--max_epochs=1', '--batch_size=8', '--num_workers=1', '--knn_every=1', '--amp=off']
 SMALL = [
@@ -51,10 +54,17 @@ def smaller(command, options):
     if command == 'train' and any(option.startswith('--preset=') for option in options):
         return [*FEW, *SMALL]
     if command == 'train':
-        return ['--max_epochs=6'] if options == ['--evaluate_after=True', '--knn_pixels=True'] else ['--max_epochs=1']
+        return ['--max_epochs=5'] if options == ['--evaluate_after=True', '--knn_pixels=True'] else ['--max_epochs=1']
     if command == 'ablate':
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
     return {'check_dataloader': FEW[1:3], 'evaluate': JUDGE}.get(command, [])
+
+
+def python(given):
+    """The exit code of `python *given`: of a warm one (warm.py) where there is one."""
+    if warm.WARM not in os.environ or given[0] == '-c':
+        return subprocess.run([sys.executable, *given], check=False).returncode
+    return warm.call(given, os.getcwd(), os.environ, [0, 1, 2])
 
 
 def call(name, given):
@@ -65,7 +75,7 @@ def call(name, given):
         elif given[0].startswith('bench/'):
             bench = Path(given[0]).name
             given = [__file__, 'once', *given] if bench in SHORTER else [*given, *BENCH[bench]]
-        return subprocess.run([sys.executable, *given], check=False).returncode
+        return python(given)
     if name == 'once':  # a benchmark that goes each of its ways once
         path = Path(given[0]).absolute()
         sys.path.insert(0, str(path.parent))
@@ -82,7 +92,7 @@ def call(name, given):
     if name == 'torchrun':
         script = given.index('cli.py')
         command = ['--standalone', '--nproc_per_node=2', *given[script:], *smaller('train', given[script + 2 :])]
-        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', *command], check=False).returncode
+        return python(['-m', 'torch.distributed.run', *command])
     if name == 'tensorboard':
         command = [sys.executable, '-m', 'tensorboard.main', '--port=0', *given]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

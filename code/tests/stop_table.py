@@ -20,6 +20,7 @@ import torch.utils.tensorboard  # noqa: F401
 import ckpt
 import cli
 import evaluate
+import pictures  # noqa: F401
 import state
 import stop
 import train
@@ -35,6 +36,7 @@ OPTIONS = (
     '--evaluate_after=True',
     '--probe_epochs=2',
     '--num_workers=0',
+    '--image_size=16',
 )
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {

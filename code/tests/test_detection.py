@@ -1,5 +1,6 @@
 """Detection end to end on small drawn sets in both formats; AP against cases whose value is known."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from ckpt import get_model_ckpt, new_model
 from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.boxes import load_boxes
+from protocols import detection
 from protocols.detection import average_precision, make_detector
 from results import of_run
 
@@ -134,7 +136,9 @@ def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
 
 def test_coordinates_stay_in_full_precision(trained):
     """In bfloat16 the width of a small box far from the corner would be rounded away, and its logarithm is nan."""
-    args, model, _ = get_model_ckpt(get_config(ckpt_name=RUN, ckpt_path=f'{trained}/ckpt', amp='off'))
+    args, model, _ = get_model_ckpt(
+        get_config(ckpt_name=RUN, ckpt_path=f'{trained}/ckpt', amp='off', detection_size=480)
+    )
     detector = make_detector(args, model.backbone, 2, False).train()
     detector.backbone.args = SimpleNamespace(amp='bf16', device='cpu')
     target = {'boxes': torch.tensor([[629.5, 470.5, 630.0, 471.0]]), 'labels': torch.tensor([1])}
@@ -187,7 +191,10 @@ def run(folder, *options):
     assert code == 0
 
 
-def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys):
+def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys, monkeypatch):
+    """With 64 regions of an image in the loss and not 512, which take most of the time."""
+    fewer = functools.partial(detection.FasterRCNN, box_batch_size_per_image=64)
+    monkeypatch.setattr(detection, 'FasterRCNN', fewer)
     folder = voc(tmp_path / 'voc', {'train': 24, 'val': 8})
     run(
         trained,

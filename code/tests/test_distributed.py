@@ -16,6 +16,7 @@ import torch
 
 import cli
 import utils
+import warm
 from config import AUGMENTATIONS, get_config
 from conftest import CODE, TINY, draw_folder, own_paths
 from dataloader import vision
@@ -28,10 +29,12 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
 ALONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def run(*command, **more):
-    return subprocess.run(
-        list(map(str, command)), cwd=CODE, env=ALONE, capture_output=True, text=True, timeout=300, check=False, **more
-    )
+def run(python, *command):
+    """A command that nobody stops; from a warm Python (warm.py), its processes too."""
+    python = warm.started()
+    env = {**ALONE, warm.WARM: os.environ[warm.WARM], 'PYTHON_EXEC': python}
+    command = [python, *map(str, command)]
+    return subprocess.run(command, cwd=CODE, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_two_processes_make_the_step_of_one(tmp_path):

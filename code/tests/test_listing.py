@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -10,11 +11,14 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cli
 import listing
 from config import get_config
 from conftest import CODE, TINY, one_line, own_paths
+from records import as_json
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -141,3 +145,41 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
     assert (about['args']['max_epochs'], about['started']) == (epoch + 1, began)
     (row,) = rows(tmp_path).values()
     assert (row['state'], row['epoch']) == ('finished', f'{epoch + 1}/{epoch + 1}')
+
+
+def test_a_table_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    made(tmp_path, 'a')
+    table = tmp_path / 'runs.csv'
+    table.write_text('as it was')
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(csv.DictWriter, 'writerows', full)
+    with pytest.raises(OSError, match='No space left'):
+        rows(tmp_path, ('output', str(table)))
+    assert table.read_text() == 'as it was'
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['runs.csv']
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_json_that_any_reader_takes(value):
+    """What is no number becomes null, and nothing else changes."""
+
+    def refuse(name):
+        raise AssertionError(f'{name} is no JSON')
+
+    def same(one, other):
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        if isinstance(one, list):
+            return len(one) == len(other) and all(map(same, one, other))
+        return one == other if not isinstance(one, float) or math.isfinite(one) else other is None
+
+    assert same(value, json.loads(as_json(value), parse_constant=refuse))

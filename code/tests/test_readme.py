@@ -5,6 +5,7 @@ The programs that the commands call are made small, or stood in for, by stand_in
 name are drawn. `make test` alone is left to the continuous integration, which calls it.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 
 import test_detection
 import test_exchange
+import warm
 from config import OPTIONS
 from conftest import CODE, draw_folder
 from loss.negative_cosine import simsiam_loss
@@ -25,7 +27,18 @@ README = (ROOT / 'README.md').read_text()
 PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted(CODE.glob('**/README.md')))}
 SHELL = [block for page in PAGES.values() for block in re.findall(r'^```sh\n(.*?)^```$', page, re.M | re.S)]
 PYTHON = re.findall(r'^```python\n(.*?)^```$', README, re.M | re.S)
-STANDS_IN = ('python3', 'python', 'pip3', 'make', 'docker', 'sudo', 'torchrun', 'tensorboard', 'srun', 'scontrol')
+STANDS_IN = (
+    'python3',
+    'python',
+    'pip3',
+    'make',
+    'docker',
+    'sudo',
+    'torchrun',
+    'tensorboard',
+    'srun',
+    'scontrol',
+)
 TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
 # Options of other programs and of the benchmarks, and two that stand for any or a mistyped one.
 OF_OTHERS = {
@@ -91,7 +104,11 @@ def first_command(block):
 @pytest.mark.parametrize('block', SHELL, ids=first_command)
 def test_commands(block, clone):
     folder = clone if block.startswith(TOP) else clone / 'code'
+    python = warm.started()
     environment = {
+        warm.WARM: os.environ[warm.WARM],
+        warm.AS_PYTHON: python,
+        'PYTHON_EXEC': python,  # torchrun's name for it
         'PATH': f'{clone}/bin:/usr/bin:/bin',
         'HOME': str(clone),
         'SLURM_NNODES': '1',
@@ -118,7 +135,7 @@ def test_commands(block, clone):
 
 
 def test_make_train_learns_and_prints_what_the_page_shows(clone):
-    """Six of its fifteen epochs. Needs the test of its block, which runs it."""
+    """Five of its fifteen epochs. Needs the test of its block, which runs it."""
     if not (clone / 'made').is_file():
         pytest.skip('make train was not among the tests that ran')
     said = (clone / 'made').read_text()
