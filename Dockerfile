@@ -10,6 +10,10 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY requirements.txt code/requirements-extra.txt /home/
 RUN PIP_BREAK_SYSTEM_PACKAGES=1 pip install --no-cache-dir -r /home/requirements.txt -r /home/requirements-extra.txt
 
+# What matplotlib knows of fonts, found once; whoever runs the image may write there.
+ENV MPLCONFIGDIR=/home/matplotlib
+RUN python3 -c 'import matplotlib.font_manager' && chmod -R a+rwX /home/matplotlib
+
 COPY code /home/code
 WORKDIR /home/code
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

@@ -1,7 +1,6 @@
 """Pictures of results: curves, a confusion matrix and a map by matplotlib, and images beside one another."""
 
 import io
-import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ matplotlib.rcParams.update(
         'ytick.color': INK,
     }
 )
-logging.getLogger('matplotlib').setLevel(logging.ERROR)  # where it keeps its fonts is nobody's concern
 warnings.filterwarnings('ignore', message='Glyph ')  # a letter that its font has not is a box; on a page it is there
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import threading
 
 COLOURS = {'error': 31, 'warning': 33}
+logging.getLogger('matplotlib').setLevel(logging.ERROR)  # before its import: where it keeps fonts is nobody's concern
 HUSHED = {'depth': 0, 'kept': None, 'lock': threading.Lock()}
 
 
