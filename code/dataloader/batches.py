@@ -1,7 +1,9 @@
 """A DataLoader whose processes may die or hang: either ends the run within a minute, with what happened."""
 
+import multiprocessing.resource_sharer
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -191,6 +193,14 @@ def in_worker(_):
     warnings.filterwarnings('ignore', module=r'PIL\.')
     # A run ends by itself: the signal that a terminal or a batch system sends to all processes is for the first one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = not_of_the_handover
+
+
+def not_of_the_handover(kind, error, trace):
+    """sys.excepthook, but for the thread that hands batches to the first process: where that has ended while it took
+    one, there is nobody left to hand it to, and nothing wrong."""
+    if not any(frame.filename == multiprocessing.resource_sharer.__file__ for frame in traceback.extract_tb(trace)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def together(images):

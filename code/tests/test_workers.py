@@ -234,3 +234,27 @@ def test_the_cpus_memory_that_runs_out_is_one_line(drawn, tmp_path):
         assert 'libtorch' in done.stderr or 'cannot allocate' in done.stderr.lower(), done.stderr
         pytest.skip('this build of torch does not load below the limit')
     assert 'the machine has not enough memory' in one_line(done.stderr)
+
+
+@pytest.mark.parametrize('quiet', [True, False])
+def test_a_batch_that_nobody_takes_any_more_is_no_fault(quiet):
+    """The first process ends while a worker hands it a batch; an exception elsewhere is shown as ever."""
+    code = f"""
+import multiprocessing.resource_sharer as sharer, sys, time
+from multiprocessing import current_process
+from multiprocessing.connection import Client
+from dataloader.batches import in_worker
+from terminal import own_streams
+own_streams()
+if {quiet}:
+    in_worker(0)
+address = sharer.DupFd(0)._id[0]
+Client(address, authkey=current_process().authkey).close()
+time.sleep(0.5)
+print('between', file=sys.stderr, flush=True)
+raise ValueError('shown')
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
+    handed_over, _, raised = done.stderr.partition('between')
+    assert ('Traceback' in handed_over) != quiet
+    assert 'ValueError: shown' in raised
