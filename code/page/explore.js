@@ -91,10 +91,15 @@ let hovered = null, chosen = null
 
 const visible = row => !off.classes.has(data.labels[row]) && !off.splits.has(data.split[row])
 
-function onScreen(row) {
-  const [x, y] = data.maps[view.map].points[row], { clientWidth: w, clientHeight: h } = points
-  const side = (Math.min(w, h) - 24) * view.scale
-  return [w / 2 + (x - view.x) * side, h / 2 + (y - view.y) * side]
+const across = new Float32Array(data.labels.length), down = new Float32Array(data.labels.length) // px, since `place`
+const onScreen = row => [across[row], down[row]]
+
+function place() {
+  const { clientWidth: w, clientHeight: h } = points, side = (Math.min(w, h) - 24) * view.scale
+  data.maps[view.map].points.forEach(([x, y], row) => {
+    across[row] = w / 2 + (x - view.x) * side
+    down[row] = h / 2 + (y - view.y) * side
+  })
 }
 
 function shape(path, label, x, y, r) {
@@ -122,13 +127,14 @@ function sized(canvas) {
 
 function draw() {
   const pen = sized(points), paths = new Map()
+  place()
   const small = data.labels.length > 4000 || points.clientWidth < 500
   const r = Math.min(7, (small ? 2.2 : 3.2) * Math.sqrt(view.scale))
   for (let row = 0; row < data.labels.length; row++) {
     if (!visible(row)) continue
-    const label = data.labels[row], [x, y] = onScreen(row)
+    const label = data.labels[row]
     if (!paths.has(label)) paths.set(label, new Path2D())
-    shape(paths.get(label), label, x, y, r)
+    shape(paths.get(label), label, across[row], down[row], r)
   }
   pen.globalAlpha = .75
   for (const [label, path] of paths) { pen.fillStyle = colour(label); pen.fill(path) }
@@ -158,8 +164,8 @@ function nearestTo(x, y, most, fits = () => true) {
   let best = null, least = most * most
   for (let row = 0; row < data.labels.length; row++) {
     if (!visible(row)) continue
-    const [px, py] = onScreen(row), apart = (px - x) ** 2 + (py - y) ** 2
-    if (apart < least && fits(px - x, py - y)) { least = apart; best = row }
+    const dx = across[row] - x, dy = down[row] - y, apart = dx * dx + dy * dy
+    if (apart < least && fits(dx, dy)) { least = apart; best = row }
   }
   return best
 }

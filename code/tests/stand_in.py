@@ -54,7 +54,11 @@ def smaller(command, options):
     if command == 'train' and any(option.startswith('--preset=') for option in options):
         return [*FEW, *SMALL]
     if command == 'train':
-        return ['--max_epochs=5'] if options == ['--evaluate_after=True', '--knn_pixels=True'] else ['--max_epochs=1']
+        return (
+            ['--max_epochs=5', '--probe_epochs=60']
+            if options == ['--evaluate_after=True', '--knn_pixels=True']
+            else ['--max_epochs=1']
+        )
     if command == 'ablate':
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
     return {'check_dataloader': FEW[1:3], 'evaluate': JUDGE}.get(command, [])
