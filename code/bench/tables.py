@@ -282,7 +282,7 @@ def recipe():
 
 
 def warm():
-    """The recipe's first epochs with the small network and fewer images, with and without warm-up."""
+    """The recipe's first epochs with the small network, with and without warm-up."""
     epochs = (0, 1, 2, 3, 5, 10, 15, 20)
     rows = []
     for title, name in (('no warm-up', 'warm_none'), ('10 warm-up epochs', 'warm_warmup')):

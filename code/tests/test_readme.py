@@ -42,6 +42,8 @@ STANDS_IN = (
 TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
 # Options of other programs and of the benchmarks, and two that stand for any or a mistyped one.
 OF_OTHERS = {
+    'neighbors',
+    'disable_projection',
     'index_url',
     'nproc_per_node',
     'nnodes',
