@@ -21,7 +21,7 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
-from tracker import tracker_of
+from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK
 
@@ -38,6 +38,7 @@ def evaluate(args):
         say('\n'.join(known) if known else f'no checkpoint in {path_of(args.ckpt_path)} yet: run python3 cli.py train')
         raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
     use_device(args)
+    package_of(args)  # refused before the work
     paths = of_run(args, args.ckpt_name) if args.protocol == 'spectrum' else []
     if len(paths) > 1:
         return best_of(args, paths)
@@ -93,18 +94,19 @@ def evaluate_model(args, model, splits, checkpoint):
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol(args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
-    logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))
     if scores is not None:
-        import pictures  # matplotlib takes half a second to import
-
         counts = confusion(scores, labels).cpu()
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
-        logger.picture(f'{name}_confusion', pictures.image_of(pictures.confusion(counts, classes)), epoch)
     if classifier:
         classifier = {**classifier, 'classes': classes}
     asked = results.question(args, splits, checkpoint)
     result = results.write(run, name, asked, {**result, 'seconds': round(time.time() - started, 2)}, classifier)
+    logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))  # the result is safe by now
+    if scores is not None:
+        import pictures  # matplotlib takes half a second to import
+
+        logger.picture(f'{name}_confusion', pictures.image_of(pictures.confusion(counts, classes)), epoch)
     numbers = {**{key: result[key] for key in NAMES if result.get(key) is not None}, **result.get('measures', {})}
     logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in numbers.items()})
     logger.text(f'results/{name}', table(result).splitlines(), epoch)

@@ -81,6 +81,4 @@ def odd(args, train, features, output):
 
 def gallery(args, places):
     """A picture of images, (Images, row) each, ACROSS in a row."""
-    tiles = [pixels_of(args, images, torch.tensor([row]))[0] for images, row in places]
-    rows = [tiles[start : start + ACROSS] for start in range(0, len(tiles), ACROSS)]
-    return pictures.tiles(rows)
+    return pictures.tiles([pixels_of(args, images, torch.tensor([row]))[0] for images, row in places], ACROSS)

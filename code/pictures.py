@@ -164,12 +164,10 @@ def scatter(points, labels, classes, side=640):
     return drawn
 
 
-def tiles(rows, side=96):
-    """Rows of images, 3 x S x S in [0, 1] each, as one PIL image."""
-    across = max(map(len, rows))
-    grid = make_grid([tensor for row in rows for tensor in row], nrow=across, padding=0)
-    image = pil_of(grid)
-    scale = side / rows[0][0].shape[-1]
+def tiles(images, across, side=96):
+    """Images, 3 x S x S in [0, 1] each, `across` in a row, as one PIL image."""
+    image = pil_of(make_grid(list(images), nrow=across, padding=0))
+    scale = side / images[0].shape[-1]
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 

@@ -15,7 +15,8 @@ def read_json(path):
 
 
 def read_metrics(path):
-    """The lines of a metrics file as dicts; a last one that was cut short is left out. Empty where there is none."""
+    """The lines of a metrics file as dicts; a last one that was cut short is left out. Empty where there is none.
+    What as_json made null is nan again."""
     found = []
     try:
         text = path.read_text(encoding='utf-8')
@@ -23,9 +24,10 @@ def read_metrics(path):
         return found
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            values = json.loads(line)
         except ValueError:
             break
+        found.append({name: math.nan if value is None else value for name, value in values.items()})
     return found
 
 

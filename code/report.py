@@ -5,7 +5,6 @@ One file of HTML that needs no network. page/report.html is its template; style.
 
 import base64
 import io
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ def report(args):
     for part in (training, explored, galleries, judged):
         for_page, for_script = part(runs, page)
         content, data = {**content, **for_page}, {**data, **for_script}
-    text = rendered(runs, folder, content, data)
+    text = rendered(runs, content, data)
     write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
     say(f'report     {page}')
     return page
@@ -116,27 +115,25 @@ def saved(drawn, page, name):
 
 def training(runs, page):
     """What training logged, as far as it did: the charts, and for the script where their lines run."""
-    panels = []
+    charts, places = [], {}
     for name, title, bounds, tags in CHARTS:
         tags = tags if len(runs) == 1 else dict([*tags.items()][:1])
         lines = [
-            (run.name if len(runs) > 1 else line, [point for point in run.logged[tag] if math.isfinite(point[1])])
+            (run.name if len(runs) > 1 else line, points)
             for run in runs
             for tag, line in tags.items()
-            if tag in run.logged
+            if (points := [point for point in run.logged.get(tag, []) if math.isfinite(point[1])])
         ]
+        if not lines:
+            continue
         mark = None
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
-        elif name in ('knn', 'rank') and lines and lines[0][1][0][0] == 0 and len(runs) == 1:
+        elif name in ('knn', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
             mark = 'untrained', lines[0][1][0][1]
-        if lines:
-            panels.append((name, pictures.Panel(title, lines, bounds, mark)))
-    charts, places = [], {}
-    for name, panel in panels:
-        drawn = pictures.curves([panel], (440, 290))
-        charts.append((name, panel.title, saved(drawn, page, name)))
-        places[name] = {**of_axes(drawn), 'lines': panel.lines}
+        drawn = pictures.curves([pictures.Panel(title, lines, bounds, mark)], (440, 290))
+        charts.append((name, title, saved(drawn, page, name)))
+        places[name] = {**of_axes(drawn), 'lines': lines}
     return {'charts': charts}, {'charts': places}
 
 
@@ -155,16 +152,17 @@ def explored(runs, page):
     """The map: for the script the images that are shown, their thumbnails, and of each run where it sees them."""
     first = runs[0]
     places = [(name, row) for name, images in first.splits.items() for row in range(len(images))]
-    kept = evenly_spaced(len(places), first.args.map_images)
-    places = [places[row] for row in kept.tolist()]
+    of = len(places)
+    places = [places[row] for row in evenly_spaced(of, first.args.map_images).tolist()]
     classes = first.splits['train'].classes
     labels = torch.tensor([int(first.labels[name][row]) for name, row in places])
     maps = []
     for run in runs:
-        x = torch.cat([*run.features.values()])[kept.to(run.features['train'].device)]
+        x = on_map(run, first)
         say(f'map        {len(x)} images as {run.name} sees them')
         points = torch.as_tensor(plane(x))
-        cosine, rows = nearest(choose.directions(x), choose.directions(x), NEAR + 1)
+        directions = choose.directions(x)
+        cosine, rows = nearest(directions, directions, NEAR + 1)
         others = [[row for row in found if row != own][:NEAR] for own, found in enumerate(rows.tolist())]
         maps.append({'run': run.name, 'points': unit(points), 'near': others, 'cosine': rounded(cosine[:, 1:], 3)})
         if run is first:
@@ -180,8 +178,13 @@ def explored(runs, page):
         'colours': pictures.COLOURS,
         **sheets(first, places),
     }
-    of = sum(map(len, first.splits.values()))
     return {'on_map': len(places), 'of': of, 'map_runs': [run.name for run in runs]}, data
+
+
+def on_map(run, first):
+    """Features of the images that are shown, N x d; first: the run whose images they are."""
+    every = torch.cat([*run.features.values()])
+    return every[evenly_spaced(len(every), first.args.map_images).to(every.device)]
 
 
 def unit(points):
@@ -201,7 +204,7 @@ def sheets(run, places):
     for start in range(0, len(places), SHEET):
         part = places[start : start + SHEET]
         pixels = torch.cat([thumbnails(run, name, [row for of, row in part if of == name]) for name in run.splits])
-        found.append(embedded(pictures.tiles(cut(pixels, ACROSS), side), 'WEBP'))
+        found.append(embedded(pictures.tiles(pixels, ACROSS, side), 'WEBP'))
     return {'sheets': found, 'tile': side, 'across': ACROSS, 'per_sheet': SHEET}
 
 
@@ -209,10 +212,6 @@ def thumbnails(run, split, rows):
     if not rows:
         return torch.empty(0, 3, run.args.image_size, run.args.image_size)
     return pixels_of(run.args, run.splits[split], torch.tensor(rows))
-
-
-def cut(rows, length):
-    return [rows[start : start + length] for start in range(0, len(rows), length)]
 
 
 def embedded(image, kind):
@@ -230,8 +229,7 @@ def galleries(runs, page):
     if path.is_file():
         with Image.open(path) as image:
             views = image.width, image.height, embedded(image.convert('RGB'), 'PNG')
-    every = torch.cat([*first.features.values()])
-    x = every[evenly_spaced(len(every), first.args.map_images).to(every.device)]
+    x = on_map(first, first)
     pairs, cosines = choose.near_pairs(x, first.args.duplicates)
     odd, near = choose.oddest(x, min(GALLERY, len(x)))
     return {
@@ -273,7 +271,7 @@ def judged(runs, page):
     return {'confusion': saved(pictures.confusion(confusion(scores, wanted).cpu(), classes), page, 'confusion')}, {}
 
 
-def rendered(runs, folder, content, data):
+def rendered(runs, content, data):
     """The page as text."""
     first = runs[0]
     options = [asdict(run.args) for run in runs]
@@ -286,7 +284,7 @@ def rendered(runs, folder, content, data):
         title=shown(title if len(runs) == 1 else ' and '.join(run.name for run in runs)),
         style=(PAGE / 'style.css').read_text(),
         script=(PAGE / 'explore.js').read_text(),
-        data=json.dumps(data).replace('<', '\\u003c'),
+        data=data,
         runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
         colours=pictures.COLOURS,
         results=[(run.name, *row) for run in runs for row in result_rows(run)],

@@ -24,14 +24,19 @@ class Tracker:
         try:
             self.their_log(values, epoch)
         except Exception as error:
-            complain('warning', f'--tracker={self.name} gets no more of this run: {" ".join(str(error).split())}')
+            complain('warning', f'--tracker={self.name} gets no more of this run: {said(error)}')
             self.their_log = lambda *_: None
 
     def close(self):
         try:
             self.finish()
         except Exception as error:
-            complain('warning', f'--tracker={self.name} did not end well: {" ".join(str(error).split())}')
+            complain('warning', f'--tracker={self.name} did not end well: {said(error)}')
+
+
+def said(error):
+    """What an exception says, on one line."""
+    return ' '.join(str(error).split())
 
 
 def package_of(args):
@@ -47,19 +52,20 @@ def tracker_of(args, run):
     begun = ''.join(c for c in read_json(run / 'run.json').get('started', '') if c.isdigit())
     mark = f'{run.name}-{begun}'
     package = package_of(args)
+    path_of(args.log_path).mkdir(parents=True, exist_ok=True)
     start = {'wandb': wandb, 'trackio': trackio, 'mlflow': mlflow}[args.tracker]
     try:
         return Tracker(args.tracker, *start(package, args, run, mark))
     except Exception as error:
-        said = ' '.join(str(error).split())
-        raise UserError(f'--tracker={args.tracker} does not start: {said}; --tracker=none goes without') from None
+        raise UserError(
+            f'--tracker={args.tracker} does not start: {said(error)}; --tracker=none goes without'
+        ) from None
 
 
 def wandb(package, args, run, mark):
     """WANDB_PROJECT, WANDB_MODE=offline and whatever else it knows are its own. Its steps only rise: epochs are one
     more number to it."""
     logs = path_of(args.log_path)
-    logs.mkdir(parents=True, exist_ok=True)
     entry = package.init(
         project=os.environ.get('WANDB_PROJECT', PROJECT),
         id=mark,
@@ -85,7 +91,6 @@ def mlflow(package, args, run, mark):
     for name in ('mlflow', 'alembic'):
         logging.getLogger(name).setLevel(logging.WARNING)
     logs = path_of(args.log_path)
-    logs.mkdir(parents=True, exist_ok=True)
     package.set_tracking_uri(os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{logs}/mlflow.db'))
     project = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
     if not package.get_experiment_by_name(project):

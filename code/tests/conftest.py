@@ -85,16 +85,14 @@ def drawn_large(tmp_path_factory):
     return draw_folder(tmp_path_factory.mktemp('large') / 'set', {'train': 8, 'val': 4}, side=150, suffix='.jpg')
 
 
-def run(*argv, cwd=CODE, env=None, **more):
+def run(*argv, cwd=CODE, env=None):
     """`python3 cli.py *argv` as a process: a CompletedProcess with its text. It comes from a warm Python (warm.py)
     where nothing stands against it."""
     command = [str(CODE / 'cli.py'), *map(str, argv)]
     env = dict(os.environ) if env is None else env
-    if more or not warm.usable(env):
+    if not warm.usable(env):
         command = [sys.executable, *command]
-        return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False, **more
-        )
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
     warm.started()
     with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         code = warm.call(command, cwd, env, [nothing.fileno(), out.fileno(), errors.fileno()], 300)
