@@ -8,13 +8,10 @@ train.txt, FILE.txt                   a list: a path a line, after a tab its cla
 ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
 """
 
-import hashlib
 import os
 import re
 import stat
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -23,6 +20,7 @@ from dataloader import imagenet
 from dataloader.archives import PACKED, open_archives
 from dataloader.images import is_image, shown
 from dataloader.names import Names
+from dataloader.part import Part
 from dataloader.scan import Found, ending, scan
 from dataloader.stores.files import Files
 
@@ -36,21 +34,6 @@ SPLITS = {
     'testing': 'test',
 }
 ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
-
-
-@dataclass
-class Part:
-    """The images of a split. labels: N, int64, numbers of `classes`; -1: none."""
-
-    where: Path
-    store: object
-    labels: torch.Tensor
-    classes: list
-    others: Counter = field(default_factory=Counter)  # what lies there and is no image, by ending
-    passed: list = field(default_factory=list)  # folders that were not gone into
-
-    def select(self, rows):
-        return replace(self, store=self.store.select(rows), labels=self.labels[rows])
 
 
 def find(root, cache_path, progress):
@@ -233,23 +216,6 @@ def listed(path):
     labels = torch.tensor([number[owner] for owner in owners])
     others = Counter(f'{ending(name)} (listed)' for name in names if not is_image(name))
     return Part(path, Files(path.parent, Names(names)), labels, classes, others)
-
-
-def hold_out(part, fraction):
-    """(train, val): of each class the same share of `part`, at least one image of two or more, goes to val.
-
-    Which ones depends on their names alone: not on a seed, and hardly on what is added later.
-    """
-    names, chosen = part.store.names, []
-    counts = (part.labels + 1).bincount(minlength=len(part.classes) + 1).tolist()  # the first: without a label
-    for rows in part.labels.argsort(stable=True).split(counts)[1:]:
-        rows = rows.tolist()
-        count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
-        rows.sort(key=lambda row: hashlib.blake2b(names.raw(row), digest_size=8).digest())
-        chosen += rows[: max(0, count)]
-    held = torch.zeros(len(names), dtype=torch.bool)
-    held[chosen] = True
-    return tuple(part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
 
 
 def scan_with_bar(folder, progress):

@@ -19,6 +19,7 @@ from dataloader import demo, layout, prepare
 from dataloader.batches import Batches, workers_for
 from dataloader.images import shown
 from dataloader.keys import Keys
+from dataloader.part import hold_out
 from dataloader.scan import beside
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
@@ -162,7 +163,7 @@ def parts_of(args):
             f'{shown(train.where.name)} in {shown(root)}'
         )
     if 'val' not in parts and train.classes and args.val_fraction:
-        train, val = layout.hold_out(train, args.val_fraction)
+        train, val = hold_out(train, args.val_fraction)
         if len(val.labels):
             parts = {**parts, 'train': train, 'val': val}
             say(

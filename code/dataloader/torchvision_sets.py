@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from config import UserError, WorkError
-from dataloader.layout import Part
 from dataloader.names import Names
+from dataloader.part import Part
 from dataloader.stores.memory import Memory
 from logger import say
 
