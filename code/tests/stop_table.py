@@ -33,7 +33,6 @@ OPTIONS = (
     '--max_epochs=3',
     '--knn_every=1',
     '--save_every=1000',
-    '--evaluate_after=True',
     '--probe_epochs=2',
     '--num_workers=0',
     '--image_size=16',
@@ -43,7 +42,7 @@ MOMENTS = {
     'in the set-up': (train, 'get_iterator', 0),
     'in the first monitor': (watch, 'knn_accuracy', 0),
     'before the first batch': (train, 'random_views', 0),
-    'in a step': (train, 'train_step', 5),
+    'in a step': (train, 'train_step', 1),
     'waiting for the first batch of an epoch': (train, 'prepared', 1),
     'at the end of an epoch': (state.State, 'finish_epoch', 1),
     'in the monitor': (watch, 'knn_accuracy', 2),
@@ -99,9 +98,10 @@ def main(images, folder):
     assert code == 0, errors
     _, whole = last(folder / 'whole')
     for moment, place in MOMENTS.items():
+        evaluated = ['--evaluate_after=True'] if place[0] is evaluate else []
         for number in stop.SIGNALS:
             own = folder / f'{moment.replace(" ", "_")}_{number.name}'
-            argv = [*command, *own_paths(own, 'ckpt', 'log')]
+            argv = [*command, *evaluated, *own_paths(own, 'ckpt', 'log')]
             code, seconds, errors = child(own, argv, lambda place=place, number=number: send_at(*place, number))
             saved = last(own)
             again, _, _ = child(own, [*argv, '--resume=auto'])

@@ -13,7 +13,7 @@ import torch
 
 import stop
 import stop_table
-from conftest import CODE, TINY, one_line, own_paths, run
+from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from test_resume import LONG, RUN, kill_a_worker, start
 
 # (epochs, images) that are saved by then; None: there is nothing to save.
@@ -21,7 +21,7 @@ SAVED = {
     'in the set-up': None,
     'in the first monitor': None,
     'before the first batch': None,
-    'in a step': [0, 48],
+    'in a step': [0, 16],
     'waiting for the first batch of an epoch': [1, 0],
     'at the end of an epoch': [2, 0],
     'in the monitor': [2, 0],
@@ -31,10 +31,11 @@ SAVED = {
 
 
 @pytest.fixture(scope='module')
-def rows(drawn, tmp_path_factory):
+def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stops')
+    images = draw_folder(folder / 'set', {'train': 8, 'val': 4})  # three steps an epoch
     done = subprocess.run(
-        [sys.executable, stop_table.__file__, drawn, folder], capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, stop_table.__file__, images, folder], capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
