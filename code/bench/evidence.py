@@ -15,6 +15,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from common import CODE
+from scipy.stats import rankdata
 
 import results
 from ablate import TABLES
@@ -200,20 +201,16 @@ def with_interval(x, y, tries=1000):
     """(Spearman's correlation of x and y, 2.5 and 97.5 % of its bootstrap over the pairs)."""
     generator, pairs = np.random.default_rng(0), np.array([x, y])
     pairs = pairs[:, np.isfinite(pairs).all(0)]
-    drawn = [spearman(pairs[:, generator.integers(pairs.shape[1], size=pairs.shape[1])]) for _ in range(tries)]
-    return spearman(pairs), *np.nanpercentile(drawn, [2.5, 97.5])
+    count = pairs.shape[1]
+    drawn = pairs[:, [generator.integers(count, size=count) for _ in range(tries)]]
+    return spearman(pairs), *np.nanpercentile(spearman(drawn), [2.5, 97.5])
 
 
 def spearman(pairs):
-    """The correlation of the ranks of two rows of numbers; nan where one does not vary."""
+    """The correlation of the ranks of x and y. pairs: 2 x ... x N; nan where one does not vary."""
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in rankdata(pairs, axis=-1))
     with np.errstate(invalid='ignore', divide='ignore'):
-        return np.corrcoef([places(row) for row in pairs])[0, 1]
-
-
-def places(row):
-    """The rank of each number, equal ones' mean."""
-    _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
 def main():

@@ -25,8 +25,8 @@ from test_cli import same
 from train import train_step
 
 RUN = 'model_name_simsiam_ckpt_0'
-# 40 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
-LONG = (*TINY, '--batch_size=8', '--max_epochs=40', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
+# 12 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
+LONG = (*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
 
 
 def start(folder, images, *options):
@@ -89,7 +89,7 @@ def test_killed_and_started_again_it_ends_the_same(whole, drawn, tmp_path):
     process = start(tmp_path, drawn, '--resume=auto')
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert re.search(rf'going on with {RUN} in epoch \d+, after \d+ images \(of 40 epochs\)', said)
+    assert re.search(rf'going on with {RUN} in epoch \d+, after \d+ images \(of 12 epochs\)', said)
     assert_same_end(tmp_path, whole)
 
 
