@@ -25,12 +25,12 @@ from results import of_run
 from utils import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
+TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
 ALONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def run(python, *command):
-    """A command that nobody stops; from a warm Python (warm.py), its processes too."""
+def run(*command):
+    """`python *command`, which nobody stops; from a warm Python (warm.py), its processes too."""
     python = warm.started()
     env = {**ALONE, warm.WARM: os.environ[warm.WARM], 'PYTHON_EXEC': python}
     command = [python, *map(str, command)]
@@ -40,7 +40,7 @@ def run(python, *command):
 def test_two_processes_make_the_step_of_one(tmp_path):
     """Loss, every gradient, weight and running statistic after three steps, in double precision, to 1e-10. BN
     statistics are shared (torch's SyncBatchNorm has no CPU path; ours has the same formula)."""
-    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+    for name, start in (('one', []), ('two', TORCHRUN)):
         done = run(*start, CODE / 'tests/one_step.py', tmp_path / name)
         assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
@@ -108,7 +108,7 @@ def losses_of(said):
 def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
     """The whole command: losses, kNN and linear accuracy, and one set of files."""
     said = {}
-    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+    for name, start in (('one', []), ('two', TORCHRUN)):
         done = run(*start, 'cli.py', 'train', *OPTIONS, f'--image_path={drawn}', *own_paths(tmp_path / name))
         assert done.returncode == 0, done.stderr
         said[name] = done.stdout
@@ -130,7 +130,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
     judge = ('cli.py', 'evaluate', '--protocol=knn', '--amp=off', f'--ckpt_name={RUN}', *own_paths(tmp_path / 'two'))
     done = run(*TORCHRUN, *judge)
     assert done.returncode == 0, done.stderr
-    alone = run(sys.executable, *judge)
+    alone = run(*judge)
     assert re.search(r'top-1 .*', done.stdout)[0] == re.search(r'top-1 .*', alone.stdout)[0]
 
 
@@ -179,7 +179,15 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     whole = run(*TORCHRUN, 'cli.py', 'train', *options, *own_paths(tmp_path / 'whole'))
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / 'broken/ckpt' / RUN
-    command = [*TORCHRUN, '--max-restarts=1', 'cli.py', 'train', *options, *own_paths(tmp_path / 'broken')]
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        '--max-restarts=1',
+        'cli.py',
+        'train',
+        *options,
+        *own_paths(tmp_path / 'broken'),
+    ]
     process = subprocess.Popen(command, cwd=CODE, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(folder.glob('loss_*')))
     victim, other = (workers_of(process.pid)[rank] for rank in (1, 0))
@@ -219,7 +227,7 @@ def test_more_processes_than_images_to_judge(tmp_path):
 def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_path):
     assert cli.main(['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
     written = {}
-    for name, start in (('one', [sys.executable]), ('two', TORCHRUN)):
+    for name, start in (('one', []), ('two', TORCHRUN)):
         for command, file in (('infer', 'o.csv'), ('embed', 'f.csv')):
             more = ('--neighbours=3',) if command == 'infer' else ('--projector_images=5',)
             output = tmp_path / f'{name}_{file}'
