@@ -77,16 +77,17 @@ def svg_of(drawn, name):
 @dataclass
 class Panel:
     """A line chart. lines: (name, [(x, y), ...]) each; bounds: of y, where the lines themselves do not say; mark: a
-    level, (name, y), drawn as a dashed line."""
+    level, (name, y), drawn as a dashed line; across: what x counts."""
 
     title: str
     lines: list
     bounds: tuple = None
     mark: tuple = None
+    across: str = 'epochs'
 
 
 def curves(panels, size=(420, 300)):
-    """Line charts over epochs, side by side; names of lines under the first one, where it has several."""
+    """Line charts, side by side; names of lines under the first one, where it has several."""
     lines = [name for name, _ in panels[0].lines]
     drawn = figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
     every = drawn.subplots(1, len(panels), squeeze=False)[0]
@@ -101,7 +102,7 @@ def chart(axes, panel):
     """One panel of `curves`."""
     axes.set_title(literal(panel.title))
     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
-    axes.set_xlabel('epochs', loc='right')
+    axes.set_xlabel(panel.across, loc='right')
     for name, line in panel.lines:
         if line:
             few = len(line) <= 30

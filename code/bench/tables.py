@@ -224,11 +224,15 @@ def verdicts():
     return markdown(['', 'chosen by', 'others'], rows)
 
 
+def runs_with_views(n):
+    return sorted(path.name for path in RESULTS.glob(f'views_{n}_?'))
+
+
 def views():
     """kNN after equal work of two, three and four views: as many views through the network."""
     rows = []
     for n in (2, 3, 4):
-        names = sorted(path.name for path in RESULTS.glob(f'views_{n}_?'))
+        names = runs_with_views(n)
         epochs, finals = max(curve(names[0], 'loss')), [last(name, 'knn_top1') for name in names]
         rows.append(
             [
@@ -339,6 +343,16 @@ def draw_recipe():
     save_picture(pictures.image_of(pictures.curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
 
 
+def draw_views():
+    """results/views.png: kNN over work, the mean of the seeds, with two, three and four views."""
+    lines = []
+    for n in (2, 3, 4):
+        found = [curve(name, 'knn_top1') for name in runs_with_views(n)]
+        lines.append((f'{n} views', [(epoch * n / 2, mean(of[epoch] for of in found)) for epoch in found[0]]))
+    panel = pictures.Panel('kNN top-1 on val, %, after equal work', lines, across='epochs of two views, or their work')
+    save_picture(pictures.image_of(pictures.curves([panel], (560, 320)), 2), RESULTS / 'views.png')
+
+
 def write():
     for page in PAGES:
         text = page.read_text()
@@ -348,3 +362,4 @@ def write():
 if __name__ == '__main__':
     write()
     draw_recipe()
+    draw_views()
