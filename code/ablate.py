@@ -5,9 +5,9 @@ import json
 import pictures
 import results
 from ckpt import checkpoints, read
-from config import changed, path_of
+from config import UserError, changed, path_of
 from logger import read_scalars, say
-from runs import runs
+from runs import resumed
 from train import train
 from utils import save_picture, write_aside
 
@@ -67,6 +67,9 @@ def ablate(args):
     Each variant is a run of its own, model_name_<model_name>_<table>_<number>_ckpt_0. Writes <table>.json and .png in
     the log folder.
     """
+    for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
+        if name in args.given:
+            raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
     rows, given = [], set(args.given)
     for number, (variant, options, paper) in enumerate(TABLES[args.table]):
         name = f'{args.model_name}_{args.table}_{number}'
@@ -74,10 +77,10 @@ def ablate(args):
         own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
         own.given = given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         say(f'\n{args.table}: {variant}, {number + 1} of {len(TABLES[args.table])}')
-        known = runs(own)
-        if not known or not results.of_run(known[-1], protocol='linear'):
+        if not (done := judged(own)):
             train(own)
-        rows.append({'variant': variant, 'options': options, **outcome(args, runs(own)[-1]), 'paper': paper})
+            done = judged(own)
+        rows.append({'variant': variant, 'options': options, **outcome(args, done), 'paper': paper})
     folder = path_of(args.log_path)
     write_aside(folder / f'{args.table}.json', lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
     drawn = (
@@ -92,6 +95,13 @@ def ablate(args):
     say('\n' + table(rows))
     say(f'\nthe curves: {folder / f"{args.table}.png"}')
     return rows
+
+
+def judged(own):
+    """The folder of a run with these very options that is trained and evaluated, or None."""
+    name = resumed(own).ckpt_name
+    run = path_of(own.ckpt_path) / name
+    return run if name and results.of_run(run, protocol='linear') else None
 
 
 def outcome(args, run):

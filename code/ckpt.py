@@ -22,6 +22,7 @@ from formats import is_ours, upgraded
 from logger import say
 from model.layouts import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
+from records import oldest_first
 from utils import extra, write_aside
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
@@ -351,10 +352,13 @@ def checkpoints(folder):
 
 
 def list_checkpoints(args):
-    """All checkpoints under --ckpt_path, as --ckpt_name wants them."""
+    """All checkpoints under --ckpt_path, as --ckpt_name wants them: by name, those of the newest run at the end."""
     root = path_of(args.ckpt_path)
     runs = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    return [f'{run.name}/{path.name}' for run in runs for path in checkpoints(run)]
+    found = {run: kept for run in runs if (kept := checkpoints(run))}
+    newest = oldest_first(kept[-1] for kept in found.values())[-1:]
+    ordered = sorted(found, key=lambda run: [found[run][-1]] == newest)
+    return [f'{run.name}/{path.name}' for run in ordered for path in found[run]]
 
 
 def find_checkpoint(args):

@@ -12,7 +12,7 @@ import fire
 from fire.decorators import SetParseFn
 
 import stop
-from config import UserError, WorkError, get_config, help_of, help_text, nearest, unused
+from config import OPTIONS, UserError, WorkError, get_config, help_of, help_text, nearest, path_of, unused
 from terminal import complain, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
@@ -73,13 +73,24 @@ def read_options(command, words, options):
     args = get_config(**options)
     if command in ALONE and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
-    chosen = {'preset', 'ckpt_name'} & args.given
+    chosen = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto')
     if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
         there = 'there' if args.preset == 'imagenet' else 'not there'
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
+    if args.output and command != 'pack' and path_of(args.output).is_dir():
+        raise UserError(f'--output={args.output} is a folder: name a file in it')
     for name in unused(args, command):
         complain('warning', f'--{name} has no effect on {command}')
     return args
+
+
+def check_values(words):
+    """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
+    for word, following in zip(words, [*words[1:], '--'], strict=True):
+        name = word.removeprefix('--').replace('-', '_')
+        wants = word.startswith('--') and name in OPTIONS and OPTIONS[name].type is not bool
+        if wants and following.startswith('--'):
+            raise UserError(f'--{name} is given without a value: --{name}=...; {OPTIONS[name].metadata["meaning"]}')
 
 
 def main(argv):
@@ -101,11 +112,14 @@ def main(argv):
             return 0
         if '-' in argv or '--' in argv:  # Fire's own separators, which would cut the line short
             raise UserError("'-' alone is not an option: they are given as --name=value")
+        check_values(argv[1:])
         fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
         return failed(error, 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        return failed(f'{error.strerror or error}' + (f' ({error.filename})' if error.filename else ''))
+        return failed(
+            f'{error.strerror or error}' + (f' ({error.filename2 or error.filename})' if error.filename else '')
+        )
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130

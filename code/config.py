@@ -553,7 +553,7 @@ def get_config(**options):
     Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
     """
     for name, value in options.items():
-        if value == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
+        if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
             raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
     given = {name: parse(name, value) for name, value in options.items()}
     preset = given.get('preset', 'auto')
@@ -584,7 +584,7 @@ def parse(name, value):
         elif wanted is int and isinstance(value, float) and value.is_integer():
             result = int(value)
         else:
-            result = wanted(text)
+            result = str(value) if wanted is str and not limits['choices'] else wanted(text)
         if wanted is float and not math.isfinite(result):
             raise ValueError
     except (KeyError, ValueError):
@@ -596,7 +596,7 @@ def parse(name, value):
     low, high = limits['low'], limits['high']
     if low is not None and not low <= result <= high:
         raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
-    if name == 'model_name' and not (text.replace('-', '').replace('_', '').replace('.', '').isalnum()):
+    if name == 'model_name' and not (result.replace('-', '').replace('_', '').replace('.', '').isalnum()):
         raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
     return result
 
@@ -664,4 +664,7 @@ def unused(args, command):
 
 def path_of(text):
     """An option's path as an absolute one: relative paths start at the repository's root."""
-    return ROOT / Path(text).expanduser()
+    try:
+        return ROOT / Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f'{text}: there is no such user whose home it could be in') from None

@@ -11,7 +11,7 @@ import torch
 import distributed
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints
-from config import UserError, changed, path_of
+from config import UserError, WorkError, changed, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
@@ -21,6 +21,7 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
+from terminal import complain
 from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK
@@ -63,7 +64,13 @@ def best_of(args, paths):
     """Judge all checkpoints of a run by --protocol=spectrum, and name the best. Returns its result."""
     found, splits = [], None
     for path in paths:
-        own, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=str(path)))
+        try:
+            own, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=str(path)))
+        except WorkError as error:
+            if path == paths[-1] and not found:
+                raise
+            complain('warning', f'{error}; left out')
+            continue
         splits = splits or load_splits(own)
         model = model.to(get_device(own), memory_format=torch.channels_last)
         found.append(evaluate_model(own, model, splits, checkpoint))

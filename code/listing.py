@@ -10,7 +10,7 @@ import socket
 import sys
 
 from config import OPTIONS, UserError, path_of
-from records import process_stat, read_json, read_metrics
+from records import is_number, oldest_first, process_stat, read_json, read_metrics
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
@@ -46,60 +46,58 @@ def runs(args):
     Raises UserError where there is no run, or none of a name in --diff.
     """
     root = path_of(args.ckpt_path)
-    folders = sorted(path.parent for path in root.glob('*/run.json')) if root.is_dir() else []
+    marks = ('run.json', 'metrics.jsonl', 'loss_*_epoch_*')  # any of them makes a folder a run's
+    folders = sorted({path.parent for mark in marks for path in root.glob(f'*/{mark}')})
     if not folders:
         raise UserError(f'there is no run in {root} yet: python3 cli.py train')
     if args.diff:
-        return difference(root, args.diff.split(','))
+        return difference(root, args.diff.split(','), args.output)
     every = [options_of(folder) for folder in folders]
     found = [(row_of(folder, options), options) for folder, options in zip(folders, every, strict=True)]
-    varied = differing(every)
-    usual = {name: most_common([options.get(name) for options in every]) for name in varied}
+    known = [options for options in every if options]
+    varied = differing(known)
+    usual = {name: most_common([options.get(name) for options in known]) for name in varied}
     for row, options in found:
         own = [name for name in varied if name in options and options[name] != usual[name]]
         row['options'] = ' '.join(f'{name}={options[name]}' for name in own)
     rows = ordered([row for row, _ in found], args.sort)
     print(as_text(rows, None if args.output or not sys.stdout.isatty() else shutil.get_terminal_size().columns))
     if args.output:
-        write_table(path_of(args.output), rows)
-        print(f'written to {path_of(args.output)}')
+        write_table(path_of(args.output), [[*rows[0]], *(row.values() for row in rows)])
     return rows
 
 
 def write_table(path, rows):
-    """Rows as CSV: written aside and renamed, as utils.write_csv does, which needs torch."""
+    """Rows, the first their titles, as CSV: written aside and renamed, as utils.write_csv does, which needs torch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            table = csv.DictWriter(file, [*rows[0]])
-            table.writeheader()
-            table.writerows(rows)
+            csv.writer(file).writerows(rows)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+    print(f'written to {path}')
 
 
 def row_of(folder, options):
     """What a run has come to, as text by column; '' for what it has not."""
-    last = {}
-    for line in read_metrics(folder / 'metrics.jsonl'):
-        last = {**last, **line}
+    lines, last = read_metrics(folder / 'metrics.jsonl'), {}
+    for line in lines:
+        if line['epoch'] or not lines[-1]['epoch']:  # what the untrained network had is not the run's
+            last = {**last, **line}
     at_end = {
         name: last.get(f'pretraining/{tag}')
         for name, tag in (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))
     }
-    epochs, epoch = options.get('max_epochs', 0), last.get('epoch', 0)
-    judged = [
-        content
-        for path in sorted(folder.glob('evaluate_linear*.json'), key=lambda path: path.stat().st_mtime)
-        if 'top1' in (content := read_json(path))
-    ]
+    epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
+    results = [read_json(path) for path in oldest_first(folder.glob('evaluate_linear*.json'))]
+    judged = [result for result in results if is_number(result.get('top1')) and result.get('epoch', epoch) == epoch]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
         'run': folder.name,
         'state': state_of(folder, epoch, epochs),
-        'epoch': f'{epoch}/{epochs}',
+        'epoch': f'{epoch}/{epochs or "?"}',
         **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
         'linear': f'{judged[-1]["top1"]:.2f}' if judged else '',
     }
@@ -107,12 +105,14 @@ def row_of(folder, options):
 
 def state_of(folder, epoch, epochs):
     """finished; running, where its process is there (or on another machine said to be); stopped, saved; lost: its
-    process is gone and has not said so."""
+    process is gone and has not said so; unknown: its run.json is."""
     mark = read_json(folder / MARK)
     if mark:
         if mark.get('host') != socket.gethostname():
             return f'running on {mark.get("host")}'
         return 'running' if started(mark.get('pid', 0)) == mark.get('started') else 'lost'
+    if not epochs:
+        return 'unknown'
     return 'finished' if epoch >= epochs else 'stopped'
 
 
@@ -134,8 +134,11 @@ def mark_of_this_process():
 
 
 def options_of(folder):
+    """The options that a run says it has, as far as they are of their types; none where run.json is damaged."""
     found = read_json(folder / 'run.json').get('args', {})
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    types = {name: (option.type, int) if option.type is float else (option.type,) for name, option in OPTIONS.items()}
+    return {name: value for name, value in found.items() if type(value) in types.get(name, ())}
 
 
 def differing(options):
@@ -145,16 +148,17 @@ def differing(options):
 
 
 def most_common(values):
-    return max({*values}, key=values.count) if len({*values}) < 100 else None
+    """The first of those that come most often; None where there are too many to tell."""
+    return max(dict.fromkeys(values), key=values.count) if len({*values}) < 100 else None
 
 
 def ordered(rows, column):
-    """Rows by a column; those that have nothing there last."""
+    """Rows by a column; those that have no number there last."""
     if column in ('run', 'state'):
         return sorted(rows, key=lambda row: row[column])
-    with_it = [row for row in rows if row[column]]
+    with_it = [row for row in rows if row[column] not in ('', 'nan')]
     with_it.sort(key=lambda row: float(row[column].split('/')[0]), reverse=COLUMNS[column])
-    return with_it + [row for row in rows if not row[column]]
+    return with_it + [row for row in rows if row[column] in ('', 'nan')]
 
 
 def as_text(rows, width):
@@ -165,8 +169,8 @@ def as_text(rows, width):
     return '\n'.join(line if not width or len(line) <= width else line[: width - 1] + '…' for line in text)
 
 
-def difference(root, names):
-    """Print the options and last numbers in which the named runs differ; returns them."""
+def difference(root, names, output=''):
+    """Print the options and last numbers in which the named runs differ, perhaps also as CSV; returns them."""
     for name in names:
         if not (root / name / 'run.json').is_file():
             raise UserError(f'--diff: there is no run {name} in {root}; python3 cli.py runs lists them')
@@ -185,4 +189,6 @@ def difference(root, names):
             '  '.join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines
         )
     )
+    if output:
+        write_table(path_of(output), [('option', *names), *found])
     return found

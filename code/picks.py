@@ -28,6 +28,9 @@ def select(args):
         known = list_checkpoints(args)
         hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
         raise UserError(f'select wants --ckpt_name=<run>/<checkpoint>; {hint}')
+    output = path_of(args.output or 'data/selected.csv')
+    if output.suffix.lower() != '.csv':
+        raise UserError(f'--output={args.output}: the list is a .csv, its pictures lie beside it')
     device = use_device(args)
     args, model, _ = get_model_ckpt(args)
     backbone = model.backbone.to(device, memory_format=torch.channels_last)
@@ -39,7 +42,6 @@ def select(args):
         name: features_of(args, backbone, in_order(args, images), f'features of {name}')[0]
         for name, images in splits.items()
     }
-    output = path_of(args.output or 'data/selected.csv')
     chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
     write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
     save_picture(gallery(args, [(train, row) for row in chosen.tolist()[:SHOWN]]), output.with_suffix('.png'))

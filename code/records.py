@@ -1,5 +1,6 @@
 """The small files and system records that are read without torch: JSON, metrics.jsonl, /proc."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -15,20 +16,35 @@ def read_json(path):
 
 
 def read_metrics(path):
-    """The lines of a metrics file as dicts; a last one that was cut short is left out. Empty where there is none.
-    What as_json made null is nan again."""
+    """The lines of a metrics file as dicts of `epoch`, an int, perhaps `time`, a text, and numbers; what is damaged,
+    cut short or something else is left out. Empty where there is no file. What as_json made null is nan again."""
     found = []
     try:
-        text = path.read_text(encoding='utf-8')
+        lines = path.read_bytes().splitlines()
     except OSError:
         return found
-    for line in text.splitlines():
+    for line in lines:
         try:
             values = json.loads(line)
         except ValueError:
-            break
-        found.append({name: math.nan if value is None else value for name, value in values.items()})
+            continue
+        if isinstance(values, dict) and type(values.get('epoch')) is int:
+            values = {name: math.nan if value is None else value for name, value in values.items()}
+            found.append({name: value for name, value in values.items() if name == 'time' or is_number(value)})
     return found
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def oldest_first(paths):
+    """Those of the paths that lead to a file, by when it was written."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
 
 
 def as_json(value, **options):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import pictures
 from ckpt import get_model_ckpt
-from config import OPTIONS, UserError, changed, path_of
+from config import OPTIONS, UserError, WorkError, changed, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
@@ -27,8 +27,9 @@ from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
 from metric.plane import plane
 from protocols.features import features_of
-from records import read_metrics
+from records import is_number, read_metrics
 from results import of_run
+from terminal import complain
 from utils import evenly_spaced, save_picture, use_device, write_aside
 from verdict import of_metrics
 
@@ -75,7 +76,10 @@ def report(args):
     if not args.ckpt_name:
         raise UserError('report wants --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
     device = use_device(args)
-    runs = [opened(args, name, device) for name in args.ckpt_name.split(',')]
+    names = [name.strip() for name in args.ckpt_name.split(',')]
+    if '' in names:
+        raise UserError(f'--ckpt_name={args.ckpt_name}: there is nothing beside a comma')
+    runs = whole_ones(args, names, device)
     for run in runs:
         look(run, runs[0].args)
     folder = path_of(args.log_path) / runs[0].name
@@ -89,6 +93,20 @@ def report(args):
     write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
     say(f'report     {page}')
     return page
+
+
+def whole_ones(args, names, device):
+    """The runs; of several, one whose checkpoint is damaged is warned of and left out. Raises its WorkError where none
+    is left."""
+    runs = []
+    for name in names:
+        try:
+            runs.append(opened(args, name, device))
+        except WorkError as error:
+            if name == names[-1] and not runs:
+                raise
+            complain('warning', f'{error}; left out')
+    return runs
 
 
 def opened(args, name, device):
@@ -227,8 +245,11 @@ def galleries(runs, page):
     path = path_of(first.args.log_path) / first.name / 'two_views.png'
     views = None
     if path.is_file():
-        with Image.open(path) as image:
-            views = image.width, image.height, embedded(image.convert('RGB'), 'PNG')
+        try:
+            with Image.open(path) as image:
+                views = image.width, image.height, embedded(image.convert('RGB'), 'PNG')
+        except OSError as error:
+            complain('warning', f'{path} is damaged, and left out: {error}')
     x = on_map(first, first)
     pairs, cosines = choose.near_pairs(x, first.args.duplicates)
     odd, near = choose.oddest(x, min(GALLERY, len(x)))
@@ -296,7 +317,8 @@ def rendered(runs, content, data):
 
 def verdict_on(run):
     """What the measures without labels say of a run, (word, sentence); None of one that has none."""
-    return of_metrics(read_metrics(run.checkpoint['run'] / 'metrics.jsonl'))
+    lines = read_metrics(run.checkpoint['run'] / 'metrics.jsonl')
+    return of_metrics([line for line in lines if line['epoch'] <= run.checkpoint['epoch']])
 
 
 def numbers(run):
@@ -311,15 +333,16 @@ def numbers(run):
         ('rank', 'pretraining/rank', '{:.1f}'),
         ('images/s', 'speed/images_per_second', '{:.0f}'),
     ):
-        if tag in run.logged:
-            found.append((name, form.format(run.logged[tag][-1][1])))
+        by_then = [value for epoch, value in run.logged.get(tag, []) if epoch <= run.checkpoint['epoch']]
+        if by_then:
+            found.append((name, form.format(by_then[-1])))
     return found
 
 
 def result_rows(run):
     """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
     for result in of_run(run.checkpoint['run']):
-        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if result.get(key) is not None] or [
+        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if is_number(result.get(key))] or [
             ('', '')
         ]
         beside = ', '.join(' '.join(pair) for pair in others)

@@ -13,7 +13,8 @@ import torch
 from ckpt import OF_THE_CALL, load_file, versions
 from config import OPTIONS, UserError, path_of
 from distributed import rank
-from records import as_json
+from records import as_json, is_number, oldest_first, read_json
+from terminal import complain
 from utils import write_aside
 
 # Of the protocol `semi` and so on: what is shown of the settings in a file's name.
@@ -84,8 +85,13 @@ def write(run, name, asked, found, classifier=None):
 def of_run(run, **wanted):
     """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
     which images they were of."""
-    found = sorted(run.glob('evaluate_*.json'), key=lambda path: path.stat().st_mtime)
-    results = [json.loads(path.read_text()) for path in found]
+    results = []
+    for path in oldest_first(run.glob('evaluate_*.json')):
+        result = read_json(path)
+        if isinstance(result.get('protocol'), str) and is_number(result.get('epoch')):
+            results.append(result)
+        else:
+            complain('warning', f'{path} is damaged, or no result of evaluate: left out')
     return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
 
 

@@ -11,8 +11,8 @@ from ckpt import OF_THE_CALL, checkpoints, read, save_checkpoint, versions
 from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
 from distributed import rank
 from formats import upgraded
-from listing import MARK, mark_of_this_process
-from records import read_json
+from listing import MARK, mark_of_this_process, options_of
+from records import oldest_first, read_json
 from stop import held
 from utils import write_aside
 
@@ -88,7 +88,7 @@ def find_run(args, name):
     for path in (path_of(args.ckpt_path) / name, path_of(name)):
         if path.is_dir():
             return path
-    known = [run.name for run in runs(args)]
+    known = [path.parent.name for path in oldest_first(path_of(args.ckpt_path).glob('*/run.json'))]
     raise UserError(
         f'there is no run {name} in {path_of(args.ckpt_path)}; '
         + (f'the newest is {known[-1]}' if known else 'there is none yet')
@@ -116,6 +116,7 @@ def describe_run(run, args):
     about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', now)}
     if before:
         about['resumed'] = now
+        about['args']['init_from'] = args.init_from or options_of(run).get('init_from', '')  # what it began from stays
     if not rank():
         write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 
@@ -128,7 +129,8 @@ def of_run(args):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
     saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
-    kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
+    of_the_call = {*OF_THE_CALL} - {'init_from'}  # the same weights to begin from
+    kept = {name: getattr(args, name) for name in (*args.given, *of_the_call)}
     return changed(args, **{**saved, **kept})
 
 

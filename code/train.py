@@ -145,6 +145,10 @@ def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=N
 def set_up(args):
     """(args, state, iterators, run): all that a training needs. What cannot work is said here, before the first batch:
     UserError and WorkError."""
+    ways = ('resume', 'ckpt_name', 'from_run', 'init_from')
+    starts = [name for name in ways if getattr(args, name) not in ('', 'auto')]
+    if len(starts) > 1 and starts != ['from_run', 'init_from']:  # options of one, weights of another
+        raise UserError(f'--{starts[0]} and --{starts[1]} say two starts of one run: leave one out')
     args = of_run(args) if args.from_run else args
     args = resumed(args) if args.resume else args
     args, model, checkpoint = get_model_ckpt(args)
@@ -172,7 +176,8 @@ def set_up(args):
         run = Run(args, checkpoint['run'], checkpoint['path'], state.position)
     else:
         run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
-    describe_run(run.folder, args)
+    if state.epoch < args.max_epochs:  # of a finished one nothing changes
+        describe_run(run.folder, args)
     log_to(run.folder / 'log.txt')
     introduce(args, state, run, iterators['train'])
     return args, state, iterators, run

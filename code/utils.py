@@ -218,11 +218,20 @@ def write_aside(path, write):
     several processes the first of each machine writes."""
     if not first_here():
         return
+    path = path.resolve()  # a link stays one
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, a device
+        write(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name}.{socket.gethostname()}.{os.getpid()}.part')
     try:
+        aside.touch()  # torch would not say why it cannot
         write(aside)
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename not in (str(aside), aside):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was asked for
     except RuntimeError as error:  # torch.save's way to say that it could not write
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
     finally:

@@ -58,8 +58,8 @@ def verdict(now, untrained):
 def of_metrics(lines):
     """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
     beside epoch 0; None where one of them is not there."""
-    measured = [line for line in lines if 'pretraining/rank' in line]
-    if len(measured) < 2 or measured[0]['epoch']:
+    measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
+    if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return None
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])

@@ -13,6 +13,7 @@ from dataloader.images import is_image, shown
 from dataloader.names import Names
 from dataloader.scan import OF_SYSTEMS, Found, ending
 from dataloader.stores.tar import Tar, state_of
+from logger import say
 
 PACKED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 LONGEST_CLASS = 1000  # bytes of a .cls file
@@ -113,6 +114,18 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
             others['(empty)'] += 1
         else:
             yield prefix + name, offset, member.size
+    check_end(archive, prefix)
+
+
+def check_end(archive, prefix):
+    """Raise WorkError where what stopped tarfile is not the end of an archive, two blocks of zeros, but a header that
+    cannot be read; say so where the archive just stops."""
+    archive.fileobj.seek(archive.offset)
+    block, name = archive.fileobj.read(tarfile.BLOCKSIZE), shown(archive.name or prefix)
+    if block.strip(b'\0'):
+        raise WorkError(f'{name} is damaged: there is no header at byte {archive.offset}, and more behind it')
+    if len(block) < tarfile.BLOCKSIZE:
+        say(f'{name} stops without the mark that ends an archive: was it cut short?')
 
 
 def in_order(name):

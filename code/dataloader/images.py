@@ -41,7 +41,7 @@ def endings():
     return frozenset(
         ending.encode()
         for ending, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in left_out
+        if (name in Image.OPEN or name == 'MPO') and name not in left_out  # MPO is opened as a JPEG
     )
 
 

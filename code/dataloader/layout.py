@@ -21,7 +21,7 @@ from dataloader.archives import PACKED, open_archives
 from dataloader.images import is_image, shown
 from dataloader.names import Names
 from dataloader.part import Part
-from dataloader.scan import Found, ending, scan
+from dataloader.scan import Found, scan
 from dataloader.stores.files import Files
 
 SPLITS = {
@@ -34,6 +34,7 @@ SPLITS = {
     'testing': 'test',
 }
 ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
+SHARD = re.compile(r'([a-z]+)-\d+')  # an archive in an archive, as a folder
 
 
 def find(root, cache_path, progress):
@@ -72,7 +73,8 @@ def whole(path, cache_path, progress):
         found = scan_with_bar(path, progress)
         return unlabelled(path, found, Files(path, found.names))
     if not path.is_file():
-        raise UserError(f'there is no {shown(path)}')
+        is_what = 'is neither a file nor a folder' if path.exists() else 'is not there'
+        raise UserError(f'{shown(path)} {is_what}')
     if is_tar(path):
         found, store, _ = open_archives([path], cache_path, progress)
         return unlabelled(path, found, store)
@@ -122,39 +124,51 @@ def of_place(paths, cache_path, progress):
     if not is_tar(paths[0]):
         return listed(paths[0])
     found, store, by_cls = open_archives(paths, cache_path, progress)
+    labels, classes = by_cls or (None, [])
     own = re.split(r'[-.]', paths[0].name)[0]
     if len(found.folders) == 1 and not found.loose and found.folders[0].lower() == own.lower():
-        found, store = inside(found, store, 0)  # tar cf train.tar train
-    if by_cls:
-        return Part(paths[0], store, by_cls[0], by_cls[1], found.others, found.passed)
-    return part_of(paths[0], found, store)
+        found, store, labels = inside(found, store, 0, labels)  # tar cf train.tar train
+    return as_part(paths[0], found, store, labels, classes)
 
 
 def in_one_archive(path, cache_path, progress):
     """The splits of one archive, which may be packed as a folder of them, or as a folder that holds such a one."""
     found, store, by_cls = open_archives([path], cache_path, progress)
-    if by_cls:
-        return {'train': Part(path, store, *by_cls, found.others, found.passed)}
+    labels, classes = by_cls or (None, [])
     for _ in range(2):
+        if shards := [name for name in found.folders if SHARD.fullmatch(name) and SHARD.fullmatch(name)[1] in SPLITS]:
+            raise UserError(f'{shown(path)} holds the shards {shown(shards[0])}, ...: unpack it (tar xf) into a folder')
         splits = {SPLITS[name.lower()]: row for row, name in enumerate(found.folders) if name.lower() in SPLITS}
         if 'train' in splits:
-            return {name: part_of(path / name, *inside(found, store, row)) for name, row in splits.items()}
+            return {
+                name: as_part(path / name, *inside(found, store, row, labels), classes) for name, row in splits.items()
+            }
         if len(found.folders) != 1 or found.loose:
             break
-        found, store = inside(found, store, 0)
+        found, store, labels = inside(found, store, 0, labels)
+    if by_cls:
+        return {'train': as_part(path, found, store, labels, classes)}
     return {'train': plain(path, found, store)}
 
 
-def inside(found, store, row):
-    """(Found, store) of what lies in folder number `row` of `found`."""
+def as_part(where, found, store, labels, classes):
+    """The Part of an archive's images: of the classes that .cls files name, or else of its folders."""
+    if labels is None:
+        return part_of(where, found, store)
+    return Part(where, store, labels, classes, found.others, found.passed)
+
+
+def inside(found, store, row, labels=None):
+    """(Found, store, labels) of what lies in folder number `row` of `found`."""
     start = found.loose + sum(found.counts[:row])
-    store = store.select(range(start, start + found.counts[row]))
+    end = start + found.counts[row]
+    store, labels = store.select(range(start, end)), None if labels is None else labels[start:end]
     cut = len(os.fsencode(found.folders[row])) + 1
     names = [store.names.raw(i)[cut:] for i in range(len(store.names))]
     store.names = Names(names)
     tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for name in names if b'/' in name)
     folders = sorted(tops)
-    return Found(store.names, folders, [tops[name] for name in folders], found.others, found.passed), store
+    return Found(store.names, folders, [tops[name] for name in folders], found.others, found.passed), store, labels
 
 
 def part_of(where, found, store):
@@ -191,8 +205,10 @@ def unlabelled(where, found, store):
 
 def listed(path):
     """The Part of a list: a path a line, relative to the list's folder, after a tab perhaps its class."""
-    names, owners = [], []
-    for line in path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines():
+    names, owners, content = [], [], path.read_bytes()
+    if b'\0' in content[:1000]:
+        raise UserError(f'{shown(path)} is neither an image, by its ending, nor a list of paths, nor a .tar')
+    for line in content.removeprefix(b'\xef\xbb\xbf').splitlines():
         if not line.strip():
             continue
         name, _, owner = line.partition(b'\t')
@@ -202,11 +218,11 @@ def listed(path):
         except FileNotFoundError:
             if not names:
                 raise UserError(
-                    f'{shown(path)}: there is no file {shown(name[:80])!r}, its first line, in '
+                    f'{shown(path)}: there is no file {shown(name[:80])}, its first line, in '
                     f'{shown(path.parent)}; a list has a path a line, after a tab the class'
                 ) from None
         except (OSError, ValueError):
-            raise UserError(f'{shown(path)} is no list of paths: a line of it is {shown(name[:80])!r}') from None
+            raise UserError(f'{shown(path)} is no list of paths: a line of it is {shown(name[:80])}') from None
         names.append(name)
         owners.append(os.fsdecode(owner.strip()))
     if not names:
@@ -214,8 +230,7 @@ def listed(path):
     classes = sorted(set(owners) - {''})
     number = {name: i for i, name in enumerate(classes)} | {'': -1}
     labels = torch.tensor([number[owner] for owner in owners])
-    others = Counter(f'{ending(name)} (listed)' for name in names if not is_image(name))
-    return Part(path, Files(path.parent, Names(names)), labels, classes, others)
+    return Part(path, Files(path.parent, Names(names)), labels, classes)
 
 
 def scan_with_bar(folder, progress):

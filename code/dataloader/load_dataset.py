@@ -39,9 +39,11 @@ def get_iterator(args):
     splits = load_splits(args)
     train = splits['train']
     if len(train) < args.batch_size:
+        size = 2 ** (len(train).bit_length() - 1)
+        hint = f'try --batch_size={size}' if size > 1 else 'two are the fewest that can be told apart'
         raise UserError(
-            f'{shown(train.folder)} has {len(train)} images, fewer than a batch of {args.batch_size}: '
-            f'try --batch_size={2 ** (len(train).bit_length() - 1)}'
+            f'{shown(train.folder)} has {len(train)} images to train on, fewer than a batch of {args.batch_size}: '
+            + hint
         )
     iterators = {name: in_order(args, images) for name, images in splits.items() if name != 'train' and images}
     return {
@@ -183,7 +185,7 @@ def load_whole(args, path):
 
 def of_part(args, part, labels, classes):
     """The Images of a Part: held in memory, made smaller on disk, or read when they are needed."""
-    store, where, kept = part.store, part.where, path_of(args.cache_path)
+    store, where, kept = part.store, part.where, path_of(args.cache_path) / part.share
     if args.bad_images == 'skip' and not isinstance(store, Memory):
         rows = prepare.readable(store, where, kept)
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]

@@ -7,9 +7,10 @@ import tarfile
 from PIL import Image
 
 from config import UserError, path_of
-from dataloader.images import shown
+from dataloader.images import is_image, shown
 from dataloader.load_dataset import parts_of
 from dataloader.prepare import readable, smaller
+from dataloader.scan import OF_SYSTEMS
 from logger import progress, say
 from terminal import hushed
 from utils import write_aside
@@ -29,9 +30,16 @@ def pack(args):
     output = path_of(args.output)
     if there := sorted(output.glob('*-??????.tar')):
         raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
-    for name, part in parts_of(args).items():
+    parts = parts_of(args)
+    for part in parts.values():
+        if part.classes and (none := int((part.labels < 0).sum())):
+            raise UserError(
+                f'{none} of the {len(part.labels)} images of {shown(part.where)} have no class: an archive says it of '
+                'all or of none, pack them apart'
+            )
+    for name, part in parts.items():
         if args.bad_images == 'skip':
-            part = part.select(readable(part.store, part.where, path_of(args.cache_path)))
+            part = part.select(readable(part.store, part.where, path_of(args.cache_path) / part.share))
         shards = write_split(args, output, name, part)
         say(f'{name:5}  {len(part.labels)} images in {shards} archives')
     say(f'use them: --image_path={shown(output)}')
@@ -58,22 +66,23 @@ def write_split(args, output, name, part):
 
 
 def entry(args, part, row):
-    """(name in the archive, bytes) of an image: in the folder of its class, where it has one."""
-    raw = part.store.names.raw(row).lstrip(b'/')
+    """(name in the archive, bytes) of an image: in the folder of its class, or in none, where a folder would be one."""
+    raw, label = part.store.names.raw(row), int(part.labels[row])
     parts = [piece for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
-    label = int(part.labels[row])
-    owner = os.fsencode(part.classes[label]) if label >= 0 else None
-    if owner is not None and parts[0] != owner:
+    parts = [b'_' + piece if piece.startswith(b'.') or piece.lower() in OF_SYSTEMS else piece for piece in parts]
+    if label < 0:
+        parts = [b'%2F'.join(parts)]
+    elif parts[0] != (owner := os.fsencode(part.classes[label])):
         parts.insert(0, owner.replace(b'/', b'_'))
     name = b'/'.join(parts)
     if args.pack_side:
         image, buffer = Image.fromarray(smaller(part.store, row, args.pack_side, args.pixel_max)), io.BytesIO()
         image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
-        return name.rpartition(b'.')[0] + b'.jpg', buffer.getvalue()
+        return name if name.lower().endswith((b'.jpg', b'.jpeg')) else name + b'.jpg', buffer.getvalue()
     with part.store.opened(row) as image:
         if getattr(image, 'fp', None):
             image.fp.seek(0)
-            return name, image.fp.read()
+            return name if is_image(name) else name + f'.{image.format.lower()}'.encode(), image.fp.read()
         buffer = io.BytesIO()  # decoded already: torchvision's own files
         image.save(buffer, 'PNG')
         return name + b'.png', buffer.getvalue()

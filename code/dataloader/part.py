@@ -18,6 +18,7 @@ class Part:
     classes: list
     others: Counter = field(default_factory=Counter)  # what lies there and is no image, by ending
     passed: list = field(default_factory=list)  # folders that were not gone into
+    share: str = ''  # what is held out of a folder keeps its cache files apart from those of the rest
 
     def select(self, rows):
         return replace(self, store=self.store.select(rows), labels=self.labels[rows])
@@ -37,4 +38,5 @@ def hold_out(part, fraction):
         chosen += rows[: max(0, count)]
     held = torch.zeros(len(names), dtype=torch.bool)
     held[chosen] = True
-    return tuple(part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
+    train, val = (part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
+    return train, replace(val, share='held_out')

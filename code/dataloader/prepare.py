@@ -1,5 +1,6 @@
 """What is done once with all images of a store: held in memory, made smaller on disk, tried."""
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,11 +28,7 @@ def hold_in_memory(store, where, wish, white, cache_path):
     """
     if wish == 'off':
         return None
-    try:
-        with store.opened(0) as image:
-            width, height = image.size
-    except WorkError:
-        width = height = 1  # whatever else is there will tell
+    width, height = first_size(store)
     small = max(width, height) <= SMALL_SIDE and len(store.names) * width * height * 3 <= MEMORY_BYTES
     if not small and wish == 'auto':
         return None
@@ -50,6 +47,14 @@ def hold_in_memory(store, where, wish, white, cache_path):
     pixels = torch.from_numpy(images)
     cache.keep(path, {'mark': mark, 'content': pixels})
     return Memory(store.names, pixels)
+
+
+def first_size(store):
+    """Width and height of the first image that can be opened; of none 1 and 1: reading them all will tell why."""
+    for row in range(len(store.names)):
+        with contextlib.suppress(WorkError), store.opened(row) as image:
+            return image.size
+    return 1, 1
 
 
 def resized(store, where, side, white, cache_path):
@@ -106,7 +111,10 @@ def readable(store, where, cache_path):
         bad = [error.row for error in errors]
         cache.keep(path, {'mark': mark, 'content': bad})
         text = ''.join(f'{error}\n' for error in errors)
-        write_aside(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+        try:
+            write_aside(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+        except OSError as error:
+            say(f'{shown(named)} cannot be written ({error.strerror}); what would stand there:\n{text}')
     rows = torch.ones(len(store.names), dtype=torch.bool).index_fill_(0, torch.tensor(bad, dtype=torch.int64), False)
     if len(bad) == len(rows):
         raise WorkError(f'no image of {shown(where)} can be read')

@@ -270,7 +270,7 @@ def test_layouts_that_cannot_work(drawn, tmp_path):
     with pytest.raises(UserError, match='class folder .*empty holds no images'):
         get_iterator(options(folder))
     (folder / 'train/empty').rmdir()
-    with pytest.raises(UserError, match='72 images, fewer than a batch of 100: try --batch_size=64'):
+    with pytest.raises(UserError, match='72 images to train on, fewer than a batch of 100: try --batch_size=64'):
         get_iterator(options(folder, batch_size=100))
 
 

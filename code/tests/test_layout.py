@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
-from dataloader import layout
+from dataloader import layout, prepare
 from dataloader.images import endings
 from dataloader.load_dataset import get_iterator, load_splits, load_whole
 from dataloader.scan import scan
@@ -348,6 +348,36 @@ def test_names_are_bytes(drawn, tmp_path):
     assert list(packed['train'].names) == list(load_splits(options(folder))['train'].names)
 
 
+@pytest.mark.parametrize('more', [{'resize_cache': 64}, {'bad_images': 'skip'}, {'cache_images': 'on'}])
+def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
+    """train and the val held out of the same folder: neither takes the other's file for its own."""
+    for number in range(24):
+        picture(tmp_path / f'set/{"ab"[number % 2]}/{number:02d}.png', size=(120, 120))
+    more = {'val_fraction': 0.25, **more}
+    splits = load_splits(options(tmp_path / 'set', val_fraction=0.25, cache_images='off'))
+    bad = [*splits['train'].store.names][:2] + [*splits['val'].store.names][:1]
+    if 'bad_images' in more:
+        for name in bad:
+            (tmp_path / 'set' / name).write_bytes(b'no image')
+    found = [load_splits(options(tmp_path / 'set', **more)) for _ in range(2)]
+    wanted = (16, 5) if 'bad_images' in more else (18, 6)
+    assert all((len(splits['train']), len(splits['val'])) == wanted for splits in found)
+    named = [path.read_text() for path in (tmp_path / 'set.cache').rglob('*.txt')]
+    assert sorted(text.count('set/') for text in named) == ([1, 2] if 'bad_images' in more else [])
+    for splits in found:
+        splits['train'].read(0, 1, 'moco')
+
+
+def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path):
+    """The size of the set is reckoned from one that can."""
+    for number in range(3):
+        picture(tmp_path / f'set/{number}.png', size=(200, 200))
+    (tmp_path / 'set/0.png').write_bytes(b'no image')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, 'decode_all', None)
+        assert not load_splits(options(tmp_path / 'set'))['train'].in_memory()
+
+
 def test_an_unreadable_name_is_one_line(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     with open(os.fsencode(folder) + b'/train/dots/caf\xe9\n\x1b.png', 'wb') as file:
@@ -378,7 +408,7 @@ def test_a_folder_that_may_not_be_read_is_said_to_be(drawn, tmp_path):
 import os, sys
 sys.path.insert(0, {str(CODE)!r})
 from pathlib import Path
-from dataloader import layout
+from dataloader import layout, prepare
 os.setuid(65534)
 try:
     layout.find(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)

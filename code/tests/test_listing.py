@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import cli
 import listing
+import results
+import verdict
 from config import get_config
 from conftest import CODE, TINY, one_line, own_paths
-from records import as_json
+from records import as_json, read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -56,7 +58,7 @@ def test_what_each_run_is(tmp_path, capsys):
         'c': 'running',
         'd': 'lost',
         'e': 'running on elsewhere',
-        'f': 'finished',
+        'f': 'unknown',
         'g': 'stopped',
     }
     assert (found['b']['epoch'], found['b']['loss'], found['b']['rank']) == ('1/3', '-0.1000', '99.0')
@@ -64,6 +66,61 @@ def test_what_each_run_is(tmp_path, capsys):
     assert found['g']['epoch'] == '1/3'
     said = capsys.readouterr().out
     assert all(name in said for name in found)
+
+
+DAMAGED = (
+    *(
+        b'',
+        b'5',
+        b'null',
+        b'[1]',
+        b'"a"',
+        b'\xff\n',
+        b'{"epoch"',
+        b'{}',
+        b'{"a": 1}',
+        b'{"args": 3}',
+        b'{"top1": null}',
+    ),
+    *(b'{"top1": "x"}', b'{"epoch": "x", "top1": 3}', b'{"epoch": 1, "pretraining/loss": "low"}', b'{"epoch": [1]}'),
+    *(b'{"args": {"max_epochs": "two"}}', b'{"args": {"max_epochs": null, "batch_size": [1, 2], "preset": {}}}'),
+    *(b'{"epoch": 0, "pretraining/rank": 3}\n{"epoch": 1, "pretraining/rank": 2}', b'{"epoch": true, "host": []}'),
+)
+
+
+@pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', listing.MARK])
+def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, capsys):
+    whole = made(tmp_path, 'whole', epoch=2)
+    (whole / 'evaluate_linear_1.json').write_text('{"protocol": "linear", "epoch": 2, "top1": 50.0}')
+    alone = rows(tmp_path)['whole']
+    for number, content in enumerate(DAMAGED):
+        (made(tmp_path, f'odd{number}', epoch=1) / name).write_bytes(content)
+    (made(tmp_path, 'dangling') / name).unlink(missing_ok=True)
+    (tmp_path / 'ckpt/dangling' / name).symlink_to('/nowhere')
+    for column in listing.COLUMNS:
+        found = rows(tmp_path, ('sort', column))
+        assert len(found) == len(DAMAGED) + 2
+        assert {**found['whole'], 'options': ''} == {**alone, 'options': ''}
+    for folder in (tmp_path / 'ckpt').iterdir():
+        results.of_run(folder, protocol='linear')
+        verdict.of_metrics(read_metrics(folder / 'metrics.jsonl'))
+
+
+def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
+    folder = made(tmp_path, 'a', epoch=2)
+    lines = [{'epoch': 0, 'pretraining/knn_top1': 40.0}, {'epoch': 1, 'pretraining/loss': -0.1}]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (folder / 'evaluate_linear_1.json').write_text('{"protocol": "linear", "epoch": 0, "top1": 50.0}')
+    assert [rows(tmp_path)['a'][name] for name in ('knn', 'linear', 'loss')] == ['', '', '-0.1000']
+    (folder / 'metrics.jsonl').write_text(json.dumps(lines[0]) + '\n')
+    assert [rows(tmp_path)['a'][name] for name in ('knn', 'linear')] == ['40.00', '50.00']
+
+
+def test_a_number_that_is_none_is_last_and_disturbs_no_order(tmp_path, capsys):
+    for name, rank in (('a', 3.0), ('b', None), ('c', 1.0), ('d', 2.0)):
+        folder = made(tmp_path, name)
+        (folder / 'metrics.jsonl').write_text(json.dumps({'epoch': 1, 'pretraining/rank': rank}) + '\n')
+    assert [*rows(tmp_path, ('sort', 'rank'))] == ['c', 'd', 'a', 'b']
 
 
 @pytest.mark.parametrize('column', listing.COLUMNS)
@@ -155,7 +212,7 @@ def test_a_table_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(csv.DictWriter, 'writerows', full)
+    monkeypatch.setattr(csv, 'writer', full)
     with pytest.raises(OSError, match='No space left'):
         rows(tmp_path, ('output', str(table)))
     assert table.read_text() == 'as it was'

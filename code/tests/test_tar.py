@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import cli
 from config import UserError, WorkError, get_config
-from conftest import TINY, one_line, own_paths, run
+from conftest import CODE, TINY, one_line, own_paths, run
 from dataloader import archives, layout
 from dataloader.load_dataset import get_iterator, load_splits
 from test_cli import newest, same
@@ -297,6 +299,73 @@ def test_archives_cut_short_anywhere(drawn_large, tmp_path):
         except (UserError, WorkError):
             continue
         assert len(found.labels) <= 24
+
+
+@pytest.mark.parametrize('damage', ['header', 'cut in a header', 'cut between'])
+def test_a_damaged_header_loses_no_image_in_silence(damage, drawn_large, tmp_path, capsys):
+    path = tarred(drawn_large, tmp_path / 'set') / 'train.tar'
+    (tmp_path / 'set/val.tar').unlink()
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[10].offset
+    content = bytearray(path.read_bytes())
+    content[at : at + 512] = os.urandom(512)
+    path.write_bytes({'header': content, 'cut in a header': content[: at + 100], 'cut between': content[:at]}[damage])
+    if damage == 'cut between':
+        assert len(load_splits(options(tmp_path / 'set', val_fraction=0.0))['train']) == 10
+        assert 'train.tar stops without the mark that ends an archive' in capsys.readouterr().out
+    else:
+        with pytest.raises(WorkError, match=f'train.tar is damaged: there is no header at byte {at}'):
+            load_splits(options(tmp_path / 'set'))
+
+
+def test_an_archive_of_shards_is_refused_and_one_with_cls_files_has_its_splits(tmp_path):
+    kinds = {'png': png(), 'cls': b'dog'}
+    places = [f'{split}/{number}' for split in ('train', 'val') for number in range(3)]
+    write(tmp_path / 'one.tar', [(f'{place}.{kind}', kinds[kind]) for place in places for kind in kinds])
+    splits = load_splits(options(tmp_path / 'one.tar'))
+    assert [len(splits[name]) for name in ('train', 'val')] == [3, 3]
+    assert splits['val'].classes == ['dog']
+    write(tmp_path / 'train-000000.tar', [('a/1.png', png()), ('b/1.png', png())])
+    write(tmp_path / 'all.tar', [('train-000000.tar', (tmp_path / 'train-000000.tar').read_bytes())])
+    with pytest.raises(UserError, match='holds the shards train-000000, ...: unpack it'):
+        load_splits(options(tmp_path / 'all.tar'))
+
+
+@pytest.mark.parametrize('side', [0, 20])
+@pytest.mark.parametrize(
+    ('names', 'classes'),
+    [
+        (('1.png', 'trip/1.png', 'trip/.hidden/1.png'), []),
+        (('DCIM/1.png', 'DCIM/2.png'), []),
+        (('a/1.png', 'a/1.gif', 'b/1'), None),
+    ],
+)
+def test_what_is_packed_is_what_was_there(names, classes, side, tmp_path):
+    """As many images, under as many names, of the same classes, wherever they lay and whatever they were called."""
+    for name in names:
+        (tmp_path / 'set' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'set' / name).write_bytes(png())
+    lines = [name if classes == [] else f'{name}\t{name[0]}' for name in names]
+    (tmp_path / 'set/list.txt').write_text('\n'.join(lines))
+    path = tmp_path / 'set/list.txt'
+    given = [f'--image_path={path}', f'--output={tmp_path}/packed', *own_paths(tmp_path, 'cache')]
+    assert cli.main(['pack', *given, '--val_fraction=0', *([f'--pack_side={side}'] if side else [])]) == 0
+    before, after = (load_splits(options(at, val_fraction=0.0))['train'] for at in (path, tmp_path / 'packed'))
+    assert len({*after.store.names}) == len(after) == len(before) == len(names)
+    assert after.classes == before.classes
+    assert sorted(after.labels.tolist()) == sorted(before.labels.tolist())
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for number in range(40):
+        write(tmp_path / f'set/train-{number:06d}.tar', [('a/1.png', png()), ('b/1.png', png())])
+    code = (
+        'import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (30, 200)); import sys, cli; '
+        f"sys.exit(cli.main(['check_dataloader', '--preset=demo', '--batch_size=4', '--image_path={tmp_path}/set', "
+        f"'--cache_images=off', '--num_workers=0', '--cache_path={tmp_path}/cache', '--log_path={tmp_path}/log']))"
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_archive_that_changes_under_a_run_is_one_line(drawn_large, tmp_path):

@@ -1,9 +1,11 @@
 """Images in tar archives, read where they lie."""
 
+import errno
 import functools
 import hashlib
 import io
 import os
+import resource
 from pathlib import Path
 
 from config import WorkError
@@ -20,7 +22,10 @@ class Tar:
     def opened(self, index):
         archive = self.archives[self.which[index]]
         wanted = int(self.sizes[index])
-        found = os.pread(descriptor(archive), wanted, int(self.offsets[index]))
+        try:
+            found = os.pread(descriptor(archive), wanted, int(self.offsets[index]))
+        except OSError as error:
+            raise WorkError(f'cannot read the archive {shown(archive)}: {error.strerror}') from None
         name = f'{archive}: {self.names[index]}'
         if len(found) < wanted:
             raise WorkError(f'cannot read the image {shown(name)}: the archive has changed or is cut short')
@@ -45,5 +50,13 @@ def state_of(archives):
 
 @functools.cache
 def descriptor(archive):
-    """An open archive: read by position, so processes and threads may share it."""
-    return os.open(Path(archive), os.O_RDONLY)
+    """An open archive: read by position, so processes and threads may share it. There may be thousands of them: where
+    the usual limit of open files is reached, it is raised as far as it may be."""
+    try:
+        return os.open(Path(archive), os.O_RDONLY)
+    except OSError as error:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return os.open(Path(archive), os.O_RDONLY)
