@@ -86,7 +86,7 @@ def read_options(command, words, options):
 
 def check_values(words):
     """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
-    for word, following in zip(words, [*words[1:], '--'], strict=True):
+    for word, following in zip(words, [*words, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
         wants = word.startswith('--') and name in OPTIONS and OPTIONS[name].type is not bool
         if wants and following.startswith('--'):

@@ -207,7 +207,9 @@ def listed(path):
     """The Part of a list: a path a line, relative to the list's folder, after a tab perhaps its class."""
     names, owners, content = [], [], path.read_bytes()
     if b'\0' in content[:1000]:
-        raise UserError(f'{shown(path)} is neither an image, by its ending, nor a list of paths, nor a .tar')
+        raise UserError(
+            f'{shown(path)} is no list of paths: it is no text; images and archives are known by their endings'
+        )
     for line in content.removeprefix(b'\xef\xbb\xbf').splitlines():
         if not line.strip():
             continue

@@ -32,6 +32,12 @@ def test_unknown_option_names_the_nearest(typed, meant, capsys):
         ('--learning_rate=fast', '--learning_rate wants a number'),
         ('--learning_rate=nan', '--learning_rate wants a number'),
         *((f'--{name}=', f'--{name} is given as nothing') for name in ('resume', 'ckpt_name', 'batch_size', 'quiet')),
+        *((f'--{name}= ', f'--{name} is given as nothing') for name in ('resume', 'output', 'batch_size')),
+        *((f'--{name}', f'--{name} is given without a value') for name in OPTIONS if OPTIONS[name].type is not bool),
+        ('--resume=a --init_from=b', '--resume and --init_from say two starts'),
+        ('--ckpt_name=a --from_run=b', '--ckpt_name and --from_run say two starts'),
+        ('--image_path=~nobody-of-this-name/x', 'no such user'),
+        (f'--output={CODE}', 'is a folder: name a file in it'),
         ('--evaluate_after=perhaps', '--evaluate_after wants True or False'),
         ('--batch_size=1', '--batch_size must lie between 2 and'),
         ('--momentum=2', '--momentum must lie between 0.0 and'),
@@ -46,7 +52,7 @@ def test_unknown_option_names_the_nearest(typed, meant, capsys):
     ],
 )
 def test_a_wrong_value_is_one_line_and_exit_code_2(argument, said, capsys):
-    assert cli.main(['train', '--preset=demo', argument]) == 2
+    assert cli.main(['train', '--preset=demo', *re.split(' (?=--)', argument)]) == 2
     assert said in one_line(capsys.readouterr().err)
 
 
