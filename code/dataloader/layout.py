@@ -208,7 +208,7 @@ def listed(path):
     names, owners, content = [], [], path.read_bytes()
     if b'\0' in content[:1000]:
         raise UserError(
-            f'{shown(path)} is no list of paths: it is no text; images and archives are known by their endings'
+            f'{shown(path)} is no list of paths, for it is no text (images are known by their endings)'
         )
     for line in content.removeprefix(b'\xef\xbb\xbf').splitlines():
         if not line.strip():
