@@ -207,9 +207,7 @@ def listed(path):
     """The Part of a list: a path a line, relative to the list's folder, after a tab perhaps its class."""
     names, owners, content = [], [], path.read_bytes()
     if b'\0' in content[:1000]:
-        raise UserError(
-            f'{shown(path)} is no list of paths, for it is no text (images are known by their endings)'
-        )
+        raise UserError(f'{shown(path)} is no list of paths, for it is no text (images are known by their endings)')
     for line in content.removeprefix(b'\xef\xbb\xbf').splitlines():
         if not line.strip():
             continue

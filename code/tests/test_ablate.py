@@ -1,6 +1,7 @@
 """What the paper takes away or changes: each option does that and nothing else; the tables as a user runs them."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from PIL import Image
 import cli
 import pictures
 from ablate import TABLES
-from config import OPTIONS, get_config
-from conftest import TINY, own_paths
+from config import OPTIONS, UserError, get_config
+from conftest import TINY, one_line, own_paths
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
@@ -132,6 +133,15 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     monkeypatch.setattr('ablate.train', lambda args: pytest.fail('trained again'))
     assert cli.main(['ablate', *options]) == 0
     assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
+    monkeypatch.setattr('ablate.train', asked := mock.Mock(side_effect=UserError('trained again')))
+    assert cli.main(['ablate', *options, '--learning_rate=0.123']) == 2  # other options are another table
+    assert asked.call_args[0][0].learning_rate == 0.123
+
+
+@pytest.mark.parametrize('name', ['ckpt_name=x', 'resume=auto', 'protocol=knn', 'evaluate_after=False'])
+def test_what_ablate_decides_is_not_to_be_given(name, capsys):
+    assert cli.main(['ablate', f'--{name}']) == 2
+    assert 'is not for ablate' in one_line(capsys.readouterr().err)
 
 
 def test_curves_are_drawn_where_the_numbers_are():

@@ -328,6 +328,28 @@ def test_what_a_run_has_not_is_left_out(folder, tmp_path, show):
     assert 'no class (24)' in tab.locator('#classes').inner_text()
 
 
+DAMAGED = (b'', b'{"protocol"', b'\xff', b'[]', b'{"a": 1}', b'{"protocol": "linear", "epoch": 1, "top1": "x"}')
+
+
+def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
+    """Results, pictures and metrics of a run, and the checkpoint of one of several."""
+    copied = shutil.copytree(folder, tmp_path / 'copied')
+    for number, content in enumerate(DAMAGED):
+        (copied / 'ckpt' / RUN / f'evaluate_linear_{number}.json').write_bytes(content)
+    (copied / 'log' / RUN / 'two_views.png').write_bytes(b'xx')
+    with open(copied / 'ckpt' / RUN / 'metrics.jsonl', 'ab') as file:
+        file.write(b'{"a": 1}\n5\n\xff\n')
+    (copied / 'ckpt' / OTHER / 'loss_-0.5000_epoch_9').touch()
+    reported(copied, f'--ckpt_name={OTHER},{RUN}')
+    said = capsys.readouterr().err.splitlines()
+    assert sum('no result of evaluate: left out' in line for line in said) == len(DAMAGED) - 1
+    assert sum('two_views.png is damaged' in line for line in said) == 1
+    assert sum(OTHER in line and line.endswith('left out') for line in said) == 1
+    assert len(said) == len(DAMAGED) + 1
+    assert cli.main(['report', f'--ckpt_name={OTHER}', *own_paths(copied)]) == 1
+    assert cli.main(['report', f'--ckpt_name={OTHER},', *own_paths(copied)]) == 2
+
+
 def test_a_loss_that_is_no_number_is_no_point():
     made = pictures.curves([pictures.Panel('a', [('up', [(0, 0.0), (1, 1.0)])]), pictures.Panel('b', [('none', [])])])
     assert 'not measured' in pictures.svg_of(made, 'x')
