@@ -102,13 +102,16 @@ def smaller(store, row, side, white=0.0):
 
 
 def readable(store, where, cache_path):
-    """Row numbers of the images that can be read. All are decoded, once; the others are named in a file, and said.
-    Raises WorkError where none can."""
+    """Row numbers of the images that can be read. All are decoded, once; the others are named in a file, said, and
+    tried again each time: it may have been a right, or the disk. Raises WorkError where none can."""
     path, mark = cache.file_of(cache_path, where.parent, where.name, 'unreadable'), store.digest()
     bad, named = cache.load(path, mark), path.with_suffix('.txt')
-    if bad is None:
-        _, errors = decode_all(store, f'checking {title_of(where)}', keep=False)
-        bad = [error.row for error in errors]
+    before = bad
+    if bad is None or bad:
+        some = store if bad is None else store.select(torch.tensor(bad))
+        _, errors = decode_all(some, f'checking {title_of(where)}', keep=False)
+        bad = [error.row if before is None else before[error.row] for error in errors]
+    if bad != before:
         cache.keep(path, {'mark': mark, 'content': bad})
         text = ''.join(f'{error}\n' for error in errors)
         try:

@@ -20,6 +20,7 @@ from dataloader import layout, prepare
 from dataloader.images import endings
 from dataloader.load_dataset import get_iterator, load_splits, load_whole
 from dataloader.scan import scan
+from dataloader.stores.files import Files
 
 
 def options(folder, **more):
@@ -366,6 +367,23 @@ def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
     assert sorted(text.count('set/') for text in named) == ([1, 2] if 'bad_images' in more else [])
     for splits in found:
         splits['train'].read(0, 1, 'moco')
+
+
+def test_an_image_that_can_be_read_again_is_no_longer_left_out(tmp_path, monkeypatch):
+    """A right, a network's disk: what fails for a while leaves no trace in the file, so its time says nothing."""
+    for number in range(6):
+        picture(tmp_path / f'set/{number}.png', size=(120, 120))
+    opened, failing = Files.opened, {'2.png', '4.png'}
+
+    def fails(store, index):
+        if store.names[index] in failing:
+            raise WorkError(f'cannot read {store.names[index]}')
+        return opened(store, index)
+
+    monkeypatch.setattr(Files, 'opened', fails)
+    for left, wanted in (({'2.png', '4.png'}, 4), ({'4.png'}, 5), ({'4.png'}, 5), (set(), 6), (set(), 6)):
+        failing.intersection_update(left)
+        assert len(load_splits(options(tmp_path / 'set', bad_images='skip'))['train']) == wanted
 
 
 def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path):
