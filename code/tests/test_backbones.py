@@ -92,7 +92,7 @@ def test_residual_blocks_of_other_families_start_as_the_identity():
         ({'backbone': 'inception_v3', 'image_size': 32}, 'does not take images of 32 px'),
         ({'backbone': 'vit_b_16', 'image_size': 100}, 'does not take images of 100 px'),
         ({'backbone': 'fcn_resnet50'}, "none of torchvision's"),
-        ({'backbone': ' '}, "none of torchvision's"),
+        ({'backbone': ' '}, 'is given as nothing'),
     ],
 )
 def test_what_cannot_be_a_backbone_is_said(options, said):
