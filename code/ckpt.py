@@ -23,6 +23,7 @@ from logger import say
 from model.layouts import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
 from records import oldest_first
+from terminal import complain
 from utils import extra, write_aside
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
@@ -359,6 +360,22 @@ def list_checkpoints(args):
     newest = oldest_first(kept[-1] for kept in found.values())[-1:]
     ordered = sorted(found, key=lambda run: [found[run][-1]] == newest)
     return [f'{run.name}/{path.name}' for run in ordered for path in found[run]]
+
+
+def whole_ones(args, names):
+    """get_model_ckpt of each of these --ckpt_name; one that is damaged is warned of and left out. Raises its WorkError
+    where none is left."""
+    found = False
+    for name in names:
+        try:
+            one = get_model_ckpt(changed(args, ckpt_name=str(name)))
+        except WorkError as error:
+            if name == names[-1] and not found:
+                raise
+            complain('warning', f'{error}; left out')
+            continue
+        found = True
+        yield one
 
 
 def find_checkpoint(args):

@@ -10,8 +10,8 @@ import torch
 
 import distributed
 import results
-from ckpt import checkpoints, get_model_ckpt, list_checkpoints
-from config import UserError, WorkError, changed, path_of
+from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
+from config import UserError, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
@@ -21,7 +21,6 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
-from terminal import complain
 from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK
@@ -63,14 +62,7 @@ def of_run(args, name):
 def best_of(args, paths):
     """Judge all checkpoints of a run by --protocol=spectrum, and name the best. Returns its result."""
     found, splits = [], None
-    for path in paths:
-        try:
-            own, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=str(path)))
-        except WorkError as error:
-            if path == paths[-1] and not found:
-                raise
-            complain('warning', f'{error}; left out')
-            continue
+    for own, model, checkpoint in whole_ones(args, paths):
         splits = splits or load_splits(own)
         model = model.to(get_device(own), memory_format=torch.channels_last)
         found.append(evaluate_model(own, model, splits, checkpoint))

@@ -8,9 +8,8 @@ import distributed
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
 from dataloader import vision
-from dataloader.imagenet import archives_of
 from dataloader.images import shown
-from dataloader.layout import places_of
+from dataloader.layout import has_splits
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.torchvision_sets import torchvision_kind
 from logger import say
@@ -135,11 +134,7 @@ def images_to_predict(args, wanted):
     root = wanted or path_of(args.image_path)
     if not root.exists():
         raise UserError(f'--image_path: there is no {shown(root)}')
-    if (
-        wanted is None
-        or torchvision_kind(root)
-        or (root.is_dir() and ('train' in places_of(root) or archives_of(root)))
-    ):
+    if wanted is None or torchvision_kind(root) or (root.is_dir() and has_splits(root)):
         splits = load_splits(replace(args, image_path=str(root)))
         if images := splits['test'] or splits['val']:
             return images

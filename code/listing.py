@@ -24,6 +24,8 @@ COLUMNS = {
     'rank': False,
     'linear': True,
 }
+# What a value of each option may be in a file of JSON.
+TYPES = {name: (option.type, int) if option.type is float else (option.type,) for name, option in OPTIONS.items()}
 # Of the call and the machine, not of what is trained.
 NOT_SHOWN = {
     'model_name',
@@ -137,8 +139,7 @@ def options_of(folder):
     """The options that a run says it has, as far as they are of their types; none where run.json is damaged."""
     found = read_json(folder / 'run.json').get('args', {})
     found = found if isinstance(found, dict) else {}
-    types = {name: (option.type, int) if option.type is float else (option.type,) for name, option in OPTIONS.items()}
-    return {name: value for name, value in found.items() if type(value) in types.get(name, ())}
+    return {name: value for name, value in found.items() if type(value) in TYPES.get(name, ())}
 
 
 def differing(options):

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import pictures
-from ckpt import get_model_ckpt
-from config import OPTIONS, UserError, WorkError, changed, path_of
+from ckpt import whole_ones
+from config import OPTIONS, UserError, changed, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
@@ -30,7 +30,7 @@ from protocols.features import features_of
 from records import is_number, read_metrics
 from results import of_run
 from terminal import complain
-from utils import evenly_spaced, save_picture, use_device, write_aside
+from utils import evenly_spaced, get_device, save_picture, use_device, write_aside
 from verdict import of_metrics
 
 PAGE = Path(__file__).resolve().parent / 'page'
@@ -75,11 +75,11 @@ def report(args):
     """
     if not args.ckpt_name:
         raise UserError('report wants --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
-    device = use_device(args)
+    use_device(args)
     names = [name.strip() for name in args.ckpt_name.split(',')]
     if '' in names:
         raise UserError(f'--ckpt_name={args.ckpt_name}: there is nothing beside a comma')
-    runs = whole_ones(args, names, device)
+    runs = [opened(*one) for one in whole_ones(args, names)]
     for run in runs:
         look(run, runs[0].args)
     folder = path_of(args.log_path) / runs[0].name
@@ -95,23 +95,8 @@ def report(args):
     return page
 
 
-def whole_ones(args, names, device):
-    """The runs; of several, one whose checkpoint is damaged is warned of and left out. Raises its WorkError where none
-    is left."""
-    runs = []
-    for name in names:
-        try:
-            runs.append(opened(args, name, device))
-        except WorkError as error:
-            if name == names[-1] and not runs:
-                raise
-            complain('warning', f'{error}; left out')
-    return runs
-
-
-def opened(args, name, device):
-    args, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=name))
-    backbone = model.backbone.to(device, memory_format=torch.channels_last)
+def opened(args, model, checkpoint):
+    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     return Shown(args, checkpoint, backbone, read_scalars(path_of(args.log_path) / checkpoint['run'].name))
 
 

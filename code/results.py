@@ -103,7 +103,7 @@ def classifier_for(args, checkpoint, where):
     --classifier names none, WorkError for a damaged file.
     """
     found = {}  # the folder of a set: the newest of its classifiers
-    for path in sorted(checkpoint['run'].glob('classifier_*'), key=lambda path: path.stat().st_mtime):
+    for path in oldest_first(checkpoint['run'].glob('classifier_*')):
         content = load_file(path)
         if isinstance(content, dict) and content.get('question', {}).get('checkpoint') == checkpoint['path'].name:
             found[Path(content['question']['images']['path'])] = content

@@ -34,7 +34,6 @@ SPLITS = {
     'testing': 'test',
 }
 ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
-SHARD = re.compile(r'([a-z]+)-\d+')  # an archive in an archive, as a folder
 
 
 def find(root, cache_path, progress):
@@ -87,6 +86,11 @@ def is_tar(path):
     return path.name.lower().endswith(('.tar', *PACKED))
 
 
+def has_splits(root):
+    """Whether a folder is laid out for training."""
+    return 'train' in places_of(root) or bool(imagenet.archives_of(root))
+
+
 def places_of(root):
     """{split: [its folder, its list, or its archives]} of the splits that `root` holds, in the order of SPLITS."""
     folders, archives, lists = {}, {}, {}
@@ -136,7 +140,8 @@ def in_one_archive(path, cache_path, progress):
     found, store, by_cls = open_archives([path], cache_path, progress)
     labels, classes = by_cls or (None, [])
     for _ in range(2):
-        if shards := [name for name in found.folders if SHARD.fullmatch(name) and SHARD.fullmatch(name)[1] in SPLITS]:
+        named = [(name, ARCHIVE.fullmatch(f'{name}.tar')) for name in found.folders]  # an archive in it is a folder
+        if shards := [name for name, match in named if match and match[2] and match[1] in SPLITS]:
             raise UserError(f'{shown(path)} holds the shards {shown(shards[0])}, ...: unpack it (tar xf) into a folder')
         splits = {SPLITS[name.lower()]: row for row, name in enumerate(found.folders) if name.lower() in SPLITS}
         if 'train' in splits:
