@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command has its options checked: a typo is answered at once.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -118,7 +119,8 @@ def main(argv):
         return failed(error, 2 if isinstance(error, UserError) else 1)
     except OSError as error:
         return failed(
-            f'{error.strerror or error}' + (f' ({error.filename2 or error.filename})' if error.filename else '')
+            f'{error.strerror or error}' + (f' ({error.filename2 or error.filename})' if error.filename else ''),
+            2 if error.errno == errno.ENAMETOOLONG else 1,
         )
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)

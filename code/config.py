@@ -598,6 +598,8 @@ def parse(name, value):
         raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
     if name == 'model_name' and not (result.replace('-', '').replace('_', '').replace('.', '').isalnum()):
         raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
+    if name == 'model_name' and len(result.encode()) > 200:
+        raise UserError(f'--model_name names a folder: 200 bytes at most, not {len(result.encode())}')
     return result
 
 

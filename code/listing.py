@@ -72,7 +72,7 @@ def runs(args):
 def write_table(path, rows):
     """Rows, the first their titles, as CSV: written aside and renamed, as utils.write_csv does, which needs torch."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    aside = path.with_name(f'.{path.name[:50]}.{os.getpid()}.part')
     try:
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             csv.writer(file).writerows(rows)

@@ -223,7 +223,7 @@ def write_aside(path, write):
         write(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{socket.gethostname()}.{os.getpid()}.part')
+    aside = path.with_name(f'.{path.name[:50]}.{socket.gethostname()[:50]}.{os.getpid()}.part')
     try:
         aside.touch()  # torch would not say why it cannot
         write(aside)

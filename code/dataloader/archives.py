@@ -17,6 +17,7 @@ from logger import say
 
 PACKED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 LONGEST_CLASS = 1000  # bytes of a .cls file
+RULES = 2  # which index_of follows; an index of earlier ones is made again
 
 
 def open_archives(paths, cache_path, progress):
@@ -27,7 +28,7 @@ def open_archives(paths, cache_path, progress):
     for path in paths:
         if str(path).lower().endswith(PACKED):
             raise UserError(f'{shown(path)} is packed, and cannot be read at random: make a .tar of it (gunzip)')
-    state = state_of(paths)
+    state = f'{RULES} {state_of(paths)}'
     where = cache.file_of(cache_path, paths[0].parent, paths[0].stem, 'index')
     kept = cache.load(where, state)
     if kept is None:
@@ -42,14 +43,20 @@ def open_archives(paths, cache_path, progress):
 
 def index_of(paths, progress):
     """What the cache keeps: tensors, lists of strings, counts."""
-    entries, others, passed, classes = [], Counter(), [], {}
+    entries, others, passed, classes = [], Counter(), [], {}  # classes: of a .cls by its archive and name
     total = sum(os.path.getsize(path) for path in paths)
     with progress(title='indexing the archives', unit='B', total=total) as bar:
         for number, path in enumerate(paths):
             try:
                 with tarfile.open(path, 'r:', errors='surrogateescape') as archive:
-                    for name, offset, size in members(archive, others, classes, os.path.getsize(path), bar):
-                        entries.append((in_order(name), name, number, offset, size))
+                    owners = {}
+                    last = {}  # of two members with one name the later one is the file, as for tar itself
+                    for name, offset, size in members(archive, others, owners, os.path.getsize(path), bar):
+                        if name in last:
+                            others['(an older one of the same name)'] += 1
+                        last[name] = (in_order(name), name, number, offset, size)
+                    entries += last.values()
+                    classes |= {(number, key): owner for key, owner in owners.items()}
             except tarfile.TarError as error:
                 raise WorkError(f'{shown(path)} is damaged or no tar archive: {error}') from None
     entries.sort()
@@ -58,7 +65,7 @@ def index_of(paths, progress):
     names = Names(name for _, name, *_ in entries)
     known = sorted(set(classes.values()), key=lambda name: (not name.isdecimal(), name.isdecimal() and int(name), name))
     number = {name: i for i, name in enumerate(known)}
-    labels = [number.get(classes.get(os.path.splitext(name)[0]), -1) for _, name, *_ in entries]
+    labels = [number.get(owner_of(name, archive, classes), -1) for _, name, archive, *_ in entries]
     which, offsets, sizes = (torch.tensor([entry[i] for entry in entries], dtype=torch.int64) for i in (2, 3, 4))
     return {
         'names': torch.frombuffer(bytearray(names.data or b'\0'), dtype=torch.uint8)[: len(names.data)],
@@ -85,14 +92,14 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
         archive.members = []  # it would keep them all
         bar.update(0 if prefix else archive.offset - before)
         before = archive.offset
-        name = os.fsencode(member.name).removeprefix(b'./')
-        parts = name.split(b'/')
+        parts = [part for part in os.fsencode(member.name).split(b'/') if part not in (b'', b'.')]
+        name = b'/'.join(parts)
         offset = start + member.offset_data
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
             others['(a link, or no plain file)'] += 1
-        elif name.startswith(b'/') or b'..' in parts:
+        elif member.name.startswith('/') or b'..' in parts:
             others['(a path out of the folder)'] += 1
         elif any(part[:1] == b'.' or part.lower() in OF_SYSTEMS for part in parts):
             others['(hidden)'] += 1
@@ -115,6 +122,14 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
         else:
             yield prefix + name, offset, member.size
     check_end(archive, prefix)
+
+
+def owner_of(name, archive, classes):
+    """What the .cls beside an image says: of its whole name, or of its name up to the first dot (WebDataset's key)."""
+    folder, slash, file = name.rpartition(b'/')
+    return classes.get(
+        (archive, os.path.splitext(name)[0]), classes.get((archive, folder + slash + file.split(b'.')[0]))
+    )
 
 
 def check_end(archive, prefix):

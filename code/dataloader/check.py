@@ -44,7 +44,7 @@ def check_dataloader(args):
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = distorted(args, iterators['train'].dataset, images[:16])
-    path = path_of(args.log_path) / f'check_dataloader_{root.name}.png'
+    path = path_of(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     vision.picture([vision.denormalise(view) for view in views], path)
     say(f'the two views of {len(views[0])} images: {shown(path)}')

@@ -111,9 +111,9 @@ def places_of(root):
         for kind in (folders, archives, lists):
             if name in kind and name not in found:
                 found[name] = kind[name]
-                stems = sorted({path.name.split('-')[0].split('.')[0].lower() for path in kind[name]})
+                stems = {re.sub(r'\d+\.tar$|\..*', '', path.name.lower()) for path in kind[name]}
                 if len(stems) > 1 or (kind is folders and len(kind[name]) > 1):
-                    said = ' and '.join(shown(path.name) for path in kind[name][:2])
+                    said = ' and '.join(shown(kind[name][i].name) for i in (0, -1))
                     raise UserError(f'{shown(root)} has both {said}: which of them is {name}?')
     if found and 'train' not in found and not folders:
         return {}  # a val.txt or test.tar beside other things

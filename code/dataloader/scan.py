@@ -72,14 +72,18 @@ def scan(folder, progress=iter):
 
 def walk(path, prefix, parents, found, data, lengths):
     """Add the images under `path` (bytes), whose names begin with `prefix`. parents: identities of what holds it."""
-    me = identity(path)
-    if me in parents:
-        found.passed.append(f'{shown(prefix)} (a link to a folder that holds it)')
-        return
-    files, folders = listing(path, prefix, found)
-    take(files, prefix, data, lengths)
-    for name in sorted(folders, key=os.fsdecode):
-        walk(path + b'/' + name, prefix + name + b'/', parents | {me}, found, data, lengths)
+    todo = [(path, prefix, parents)]  # no recursion: folders can lie deeper than Python's stack
+    while todo:
+        path, prefix, parents = todo.pop()
+        me = identity(path)
+        if me in parents:
+            found.passed.append(f'{shown(prefix)} (a link to a folder that holds it)')
+            continue
+        files, folders = listing(path, prefix, found)
+        take(files, prefix, data, lengths)
+        inner = parents | {me} if folders else parents
+        for name in sorted(folders, key=os.fsdecode, reverse=True):
+            todo.append((path + b'/' + name, prefix + name + b'/', inner))
 
 
 def listing(path, prefix, found):

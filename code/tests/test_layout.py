@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import cli
 from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from dataloader import layout, prepare
@@ -394,6 +395,38 @@ def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, 'decode_all', None)
         assert not load_splits(options(tmp_path / 'set'))['train'].in_memory()
+
+
+def test_folders_deeper_than_pythons_stack_and_names_as_long_as_there_are(tmp_path):
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        os.mkdir('n' * 255)
+        os.chdir('n' * 255)
+        for _ in range(1300):
+            os.mkdir('d')
+            os.chdir('d')
+        for number in range(2):
+            Image.new('RGB', (40, 30)).save(f'{number}.png')
+    finally:
+        os.chdir(before)
+    given = [
+        f'--image_path={tmp_path}/{"n" * 255}',
+        '--preset=demo',
+        '--batch_size=2',
+        *own_paths(tmp_path, 'log', 'cache'),
+    ]
+    try:
+        assert cli.main(['check_dataloader', *given]) == 0
+    finally:
+        subprocess.run(['rm', '-r', tmp_path / ('n' * 255)], check=True)  # shutil's way is recursive
+
+
+def test_a_name_too_long_to_exist_is_bad_use(tmp_path, capsys):
+    for option in ('image_path', 'ckpt_name', 'output', 'log_path', 'init_from'):
+        assert cli.main(['infer', '--preset=demo', '--ckpt_name=none', f'--{option}={"n" * 5000}']) == 2
+    assert cli.main(['train', '--preset=demo', f'--model_name={"n" * 300}']) == 2
+    assert 'File name too long' in capsys.readouterr().err
 
 
 def test_an_unreadable_name_is_one_line(drawn, tmp_path):

@@ -152,6 +152,45 @@ def test_webdataset_shards(tmp_path):
     assert dict(part.others) == {'.json': 12}
 
 
+@pytest.mark.parametrize(
+    ('members', 'labels', 'others'),
+    [
+        (('1.jpg', '1.cls=dog', '2.jpg', '2.cls=cat'), ['dog', 'cat'], {}),
+        (('1.input.jpg', '1.cls=dog', '2.input.jpg', '2.cls=cat'), ['dog', 'cat'], {}),  # the key ends at the first dot
+        (('v1.0.jpg', 'v1.0.cls=dog', 'v1.5.jpg', 'v1.5.cls=cat'), ['dog', 'cat'], {}),  # to others it is in the name
+        (('./a/1.jpg', 'a/./1.cls=dog', 'a//2.jpg', './a/2.cls=cat'), ['dog', 'cat'], {}),
+        (('1.jpg', '1.cls=cat', '1.jpg', '1.cls=dog'), ['dog'], {'(an older one of the same name)': 1}),
+    ],
+)
+def test_names_in_an_archive(members, labels, others, tmp_path):
+    pairs = [member.partition('=') for member in members]
+    write(tmp_path / 'train.tar', [(name, owner.encode() if owner else png()) for name, _, owner in pairs])
+    part = layout.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    assert [part.classes[label] for label in part.labels] == labels
+    assert dict(part.others) == others
+
+
+def test_a_key_is_its_shards_own(tmp_path):
+    """Shards that count from 0 again: neither images nor classes are taken for one another's."""
+    for shard, kind in enumerate(('dog', 'cat')):
+        write(tmp_path / f'train-{shard:06d}.tar', [('0.jpg', png(size=(40 + shard, 30))), ('0.cls', kind.encode())])
+    part = layout.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    assert [part.classes[label] for label in part.labels] == ['dog', 'cat']
+    widths = []
+    for i in range(2):
+        with part.store.opened(i) as image:
+            widths.append(image.width)
+    assert widths == [40, 41]
+
+
+def test_an_archive_and_shards_for_one_split_are_asked_about(drawn_large, tmp_path):
+    path = tarred(drawn_large, tmp_path / 'set') / 'train.tar'
+    shutil.copy(path, path.with_name('train-000000.tar'))
+    shutil.copy(path, path.with_name('train-000001.tar'))
+    with pytest.raises(UserError, match='has both train-000000.tar and train.tar: which of them is train'):
+        load_splits(options(tmp_path / 'set'))
+
+
 def archives_bar(*_, **__):
     import contextlib
     import types
