@@ -50,7 +50,6 @@ ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'pred
 # What belongs to this call and this machine, and never comes from a checkpoint.
 OF_THE_CALL = (
     'ckpt_name',
-    'init_from',
     'ckpt_path',
     'log_path',
     'cache_path',
@@ -89,26 +88,26 @@ def get_model_ckpt(args):
     architecture, WorkError where the file is damaged or holds other weights than it says.
     """
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args))
+        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset'))
     if args.init_from == 'imagenet':
         return args, supervised(args), None
     if args.init_from:
         path = path_of(args.init_from)
         path = path if path.is_file() else find_checkpoint(changed(args, ckpt_name=args.init_from))
-        loaded, model, _ = load_checkpoint(args, path)
+        loaded, model, _ = load_checkpoint(args, path, ARCHITECTURE)
         return changed(args, **{name: getattr(loaded, name) for name in ARCHITECTURE}), model, None
     return args, new_model(args), None
 
 
-def load_checkpoint(args, path):
-    """get_model_ckpt of this file."""
+def load_checkpoint(args, path, fixed):
+    """get_model_ckpt of this file. fixed: options that this call may not give otherwise."""
     content = load_file(path)
     if not is_ours(content):
         return load_foreign(args, path, content)
     content, unsaid = upgraded(content)
     state, saved = content['model'], content['args']
     say_unsaid(path, saved['preset'], unsaid)
-    merged = with_saved(args, saved, path, (*ARCHITECTURE, 'preset'))
+    merged = with_saved(args, saved, path, fixed)
     model = new_model(merged)
     strict_load(model, state, path)
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}

@@ -3,15 +3,18 @@ and results."""
 
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
-from ckpt import OF_THE_CALL, checkpoints, read, save_checkpoint, versions
+from ckpt import ARCHITECTURE, NAME, OF_THE_CALL, checkpoints, read, save_checkpoint, versions
 from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
-from distributed import rank
+from distributed import rank, same_for_all
 from formats import upgraded
-from listing import MARK, mark_of_this_process, options_of
+from listing import MARK, mark_of_this_process
+from logger import say
 from records import oldest_first, read_json
 from stop import held
 from utils import write_aside
@@ -109,6 +112,29 @@ def new_run(args):
             number += 1
 
 
+def gone_on_with(args, checkpoint, state):
+    """The Run that goes on from `checkpoint`. Where its own run has gone further, that stays as it is, and a new one
+    begins with a copy of the checkpoint, of its metrics and of its TensorBoard log."""
+    folder, path = checkpoint['run'], checkpoint['path']
+    later = checkpoints(folder)[-1:] not in ([], [path]) and NAME.fullmatch(path.name)
+    if not later or state.epoch >= args.max_epochs:
+        return Run(args, folder, path, state.position)
+
+    def branch():
+        new = new_run(args)
+        for name in (path.name, 'metrics.jsonl'):
+            if (folder / name).is_file():
+                shutil.copy2(folder / name, new)
+        logs = path_of(args.log_path)
+        if (logs / folder.name).is_dir():
+            shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
+        return str(new)
+
+    new = Path(same_for_all(branch))
+    say(f'{folder.name} has gone further than {path.name}, and stays as it is: this goes on as the new run {new.name}')
+    return Run(args, new, new / path.name, state.position)
+
+
 def describe_run(run, args):
     """Write run.json into the folder of a run: its options, the command, versions, the time; of one that is gone on
     with the present ones, and when it first began."""
@@ -116,7 +142,6 @@ def describe_run(run, args):
     about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', now)}
     if before:
         about['resumed'] = now
-        about['args']['init_from'] = args.init_from or options_of(run).get('init_from', '')  # what it began from stays
     if not rank():
         write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 
@@ -129,8 +154,7 @@ def of_run(args):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
     saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
-    of_the_call = {*OF_THE_CALL} - {'init_from'}  # the same weights to begin from
-    kept = {name: getattr(args, name) for name in (*args.given, *of_the_call)}
+    kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
     return changed(args, **{**saved, **kept})
 
 
@@ -142,6 +166,7 @@ def resumed(args):
     """
     if args.resume != 'auto':
         return changed(args, ckpt_name=str(find_run(args, args.resume)))
+    from_weights = {*ARCHITECTURE} - args.given if args.init_from else ()  # they say it, not the defaults
     for run in reversed(runs(args)):
         found = checkpoints(run)
         if not found:
@@ -151,7 +176,7 @@ def resumed(args):
         other = [
             f
             for f in OPTIONS.values()
-            if f.name not in OF_THE_CALL
+            if f.name not in (*OF_THE_CALL, *from_weights)
             and f.metadata['used_by'] != EVALUATE
             and saved[f.name] != getattr(args, f.name)
         ]

@@ -24,11 +24,12 @@ from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
 from records import read_metrics
-from runs import Diverged, Run, describe_run, new_run, of_run, resumed
+from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, resumed
 from state import State
+from terminal import complain
 from tracker import package_of
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
-from verdict import of_metrics
+from verdict import began, of_metrics
 from watch import Watch
 
 
@@ -157,7 +158,7 @@ def set_up(args):
             f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
             f'--init_from={args.ckpt_name}'
         )
-    check_batch(args)
+    check_schedule(args)
     if checkpoint and checkpoint['args']['optimizer'] != args.optimizer:
         raise UserError(
             f'--optimizer={args.optimizer}: the run goes on with {checkpoint["args"]["optimizer"]}; a new '
@@ -173,7 +174,7 @@ def set_up(args):
     state = new_state(args, model)
     if checkpoint:
         state.restore(checkpoint)
-        run = Run(args, checkpoint['run'], checkpoint['path'], state.position)
+        run = gone_on_with(args, checkpoint, state)
     else:
         run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
     if state.epoch < args.max_epochs:  # of a finished one nothing changes
@@ -223,13 +224,20 @@ def compiled(args):
     return f'not compiled: {reason}' if reason else 'not compiled'
 
 
-def check_batch(args):
-    """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps."""
+def check_schedule(args):
+    """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps; warn where
+    the schedule is all warm-up."""
     parts = distributed.world() * args.accumulate_steps
     if args.batch_size % parts or args.batch_size // parts < 2:
         raise UserError(
             f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
             f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
+        )
+    if args.warmup_epochs >= args.max_epochs and not distributed.rank():
+        complain(
+            'warning',
+            f'--warmup_epochs={args.warmup_epochs} of --max_epochs={args.max_epochs}: the learning rate rises to the '
+            'end and never falls, and --augmentation is never used',
         )
 
 
@@ -266,7 +274,7 @@ def summary(args, run, result):
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
-    if judged := of_metrics(read_metrics(run.folder / 'metrics.jsonl')):
+    if judged := of_metrics(read_metrics(run.folder / 'metrics.jsonl'), began(args)):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')

@@ -33,14 +33,19 @@ FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_ra
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
-def verdict(now, untrained):
+def began(args):
+    """What the network of epoch 0 is called."""
+    return 'at the start' if args.init_from else 'untrained'
+
+
+def verdict(now, untrained, called='untrained'):
     """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
 
     now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
-    began as.
+    began as. called: of the latter, in the sentence (began).
     """
     std, rank, before = now['std'], now['rank'], untrained['rank']
-    numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} (untrained {before:.1f})'
+    numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({called} {before:.1f})'
     if std < COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
     if rank > LEARNED * before:
@@ -49,13 +54,13 @@ def verdict(now, untrained):
     if now.get('correlation', 0) > CORRELATED:
         signs.append(f'channels of z correlated by {now["correlation"]:.2f}')
     if now['area'] > untrained['area']:
-        signs.append(f'fewer directions used than untrained (area {now["area"]:.2f}, {untrained["area"]:.2f})')
+        signs.append(f'fewer directions used than {called} (area {now["area"]:.2f}, {untrained["area"]:.2f})')
     if signs or std < PARTLY:
         return 'partly collapsed', '; '.join([numbers, *signs]) + f'. Something was learned. {FOR_PARTLY}'
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
 
 
-def of_metrics(lines):
+def of_metrics(lines, called='untrained'):
     """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
     beside epoch 0; None where one of them is not there."""
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
@@ -65,4 +70,4 @@ def of_metrics(lines):
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
     std = max(now['std'], now.get('std_judged', 0.0))  # of few steps, BN's averages lag behind
-    return verdict({**now, 'std': std}, untrained)
+    return verdict({**now, 'std': std}, untrained, called)

@@ -16,6 +16,7 @@ from protocols.knn import knn_accuracy
 from protocols.spectrum import FOUND_AMONG, quick
 from tracker import tracker_of
 from utils import get_device, later, peak_memory
+from verdict import began
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
@@ -47,7 +48,7 @@ class Watch:
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.measured(state)
         self.logger.scalars(0, values)
-        say(f'epoch 0/{self.args.max_epochs}{line} (untrained)')
+        say(f'epoch 0/{self.args.max_epochs}{line} ({began(self.args)})')
 
     def waits(self, batches):
         """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""

@@ -20,6 +20,7 @@ from conftest import CODE, TINY, one_line, own_paths, run
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
+from records import read_metrics
 from state import restore_rng, rng_states
 from test_cli import same
 from train import train_step
@@ -167,6 +168,49 @@ def test_resume_auto(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert short(tmp_path, drawn, '--resume=nothing') == 2
     assert 'there is no run nothing in' in one_line(capsys.readouterr().err)
+
+
+def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys):
+    """What its run did after it stays; the new one has the whole history, and ends as the old one did."""
+    assert short(tmp_path, drawn, '--max_epochs=3', '--save_every=1', '--model_name=first', '--knn_every=1') == 0
+    first, second = (tmp_path / 'ckpt' / f'model_name_first_ckpt_{number}' for number in (0, 1))
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    older = next(first.glob('*_epoch_1'))
+    capsys.readouterr()
+    options = (*TINY, f'--ckpt_name={older}', '--max_epochs=3', '--knn_every=1', *own_paths(tmp_path))
+    said = run('train', *options, f'--image_path={drawn}').stdout
+    assert f'{first.name} has gone further than {older.name}, and stays as it is: this goes on as the new run' in said
+    assert 'verdict' in said
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert sorted(path.name for path in second.glob('loss_*')) == [
+        name for name in sorted(before) if name[:5] == 'loss_'
+    ]
+    old, new = (read_metrics(folder / 'metrics.jsonl') for folder in (first, second))
+    assert [line['epoch'] for line in new] == [0, 1, 2, 3]
+    assert [line['pretraining/loss'] for line in new[1:]] == [line['pretraining/loss'] for line in old[1:]]
+    assert short(tmp_path, drawn, f'--resume={second.name}', '--max_epochs=4') == 0  # the newest: no third run
+    assert len([*(tmp_path / 'ckpt').glob('model_name_first_*')]) == 2
+
+
+def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path, capsys):
+    assert short(tmp_path, drawn, '--max_epochs=1', '--model_name=first') == 0
+    began = f'--init_from={tmp_path}/ckpt/model_name_first_ckpt_0'
+    own = (f'--image_path={drawn}', '--knn_every=1', *own_paths(tmp_path), '--model_name=second', '--resume=auto')
+    again = ('train', began, '--preset=cifar10', '--batch_size=16', '--device=cpu', *own)
+    assert cli.main([*again, '--max_epochs=2', '--warmup_epochs=2', '--max_minutes=0.0001']) == 0
+    captured = capsys.readouterr()
+    assert '(at the start)' in captured.out
+    assert '--warmup_epochs=2 of --max_epochs=2: the learning rate rises to the end and never falls' in captured.err
+    for _ in range(2):
+        run_json = json.loads((tmp_path / 'ckpt/model_name_second_ckpt_0/run.json').read_text())
+        assert run_json['args']['init_from'] == began.partition('=')[2]
+        assert run_json['args']['preset'] == 'cifar10'
+        assert cli.main([*again, '--max_epochs=2', '--warmup_epochs=2']) == 0
+    said = capsys.readouterr().out
+    assert 'going on with model_name_second_ckpt_0' in said
+    assert '(at the start ' in said  # the verdict's words
+    assert cli.main(['train', '--preset=cifar10', *own, '--batch_size=16', '--max_epochs=3']) == 0  # another beginning
+    assert (tmp_path / 'ckpt/model_name_second_ckpt_1').is_dir()
 
 
 def test_keep_last_prunes_the_oldest(drawn, tmp_path):
