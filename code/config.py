@@ -21,16 +21,25 @@ class WorkError(Exception):
 
 
 ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report', 'select')
-DATA = (*ALL, 'pack')
+READING = tuple(command for command in ALL if command != 'export')  # of images, with a network
+DATA = (*READING, 'pack')
+SPLIT = tuple(command for command in DATA if command != 'embed')  # in train and val
 TRAIN = ('train', 'ablate')
 VIEWS = ('check_dataloader', *TRAIN)
+VOTING = ('train', 'evaluate', 'ablate', 'infer', 'report')  # that ask the neighbours
 EVALUATE = ('train', 'evaluate', 'ablate')
+LINEAR, TUNED = ('linear',), ('semi', 'finetune')
 
 
-def option(default, meaning, choices=None, low=None, high=None, used_by=ALL):
-    """One option: its default, its meaning with the unit, and what values it admits (both bounds included)."""
+def option(default, meaning, choices=None, low=None, high=None, used_by=READING, only=()):
+    """One option: its default, its meaning with the unit, what values it admits (both bounds included), which commands
+    it matters to, and which of evaluate's stages alone
+    (of_other_stages)."""
+    if only:
+        meaning, used_by = f'{", ".join(only)}: {meaning}', EVALUATE
     return field(
-        default=default, metadata={'meaning': meaning, 'choices': choices, 'low': low, 'high': high, 'used_by': used_by}
+        default=default,
+        metadata={'meaning': meaning, 'choices': choices, 'low': low, 'high': high, 'used_by': used_by, 'only': only},
     )
 
 
@@ -41,7 +50,7 @@ class Config:
         'auto',
         'set of defaults; auto is imagenet if data/imagenet/train is there, else demo',
         ('auto', 'imagenet', 'cifar10', 'demo'),
-        used_by=DATA,
+        used_by=(*ALL, 'pack'),
     )
     image_path: str = option(
         'data/imagenet',
@@ -54,7 +63,7 @@ class Config:
         'share of the labelled images of every class that becomes val where there is none; 0: none',
         low=0.0,
         high=0.9,
-        used_by=DATA,
+        used_by=SPLIT,
     )
     pixel_max: float = option(
         0.0,
@@ -64,9 +73,9 @@ class Config:
         used_by=DATA,
     )
     download: bool = option(
-        False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10', used_by=DATA
+        False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10', used_by=SPLIT
     )
-    image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024)
+    image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024, used_by=ALL)
     crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
     num_workers: int = option(
         -1,
@@ -99,7 +108,9 @@ class Config:
         used_by=DATA,
     )
     quiet: bool = option(
-        False, 'say nothing but warnings and errors, show no bars; the log file of a run has it all', used_by=DATA
+        False,
+        'say nothing but warnings and errors, show no bars; the log file of a run has it all',
+        used_by=(*ALL, 'pack'),
     )
     random_seed: int = option(0, 'seed of the weights, the data order and the augmentation', low=0, high=2**31 - 1)
 
@@ -125,20 +136,27 @@ class Config:
 
     # Model (paper section 3)
     model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=TRAIN)
-    backbone: str = option('resnet50', 'the encoder: small, timm/<name>, or a classification network of torchvision')
-    stem: str = option('imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'))
-    proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10)
-    proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536)
-    pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536)
+    backbone: str = option(
+        'resnet50', 'the encoder: small, timm/<name>, or a classification network of torchvision', used_by=ALL[1:]
+    )
+    stem: str = option(
+        'imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'), used_by=ALL[1:]
+    )
+    proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10, used_by=ALL[1:])
+    proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536, used_by=ALL[1:])
+    pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536, used_by=ALL[1:])
 
     # What the paper takes away or changes to see what it is for (section 4); `ablate` runs these
     stop_gradient: bool = option(True, 'hold z constant in the loss (table 1)', used_by=TRAIN)
-    predictor: str = option('mlp', 'mlp; none: p is z; fixed: never trained (table 2)', ('mlp', 'none', 'fixed'))
+    predictor: str = option(
+        'mlp', 'mlp; none: p is z; fixed: never trained (table 2)', ('mlp', 'none', 'fixed'), used_by=ALL[1:]
+    )
     proj_bn: str = option(
         'default',
         'BN in projector and predictor (table 4): none; hidden layers; default: and the output of the '
         'projector; all: and of the predictor',
         ('none', 'hidden', 'default', 'all'),
+        used_by=ALL[1:],
     )
     similarity: str = option(
         'cosine',
@@ -150,7 +168,7 @@ class Config:
         'true',
         'each view predicts the other (true), the first the second (false), or two such pairs of views (2x)',
         ('true', 'false', '2x'),
-        used_by=TRAIN,
+        used_by=VIEWS,
     )
 
     # Optimisation (paper section 3)
@@ -210,8 +228,10 @@ class Config:
 
     # Watching a run
     knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=TRAIN)
-    knn_k: int = option(200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000)
-    knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0)
+    knn_k: int = option(
+        200, 'neighbours that vote; fewer where a class has fewer images', low=1, high=100000, used_by=VOTING
+    )
+    knn_temperature: float = option(0.1, 'a vote weighs exp(cosine / this)', low=0.001, high=100.0, used_by=VOTING)
     collapse_threshold: float = option(
         0.25,
         'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1',
@@ -255,96 +275,96 @@ class Config:
     knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=EVALUATE)
     crop_scale: float = option(
         0.08,
-        'linear, semi, finetune: smallest share of the area in a training crop',
+        'smallest share of the area in a training crop',
         low=0.01,
         high=1.0,
-        used_by=EVALUATE,
+        only=(*LINEAR, *TUNED),
     )
-    probe_optimizer: str = option('lars', 'linear: LARS (paper, appendix A) or SGD', ('lars', 'sgd'), used_by=EVALUATE)
-    probe_epochs: int = option(90, 'linear: epochs of the classifier', low=1, high=10000, used_by=EVALUATE)
+    probe_optimizer: str = option('lars', 'LARS (paper, appendix A) or SGD', ('lars', 'sgd'), only=LINEAR)
+    probe_epochs: int = option(90, 'epochs of the classifier', low=1, high=10000, only=LINEAR)
     probe_batch_size: int = option(
         0,
-        'linear: images a step, whatever the memory holds at once; 0: 4096 (lars), 256 (sgd)',
+        'images a step, whatever the memory holds at once; 0: 4096 (lars), 256 (sgd)',
         low=0,
         high=65536,
-        used_by=EVALUATE,
+        only=LINEAR,
     )
     probe_learning_rate: float = option(
         0.0,
-        'linear: base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)',
+        'base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)',
         low=0.0,
         high=1000.0,
-        used_by=EVALUATE,
+        only=LINEAR,
     )
     cache_features: bool = option(
         False,
-        'linear: extract the features of some augmented passes once, and train on them: many times faster',
-        used_by=EVALUATE,
+        'extract the features of some augmented passes once, and train on them: many times faster',
+        only=LINEAR,
     )
-    cache_passes: int = option(
-        4, 'linear: augmented passes that --cache_features keeps', low=1, high=1000, used_by=EVALUATE
-    )
+    cache_passes: int = option(4, 'augmented passes that --cache_features keeps', low=1, high=1000, only=LINEAR)
     label_fraction: float = option(
-        0.1, 'semi: share of the labels, the same number of every class', low=0.0001, high=1.0, used_by=EVALUATE
+        0.1, 'share of the labels, the same number of every class', low=0.0001, high=1.0, only=('semi',)
     )
     subset_list: str = option(
-        '', 'semi: a file with the names of the labelled images, one a line, in its place', used_by=EVALUATE
+        '', 'a file with the names of the labelled images, one a line, in its place', only=('semi',)
     )
-    baseline: bool = option(False, 'semi, finetune: also train from scratch on the same labels', used_by=EVALUATE)
-    finetune_epochs: int = option(50, 'semi, finetune: epochs', low=1, high=100000, used_by=EVALUATE)
-    finetune_batch_size: int = option(256, 'semi, finetune: images a step', low=2, high=65536, used_by=EVALUATE)
+    baseline: bool = option(False, 'also train from scratch on the same labels', only=TUNED)
+    finetune_epochs: int = option(50, 'epochs', low=1, high=100000, only=TUNED)
+    finetune_batch_size: int = option(256, 'images a step', low=2, high=65536, only=TUNED)
     finetune_learning_rate: float = option(
         0.05,
-        'semi, finetune: base learning rate of the backbone, x batch / 256',
+        'base learning rate of the backbone, x batch / 256',
         low=0.0,
         high=100.0,
-        used_by=EVALUATE,
+        only=TUNED,
     )
     head_learning_rate: float = option(
         1.0,
-        'semi, finetune: base learning rate of the new linear head, x batch / 256',
+        'base learning rate of the new linear head, x batch / 256',
         low=0.0,
         high=1000.0,
-        used_by=EVALUATE,
+        only=TUNED,
     )
     baseline_learning_rate: float = option(
-        0.1, 'baseline: base learning rate of the whole network, x batch / 256', low=0.0, high=100.0, used_by=EVALUATE
+        0.1,
+        'of the --baseline: base learning rate of the whole network, x batch / 256',
+        low=0.0,
+        high=100.0,
+        only=TUNED,
     )
-    finetune_warmup: float = option(
-        0.1, 'semi, finetune: share of the epochs in which the rates rise', low=0.0, high=0.9, used_by=EVALUATE
-    )
-    finetune_weight_decay: float = option(1e-4, 'semi, finetune: L2 penalty', low=0.0, high=1.0, used_by=EVALUATE)
-    transfer_path: str = option('', 'transfer: folder with train/<class>/ and val/<class>/', used_by=EVALUATE)
+    finetune_warmup: float = option(0.1, 'share of the epochs in which the rates rise', low=0.0, high=0.9, only=TUNED)
+    finetune_weight_decay: float = option(1e-4, 'L2 penalty', low=0.0, high=1.0, only=TUNED)
+    transfer_path: str = option('', 'folder with train/<class>/ and val/<class>/', only=('transfer',))
     transfer: str = option(
         'linear',
-        'linear: logistic regression on frozen features, l2 chosen on a held-out fifth of train; finetune',
+        'logistic regression on frozen features (linear), l2 chosen on a held-out fifth of train; or finetune',
         ('linear', 'finetune'),
-        used_by=EVALUATE,
+        only=('transfer',),
     )
-    detection_path: str = option('', 'detection: folder in the format of VOC or COCO', used_by=EVALUATE)
+    detection_path: str = option('', 'folder in the format of VOC or COCO', only=('detection',))
     detector: str = option(
         'faster_rcnn',
-        'detection: torchvision detector, with a feature pyramid',
+        'torchvision detector, with a feature pyramid',
         ('faster_rcnn', 'mask_rcnn'),
-        used_by=EVALUATE,
+        only=('detection',),
     )
     init: str = option(
         'checkpoint',
-        'detection: start from the checkpoint, or random: the baseline',
+        'start from the checkpoint, or random: the baseline',
         ('checkpoint', 'random'),
-        used_by=EVALUATE,
+        only=('detection',),
     )
-    detection_epochs: int = option(12, 'detection: epochs', low=1, high=1000, used_by=EVALUATE)
-    detection_batch_size: int = option(16, 'detection: images a step', low=1, high=1024, used_by=EVALUATE)
+    detection_epochs: int = option(12, 'epochs', low=1, high=1000, only=('detection',))
+    detection_batch_size: int = option(16, 'images a step', low=1, high=1024, only=('detection',))
     detection_learning_rate: float = option(
-        0.02, 'detection: learning rate, x batch / 16', low=0.0, high=10.0, used_by=EVALUATE
+        0.02, 'learning rate, x batch / 16', low=0.0, high=10.0, only=('detection',)
     )
     detection_size: int = option(
         800,
-        'detection: shorter side of an image, in pixels; the longer is at most 5/3 of it',
+        'shorter side of an image, in pixels; the longer is at most 5/3 of it',
         low=32,
         high=4096,
-        used_by=EVALUATE,
+        only=('detection',),
     )
 
     # Files
@@ -354,7 +374,11 @@ class Config:
     ckpt_name: str = option(
         '', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest', used_by=ALL[1:]
     )
-    log_path: str = option('data/logs', 'folder of TensorBoard logs and pictures', used_by=(*ALL[:3], *ALL[4:]))
+    log_path: str = option(
+        'data/logs',
+        'folder of TensorBoard logs and pictures',
+        used_by=('check_dataloader', 'train', 'evaluate', 'embed', 'ablate', 'report'),
+    )
     init_from: str = option(
         '',
         'start from these weights, of a run of ours or a file of another tool, or imagenet: '
@@ -662,6 +686,13 @@ def help_of(name):
 def unused(args, command):
     """The explicitly given options that `command` has no use for, to be said and not silently dropped."""
     return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
+
+
+def of_other_stages(args):
+    """The explicitly given options that matter to other stages of evaluate than the one that args say."""
+    stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}
+    only = {name: OPTIONS[name].metadata['only'] for name in args.given}
+    return sorted(name for name, of in only.items() if of and not stages & {*of})
 
 
 def path_of(text):

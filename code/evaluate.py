@@ -11,7 +11,7 @@ import torch
 import distributed
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
-from config import UserError, path_of
+from config import UserError, of_other_stages, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
@@ -21,6 +21,7 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import spectrum
 from protocols.transfer import target_splits, transfer
+from terminal import complain
 from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK
@@ -41,8 +42,10 @@ def evaluate(args):
     package_of(args)  # refused before the work
     paths = of_run(args, args.ckpt_name) if args.protocol == 'spectrum' else []
     if len(paths) > 1:
+        say_what_is_idle(args)
         return best_of(args, paths)
     args, model, checkpoint = get_model_ckpt(args)
+    say_what_is_idle(args)
     splits = load_splits(args) if args.protocol in OF_OWN_SET else None
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = evaluate_model(args, model, splits, checkpoint)
@@ -51,6 +54,12 @@ def evaluate(args):
     if args.protocol == 'linear':
         say(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}')
     return result
+
+
+def say_what_is_idle(args):
+    """Warn of given options that the protocol has no use for."""
+    for name in of_other_stages(args):
+        complain('warning', f'--{name} has no effect on --protocol={args.protocol}')
 
 
 def of_run(args, name):

@@ -24,16 +24,13 @@ SMALL = [
     '--probe_epochs=2',
     '--cache_passes=1',
 ]
-JUDGE = [
-    '--probe_epochs=2',
-    '--cache_passes=1',
-    '--finetune_epochs=1',
-    '--detection_epochs=1',
-    '--detection_size=64',
-    '--detection_batch_size=2',
-    '--num_workers=1',
-    '--amp=off',
-]
+TUNE = ['--finetune_epochs=1']
+JUDGE = {
+    'linear': ['--probe_epochs=2', '--cache_passes=1'],
+    'semi': TUNE,
+    'transfer': TUNE,
+    'detection': ['--detection_epochs=1', '--detection_size=64', '--detection_batch_size=2'],
+}
 BENCH = {
     'kill.py': ['--kills=1', '--terms=1', '--groups=1', '--image_path=data/photos', '--batch_size=8'],
     'cifar10.py': ['--epochs=1', '--supervised_epochs=1', *FEW[1:], *SMALL, '--backbone=small'],
@@ -61,7 +58,12 @@ def smaller(command, options):
         )
     if command == 'ablate':
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
-    return {'check_dataloader': FEW[1:3], 'evaluate': JUDGE}.get(command, [])
+    if command == 'evaluate':
+        said = dict(option.partition('=')[::2] for option in options)
+        protocol = said.get('--protocol', 'linear')
+        own = [] if protocol == 'transfer' and said.get('--transfer') != 'finetune' else JUDGE.get(protocol, [])
+        return [*own, '--num_workers=1', '--amp=off']
+    return FEW[1:3] if command == 'check_dataloader' else []
 
 
 def python(given):

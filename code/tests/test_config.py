@@ -6,8 +6,8 @@ import pytest
 
 import cli
 import config
-from config import OPTIONS, UserError, get_config, help_of, themes
-from conftest import CODE, one_line, run
+from config import OPTIONS, UserError, get_config, help_of, of_other_stages, themes, unused
+from conftest import CODE, TINY, one_line, own_paths, run
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,50 @@ def test_unknown_command(capsys):
 def test_an_option_without_effect_is_said(capsys, tmp_path):
     assert cli.main(['evaluate', '--momentum=0.5', f'--ckpt_path={tmp_path}']) == 2
     assert '--momentum has no effect on evaluate' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('command', 'idle'),
+    [
+        ('export', 'batch_size num_workers crop_ratio knn_k image_path bad_images device log_path resize_cache'),
+        ('check_dataloader', 'backbone proj_dim predictor knn_k learning_rate amp'),
+        ('select', 'knn_temperature log_path augmentation'),
+        ('embed', 'val_fraction download knn_k count'),
+        ('infer', 'log_path views protocol'),
+        ('pack', 'device amp backbone'),
+    ],
+)
+def test_what_a_command_has_no_use_for(command, idle):
+    given = {name: OPTIONS[name].default for name in idle.split()}
+    assert unused(get_config(preset='demo', **given), command) == sorted(given)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'idle'),
+    [
+        ('--protocol=knn', 'probe_epochs label_fraction detection_size crop_scale'),
+        ('--protocol=linear', 'transfer_path finetune_epochs init baseline'),
+        ('--protocol=semi', 'probe_epochs transfer detector'),
+        ('--protocol=transfer', 'probe_learning_rate finetune_epochs label_fraction'),
+        ('--protocol=transfer --transfer=finetune', 'probe_epochs label_fraction detection_epochs'),
+        ('--protocol=spectrum', 'cache_features subset_list'),
+    ],
+)
+def test_what_a_stage_has_no_use_for(stage, idle):
+    words = dict(word.removeprefix('--').split('=') for word in stage.split())
+    given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
+    given = {name: 'x' if value == '' else value for name, value in given.items()}
+    assert of_other_stages(get_config(preset='demo', **given)) == sorted(idle.split())
+
+
+def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
+    paths = (f'--image_path={drawn}', *own_paths(tmp_path))
+    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *paths]) == 0
+    for protocol, said in (('knn', True), ('spectrum', True), ('linear', False)):
+        given = (f'--protocol={protocol}', '--probe_epochs=2', '--ckpt_name=model_name_simsiam_ckpt_0')
+        assert cli.main(['evaluate', *given, *paths]) == 0
+        errors = capsys.readouterr().err
+        assert (f'warning: --probe_epochs has no effect on --protocol={protocol}' in errors) == said
 
 
 def test_help_answers_without_torch(tmp_path):
