@@ -62,7 +62,8 @@ def smaller(command, options):
         said = dict(option.partition('=')[::2] for option in options)
         protocol = said.get('--protocol', 'linear')
         own = [] if protocol == 'transfer' and said.get('--transfer') != 'finetune' else JUDGE.get(protocol, [])
-        return [*own, '--num_workers=1', '--amp=off']
+        demo = any(option == '--ckpt_name=model_name_simsiam_ckpt_0' for option in options)  # 5,000 drawings are many
+        return [*own, *(['--image_path=data/cifar10-jpeg'] if demo else []), '--num_workers=1', '--amp=off']
     return FEW[1:3] if command == 'check_dataloader' else []
 
 
