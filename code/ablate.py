@@ -5,7 +5,7 @@ import json
 import pictures
 import results
 from ckpt import checkpoints, read
-from config import UserError, changed, path_of
+from config import OPTIONS, UserError, changed, path_of
 from logger import read_scalars, say
 from runs import resumed
 from train import train
@@ -80,7 +80,7 @@ def ablate(args):
         if not (done := judged(own)):
             train(own)
             done = judged(own)
-        rows.append({'variant': variant, 'options': options, **outcome(args, done), 'paper': paper})
+        rows.append({'variant': variant, 'options': options, **outcome(args, *done), 'paper': paper})
     folder = path_of(args.log_path)
     write_aside(folder / f'{args.table}.json', lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
     drawn = (
@@ -98,15 +98,17 @@ def ablate(args):
 
 
 def judged(own):
-    """The folder of a run with these very options that is trained and evaluated, or None."""
-    name = resumed(own).ckpt_name
-    run = path_of(own.ckpt_path) / name
-    return run if name and results.of_run(run, protocol='linear') else None
+    """(folder, result of the linear evaluation) of a run that was trained and evaluated with these very options; None
+    where there is none."""
+    run = path_of(own.ckpt_path) / resumed(own).ckpt_name
+    found = results.of_run(run, protocol='linear') if run != path_of(own.ckpt_path) else []
+    wanted = {name: getattr(own, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
+    found = [result for result in found if wanted.items() <= result.get('settings', {}).items()]
+    return (run, found[-1]) if found else None
 
 
-def outcome(args, run):
+def outcome(args, run, result):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
-    result = results.of_run(run, protocol='linear')[-1]
     content = read(checkpoints(run)[-1])
     logged = read_scalars(path_of(args.log_path) / run.name)
     curves = {

@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import asdict
 
+from ckpt import OF_THE_CALL
 from config import UserError, path_of
 from distributed import rank
 from records import read_json
@@ -100,6 +101,9 @@ def mlflow(package, args, run, mark):
     known = package.search_runs(filter_string=f"tags.mark = '{mark}'", output_format='list')
     if known:
         package.start_run(run_id=known[0].info.run_id)
+        before = known[0].data.params  # which stay as they were first said
+        now = {name: value for name, value in asdict(args).items() if name not in OF_THE_CALL}
+        package.set_tags({f'now {name}': value for name, value in now.items() if before.get(name) != str(value)})
     else:
         package.start_run(run_name=run.name, tags={'mark': mark})
         package.log_params(asdict(args))

@@ -18,14 +18,13 @@ from common import CODE
 from scipy.stats import rankdata
 
 import results
-from ablate import TABLES
+from ablate import TABLES, judged
 from ckpt import checkpoints, get_model_ckpt, new_model
 from config import changed, get_config, path_of
 from dataloader.load_dataset import load_splits
 from evaluate import evaluate
 from protocols.linear import linear
 from records import read_metrics
-from runs import runs
 from utils import get_device
 from verdict import MEASURES
 
@@ -141,20 +140,20 @@ def train_all(kind, given, seeds, held_out, folder):
                 'model_name': f'{kind}{"_held" * held_out}_{number}_{seed}',
                 'ckpt_path': f'{folder}/ckpt',
                 'log_path': f'{folder}/log',
+                'evaluate_after': True,
+                'resume': 'auto',
             }
             options = {**options_of(kind, given, varied), **own}
+            options['knn_every'] = get_config(**options).max_epochs
             args = get_config(**options)
             if (same := {**as_trained(args), 'model_name': ''}) in trained:
                 continue  # another table's name for it
             trained.append(same)
-            known = runs(args)
-            if not known or not results.of_run(known[-1], protocol='linear'):
+            if not judged(args):
                 print(f'{kind}, {variant}, seed {seed}', flush=True)
-                texts = [f'--{name}={value}' for name, value in options.items()]
-                last = f'--knn_every={args.max_epochs}'
-                command = [sys.executable, 'cli.py', 'train', *texts, last, '--evaluate_after=True', '--resume=auto']
+                command = [sys.executable, 'cli.py', 'train', *(f'--{name}={value}' for name, value in options.items())]
                 subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
-            found.append((variant, seed, runs(args)[-1]))
+            found.append((variant, seed, judged(args)[0]))
     return found
 
 

@@ -133,6 +133,13 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     monkeypatch.setattr('ablate.train', lambda args: pytest.fail('trained again'))
     assert cli.main(['ablate', *options]) == 0
     assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
+    monkeypatch.undo()
+    assert cli.main(['ablate', *options, '--probe_epochs=3']) == 0  # evaluated anew, and not trained
+    assert 'epoch 1/1' not in capsys.readouterr().out
+    again = json.loads((tmp_path / f'log/{table}.json').read_text())
+    assert [row['loss'] for row in again] == [row['loss'] for row in rows]
+    assert cli.main(['ablate', *options]) == 0  # and the first is still known
+    assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
     monkeypatch.setattr('ablate.train', asked := mock.Mock(side_effect=UserError('trained again')))
     assert cli.main(['ablate', *options, '--learning_rate=0.123']) == 2  # other options are another table
     assert asked.call_args[0][0].learning_rate == 0.123
