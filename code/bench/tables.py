@@ -247,6 +247,14 @@ def views():
     return markdown(['views', 'epochs', 'views in all', 'kNN, a seed each', 'mean', 'rank'], rows)
 
 
+def views_by_augmentation():
+    """The same with SimCLR's augmentation beside MoCo's, seed 0."""
+    rows = []
+    for name, run in (('MoCo', 'views_{}_0'), ('SimCLR', 'views_simclr_{}_0')):
+        rows.append([name, *(percent(last(run.format(n), 'knn_top1')) for n in (2, 3, 4))])
+    return markdown(['augmentation', '2 views', '3 views', '4 views'], rows)
+
+
 def starts():
     """The demo from its usual start, and from weights divided by three."""
     rows = []
