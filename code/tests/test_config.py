@@ -7,7 +7,7 @@ import pytest
 import cli
 import config
 from config import OPTIONS, UserError, get_config, help_of, of_other_stages, themes, unused
-from conftest import CODE, TINY, one_line, own_paths, run
+from conftest import CODE, one_line, run
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,6 @@ def test_what_a_stage_has_no_use_for(stage, idle):
     given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
     given = {name: 'x' if value == '' else value for name, value in given.items()}
     assert of_other_stages(get_config(preset='demo', **given)) == sorted(idle.split())
-
-
-def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
-    paths = (f'--image_path={drawn}', *own_paths(tmp_path))
-    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *paths]) == 0
-    for protocol, said in (('knn', True), ('spectrum', True), ('linear', False)):
-        given = (f'--protocol={protocol}', '--probe_epochs=2', '--ckpt_name=model_name_simsiam_ckpt_0')
-        assert cli.main(['evaluate', *given, *paths]) == 0
-        errors = capsys.readouterr().err
-        assert (f'warning: --probe_epochs has no effect on --protocol={protocol}' in errors) == said
 
 
 def test_help_answers_without_torch(tmp_path):

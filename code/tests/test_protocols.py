@@ -291,3 +291,13 @@ def test_an_extra_package_that_is_missing_is_named(trained, capsys, monkeypatch)
     error = one_line(capsys.readouterr().err)
     assert '--protocol=detection needs pycocotools: pip3 install -r ' in error
     assert error.endswith('code/requirements-extra.txt')
+
+
+def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
+    paths = (f'--image_path={drawn}', *own_paths(tmp_path))
+    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *paths]) == 0
+    for protocol, said in (('knn', True), ('spectrum', True), ('linear', False)):
+        given = (f'--protocol={protocol}', '--probe_epochs=2', '--ckpt_name=model_name_simsiam_ckpt_0')
+        assert cli.main(['evaluate', *given, *paths]) == 0
+        errors = capsys.readouterr().err
+        assert (f'warning: --probe_epochs has no effect on --protocol={protocol}' in errors) == said
