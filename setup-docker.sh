@@ -9,20 +9,23 @@
 #     IMAGE     its name, simsiam by default
 #     DATA      another folder in place of data/
 #     PORT      TensorBoard's, 6006 by default
-# What a command writes lands in data/ and belongs to you, not to root. Exit codes: those of cli.py; 1 where docker fails.
+# What a command writes lands in data/ and belongs to you, not to root. Exit codes: those of cli.py, and of docker run
+# (125 to 127 where it fails); 1 where docker cannot be reached or does not build, 2 for a setting that cannot be.
 set -euo pipefail
 
 fail() {
     echo "error: $*" >&2
-    exit 1
+    exit "${code:-1}"
 }
 
 image=${REGISTRY:+${REGISTRY%/}/}${IMAGE:-simsiam}
 data=
 if [ -n "${DATA:-}" ]; then
-    data=$(cd "$DATA" 2>/dev/null && pwd) || fail "DATA=$DATA is not a folder"
+    data=$(CDPATH='' cd -- "$DATA" 2>/dev/null && pwd) || code=2 fail "DATA=$DATA is not a folder"
+    [[ $data != *:* ]] || code=2 fail "DATA=$DATA: docker takes no folder with a colon in its name"
 fi
-cd "$(dirname "$0")"
+here=$(readlink -f "$0" 2>/dev/null || echo "$0") # the script may be called by a link
+CDPATH='' cd -- "$(dirname "$here")" >/dev/null
 user=${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}
 [ $# -gt 0 ] || set -- train
 
@@ -47,7 +50,7 @@ if [ -t 0 ] && [ -t 1 ]; then
 fi
 
 # All GPUs, where there are any and docker can reach them: through NVIDIA's runtime, or as CDI devices.
-if PATH=$PATH:/usr/lib/wsl/lib nvidia-smi -L >/dev/null 2>&1 && [[ " $* " != *" --device=cpu "* ]]; then
+if PATH=$PATH:/usr/lib/wsl/lib nvidia-smi -L >/dev/null 2>&1 && [[ " $* " != *" --device"[=\ ]"cpu "* ]]; then
     if [[ $(docker info --format '{{json .Runtimes}}') == *nvidia* ]]; then
         options+=(--gpus all)
     elif [[ $(docker info --format '{{json .DiscoveredDevices}}' 2>/dev/null) == *nvidia.com/gpu* ]]; then
@@ -68,10 +71,12 @@ case $1 in
         set -- --entrypoint torchrun "$image" "$@"
         ;;
     tensorboard)
+        shift
         port=${PORT:-6006}
+        [[ $port =~ ^[0-9]+$ ]] || code=2 fail "PORT=$port is no number"
         echo "TensorBoard: http://localhost:$port"
         set -- --publish "127.0.0.1:$port:6006" --entrypoint tensorboard "$image" \
-            --logdir /home/data/logs --host 0.0.0.0 --port 6006
+            --logdir /home/data/logs "$@" --host 0.0.0.0 --port 6006
         ;;
     *) set -- "$image" "$@" ;;
 esac

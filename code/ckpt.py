@@ -5,6 +5,7 @@ with every option of the run (args) and the versions of torch and of this code. 
 """
 
 import functools
+import hashlib
 import os
 import pickle
 import platform
@@ -88,7 +89,7 @@ def get_model_ckpt(args):
     architecture, WorkError where the file is damaged or holds other weights than it says.
     """
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset'))
+        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset', 'model_name'))
     if args.init_from == 'imagenet':
         return args, supervised(args), None
     if args.init_from:
@@ -142,15 +143,24 @@ def load_foreign(args, path, content):
         state = {name: value for name, value in state.items() if name not in heads}
         merged = with_saved(args, {**asdict(args), **of_backbone}, path, of_backbone)
     model = new_model(merged)
-    whole = any(not name.startswith('backbone.') for name in state)
+    whole = model.has_heads = any(not name.startswith('backbone.') for name in state)
     strict_load(model, {**counters(model, whole), **state}, path)
     unused = f'; not used: {", ".join(left)}' if left else ''
     say(
         f'{path.name}: {merged.backbone}, layout {layout}, {"with" if whole else "without"} projector and predictor'
         f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
     )
-    run = path_of(args.ckpt_path) / f'{layout}_{path.name}'
+    run = path_of(args.ckpt_path) / f'{layout}_{path.name}_{mark_of(path)}'  # other tools' files have all one name
     return merged, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
+
+
+def mark_of(path):
+    """A short digest of a file's content."""
+    digest = hashlib.blake2b(digest_size=4)
+    with open(path, 'rb') as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def supervised(args):
@@ -239,6 +249,8 @@ def strict_load(model, state, path):
         for kind, found in kinds.items()
         if found
     ]
+    if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
+        raise WorkError(f'{path} holds weights that are no numbers (nan or infinite): take another checkpoint')
     if problems:
         raise UserError(f'{path} holds the weights of another architecture than it says; {"; ".join(problems)}')
     model.load_state_dict({**model.state_dict(), **state})
@@ -362,13 +374,13 @@ def list_checkpoints(args):
 
 
 def whole_ones(args, names):
-    """get_model_ckpt of each of these --ckpt_name; one that is damaged is warned of and left out. Raises its WorkError
-    where none is left."""
+    """get_model_ckpt of each of these --ckpt_name; one that is damaged or gone is warned of and left out. Raises its
+    error where none is left."""
     found = False
     for name in names:
         try:
             one = get_model_ckpt(changed(args, ckpt_name=str(name)))
-        except WorkError as error:
+        except (WorkError, UserError) as error:  # it may have gone since, where its run keeps the last ones alone
             if name == names[-1] and not found:
                 raise
             complain('warning', f'{error}; left out')
@@ -380,6 +392,7 @@ def whole_ones(args, names):
 def find_checkpoint(args):
     """The file that --ckpt_name means: below --ckpt_path, or a path; a run folder means its newest. Or UserError."""
     for path in (path_of(args.ckpt_path) / args.ckpt_name, path_of(args.ckpt_name)):
+        path = path.resolve()  # what is written about a checkpoint lies beside it, not beside a link to it
         if path.is_file():
             return path
         if path.is_dir():

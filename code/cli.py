@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import fire
 from fire.decorators import SetParseFn
@@ -49,7 +50,12 @@ def runner(command):
 
     @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
     def run(*words, **options):
-        args = read_options(command, words, options)
+        try:
+            args = read_options(command, words, options)
+        except UserError:
+            if int(os.environ.get('RANK', 0)):  # all processes of a run have the same options, and one of them says so
+                sys.exit(2)
+            raise
         if command == 'runs':  # at once: without torch
             importlib.import_module(COMMANDS[command][0]).runs(args)
             return
@@ -80,7 +86,7 @@ def read_options(command, words, options):
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     if args.output and command != 'pack' and path_of(args.output).is_dir():
         raise UserError(f'--output={args.output} is a folder: name a file in it')
-    for name in unused(args, command):
+    for name in unused(args, command) if not int(os.environ.get('RANK', 0)) else ():
         complain('warning', f'--{name} has no effect on {command}')
     return args
 
@@ -118,10 +124,7 @@ def main(argv):
     except (UserError, WorkError) as error:
         return failed(error, 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        return failed(
-            f'{error.strerror or error}' + (f' ({error.filename2 or error.filename})' if error.filename else ''),
-            2 if error.errno == errno.ENAMETOOLONG else 1,
-        )
+        return failed_on_file(error)
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
@@ -140,6 +143,19 @@ def main(argv):
             return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
         return fault(error)
     return 0
+
+
+def failed_on_file(error):
+    """Say what the system refused; returns the exit code."""
+    name = os.fsdecode(error.filename2 or error.filename or '')
+    above = [str(path) for path in (Path(name), *Path(name).parents) if path.is_file()] if name else []
+    if isinstance(error, FileExistsError | NotADirectoryError) and above:
+        return failed(f'{above[-1]} is a file, and a folder is wanted there', 2)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and not name:
+        return failed(f'{error.strerror}: --ckpt_path, --log_path or --cache_path lies on a full disk')
+    return failed(
+        f'{error.strerror or error}' + (f' ({name})' if name else ''), 2 if error.errno == errno.ENAMETOOLONG else 1
+    )
 
 
 def fault(error):

@@ -688,6 +688,19 @@ def unused(args, command):
     return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
 
 
+def idle(args):
+    """(name, what takes its effect away) of each explicitly given option that does nothing in train beside others."""
+    found = {
+        '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
+        '--predictor=none': ('pred_dim', 'fix_pred_lr') if args.predictor == 'none' else (),
+        '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
+        '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
+        '--augment_on=worker': ('cache_images',) if args.augment_on == 'worker' and args.cache_images == 'on' else (),
+        '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
+    }
+    return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
+
+
 def of_other_stages(args):
     """The explicitly given options that matter to other stages of evaluate than the one that args say."""
     stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}

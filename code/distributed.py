@@ -237,6 +237,11 @@ def gather(x, count=None):
     return torch.cat(parts)[:count]
 
 
+def place_of(count):
+    """Where this process's `count` images lie in a batch of which each has as many: (the first, of how many)."""
+    return rank() * count, world() * count
+
+
 def same_for_all(make):
     """What make() gives in rank 0, in every process: plain data."""
     if world() == 1:

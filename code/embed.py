@@ -1,5 +1,8 @@
 """Features of every image of a folder, for use elsewhere, and a look at them in TensorBoard's projector."""
 
+import contextlib
+import io
+
 import numpy as np
 import torch
 
@@ -58,7 +61,8 @@ def embed(args):
         rows = evenly_spaced(len(images), args.projector_images)
         names = [shown(images.names[row]) for row in rows]  # a tab or a new line would break its table
         thumbnails = torch.nn.functional.interpolate(pixels_of(args, images, rows), (32, 32), mode='area')
-        logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
+        with contextlib.redirect_stdout(io.StringIO()):  # of a folder that is there it asks whether that is meant
+            logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
         logger.close()
         say(f'in the projector: tensorboard --logdir {logger.folder}')
     return output
@@ -74,7 +78,7 @@ def as_table(images, features):
         {'ids': ids, 'distances': apart}
         for ids, apart in zip(rows.tolist(), (1 - cosine).clamp(min=0).tolist(), strict=True)
     ]
-    labels = [images.classes[label] if label >= 0 else None for label in images.labels.tolist()]
+    labels = [shown(images.classes[label]) if label >= 0 else None for label in images.labels.tolist()]
     x, y = plane(features).T
     return pyarrow.table(
         {

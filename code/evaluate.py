@@ -19,7 +19,7 @@ from metric.accuracy import confusion
 from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
-from protocols.spectrum import spectrum
+from protocols.spectrum import LEAST, spectrum
 from protocols.transfer import target_splits, transfer
 from terminal import complain
 from tracker import package_of, tracker_of
@@ -60,6 +60,8 @@ def say_what_is_idle(args):
     """Warn of given options that the protocol has no use for."""
     for name in of_other_stages(args):
         complain('warning', f'--{name} has no effect on --protocol={args.protocol}')
+    if args.subset_list and 'label_fraction' in args.given and args.protocol == 'semi':
+        complain('warning', '--label_fraction has no effect beside --subset_list')
 
 
 def of_run(args, name):
@@ -144,25 +146,40 @@ def splits_for(args, own):
 
         return splits_of(args)
     if args.protocol == 'transfer':
-        return target_splits(args)
+        return said_of_unlabelled(target_splits(args))
     if args.protocol == 'spectrum':
+        if len(own['train']) < LEAST:
+            raise UserError(
+                f'--protocol=spectrum compares images with one another: {shown(own["train"].folder)} has '
+                f'{len(own["train"])}, and it wants {LEAST}'
+            )
         return {'train': own['train']}
     if reason := why_no_labels(own):
         raise UserError(f'evaluate needs labels: {reason}')
     if args.protocol == 'semi':
         few_of(args, labelled(own['train']))
-    return {name: own[name] for name in ('train', 'val')}
+    return said_of_unlabelled({name: own[name] for name in ('train', 'val')})
+
+
+def said_of_unlabelled(splits):
+    """`splits`, after saying how many of train are of no use without a label."""
+    none, count = int((splits['train'].labels < 0).sum()), len(splits['train'])
+    if none:
+        say(f'{none} of the {count} images of train have no class, and are left out')
+    return splits
 
 
 def why_no_labels(splits):
     """Why accuracies cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
     if not len(labelled(train)):
-        return f'{shown(train.folder)} has no class folders'
+        return f'{shown(train.folder)} has no classes'
     if val is None:
         return f'{shown(train.folder.parent)}/val is not there'
+    if not (val.labels >= 0).any():
+        return f'{shown(val.folder)} has no classes'
     if not (val.labels >= 0).all():
-        return f'{shown(val.folder)} has no class folders'
+        return f'{int((val.labels < 0).sum())} of the {len(val)} images of {shown(val.folder)} have no class'
     return None
 
 

@@ -76,6 +76,13 @@ def predicted(args, checkpoint, backbone, features, where):
         of = classifier['question']['images']['path']
         scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {of}'
     else:
+        own = path_of(args.image_path)
+        if not own.exists() and args.preset != 'demo':
+            raise UserError(
+                f'{checkpoint["path"].name} has no classifier, and what kNN would ask, {shown(own)}, is not there:'
+                f' python3 cli.py evaluate --ckpt_name={args.ckpt_name} --image_path=<labelled images> '
+                'trains one'
+            )
         train = labelled(load_splits(args)['train'])
         if not len(train):
             raise UserError(

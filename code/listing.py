@@ -118,6 +118,13 @@ def state_of(folder, epoch, epochs):
     return 'finished' if epoch >= epochs else 'stopped'
 
 
+def trained_by(folder):
+    """The number of the process of this machine, another than this, that trains the run of a folder; or None."""
+    mark = read_json(folder / MARK)
+    here = mark.get('host') == socket.gethostname() and mark.get('pid') != os.getpid()
+    return mark['pid'] if here and mark.get('started') and started(mark['pid']) == mark['started'] else None
+
+
 def started(pid):
     """When a process of this machine began, in the system's ticks: a number that a later one of the same pid has not;
     None where there is none."""

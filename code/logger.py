@@ -25,7 +25,7 @@ class Logger:
 
         self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
         self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
-        if metrics and metrics.is_file() and not rank():
+        if first_step and metrics and metrics.is_file() and not rank():
             kept = [as_json(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
             write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))
 

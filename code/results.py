@@ -6,6 +6,7 @@ settings. <run>/evaluate_<protocol>_<digest of the question>.json; the classifie
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,10 +21,15 @@ from utils import write_aside
 # Of the protocol `semi` and so on: what is shown of the settings in a file's name.
 DETAILS = {
     'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
-    'transfer': lambda args: [args.transfer, path_of(args.transfer_path).name],
+    'transfer': lambda args: [args.transfer, plain(path_of(args.transfer_path).name)],
     'detection': lambda args: [args.init],
 }
 ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a question has in other entries, or not
+
+
+def plain(name):
+    """Any file's name as a short part of one that every system and TensorBoard takes."""
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '-_.') else '_' for c in name)[:40]
 
 
 def question(args, splits, checkpoint):
@@ -34,7 +40,7 @@ def question(args, splits, checkpoint):
         if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by']
     }
     if args.subset_list:
-        settings['subset_digest'] = digest([path_of(args.subset_list).read_text()])
+        settings['subset_digest'] = digest([os.fsdecode(path_of(args.subset_list).read_bytes())])
     path = {'transfer': args.transfer_path, 'detection': args.detection_path}.get(args.protocol, args.image_path)
     return {
         'protocol': args.protocol,
@@ -108,6 +114,15 @@ def classifier_for(args, checkpoint, where):
         if isinstance(content, dict) and content.get('question', {}).get('checkpoint') == checkpoint['path'].name:
             found[Path(content['question']['images']['path'])] = content
     own = path_of(args.image_path)
+    chosen = chosen_of(args, found, own, where)
+    trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
+    if chosen and trained_at != args.image_size:
+        complain('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
+    return chosen
+
+
+def chosen_of(args, found, own, where):
+    """The one of `found`, {folder of a set: its classifier}, that classifier_for means."""
     if args.classifier:
         wanted = path_of(args.classifier)
         if wanted not in found:

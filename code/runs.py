@@ -13,7 +13,7 @@ from ckpt import ARCHITECTURE, NAME, OF_THE_CALL, checkpoints, read, save_checkp
 from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
 from distributed import rank, same_for_all
 from formats import upgraded
-from listing import MARK, mark_of_this_process
+from listing import MARK, mark_of_this_process, trained_by
 from logger import say
 from records import oldest_first, read_json
 from stop import held
@@ -116,6 +116,8 @@ def gone_on_with(args, checkpoint, state):
     """The Run that goes on from `checkpoint`. Where its own run has gone further, that stays as it is, and a new one
     begins with a copy of the checkpoint, of its metrics and of its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
+    if state.epoch < args.max_epochs and (not rank()) and (who := trained_by(folder)):
+        raise UserError(f'{folder.name} is being trained, by process {who}: wait for its end, or stop it (kill {who})')
     later = checkpoints(folder)[-1:] not in ([], [path]) and NAME.fullmatch(path.name)
     if not later or state.epoch >= args.max_epochs:
         return Run(args, folder, path, state.position)

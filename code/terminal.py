@@ -34,7 +34,12 @@ class Lasting(io.FileIO):
 
 def own_streams():
     """Let standard output and error take any name of a file (what is no text is escaped) and outlast their readers, and
-    give Python an error stream that `hushed` does not reach."""
+    give Python an error stream that `hushed` does not reach. One that is closed (2>&-) is as /dev/null."""
+    for name, number in (('stdin', 0), ('stdout', 1), ('stderr', 2)):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: the closed one's
+            setattr(sys, name, open(os.devnull, 'w' if number else 'r'))  # noqa: SIM115
     for name, number in (('stdout', 1), ('stderr', 2)):
         stream = getattr(sys, name)
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -14,7 +14,7 @@ import distributed
 import memory
 import stop
 from ckpt import get_model_ckpt
-from config import ROOT, UserError, path_of
+from config import ROOT, UserError, idle, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
@@ -101,8 +101,8 @@ def random_views(args, images, augmentation, state, dataset):
     """(the views of a batch, N x 3 x S x S each, from what the loader gave of it; the parts that it goes through the
     network in). What is drawn depends on the seed, the epoch and the step alone."""
     generator = random_from(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
-    part = distributed.rank(), distributed.world()
-    views = dataset.random_views(images, augmentation, generator, part, use_compile(args))
+    place = distributed.place_of(len(images))
+    views = dataset.random_views(images, augmentation, generator, place, use_compile(args))
     if args.symmetric == '2x':  # two pairs are two parts of a batch
         return (torch.cat(views[::2]), torch.cat(views[1::2])), 2 * args.accumulate_steps
     return views, args.accumulate_steps
@@ -171,6 +171,7 @@ def set_up(args):
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
         warn_of_range(iterators['train'].dataset.store, args.pixel_max)
+    warn_of_idle(args)
     state = new_state(args, model)
     if checkpoint:
         state.restore(checkpoint)
@@ -182,6 +183,13 @@ def set_up(args):
     log_to(run.folder / 'log.txt')
     introduce(args, state, run, iterators['train'])
     return args, state, iterators, run
+
+
+def warn_of_idle(args):
+    """Say which given options have no effect beside others."""
+    if not distributed.rank():
+        for name, beside in idle(args):
+            complain('warning', f'--{name} has no effect with {beside}')
 
 
 def new_state(args, model):
@@ -274,7 +282,8 @@ def summary(args, run, result):
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
-    if judged := of_metrics(read_metrics(run.folder / 'metrics.jsonl'), began(args)):
+    known = [line for line in read_metrics(run.folder / 'metrics.jsonl') if line['epoch'] <= run.position[0]]
+    if judged := of_metrics(known, began(args)):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')

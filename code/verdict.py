@@ -21,6 +21,7 @@ MEASURES = {
     'norm_z': 'norm of z',
     'norm_p': 'norm of p',
 }
+OF_FEATURES = ('rank', 'retrieval', 'rotation', 'rankme', 'area', 'alpha', 'lidar', 'alignment', 'uniformity')
 QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
 FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
 # From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.

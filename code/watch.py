@@ -9,11 +9,12 @@ import torch
 from config import path_of
 from dataloader import vision
 from dataloader.load_dataset import in_order, labelled
+from distributed import gather
 from evaluate import why_no_labels
 from logger import Logger, duration, progress, say
 from metric import spectrum
 from protocols.knn import knn_accuracy
-from protocols.spectrum import FOUND_AMONG, quick
+from protocols.spectrum import FOUND_AMONG, LEAST, quick
 from tracker import tracker_of
 from utils import get_device, later, peak_memory
 from verdict import began
@@ -30,7 +31,8 @@ class Watch:
         self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
         self.bank = in_order(args, labelled(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
-        after = state.epoch + 1 if run.path else 0
+        # Of a run that is only looked at again nothing that was written changes.
+        after = state.epoch + 1 if run.path and state.epoch < args.max_epochs else 0
         logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
         self.started, self.began = time.time(), state.epoch + state.images / max(1, len(train))
@@ -126,10 +128,11 @@ class Watch:
         if not self.knn_off:
             found['knn_top1'] = knn_accuracy(args, state.model.backbone, self.bank, self.val)
             words = f'  kNN {found["knn_top1"]:.2f} %'
-        found |= quick(args, state.model, self.splits['train'])
-        words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, len(self.splits["train"]))}'
+        if (count := len(self.splits['train'])) >= LEAST:
+            found |= quick(args, state.model, self.splits['train'])
+            words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, count)}'
         if self.outputs:
-            p, z = self.outputs
+            p, z = (gather(x) for x in self.outputs)
             found |= spectrum.of_outputs(z, p)
         return {f'pretraining/{name}': value for name, value in found.items()}, words
 

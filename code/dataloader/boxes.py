@@ -5,6 +5,7 @@ VOC    Annotations/*.xml, JPEGImages/, ImageSets/Main/{trainval and test, or tra
 """
 
 import json
+import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,18 @@ class Boxes(Dataset):
     table: dict
     masks: bool
     split: str  # its name in the folder
+    left_out: int = 0  # boxes without an area, or outside of their image
 
     def __post_init__(self):
         self.of_image = {image['id']: [] for image in self.table['images']}
         for box in self.table['annotations']:
             self.of_image[box['image_id']].append(box)
-        self.number = {category['id']: i + 1 for i, category in enumerate(self.table['categories'])}
+        ids = sorted(category['id'] for category in self.table['categories'])
+        self.number = {category: i + 1 for i, category in enumerate(ids)}
+
+    def has_boxes(self):
+        """Whether there is one to learn from, or to be judged by: a crowd is neither."""
+        return any(not box['iscrowd'] for box in self.table['annotations'])
 
     def __len__(self):
         return len(self.table['images'])
@@ -54,7 +61,7 @@ class Boxes(Dataset):
         index, mirror = key
         entry = self.table['images'][index]
         image = torch.from_numpy(np.array(decode(self.folder / entry['file_name']))).permute(2, 0, 1) / 255
-        kept = [box for box in self.of_image[entry['id']] if not box['iscrowd'] and min(box['bbox'][2:]) > 0]
+        kept = [box for box in self.of_image[entry['id']] if not box['iscrowd']]
         boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height to left, top, right, bottom
         target = {
@@ -77,7 +84,8 @@ def load_boxes(folder, masks):
     """{'train': Boxes, 'val': Boxes} of a folder in either format. Raises UserError where it is in neither."""
     if (folder / 'annotations').is_dir():
         splits = {split: coco_split(folder, split, masks) for split in ('train', 'val')}
-        if splits['train'].number != splits['val'].number:
+        names = [{each['id']: each['name'] for each in splits[split].table['categories']} for split in splits]
+        if names[0] != names[1]:
             raise WorkError(f'the categories of train and of val in {folder}/annotations are not the same')
         return splits
     if (folder / 'ImageSets/Main').is_dir():
@@ -101,18 +109,52 @@ def coco_split(folder, split, masks):
     try:
         table = json.loads(files[0].read_text())
         table = {key: table[key] for key in ('images', 'annotations', 'categories')}
-        table['annotations'] = [
-            {'iscrowd': 0, 'area': box['bbox'][2] * box['bbox'][3], **box} for box in table['annotations']
-        ]
-        inside(table, images)
-        return Boxes(images, table, masks, own)
-    except (ValueError, KeyError, TypeError) as error:
+        table, left_out = checked(files[0], table, images, masks)
+        return Boxes(images, table, masks, own, left_out)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None
+
+
+def checked(path, table, folder, masks):
+    """(the table that `path` has, of images in `folder`, each annotation with id, area and iscrowd; how many are left
+    out, for they have no area or lie outside of their image). Raises WorkError for one that cannot be used."""
+    inside(table, folder)
+    known, images = {each['id'] for each in table['categories']}, {image['id']: image for image in table['images']}
+    kept = []
+    for number, box in enumerate(table['annotations'], 1):
+        if reason := why_not(box, images, known, masks):
+            raise WorkError(f'{path}: annotation {number} {reason}')
+        left, top, width, height = box['bbox']
+        image = images[box['image_id']]
+        right, bottom = image.get('width', math.inf), image.get('height', math.inf)
+        if width > 0 and height > 0 and -width < left < right and -height < top < bottom:
+            kept.append({'iscrowd': 0, 'area': width * height, **box, 'id': number})
+    return {**table, 'annotations': kept}, len(table['annotations']) - len(kept)
+
+
+def why_not(box, images, categories, masks):
+    """Why an annotation cannot be used, or None. images: by their ids; categories: ids."""
+    if box['image_id'] not in images:
+        return f'is of an image that is not there, {box["image_id"]}'
+    if box['category_id'] not in categories:
+        return f'is of a category that is not there, {box["category_id"]}'
+    if len(box['bbox']) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in box['bbox']):
+        return f'has no box of four numbers but {box["bbox"]}'
+    if not masks or box.get('iscrowd'):
+        return None
+    shape, image = box.get('segmentation'), images[box['image_id']]
+    if isinstance(shape, list):
+        good = shape and all(isinstance(x, list) and len(x) >= 6 and len(x) % 2 == 0 for x in shape)
+    else:
+        good = isinstance(shape, dict) and shape.get('size') == [image['height'], image['width']] and 'counts' in shape
+    return None if good else 'has no mask: polygons, or run lengths of the size of its image (or take faster_rcnn)'
 
 
 def inside(table, folder):
     """No file name may lead out of the folder of the images."""
     for image in table['images']:
+        if not isinstance(image['file_name'], str):
+            raise WorkError(f'the annotations name {image["file_name"]!r}, which is no file name')
         if not (folder / image['file_name']).resolve().is_relative_to(folder.resolve()):
             raise WorkError(f'the annotations name {image["file_name"]!r}, which is not inside {folder}')
 
@@ -121,11 +163,19 @@ def voc_classes(folder):
     """The names of all classes that are annotated, sorted."""
     return sorted(
         {
-            thing.findtext('name')
+            name_of(thing, path)
             for path in sorted((folder / 'Annotations').glob('*.xml'))
             for thing in annotation(path).iter('object')
         }
     )
+
+
+def name_of(thing, path):
+    """The class of an object. Raises WorkError."""
+    name = (thing.findtext('name') or '').strip()
+    if not name:
+        raise WorkError(f'{path} has an object without a name')
+    return name
 
 
 def voc_lists(folder):
@@ -140,7 +190,11 @@ def voc_lists(folder):
 
 def voc_split(folder, path, numbers):
     images, boxes = [], []
-    for number, line in enumerate(path.read_text().split()):
+    try:
+        lines = path.read_text().split()
+    except UnicodeDecodeError as error:
+        raise WorkError(f'{path} is no list of names: {error}') from None
+    for number, line in enumerate(lines):
         file = folder / f'Annotations/{line}.xml'
         root = annotation(file)
         try:
@@ -158,13 +212,13 @@ def voc_split(folder, path, numbers):
                     float(thing.find('bndbox').findtext(side)) for side in ('xmin', 'ymin', 'xmax', 'ymax')
                 )
                 box = [left - 1, top - 1, right - left + 1, bottom - top + 1]  # VOC counts pixels from 1, both included
+                if not all(map(math.isfinite, box)):
+                    raise ValueError(f'it has a box of {box}')
                 boxes.append(
                     {
-                        'id': len(boxes) + 1,
                         'image_id': number,
-                        'category_id': numbers[thing.findtext('name')],
+                        'category_id': numbers[name_of(thing, file)],
                         'bbox': box,
-                        'area': box[2] * box[3],
                         'iscrowd': int(thing.findtext('difficult') == '1'),
                     }
                 )
@@ -172,8 +226,8 @@ def voc_split(folder, path, numbers):
             raise WorkError(f'{file} is not in the VOC format: {error}') from None
     categories = [{'id': number, 'name': name} for name, number in numbers.items()]
     table = {'images': images, 'annotations': boxes, 'categories': categories}
-    inside(table, folder / 'JPEGImages')
-    return Boxes(folder / 'JPEGImages', table, masks=False, split=path.stem)
+    table, left_out = checked(path, table, folder / 'JPEGImages', False)
+    return Boxes(folder / 'JPEGImages', table, masks=False, split=path.stem, left_out=left_out)
 
 
 def annotation(path):

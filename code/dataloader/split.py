@@ -70,12 +70,12 @@ class Images(torch.utils.data.Dataset):
                 image, args.image_size, self.views, row, generator, args.jpeg_shrink, args.pixel_max
             )
 
-    def random_views(self, images, augmentation, generator, part=(0, 1), compiled=False):
+    def random_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
         if images.ndim == 5 and not self.crops_only:
             return vision.normalised(images)
         row = distortion(self.args, augmentation)
-        return vision.random_views(images, row, generator, self.views, part, compiled)
+        return vision.random_views(images, row, generator, self.views, place, compiled)
 
     def distorted(self, images, seed, augmentation):
         """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.

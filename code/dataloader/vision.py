@@ -25,17 +25,17 @@ CACHE_BYTES = 2**20  # of one core's cache
 COLUMNS = {'boxes': slice(0, 4), 'flips': 4, 'factors': slice(5, 9), 'order': slice(9, 13), 'gray': 13, 'sigma': 14}
 
 
-def random_views(images, row, generator, count=2, part=(0, 1), compiled=False):
+def random_views(images, row, generator, count=2, place=None, compiled=False):
     """`count` independently distorted views of every image.
 
     images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. row: of config.distortion, with S.
-    generator: CPU generator. part: (i, n), the images are the i-th of n equal parts of a batch, and get the random
-    numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with torch.compile.
-    Returns a tuple of normalised float tensors, N x 3 x S x S.
+    generator: CPU generator. place: (first, total), the images are a part of `total`, from the first on, and get the
+    random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
+    torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
-    n, whole = len(images), images.ndim == 4
-    table = draw(count * n * part[1], row, generator, images.shape[-2:] if whole else None)
-    table = table.view(count, part[1], n, -1)[:, part[0]].flatten(0, 1)
+    whole, (first, total) = images.ndim == 4, place or (0, len(images))
+    table = draw(count * total, row, generator, images.shape[-2:] if whole else None).view(count, total, -1)
+    table = table[:, first : first + len(images)].flatten(0, 1)
     if images.device.type == 'cpu':
         images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
         return distort(images, table, row, normalise).chunk(count)

@@ -4,6 +4,8 @@ x: N x d features; all is by cosine, on directions of the centred features, for 
 that makes every cosine near 1.
 """
 
+import warnings
+
 import torch
 from torch.nn.functional import normalize
 
@@ -14,8 +16,10 @@ MOST_CLUSTERS = 500
 
 
 def directions(x):
-    """x, centred and at length 1."""
-    return normalize(x - x.mean(0), dim=1)
+    """x, centred and at length 1; 0 for a row that is the mean but for rounding, as all are of a set of one image."""
+    centred = x - x.mean(0)
+    rounding = 1e-5 * x.norm(dim=1, keepdim=True).mean()
+    return torch.where(centred.norm(dim=1, keepdim=True) > rounding, normalize(centred, dim=1), 0)
 
 
 def k_centre(x, count, seed=0):
@@ -44,7 +48,9 @@ def typical(x, count, seed=0):
 
     x, count = directions(x), min(count, len(x))
     clusters = min(count, MOST_CLUSTERS)
-    labels = KMeans(clusters, n_init=1, random_state=seed).fit(x.cpu().numpy()).labels_
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # fewer different images than clusters: the empty ones are left out below
+        labels = KMeans(clusters, n_init=1, random_state=seed).fit(x.cpu().numpy()).labels_
     members = [rows for rows in (torch.from_numpy(labels == i).nonzero()[:, 0] for i in range(clusters)) if len(rows)]
     ordered = [
         rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()]
@@ -66,6 +72,8 @@ def typicality(x):
 def near_pairs(x, least):
     """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first."""
     x = directions(x)
+    mean = (~x.any(1, keepdim=True)).to(x)  # rows at the mean are one another's doubles
+    x = torch.cat((x, mean), 1)
     found, values = [], []
     for start in range(0, len(x), 1024):
         cosine = x[start : start + 1024] @ x.T

@@ -4,8 +4,9 @@ from torch.nn.functional import normalize
 
 
 def spread(z):
-    """Standard deviation of z / |z| per channel over the batch, its mean over channels, times sqrt(d). z: N x d.
+    """Standard deviation of z / |z| per channel over the batch, its mean over channels, times sqrt(d). z: N x d, N > 1.
 
-    Near 1 where z spreads evenly over the sphere, 0 where every image has the same z: collapse.
+    Near 1 where z spreads evenly over the sphere, 0 where every image has the same z: collapse. Corrected for
+    N, for the number of processes that share a batch is not to lower it.
     """
-    return normalize(z, dim=1).std(0, correction=0).mean() * z.shape[1] ** 0.5
+    return normalize(z, dim=1).std(0).mean() * z.shape[1] ** 0.5

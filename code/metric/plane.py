@@ -19,6 +19,8 @@ def plane(x):
     rows = directions(x).cpu().numpy()
     if len(rows) < 3:
         return np.arange(2 * len(rows), dtype=np.float32).reshape(-1, 2)
+    if not rows.any():  # one image, again and again
+        return np.zeros((len(rows), 2), dtype=np.float32)
     if not 10 <= len(rows) <= MOST:
         return PCA(2).fit_transform(rows).astype(np.float32)
     return TSNE(2, init='pca', perplexity=min(30, len(rows) / 4), random_state=0).fit_transform(rows)

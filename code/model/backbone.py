@@ -104,7 +104,7 @@ def width_of(backbone, size):
 def use_small_stem(backbone):
     """Give a ResNet the stem for images of 32 pixels."""
     if not isinstance(backbone, resnet.ResNet):
-        raise ValueError("--stem=cifar is for torchvision's ResNets; leave it out")
+        raise ValueError("--stem=cifar is for torchvision's ResNets; --stem=imagenet goes with every network")
     backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode='fan_out', nonlinearity='relu')
     backbone.maxpool = nn.Identity()

@@ -9,8 +9,11 @@ class SimSiam(nn.Module):
     """backbone f, projector (with f: the paper's encoder) and predictor h.
 
     args: anything with the attributes backbone, stem, image_size, proj_layers, proj_dim, pred_dim, proj_bn and
-    predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone).
+    predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone). has_heads: whether
+    projector and predictor belong to the backbone; with weights of other tools there may be none that do.
     """
+
+    has_heads = True
 
     def __init__(self, args):
         super().__init__()

@@ -23,6 +23,7 @@ from dataloader.boxes import load_boxes
 from logger import progress, say
 from optimizer.sgd import learning_rate
 from precision import autocast
+from terminal import complain
 from utils import extra, get_device, random_from
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
@@ -55,9 +56,16 @@ def splits_of(args):
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
     splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn')
-    train, val = splits['train'], splits['val']
-    if not len(train) or not len(val) or not val.table['annotations']:
-        raise UserError(f'--detection_path: {path_of(args.detection_path)} has no images or boxes in train or val')
+    for boxes in splits.values():
+        if not boxes.has_boxes():
+            raise UserError(
+                f'--detection_path: {path_of(args.detection_path)} has no boxes in {boxes.split} (a crowd, or what is '
+                'difficult, is neither learned nor judged)'
+            )
+        if boxes.left_out:
+            say(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
+    if args.bad_images == 'skip' and 'bad_images' in args.given:
+        complain('warning', '--bad_images=skip has no effect on --protocol=detection')
     return splits
 
 
@@ -134,7 +142,7 @@ def fit(args, detector, train):
             loss.backward()
             optimizer.step()
             bar.update()
-            if step % 20 == 0:
+            if step % 20 == 0 or step + 1 == steps:
                 value = loss.item()
                 bar.set_postfix_str(f'loss {value:.3f}')
                 if not np.isfinite(value):

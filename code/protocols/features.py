@@ -6,7 +6,7 @@ import torch
 
 from dataloader import vision
 from dataloader.load_dataset import prepared
-from distributed import gather, rank, world
+from distributed import gather, place_of, world
 from logger import progress
 from precision import autocast
 from utils import channels_last, get_device, random_from
@@ -67,7 +67,7 @@ def labelled_crops(args, batches, epoch):
     batches.batch_sampler.start_epoch(epoch, 'crop')
     for step, (images, labels) in enumerate(prepared(args, batches)):
         generator = random_from(args.random_seed, 'crops', epoch, step)
-        (view,) = batches.dataset.random_views(images, 'crop', generator, (rank(), world()))
+        (view,) = batches.dataset.random_views(images, 'crop', generator, place_of(len(images)))
         yield channels_last(view), labels
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning of the whole network with labels: semi-supervised learning, and one half of transfer."""
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import new_model
 from config import UserError, changed, path_of
+from dataloader.images import shown
 from dataloader.load_dataset import in_order, labelled, prepared, select, shuffled_crops
 from dataloader.vision import plain_view
 from logger import progress
@@ -15,6 +17,7 @@ from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
 from precision import autocast
 from protocols.features import labelled_crops
+from terminal import complain
 from utils import channels_last, get_device, random_from
 
 
@@ -33,6 +36,8 @@ def semi(args, model, splits):
 def few_of(args, train):
     """The labelled images of --label_fraction or --subset_list. Raises UserError for a list that cannot be used."""
     rows = listed(args, train) if args.subset_list else balanced(train.labels, args.label_fraction, args.random_seed)
+    if len(rows) < 2:
+        raise UserError('--protocol=semi: the labels are of one image; fine-tuning wants two')
     return select(train, rows)
 
 
@@ -119,8 +124,9 @@ def listed(args, images):
     """
     path = path_of(args.subset_list)
     try:
-        wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines()
+        wanted = [os.fsdecode(line.strip()) for line in lines if line.strip()]
+    except OSError as error:
         raise UserError(f'--subset_list: {path} cannot be read: {error}') from None
     by_name = {}
     for row, name in enumerate(images.names):
@@ -132,7 +138,7 @@ def listed(args, images):
     if unknown:
         raise UserError(
             f'--subset_list: {len(unknown)} of its {len(wanted)} names are not in {images.folder}; the '
-            f'first is {unknown[0]!r}'
+            f'first is {shown(unknown[0])!r}'
         )
     repeated = [name for name in wanted if len(by_name[name]) > 1]
     if repeated:
@@ -140,4 +146,13 @@ def listed(args, images):
             f'--subset_list: {len(by_name[repeated[0]])} images of {images.folder} are named '
             f'{repeated[0]!r}: write <class>/{repeated[0]}'
         )
-    return torch.tensor(sorted({by_name[name][0] for name in wanted}))
+    rows = torch.tensor(sorted({by_name[name][0] for name in wanted}))
+    if len(rows) < len(wanted):
+        complain('warning', f'--subset_list: {len(wanted) - len(rows)} of its {len(wanted)} names are there twice')
+    none = sorted({*range(len(images.classes))} - {*images.labels[rows].tolist()})
+    if none:
+        first = shown(images.classes[none[0]])
+        complain(
+            'warning', f'--subset_list: {len(none)} of {len(images.classes)} classes have no image, such as {first}'
+        )
+    return rows

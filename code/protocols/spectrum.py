@@ -12,7 +12,7 @@ from ckpt import new_model
 from dataloader import vision
 from dataloader.load_dataset import batches, in_order, prepared, select
 from distributed import gather, rank, world
-from logger import progress
+from logger import progress, say
 from metric import spectrum as measures
 from metric.accuracy import topk_accuracy
 from metric.collapse import spread
@@ -20,8 +20,9 @@ from precision import autocast
 from protocols.features import features_of, filled, judged
 from protocols.transfer import logistic_regression
 from utils import channels_last, evenly_spaced, get_device, memory_for, random_from
-from verdict import verdict
+from verdict import OF_FEATURES, verdict
 
+LEAST = 20  # images of a set for which there is anything to say
 FOUND_AMONG = 1000  # images of the retrieval: chance and difficulty depend on how many
 MANY_VIEWS = 100, 10  # images, and views of each (LiDAR, section 5)
 SEED = 0  # of the views: the same in every run
@@ -76,8 +77,17 @@ def spectrum(args, model, splits):
     images = splits['train']
     untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
     now, before = measured(args, model, images), measured(args, untrained, images)
-    result = {'measures': now, 'untrained': before, 'verdict': verdict(now, before)}
+    if model.has_heads:
+        result = {'measures': now, 'untrained': before, 'verdict': verdict(now, before)}
+    else:
+        say('the file has a backbone alone: there is no z to be measured, and no verdict')
+        result = {'measures': of_features(now), 'untrained': of_features(before)}
     return {**result, 'num_train': len(images), 'num_val': 0}, None, None, None, []
+
+
+def of_features(found):
+    """Those of the measures that are not of z and p."""
+    return {name: found[name] for name in OF_FEATURES}
 
 
 def spaced(images, count):
@@ -90,11 +100,14 @@ def of_views(args, model, images, views):
     """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
     found = batches(args, replace(images, args=args, views=views), shuffled=True, drop_last=False)
-    part, count = (rank(), world()), len(images)
+    count = len(images)
+    first = rank() * -(-count // world())  # whatever the batch, and however many processes share it
 
     def parts():
-        for step, (pixels, _) in enumerate(prepared(args, progress(found, 'two views'))):
-            yield seen(found.dataset.random_views(pixels, 'moco', random_from(SEED, 'fixed views', step), part))
+        done = first
+        for pixels, _ in prepared(args, progress(found, 'two views')):
+            yield seen(found.dataset.random_views(pixels, 'moco', random_from(SEED, 'fixed views'), (done, count)))
+            done += len(pixels)
         side = torch.zeros(1, 3, args.image_size, args.image_size, device=get_device(args))
         yield tuple(x[:0] for x in seen([side] * views))  # there may be more processes than images
 

@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from config import UserError, changed, path_of
+from dataloader.images import shown
 from dataloader.load_dataset import in_order, labelled, load_splits
 from logger import progress
 from metric.accuracy import topk_accuracy
@@ -30,11 +31,16 @@ def target_splits(args):
     """{'train', 'val'} of the set of --transfer_path. Raises UserError for what is missing."""
     if not args.transfer_path:
         raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
+    where = path_of(args.transfer_path)
+    if not where.exists():
+        raise UserError(f'--transfer_path: {shown(where)} is not there')
     splits = load_splits(of_target(args))
     train, val = labelled(splits['train']), splits['val']
-    if val is None or not len(train) or not (val.labels >= 0).any():
-        raise UserError(f'--transfer_path: {path_of(args.transfer_path)} wants class folders in train/ and in val/')
-    return {'train': train, 'val': val}
+    if val is None or not len(train) or not (val.labels >= 0).all():
+        raise UserError(f'--transfer_path: {shown(where)} wants classes in train and, of every image, in val')
+    if args.transfer == 'finetune' and len(train) < 2:
+        raise UserError(f'--transfer_path: {shown(where)} has one image to train on; fine-tuning wants two')
+    return {'train': splits['train'], 'val': val}
 
 
 def of_target(args):

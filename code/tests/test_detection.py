@@ -106,6 +106,79 @@ def test_both_formats_say_the_same(tmp_path):
             assert turned['boxes'][0, 0] == 96 - target['boxes'][0, 2]
 
 
+def spoil(path, split, change):
+    """Let `change(table)` alter a COCO file."""
+    file = path / f'annotations/instances_{split}2017.json'
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize(
+    ('entry', 'masks', 'said'),
+    [
+        ({'bbox': []}, False, 'annotation 2 has no box of four numbers but'),
+        ({'bbox': [float('nan'), 1, 5, 5]}, False, 'annotation 2 has no box of four numbers but'),
+        ({'bbox': None}, False, 'is not in the COCO format'),
+        ({'category_id': 99}, False, 'annotation 2 is of a category that is not there, 99'),
+        ({'image_id': 5}, False, 'annotation 2 is of an image that is not there, 5'),
+        ({'segmentation': None}, True, 'annotation 2 has no mask'),
+        ({'segmentation': []}, True, 'annotation 2 has no mask'),
+        ({'segmentation': [[1, 2, 3]]}, True, 'annotation 2 has no mask'),
+        ({'segmentation': {'size': [4, 5], 'counts': [20]}}, True, 'annotation 2 has no mask'),
+    ],
+)
+def test_an_annotation_that_cannot_be_used_is_named_before_the_work(entry, masks, said, split, tmp_path):
+    coco(tmp_path / 'set', {'train': 3, 'val': 3})
+    spoil(tmp_path / 'set', split, lambda table: table['annotations'][1].update(entry))
+    with pytest.raises(WorkError, match=said):
+        load_boxes(tmp_path / 'set', masks)
+
+
+def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
+    def change(table):
+        for box in table['annotations']:
+            del box['id']
+        for number, bbox in enumerate(([50, 50, -20, 20], [50, 50, 0, 20], [500, 500, 20, 20], [-30, 5, 20, 20])):
+            table['annotations'].append({**table['annotations'][number % 2], 'bbox': bbox})
+        table['categories'].reverse()
+
+    for split in ('train', 'val'):
+        coco(tmp_path / split, {'train': 3, 'val': 3})
+        before = load_boxes(tmp_path / split, False)[split]
+        spoil(tmp_path / split, split, change)
+        after = load_boxes(tmp_path / split, False)[split]
+        assert (after.left_out, len(after.table['annotations'])) == (4, len(before.table['annotations']))
+        assert after.number == before.number
+    args = get_config(preset='demo', detection_path=f'{tmp_path}/val', bad_images='skip')
+    detection.splits_of(args)
+    captured = capsys.readouterr()
+    assert 'val2017: 4 boxes have no area or lie outside of their image, and are left out' in captured.out
+    assert '--bad_images=skip has no effect on --protocol=detection' in captured.err
+    for split in ('train', 'val'):
+        coco(tmp_path / f'crowd_{split}', {'train': 3, 'val': 3})
+        spoil(tmp_path / f'crowd_{split}', split, lambda table: [x.update(iscrowd=1) for x in table['annotations']])
+        with pytest.raises(UserError, match=f'has no boxes in {split}2017'):
+            detection.splits_of(get_config(preset='demo', detection_path=f'{tmp_path}/crowd_{split}'))
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'said'),
+    [
+        ('<name>disc</name>', '', 'has an object without a name'),
+        ('<name>disc</name>', '<name> </name>', 'has an object without a name'),
+        ('<xmax>', '<xmax>nan</xmax><xmax>', 'is not in the VOC format'),
+    ],
+)
+def test_a_voc_object_that_cannot_be_used_is_named(old, new, said, tmp_path):
+    voc(tmp_path, {'train': 4, 'val': 2})
+    for path in (tmp_path / 'Annotations').iterdir():
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(WorkError, match=said):
+        load_boxes(tmp_path, False)
+
+
 @pytest.mark.parametrize(
     ('lists', 'pair'),
     [

@@ -89,12 +89,12 @@ def test_every_process_draws_what_one_would(blur, atol):
 
     row = {**AUGMENTATIONS['moco'], 'size': 24, 'blur_prob': blur}
 
-    def views(part, these):
-        return vision.random_views(these, row, random_from(1), part=part)
+    def views(place, these):
+        return vision.random_views(these, row, random_from(1), place=place)
 
-    whole = views((0, 1), images)
+    whole = views((0, 8), images)
     for rank in range(4):
-        for ours, wanted in zip(views((rank, 4), images[2 * rank : 2 * rank + 2]), whole, strict=True):
+        for ours, wanted in zip(views((2 * rank, 8), images[2 * rank : 2 * rank + 2]), whole, strict=True):
             torch.testing.assert_close(ours, wanted[2 * rank : 2 * rank + 2], atol=atol, rtol=0)
 
 
@@ -249,6 +249,10 @@ def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_p
 @pytest.mark.parametrize('command', ['report', 'export', 'pack', 'check_dataloader'])
 def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
     as_one_of(1, 2)
+    with pytest.raises(SystemExit, match='2'):  # what both have to say is said by the first
+        cli.main([command])
+    assert not capsys.readouterr().err
+    as_one_of(0, 2)
     assert cli.main([command]) == 2
     assert capsys.readouterr().err == f'error: {command} is the work of one process: start it without torchrun\n'
 

@@ -73,7 +73,7 @@ def test_spread_is_one_on_the_sphere_and_zero_in_collapse():
     by_hand = 0
     for channel in zip(*unit, strict=True):
         mean = sum(channel) / 50
-        by_hand += math.sqrt(sum((x - mean) ** 2 for x in channel) / 50) / 16
+        by_hand += math.sqrt(sum((x - mean) ** 2 for x in channel) / 49) / 16
     assert spread(z[:50]).item() == pytest.approx(by_hand * 4)
     assert spread(z).item() == pytest.approx(1, abs=0.01)
     assert spread(z[:1].expand(50, -1) * torch.arange(1, 51)[:, None]).item() == pytest.approx(0, abs=1e-7)

@@ -1,5 +1,7 @@
 """Evaluation protocols: optimizers and classifiers against independent ones, and each protocol as a user runs it."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +21,7 @@ from dataloader.load_dataset import load_splits, select, shuffled_crops
 from dataloader.names import Names
 from dataloader.stores.memory import Memory
 from optimizer.lars import Lars
-from protocols.finetune import balanced, listed
+from protocols.finetune import balanced, few_of, listed
 from protocols.linear import cached_features, in_steps, train_probe
 from protocols.transfer import held_out, logistic_regression, regression
 from results import of_run
@@ -301,3 +303,71 @@ def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
         assert cli.main(['evaluate', *given, *paths]) == 0
         errors = capsys.readouterr().err
         assert (f'warning: --probe_epochs has no effect on --protocol={protocol}' in errors) == said
+
+
+@pytest.mark.parametrize(
+    ('content', 'rows', 'said'),
+    [
+        (b'\xef\xbb\xbfchecks/000.png\r\ndots/001.png\r\nstripes/002.png', 3, ''),
+        (b'checks/000.png\ndots/001.png', 2, '1 of 3 classes have no image, such as stripes'),
+        (b'checks/000.png\nchecks/000.png\ndots/001.png\nstripes/002.png', 3, '1 of its 4 names are there twice'),
+    ],
+)
+def test_a_list_of_labels_as_people_write_it(content, rows, said, drawn, tmp_path, capsys):
+    path = tmp_path / 'list.txt'
+    path.write_bytes(content)
+    args = get_config(preset='demo', image_path=str(drawn), subset_list=str(path), protocol='semi')
+    assert len(few_of(args, load_splits(args)['train'])) == rows
+    assert said in capsys.readouterr().err
+
+
+def test_labels_of_one_image_are_too_few_and_names_may_be_bytes(drawn, tmp_path):
+    folder = tmp_path / 'set'
+    shutil.copytree(drawn, folder)
+    name = os.fsencode(folder / 'train/dots') + b'/caf\xe9.png'
+    shutil.copy(folder / 'train/dots/000.png', name)
+    path = tmp_path / 'list.txt'
+    args = get_config(preset='demo', image_path=str(folder), subset_list=str(path), cache_path=str(tmp_path))
+    path.write_bytes(b'caf\xe9.png\nchecks/000.png')
+    assert len(few_of(args, load_splits(args)['train'])) == 2
+    path.write_bytes(b'caf\xe9.png')
+    with pytest.raises(UserError, match='the labels are of one image; fine-tuning wants two'):
+        few_of(args, load_splits(args)['train'])
+
+
+def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):
+    """In train they are left out, and that is said; in val they are refused, with their number."""
+    names = {split: sorted((drawn / split).rglob('*.png')) for split in ('train', 'val')}
+    for split, paths in names.items():
+        lines = [
+            f'{path}\t{path.parent.name}' if i % 2 or split == 'val' else str(path) for i, path in enumerate(paths)
+        ]
+        (tmp_path / f'{split}.txt').write_text('\n'.join(lines))
+    given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--probe_epochs=2')
+    for more in ((f'--image_path={tmp_path}',), ('--protocol=transfer', f'--transfer_path={tmp_path}')):
+        assert cli.main([*given, *more]) == 0
+        assert '36 of the 72 images of train have no class, and are left out' in capsys.readouterr().out
+    half = [
+        line if i % 2 else line.split('\t')[0] for i, line in enumerate((tmp_path / 'val.txt').read_text().split('\n'))
+    ]
+    (tmp_path / 'val.txt').write_text('\n'.join(half))
+    assert cli.main([*given, f'--image_path={tmp_path}']) == 2
+    assert '12 of the 24 images of' in one_line(capsys.readouterr().err)
+    assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 2
+    assert 'wants classes in train and, of every image, in val' in one_line(capsys.readouterr().err)
+
+
+def test_measures_that_compare_images_want_some(tmp_path, trained, capsys):
+    folder = draw_folder(tmp_path / 'set', {'train': 4, 'val': 1})
+    given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=spectrum', f'--image_path={folder}')
+    assert cli.main(given) == 2
+    assert 'has 12, and it wants 20' in one_line(capsys.readouterr().err)
+
+
+def test_any_name_of_a_folder_names_a_result(drawn, tmp_path, trained):
+    folder = tmp_path / ('n' * 240)
+    shutil.copytree(drawn, folder)
+    given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=transfer')
+    assert cli.main([*given, f'--transfer_path={folder}']) == 0
+    os.rename(folder, os.fsencode(tmp_path) + b'/by\xff')
+    assert cli.main([*given, f'--transfer_path={os.fsdecode(os.fsencode(tmp_path))}/by\udcff']) == 0

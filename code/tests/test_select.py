@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 import cli
 from conftest import TINY, one_line, own_paths
 from metric import choose
+from metric.plane import plane
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -73,6 +75,20 @@ def test_the_odd_one_is_found():
     rows, near = choose.oddest(x, 3)
     assert rows[0] == 60
     assert near.tolist() == sorted(near.tolist())
+
+
+@pytest.mark.parametrize('count', [2, 4, 12])
+def test_one_image_again_and_again_is_double(count):
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(count, -1) + 1
+    pairs, cosines = choose.near_pairs(x, 0.99)
+    assert len(pairs) == count * (count - 1) // 2
+    assert cosines.tolist() == pytest.approx([1.0] * len(pairs))
+    apart = torch.cat((x, -x[:1]))
+    assert len(choose.near_pairs(apart, 0.99)[0]) == len(pairs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert plane(x).shape == (count, 2)
+        assert sorted(choose.typical(x, count).tolist()) == [*range(count)]
 
 
 def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys):

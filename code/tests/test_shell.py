@@ -57,6 +57,28 @@ def docker(tmp_path):
     return call
 
 
+def test_docker_is_called_from_anywhere_with_any_folder(docker, tmp_path):
+    (tmp_path / 'a:b').mkdir()
+    done, calls = docker('train', DATA=f'{tmp_path}/a:b')
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr == f'error: DATA={tmp_path}/a:b: docker takes no folder with a colon in its name\n'
+    (tmp_path / 'elsewhere').mkdir()
+    link = tmp_path / 'elsewhere/run.sh'
+    link.symlink_to(docker.top / 'setup-docker.sh')
+    (tmp_path / 'some where').mkdir()
+    environment = {'PATH': f'{docker.bin}:{os.environ["PATH"]}', 'DOCKER_LOG': str(tmp_path / 'calls')}
+    environment |= {'CDPATH': str(tmp_path), 'DATA': 'some where', 'GPU': '1', 'RUNTIMES': '{"runc":{}}'}
+    for command in (['tensorboard', '--reload_interval=5'], ['train', '--device', 'cpu']):
+        given = {'cwd': tmp_path, 'env': environment, 'check': False, 'capture_output': True, 'text': True}
+        done = subprocess.run([link, *command], **given)
+        assert done.returncode == 0, done.stderr
+    calls = [line for line in (tmp_path / 'calls').read_text().splitlines() if line.startswith('run')]
+    assert all(f'--volume {tmp_path}/some where:/home/data ' in call for call in calls)
+    assert '--logdir /home/data/logs --reload_interval=5 ' in calls[0]
+    assert calls[1].endswith(' simsiam train --device cpu')
+    assert not (tmp_path / 'elsewhere/data').exists()
+
+
 def test_docker_runs_the_given_command_on_data(docker):
     done, calls = docker('evaluate', '--ckpt_name=some run')
     assert done.returncode == 0, done.stderr
@@ -154,7 +176,7 @@ def test_docker_runs_torchrun(docker):
 )
 def test_docker_says_in_a_line_what_is_missing(environment, said, docker):
     done, calls = docker('train', **environment)
-    assert done.returncode == 1
+    assert done.returncode == (2 if 'DATA' in environment else 1)
     assert not [call for call in calls if call.startswith('run')]
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(said)
