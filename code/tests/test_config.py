@@ -6,7 +6,7 @@ import pytest
 
 import cli
 import config
-from config import OPTIONS, UserError, get_config, help_of, of_other_stages, themes, unused
+from config import OPTIONS, UserError, get_config, help_of, idle, of_other_stages, themes, unused
 from conftest import CODE, one_line, run
 
 
@@ -98,6 +98,25 @@ def test_what_a_stage_has_no_use_for(stage, idle):
     given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
     given = {name: 'x' if value == '' else value for name, value in given.items()}
     assert of_other_stages(get_config(preset='demo', **given)) == sorted(idle.split())
+
+
+@pytest.mark.parametrize(
+    ('words', 'names'),
+    [
+        ('optimizer=adamw momentum=0.5', ['momentum']),
+        ('predictor=none pred_dim=5 fix_pred_lr=False', ['pred_dim', 'fix_pred_lr']),
+        ('predictor=fixed fix_pred_lr=False', ['fix_pred_lr']),
+        ('warmup_augmentation=simclr', ['warmup_augmentation']),
+        ('warmup_augmentation=simclr warmup_epochs=1', []),
+        ('augment_on=worker cache_images=on', ['cache_images']),
+        ('augment_on=worker cache_images=off', []),
+        ('knn_every=0 knn_k=5', ['knn_k']),
+        ('momentum=0.5', []),
+    ],
+)
+def test_what_is_idle_beside_another_option(words, names):
+    args = get_config(preset='demo', **dict(word.split('=') for word in words.split()))
+    assert [name for name, _ in idle(args)] == names
 
 
 def test_help_answers_without_torch(tmp_path):

@@ -21,6 +21,7 @@ from config import AUGMENTATIONS, get_config
 from conftest import CODE, TINY, draw_folder, own_paths
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
+from records import read_metrics
 from results import of_run
 from utils import random_from
 
@@ -119,6 +120,11 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
         assert other == pytest.approx(loss, abs=2e-3)
         assert other_top1 == pytest.approx(top1, abs=9)  # two of 24 images
     print('epoch: loss, kNN of one process and of two:', list(zip(one, two, strict=True)))
+    one, two = (read_metrics(tmp_path / name / 'ckpt' / RUN / 'metrics.jsonl') for name in ('one', 'two'))
+    for tag in ('rank', 'retrieval', 'rank_z', 'std_judged', 'rankme', 'area', 'knn_top1'):  # of the same weights
+        assert two[0][f'pretraining/{tag}'] == pytest.approx(one[0][f'pretraining/{tag}'], rel=1e-3), tag
+    for tag, rel in (('std', 0.02), ('mean_direction', 0.1), ('norm_z', 0.05)):
+        assert two[-1][f'pretraining/{tag}'] == pytest.approx(one[-1][f'pretraining/{tag}'], rel=rel), tag
     varying = '_-?[0-9.]+_|_[0-9a-f]{12}'
     files = {
         name: sorted(re.sub(varying, '_', path.name) for path in (tmp_path / name / 'ckpt' / RUN).iterdir())

@@ -152,6 +152,47 @@ def test_the_features_are_those_of_the_model_they_came_from(tool, tmp_path, caps
         assert all(torch.equal(state[name], value) for name, value in wanted.items())
 
 
+def test_files_of_one_name_are_not_taken_for_one_another(drawn, tmp_path, capsys):
+    """Other tools call all their files alike: each has its own results and its own classifier."""
+    given = ('--image_size=32', f'--image_path={drawn}', '--stem=imagenet', '--amp=off', *own_paths(tmp_path))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        (tmp_path / str(seed)).mkdir()
+        torch.save(torchvision.models.resnet18().state_dict(), tmp_path / f'{seed}/model.pth')
+    probe = ('evaluate', '--probe_epochs=2', *given)
+    assert cli.main([*probe, f'--ckpt_name={tmp_path}/0/model.pth']) == 0
+    infer = ('infer', f'--output={tmp_path}/x.csv', *given[:1], *given[2:4], *own_paths(tmp_path, 'ckpt', 'cache'))
+    capsys.readouterr()
+    for seed, how in ((1, 'has no classifier'), (0, 'predicted by the linear classifier')):
+        code = cli.main([*infer, f'--image_path={drawn}/val', f'--ckpt_name={tmp_path}/{seed}/model.pth'])
+        captured = capsys.readouterr()
+        assert how in captured.out + captured.err
+        assert code == (0 if how.startswith('pred') else 2)
+    assert cli.main([*probe, f'--ckpt_name={tmp_path}/1/model.pth']) == 0
+    assert len([*(tmp_path / 'ckpt').glob('torchvision_model.pth_*/evaluate_linear_*.json')]) == 2
+
+
+def test_a_backbone_alone_has_no_verdict(drawn, tmp_path, capsys):
+    path = tmp_path / 'model.pth'
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    given = (f'--ckpt_name={path}', '--protocol=spectrum', '--image_size=32', f'--image_path={drawn}', '--amp=off')
+    assert cli.main(['evaluate', *given, *own_paths(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert 'there is no z to be measured, and no verdict' in said
+    assert 'RankMe' in said
+    assert 'std of z' not in said
+    assert 'verdict  ' not in said
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys):
+    state = torchvision.models.resnet18().state_dict()
+    state['layer1.0.conv1.weight'][0, 0, 0, 0] = float('nan')
+    torch.save(state, tmp_path / 'model.pth')
+    assert cli.main(['export', f'--ckpt_name={tmp_path}/model.pth', f'--output={tmp_path}/x.pth']) == 1
+    assert 'holds weights that are no numbers' in one_line(capsys.readouterr().err)
+    assert not (tmp_path / 'x.pth').exists()
+
+
 def test_safetensors(tmp_path):
     from safetensors.torch import save_file
 

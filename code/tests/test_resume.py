@@ -17,6 +17,7 @@ import cli
 import stop
 from config import get_config
 from conftest import CODE, TINY, one_line, own_paths, run
+from listing import MARK, mark_of_this_process, started
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
@@ -211,6 +212,46 @@ def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path
     assert '(at the start ' in said  # the verdict's words
     assert cli.main(['train', '--preset=cifar10', *own, '--batch_size=16', '--max_epochs=3']) == 0  # another beginning
     assert (tmp_path / 'ckpt/model_name_second_ckpt_1').is_dir()
+
+
+def test_an_older_checkpoint_that_has_its_epochs_leaves_its_run_alone(drawn, tmp_path):
+    assert short(tmp_path, drawn, '--max_epochs=2', '--knn_every=1', '--save_every=1') == 0
+    folder = tmp_path / 'ckpt' / RUN
+    older = next(folder.glob('*_epoch_1'))
+    before = (folder / 'metrics.jsonl').read_bytes()
+    options = (*TINY, f'--ckpt_name={older}', '--max_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path))
+    assert 'has its 1 epochs already' in run('train', *options).stdout
+    assert (folder / 'metrics.jsonl').read_bytes() == before
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+def test_a_run_that_is_trained_is_not_trained_twice(drawn, tmp_path, capsys):
+    """It is told by its process, not by the mark alone: one that was killed leaves that."""
+    assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
+    folder, other = tmp_path / 'ckpt' / RUN, subprocess.Popen(['sleep', '60'])
+    try:
+        mark = {**mark_of_this_process(), 'pid': other.pid, 'started': started(other.pid)}
+        (folder / MARK).write_text(json.dumps(mark))
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for option in (f'--resume={RUN}', f'--ckpt_name={RUN}'):
+            capsys.readouterr()
+            assert short(tmp_path, drawn, option, '--max_epochs=3') == 2
+            said = one_line(capsys.readouterr().err)
+            assert f'{RUN} is being trained, by process {other.pid}: wait for its end, or stop it' in said
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'log.txt'} == {
+            name: content for name, content in before.items() if name != 'log.txt'
+        }
+    finally:
+        other.kill()
+        other.wait()
+    assert short(tmp_path, drawn, f'--resume={RUN}', '--max_epochs=3') == 0
+
+
+def test_a_run_keeps_its_name(drawn, tmp_path, capsys):
+    assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
+    capsys.readouterr()
+    assert short(tmp_path, drawn, f'--resume={RUN}', '--model_name=other') == 2
+    assert '--model_name=other contradicts the checkpoint' in one_line(capsys.readouterr().err)
 
 
 def test_keep_last_prunes_the_oldest(drawn, tmp_path):

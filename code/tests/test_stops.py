@@ -187,3 +187,12 @@ def test_a_signal_is_heard_where_python_drops_exceptions(place):
         [sys.executable, '-c', SWALLOWED, place], cwd=CODE, capture_output=True, text=True, timeout=15, check=False
     )
     assert (done.returncode, done.stderr) == (1, f'heard {signal.SIGTERM}\n')
+
+
+@pytest.mark.parametrize('closed', ['2>&-', '<&- >&- 2>&-'])
+def test_outputs_that_are_closed_end_nothing(closed, drawn, tmp_path):
+    options = ' '.join((*TINY, f'--image_path={drawn}', '--max_epochs=1', '--knn_every=0', *own_paths(tmp_path)))
+    done = subprocess.run(['bash', '-c', f'"{sys.executable}" cli.py train {options} {closed}'], cwd=CODE, check=False)
+    assert done.returncode == 0
+    assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1'))
+    assert 'pretraining done' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
