@@ -1,5 +1,6 @@
 """What a run says: on the command line, in its log file and in TensorBoard."""
 
+import threading
 import time
 
 from torchvision.transforms.functional import to_tensor
@@ -29,6 +30,18 @@ class Logger:
             kept = [as_json(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
             write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))
 
+    def board(self, put):
+        """Let `put(writer)` write to TensorBoard. A log that cannot be written any more, for its folder was deleted or
+        its disk is full, is warned of once, and ends no run."""
+        if not self.writer:
+            return
+        try:
+            put(self.writer)
+        except Exception as error:  # OSError, and TensorBoard's own kinds of it
+            self.writer = None
+            reason = getattr(error, 'strerror', None) or error
+            complain('warning', f'TensorBoard gets no more of this run, {self.folder} cannot be written: {reason}')
+
     def lacks(self, step):
         """Whether the metrics of the steps before are there and those of this one are not."""
         return self.metrics.is_file() and step not in {line['epoch'] for line in read_metrics(self.metrics)}
@@ -42,27 +55,28 @@ class Logger:
 
     def scalars(self, step, values):
         """step: epochs finished. values: {tag: number}; TensorBoard groups tags by what stands before the /."""
-        if self.writer:
+
+        def put(writer):
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
-            self.writer.flush()
-            if self.metrics:
-                line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
-                with open(self.metrics, 'a', encoding='utf-8') as file:
-                    file.write(as_json(line) + '\n')
+                writer.add_scalar(tag, value, step)
+            writer.flush()
+
+        self.board(put)
+        if self.metrics and not rank():
+            line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
+            with open(self.metrics, 'a', encoding='utf-8') as file:
+                file.write(as_json(line) + '\n')
         if self.tracker:
             self.tracker.log(step, values)
 
     def text(self, tag, lines, step=0):
         """Lines of text, as they are."""
-        if self.writer:
-            text = '\n'.join(f'    {line}' for line in lines)  # Markdown's literal block
-            self.writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step)
+        text = '\n'.join(f'    {line}' for line in lines)  # Markdown's literal block
+        self.board(lambda writer: writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step))
 
     def image(self, tag, grid, step):
         """grid: 3 x height x width in [0, 1]."""
-        if self.writer:
-            self.writer.add_image(tag, grid, step)
+        self.board(lambda writer: writer.add_image(tag, grid, step))
 
     def views(self, name, rows):
         """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
@@ -75,10 +89,18 @@ class Logger:
         self.image(f'results/{name}', to_tensor(image), step)
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        self.board(lambda writer: writer.close())
         if self.tracker:
             self.tracker.close()
+
+
+def quiet_of_boards(of_thread, usual=threading.excepthook):
+    """TensorBoard's thread hands what it meets to `board`: it need not be shown as well."""
+    if type(of_thread.thread).__name__ != '_AsyncWriterThread':
+        usual(of_thread)
+
+
+threading.excepthook = quiet_of_boards
 
 
 def read_scalars(folder):

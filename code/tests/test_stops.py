@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,3 +197,17 @@ def test_outputs_that_are_closed_end_nothing(closed, drawn, tmp_path):
     assert done.returncode == 0
     assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1'))
     assert 'pretraining done' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
+
+
+def test_a_log_folder_that_goes_away_ends_nothing(drawn, tmp_path):
+    process = start(tmp_path, drawn, '--max_epochs=40')
+    log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
+    while time.time() < end and not (log.exists() and 'epoch 2/' in log.read_text()):
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / 'log')
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith('warning: TensorBoard gets no more of this run')
+    lines = (tmp_path / 'ckpt' / RUN / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['epoch'] for line in lines] == [*range(41)]
