@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 from dataloader.images import shown
 
 NAMED, COUNTED = 40, 20  # classes up to which they are named, and counted, in a confusion matrix
+LONGEST = 40  # letters of a name in a picture
 LISTED = 28  # classes up to which the map has a legend
 # Okabe and Ito's, told apart by the colour-blind, without black and yellow: visible on white and on black.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
@@ -143,8 +144,10 @@ def confusion(counts, classes):
 
 
 def literal(name):
-    """A name as it is, what is no text escaped; matplotlib leaves one that begins with _ out of a legend."""
-    return ' ' * name.startswith('_') + shown(name)
+    """A name as it is, what is no text escaped, of a long one the beginning; matplotlib leaves one that begins with _
+    out of a legend."""
+    name = ' ' * name.startswith('_') + shown(name)
+    return name if len(name) <= LONGEST else f'{name[:LONGEST]}…'
 
 
 def scatter(points, labels, classes, side=640):

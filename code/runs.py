@@ -33,7 +33,8 @@ class Run:
         self.saved_at, self.deadline = time.time(), 0.0
 
     def begin(self):
-        """Say in the folder that this process trains it."""
+        """Say in the folder that this process trains it. Raises UserError where another one does."""
+        refuse_if_trained(self.folder)
         if not rank():
             text = json.dumps(mark_of_this_process())
             write_aside(self.folder / MARK, lambda aside: aside.write_text(text))
@@ -116,10 +117,10 @@ def gone_on_with(args, checkpoint, state):
     """The Run that goes on from `checkpoint`. Where its own run has gone further, that stays as it is, and a new one
     begins with a copy of the checkpoint, of its metrics and of its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
-    if state.epoch < args.max_epochs and (not rank()) and (who := trained_by(folder)):
-        raise UserError(f'{folder.name} is being trained, by process {who}: wait for its end, or stop it (kill {who})')
     later = checkpoints(folder)[-1:] not in ([], [path]) and NAME.fullmatch(path.name)
     if not later or state.epoch >= args.max_epochs:
+        if state.epoch < args.max_epochs:
+            refuse_if_trained(folder)
         return Run(args, folder, path, state.position)
 
     def branch():
@@ -135,6 +136,12 @@ def gone_on_with(args, checkpoint, state):
     new = Path(same_for_all(branch))
     say(f'{folder.name} has gone further than {path.name}, and stays as it is: this goes on as the new run {new.name}')
     return Run(args, new, new / path.name, state.position)
+
+
+def refuse_if_trained(folder):
+    """Raise UserError where another process of this machine trains the run of a folder."""
+    if not rank() and (who := trained_by(folder)):
+        raise UserError(f'{folder.name} is being trained, by process {who}: wait for its end, or stop it (kill {who})')
 
 
 def describe_run(run, args):
