@@ -269,13 +269,11 @@ def trust():
 
 
 def starts():
-    """The demo from its usual start, from weights divided by three, and with a rate that rises first."""
+    """The demo from its usual start, and from weights divided by three."""
     rows = []
     for title, name in (
         ('as it is', 'demo_bf16'),
         ('weights of layers / 3 at the start', 'cut'),
-        ('as it is, float32', 'demo_off'),
-        ('three warm-up epochs, float32', 'slow'),
     ):
         runs = [f'{name}_{seed}' for seed in range(3)]
         early = [curve(run, 'loss')[1] for run in runs]
@@ -329,8 +327,9 @@ def backbones():
     """Networks beyond ResNets, before and after."""
     rows = []
     for title, name in (
-        ('ConvNeXt (timm/convnext_atto), 32 px', 'backbone_convnext'),
-        ('ViT (timm/vit_tiny_patch16_224), 64 px', 'backbone_vit'),
+        ('ConvNeXt (timm/convnext_atto), demo, 32 px, AdamW', 'backbone_convnext'),
+        ('the same, 15,000 CIFAR-10 JPEGs, SGD', 'backbone_convnext_cifar10'),
+        ('ViT (timm/vit_tiny_patch16_224), demo, 64 px, AdamW', 'backbone_vit'),
     ):
         knn, ranks = curve(name, 'knn_top1'), curve(name, 'rank')
         rows.append(
