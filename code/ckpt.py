@@ -89,7 +89,7 @@ def get_model_ckpt(args):
     architecture, WorkError where the file is damaged or holds other weights than it says.
     """
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset', 'model_name'))
+        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset'))
     if args.init_from == 'imagenet':
         return args, supervised(args), None
     if args.init_from:

@@ -159,6 +159,11 @@ def set_up(args):
             f'--init_from={args.ckpt_name}'
         )
     check_schedule(args)
+    if checkpoint and checkpoint['args']['model_name'] != args.model_name:
+        raise UserError(
+            f'--model_name={args.model_name}: the run that goes on is called {checkpoint["args"]["model_name"]}; leave '
+            'the option out'
+        )
     if checkpoint and checkpoint['args']['optimizer'] != args.optimizer:
         raise UserError(
             f'--optimizer={args.optimizer}: the run goes on with {checkpoint["args"]["optimizer"]}; a new '

@@ -251,7 +251,7 @@ def test_a_run_keeps_its_name(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
     capsys.readouterr()
     assert short(tmp_path, drawn, f'--resume={RUN}', '--model_name=other') == 2
-    assert '--model_name=other contradicts the checkpoint' in one_line(capsys.readouterr().err)
+    assert '--model_name=other: the run that goes on is called simsiam' in one_line(capsys.readouterr().err)
 
 
 def test_keep_last_prunes_the_oldest(drawn, tmp_path):
