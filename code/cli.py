@@ -148,9 +148,10 @@ def main(argv):
 def failed_on_file(error):
     """Say what the system refused; returns the exit code."""
     name = os.fsdecode(error.filename2 or error.filename or '')
-    above = [str(path) for path in (Path(name), *Path(name).parents) if path.is_file()] if name else []
-    if isinstance(error, FileExistsError | NotADirectoryError) and above:
-        return failed(f'{above[-1]} is a file, and a folder is wanted there', 2)
+    if name and isinstance(error, FileExistsError | NotADirectoryError):
+        for path in (*reversed(Path(name).parents), Path(name)):
+            if path.is_file():
+                return failed(f'{path} is a file, and a folder is wanted there', 2)
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and not name:
         return failed(f'{error.strerror}: --ckpt_path, --log_path or --cache_path lies on a full disk')
     return failed(

@@ -236,7 +236,7 @@ class Config:
         0.25,
         'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1',
         low=0.0,
-        high=1.0,
+        high=2.0,
         used_by=TRAIN,
     )
     tracker: str = option(
