@@ -269,11 +269,13 @@ def trust():
 
 
 def starts():
-    """The demo from its usual start, and from weights divided by three."""
+    """The demo from its usual start, from weights divided by three, and with a rate that rises first."""
     rows = []
     for title, name in (
         ('as it is', 'demo_bf16'),
         ('weights of layers / 3 at the start', 'cut'),
+        ('as it is, float32', 'start_off'),
+        ('three warm-up epochs, float32', 'start_slow'),
     ):
         runs = [f'{name}_{seed}' for seed in range(3)]
         early = [curve(run, 'loss')[1] for run in runs]
