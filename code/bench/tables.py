@@ -255,19 +255,6 @@ def views_by_augmentation():
     return markdown(['augmentation', '2 views', '3 views', '4 views'], rows)
 
 
-def trust():
-    """What the epoch that --protocol=spectrum names is worth, and what it costs to trust it."""
-    rows = []
-    for title, name in (('as it is', 'trust_as_it_is'), ('learning rate x 10', 'trust_rate_x_10')):
-        found = [json.loads(path.read_text()) for path in (RESULTS / name).glob('evaluate_linear*.json')]
-        linear, rank = {each['epoch']: each['top1'] for each in found}, curve(name, 'rank')
-        named, end = min(linear, key=rank.get), max(linear)
-        best = max(linear, key=linear.get)
-        cells = (f'{percent(linear[epoch])} (epoch {epoch})' for epoch in (named, end, best))
-        rows.append([title, len(linear), *cells])
-    return markdown(['run', 'checkpoints', 'linear: the named one', 'the last', 'the best'], rows)
-
-
 def starts():
     """The demo from its usual start, from weights divided by three, and with a rate that rises first."""
     rows = []
