@@ -313,17 +313,19 @@ def warm():
 
 
 def backbones():
-    """Networks beyond ResNets, before and after."""
-    rows = []
-    for title, name in (
+    """Networks beyond ResNets, before and after; of runs that followed one another, before the first."""
+    rows, first, further = [], 'backbone_convnext_cifar10', 'backbone_convnext_further'
+    for title, *names in (
         ('ConvNeXt (timm/convnext_atto), demo, 32 px, AdamW', 'backbone_convnext'),
-        ('the same, 15,000 CIFAR-10 JPEGs, SGD', 'backbone_convnext_cifar10'),
+        ('the same, 15,000 CIFAR-10 JPEGs, SGD', first),
+        ('gone on with by `--init_from`, at twice the rate', first, further),
         ('ViT (timm/vit_tiny_patch16_224), demo, 64 px, AdamW', 'backbone_vit'),
     ):
-        knn, ranks = curve(name, 'knn_top1'), curve(name, 'rank')
-        rows.append(
-            [title, max(knn), percent(knn[0]), percent(knn[max(knn)]), percent(ranks[0]), percent(ranks[max(ranks)])]
+        epochs = sum(max(curve(name, 'knn_top1')) for name in names)
+        measured = (
+            percent(of) for tag in ('knn_top1', 'rank') for of in (curve(names[0], tag)[0], last(names[-1], tag))
         )
+        rows.append([title, epochs, *measured])
     return markdown(['backbone', 'epochs', 'kNN, untrained', 'kNN', 'rank, untrained', 'rank'], rows)
 
 
