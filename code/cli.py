@@ -53,9 +53,9 @@ def runner(command):
         try:
             args = read_options(command, words, options)
         except UserError:
-            if int(os.environ.get('RANK', 0)):  # all processes of a run have the same options, and one of them says so
-                sys.exit(2)
-            raise
+            if speaks():
+                raise
+            sys.exit(2)  # all processes of a run have the same options, and one of them says so
         if command == 'runs':  # at once: without torch
             importlib.import_module(COMMANDS[command][0]).runs(args)
             return
@@ -73,6 +73,11 @@ def runner(command):
     return run
 
 
+def speaks():
+    """Whether this is the process that speaks for all: distributed.rank is 0, without torch."""
+    return not int(os.environ.get('RANK', 0))
+
+
 def read_options(command, words, options):
     """The checked options of a command line; what surprises is said, and what cannot be is a UserError."""
     if words:
@@ -86,7 +91,7 @@ def read_options(command, words, options):
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     if args.output and command != 'pack' and path_of(args.output).is_dir():
         raise UserError(f'--output={args.output} is a folder: name a file in it')
-    for name in unused(args, command) if not int(os.environ.get('RANK', 0)) else ():
+    for name in unused(args, command) if speaks() else ():
         complain('warning', f'--{name} has no effect on {command}')
     return args
 
@@ -129,7 +134,7 @@ def main(argv):
         print('\nstopped', file=sys.stderr)
         return 130
     except stop.Stopped as end:
-        if int(os.environ.get('RANK', 0)) == 0:
+        if speaks():
             print(end, file=sys.stderr)
         return 128 + end.number
     except Exception as error:

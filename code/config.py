@@ -33,8 +33,7 @@ LINEAR, TUNED = ('linear',), ('semi', 'finetune')
 
 def option(default, meaning, choices=None, low=None, high=None, used_by=READING, only=()):
     """One option: its default, its meaning with the unit, what values it admits (both bounds included), which commands
-    it matters to, and which of evaluate's stages alone
-    (of_other_stages)."""
+    it matters to, and which of evaluate's stages alone (of_other_stages)."""
     if only:
         meaning, used_by = f'{", ".join(only)}: {meaning}', EVALUATE
     return field(
@@ -236,7 +235,7 @@ class Config:
         0.25,
         'warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1',
         low=0.0,
-        high=2.0,
+        high=1.0,
         used_by=TRAIN,
     )
     tracker: str = option(

@@ -112,7 +112,7 @@ def state_of(folder, epoch, epochs):
     if mark:
         if mark.get('host') != socket.gethostname():
             return f'running on {mark.get("host")}'
-        return 'running' if started(mark.get('pid', 0)) == mark.get('started') else 'lost'
+        return 'running' if is_there(mark) else 'lost'
     if not epochs:
         return 'unknown'
     return 'finished' if epoch >= epochs else 'stopped'
@@ -122,7 +122,12 @@ def trained_by(folder):
     """The number of the process of this machine, another than this, that trains the run of a folder; or None."""
     mark = read_json(folder / MARK)
     here = mark.get('host') == socket.gethostname() and mark.get('pid') != os.getpid()
-    return mark['pid'] if here and mark.get('started') and started(mark['pid']) == mark['started'] else None
+    return mark['pid'] if here and mark.get('started') is not None and is_there(mark) else None
+
+
+def is_there(mark):
+    """Whether the process of this machine that wrote the mark still runs."""
+    return started(mark.get('pid', 0)) == mark.get('started')
 
 
 def started(pid):

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 from dataloader.images import shown
 
 NAMED, COUNTED = 40, 20  # classes up to which they are named, and counted, in a confusion matrix
-LONGEST = 40  # letters of a name in a picture
+LONGEST = 40  # letters of a class's name in a picture
 LISTED = 28  # classes up to which the map has a legend
 # Okabe and Ito's, told apart by the colour-blind, without black and yellow: visible on white and on black.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
@@ -133,7 +133,7 @@ def confusion(counts, classes):
     axes.set_xlabel('predicted')
     axes.set_ylabel('true class')
     if len(classes) <= NAMED:
-        names = [literal(name) for name in classes]
+        names = [label_of(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     if len(classes) <= COUNTED:
@@ -144,9 +144,13 @@ def confusion(counts, classes):
 
 
 def literal(name):
-    """A name as it is, what is no text escaped, of a long one the beginning; matplotlib leaves one that begins with _
-    out of a legend."""
-    name = ' ' * name.startswith('_') + shown(name)
+    """A name as it is, what is no text escaped; matplotlib leaves one that begins with _ out of a legend."""
+    return ' ' * name.startswith('_') + shown(name)
+
+
+def label_of(name):
+    """The name of a class, of a long one the beginning: an axis has no room for more."""
+    name = literal(name)
     return name if len(name) <= LONGEST else f'{name[:LONGEST]}…'
 
 
@@ -161,7 +165,7 @@ def scatter(points, labels, classes, side=640):
         if len(mine):
             colour = COLOURS[label % len(COLOURS)] if label >= 0 else INK
             marker = MARKERS[label // len(COLOURS) % len(MARKERS)]
-            name = literal(classes[label]) if label >= 0 else 'no class'
+            name = label_of(classes[label]) if label >= 0 else 'no class'
             axes.scatter(*mine.T, s=9, color=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
     if len(classes) <= LISTED:
         drawn.legend(loc='outside right upper', markerscale=2)

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import pictures
+import verdict
 from ckpt import whole_ones
 from config import OPTIONS, UserError, changed, path_of
 from dataloader.images import shown
@@ -27,11 +28,10 @@ from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
 from metric.plane import plane
 from protocols.features import features_of
-from records import is_number, read_metrics
+from records import is_number
 from results import of_run
 from terminal import complain
 from utils import evenly_spaced, get_device, save_picture, use_device, write_aside
-from verdict import began, of_metrics
 
 PAGE = Path(__file__).resolve().parent / 'page'
 NEAR, GALLERY = 8, 24  # neighbours of an image; doubles and odd ones that are shown
@@ -133,7 +133,7 @@ def training(runs, page):
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
         elif name in ('knn', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
-            mark = began(runs[0].args), lines[0][1][0][1]
+            mark = verdict.began(runs[0].args), lines[0][1][0][1]
         drawn = pictures.curves([pictures.Panel(title, lines, bounds, mark)], (440, 290))
         charts.append((name, title, saved(drawn, page, name)))
         places[name] = {**of_axes(drawn), 'lines': lines}
@@ -302,8 +302,7 @@ def rendered(runs, content, data):
 
 def verdict_on(run):
     """What the measures without labels say of a run, (word, sentence); None of one that has none."""
-    lines = read_metrics(run.checkpoint['run'] / 'metrics.jsonl')
-    return of_metrics([line for line in lines if line['epoch'] <= run.checkpoint['epoch']], began(run.args))
+    return verdict.of_run(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
 
 
 def numbers(run):

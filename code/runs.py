@@ -119,8 +119,7 @@ def gone_on_with(args, checkpoint, state):
     folder, path = checkpoint['run'], checkpoint['path']
     later = checkpoints(folder)[-1:] not in ([], [path]) and NAME.fullmatch(path.name)
     if not later or state.epoch >= args.max_epochs:
-        if state.epoch < args.max_epochs:
-            refuse_if_trained(folder)
+        refuse_if_trained(folder)  # before anything is written into it
         return Run(args, folder, path, state.position)
 
     def branch():

@@ -13,6 +13,7 @@ import torch
 import distributed
 import memory
 import stop
+import verdict
 from ckpt import get_model_ckpt
 from config import ROOT, UserError, idle, path_of
 from dataloader.load_dataset import get_iterator, prepared
@@ -23,13 +24,11 @@ from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
-from records import read_metrics
 from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, resumed
 from state import State
 from terminal import complain
 from tracker import package_of
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
-from verdict import began, of_metrics
 from watch import Watch
 
 
@@ -287,8 +286,7 @@ def summary(args, run, result):
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
-    known = [line for line in read_metrics(run.folder / 'metrics.jsonl') if line['epoch'] <= run.position[0]]
-    if judged := of_metrics(known, began(args)):
+    if judged := verdict.of_run(run.folder, run.position[0], args):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')

@@ -1,5 +1,7 @@
 """What the measures without labels are called, and what they say together of a network."""
 
+from records import read_metrics
+
 # In front of people, in this order (metric/spectrum.py, protocols/spectrum.py).
 MEASURES = {
     'rank': 'rank of the own other view, features',
@@ -59,6 +61,12 @@ def verdict(now, untrained, called='untrained'):
     if signs or std < PARTLY:
         return 'partly collapsed', '; '.join([numbers, *signs]) + f'. Something was learned. {FOR_PARTLY}'
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
+
+
+def of_run(folder, epoch, args):
+    """The verdict on the network of a run, args its options, after `epoch` epochs; None where it was not measured."""
+    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
+    return of_metrics(lines, began(args))
 
 
 def of_metrics(lines, called='untrained'):
