@@ -63,6 +63,7 @@ OF_THE_CALL = (
     'max_minutes',
     'amp',
     'compile',
+    'cuda_graph',
     'save_minutes',
     'keep_last',
     'resume',

@@ -224,6 +224,13 @@ class Config:
         ('auto', 'True', 'False'),
         used_by=TRAIN,
     )
+    cuda_graph: str = option(
+        'auto',
+        'record a step and replay it at one launch, on one GPU, not with fp16: True, False, auto: where launching it '
+        'takes more than half of its time',
+        ('auto', 'True', 'False'),
+        used_by=TRAIN,
+    )
 
     # Watching a run
     knn_every: int = option(5, 'epochs between two kNN tests on val; 0: never', low=0, high=100000, used_by=TRAIN)

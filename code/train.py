@@ -19,6 +19,7 @@ from config import ROOT, UserError, idle, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
+from graph import Recorded, use_graph
 from logger import duration, log_to, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
@@ -39,19 +40,14 @@ def train(args):
     stop.Stopped after a signal, with everything saved.
     """
     started = time.time()
-    device = use_device(args)
+    use_device(args)
     args, state, iterators, run = set_up(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
-    net = distributed.wrap(state.model, device)
     watch = Watch(args, run, iterators, state)
     run.begin()
     try:
         watch.begin(state)
-        while state.epoch < args.max_epochs:
-            train_epoch(args, net, state, iterators['train'], watch, run)
-            if state.epoch == args.max_epochs or state.epoch % args.save_every == 0:
-                run.save(state)
-            watch.epoch(state)
+        train_epochs(args, state, iterators['train'], watch, run)
     except BaseException as end:
         save_on_the_way_out(run, state, end)  # raises `end` again, but where it was the time that is up
     finally:
@@ -65,27 +61,48 @@ def train(args):
     return run.path
 
 
-def train_epoch(args, net, state, batches, watch, run):
-    """One pass over the training images, from image state.images on."""
-    device, dtype, size = get_device(args), precision(args), args.batch_size
-    name = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
-    batches.batch_sampler.start_epoch(state.epoch, name, state.images)
-    total = state.images + len(batches) * size
+def train_epochs(args, state, batches, watch, run):
+    """All that are left. What a step keeps on the device between two is given back at the end."""
+    step = make_step(args, distributed.wrap(state.model, get_device(args)), state)
+    while state.epoch < args.max_epochs:
+        train_epoch(args, step, state, batches, watch, run)
+        if state.epoch == args.max_epochs or state.epoch % args.save_every == 0:
+            run.save(state)
+        watch.epoch(state)
+
+
+def make_step(args, net, state):
+    """A function of a batch's views (train_step) that trains on them and returns (loss, std of z, (p, z)), on the
+    device."""
     loss_of = functools.partial(
         simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity, symmetric=args.symmetric == 'true'
     )
+    dtype, parts = precision(args), args.accumulate_steps * (2 if args.symmetric == '2x' else 1)
+
+    def step(views):
+        loss, (p, z) = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, parts)
+        return loss, spread(z[0]), (p, z)
+
+    return Recorded(step, state.optimizer, args.cuda_graph == 'True') if use_graph(args) else step
+
+
+def train_epoch(args, step, state, batches, watch, run):
+    """One pass over the training images, from image state.images on. step: of make_step."""
+    device, size = get_device(args), args.batch_size
+    name = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
+    batches.batch_sampler.start_epoch(state.epoch, name, state.images)
+    total = state.images + len(batches) * size
     smaller = f'try a smaller --batch_size, or --accumulate_steps={2 * args.accumulate_steps}'
-    net.train()
+    state.model.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
-            views, parts = random_views(args, images, name, state, batches.dataset)
+            views = random_views(args, images, name, state, batches.dataset)
             if state.position == (0, 0):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
             with stop.held(), memory_for('a training step', smaller):
-                loss, (p, z) = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, parts)
-                std = spread(z[0])
+                loss, std, (p, z) = step(views)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates, p, z)
             if run.save_is_due() and state.images < total:
@@ -97,14 +114,14 @@ def train_epoch(args, net, state, batches, watch, run):
 
 
 def random_views(args, images, augmentation, state, dataset):
-    """(the views of a batch, N x 3 x S x S each, from what the loader gave of it; the parts that it goes through the
-    network in). What is drawn depends on the seed, the epoch and the step alone."""
+    """The views of a batch, N x 3 x S x S each, from what the loader gave of it. What is drawn depends on the seed, the
+    epoch and the step alone."""
     generator = random_from(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
     place = distributed.place_of(len(images))
     views = dataset.random_views(images, augmentation, generator, place, use_compile(args))
     if args.symmetric == '2x':  # two pairs are two parts of a batch
-        return (torch.cat(views[::2]), torch.cat(views[1::2])), 2 * args.accumulate_steps
-    return views, args.accumulate_steps
+        return torch.cat(views[::2]), torch.cat(views[1::2])
+    return views
 
 
 def learning_rates(args, epochs):
@@ -169,7 +186,7 @@ def set_up(args):
             f'one from its weights is --init_from={args.ckpt_name}'
         )
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
-    package_of(args)  # refused before anything is written
+    package_of(args), use_graph(args)  # refused before anything is written
     iterators = get_iterator(args)
     if args.evaluate_after:
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})

@@ -28,6 +28,8 @@ from distributed import in_turn
 from logger import progress, say
 from utils import get_device, prepare_batch
 
+LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte
+
 
 def get_iterator(args):
     """The batches of {'train', 'val', 'test'}: DataLoaders of (images, labels), for utils.prepare_batch.
@@ -73,13 +75,15 @@ def shuffled_crops(args, images, drop_last):
 
 def batches(args, images, shuffled, drop_last=None):
     """A DataLoader of `images`; drop_last: by default where they are shuffled (Keys)."""
-    drop_last = shuffled if drop_last is None else drop_last
+    drop_last, size = shuffled if drop_last is None else drop_last, args.batch_size
     workers = 0 if images.in_memory() else workers_for(args.num_workers)
     on_gpu = images.pixels is not None and images.pixels.is_cuda
+    if on_gpu and not shuffled:  # a GPU is through with a few small images before the next are launched
+        size = max(size, LOOKED_AT // images.pixels[0, 0].numel())
     return Batches(
         images,
         workers,
-        batch_sampler=Keys(len(images), args.batch_size, args.random_seed, args.augmentation, shuffled, drop_last),
+        batch_sampler=Keys(len(images), size, args.random_seed, args.augmentation, shuffled, drop_last),
         pin_memory=get_device(args).type == 'cuda' and not on_gpu,
         persistent_workers=workers > 0 and shuffled,
     )

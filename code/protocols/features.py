@@ -5,13 +5,11 @@ import contextlib
 import torch
 
 from dataloader import vision
-from dataloader.load_dataset import prepared
+from dataloader.load_dataset import LOOKED_AT, prepared
 from distributed import gather, place_of, world
 from logger import progress
 from precision import autocast
 from utils import channels_last, get_device, random_from
-
-PIXELS = 64 * 224**2  # of the images that go through a network at once: what it holds meanwhile stays below a gigabyte
 
 
 def features_of(args, backbone, batches, title):
@@ -51,7 +49,7 @@ def in_parts(args, backbone, batches, title):
     with judged(backbone):
         for images, labels in prepared(args, progress(batches, title)):
             views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
-            most = max(1, PIXELS // args.image_size**2)
+            most = max(1, LOOKED_AT // args.image_size**2)
             for view, part in zip(views.split(most), labels.split(most), strict=True):
                 with autocast(args):
                     features = backbone(channels_last(view))

@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import distributed
+import graph
 import memory
 import utils
 from ckpt import new_model
@@ -25,7 +28,7 @@ from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from metric.knn import Nearest, votes
 from model.simsiam import SimSiam
-from optimizer.sgd import make_sgd
+from optimizer.sgd import make_sgd, set_learning_rates
 from precision import precision
 from protocols.linear import train_probe
 from train import train_step
@@ -217,6 +220,115 @@ def test_what_a_step_takes_is_known_before_it():
     assert 'a smaller --image_size' in memory.of_a_step(args, model, torch.bfloat16, 1e8)
 
 
+def losses_of(steps, rates, call):
+    """The losses of a small network's steps at these rates, on the same views; call: makes of a step what is called."""
+    torch.manual_seed(0)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = SimSiam(get_config(**SMALL)).to(device).train()
+    optimizer = make_sgd(model, 0.9, 1e-4)
+    views = torch.randn(3, 2, 16, 3, 32, 32, device=device)
+    step = call(lambda views: train_step(model, optimizer, views)[0], optimizer)
+    losses = []
+    for i in range(steps):
+        set_learning_rates(optimizer, *rates(i))
+        losses.append(step([channels_last(view) for view in views[i % 3]]).item())
+        assert [group['lr'] for group in optimizer.param_groups] == [*rates(i)]  # numbers again
+    return losses, step
+
+
+def rising(i):
+    return 0.01 * i, 0.02 * i
+
+
+def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
+    """In one line, with the same numbers."""
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'graph', broken_graph)
+    found, step = losses_of(12, rising, lambda *given: graph.Recorded(*given, always=True))
+    assert (step.graph, step.off) == (None, True)
+    assert found == pytest.approx(losses_of(12, rising, lambda step, _: step)[0], abs=1e-4)
+    assert capsys.readouterr().err.splitlines() == [
+        'warning: a step cannot be recorded as a CUDA graph, and is launched as before: not here'
+    ]
+
+
+class Tape(TorchDispatchMode):
+    """What torch.cuda.graph records, on a CPU: every operation with the memory that it works on, numbers as they are.
+    As there, nothing is done yet: what an operation overwrites is put back at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.done, self.before = [], []
+
+    def __torch_dispatch__(self, function, _, given=(), named=None):
+        for place, value in zip(function._schema.arguments, given, strict=False):
+            if place.alias_info and place.alias_info.is_write:
+                self.before += [(x, x.clone()) for x in tree_leaves(value)]
+        outputs = function(*given, **(named or {}))
+        self.done.append((function, given, named or {}, outputs))
+        return outputs
+
+    @torch.no_grad()
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for overwritten, value in reversed(self.before):
+            overwritten.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, given, named, outputs in self.done:
+            again, before = (tree_leaves(x) for x in (function(*given, **named), outputs))
+            for new, old in zip(again, before, strict=True):
+                if isinstance(old, torch.Tensor) and new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
+
+
+def test_a_replayed_step_is_the_step_at_other_rates(monkeypatch):
+    """On a CPU, with a tape for a graph; views and rates are those of each step."""
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Tape)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda tape, **_: tape)
+    plain, _ = losses_of(20, rising, lambda step, _: step)
+    found, step = losses_of(20, rising, lambda *given: graph.Recorded(*given, always=True))
+    assert step.graph
+    assert step.calls == 20
+    assert found == pytest.approx(plain, abs=1e-4)
+    still, _ = losses_of(20, lambda i: rising(min(i, 7)), lambda step, _: step)
+    assert still[-1] != pytest.approx(plain[-1], abs=1e-3)  # rates count
+
+
+def broken_graph(*_, **__):
+    raise RuntimeError('not here\nand a hundred lines')
+
+
+def test_a_graph_is_made_where_it_can_be(monkeypatch):
+    assert not graph.use_graph(get_config(device='cpu'))
+    with pytest.raises(UserError, match='--cuda_graph=True: it wants a CUDA GPU; --cuda_graph=False goes without'):
+        graph.use_graph(get_config(device='cpu', cuda_graph='True'))
+    monkeypatch.setattr(graph, 'get_device', lambda _: GPU)
+    monkeypatch.setattr(graph, 'precision', lambda args: {'fp16': torch.float16}.get(args.amp))
+    assert graph.use_graph(get_config(cuda_graph='True'))
+    assert not graph.use_graph(get_config(cuda_graph='False'))
+    for options, said in (({'amp': 'fp16'}, 'float16'), ({}, 'several processes')):
+        monkeypatch.setenv('WORLD_SIZE', '1' if options else '2')
+        assert not graph.use_graph(get_config(**options))
+        with pytest.raises(UserError, match=said):
+            graph.use_graph(get_config(cuda_graph='True', **options))
+
+
+@needs_gpu
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_recorded_step_is_the_step(compiled, monkeypatch):
+    """Loss by loss, at rates that change."""
+    if compiled:
+        monkeypatch.setattr(SimSiam, 'train', lambda model: model.compile() or torch.nn.Module.train(model))
+    found, step = losses_of(20, rising, lambda *given: graph.Recorded(*given, always=True))
+    assert step.graph
+    plain, _ = losses_of(20, rising, lambda step, _: step)
+    assert found == pytest.approx(plain, abs=5e-3)
+
+
 @needs_gpu
 def test_views_on_a_gpu_are_the_cpus():
     images = torch.randint(0, 256, (16, 3, 40, 48), dtype=torch.uint8)
@@ -227,7 +339,9 @@ def test_views_on_a_gpu_are_the_cpus():
 
 
 @needs_gpu
-@pytest.mark.parametrize('options', [(), ('--compile=False', '--amp=fp16'), ('--accumulate_steps=2', '--amp=off')])
+@pytest.mark.parametrize(
+    'options', [('--cuda_graph=True',), ('--compile=False', '--amp=fp16'), ('--accumulate_steps=2', '--amp=off')]
+)
 def test_training_on_a_gpu(options, drawn, tmp_path):
     done = run('train', *TINY, f'--image_path={drawn}', '--device=cuda', *options, *own_paths(tmp_path))
     assert (done.returncode, done.stderr) == (0, '')
