@@ -32,12 +32,12 @@ def use_graph(args):
 
 
 class Recorded:
-    """step: a function of views (tensors on a GPU, always of the same shapes) that trains on them by `optimizer`, and
-    returns tensors; what a replay returns is overwritten by the next. always: also where launching a step takes less
-    than half of its time, and nothing is to be gained."""
+    """step: a function of views (tensors on a GPU, always of the same shapes) that trains `model` on them by
+    `optimizer`, and returns tensors; what a replay returns is overwritten by the next. always: also where launching a
+    step takes less than half of its time, and nothing is to be gained."""
 
-    def __init__(self, step, optimizer, always):
-        self.step, self.optimizer, self.always = step, optimizer, always
+    def __init__(self, step, model, optimizer, always):
+        self.step, self.model, self.optimizer, self.always = step, model, optimizer, always
         self.calls, self.times, self.off, self.graph, self.views = 0, [], False, None, None
         # A rate that is a number would be part of the record.
         device = optimizer.param_groups[0]['params'][0].device
@@ -64,7 +64,7 @@ class Recorded:
         self.keep(views)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        outputs = self.with_rates()
+        outputs = self.with_rates(self.rates)
         launched = time.perf_counter() - started
         torch.cuda.synchronize()
         self.times.append((launched, time.perf_counter() - started))
@@ -78,11 +78,12 @@ class Recorded:
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group['lr'])
 
-    def with_rates(self):
-        """The step with tensors for the optimizer's rates."""
+    @torch.enable_grad()
+    def with_rates(self, rates):
+        """The step with these as the optimizer's rates."""
         groups = self.optimizer.param_groups
         numbers = [group['lr'] for group in groups]
-        for group, rate in zip(groups, self.rates, strict=True):
+        for group, rate in zip(groups, rates, strict=True):
             group['lr'] = rate
         try:
             return self.step(self.views)
@@ -91,15 +92,36 @@ class Recorded:
                 group['lr'] = number
 
     def record(self):
-        """Whether it could be recorded; nothing is computed meanwhile."""
+        """Whether the step could be recorded, and a replay does the same; nothing has changed meanwhile."""
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: what other threads do meanwhile, such as pinning memory, is no part of it and no error.
             with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-                self.outputs = self.with_rates()
+                self.outputs = self.with_rates(self.rates)
+            reason = '' if self.does_the_same(graph) else 'replayed it does something else'
         except RuntimeError as error:
-            self.off, reason = True, (str(error).strip() or type(error).__name__).splitlines()[0]
-            complain('warning', f'a step cannot be recorded as a CUDA graph, and is launched as before: {reason[:200]}')
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if reason:
+            self.off = True
+            complain('warning', f'a step cannot be recorded as a CUDA graph, and is launched as before: {reason}')
             return False
         self.graph = graph
         return True
+
+    @torch.no_grad()
+    def does_the_same(self, graph):
+        """Whether a replay moves the weights as a step does, on other views and at other rates than were recorded: with
+        what is old in a record a run would still learn, slowly, and nobody would notice."""
+        momenta = [x for of in self.optimizer.state.values() for x in of.values() if isinstance(x, torch.Tensor)]
+        state = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        before, moves = [x.clone() for x in state], []
+        for view in self.views:
+            view.neg_()
+        for rate in self.rates:
+            rate.fill_(1.0)
+        for run in (lambda: self.with_rates([1.0] * len(self.rates)), graph.replay):
+            run()
+            moves.append(torch.cat([(x - y).flatten() for x, y in zip(self.model.parameters(), before, strict=False)]))
+            for x, y in zip(state, before, strict=True):
+                x.copy_(y)
+        return bool((moves[0] - moves[1]).norm() <= 0.1 * moves[0].norm())

@@ -56,8 +56,9 @@ class State:
 
     def restore(self, content):
         """Go on from `content`; the model has its weights already (ckpt.get_model_ckpt). The optimizer keeps the
-        momentum and the weight decay that it was made with: they may be this call's; its rates are set at each step."""
-        kept = ('momentum', 'weight_decay')
+        momentum and the weight decay that it was made with: they may be this call's; its rates are set at each step. It
+        keeps what is this machine's, too."""
+        kept = ('momentum', 'weight_decay', 'fused', 'capturable')
         wanted = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content['optimizer'])
         for group, values in zip(self.optimizer.param_groups, wanted, strict=True):

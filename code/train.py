@@ -83,7 +83,7 @@ def make_step(args, net, state):
         loss, (p, z) = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, parts)
         return loss, spread(z[0]), (p, z)
 
-    return Recorded(step, state.optimizer, args.cuda_graph == 'True') if use_graph(args) else step
+    return Recorded(step, state.model, state.optimizer, args.cuda_graph == 'True') if use_graph(args) else step
 
 
 def train_epoch(args, step, state, batches, watch, run):
@@ -248,7 +248,7 @@ def named(device):
 def compiled(args):
     """Whether, in words, and on a GPU why not."""
     if use_compile(args):
-        return 'compiled'
+        return 'compiled (the first step takes minutes with a large network)'
     reason = args.compile == 'auto' and get_device(args).type == 'cuda' and why_not_compiled(get_device(args))
     return f'not compiled: {reason}' if reason else 'not compiled'
 

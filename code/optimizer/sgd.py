@@ -13,7 +13,8 @@ def make_sgd(model, momentum, weight_decay):
 def make_adamw(model, weight_decay):
     """AdamW in the same groups: what networks without BN, as ViT and ConvNeXt, are trained with. Weight decay is on all
     parameters, as with SGD, and times the rate."""
-    return torch.optim.AdamW(groups(model), lr=0.0, weight_decay=weight_decay, fused=fused(model))
+    on_gpu = next(model.parameters()).is_cuda  # a graph can record its steps
+    return torch.optim.AdamW(groups(model), lr=0.0, weight_decay=weight_decay, fused=fused(model), capturable=on_gpu)
 
 
 def groups(model):

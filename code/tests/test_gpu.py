@@ -227,7 +227,7 @@ def losses_of(steps, rates, call):
     model = SimSiam(get_config(**SMALL)).to(device).train()
     optimizer = make_sgd(model, 0.9, 1e-4)
     views = torch.randn(3, 2, 16, 3, 32, 32, device=device)
-    step = call(lambda views: train_step(model, optimizer, views)[0], optimizer)
+    step = call(lambda views: train_step(model, optimizer, views)[0], model, optimizer)
     losses = []
     for i in range(steps):
         set_learning_rates(optimizer, *rates(i))
@@ -237,7 +237,15 @@ def losses_of(steps, rates, call):
 
 
 def rising(i):
-    return 0.01 * i, 0.02 * i
+    return 0.002 * i, 0.004 * i
+
+
+def plainly(step, *_):
+    return step
+
+
+def recorded(*given):
+    return graph.Recorded(*given, always=True)
 
 
 def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
@@ -245,9 +253,9 @@ def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
     monkeypatch.setattr(torch.cuda, 'graph', broken_graph)
-    found, step = losses_of(12, rising, lambda *given: graph.Recorded(*given, always=True))
+    found, step = losses_of(12, rising, recorded)
     assert (step.graph, step.off) == (None, True)
-    assert found == pytest.approx(losses_of(12, rising, lambda step, _: step)[0], abs=1e-4)
+    assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
     assert capsys.readouterr().err.splitlines() == [
         'warning: a step cannot be recorded as a CUDA graph, and is launched as before: not here'
     ]
@@ -289,13 +297,28 @@ def test_a_replayed_step_is_the_step_at_other_rates(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Tape)
     monkeypatch.setattr(torch.cuda, 'graph', lambda tape, **_: tape)
-    plain, _ = losses_of(20, rising, lambda step, _: step)
-    found, step = losses_of(20, rising, lambda *given: graph.Recorded(*given, always=True))
+    plain, _ = losses_of(20, rising, plainly)
+    found, step = losses_of(20, rising, recorded)
     assert step.graph
     assert step.calls == 20
     assert found == pytest.approx(plain, abs=1e-4)
-    still, _ = losses_of(20, lambda i: rising(min(i, 7)), lambda step, _: step)
+    still, _ = losses_of(20, lambda i: rising(min(i, 7)), plainly)
     assert still[-1] != pytest.approx(plain[-1], abs=1e-3)  # rates count
+
+
+def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
+    """As with rates that are part of the record; and what was tried leaves no trace."""
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Tape)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda tape, **_: tape)
+    with_rates = graph.Recorded.with_rates
+    monkeypatch.setattr(
+        graph.Recorded, 'with_rates', lambda self, rates: self.keep(self.views) or with_rates(self, rates)
+    )
+    found, step = losses_of(12, rising, recorded)
+    assert (step.graph, step.off) == (None, True)
+    assert 'replayed it does something else' in capsys.readouterr().err
+    assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
 
 
 def broken_graph(*_, **__):
@@ -323,9 +346,9 @@ def test_a_recorded_step_is_the_step(compiled, monkeypatch):
     """Loss by loss, at rates that change."""
     if compiled:
         monkeypatch.setattr(SimSiam, 'train', lambda model: model.compile() or torch.nn.Module.train(model))
-    found, step = losses_of(20, rising, lambda *given: graph.Recorded(*given, always=True))
+    found, step = losses_of(20, rising, recorded)
     assert step.graph
-    plain, _ = losses_of(20, rising, lambda step, _: step)
+    plain, _ = losses_of(20, rising, plainly)
     assert found == pytest.approx(plain, abs=5e-3)
 
 
