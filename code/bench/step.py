@@ -3,7 +3,8 @@
     python3 bench/step.py
 
 Case step: the cifar10 preset's ResNet-18 (batch 64 on a CPU, 512 on a GPU); step_demo: the demo's network, so small
-that everything else shows. Ours takes whole uint8 images on the device and makes its views anew at every step.
+that everything else shows. Ours takes whole uint8 images on the device, makes its views anew at every step, and is what
+train does, on a GPU recorded where that pays (graph.py).
 """
 
 import torch
@@ -11,12 +12,14 @@ from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
 from config import distortion
 from dataloader import vision
-from train import train_step
+from state import State
+from train import make_step
 from utils import channels_last, get_device, random_from, use_compile
 
 
 def measure(preset, batch_size, side, steps):
     args, model, optimizer, dtype = prepare(preset, batch_size)
+    train = make_step(args, model, State(model, optimizer))
     device, row = get_device(args), distortion(args, args.augmentation)
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
@@ -26,7 +29,7 @@ def measure(preset, batch_size, side, steps):
 
     def ours():
         for step in range(steps):
-            train_step(model, optimizer, views(step), dtype=dtype)
+            train(views(step))
         return steps * args.batch_size
 
     fixed = [channels_last(view) for view in views(0)]
