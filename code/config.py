@@ -220,7 +220,7 @@ class Config:
     )
     compile: str = option(
         'auto',
-        'torch.compile: True, False, auto: on CUDA, where it works',
+        'torch.compile: True, False, auto: on CUDA, where it works, for a run of 5,000 steps or more',
         ('auto', 'True', 'False'),
         used_by=TRAIN,
     )

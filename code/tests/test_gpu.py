@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import distributed
 import graph
 import memory
+import train
 import utils
 from ckpt import new_model
 from config import AUGMENTATIONS, UserError, get_config
@@ -170,6 +171,17 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
             assert use_compile(get_config(compile='auto')) is False
         monkeypatch.setattr(utils, 'why_not_compiled', why_not_compiled)
     why_not_compiled.cache_clear()
+
+
+def test_a_short_run_is_not_compiled(monkeypatch):
+    """To compile takes longer than the demo."""
+    monkeypatch.setattr(train, 'get_device', lambda _: GPU)
+    monkeypatch.setattr(train, 'why_not_compiled', lambda _: 'no compiler')
+    assert train.why_not_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
+    assert train.why_not_compile(get_config(), 800 * 97) == 'no compiler'
+    assert train.why_not_compile(get_config(compile='True'), 930) == ''
+    monkeypatch.setattr(train, 'get_device', lambda _: torch.device('cpu'))
+    assert train.why_not_compile(get_config(), 930) == ''
 
 
 @pytest.mark.parametrize(

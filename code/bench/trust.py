@@ -1,0 +1,57 @@
+"""What it costs to trust the checkpoint that `evaluate --protocol=spectrum` names: linear top-1 of all epochs of runs.
+
+    python3 bench/trust.py --output=code/results/trust.json [--seeds=0,1,2]
+
+Runs of the demo that differ in one thing each, a checkpoint and its rank without labels after each epoch. Goes on where
+it was.
+"""
+
+import json
+import sys
+
+import common  # noqa: F401
+
+from ckpt import checkpoints
+from config import get_config, path_of
+from evaluate import evaluate
+from records import read_metrics
+from train import train
+from utils import use_device
+
+VARIED = {
+    'as it is': {},
+    'rate x 10': {'learning_rate': 8.0},
+    "SimCLR's augmentation": {'augmentation': 'simclr'},
+    'no decay': {'weight_decay': 0.0},
+}
+
+
+def of_run(name, options, folders):
+    """[{'epoch', 'rank', 'linear', 'knn'}] of a run's epochs; trains what is not there."""
+    run = path_of(folders['ckpt_path']) / f'model_name_{name}_ckpt_0'
+    args = get_config(preset='demo', model_name=name, save_every=1, knn_every=1, resume='auto', **options, **folders)
+    train(args)
+    found = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
+    rows = []
+    for path in checkpoints(run):
+        judged = evaluate(get_config(ckpt_name=f'{run.name}/{path.name}', protocol='linear', **folders))
+        line = found[judged['epoch']]
+        measures = {'rank': line['pretraining/rank'], 'knn': line['pretraining/knn_top1']}
+        rows.append({'epoch': judged['epoch'], 'linear': judged['top1'], **measures})
+    return rows
+
+
+def main():
+    given = dict(text.removeprefix('--').split('=', 1) for text in sys.argv[1:])
+    output, seeds = path_of(given.pop('output')), given.pop('seeds', '0,1,2').split(',')
+    use_device(get_config(preset='demo'))
+    found = {}
+    for seed in seeds:
+        for title, options in VARIED.items():
+            name = f'trust_{[*VARIED].index(title)}_{seed}'
+            found.setdefault(title, {})[seed] = of_run(name, {**options, 'random_seed': int(seed)}, given)
+            output.write_text(json.dumps({'preset': 'demo', 'runs': found}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
