@@ -6,7 +6,7 @@ import torch
 
 import distributed
 from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, path_of
+from config import UserError, changed, path_of
 from dataloader import vision
 from dataloader.images import shown
 from dataloader.layout import has_splits
@@ -142,7 +142,7 @@ def images_to_predict(args, wanted):
     if not root.exists():
         raise UserError(f'--image_path: there is no {shown(root)}')
     if wanted is None or torchvision_kind(root) or (root.is_dir() and has_splits(root)):
-        splits = load_splits(replace(args, image_path=str(root)))
+        splits = load_splits(changed(args, image_path=str(root)))
         if images := splits['test'] or splits['val']:
             return images
     return load_whole(args, root)

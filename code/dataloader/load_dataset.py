@@ -24,8 +24,9 @@ from dataloader.scan import beside
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
-from distributed import in_turn
+from distributed import in_turn, rank
 from logger import progress, say
+from terminal import complain
 from utils import get_device, prepare_batch
 
 LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte
@@ -141,7 +142,19 @@ def splits_of(args):
             )
         table = torch.tensor([*(number[owner] for owner in own), -1])  # the last for -1
         splits[name] = of_part(args, part, table[part.labels], classes)
+    warn_of_idle(args, parts, splits['train'])
     return splits
+
+
+def warn_of_idle(args, parts, train):
+    """Say which given options do nothing to these images."""
+    reasons = {
+        'resize_cache': train.pixels is not None and 'images this small are held in memory',
+        'val_fraction': 'val' in parts and not parts['val'].share and f'{shown(parts["val"].where)} is val',
+    }
+    for name, reason in reasons.items():
+        if reason and name in args.given and not rank():
+            complain('warning', f'--{name} has no effect: {reason}')
 
 
 def parts_of(args):

@@ -52,6 +52,8 @@ def judged(grey, deep, white):
         if low < -SMALL * top:
             return f'{what}: what is below 0 is black; shift them in the files'
         return None
+    if white:
+        return '--pixel_max has no effect: the images have 8 bits'
     if max(grey) < SMALL * 255:
         return f'the images use grey levels up to {max(grey):.0f} of 255: they are nearly black'
     return None

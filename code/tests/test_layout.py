@@ -113,6 +113,18 @@ def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
     assert load_splits(options(folder, val_fraction=0.5))['val'].labels.bincount().tolist() == [12, 12, 12]
 
 
+def test_options_that_do_nothing_to_these_images_are_said(drawn, tmp_path, capsys):
+    """A share for val where there is val; smaller files of what is held in memory. Where they do something, not."""
+    load_splits(options(drawn, val_fraction=0.2, resize_cache=20))
+    said = capsys.readouterr().err
+    assert re.search(r'--val_fraction has no effect: \S+val is val', said)
+    assert '--resize_cache has no effect: images this small are held in memory' in said
+    mine = shutil.copytree(drawn / 'train', tmp_path / 'mine')
+    load_splits(options(mine, val_fraction=0.2, resize_cache=20, cache_images='off'))
+    load_splits(options(drawn))
+    assert 'has no effect' not in capsys.readouterr().err
+
+
 def test_a_split_that_is_held_out_hardly_moves_as_the_set_grows(drawn, tmp_path):
     folder = shutil.copytree(drawn / 'train', tmp_path / 'mine')
     before = set(load_splits(options(folder))['val'].names)
