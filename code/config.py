@@ -141,6 +141,9 @@ class Config:
     stem: str = option(
         'imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'), used_by=ALL[1:]
     )
+    zero_init: bool = option(
+        True, 'the last BN of each residual block starts at zero, as in the official release; or at one', used_by=TRAIN
+    )
     proj_layers: int = option(3, 'fully connected layers of the projector', low=1, high=10, used_by=ALL[1:])
     proj_dim: int = option(2048, 'width of the projector, and dimension of z and p', low=2, high=65536, used_by=ALL[1:])
     pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536, used_by=ALL[1:])
@@ -702,6 +705,7 @@ def idle(args):
         '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
         '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
         '--augment_on=worker': ('cache_images',) if args.augment_on == 'worker' and args.cache_images == 'on' else (),
+        '--init_from': ('zero_init',) if args.init_from else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
     return [(name, beside) for beside, names in found.items() for name in names if name in args.given]

@@ -10,20 +10,36 @@ from torchvision.models import regnet, resnet
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
-def make_backbone(name, stem, size):
+def make_backbone(name, stem, size, zero_init=True):
     """(backbone, its number of features d). backbone: N x 3 x size x size float to N x d.
 
     name: small, a classification network of torchvision (resnet50, convnext_tiny, vit_b_16, ...) or timm/<name>. stem:
     'imagenet', the network as it is, or of a ResNet 'cifar', 3 x 3 stride 1 without max-pool (paper, appendix D); small
-    has 3 x 3 for both, with stride 2 or 1. The last BN of every residual block of a ResNet or RegNet starts at zero, as
-    in the official release. Raises ValueError where there is no such network, or it does not take such images.
+    has 3 x 3 for both, with stride 2 or 1. zero_init: the last BN of every residual block starts at zero, as in the
+    official release, and not at one. Raises ValueError where there is no such network, or it does not take such images.
     """
     if name == 'small':
-        return small(1 if stem == 'cifar' else 2), WIDTHS[-1]
-    backbone = of_timm(name.removeprefix('timm/'), size) if name.startswith('timm/') else of_torchvision(name, size)
-    if stem == 'cifar':
+        backbone = small(1 if stem == 'cifar' else 2)
+    elif name.startswith('timm/'):
+        backbone = of_timm(name.removeprefix('timm/'), size)
+    else:
+        backbone = of_torchvision(name, size)
+    if stem == 'cifar' and name != 'small':
         use_small_stem(backbone)
+    for norm in last_norms(backbone):
+        nn.init.constant_(norm.weight, 0.0 if zero_init else 1.0)
     return backbone, width_of(backbone, size)
+
+
+def last_norms(network):
+    """The last BN of each residual block, of torchvision's ResNets and RegNets and of timm's."""
+    for block in network.modules():
+        if isinstance(block, regnet.ResBottleneckBlock):
+            yield block.f.c[1]
+        elif isinstance(block, resnet.BasicBlock | resnet.Bottleneck) or hasattr(block, 'zero_init_last'):
+            norm = getattr(block, 'bn3', getattr(block, 'bn2', getattr(getattr(block, 'conv3', None), 'bn', None)))
+            if isinstance(norm, nn.BatchNorm2d):
+                yield norm
 
 
 def of_torchvision(name, size):
@@ -35,16 +51,11 @@ def of_torchvision(name, size):
             f"it is none of torchvision's classification networks (the nearest is {near}), small, or timm/<name>"
         )
     more = {}
-    if hasattr(resnet, name):
-        more = {'zero_init_residual': True}
-    elif name in ('googlenet', 'inception_v3'):
+    if name in ('googlenet', 'inception_v3'):
         more = {'aux_logits': False, 'init_weights': False}
     elif name.startswith(('vit_', 'maxvit_')):
         more = {'image_size': size} if name.startswith('vit_') else {'input_size': (size, size)}
     network = built(torchvision.models.get_model, name, size, **more)
-    for block in network.modules():
-        if isinstance(block, regnet.ResBottleneckBlock):
-            nn.init.zeros_(block.f.c[1].weight)
     last, classifier = [*network.named_children()][-1]
     setattr(network, last, without_classes(classifier))
     return network
@@ -119,7 +130,6 @@ def small(stride):
         if width != before:
             down = nn.Sequential(nn.Conv2d(before, width, 1, 2, bias=False), nn.BatchNorm2d(width))
         block = resnet.BasicBlock(before, width, 1 if down is None else 2, down)
-        nn.init.zeros_(block.bn2.weight)
         layers.append(block)
         before = width
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -8,16 +8,16 @@ from model.backbone import make_backbone
 class SimSiam(nn.Module):
     """backbone f, projector (with f: the paper's encoder) and predictor h.
 
-    args: anything with the attributes backbone, stem, image_size, proj_layers, proj_dim, pred_dim, proj_bn and
-    predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone). has_heads: whether
-    projector and predictor belong to the backbone; with weights of other tools there may be none that do.
+    args: anything with the attributes backbone, stem, image_size, zero_init, proj_layers, proj_dim, pred_dim, proj_bn
+    and predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone). has_heads:
+    whether projector and predictor belong to the backbone; with weights of other tools there may be none that do.
     """
 
     has_heads = True
 
     def __init__(self, args):
         super().__init__()
-        self.backbone, features = make_backbone(args.backbone, args.stem, args.image_size)
+        self.backbone, features = make_backbone(args.backbone, args.stem, args.image_size, args.zero_init)
         self.projector = make_projector(features, args.proj_layers, args.proj_dim, args.proj_bn)
         self.predictor = make_predictor(args.proj_dim, args.pred_dim, args.proj_bn)
         if args.predictor == 'none':

@@ -74,13 +74,29 @@ def test_a_vision_transformer_is_made_for_the_size_of_the_views():
             assert make_backbone(name, 'imagenet', 64)[1] in (768, 192)
 
 
-def test_residual_blocks_of_other_families_start_as_the_identity():
-    for name in ('regnet_y_400mf', 'resnext50_32x4d'):
-        backbone, _ = make_backbone(name, 'imagenet', 64)
-        zeros = sum(
-            not value.any() for key, value in backbone.named_parameters() if value.ndim == 1 and 'weight' in key
-        )
-        assert zeros == 16
+def zeros(backbone):
+    return sum(not value.any() for key, value in backbone.named_parameters() if value.ndim == 1 and 'weight' in key)
+
+
+@pytest.mark.parametrize(
+    ('name', 'blocks'), [('small', 3), ('resnet18', 8), ('regnet_y_400mf', 16), ('resnext50_32x4d', 16)]
+)
+def test_residual_blocks_start_as_the_identity(name, blocks):
+    """Or not, and all else is as it was."""
+    torch.manual_seed(0)
+    backbone, _ = make_backbone(name, 'imagenet', 64)
+    torch.manual_seed(0)
+    other, _ = make_backbone(name, 'imagenet', 64, zero_init=False)
+    assert (zeros(backbone), zeros(other)) == (blocks, 0)
+    different = [not a.equal(b) for a, b in zip(backbone.parameters(), other.parameters(), strict=True)]
+    assert sum(different) == blocks
+
+
+def test_residual_blocks_of_timm_start_as_the_identity():
+    pytest.importorskip('timm')
+    for name, blocks in (('resnet10t', 4), ('regnety_002', 13)):
+        found = [zeros(make_backbone(f'timm/{name}', 'imagenet', 64, zero_init=wanted)[0]) for wanted in (True, False)]
+        assert found == [blocks, 0]
 
 
 @pytest.mark.parametrize(
