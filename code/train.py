@@ -23,6 +23,7 @@ from graph import Recorded, use_graph
 from logger import duration, log_to, say
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
+from model.backbone import last_norms
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from precision import described, kept, precision, settled
 from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, resumed
@@ -196,7 +197,7 @@ def set_up(args):
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
         warn_of_range(iterators['train'].dataset.store, args.pixel_max)
-    warn_of_idle(args)
+    warn_of_idle(args, model)
     reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
     args = changed(args, compile='False') if reason else args
     state = new_state(args, model)
@@ -212,11 +213,13 @@ def set_up(args):
     return args, state, iterators, run
 
 
-def warn_of_idle(args):
-    """Say which given options have no effect beside others."""
-    if not distributed.rank():
-        for name, beside in idle(args):
-            complain('warning', f'--{name} has no effect with {beside}')
+def warn_of_idle(args, model):
+    """Say which given options have no effect beside others, or on this network."""
+    found = idle(args)
+    if 'zero_init' in args.given and not any(last_norms(model.backbone)):
+        found.append(('zero_init', f'--backbone={args.backbone}'))
+    for name, beside in found if not distributed.rank() else ():
+        complain('warning', f'--{name} has no effect with {beside}')
 
 
 def new_state(args, model):

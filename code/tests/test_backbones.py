@@ -9,6 +9,7 @@ import torch
 import torchvision
 
 import cli
+import train
 from ckpt import new_model
 from config import UserError, get_config
 from conftest import CODE, TINY, one_line, own_paths
@@ -90,6 +91,13 @@ def test_residual_blocks_start_as_the_identity(name, blocks):
     assert (zeros(backbone), zeros(other)) == (blocks, 0)
     different = [not a.equal(b) for a, b in zip(backbone.parameters(), other.parameters(), strict=True)]
     assert sum(different) == blocks
+
+
+def test_zero_init_is_said_where_there_is_nothing_to_start(capsys):
+    for name, said in (('small', False), ('mobilenet_v3_small', True)):
+        args = get_config(preset='demo', backbone=name, stem='imagenet', image_size=64, zero_init=False)
+        train.warn_of_idle(args, new_model(args))
+        assert (f'--zero_init has no effect with --backbone={name}' in capsys.readouterr().err) is said
 
 
 def test_residual_blocks_of_timm_start_as_the_identity():

@@ -111,6 +111,8 @@ def test_what_a_stage_has_no_use_for(stage, idle):
         ('augment_on=worker cache_images=on', ['cache_images']),
         ('augment_on=worker cache_images=off', []),
         ('knn_every=0 knn_k=5', ['knn_k']),
+        ('init_from=x zero_init=False', ['zero_init']),
+        ('zero_init=False', []),
         ('momentum=0.5', []),
     ],
 )
