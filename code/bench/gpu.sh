@@ -2,8 +2,7 @@
 # All that is to be measured where there is a GPU, in one command: the tests that want one, a step and an epoch beside the
 # bare loop, the loader, each switch off and on, and a piece of the paper's CIFAR-10 run.
 #     bench/gpu.sh OUTPUT [IMAGES]      in code/; OUTPUT: folder for what each prints; IMAGES: CIFAR-10 as files
-# Goes on where one fails, and says which; about half an hour, none longer than LIMIT seconds (600). What a lent machine's
-# time is too short for: a part by its own command.
+# Goes on where one fails, and says which; about half an hour, none of them longer than LIMIT seconds (600).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 output=${1:?bench/gpu.sh OUTPUT [IMAGES]}
