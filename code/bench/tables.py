@@ -263,13 +263,14 @@ def views_by_augmentation():
 
 
 def starts():
-    """The demo from its usual start, from weights divided by three, and with a rate that rises first."""
+    """The demo from its usual start, from weights divided by three, with a rate that rises first, and other blocks."""
     rows = []
     for title, name in (
         ('as it is', 'demo_bf16'),
         ('weights of layers / 3 at the start', 'cut'),
         ('as it is, float32', 'start_off'),
         ('three warm-up epochs, float32', 'start_slow'),
+        ('residual blocks start at one, float32', 'start_ones'),
     ):
         runs = [f'{name}_{seed}' for seed in range(3)]
         early = [curve(run, 'loss')[1] for run in runs]
