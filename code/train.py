@@ -15,7 +15,7 @@ import memory
 import stop
 import verdict
 from ckpt import get_model_ckpt
-from config import ROOT, UserError, changed, idle, path_of
+from config import ROOT, WORTH_COMPILING, UserError, changed, idle, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for
@@ -32,10 +32,6 @@ from terminal import complain
 from tracker import package_of
 from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
 from watch import Watch
-
-# Steps: on an H200 to compile took 35 s with ResNet-18 and saved 2.6 ms a step; larger networks take longer, and save
-# more.
-WORTH_COMPILING = 5000
 
 
 def train(args):
@@ -191,14 +187,15 @@ def set_up(args):
             f'one from its weights is --init_from={args.ckpt_name}'
         )
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
-    package_of(args), use_graph(args)  # refused before anything is written
+    package_of(args)  # refused before anything is written, as is what follows
+    use_graph(args)
     iterators = get_iterator(args)
     if args.evaluate_after:
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
         warn_of_range(iterators['train'].dataset.store, args.pixel_max)
     warn_of_idle(args, model)
-    reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
+    reason = reason_not_to_compile(args, args.max_epochs * len(iterators['train']))
     args = changed(args, compile='False') if reason else args
     state = new_state(args, model)
     if checkpoint:
@@ -236,7 +233,7 @@ def new_state(args, model):
 
 def introduce(args, state, run, batches, reason):
     """The first lines of a run, and of one that goes on: what is done where, and in how much memory. reason: of
-    why_not_compile."""
+    reason_not_to_compile."""
     if run.path and state.epoch >= args.max_epochs:
         say(f'{run.folder.name} has its {state.epoch} epochs already; --max_epochs=<more> goes on')
     elif run.path:
@@ -257,7 +254,7 @@ def named(device):
     return f'{device} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else str(device)
 
 
-def why_not_compile(args, steps):
+def reason_not_to_compile(args, steps):
     """Why --compile=auto does not compile on this GPU a run of so many steps, in a few words; '' where it does, or on
     no GPU."""
     device = get_device(args)

@@ -2,8 +2,8 @@
 
     python3 bench/switches.py [--image_path=FOLDER] [other options of cli.py train, such as --backbone=small]
 
-The cifar10 preset for two epochs each, by default on the demo's drawings; the second epoch counts. bf16, fp16, compile
-want a GPU; on a CPU their rows are left out. The last line is one JSON object.
+The cifar10 preset for two epochs each, by default on the demo's drawings; the second epoch counts. bf16, fp16,
+compile and cuda_graph want a GPU; on a CPU their rows are left out. The last line is one JSON object.
 """
 
 import json
@@ -24,6 +24,7 @@ SWITCHES = {
     '--amp=fp16': ['--amp=fp16'],
     '--compile=False': ['--compile=False'],
     '--compile=True': ['--compile=True'],
+    '--cuda_graph=False': ['--cuda_graph=False'],
     '--cache_images=off': ['--cache_images=off'],
     '--augment_on=worker': ['--augment_on=worker'],
     '--accumulate_steps=2': ['--accumulate_steps=2'],
@@ -53,7 +54,7 @@ def main():
         )
     cuda, found = torch.cuda.is_available(), {}
     for name, options in SWITCHES.items():
-        if cuda or not name.startswith(('--amp=bf16', '--amp=fp16', '--compile=True')):
+        if cuda or not name.startswith(('--amp=bf16', '--amp=fp16', '--compile=True', '--cuda_graph')):
             speed, memory, loss = train(root / name.strip('-'), *common, *options)
             found[name] = {'images_per_second': round(speed, 1), 'peak_gigabytes': memory, 'loss': loss}
             print(f'{name:24}{speed:10.0f} images/s   {memory or float("nan"):8.2f} GB   loss {loss:.4f}', flush=True)

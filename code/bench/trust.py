@@ -1,6 +1,6 @@
 """What it costs to trust the checkpoint that `evaluate --protocol=spectrum` names: linear top-1 of all epochs of runs.
 
-    python3 bench/trust.py --output=code/results/trust.json [--seeds=0,1,2]
+    python3 bench/trust.py --output=code/results/trust.json [--seeds=0,1,2] [--ckpt_path=FOLDER]
 
 Runs of the demo that differ in one thing each, a checkpoint and its rank without labels after each epoch. Goes on where
 it was.
@@ -10,6 +10,7 @@ import json
 import sys
 
 import common  # noqa: F401
+from evidence import VARIED, options_of
 
 from ckpt import checkpoints
 from config import get_config, path_of
@@ -18,19 +19,13 @@ from records import read_metrics
 from train import train
 from utils import use_device
 
-VARIED = {
-    'as it is': {},
-    'rate x 10': {'learning_rate': 8.0},
-    "SimCLR's augmentation": {'augmentation': 'simclr'},
-    'no decay': {'weight_decay': 0.0},
-}
+RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 
 
 def of_run(name, options, folders):
     """[{'epoch', 'rank', 'linear', 'knn'}] of a run's epochs; trains what is not there."""
-    run = path_of(folders['ckpt_path']) / f'model_name_{name}_ckpt_0'
-    args = get_config(preset='demo', model_name=name, save_every=1, knn_every=1, resume='auto', **options, **folders)
-    train(args)
+    run = path_of(get_config(**folders).ckpt_path) / f'model_name_{name}_ckpt_0'
+    train(get_config(model_name=name, save_every=1, knn_every=1, resume='auto', **options))
     found = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
     rows = []
     for path in checkpoints(run):
@@ -47,9 +42,9 @@ def main():
     use_device(get_config(preset='demo'))
     found = {}
     for seed in seeds:
-        for title, options in VARIED.items():
-            name = f'trust_{[*VARIED].index(title)}_{seed}'
-            found.setdefault(title, {})[seed] = of_run(name, {**options, 'random_seed': int(seed)}, given)
+        for number, title in enumerate(RUNS):
+            options = options_of('demo', {**given, 'max_epochs': 15, 'random_seed': seed}, VARIED[title])
+            found.setdefault(title, {})[seed] = of_run(f'trust_{number}_{seed}', options, given)
             output.write_text(json.dumps({'preset': 'demo', 'runs': found}, indent=1) + '\n')
 
 

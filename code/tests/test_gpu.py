@@ -177,11 +177,11 @@ def test_a_short_run_is_not_compiled(monkeypatch):
     """To compile takes longer than the demo."""
     monkeypatch.setattr(train, 'get_device', lambda _: GPU)
     monkeypatch.setattr(train, 'why_not_compiled', lambda _: 'no compiler')
-    assert train.why_not_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
-    assert train.why_not_compile(get_config(), 800 * 97) == 'no compiler'
-    assert train.why_not_compile(get_config(compile='True'), 930) == ''
+    assert train.reason_not_to_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
+    assert train.reason_not_to_compile(get_config(), 800 * 97) == 'no compiler'
+    assert train.reason_not_to_compile(get_config(compile='True'), 930) == ''
     monkeypatch.setattr(train, 'get_device', lambda _: torch.device('cpu'))
-    assert train.why_not_compile(get_config(), 930) == ''
+    assert train.reason_not_to_compile(get_config(), 930) == ''
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,8 @@ def test_what_a_step_takes_is_known_before_it():
 
 
 def losses_of(steps, rates, call):
-    """The losses of a small network's steps at these rates, on the same views; call: makes of a step what is called."""
+    """The losses of a small network's steps at these rates, on views that take turns; call: makes of a step what
+    is called."""
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = SimSiam(get_config(**SMALL)).to(device).train()
@@ -304,11 +305,17 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def test_a_replayed_step_is_the_step_at_other_rates(monkeypatch):
-    """On a CPU, with a tape for a graph; views and rates are those of each step."""
+@pytest.fixture
+def on_tape(monkeypatch):
+    """A tape for a graph."""
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Tape)
     monkeypatch.setattr(torch.cuda, 'graph', lambda tape, **_: tape)
+
+
+@pytest.mark.usefixtures('on_tape')
+def test_a_replayed_step_is_the_step_at_other_rates():
+    """On a CPU; views and rates are those of each step."""
     plain, _ = losses_of(20, rising, plainly)
     found, step = losses_of(20, rising, recorded)
     assert step.graph
@@ -318,11 +325,9 @@ def test_a_replayed_step_is_the_step_at_other_rates(monkeypatch):
     assert still[-1] != pytest.approx(plain[-1], abs=1e-3)  # rates count
 
 
+@pytest.mark.usefixtures('on_tape')
 def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
     """As with rates that are part of the record; and what was tried leaves no trace."""
-    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
-    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Tape)
-    monkeypatch.setattr(torch.cuda, 'graph', lambda tape, **_: tape)
     with_rates = graph.Recorded.with_rates
     monkeypatch.setattr(
         graph.Recorded, 'with_rates', lambda self, rates: self.keep(self.views) or with_rates(self, rates)
