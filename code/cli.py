@@ -4,6 +4,7 @@ Nothing heavy is imported before a command has its options checked: a typo is an
 """
 
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from fire.decorators import SetParseFn
 
 import stop
 from config import OPTIONS, UserError, WorkError, get_config, help_of, help_text, nearest, path_of, unused
-from terminal import complain, own_streams
+from terminal import complain, lost, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
 ALONE = (
@@ -183,4 +184,10 @@ def failed(reason, code=1):
 
 if __name__ == '__main__':
     own_streams()
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if reason := lost():
+        worked = sys.argv[1:2] in (['train'], ['ablate'])  # what these print is in their run's log.txt as well
+        complain('warning' if worked else 'error', f'what was printed is not whole: {reason}')
+        code = code if worked else code or 1
+    gc.freeze()  # nobody looks for cycles at the end: a second, with all that torch has made
+    sys.exit(code)

@@ -42,11 +42,12 @@ def of_a_step(args, model, dtype, free):
     """What a training step takes, in a line; where that is more than `free` bytes, with the --accumulate_steps that
     would fit. Buffers of cuDNN and what lies between the blocks are taken as a tenth."""
     share = args.batch_size // distributed.world()
-
     second = sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0  # its other moment
+    two, four = (step_bytes(model, images, args.views, args.image_size, dtype) for images in (2, 4))
+    each = (four - two) / 2  # of an image; all else is the network's
 
     def takes(parts):
-        return second + 1.1 * step_bytes(model, share // parts, args.views, args.image_size, dtype)
+        return second + 1.1 * (two + each * (share // parts - 2))
 
     line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
     if takes(args.accumulate_steps) < free:

@@ -1,6 +1,7 @@
 """Lines on standard error, in colour where there is somebody to see it. Standard library only."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -23,13 +24,24 @@ def complain(kind, line):
 
 class Lasting(io.FileIO):
     """An output whose reader may go away (`| head`, a closed terminal), or whose disk may be full: what is written then
-    is dropped, for what is said is no reason to end the work."""
+    is dropped, for what is said is no reason to end the work. A reader that goes has seen what it wanted; of a file it
+    is kept why it is not whole (`lost`)."""
+
+    lost = ''
 
     def write(self, data):
         try:
             return super().write(data)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                self.lost = error.strerror
             return len(data)
+
+
+def lost():
+    """Why what went to standard output is not whole there; '' where it is."""
+    sys.stdout.flush()
+    return getattr(getattr(getattr(sys.stdout, 'buffer', None), 'raw', None), 'lost', '')
 
 
 def own_streams():

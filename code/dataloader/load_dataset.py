@@ -148,8 +148,10 @@ def splits_of(args):
 
 def warn_of_idle(args, parts, train):
     """Say which given options do nothing to these images."""
+    held = train.pixels is not None and 'images this small are held in memory'
     reasons = {
-        'resize_cache': train.pixels is not None and 'images this small are held in memory',
+        'resize_cache': held,
+        'jpeg_shrink': held,
         'val_fraction': 'val' in parts and not parts['val'].share and f'{shown(parts["val"].where)} is val',
     }
     for name, reason in reasons.items():

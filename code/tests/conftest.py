@@ -24,6 +24,7 @@ KINDS = (demo.checks, demo.dots, demo.stripes)
 # A model and a run small enough for a test; what a test varies it gives after these.
 TINY = (
     '--preset=demo',
+    '--image_size=16',
     '--batch_size=16',
     '--proj_dim=32',
     '--pred_dim=8',
@@ -85,22 +86,41 @@ def drawn_large(tmp_path_factory):
     return draw_folder(tmp_path_factory.mktemp('large') / 'set', {'train': 8, 'val': 4}, side=150, suffix='.jpg')
 
 
+class Python(warm.Process):
+    """`python3 *argv`, begun, from a warm Python (warm.py)."""
+
+    def __init__(self, *argv, cwd=CODE, env=None):
+        warm.started()
+        self.printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        with open(os.devnull) as nothing:
+            files = [file.fileno() for file in (nothing, *self.printed)]
+            super().__init__(list(map(str, argv)), cwd, dict(os.environ) if env is None else env, files)
+
+    def said(self):
+        """What it has written so far, to standard output and to standard error."""
+        texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in self.printed]
+        return [text.decode(errors='surrogateescape').replace('\r\n', '\n') for text in texts]
+
+    def communicate(self, timeout=None):
+        """`said`, at its end."""
+        self.wait(timeout)
+        texts = self.said()
+        for file in self.printed:
+            file.close()
+        return texts
+
+    def done(self, timeout=300):
+        """A subprocess.CompletedProcess, when it is."""
+        texts = self.communicate(timeout)
+        return subprocess.CompletedProcess([], self.returncode, *texts)
+
+
 def run(*argv, cwd=CODE, env=None):
-    """`python3 cli.py *argv` as a process: a CompletedProcess with its text. It comes from a warm Python (warm.py)
-    where nothing stands against it."""
-    command = [str(CODE / 'cli.py'), *map(str, argv)]
-    env = dict(os.environ) if env is None else env
-    if not warm.usable(env):
-        command = [sys.executable, *command]
+    """`python3 cli.py *argv` as a process: a CompletedProcess with its text. Warm where nothing stands against it."""
+    if env and not warm.usable(env):
+        command = [sys.executable, str(CODE / 'cli.py'), *map(str, argv)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-    warm.started()
-    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        code = warm.call(command, cwd, env, [nothing.fileno(), out.fileno(), errors.fileno()], 300)
-        texts = []
-        for file in (out, errors):
-            file.seek(0)
-            texts.append(file.read().decode(errors='surrogateescape').replace('\r\n', '\n'))
-    return subprocess.CompletedProcess(command, code, *texts)
+    return Python(CODE / 'cli.py', *argv, cwd=cwd, env=env).done()
 
 
 def own_paths(folder, *names):

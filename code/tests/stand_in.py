@@ -71,7 +71,7 @@ def python(given):
     """The exit code of `python *given`: of a warm one (warm.py) where there is one."""
     if warm.WARM not in os.environ or given[0] == '-c':
         return subprocess.run([sys.executable, *given], check=False).returncode
-    return warm.call(given, os.getcwd(), os.environ, [0, 1, 2])
+    return warm.Process(given, os.getcwd(), os.environ, [0, 1, 2]).wait()
 
 
 def call(name, given):

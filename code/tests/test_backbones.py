@@ -135,7 +135,15 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     """Through the commands; what its export can and cannot do, and the weights in another process."""
     pytest.importorskip('timm')
     paths = own_paths(tmp_path)
-    given = [*TINY, f'--image_path={drawn}', '--stem=imagenet', '--max_epochs=1', f'--backbone={name}', *paths]
+    given = [
+        *TINY,
+        '--image_size=32',
+        f'--image_path={drawn}',
+        '--stem=imagenet',
+        '--max_epochs=1',
+        f'--backbone={name}',
+        *paths,
+    ]
     assert cli.main(['train', *given]) == 0
     run = 'model_name_simsiam_ckpt_0'
     assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=knn', *paths]) == 0

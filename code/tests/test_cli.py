@@ -218,7 +218,13 @@ def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path
 
 
 def test_check_dataloader_describes_the_set(drawn, tmp_path):
-    done = run('check_dataloader', *TINY[:2], f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache'))
+    done = run(
+        'check_dataloader',
+        '--preset=demo',
+        '--batch_size=16',
+        f'--image_path={drawn}',
+        *own_paths(tmp_path, 'log', 'cache'),
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(
         r'train +72 images, 3 classes; a batch: 16 x 3 x 48 x 48 uint8 in \[\d+, \d+\], 2 views of 16 x 3 x 32 x 32 '
@@ -238,7 +244,13 @@ def test_check_dataloader_names_every_unreadable_file(drawn, drawn_large, tmp_pa
     whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
     (folder / 'val/dots/half.jpg').write_bytes(whole[: len(whole) // 2])
     (folder / 'val/dots/empty.png').write_bytes(b'')
-    done = run('check_dataloader', *TINY[:2], f'--image_path={folder}', *own_paths(tmp_path, 'log', 'cache'))
+    done = run(
+        'check_dataloader',
+        '--preset=demo',
+        '--batch_size=16',
+        f'--image_path={folder}',
+        *own_paths(tmp_path, 'log', 'cache'),
+    )
     assert done.returncode == 1
     for name in ('train/dots/text.jpg', 'val/dots/half.jpg', 'val/dots/empty.png'):
         assert f'cannot read the image {folder / name}: ' in done.stdout

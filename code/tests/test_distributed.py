@@ -5,8 +5,6 @@ import io
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import cli
 import utils
 import warm
 from config import AUGMENTATIONS, get_config
-from conftest import CODE, TINY, draw_folder, own_paths
+from conftest import CODE, TINY, Python, draw_folder, own_paths
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
 from records import read_metrics
@@ -27,15 +25,16 @@ from utils import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-ALONE = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+def begin(*command, **environment):
+    """`python *command`, begun; from a warm Python (warm.py), as the processes that torchrun starts."""
+    python = warm.started()
+    return Python(*command, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON_EXEC': python, **environment})
 
 
 def run(*command):
-    """`python *command`, which nobody stops; from a warm Python (warm.py), its processes too."""
-    python = warm.started()
-    env = {**ALONE, warm.WARM: os.environ[warm.WARM], 'PYTHON_EXEC': python}
-    command = [python, *map(str, command)]
-    return subprocess.run(command, cwd=CODE, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return begin(*command).done()
 
 
 def test_two_processes_make_the_step_of_one(tmp_path):
@@ -185,16 +184,8 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     whole = run(*TORCHRUN, 'cli.py', 'train', *options, *own_paths(tmp_path / 'whole'))
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / 'broken/ckpt' / RUN
-    command = [
-        sys.executable,
-        *TORCHRUN,
-        '--max-restarts=1',
-        'cli.py',
-        'train',
-        *options,
-        *own_paths(tmp_path / 'broken'),
-    ]
-    process = subprocess.Popen(command, cwd=CODE, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    again = (*TORCHRUN, '--max-restarts=1')
+    process = begin(*again, 'cli.py', 'train', *options, *own_paths(tmp_path / 'broken'))
     wait_for(lambda: list(folder.glob('loss_*')))
     victim, other = (workers_of(process.pid)[rank] for rank in (1, 0))
     os.kill(victim, signal.SIGKILL)
@@ -267,19 +258,16 @@ def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):
     """torchrun counts on each machine apart, and keeps its store: a start's own keys may depend on neither."""
     store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     shared = {
-        **ALONE,
         'WORLD_SIZE': '2',
         'MASTER_ADDR': 'localhost',
         'MASTER_PORT': str(store.port),
         'TORCHELASTIC_USE_AGENT_STORE': 'True',
     }
-    for start in range(2):
+    for count in range(2):
+        file, counts = tmp_path / str(count), [str(count * rank) for rank in range(2)]
         pair = [
-            subprocess.Popen(
-                [sys.executable, CODE / 'tests/one_step.py', tmp_path / str(start)],
-                env={**shared, 'RANK': str(rank), 'TORCHELASTIC_RESTART_COUNT': str(start * rank)},
-            )
+            begin(CODE / 'tests/one_step.py', file, **shared, RANK=str(rank), TORCHELASTIC_RESTART_COUNT=counts[rank])
             for rank in range(2)
         ]
-        assert [process.wait(timeout=60) for process in pair] == [0, 0]
-        assert (tmp_path / str(start)).is_file()
+        assert [process.done(60).returncode for process in pair] == [0, 0]
+        assert file.is_file()

@@ -115,10 +115,11 @@ def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
 
 def test_options_that_do_nothing_to_these_images_are_said(drawn, tmp_path, capsys):
     """A share for val where there is val; smaller files of what is held in memory. Where they do something, not."""
-    load_splits(options(drawn, val_fraction=0.2, resize_cache=20))
+    load_splits(options(drawn, val_fraction=0.2, resize_cache=20, jpeg_shrink=True))
     said = capsys.readouterr().err
     assert re.search(r'--val_fraction has no effect: \S+val is val', said)
-    assert '--resize_cache has no effect: images this small are held in memory' in said
+    for name in ('resize_cache', 'jpeg_shrink'):
+        assert f'--{name} has no effect: images this small are held in memory' in said
     mine = shutil.copytree(drawn / 'train', tmp_path / 'mine')
     load_splits(options(mine, val_fraction=0.2, resize_cache=20, cache_images='off'))
     load_splits(options(drawn))

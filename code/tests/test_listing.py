@@ -19,7 +19,7 @@ import listing
 import results
 import verdict
 from config import get_config
-from conftest import CODE, TINY, one_line, own_paths
+from conftest import CODE, TINY, Python, one_line, own_paths
 from records import as_json, read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
@@ -184,14 +184,14 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
         '--save_every=1',
         '--knn_every=0',
     ]
-    process = subprocess.Popen([sys.executable, 'cli.py', 'train', *options], cwd=CODE, stdout=subprocess.DEVNULL)
+    process = Python('cli.py', 'train', *options)
     folder, end = tmp_path / 'ckpt' / f'{RUN}0', time.monotonic() + 120
     while not list(folder.glob('loss_*')) and time.monotonic() < end:
         time.sleep(0.1)
     (row,) = rows(tmp_path).values()
     assert row['state'] == 'running'
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     (row,) = rows(tmp_path).values()
     assert row['state'] == 'lost'
     epoch = int(row['epoch'].split('/')[0])

@@ -80,12 +80,12 @@ def test_what_a_result_says(copied, drawn, capsys):
     evaluate(copied, '--protocol=knn', '--knn_k=7')
     (result,) = of_run(copied / 'ckpt' / RUN)
     assert result['checkpoint'] == next((copied / 'ckpt' / RUN).glob('loss_*')).name
-    assert (result['epoch'], result['preset'], result['settings']['image_size']) == (2, 'demo', 32)
+    assert (result['epoch'], result['preset'], result['settings']['image_size']) == (2, 'demo', 16)
     assert (result['images']['train']['number'], result['images']['val']['number']) == (72, 24)
     assert result['given'] == ['knn_k', 'probe_epochs']
     assert set(result['versions']) == {'python', 'torch', 'torchvision', 'commit'}
     said = capsys.readouterr().out
-    assert f'images {drawn}, 32 px, preset demo, --knn_k=7' in said
+    assert f'images {drawn}, 16 px, preset demo, --knn_k=7' in said
     assert json.loads((copied / 'ckpt' / RUN / result['file']).read_text()) == result
 
 

@@ -16,7 +16,7 @@ import torch
 import cli
 import stop
 from config import get_config
-from conftest import CODE, TINY, one_line, own_paths, run
+from conftest import CODE, TINY, Python, one_line, own_paths, run
 from listing import MARK, mark_of_this_process, started
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
@@ -32,16 +32,7 @@ LONG = (*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', '--save_eve
 
 
 def start(folder, images, *options):
-    command = [
-        sys.executable,
-        str(CODE / 'cli.py'),
-        'train',
-        *LONG,
-        f'--image_path={images}',
-        *own_paths(folder),
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Python('cli.py', 'train', *LONG, f'--image_path={images}', *own_paths(folder), *options)
 
 
 def last(folder):
@@ -68,7 +59,7 @@ def stop_in_an_epoch(process, folder, number, seen=()):
         if any(name not in seen for name in names):
             process.send_signal(number)
             return names, process.communicate(timeout=60)
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         time.sleep(0.005)
     raise AssertionError('no checkpoint within an epoch')
 

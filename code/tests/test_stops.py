@@ -110,7 +110,14 @@ def test_an_output_on_a_full_disk_ends_nothing(drawn, tmp_path):
     options = ' '.join((*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)))
     command = f'"{sys.executable}" cli.py train {options} > /dev/full'
     done = subprocess.run(['bash', '-c', command], cwd=CODE, capture_output=True, text=True, timeout=200, check=False)
-    assert (done.returncode, done.stderr) == (0, '')
+    lost = 'what was printed is not whole: No space left on device\n'
+    assert (done.returncode, done.stderr) == (0, f'warning: {lost}')
+    listed = ('runs', *own_paths(tmp_path, 'ckpt'))
+    for command, code in ((listed, 1), (('--help',), 1), (('--help',), 0)):
+        with open('/dev/full' if code else '/dev/null', 'w') as output:
+            words = [sys.executable, 'cli.py', *command]
+            done = subprocess.run(words, cwd=CODE, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, f'error: {lost}' if code else '')
 
 
 def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):

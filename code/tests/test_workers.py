@@ -13,7 +13,7 @@ import torch
 
 import cli
 from config import WorkError, get_config
-from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
+from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, run
 from dataloader import batches
 from dataloader.load_dataset import get_iterator
 from utils import memory_for, short_of_memory
@@ -22,26 +22,14 @@ from utils import memory_for, short_of_memory
 LONG = (*TINY, '--batch_size=8', '--max_epochs=2000', '--knn_every=0', '--num_workers=2')
 
 
-def start(folder, images, *options, **more):
-    command = [
-        sys.executable,
-        str(CODE / 'cli.py'),
-        'train',
-        *LONG,
-        f'--image_path={images}',
-        *own_paths(folder),
-        *options,
-    ]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more
-    )
+def start(folder, images, *options):
+    return Python('cli.py', 'train', *LONG, f'--image_path={images}', *own_paths(folder), *options)
 
 
 def workers_of(process):
     """The process ids of the workers, once they are there and the training is under way."""
-    for line in process.stdout:
-        if line.startswith('epoch 1/'):
-            break
+    while '\nepoch 1/' not in process.said()[0] and process.poll() is None:
+        time.sleep(0.02)
     children = subprocess.run(
         ['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True, check=True
     )

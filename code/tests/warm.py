@@ -3,14 +3,16 @@
     python warm.py serve SOCKET
     python warm.py run [-u] SCRIPT|-m MODULE ...      as `python ...` would, by the server that WARM_PYTHON names
 
-A process that asks (`call`) gets a new one, forked from the server, that runs a script as `python SCRIPT ...` would:
-with its own number, folder, environment, files 0 to 2 and group of processes; of this project it has imported nothing.
-Only what Python and torch read when they start (FIXED) is the server's.
+Who asks (`Process`) gets a new process, forked from the server, that runs a script as `python SCRIPT ...` would: with
+its own number, folder, environment, files 0 to 2 and group of processes; of this project it has imported nothing. Only
+what Python and torch read when they start (FIXED), limits and ignored signals are the server's. `run` hands on the
+signals that it gets, and ends as the other does.
 """
 
 import array
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -21,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 WARM = 'WARM_PYTHON'  # the variable that names the socket
@@ -50,21 +53,35 @@ def started():
     return f'{folder}/python'
 
 
-def call(argv, cwd, env, files, timeout=None):
-    """The exit code (minus the signal) of `python *argv`. files: its standard ones' numbers. Raises TimeoutError, the
-    process ended."""
-    with socket.socket(socket.AF_UNIX) as to:
-        to.connect(os.environ[WARM])
+class Process:
+    """`python *argv`, begun. files: the numbers of its standard ones. pid: its number, and that of its group;
+    returncode: minus the signal that ended it; None while it runs."""
+
+    def __init__(self, argv, cwd, env, files):
+        self.to, self.returncode = socket.socket(socket.AF_UNIX), None
+        self.to.connect(os.environ[WARM])
         text = json.dumps({'argv': [*map(os.fspath, argv)], 'cwd': str(cwd), 'env': dict(env)}).encode()
-        to.sendmsg([len(text).to_bytes(4, 'big')], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', files))])
-        to.sendall(text)
-        pid = int.from_bytes(received(to, 4), 'big')
-        to.settimeout(timeout)
-        try:
-            return int.from_bytes(received(to, 4), 'big', signed=True)
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            raise
+        numbers = array.array('i', files)
+        self.to.sendmsg([len(text).to_bytes(4, 'big')], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+        self.to.sendall(text)
+        self.pid = int.from_bytes(received(self.to, 4), 'big')
+
+    def poll(self):
+        if self.returncode is None and select.select([self.to], [], [], 0)[0]:
+            self.returncode = int.from_bytes(received(self.to, 4), 'big', signed=True)
+            self.to.close()
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """Its exit code. Raises TimeoutError, the process killed."""
+        if self.returncode is None and not select.select([self.to], [], [], timeout)[0]:
+            self.to.close()
+            raise TimeoutError(f'{timeout} s')
+        return self.poll()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def received(of, count):
@@ -82,6 +99,8 @@ def serve(path):
         __import__(name)
     import matplotlib.figure  # noqa: F401
 
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.dirname(path)  # the project's, compiled once
+    gc.freeze()  # at their ends, the processes leave alone what they have in common
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who watches over a child is forked as well, and nobody's concern
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)
@@ -111,7 +130,7 @@ def watch_over(visitor):
     while not done:
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done and select.select([visitor], [], [], 0.01)[0]:
-            os.kill(pid, signal.SIGTERM)  # who asked has gone
+            os.kill(pid, signal.SIGKILL)  # who asked has gone
             done, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     visitor.sendall(code.to_bytes(4, 'big', signed=True))
@@ -136,19 +155,35 @@ def become(asked, files):
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.executable = os.environ.get(AS_PYTHON, sys.executable)
     sys.argv[:] = asked['argv']
-    if sys.argv[0] == '-m':
-        del sys.argv[0]
-        sys.path[0] = os.getcwd()
-        runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name='__main__')
-    sys.exit(0)
+    try:
+        if sys.argv[0] == '-m':
+            del sys.argv[0]
+            sys.path[0] = os.getcwd()
+            runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name='__main__')
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    if not isinstance(code, int):
+        sys.exit(code)
+    threading._shutdown()  # what Python does at its end, but for taking all modules apart
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == '__main__':
     if sys.argv[1] == 'serve':
         serve(sys.argv[2])
     words = sys.argv[2:]
-    code = call(words[words[0] == '-u' :], os.getcwd(), os.environ, [0, 1, 2])
-    sys.exit(code if code >= 0 else 128 - code)
+    process = Process(words[words[0] == '-u' :], os.getcwd(), os.environ, [0, 1, 2])
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    code = process.wait()
+    if code < 0:
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
