@@ -3,6 +3,7 @@
 What is reported is the last epoch, never the best one, on the whole of `val`.
 """
 
+import functools
 import math
 import time
 
@@ -76,7 +77,8 @@ def best_of(args, paths):
     for own, model, checkpoint in whole_ones(args, paths):
         splits = splits or load_splits(own)
         model = model.to(get_device(own), memory_format=torch.channels_last)
-        found.append(evaluate_model(own, model, splits, checkpoint))
+        untrained = found[-1]['untrained'] if found else None  # the same beside each
+        found.append(evaluate_model(own, model, splits, checkpoint, untrained))
     say('')
     for result in found:
         say(f'epoch {result["epoch"]:<5} ' + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in QUICK))
@@ -85,11 +87,12 @@ def best_of(args, paths):
     return best
 
 
-def evaluate_model(args, model, splits, checkpoint):
+def evaluate_model(args, model, splits, checkpoint, untrained=None):
     """Run --protocol on `model`, and write, print and log what came out. Returns the result.
 
     splits: {'train', 'val', ...} of Images, for the protocols that use the checkpoint's own set. checkpoint: a dict of
-    its path, run (the folder for the results) and epoch.
+    its path, run (the folder for the results) and epoch. untrained: the measures of the untrained network of
+    --protocol=spectrum, where they are known.
     """
     started, splits = time.time(), splits_for(args, splits)
     if args.protocol == 'detection':
@@ -99,10 +102,10 @@ def evaluate_model(args, model, splits, checkpoint):
             result, scores, labels, classifier = detection(args, model, splits)
         classes = []
     else:
-        protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer, 'spectrum': spectrum}
-        protocol = protocol[args.protocol]
+        protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}
+        protocol['spectrum'] = functools.partial(spectrum, before=untrained)
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
-            result, scores, labels, classifier, classes = protocol(args, model, splits)
+            result, scores, labels, classifier, classes = protocol[args.protocol](args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
     if scores is not None:
         counts = confusion(scores, labels).cpu()

@@ -5,7 +5,7 @@ x: N x d, features of plain views. Singular values s_1 >= s_2 >= ..., in double 
 """
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 SMALL = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
 WITHIN = 1e-4  # added to the scatter within images (LiDAR, section 3)
@@ -68,17 +68,18 @@ def lidar(x):
     """Effective rank of the linear discriminants that tell images apart. x: n x q x d, of q views of each of n images.
 
     The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw the mean covariance of
-    an image's views, WITHIN added on its diagonal. Thilak et al., arXiv 2312.04000, section 3.
+    an image's views, WITHIN added on its diagonal. Thilak et al., arXiv 2312.04000, section 3. With Sb = B B^T, B of n
+    columns, those that are not 0 are also those of B^T Sw^-1 B, of n rows in place of d.
     """
     x = x.cpu().double()
-    means = x.mean(1)
-    between = (means - means.mean(0)).T @ (means - means.mean(0)) / (len(x) - 1)
+    (n, q, d), means = x.shape, x.mean(1)
     apart = (x - means[:, None]).flatten(0, 1)
-    within = apart.T @ apart / (len(x) * (x.shape[1] - 1))
+    within = apart.T @ apart / (n * (q - 1))
     within.diagonal().add_(WITHIN)
-    values, axes = torch.linalg.eigh(within)
-    whiten = axes * values.rsqrt()
-    return effective_rank(torch.linalg.eigvalsh(whiten.T @ between @ whiten).clamp(min=0))
+    between = (means - means.mean(0)).T / (n - 1) ** 0.5
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(within), between, upper=False)
+    values = torch.linalg.eigvalsh(white.T @ white).clamp(min=0).flip(0)[:d]
+    return effective_rank(pad(values, (0, d - len(values))))
 
 
 def own_ranks(first, second):

@@ -72,11 +72,14 @@ def measured(args, model, images):
         }
 
 
-def spectrum(args, model, splits):
-    """Every measure of the network, and of an untrained one beside it. Returns (result, None, None, None, [])."""
+def spectrum(args, model, splits, before=None):
+    """Every measure of the network, and of an untrained one beside it: `before`, where that is known. Returns (result,
+    None, None, None, [])."""
     images = splits['train']
-    untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
-    now, before = measured(args, model, images), measured(args, untrained, images)
+    now = measured(args, model, images)
+    if before is None:
+        untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
+        before = measured(args, untrained, images)
     if model.has_heads:
         result = {'measures': now, 'untrained': before, 'verdict': verdict(now, before)}
     else:

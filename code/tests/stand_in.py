@@ -52,9 +52,9 @@ def smaller(command, options):
         return [*FEW, *SMALL]
     if command == 'train':
         return (
-            ['--max_epochs=5', '--probe_epochs=60']
+            ['--max_epochs=5', '--probe_epochs=30']
             if options == ['--evaluate_after=True', '--knn_pixels=True']
-            else ['--max_epochs=1']
+            else ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0']
         )
     if command == 'ablate':
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
@@ -63,7 +63,10 @@ def smaller(command, options):
         protocol = said.get('--protocol', 'linear')
         own = [] if protocol == 'transfer' and said.get('--transfer') != 'finetune' else JUDGE.get(protocol, [])
         demo = any(option == '--ckpt_name=model_name_simsiam_ckpt_0' for option in options)  # 5,000 drawings are many
-        return [*own, *(['--image_path=data/cifar10-jpeg'] if demo else []), '--num_workers=1', '--amp=off']
+        small = (
+            ['--image_path=data/cifar10-jpeg'] if demo else ['--image_size=64']
+        )  # of a backbone alone, 224 otherwise
+        return [*own, *small, '--num_workers=1', '--amp=off']
     return FEW[1:3] if command == 'check_dataloader' else []
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.utils.tensorboard  # noqa: F401
+from PIL import Image
 
 import ckpt
 import cli
@@ -93,6 +94,7 @@ def same(one, two):
 
 def main(images, folder):
     torch.set_num_threads(1)
+    Image.init()
     command = ['train', *OPTIONS, f'--image_path={images}', f'--cache_path={folder}/cache']
     code, _, errors = child(folder / 'whole', [*command, *own_paths(folder / 'whole', 'ckpt', 'log')])
     assert code == 0, errors

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
+from protocols import spectrum
 from records import read_metrics
 from results import of_run
 from verdict import FAVOURED, QUICK
@@ -358,10 +359,14 @@ def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys)
     assert 'RankMe' in capsys.readouterr().out
 
 
-def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys):
-    """The last agrees with what training noted; the best by the favoured measure is named, and is one of them."""
-    options = ['evaluate', *own_paths(copied), '--protocol=spectrum']
+def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monkeypatch):
+    """The last agrees with what training noted; the best by the favoured measure is named, and is one of them. The
+    untrained network is measured once."""
+    options, seen = ['evaluate', *own_paths(copied), '--protocol=spectrum'], []
+    measured = spectrum.measured
+    monkeypatch.setattr(spectrum, 'measured', lambda *given: seen.append(given) or measured(*given))
     assert cli.main([*options, f'--ckpt_name={RUN}0']) == 0
+    assert len(seen) == 3
     said = capsys.readouterr().out
     found = {result['epoch']: result for result in of_run(copied / 'ckpt' / f'{RUN}0', protocol='spectrum')}
     assert sorted(found) == [1, 2]

@@ -174,7 +174,7 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     options = [
         *TINY,
         '--batch_size=8',
-        '--max_epochs=8',
+        '--max_epochs=4',
         '--knn_every=0',
         f'--image_path={drawn}',
         '--save_every=1',
@@ -194,7 +194,7 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     assert process.returncode == 0, errors
     assert f'going on with {RUN} after epoch' in said
     one, two = (
-        torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_8')), weights_only=True)
+        torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_4')), weights_only=True)
         for name in ('whole', 'broken')
     )
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])

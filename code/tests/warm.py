@@ -11,6 +11,7 @@ signals that it gets, and ends as the other does.
 
 import array
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -98,7 +99,9 @@ def serve(path):
     for name in ('torch', 'torchvision', 'torch.utils.tensorboard', 'torch._dynamo', 'sklearn.cluster', 'fire'):
         __import__(name)
     import matplotlib.figure  # noqa: F401
+    import PIL.Image
 
+    PIL.Image.init()
     sys.dont_write_bytecode, sys.pycache_prefix = False, os.path.dirname(path)  # the project's, compiled once
     gc.freeze()  # at their ends, the processes leave alone what they have in common
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who watches over a child is forked as well, and nobody's concern
@@ -133,7 +136,8 @@ def watch_over(visitor):
             os.kill(pid, signal.SIGKILL)  # who asked has gone
             done, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    visitor.sendall(code.to_bytes(4, 'big', signed=True))
+    with contextlib.suppress(BrokenPipeError):
+        visitor.sendall(code.to_bytes(4, 'big', signed=True))
     os._exit(0)
 
 
