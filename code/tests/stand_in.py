@@ -54,7 +54,7 @@ def smaller(command, options):
         return (
             ['--max_epochs=5', '--probe_epochs=30']
             if options == ['--evaluate_after=True', '--knn_pixels=True']
-            else ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0']
+            else ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0', '--model_name=demo']
         )
     if command == 'ablate':
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
