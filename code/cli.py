@@ -177,8 +177,9 @@ def fault(error):
 
 
 def failed(reason, code=1):
-    """Say why a command ends; returns its exit code."""
-    complain('error', reason)
+    """Say why a command ends, if no other process of the run has said it; returns its exit code."""
+    if 'distributed' not in sys.modules or sys.modules['distributed'].first_to_say(str(reason)):
+        complain('error', reason)
     return code
 
 

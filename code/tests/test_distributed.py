@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import cli
+import distributed
 import utils
 import warm
-from config import AUGMENTATIONS, get_config
+from config import AUGMENTATIONS, UserError, get_config
 from conftest import CODE, TINY, Python, draw_folder, own_paths
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
@@ -144,6 +145,21 @@ def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
     monkeypatch.setattr(utils, 'start', lambda device: None)
     assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
     assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
+
+
+def test_what_all_processes_meet_is_said_once(as_one_of, capsys, monkeypatch):
+    """By the first of them; what one alone meets, by that one; also where the store has gone."""
+    as_one_of(0, 2)
+    monkeypatch.setitem(distributed.JOINED, 'store', torch.distributed.HashStore())
+    for reason in ('a', 'b', 'a', UserError('a')):
+        assert cli.failed(reason, 2) == 2
+    assert capsys.readouterr().err == 'error: a\nerror: b\n'
+    store = torch.distributed.TCPStore('localhost', 0, is_master=True)
+    other = torch.distributed.TCPStore('localhost', store.port)
+    del store
+    monkeypatch.setitem(distributed.JOINED, 'store', other)
+    assert cli.failed('a') == 1
+    assert capsys.readouterr().err == 'error: a\n'
 
 
 def workers_of(parent):

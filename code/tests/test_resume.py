@@ -206,6 +206,17 @@ def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path
     assert (tmp_path / 'ckpt/model_name_second_ckpt_1').is_dir()
 
 
+def test_a_finished_run_without_its_metrics_stays_finished(drawn, tmp_path, capsys):
+    assert short(tmp_path, drawn, '--max_epochs=1') == 0
+    (tmp_path / 'ckpt' / RUN / 'metrics.jsonl').unlink()
+    for option in ('--resume=auto', f'--resume={RUN}'):
+        capsys.readouterr()
+        assert short(tmp_path, drawn, '--max_epochs=1', option) == 0
+        said = capsys.readouterr()
+        assert (f'{RUN} has its 1 epochs already' in said.out, said.err) == (True, '')
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
 def test_an_older_checkpoint_that_has_its_epochs_leaves_its_run_alone(drawn, tmp_path):
     assert short(tmp_path, drawn, '--max_epochs=2', '--knn_every=1', '--save_every=1') == 0
     folder = tmp_path / 'ckpt' / RUN
