@@ -61,8 +61,8 @@ def on_chosen(x, chosen, operation, parameter):
     parameter = parameter[:, None, None, None]
     if len(rows) == len(x):
         return operation(x, parameter)
-    rows = torch.from_numpy(rows)
-    return x.index_copy_(0, rows, operation(x[rows], parameter[rows]))
+    rows = torch.from_numpy(rows)  # x[rows] would take nine times as long
+    return x.index_copy_(0, rows, operation(x.index_select(0, rows), parameter[rows]))
 
 
 def recolour_all(x, factors, order, gray):

@@ -46,7 +46,7 @@ class Images(torch.utils.data.Dataset):
     def batch(self, keys):
         indices = torch.tensor([index for index, *_ in keys])
         if self.in_memory():
-            return self.pixels[to_device(indices, self.pixels.device)], self.labels[indices]
+            return self.pixels.index_select(0, to_device(indices, self.pixels.device)), self.labels[indices]
         images = together([self.read(*key) for key in keys])
         if self.views and self.args.augment_on == 'device' and not self.crops_only:
             images = self.distorted(images, *keys[0][1:])
