@@ -70,7 +70,7 @@ class Config:
         0.0,
         'pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats',
         low=0.0,
-        high=1e12,
+        high=3e38,
         used_by=DATA,
     )
     download: bool = option(

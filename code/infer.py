@@ -9,7 +9,7 @@ from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, changed, path_of
 from dataloader import vision
 from dataloader.images import shown
-from dataloader.layout import has_splits
+from dataloader.layout import has_splits, is_tar
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.torchvision_sets import torchvision_kind
 from logger import say
@@ -136,13 +136,15 @@ def pixels_of(args, images, rows):
 def images_to_predict(args, wanted):
     """The Images that --image_path means, or those of the checkpoint's own set (`wanted` None).
 
-    Where it is laid out for training, they are its test images, or else its val's.
+    Where it is laid out for training, they are its test images, or else its val's; with neither, all.
     """
     root = wanted or path_of(args.image_path)
     if not root.exists():
         raise UserError(f'--image_path: there is no {shown(root)}')
-    if wanted is None or torchvision_kind(root) or (root.is_dir() and has_splits(root)):
-        splits = load_splits(changed(args, image_path=str(root)))
+    archive = root.is_file() and is_tar(root)
+    if wanted is None or torchvision_kind(root) or archive or (root.is_dir() and has_splits(root)):
+        fraction = 0.0 if archive and wanted else args.val_fraction  # of an archive without val all is meant
+        splits = load_splits(changed(args, image_path=str(root), val_fraction=fraction))
         if images := splits['test'] or splits['val']:
             return images
     return load_whole(args, root)

@@ -17,7 +17,7 @@ from logger import say
 
 PACKED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 LONGEST_CLASS = 1000  # bytes of a .cls file
-RULES = 2  # which index_of follows; an index of earlier ones is made again
+RULES = 3  # which index_of follows; an index of earlier ones is made again
 
 
 def open_archives(paths, cache_path, progress):
@@ -52,6 +52,11 @@ def index_of(paths, progress):
                     owners = {}
                     last = {}  # of two members with one name the later one is the file, as for tar itself
                     for name, offset, size in members(archive, others, owners, os.path.getsize(path), bar):
+                        if size is None and offset in last and is_image(name):
+                            offset, size = last[offset][3:]
+                        if size is None:
+                            others['(a link, or no plain file)'] += 1
+                            continue
                         if name in last:
                             others['(an older one of the same name)'] += 1
                         last[name] = (in_order(name), name, number, offset, size)
@@ -83,7 +88,8 @@ def index_of(paths, progress):
 
 
 def members(archive, others, classes, limit, bar, prefix=b'', start=0):
-    """(name, offset, size) of every image of an open archive; a tar in it is gone into, as a folder of its name.
+    """(name, offset, size) of every image of an open archive; a tar in it is gone into, as a folder of its name. Of a
+    second name of a file (a hard link) (name, the first name, None).
 
     limit: bytes of the outer file. start: where the archive begins in it. Raises tarfile.TarError, WorkError.
     """
@@ -92,17 +98,19 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
         archive.members = []  # it would keep them all
         bar.update(0 if prefix else archive.offset - before)
         before = archive.offset
-        parts = [part for part in os.fsencode(member.name).split(b'/') if part not in (b'', b'.')]
+        parts = pieces(member.name)
         name = b'/'.join(parts)
         offset = start + member.offset_data
         if member.isdir():
             continue
-        if not member.isreg() or member.issparse():
+        if not (member.isreg() or member.islnk()) or member.issparse():
             others['(a link, or no plain file)'] += 1
         elif member.name.startswith('/') or b'..' in parts:
             others['(a path out of the folder)'] += 1
         elif any(part[:1] == b'.' or part.lower() in OF_SYSTEMS for part in parts):
             others['(hidden)'] += 1
+        elif member.islnk():
+            yield prefix + name, prefix + b'/'.join(pieces(member.linkname)), None
         elif member.size < 0 or offset + member.size > limit:
             raise WorkError(
                 f'{shown(archive.name or prefix)}: {shown(name)} claims {member.size} bytes, more than the archive has'
@@ -113,7 +121,7 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
                 tarfile.open(fileobj=inner, mode='r:', errors='surrogateescape') as nested,
             ):
                 yield from members(nested, others, classes, limit, bar, name[:-4] + b'/', offset)
-        elif name.endswith(b'.cls') and member.size <= LONGEST_CLASS:
+        elif name.lower().endswith(b'.cls') and 0 < member.size <= LONGEST_CLASS:
             classes[prefix + name[:-4]] = archive.extractfile(member).read().decode(errors='replace').strip()
         elif not is_image(name):
             others[ending(name)] += 1
@@ -122,6 +130,11 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
         else:
             yield prefix + name, offset, member.size
     check_end(archive, prefix)
+
+
+def pieces(name):
+    """The folders and the file of a member's name, as bytes."""
+    return [part for part in os.fsencode(name).split(b'/') if part not in (b'', b'.')]
 
 
 def owner_of(name, archive, classes):
@@ -134,13 +147,17 @@ def owner_of(name, archive, classes):
 
 def check_end(archive, prefix):
     """Raise WorkError where what stopped tarfile is not the end of an archive, two blocks of zeros, but a header that
-    cannot be read; say so where the archive just stops."""
+    cannot be read, or where another archive follows; say so where the archive just stops."""
     archive.fileobj.seek(archive.offset)
     block, name = archive.fileobj.read(tarfile.BLOCKSIZE), shown(archive.name or prefix)
     if block.strip(b'\0'):
         raise WorkError(f'{name} is damaged: there is no header at byte {archive.offset}, and more behind it')
     if len(block) < tarfile.BLOCKSIZE:
         say(f'{name} stops without the mark that ends an archive: was it cut short?')
+    while block and not block.strip(b'\0'):
+        block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if block[257:262] == b'ustar':
+        raise WorkError(f'{name} has another archive behind its end, as from cat: tar --concatenate makes one of them')
 
 
 def in_order(name):

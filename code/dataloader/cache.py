@@ -12,7 +12,7 @@ from utils import write_aside
 
 def file_of(cache_path, folder, name, kind):
     """The cache file for what is called `name` in `folder`. kind: of its content."""
-    where = hashlib.blake2b(os.fsencode(folder), digest_size=4).hexdigest()
+    where = hashlib.blake2b(os.fsencode(folder) + b'/' + os.fsencode(name), digest_size=4).hexdigest()
     label = ''.join(c if c.isalnum() or c in '-_.' else '_' for c in f'{folder.name}_{name}' if c.isascii())[:80]
     return cache_path / f'{label}_{where}_{kind}.pt'
 

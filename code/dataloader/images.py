@@ -92,7 +92,7 @@ def named(name):
 def why(error):
     """What an exception of Pillow means, in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'it is not an image'
+        return 'it is no image that Pillow can read'
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return shown(' '.join(str(error).split())) or type(error).__name__
@@ -112,8 +112,9 @@ def rgb(image, white=0.0):
 def converted(image, white):
     kind = 'I' if image.mode.startswith('I') else image.mode
     if kind in WHITE:
-        levels = np.nan_to_num(np.asarray(image).astype(np.float32))
-        levels = (levels * (255 / (white or WHITE[kind]))).clip(0, 255).round()
+        white = white or WHITE[kind]
+        levels = np.nan_to_num(np.asarray(image).astype(np.float32)).clip(0, white)
+        levels = (levels / white * 255).round()
         image = Image.fromarray(levels.astype(np.uint8))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')

@@ -136,12 +136,14 @@ def splits_of(args):
         own = part.classes if (part.labels >= 0).any() else []
         extra = sorted(set(own) - set(classes))
         if extra:
-            raise UserError(
-                f'{shown(part.where)} has the class {shown(extra[0])!r}, which {shown(train.where)} has '
-                'not: spelled otherwise?'
-            )
-        table = torch.tensor([*(number[owner] for owner in own), -1])  # the last for -1
+            said = f'{shown(part.where)} has the class {shown(extra[0])!r}, which {shown(train.where)} has not'
+            if name != 'test':
+                raise UserError(f'{said}: spelled otherwise?')
+            say(f'{said}: its images count as without a class')  # test/unknown, as where labels are a secret
+        table = torch.tensor([*(number.get(owner, -1) for owner in own), -1])  # the last for -1
         splits[name] = of_part(args, part, table[part.labels], classes)
+    if len(train.classes) == 1 and not rank():
+        complain('warning', f'{shown(train.where)} has one class, {shown(classes[0])!r}: accuracies say nothing')
     warn_of_idle(args, parts, splits['train'])
     return splits
 

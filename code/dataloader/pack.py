@@ -28,6 +28,8 @@ def pack(args):
     if not args.output:
         raise UserError('pack wants --output=FOLDER, for the archives')
     output = path_of(args.output)
+    if output == path_of(args.image_path) or output.suffix == '.tar':
+        raise UserError(f'--output={args.output}: name another folder, for the archives')
     if there := sorted(output.glob('*-??????.tar')):
         raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
     parts = parts_of(args)
@@ -49,6 +51,7 @@ def pack(args):
 def write_split(args, output, name, part):
     """Write the archives of one split; returns how many."""
     rows, number = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0
+    folders, taken = folders_of(part.classes), set()
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
@@ -57,7 +60,8 @@ def write_split(args, output, name, part):
             nonlocal ahead
             with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, hushed():
                 while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
-                    add(archive, *entry(args, part, ahead))
+                    member, content = entry(args, part, ahead, folders)
+                    add(archive, another(member, taken), content)
                     ahead = next(rows, None)
 
         write_aside(path, write)
@@ -65,15 +69,14 @@ def write_split(args, output, name, part):
     return number
 
 
-def entry(args, part, row):
+def entry(args, part, row, folders):
     """(name in the archive, bytes) of an image: in the folder of its class, or in none, where a folder would be one."""
     raw, label = part.store.names.raw(row), int(part.labels[row])
-    parts = [piece for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
-    parts = [b'_' + piece if piece.startswith(b'.') or piece.lower() in OF_SYSTEMS else piece for piece in parts]
+    parts = [seen(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
     if label < 0:
         parts = [b'%2F'.join(parts)]
-    elif parts[0] != (owner := os.fsencode(part.classes[label])):
-        parts.insert(0, owner.replace(b'/', b'_'))
+    elif parts[0] != folders[label] or len(parts) == 1:
+        parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_side:
         image, buffer = Image.fromarray(smaller(part.store, row, args.pack_side, args.pixel_max)), io.BytesIO()
@@ -82,10 +85,37 @@ def entry(args, part, row):
     with part.store.opened(row) as image:
         if getattr(image, 'fp', None):
             image.fp.seek(0)
-            return name if is_image(name) else name + f'.{image.format.lower()}'.encode(), image.fp.read()
+            return name if is_image(name) else name + ending_of(image.format), image.fp.read()
         buffer = io.BytesIO()  # decoded already: torchvision's own files
         image.save(buffer, 'PNG')
         return name + b'.png', buffer.getvalue()
+
+
+def seen(name):
+    """A name (bytes) that is not passed over when the archive is read."""
+    return b'_' + name if name.startswith(b'.') or name.lower() in OF_SYSTEMS else name
+
+
+def folders_of(classes):
+    """The folder of each class, as bytes; no two share one."""
+    taken = set()
+    return [another(seen(os.fsencode(name).replace(b'/', b'_')), taken) for name in classes]
+
+
+def another(name, taken):
+    """A name (bytes) that is not among the `taken`, to which it is added: it, or with a number before its ending."""
+    stem, ending = os.path.splitext(name)
+    number = 2
+    while name in taken:
+        name, number = stem + b'_%d' % number + ending, number + 1
+    taken.add(name)
+    return name
+
+
+def ending_of(kind):
+    """The ending by which a format of Pillow is known."""
+    endings = [ending for ending, of in Image.registered_extensions().items() if of == kind]
+    return next(ending.encode() for ending in endings if is_image(b'x' + ending.encode()))
 
 
 def add(archive, name, content):

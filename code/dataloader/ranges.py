@@ -28,7 +28,8 @@ def looked_at(store, rows, white):
                 with store.opened(int(row)) as image:
                     kind = 'I' if image.mode.startswith('I') else image.mode
                     if kind in WHITE:
-                        levels = np.nan_to_num(np.asarray(image).astype(np.float64))
+                        levels = np.asarray(image).astype(np.float64)
+                        levels = levels[np.isfinite(levels)] if np.isfinite(levels).any() else np.zeros(1)
                         deep.append((kind, np.quantile(levels, 1 - SHARE), np.quantile(levels, SHARE)))
                     grey.append(np.quantile(np.asarray(rgb(image, white)), SHARE))
             except WorkError:

@@ -284,7 +284,7 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
 
 def test_a_file_that_is_no_image_is_named(tmp_path, drawn_large):
     (tmp_path / 'text.jpg').write_text('not an image')
-    with pytest.raises(WorkError, match='text.jpg: it is not an image'):
+    with pytest.raises(WorkError, match='text.jpg: it is no image that Pillow can read'):
         decode(tmp_path / 'text.jpg')
     whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
     (tmp_path / 'half.jpg').write_bytes(whole[: len(whole) // 2])

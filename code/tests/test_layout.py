@@ -448,7 +448,7 @@ def test_an_unreadable_name_is_one_line(drawn, tmp_path):
         file.write(b'no image')
     done = run('train', *TINY, f'--image_path={folder}', *own_paths(tmp_path))
     assert done.returncode == 1
-    assert re.search(r'caf\\udce9\\n\\x1b.png: it is not an image', one_line(done.stderr))
+    assert re.search(r'caf\\udce9\\n\\x1b.png: it is no image that Pillow can read', one_line(done.stderr))
 
 
 def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_path):
@@ -538,3 +538,111 @@ def test_what_lies_beside_the_splits_is_named(drawn, tmp_path, capsys):
     assert f'not read: stray.png, unlabelled, beside train in {folder}\n' in capsys.readouterr().out
     load_splits(options(drawn))
     assert 'not read' not in capsys.readouterr().out
+
+
+def test_splits_a_few_folders_down_are_found(drawn, tmp_path, capsys):
+    """As unzipped into a folder of its own; what lies beside, or a link that leads back, makes it another set."""
+    shutil.copytree(drawn, tmp_path / 'set/photos/2024')
+    assert {name: len(names) for name, names in split_names(tmp_path / 'set').items()} == {'train': 72, 'val': 24}
+    assert 'set holds the splits of photos/2024, and nothing else' in capsys.readouterr().out
+    picture(tmp_path / 'set/beside.png')
+    assert set(split_names(tmp_path / 'set')) == {'train'}
+    (tmp_path / 'loop').mkdir()
+    (tmp_path / 'loop/again').symlink_to('.')
+    with pytest.raises(UserError, match='holds no images'):
+        load_splits(options(tmp_path / 'loop'))
+
+
+def test_splits_with_a_year(drawn, tmp_path):
+    """COCO's."""
+    for name in ('train', 'val'):
+        shutil.copytree(drawn / name, tmp_path / f'set/{name}2017')
+    assert {name: len(names) for name, names in split_names(tmp_path / 'set').items()} == {'train': 72, 'val': 24}
+    shutil.copytree(drawn / 'train', tmp_path / 'set/train2014')
+    with pytest.raises(UserError, match='has both train2014 and train2017: which of them is train?'):
+        load_splits(options(tmp_path / 'set'))
+
+
+def test_a_split_that_cannot_be_reached_is_not_passed_over(drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    shutil.rmtree(folder / 'val')
+    (folder / 'val').symlink_to('/nowhere/val')
+    with pytest.raises(UserError, match='set/val is a link that leads nowhere'):
+        load_splits(options(folder))
+
+
+@pytest.mark.parametrize('kind', ['unknown', 'empty'])
+def test_a_test_folder_that_is_of_no_use_stops_nothing(kind, drawn, tmp_path, capsys):
+    """Kaggle's test/unknown, whose classes are a secret; a folder that was never filled."""
+    folder = shutil.copytree(drawn, tmp_path / 'set')
+    (folder / 'test').mkdir()
+    if kind == 'unknown':
+        picture(folder / 'test/unknown/1.png')
+    splits, said = load_splits(options(folder)), capsys.readouterr().out
+    if kind == 'unknown':
+        assert (splits['test'].labels.tolist(), splits['train'].classes) == ([-1], ['checks', 'dots', 'stripes'])
+        assert re.search(r"set/test has the class 'unknown', which \S+train has not: its images count as without", said)
+    else:
+        assert splits['test'] is None
+        assert 'set/test holds no images that Pillow can open (nothing else either); there is no test then' in said
+
+
+def test_what_keeps_folders_from_being_classes_is_said(tmp_path, capsys):
+    for name in ('cat/1.png', 'cat/2.png', 'dog/1.png', 'cover.png'):
+        picture(tmp_path / 'set' / name)
+    assert not load_splits(options(tmp_path / 'set'))['train'].classes
+    assert re.search(
+        'set has 2 folders of images, which are no classes for there are 1 images beside them, the first cover.png',
+        capsys.readouterr().out,
+    )
+
+
+def test_one_class_says_nothing(tmp_path, capsys):
+    for number in range(4):
+        picture(tmp_path / f'set/train/dogs/{number}.png')
+    load_splits(options(tmp_path / 'set'))
+    assert "set/train has one class, 'dogs': accuracies say nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('name', 'where', 'said'),
+    [
+        ('set.zip', 'set.zip', 'set.zip is packed: unpack it, and point --image_path at the folder'),
+        ('set/train.zip', 'set', 'unpack what is packed first'),
+        ('set/train.tar.gz', 'set', 'unpack what is packed first'),
+        ('set/00000.tar', 'set', 'archives are read by their names: train.tar, or train-000000.tar'),
+    ],
+)
+def test_what_is_packed_otherwise_is_told_what_helps(name, where, said, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b'PK\0\0')
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_splits(options(tmp_path / where))
+
+
+@pytest.mark.parametrize('name', ['n' * 90, '测试', 'a b'])
+def test_splits_never_share_a_cache_file(name, drawn_large, tmp_path):
+    """Names that are cut or spelled otherwise in that of the file; the folder beside, whose name becomes the same."""
+    other = {'测试': '训练', 'a b': 'a_b'}.get(name, name + 'm')
+    cache = tmp_path / 'cache'
+    for folder in (name, other):
+        shutil.copytree(drawn_large, tmp_path / folder)
+        (tmp_path / folder / f'train/dots/{folder[-1]}.jpg').write_text('damaged')
+    for _ in range(2):
+        for folder in (name, other):
+            given = options(tmp_path / folder, resize_cache=40, bad_images='skip', cache_path=str(cache))
+            splits = load_splits(given)
+            assert (len(splits['train']), len(splits['val'])) == (24, 12)
+    assert len(list(cache.glob('*.bin'))) == 4
+    assert len([path for path in cache.glob('*unreadable.txt') if path.read_text()]) == 2
+
+
+def test_a_file_that_is_made_anew_stays_with_who_reads_it(drawn_large, tmp_path):
+    """Another command on the same images, after one has changed: its workers may open the old file no more."""
+    folder = shutil.copytree(drawn_large, tmp_path / 'set')
+    first = get_iterator(options(folder, resize_cache=40, num_workers=1))
+    os.utime(folder / 'train/dots/000.jpg', (1, 1))
+    os.utime(folder / 'val/dots/000.jpg', (1, 1))
+    second = load_splits(options(folder, resize_cache=40))
+    assert first['train'].dataset.store.flat != second['train'].store.flat
+    assert sum(len(labels) for _, labels in first['val']) == 12

@@ -30,6 +30,9 @@ DEEP = [
     (np.float32, 7.0, 0, 255),
     (np.float32, -1.0, 0, 0),
     (np.float32, float('nan'), 0, 0),
+    (np.float32, float('inf'), 0, 255),
+    (np.float32, float('-inf'), 0, 0),
+    (np.float32, 1e38, 2e38, 128),
     (np.float32, 127.5, 255, 128),
 ]
 

@@ -280,7 +280,7 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
         ('/etc/out.png', png()),
         ('a/../../up.png', png()),
         link('a/link.png', '/etc/passwd', tarfile.SYMTYPE),
-        link('a/hard.png', 'a/1.png', tarfile.LNKTYPE),
+        link('a/hard.png', '../out.png', tarfile.LNKTYPE),
         link('a/device.png', '', tarfile.CHRTYPE),
         link('a/pipe.png', '', tarfile.FIFOTYPE),
         ('a/.hidden.png', png()),
@@ -449,8 +449,147 @@ def test_pack_names_a_damaged_image_or_leaves_it_out(drawn_large, tmp_path):
     command = ['pack', f'--image_path={folder}', '--pack_side=64', *own_paths(tmp_path, 'cache')]
     done = run(*command, f'--output={tmp_path}/one')
     assert done.returncode == 1
-    assert 'dots/000.jpg: it is not an image' in one_line(done.stderr)
+    assert 'dots/000.jpg: it is no image that Pillow can read' in one_line(done.stderr)
     assert not list((tmp_path / 'one').glob('*'))
     done = run(*command, f'--output={tmp_path}/two', '--bad_images=skip')
     assert done.returncode == 0
     assert 'train  23 images' in done.stdout
+
+
+@pytest.mark.parametrize('depth', range(1, 5))
+def test_archives_packed_with_a_longer_path_are_their_folders(depth, drawn_large, tmp_path):
+    """tar cf train.tar data/photos/train; tar cf all.tar data/photos."""
+    files, inside = load_splits(options(drawn_large)), ['data', 'my', 'old', 'photos'][:depth]
+    holder = tmp_path.joinpath('tree', *inside)
+    holder.parent.mkdir(parents=True)
+    shutil.copytree(drawn_large, holder)
+    (tmp_path / 'set').mkdir()
+    for split in ('train', 'val'):
+        path = '/'.join([*inside, split])
+        subprocess.run(['tar', 'cf', tmp_path / f'set/{split}.tar', '-C', tmp_path / 'tree', path], check=True)
+    subprocess.run(['tar', 'cf', tmp_path / 'all.tar', '-C', tmp_path / 'tree', inside[0]], check=True)
+    for place in ('set', 'all.tar'):
+        found = load_splits(options(tmp_path / place))
+        for name in ('train', 'val'):
+            assert list(found[name].names) == list(files[name].names)
+            assert found[name].classes == files[name].classes
+            assert torch.equal(found[name].labels, files[name].labels)
+
+
+def test_one_archive_is_asked_about_as_a_folder_is(tmp_path, capsys):
+    """Splits without train; two of one kind; what lies beside them."""
+    write(tmp_path / 'a.tar', [('test/a/1.png', png()), ('val/a/1.png', png())])
+    with pytest.raises(UserError, match='a.tar has test, val and no train'):
+        load_splits(options(tmp_path / 'a.tar'))
+    members = [(f'{name}/{kind}/1.png', png()) for name in ('train', 'val', 'validation') for kind in 'ab']
+    write(tmp_path / 'b.tar', members)
+    with pytest.raises(UserError, match='b.tar has both val and validation: which of them is val?'):
+        load_splits(options(tmp_path / 'b.tar'))
+    write(tmp_path / 'c.tar', [*members[:4], ('extra/1.png', png()), ('loose.png', png())])
+    assert len(load_splits(options(tmp_path / 'c.tar'))['train']) == 2
+    assert 'not read: extra, 1 images in no folder, beside train in ' in capsys.readouterr().out
+
+
+def test_a_second_name_of_a_file_is_an_image(tmp_path):
+    """tar stores it as a hard link: of a member before it, in the same archive, under the name that it has there."""
+    folder = tmp_path / 'set'
+    for kind in 'ab':
+        (folder / f'train/{kind}').mkdir(parents=True)
+        (folder / f'train/{kind}/1.png').write_bytes(png('red' if kind == 'a' else 'blue'))
+        os.link(folder / f'train/{kind}/1.png', folder / f'train/{kind}/2.png')
+    (tmp_path / 'packed').mkdir()
+    subprocess.run(['tar', 'cf', tmp_path / 'packed/train.tar', '-C', folder / 'train', '.'], check=True)
+    files, archive = (load_splits(options(path, val_fraction=0.0))['train'] for path in (folder, tmp_path / 'packed'))
+    assert list(archive.names) == list(files.names)
+    for row in range(4):
+        with archive.store.opened(row) as image, files.store.opened(row) as wanted:
+            assert image.convert('RGB').tobytes() == wanted.convert('RGB').tobytes()
+
+
+def test_archives_joined_by_cat_are_no_archive(tmp_path):
+    """tar itself reads the first alone, in silence."""
+    one, two = (write(tmp_path / f'{kind}.tar', [(f'{kind}/1.png', png())]) for kind in 'ab')
+    joined = tmp_path / 'set/train.tar'
+    joined.parent.mkdir()
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(WorkError, match='another archive behind its end, as from cat: tar --concatenate'):
+        load_splits(options(joined.parent))
+    joined.write_bytes(one.read_bytes() + bytes(100_000))
+    assert len(load_splits(options(joined.parent, val_fraction=0.0))['train']) == 1
+
+
+def jpeg2000():
+    buffer = io.BytesIO()
+    Image.new('RGB', (40, 30), 'teal').save(buffer, 'JPEG2000')
+    return buffer.getvalue()
+
+
+def of_shards(folder):
+    """Keys that begin anew in every archive."""
+    for shard in range(2):
+        members = [(f'{i}.png', png()) for i in range(6)] + [(f'{i}.cls', b'dog') for i in range(6)]
+        write(folder / f'train-{shard:06d}.tar', members)
+    return folder, 12
+
+
+def of_list(names, classes=('x',), content=png):
+    def make(folder):
+        for name in names:
+            (folder / 'lists' / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / 'lists' / name).write_bytes(content())
+        lines = [f'{name}\t{classes[i % len(classes)]}'.strip() for i, name in enumerate(names)]
+        (folder / 'lists/mine.txt').write_text('\n'.join(lines))
+        return folder / 'lists/mine.txt', len(names)
+
+    return make
+
+
+CROWDED = {
+    'shards whose keys restart': of_shards,
+    'names above the list': of_list(['a/0.png', '../a/0.png', 'a/1.png', '../a/1.png']),
+    'classes that are no names': of_list([f'{i}.png' for i in range(8)], ['.x', '..', '.', 'lost+found']),
+    'classes that become one': of_list([f'{i}.png' for i in range(6)], ['a/b', 'a_b']),
+    'files without an ending': of_list([f'f{i}' for i in range(5)], [''], jpeg2000),
+    'a class like its file': of_list(['x', 'y', 'z'], ['x'], jpeg2000),
+}
+
+
+@pytest.mark.parametrize('case', CROWDED)
+def test_pack_loses_no_image_and_no_class(case, tmp_path):
+    path, count = CROWDED[case](tmp_path / 'from')
+    before = load_splits(options(path, val_fraction=0.0))['train']
+    args = ['pack', f'--image_path={path}', f'--output={tmp_path}/to', '--val_fraction=0', *own_paths(tmp_path)]
+    assert cli.main(args) == 0
+    after = load_splits(options(tmp_path / 'to', val_fraction=0.0))['train']
+    assert len(before) == len(after) == count
+    assert sorted(before.labels.bincount(minlength=1).tolist() if before.classes else []) == sorted(
+        after.labels.bincount(minlength=1).tolist() if after.classes else []
+    )
+
+
+def test_pack_refuses_its_own_folder(drawn, tmp_path, capsys):
+    for output in (drawn, tmp_path / 'train.tar'):
+        paths = own_paths(tmp_path, 'cache')
+        assert cli.main(['pack', f'--image_path={drawn}', f'--output={output}', *paths]) == 2
+        assert 'name another folder, for the archives' in one_line(capsys.readouterr().err)
+
+
+def test_infer_reads_what_pack_writes(drawn, tmp_path):
+    """Images without classes; a list or an archive of test alone; one archive of splits, which are as a folder's."""
+    paths = own_paths(tmp_path)
+    assert cli.main(['train', *TINY, '--knn_every=0', '--max_epochs=1', f'--image_path={drawn}', *paths]) == 0
+    flat = tmp_path / 'flat'
+    shutil.copytree(drawn / 'val/dots', flat)
+    assert cli.main(['pack', f'--image_path={flat}', f'--output={tmp_path}/packed', *paths]) == 0
+    for name in ('listed', 'tested'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'listed/test.txt').write_text('\n'.join(f'../flat/{path.name}' for path in flat.iterdir()))
+    subprocess.run(['tar', 'cf', tmp_path / 'tested/test.tar', '-C', flat, '.'], check=True)
+    subprocess.run(['tar', 'cf', tmp_path / 'all.tar', '-C', drawn, '.'], check=True)
+    subprocess.run(['tar', 'cf', tmp_path / 'classes.tar', '-C', drawn / 'val', '.'], check=True)
+    counts = {'packed': 8, 'listed': 8, 'tested': 8, 'all.tar': 24, 'classes.tar': 24}
+    for name, count in counts.items():
+        output = tmp_path / f'{name}.csv'
+        given = [f'--image_path={tmp_path / name}', f'--output={output}', *paths]
+        assert cli.main(['infer', '--ckpt_name=model_name_simsiam_ckpt_0', *given]) == 0, name
+        assert len(output.read_text().splitlines()) == count + 1, name

@@ -12,6 +12,7 @@ class Resized:
 
     def __init__(self, names, flat, index):
         self.names, self.flat, self.index = names, flat, index
+        mapped(flat)  # now: another run may make it anew, and what is open stays as it is
 
     @contextlib.contextmanager
     def opened(self, index):

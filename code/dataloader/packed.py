@@ -1,0 +1,87 @@
+"""Which splits and classes tar archives have: those of the folders that were packed."""
+
+import os
+import re
+from collections import Counter
+
+from config import UserError
+from dataloader.archives import open_archives
+from dataloader.images import shown
+from dataloader.names import Names
+from dataloader.part import Part, part_of, plain
+from dataloader.scan import Found
+from dataloader.splits import SPLITS, split_of, wants_train
+from logger import say
+
+ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
+
+
+def of_archives(paths, cache_path, progress):
+    """The Part of one split, in these archives."""
+    found, store, by_cls = open_archives(paths, cache_path, progress)
+    labels, classes = by_cls or (None, [])
+    own, whole = SPLITS[re.split(r'[-.]', paths[0].name.lower())[0]], (found, store, labels)
+    while len(found.folders) == 1 and not found.loose:  # tar cf train.tar photos/train
+        name = found.folders[0]
+        found, store, labels = inside(found, store, 0, labels)
+        if split_of(name) == own:
+            return as_part(paths[0], found, store, labels, classes)
+    return as_part(paths[0], *whole, classes)
+
+
+def in_one_archive(path, cache_path, progress):
+    """The splits of one archive, which may be packed as a folder of them, or as folders that hold such a one."""
+    found, store, by_cls = open_archives([path], cache_path, progress)
+    labels, classes = by_cls or (None, [])
+    while True:
+        named = [(name, ARCHIVE.fullmatch(f'{name}.tar')) for name in found.folders]  # an archive in it is a folder
+        if shards := [name for name, match in named if match and match[2] and match[1] in SPLITS]:
+            raise UserError(f'{shown(path)} holds the shards {shown(shards[0])}, ...: unpack it (tar xf) into a folder')
+        if splits := rows_of_splits(path, found):
+            return {
+                name: as_part(path / name, *inside(found, store, row, labels), classes) for name, row in splits.items()
+            }
+        if len(found.folders) != 1 or found.loose:
+            break
+        found, store, labels = inside(found, store, 0, labels)
+    if by_cls:
+        return {'train': as_part(path, found, store, labels, classes)}
+    return {'train': plain(path, found, store)}
+
+
+def rows_of_splits(path, found):
+    """{split: the number of its folder} in an archive. Raises UserError as for folders; what lies beside is said."""
+    rows = {}
+    for row, name in enumerate(found.folders):
+        if (split := split_of(name)) in rows:
+            both = f'{shown(found.folders[rows[split]])} and {shown(name)}'
+            raise UserError(f'{shown(path)} has both {both}: which of them is {split}?')
+        if split:
+            rows[split] = row
+    if rows:
+        wants_train(path, {split: found.folders[row] for split, row in rows.items()})
+        beside = [name for row, name in enumerate(found.folders) if row not in rows.values()]
+        if beside or found.loose:
+            said = [*map(shown, beside[:5]), f'{found.loose} images in no folder'][: len(beside) + bool(found.loose)]
+            say(f'not read: {", ".join(said)}, beside {shown(found.folders[rows["train"]])} in {shown(path)}')
+    return rows
+
+
+def as_part(where, found, store, labels, classes):
+    """The Part of an archive's images: of the classes that .cls files name, or else of its folders."""
+    if labels is None:
+        return part_of(where, found, store)
+    return Part(where, store, labels, classes, found.others, found.passed)
+
+
+def inside(found, store, row, labels=None):
+    """(Found, store, labels) of what lies in folder number `row` of `found`."""
+    start = found.loose + sum(found.counts[:row])
+    end = start + found.counts[row]
+    store, labels = store.select(range(start, end)), None if labels is None else labels[start:end]
+    cut = len(os.fsencode(found.folders[row])) + 1
+    names = [store.names.raw(i)[cut:] for i in range(len(store.names))]
+    store.names = Names(names)
+    tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for name in names if b'/' in name)
+    folders = sorted(tops)
+    return Found(store.names, folders, [tops[name] for name in folders], found.others, found.passed), store, labels
