@@ -6,10 +6,11 @@ import pictures
 import results
 from ckpt import checkpoints, read
 from config import OPTIONS, UserError, changed, path_of
+from dataloader.load_dataset import load_splits, views_of
 from logger import read_scalars, say
 from runs import resumed
 from train import train
-from utils import save_picture, write_aside
+from utils import save_picture, use_device, write_aside
 
 WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
 # Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
@@ -70,13 +71,9 @@ def ablate(args):
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.given:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
-    rows, given = [], set(args.given)
-    for number, (variant, options, paper) in enumerate(TABLES[args.table]):
-        name = f'{args.model_name}_{args.table}_{number}'
-        options = {option: value(args) if callable(value) else value for option, value in options.items()}
-        own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
-        own.given = given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
-        say(f'\n{args.table}: {variant}, {number + 1} of {len(TABLES[args.table])}')
+    rows, planned = [], variants(args)
+    for number, (variant, options, paper, own) in enumerate(planned):
+        say(f'\n{args.table}: {variant}, {number + 1} of {len(planned)}')
         if not (done := judged(own)):
             train(own)
             done = judged(own)
@@ -95,6 +92,26 @@ def ablate(args):
     say('\n' + table(rows))
     say(f'\nthe curves: {folder / f"{args.table}.png"}')
     return rows
+
+
+def variants(args):
+    """[(variant, options, the paper's top-1, its args)] of --table: what cannot be trained is known before the first
+    is. Raises UserError; variants of larger batches than there are images are left out, and said."""
+    use_device(args)
+    found, images = [], len(load_splits(args)['train'])
+    for number, (variant, options, paper) in enumerate(TABLES[args.table]):
+        if both := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
+            raise UserError(f'--{both[0]} is what --table={args.table} varies: leave it out')
+        options = {option: value(args) if callable(value) else value for option, value in options.items()}
+        name = f'{args.model_name}_{args.table}_{number}'
+        own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
+        own.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        views_of(own)
+        if 'batch_size' in options and own.batch_size > images:
+            say(f'{args.table}: {variant} is left out, for there are {images} images')
+        else:
+            found.append((variant, options, paper, own))
+    return found
 
 
 def judged(own):

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -111,7 +112,16 @@ def load_checkpoint(args, path, fixed):
     say_unsaid(path, saved['preset'], unsaid)
     merged = with_saved(args, saved, path, fixed)
     model = new_model(merged)
-    strict_load(model, state, path)
+    try:
+        strict_load(model, state, path)
+    except UserError:
+        if merged.image_size == saved['image_size']:
+            raise
+        strict_load(new_model(changed(merged, image_size=saved['image_size'])), state, path)
+        raise UserError(
+            f'--image_size={merged.image_size}: {merged.backbone} was made for {saved["image_size"]} px: leave the '
+            'option out'
+        ) from None
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 
@@ -134,6 +144,8 @@ def load_foreign(args, path, content):
     shapes = architecture(state)
     if 'backbone' not in shapes:
         raise UserError(f'{path} holds a network with other residual blocks than {", ".join(BLOCKS)}')
+    if 'stem' not in shapes:
+        raise UserError(f'{path} holds a ResNet whose first layers are none that are known here (a deep stem?)')
     if 'preset' not in args.given:
         args = with_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
     of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
@@ -250,11 +262,25 @@ def strict_load(model, state, path):
         for kind, found in kinds.items()
         if found
     ]
+    for name, value in wanted.items():
+        if name in state and (kind := odd(state[name], value.is_floating_point())):
+            raise WorkError(f'{path}: {name} is {kind}, and a weight is plain floating-point numbers: convert it')
     if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
         raise WorkError(f'{path} holds weights that are no numbers (nan or infinite): take another checkpoint')
     if problems:
         raise UserError(f'{path} holds the weights of another architecture than it says; {"; ".join(problems)}')
     model.load_state_dict({**model.state_dict(), **state})
+
+
+def odd(value, real):
+    """What a tensor is that is no weight as torch keeps it, in a word; None for one that is. real: whether it is wanted
+    in floating point."""
+    if value.is_quantized or value.is_complex() or value.layout != torch.strided or value.device.type == 'meta':
+        kinds = ('quantized', value.is_quantized), ('complex', value.is_complex()), ('sparse', value.is_sparse)
+        return next((kind for kind, holds in kinds if holds), 'without content')
+    if real and (not value.is_floating_point() or value.itemsize == 1):
+        return str(value.dtype).removeprefix('torch.')
+    return None
 
 
 def new_model(args):
@@ -320,7 +346,8 @@ def load_file(path):
     inert = []
     while True:
         try:
-            with torch.serialization.safe_globals([(Inert, name) for name in inert]):
+            with torch.serialization.safe_globals([(Inert, name) for name in inert]), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of TorchScript, of pickles: what follows says it
                 return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             refused = re.search(r'GLOBAL ([\w.]+)', str(error))

@@ -12,7 +12,7 @@ import torch
 import distributed
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
-from config import UserError, of_other_stages, path_of
+from config import UserError, WorkError, of_other_stages, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
@@ -107,6 +107,8 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol[args.protocol](args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
+    if scores is not None and not scores.isfinite().all():
+        raise WorkError(f'the scores of --protocol={args.protocol} are no numbers (nan or infinite): try {LOWER}')
     if scores is not None:
         counts = confusion(scores, labels).cpu()
         rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
@@ -129,6 +131,7 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
 
 
 OF_OWN_SET = ('linear', 'knn', 'semi', 'spectrum')  # protocols on the images that the checkpoint was trained on
+LOWER = 'a lower --probe_learning_rate or --finetune_learning_rate, or another checkpoint'
 # What takes less memory.
 SMALLER = {
     'spectrum': '--batch_size',

@@ -7,6 +7,7 @@ import torch
 from ckpt import get_model_ckpt
 from config import UserError, path_of
 from logger import say
+from model.backbone import wanted_by
 from model.layouts import BLOCKS, to_detectron2
 from utils import extra, write_aside
 
@@ -32,7 +33,8 @@ def export(args):
     backbone = model.backbone.eval()
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
-    how = HOW[args.format].format(name=args.backbone.removeprefix('timm/'), file=output)
+    name = args.backbone.removeprefix('timm/')
+    how = HOW[args.format].format(name=name, file=output, more=more_of(args, state))
     if args.format in ('torchvision', 'timm'):
         write_aside(output, lambda aside: torch.save(state, aside))
     elif args.format == 'detectron2':
@@ -48,6 +50,20 @@ def export(args):
         write_aside(output, lambda aside: to_onnx(backbone, args.image_size, aside))
     say(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
     return output
+
+
+def more_of(args, state):
+    """The options that the tool's network is made with, as code."""
+    if args.format == 'torchvision':
+        return ', '.join(f'{name}={value}' for name, value in wanted_by(args.backbone, args.image_size).items())
+    if args.format == 'timm' and args.backbone.startswith('timm/'):
+        import timm
+
+        with torch.device('meta'):
+            usual = timm.create_model(args.backbone.removeprefix('timm/'), num_classes=0).state_dict()
+        if any(name in usual and usual[name].shape != value.shape for name, value in state.items()):
+            return f', img_size={args.image_size}'
+    return ''
 
 
 def known_there(backbone, stem, tool):
@@ -80,9 +96,9 @@ def to_onnx(backbone, size, path):
 
 # How each is loaded there, in a line. Images are RGB, in [0, 1], normalised by ImageNet's mean and deviation.
 HOW = {
-    'torchvision': 'load: m = torchvision.models.{name}(); '
+    'torchvision': 'load: m = torchvision.models.{name}({more}); '
     "m.load_state_dict(torch.load('{file}'), strict=False); the classifier's last layer alone is missing",
-    'timm': "load: timm.create_model('{name}', num_classes=0).load_state_dict(torch.load('{file}'))",
+    'timm': "load: timm.create_model('{name}', num_classes=0{more}).load_state_dict(torch.load('{file}'))",
     'detectron2': 'use: MODEL.WEIGHTS {file}, INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False, '
     'MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD [58.395, 57.120, 57.375]',
     'onnx': "load: onnxruntime.InferenceSession('{file}').run(None, {{'images': images}})",

@@ -50,17 +50,8 @@ def index_of(paths, progress):
             try:
                 with tarfile.open(path, 'r:', errors='surrogateescape') as archive:
                     owners = {}
-                    last = {}  # of two members with one name the later one is the file, as for tar itself
-                    for name, offset, size in members(archive, others, owners, os.path.getsize(path), bar):
-                        if size is None and offset in last and is_image(name):
-                            offset, size = last[offset][3:]
-                        if size is None:
-                            others['(a link, or no plain file)'] += 1
-                            continue
-                        if name in last:
-                            others['(an older one of the same name)'] += 1
-                        last[name] = (in_order(name), name, number, offset, size)
-                    entries += last.values()
+                    found = by_name(members(archive, others, owners, os.path.getsize(path), bar), others)
+                    entries += [(in_order(name), name, number, *place) for name, place in found.items()]
                     classes |= {(number, key): owner for key, owner in owners.items()}
             except tarfile.TarError as error:
                 raise WorkError(f'{shown(path)} is damaged or no tar archive: {error}') from None
@@ -85,6 +76,22 @@ def index_of(paths, progress):
         'labels': torch.tensor(labels),
         'classes': known,
     }
+
+
+def by_name(found, others):
+    """{name: (offset, size)} of `members`. Of two with one name the later one is the file, as for tar itself; a hard link
+    is what it leads to."""
+    last = {}
+    for name, offset, size in found:
+        if size is None and offset in last and is_image(name):
+            offset, size = last[offset]
+        if size is None:
+            others['(a link, or no plain file)'] += 1
+            continue
+        if name in last:
+            others['(an older one of the same name)'] += 1
+        last[name] = offset, size
+    return last
 
 
 def members(archive, others, classes, limit, bar, prefix=b'', start=0):
@@ -116,10 +123,8 @@ def members(archive, others, classes, limit, bar, prefix=b'', start=0):
                 f'{shown(archive.name or prefix)}: {shown(name)} claims {member.size} bytes, more than the archive has'
             )
         elif not prefix and name.lower().endswith(b'.tar'):
-            with (
-                archive.extractfile(member) as inner,
-                tarfile.open(fileobj=inner, mode='r:', errors='surrogateescape') as nested,
-            ):
+            inner = archive.extractfile(member)
+            with inner, tarfile.open(fileobj=inner, mode='r:', errors='surrogateescape') as nested:
                 yield from members(nested, others, classes, limit, bar, name[:-4] + b'/', offset)
         elif name.lower().endswith(b'.cls') and 0 < member.size <= LONGEST_CLASS:
             classes[prefix + name[:-4]] = archive.extractfile(member).read().decode(errors='replace').strip()

@@ -50,15 +50,19 @@ def of_torchvision(name, size):
         raise ValueError(
             f"it is none of torchvision's classification networks (the nearest is {near}), small, or timm/<name>"
         )
-    more = {}
-    if name in ('googlenet', 'inception_v3'):
-        more = {'aux_logits': False, 'init_weights': False}
-    elif name.startswith(('vit_', 'maxvit_')):
-        more = {'image_size': size} if name.startswith('vit_') else {'input_size': (size, size)}
-    network = built(torchvision.models.get_model, name, size, **more)
+    network = built(torchvision.models.get_model, name, size, **wanted_by(name, size))
     last, classifier = [*network.named_children()][-1]
     setattr(network, last, without_classes(classifier))
     return network
+
+
+def wanted_by(name, size):
+    """The options that a network of torchvision is made with for images of size x size pixels."""
+    if name in ('googlenet', 'inception_v3'):
+        return {'aux_logits': False, 'init_weights': False}
+    if name.startswith('vit_'):
+        return {'image_size': size}
+    return {'input_size': (size, size)} if name.startswith('maxvit_') else {}
 
 
 def without_classes(classifier):
@@ -84,13 +88,20 @@ def of_timm(name, size):
     try:
         return built(timm.create_model, name, size, num_classes=0, img_size=size)
     except TypeError:  # most networks take any size, and no such option
-        return built(timm.create_model, name, size, num_classes=0)
+        try:
+            return built(timm.create_model, name, size, num_classes=0)
+        except TypeError as error:
+            raise ValueError(refused(size, error)) from None
 
 
 def built(make, name, size, **more):
+    """make(name, **more). Raises TypeError where there is no such option; for all else that other people's networks
+    raise on sizes that they do not take (ZeroDivisionError, ...) ValueError."""
     try:
         return make(name, **more)
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except TypeError:
+        raise
+    except Exception as error:
         raise ValueError(refused(size, error)) from None
 
 
@@ -104,7 +115,7 @@ def width_of(backbone, size):
     try:
         with torch.no_grad():
             features = backbone(torch.zeros(1, 3, size, size))
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         raise ValueError(refused(size, error)) from None
     backbone.train()
     if features.ndim != 2:

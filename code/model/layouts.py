@@ -15,7 +15,19 @@ BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenec
 }
 WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.|_forward_module\.)+')  # DDP's, torch.compile's, Fabric's
 # Where in a file the weights are, the first that is there: of a teacher and a student DINO judges the teacher.
-PLACES = ('state_dict', 'model', 'teacher', 'student', 'network', 'net', 'backbone', 'encoder', 'weights')
+PLACES = (
+    'state_dict',
+    'model_state_dict',
+    'model_state',
+    'model',
+    'teacher',
+    'student',
+    'network',
+    'net',
+    'backbone',
+    'encoder',
+    'weights',
+)
 # The encoder of each layout by its prefix; a momentum encoder has another and is not looked for. backbone: of lightly,
 # solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm's too.
 PREFIXES = {

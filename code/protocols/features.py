@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from config import WorkError
 from dataloader import vision
 from dataloader.load_dataset import LOOKED_AT, prepared
 from distributed import gather, place_of, world
@@ -16,7 +17,14 @@ def features_of(args, backbone, batches, title):
     """(N x d float, N int64 labels) of the centre crops of `batches`, on the device. title: of the progress bar."""
     count = len(batches.dataset)
     features, labels = filled(in_parts(args, backbone, batches, title), -(-count // world()))
-    return gather(features, count), gather(labels, count)
+    return gather(numbers(features), count), gather(labels, count)
+
+
+def numbers(features):
+    """The features, if all of them are numbers. Raises WorkError."""
+    if not features.isfinite().all():
+        raise WorkError('the backbone gives features that are no numbers (nan or infinite): take another checkpoint')
+    return features
 
 
 def filled(pairs, count):

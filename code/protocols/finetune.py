@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ckpt import new_model
-from config import UserError, changed, path_of
+from config import UserError, WorkError, changed, path_of
 from dataloader.images import shown
 from dataloader.load_dataset import in_order, labelled, prepared, select, shuffled_crops
 from dataloader.vision import plain_view
@@ -86,6 +86,10 @@ def train_and_score(args, backbone, train, val, rates, title):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+        if not loss.isfinite():
+            raise WorkError(
+                f'the loss of {title} is {loss.item()} in epoch {epoch + 1}: try a lower --finetune_learning_rate'
+            )
     backbone.eval()
     found = []
     with torch.inference_mode():

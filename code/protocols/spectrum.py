@@ -17,7 +17,7 @@ from metric import spectrum as measures
 from metric.accuracy import topk_accuracy
 from metric.collapse import spread
 from precision import autocast
-from protocols.features import features_of, filled, judged
+from protocols.features import features_of, filled, judged, numbers
 from protocols.transfer import logistic_regression
 from utils import channels_last, evenly_spaced, get_device, memory_for, random_from
 from verdict import OF_FEATURES, verdict
@@ -122,7 +122,7 @@ def of_views(args, model, images, views):
 
     with judged(model):
         features, z = filled(parts(), -(-count // world()))
-    return gather(features, count), gather(z, count)
+    return gather(numbers(features), count), gather(z, count)
 
 
 @torch.no_grad()

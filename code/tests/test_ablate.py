@@ -10,8 +10,8 @@ from PIL import Image
 
 import cli
 import pictures
-from ablate import TABLES
-from config import OPTIONS, UserError, get_config
+from ablate import TABLES, variants
+from config import OPTIONS, UserError, changed, get_config
 from conftest import TINY, one_line, own_paths
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
@@ -102,8 +102,8 @@ def test_two_pairs_are_the_mean_of_both():
 
 
 def test_every_variant_is_made_of_options():
-    for variants in TABLES.values():
-        for _, options, _ in variants:
+    for rows in TABLES.values():
+        for _, options, _ in rows:
             args = get_config(preset='demo')
             get_config(**{name: value(args) if callable(value) else value for name, value in options.items()})
     assert set(TABLES) == set(OPTIONS['table'].metadata['choices'])
@@ -164,3 +164,31 @@ def test_curves_are_drawn_where_the_numbers_are():
     up = np.argwhere((pixels[:250] == blue).all(2))
     left, right = up[up[:, 1] < 120], up[(up[:, 1] > 330) & (up[:, 1] < 420)]
     assert left[:, 0].mean() > right[:, 0].mean() + 100
+
+
+def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
+    """Or two rows would be one run. What a variant makes of it, ten times the rate, is given as one likes."""
+    for table, option in (
+        ('stopgrad', '--stop_gradient=False'),
+        ('bn', '--proj_bn=none'),
+        ('batch_size', '--batch_size=8'),
+        ('collapse', '--augmentation=simclr'),
+    ):
+        given = ['ablate', f'--table={table}', option, '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
+        assert cli.main(given) == 2
+        name = option.partition('=')[0]
+        assert f'{name} is what --table={table} varies: leave it out' in one_line(capsys.readouterr().err)
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), table='collapse')
+    args = changed(args, learning_rate=0.01, batch_size=64)
+    args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'table', 'cache_path'}
+    assert [own.learning_rate for _, _, _, own in variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
+
+
+def test_variants_that_cannot_be_trained_are_known_before_the_first_is(drawn, tmp_path, capsys):
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), table='batch_size')
+    assert [own.batch_size for _, _, _, own in variants(args)] == [64]  # of 72 images
+    assert capsys.readouterr().out.count('is left out, for there are 72 images') == 6
+    options = ['--table=symmetric', '--views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
+    assert cli.main(['ablate', *options]) == 2
+    assert '--symmetric=false is for two views, not --views=3' in one_line(capsys.readouterr().err)
+    assert not (tmp_path / 'ckpt').exists()

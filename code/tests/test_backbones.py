@@ -164,3 +164,31 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=True)
     assert 'unexpected_keys=[]' in done.stdout or tool == 'timm'
     assert 'classifier.3' in done.stdout or tool == 'timm'
+
+
+@pytest.mark.parametrize(
+    ('name', 'how'),
+    [('vit_b_32', 'vit_b_32(image_size=32)'), ('timm/vit_tiny_patch16_224', 'num_classes=0, img_size=32).load_state')],
+)
+def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path, capsys):
+    """And another size than the network was made for is refused as that, not as a damaged file."""
+    pytest.importorskip('timm')
+    paths, size = own_paths(tmp_path), '--image_size=32'
+    given = [*TINY, size, f'--image_path={drawn}', '--stem=imagenet', '--max_epochs=1', f'--backbone={name}', *paths]
+    assert cli.main(['train', *given]) == 0
+    (checkpoint,) = (tmp_path / 'ckpt').glob('*/loss_*')
+    tool, named = 'timm' if name.startswith('timm/') else 'torchvision', f'--ckpt_name={checkpoint}'
+    capsys.readouterr()
+    assert cli.main(['export', named, f'--format={tool}', f'--output={tmp_path}/x.pth']) == 0
+    assert how in capsys.readouterr().out
+    assert cli.main(['evaluate', named, '--protocol=knn', '--image_size=64', *paths]) == 2
+    assert f'--image_size=64: {name} was made for 32 px: leave the option out' in one_line(capsys.readouterr().err)
+
+
+def test_whatever_a_network_raises_on_a_size_is_the_sizes(monkeypatch):
+    def divides(name, **_):
+        return 1 // 0
+
+    monkeypatch.setattr(torchvision.models, 'get_model', divides)
+    with pytest.raises(ValueError, match='it does not take images of 20 px'):
+        make_backbone('vgg11', 'imagenet', 20)

@@ -270,3 +270,50 @@ def test_supervised_weights_of_torchvision(tmp_path, monkeypatch, capsys):
     for options in (('--preset=demo',), ('--preset=cifar10',)):
         assert cli.main(['train', *options, '--init_from=imagenet', *own_paths(tmp_path)]) == 2
         assert '--init_from=imagenet has ResNets with the ImageNet stem' in capsys.readouterr().err
+
+
+KINDS = {
+    'float8_e4m3fn': lambda weight: weight.to(torch.float8_e4m3fn),
+    'int32': lambda weight: weight.int(),
+    'complex': lambda weight: weight.to(torch.complex64),
+    'sparse': lambda weight: weight.to_sparse(),
+    'quantized': lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    'without content': lambda weight: weight.to('meta'),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.filterwarnings('ignore')
+def test_weights_of_another_kind_are_refused(kind, tmp_path, capsys):
+    """Casting them would throw away a part, or fails somewhere in torch."""
+    state = torchvision.models.resnet18().state_dict()
+    state['layer1.0.conv1.weight'] = KINDS[kind](state['layer1.0.conv1.weight'])
+    torch.save(state, tmp_path / 'model.pth')
+    assert cli.main(['export', f'--ckpt_name={tmp_path}/model.pth', f'--output={tmp_path}/x.pth']) == 1
+    assert f'backbone.layer1.0.conv1.weight is {kind}, and a weight is plain' in one_line(capsys.readouterr().err)
+
+
+def test_a_deep_stem_is_refused(tmp_path, capsys):
+    """timm's resnet18d: three convolutions in place of the first."""
+    state = torchvision.models.resnet18().state_dict()
+    state['conv1.0.weight'] = state.pop('conv1.weight')
+    torch.save(state, tmp_path / 'model.pth')
+    assert cli.main(['export', f'--ckpt_name={tmp_path}/model.pth', f'--output={tmp_path}/x.pth']) == 2
+    assert 'whose first layers are none that are known here' in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('protocol', ['knn', 'linear', 'spectrum', 'transfer'])
+def test_features_that_are_no_numbers_are_no_result(protocol, drawn, tmp_path, capsys):
+    """Every weight is finite, and what comes out is not."""
+    state = torchvision.models.resnet18().state_dict()
+    state = {name: value * 1e20 if name == 'conv1.weight' or 'bn' in name else value for name, value in state.items()}
+    torch.save(state, tmp_path / 'model.pth')
+    given = [f'--ckpt_name={tmp_path}/model.pth', f'--protocol={protocol}', f'--image_path={drawn}', '--image_size=32']
+    given += ['--amp=off', '--num_workers=0', *own_paths(tmp_path)]
+    if protocol == 'linear':
+        given += ['--probe_epochs=2', '--cache_passes=1']
+    if protocol == 'transfer':
+        given += [f'--transfer_path={drawn}']
+    assert cli.main(['evaluate', *given]) == 1
+    assert 'no numbers (nan or infinite)' in one_line(capsys.readouterr().err)
+    assert not list(tmp_path.rglob('evaluate_*.json'))

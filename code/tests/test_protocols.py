@@ -21,6 +21,7 @@ from dataloader.load_dataset import load_splits, select, shuffled_crops
 from dataloader.names import Names
 from dataloader.stores.memory import Memory
 from optimizer.lars import Lars
+from protocols import finetune
 from protocols.finetune import balanced, few_of, listed
 from protocols.linear import cached_features, in_steps, train_probe
 from protocols.transfer import held_out, logistic_regression, regression
@@ -371,3 +372,17 @@ def test_any_name_of_a_folder_names_a_result(drawn, tmp_path, trained):
     assert cli.main([*given, f'--transfer_path={folder}']) == 0
     os.rename(folder, os.fsencode(tmp_path) + b'/by\xff')
     assert cli.main([*given, f'--transfer_path={os.fsdecode(os.fsencode(tmp_path))}/by\udcff']) == 0
+
+
+@pytest.mark.parametrize('protocol', ['semi', 'transfer'])
+def test_finetuning_that_runs_away_is_no_result(protocol, trained, drawn, tmp_path, capsys, monkeypatch):
+    """Scores that are no numbers would be an accuracy: all images the first class."""
+    folder = shutil.copytree(trained / 'ckpt', tmp_path / 'ckpt')
+    monkeypatch.setattr(finetune, 'cross_entropy', lambda scores, labels: scores.mean() * float('inf'))
+    given = [f'--ckpt_name={RUN}', f'--protocol={protocol}', '--finetune_epochs=2']
+    if protocol == 'transfer':
+        given += ['--transfer=finetune', f'--transfer_path={drawn}']
+    assert cli.main(['evaluate', *given, '--num_workers=0', '--amp=off', *own_paths(tmp_path)]) == 1
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
+    assert 'try a lower --finetune_learning_rate' in one_line('\n'.join(line))
+    assert not list(folder.rglob(f'evaluate_{protocol}*'))
