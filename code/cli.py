@@ -99,10 +99,18 @@ def read_options(command, words, options):
 
 def check_values(words):
     """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
+    before = ''
     for word, following in zip(words, [*words, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
+        value_of = before.startswith('--') and '=' not in before  # --learning_rate -1
+        if word.startswith('-') and not word.startswith('--') and not value_of:
+            raise UserError(f'{word!r} is not an option: they are given as --name=value')
+        positive = name.removeprefix('no').removeprefix('_')
+        if word.startswith('--no') and name not in OPTIONS and positive in OPTIONS:  # Fire's way to say False
+            raise UserError(f'{word} is not an option: --{positive}=... says what it is, False where it is no')
+        before = word
         wants = word.startswith('--') and name in OPTIONS and OPTIONS[name].type is not bool
-        if wants and following.startswith('--'):
+        if wants and following[:1] == '-' and following[1:2] not in '0123456789.' and '=' not in word:
             raise UserError(f'--{name} is given without a value: --{name}=...; {OPTIONS[name].metadata["meaning"]}')
 
 
@@ -115,6 +123,9 @@ def main(argv):
         return 0
     command = argv[0]
     try:
+        if command.startswith('--help='):
+            print(help_of(command.removeprefix('--help=')))
+            return 0
         if command not in COMMANDS:
             raise UserError(f'there is no command {command!r}; did you mean {nearest(command, COMMANDS)}?')
         if asked := [word for word in argv if word.startswith('--help=')]:

@@ -678,7 +678,7 @@ def help_line(name):
 
 def help_of(name):
     """All there is to say of one option. Raises UserError where there is none of this name."""
-    name = name.lstrip('-').replace('-', '_')
+    name = name.lstrip('-').replace('-', '_').lower()
     if name not in OPTIONS:
         raise UserError(f'--help={name}: there is no such option; the nearest is --help={nearest(name, OPTIONS)}')
     f = OPTIONS[name]

@@ -3,14 +3,13 @@
 Reads small files alone and imports nothing heavy: a thousand runs take about a second.
 """
 
-import csv
 import os
 import shutil
 import socket
 import sys
 
 from config import OPTIONS, UserError, path_of
-from records import is_number, oldest_first, process_stat, read_json, read_metrics
+from records import csv_of, is_number, oldest_first, process_stat, put_aside, read_json, read_metrics
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
@@ -53,7 +52,7 @@ def runs(args):
     if not folders:
         raise UserError(f'there is no run in {root} yet: python3 cli.py train')
     if args.diff:
-        return difference(root, args.diff.split(','), args.output)
+        return difference(root, [name.strip() for name in args.diff.split(',')], args.output)
     every = [options_of(folder) for folder in folders]
     found = [(row_of(folder, options), options) for folder, options in zip(folders, every, strict=True)]
     known = [options for options in every if options]
@@ -70,15 +69,8 @@ def runs(args):
 
 
 def write_table(path, rows):
-    """Rows, the first their titles, as CSV: written aside and renamed, as utils.write_csv does, which needs torch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name[:50]}.{os.getpid()}.part')
-    try:
-        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            csv.writer(file).writerows(rows)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Rows, the first their titles, as CSV."""
+    put_aside(path, csv_of(rows))
     print(f'written to {path}')
 
 
@@ -176,10 +168,16 @@ def ordered(rows, column):
 
 def as_text(rows, width):
     """Columns under their names; lines no longer than `width`, where there is one."""
+    rows = [{name: visible(cell) for name, cell in row.items()} for row in rows]
     lines = [dict(zip(rows[0], rows[0], strict=True)), *rows]
     sizes = {name: max(len(line[name]) for line in lines) for name in rows[0]}
     text = ['  '.join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
     return '\n'.join(line if not width or len(line) <= width else line[: width - 1] + '…' for line in text)
+
+
+def visible(cell):
+    """Text on one line of any terminal."""
+    return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cell)
 
 
 def difference(root, names, output=''):

@@ -69,6 +69,8 @@ def doubles(args, splits, features, output):
     if found:
         shown_pairs = [[(splits[split], row) for split, row in pair] for *pair, _ in found[: SHOWN // 2]]
         save_picture(gallery(args, sum(shown_pairs, [])), path.with_suffix('.png'))
+    else:
+        path.with_suffix('.png').unlink(missing_ok=True)  # of an earlier call
 
 
 def odd(args, train, features, output):

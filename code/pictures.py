@@ -1,6 +1,7 @@
 """Pictures of results: curves, a confusion matrix and a map by matplotlib, and images beside one another."""
 
 import io
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ def chart(axes, panel):
     if not any(line for _, line in panel.lines):
         axes.text(0.05, 0.9, 'not measured', transform=axes.transAxes)
     if panel.bounds:
-        axes.set_ylim(panel.bounds)
+        low, high = panel.bounds
+        values = [value for _, line in panel.lines for _, value in line if math.isfinite(value)]
+        axes.set_ylim(low, max([high, *(1.05 * value for value in values)]))
     if panel.mark:
         axes.axhline(panel.mark[1], color=WRONG, linestyle='--', linewidth=1)
         right = axes.get_yaxis_transform()
@@ -124,8 +127,10 @@ def confusion(counts, classes):
     counts: C x C whole numbers; classes: C names.
     """
     share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    side = 160 + 34 * len(classes) if len(classes) <= NAMED else 900
-    drawn = figure(max(side, 420), max(side, 420))
+    side = max(420, 160 + 34 * len(classes)) if len(classes) <= NAMED else 900
+    if len(classes) <= NAMED:
+        side += 7 * max(len(label_of(name)) for name in classes)  # px of a letter: the labels of both axes
+    drawn = figure(side, side)
     axes = drawn.subplots()
     axes.grid(False)
     axes.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')

@@ -131,7 +131,7 @@ def trial(path, options):
         return {'ratio': 0.0, 'failed': 'this CPU has no bfloat16'}
     key = f'{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}'
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding='utf-8'))
         return {'ratio': float(known[key]['ratio']), 'failed': str(known[key]['failed'])}
     except (OSError, ValueError, KeyError, TypeError):
         known = {}

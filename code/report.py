@@ -61,10 +61,11 @@ class Shown:
     splits: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
+    of_epoch: str = ''  # in the name, where several checkpoints of the run are on the page
 
     @property
     def name(self):
-        return self.checkpoint['run'].name
+        return self.checkpoint['run'].name + self.of_epoch
 
 
 def report(args):
@@ -80,9 +81,14 @@ def report(args):
     if '' in names:
         raise UserError(f'--ckpt_name={args.ckpt_name}: there is nothing beside a comma')
     runs = [opened(*one) for one in whole_ones(args, names)]
+    if len({run.checkpoint['path'] for run in runs}) < len(runs):
+        raise UserError(f'--ckpt_name={args.ckpt_name} names a checkpoint twice')
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.of_epoch = f', epoch {run.checkpoint["epoch"]}'
     for run in runs:
         look(run, runs[0].args)
-    folder = path_of(args.log_path) / runs[0].name
+    folder = path_of(args.log_path) / runs[0].checkpoint['run'].name
     page = path_of(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
     page.parent.mkdir(parents=True, exist_ok=True)
     content, data = {}, {}
@@ -227,7 +233,7 @@ def embedded(image, kind):
 def galleries(runs, page):
     """Two views; near-duplicates and the oddest images of the map; some images of val beside the nearest of train."""
     first = runs[0]
-    path = path_of(first.args.log_path) / first.name / 'two_views.png'
+    path = path_of(first.args.log_path) / first.checkpoint['run'].name / 'two_views.png'
     views = None
     if path.is_file():
         try:
@@ -245,6 +251,7 @@ def galleries(runs, page):
         'threshold': first.args.duplicates,
         'odd': [*zip(odd.tolist(), near.tolist(), strict=True)],
         'neighbours': beside(first),
+        'queries': 'val' if 'val' in first.splits else 'train',
     }, {}
 
 
@@ -253,7 +260,9 @@ def beside(run):
     train, val = run.splits['train'], run.splits.get('val', run.splits['train'])
     queries = shown_of(val)
     features = run.features['val' if 'val' in run.splits else 'train']
-    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR)
+    itself = 0 if 'val' in run.splits else 1  # the nearest of train to an image of train
+    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR + itself)
+    cosine, found = cosine[:, itself:], found[:, itself:]
     rows = []
     for query, values, others in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
         tiles = [*pixels_of(run.args, val, torch.tensor([query])), *pixels_of(run.args, train, torch.tensor(others))]
@@ -288,8 +297,8 @@ def rendered(runs, content, data):
     )
     return environment.get_template('report.html').render(
         title=shown(title if len(runs) == 1 else ' and '.join(run.name for run in runs)),
-        style=(PAGE / 'style.css').read_text(),
-        script=(PAGE / 'explore.js').read_text(),
+        style=(PAGE / 'style.css').read_text(encoding='utf-8'),
+        script=(PAGE / 'explore.js').read_text(encoding='utf-8'),
         data=data,
         runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
         colours=pictures.COLOURS,
@@ -317,18 +326,21 @@ def numbers(run):
         ('rank', 'pretraining/rank', '{:.1f}'),
         ('images/s', 'speed/images_per_second', '{:.0f}'),
     ):
-        by_then = [value for epoch, value in run.logged.get(tag, []) if epoch <= run.checkpoint['epoch']]
-        if by_then:
-            found.append((name, form.format(by_then[-1])))
+        own = run.checkpoint['epoch']
+        by_then = [pair for pair in run.logged.get(tag, []) if 0 < pair[0] <= own or own == 0 == pair[0]]
+        if by_then:  # the untrained network's is not the run's; what is of an earlier epoch says so
+            epoch, value = by_then[-1]
+            found.append((name if epoch == own else f'{name}, epoch {epoch}', form.format(value)))
     return found
 
 
 def result_rows(run):
     """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
     for result in of_run(run.checkpoint['run']):
-        first, *others = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if is_number(result.get(key))] or [
-            ('', '')
-        ]
+        found = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if is_number(result.get(key))]
+        if not found:  # the measures without labels: the verdict tells them
+            continue
+        first, *others = found
         beside = ', '.join(' '.join(pair) for pair in others)
         of = Path(result['images']['path']).name if 'images' in result else ''
         yield f'{result["protocol"]}, epoch {result["epoch"]}', of, *first, beside

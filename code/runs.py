@@ -158,7 +158,7 @@ def of_run(args):
     """args with the options of --from_run in place of the defaults; what this call gave explicitly stays."""
     path = find_run(args, args.from_run) / 'run.json'
     try:
-        saved = json.loads(path.read_text())['args']
+        saved = json.loads(path.read_text(encoding='utf-8'))['args']
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
     saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}

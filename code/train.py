@@ -317,6 +317,7 @@ def summary(args, run, result):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')
+    name += ''.join(f' --{path}={getattr(args, path)}' for path in ('ckpt_path', 'log_path') if path in args.given)
     if not result:
         lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}')
     elif args.preset != 'demo':

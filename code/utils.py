@@ -1,16 +1,13 @@
 """What several parts need and no part owns: the device, random numbers by name, a batch's move to the device."""
 
 import contextlib
-import csv
 import ctypes
-import errno
 import functools
 import hashlib
 import importlib
 import multiprocessing.util
 import os
 import shutil
-import socket
 import sysconfig
 import tempfile
 
@@ -18,6 +15,7 @@ import torch
 
 from config import ROOT, UserError, WorkError
 from distributed import first_here, start, world
+from records import csv_of, put_aside
 
 
 def get_device(args):
@@ -218,34 +216,12 @@ def write_aside(path, write):
     several processes the first of each machine writes."""
     if not first_here():
         return
-    path = path.resolve()  # a link stays one
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, a device
-        write(path)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name[:50]}.{socket.gethostname()[:50]}.{os.getpid()}.part')
-    try:
-        aside.touch()  # torch would not say why it cannot
-        write(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        if error.filename not in (str(aside), aside):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was asked for
-    except RuntimeError as error:  # torch.save's way to say that it could not write
-        raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
-    finally:
-        aside.unlink(missing_ok=True)
+    put_aside(path, write)
 
 
 def write_csv(path, rows):
-    """Write rows as a CSV file. A name is bytes: it is written as it is, whatever it is in."""
-
-    def write(aside):
-        with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            csv.writer(file).writerows(rows)
-
-    write_aside(path, write)
+    """Write rows as a CSV file, as write_aside does."""
+    write_aside(path, csv_of(rows))
 
 
 def save_picture(image, path):

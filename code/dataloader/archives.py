@@ -79,8 +79,8 @@ def index_of(paths, progress):
 
 
 def by_name(found, others):
-    """{name: (offset, size)} of `members`. Of two with one name the later one is the file, as for tar itself; a hard link
-    is what it leads to."""
+    """{name: (offset, size)} of `members`. Of two with one name the later one is the file, as for tar itself; a hard
+    link is what it leads to."""
     last = {}
     for name, offset, size in found:
         if size is None and offset in last and is_image(name):

@@ -107,7 +107,7 @@ def coco_split(folder, split, masks):
     if images is None:
         raise UserError(f'--detection_path: the images of {files[0].name} are not in {folder}/{own}')
     try:
-        table = json.loads(files[0].read_text())
+        table = json.loads(files[0].read_text(encoding='utf-8'))
         table = {key: table[key] for key in ('images', 'annotations', 'categories')}
         table, left_out = checked(files[0], table, images, masks)
         return Boxes(images, table, masks, own, left_out)

@@ -226,3 +226,25 @@ def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.path_of('data/demo') == CODE.parent / 'data/demo'
     assert config.path_of('/somewhere').as_posix() == '/somewhere'
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['--nooutput'], '--nooutput is not an option: --output=... says what it is'),
+        (['--no-quiet'], '--no-quiet is not an option: --quiet=... says what it is, False where it is no'),
+        (['-output'], "'-output' is not an option: they are given as --name=value"),
+        (['--output', '-sort=loss'], '--output is given without a value'),
+    ],
+)
+def test_options_without_a_value_are_no_text(words, said, tmp_path, capsys, monkeypatch):
+    """Fire would take them for True and False, and a file would have that name."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['runs', *words]) == 2
+    assert said in one_line(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_an_option_without_a_command(capsys):
+    assert cli.main(['--help=LEARNING_RATE']) == 0
+    assert capsys.readouterr().out.startswith('--learning_rate, a number: ')

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -240,3 +241,36 @@ def test_json_that_any_reader_takes(value):
         return one == other if not isinstance(one, float) or math.isfinite(one) else other is None
 
     assert same(value, json.loads(as_json(value), parse_constant=refuse))
+
+
+def test_the_table_goes_where_it_is_told(tmp_path, capsys):
+    """Through a link, into a pipe; a folder that is full of others' text, and a name that moves the cursor."""
+    made(tmp_path, 'a\n\x1b[2J')
+    (tmp_path / 'link.csv').symlink_to(tmp_path / 'target.csv')
+    os.mkfifo(tmp_path / 'pipe.csv')
+    with subprocess.Popen(['cat', tmp_path / 'pipe.csv'], stdout=subprocess.PIPE, text=True) as reader:
+        for name in ('link.csv', 'pipe.csv'):
+            assert cli.main(['runs', f'--ckpt_path={tmp_path}/ckpt', f'--output={tmp_path}/{name}']) == 0
+        read = reader.communicate(timeout=20)[0]
+    assert (tmp_path / 'link.csv').is_symlink()
+    assert read == (tmp_path / 'target.csv').read_text().replace('\n\n', '\n')
+    said = capsys.readouterr().out
+    assert '\x1b' not in said
+    assert 'a\\n\\x1b[2J' in said
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk_is_said_of_the_file(tmp_path, capsys):
+    made(tmp_path, 'a')
+    (tmp_path / 'full').symlink_to('/dev/full')
+    assert cli.main(['runs', f'--ckpt_path={tmp_path}/ckpt', f'--output={tmp_path}/full']) == 1
+    assert f'No space left on device ({tmp_path}/full)' in one_line(capsys.readouterr().err)
+    assert Path('/dev/full').is_char_device()
+
+
+def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
+    folder = made(tmp_path, 'a')
+    (folder / 'metrics.jsonl').write_text('[' * 100_000 + '\n{"epoch": 1, "pretraining/loss": 1' + '0' * 400 + '}\n')
+    (folder / 'run.json').write_text('[' * 100_000)
+    assert cli.main(['runs', f'--ckpt_path={tmp_path}/ckpt']) == 0
+    assert 'a' in capsys.readouterr().out

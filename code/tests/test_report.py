@@ -394,3 +394,46 @@ def test_names_of_classes_in_pictures(name):
     ):
         assert np.asarray(pictures.image_of(drawn)).std() > 1
         assert '<svg' in pictures.svg_of(drawn, 'x')
+
+
+@pytest.mark.parametrize('letters', [3, 24, 40, 200])
+def test_a_confusion_has_room_for_the_names_of_classes(letters):
+    """The matrix keeps most of the width that it has without names, however long these are."""
+    classes = [f'{i}' * letters for i in range(6)]
+    drawn = pictures.confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
+    drawn.draw_without_rendering()
+    (axes,) = drawn.axes
+    assert axes.get_window_extent().width > 200 * drawn.dpi / 100
+    assert axes.get_title('left') == '24 of 24 right'
+
+
+def test_a_line_stays_in_its_chart():
+    panel = pictures.Panel('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
+    (axes,) = pictures.curves([panel]).axes
+    assert axes.get_ylim()[1] > 1.414
+
+
+def test_what_was_measured_before_training_is_not_the_checkpoints(drawn, tmp_path):
+    """kNN of every fifth epoch: an earlier checkpoint has none, a later one says of which epoch it is."""
+    options = [
+        *TINY,
+        '--max_epochs=7',
+        '--save_every=1',
+        '--knn_every=5',
+        f'--image_path={drawn}',
+        *own_paths(tmp_path),
+    ]
+    assert cli.main(['train', *options]) == 0
+    run = tmp_path / 'ckpt' / RUN
+    for epoch, said in ((1, None), (5, 'kNN top-1'), (6, 'kNN top-1, epoch 5')):
+        (path,) = run.glob(f'*_epoch_{epoch}')
+        reported(tmp_path, f'--ckpt_name={path}')
+        text = (tmp_path / 'log' / RUN / 'report.html').read_text()
+        names = re.findall(r'<dt>([^<]*)</dt>', text)
+        assert [name for name in names if name.startswith('kNN')] == ([said] if said else []), epoch
+
+
+def test_two_checkpoints_of_a_run_are_told_apart(folder, capsys):
+    (path,) = (folder / 'ckpt' / RUN).glob('loss_*')
+    assert cli.main(['report', f'--ckpt_name={path},{path}', *own_paths(folder)]) == 2
+    assert 'names a checkpoint twice' in one_line(capsys.readouterr().err)

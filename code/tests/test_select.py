@@ -91,7 +91,7 @@ def test_one_image_again_and_again_is_double(count):
         assert sorted(choose.typical(x, count).tolist()) == [*range(count)]
 
 
-def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys):
+def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeypatch):
     """A training image copied into another class and one into val are found, at the head of the list."""
     folder = shutil.copytree(drawn, tmp_path / 'set')
     first, second = sorted((folder / 'train').rglob('*.png'))[:2]
@@ -118,6 +118,10 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys):
     for name in ('chosen', 'chosen_duplicates', 'chosen_outliers'):
         with Image.open(tmp_path / f'out/{name}.png') as picture:
             assert picture.width > 100
+    none = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)
+    monkeypatch.setattr(choose, 'near_pairs', lambda *_: none)
+    assert cli.main(['select', *options, '--count=7']) == 0  # now there are none: nor an old picture of some
+    assert not (tmp_path / 'out/chosen_duplicates.png').exists()
     assert cli.main(['select', *options, '--count=100000']) == 2
     assert '--count=100000' in one_line(capsys.readouterr().err)
     assert cli.main(['select', *paths]) == 2
