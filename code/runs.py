@@ -39,6 +39,11 @@ class Run:
             text = json.dumps(mark_of_this_process())
             write_aside(self.folder / MARK, lambda aside: aside.write_text(text))
 
+    def forget(self):
+        """Leave no folder of a run that has not begun."""
+        if not rank() and not self.path:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def end(self):
         """Say no more that it trains."""
         if not rank():

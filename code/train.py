@@ -44,7 +44,11 @@ def train(args):
     use_device(args)
     args, state, iterators, run = set_up(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
-    watch = Watch(args, run, iterators, state)
+    try:
+        watch = Watch(args, run, iterators, state)
+    except UserError:  # the tracker does not start
+        run.forget()
+        raise
     run.begin()
     try:
         watch.begin(state)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import cli
+import tracker
 from conftest import TINY, one_line, own_paths
 from records import read_metrics
 from tracker import Tracker
@@ -118,3 +119,20 @@ def test_a_tracker_that_fails_on_the_way_is_warned_of_once(capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 2
     assert 'gets no more of this run: the network is gone' in said[0]
+
+
+def test_a_tracker_that_does_not_start_leaves_no_run(drawn, tmp_path, capsys, monkeypatch):
+    def refuses(*_):
+        raise OSError('no such server')
+
+    monkeypatch.setattr(tracker, 'package_of', lambda args: None)
+    monkeypatch.setattr(tracker, 'mlflow', refuses)
+    monkeypatch.setattr('train.package_of', lambda args: None)
+    given = ['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
+    assert cli.main([*given, '--tracker=mlflow']) == 2
+    assert '--tracker=mlflow does not start: no such server' in one_line(capsys.readouterr().err)
+    assert not list((tmp_path / 'ckpt').iterdir())
+    assert cli.main([*given, '--max_epochs=3', '--max_minutes=0.0001']) == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    assert cli.main(['train', f'--resume={run.name}', '--tracker=mlflow', *own_paths(tmp_path)]) == 2
+    assert list(run.glob('loss_*'))
