@@ -97,8 +97,10 @@ def ablate(args):
 def variants(args):
     """[(variant, options, the paper's top-1, its args)] of --table: what cannot be trained is known before the first
     is. Raises UserError; variants of larger batches than there are images are left out, and said."""
-    use_device(args)
-    found, images = [], len(load_splits(args)['train'])
+    found, images = [], 0
+    if any('batch_size' in options for _, options, _ in TABLES[args.table]):
+        use_device(args)
+        images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.table]):
         if both := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
             raise UserError(f'--{both[0]} is what --table={args.table} varies: leave it out')

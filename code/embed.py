@@ -9,13 +9,13 @@ import torch
 import distributed
 from ckpt import get_model_ckpt
 from config import UserError, path_of
-from dataloader.images import shown
 from dataloader.load_dataset import in_order
 from infer import images_to_predict, pixels_of
 from logger import Logger, say
 from metric.knn import nearest
 from metric.plane import plane
 from protocols.features import features_of
+from terminal import shown
 from utils import evenly_spaced, extra, get_device, use_device, write_aside, write_csv
 
 NEIGHBOURS = 15

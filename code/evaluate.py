@@ -13,7 +13,6 @@ import distributed
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
 from config import UserError, WorkError, of_other_stages, path_of
-from dataloader.images import shown
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
 from metric.accuracy import confusion
@@ -22,7 +21,7 @@ from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import LEAST, spectrum
 from protocols.transfer import target_splits, transfer
-from terminal import complain
+from terminal import complain, shown
 from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
 from verdict import FAVOURED, MEASURES, QUICK

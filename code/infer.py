@@ -8,7 +8,6 @@ import distributed
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, changed, path_of
 from dataloader import vision
-from dataloader.images import shown
 from dataloader.layout import has_splits, is_tar
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.torchvision_sets import torchvision_kind
@@ -17,6 +16,7 @@ from metric.knn import neighbours
 from protocols.features import features_of
 from protocols.knn import nearest_images, vote
 from results import classifier_for
+from terminal import shown
 from utils import evenly_spaced, get_device, prepare_batch, save_picture, use_device, write_csv
 
 ROWS = 12  # of the picture of neighbours

@@ -10,6 +10,7 @@ import sys
 
 from config import OPTIONS, UserError, path_of
 from records import csv_of, is_number, oldest_first, process_stat, put_aside, read_json, read_metrics
+from terminal import shown
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
@@ -168,16 +169,11 @@ def ordered(rows, column):
 
 def as_text(rows, width):
     """Columns under their names; lines no longer than `width`, where there is one."""
-    rows = [{name: visible(cell) for name, cell in row.items()} for row in rows]
+    rows = [{name: shown(cell) for name, cell in row.items()} for row in rows]
     lines = [dict(zip(rows[0], rows[0], strict=True)), *rows]
     sizes = {name: max(len(line[name]) for line in lines) for name in rows[0]}
     text = ['  '.join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
     return '\n'.join(line if not width or len(line) <= width else line[: width - 1] + '…' for line in text)
-
-
-def visible(cell):
-    """Text on one line of any terminal."""
-    return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cell)
 
 
 def difference(root, names, output=''):

@@ -5,12 +5,12 @@ import torch
 import pictures
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, path_of
-from dataloader.images import shown
 from dataloader.load_dataset import in_order, load_splits
 from infer import pixels_of
 from logger import say
 from metric import choose
 from protocols.features import features_of
+from terminal import shown
 from utils import save_picture, use_device, write_csv
 
 SHOWN = 48  # images of a picture

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 
-from dataloader.images import shown
+from terminal import shown
 
 NAMED, COUNTED = 40, 20  # classes up to which they are named, and counted, in a confusion matrix
 LONGEST = 40  # letters of a class's name in a picture
@@ -127,9 +127,9 @@ def confusion(counts, classes):
     counts: C x C whole numbers; classes: C names.
     """
     share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    side = max(420, 160 + 34 * len(classes)) if len(classes) <= NAMED else 900
-    if len(classes) <= NAMED:
-        side += 7 * max(len(label_of(name)) for name in classes)  # px of a letter: the labels of both axes
+    names = [label_of(name) for name in classes] if len(classes) <= NAMED else []
+    # 7 px a letter of the labels, on both axes.
+    side = max(420, 160 + 34 * len(names)) + 7 * max(map(len, names)) if names else 900
     drawn = figure(side, side)
     axes = drawn.subplots()
     axes.grid(False)
@@ -137,8 +137,7 @@ def confusion(counts, classes):
     axes.set_title(f'{int(counts.diag().sum())} of {int(counts.sum())} right')
     axes.set_xlabel('predicted')
     axes.set_ylabel('true class')
-    if len(classes) <= NAMED:
-        names = [label_of(name) for name in classes]
+    if names:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     if len(classes) <= COUNTED:

@@ -17,7 +17,6 @@ import pictures
 import verdict
 from ckpt import whole_ones
 from config import OPTIONS, UserError, changed, path_of
-from dataloader.images import shown
 from dataloader.load_dataset import in_order, load_splits
 from evaluate import NAMES
 from infer import pixels_of, same_class, shown_of
@@ -30,7 +29,7 @@ from metric.plane import plane
 from protocols.features import features_of
 from records import is_number
 from results import of_run
-from terminal import complain
+from terminal import complain, shown
 from utils import evenly_spaced, get_device, save_picture, use_device, write_aside
 
 PAGE = Path(__file__).resolve().parent / 'page'

@@ -1,4 +1,4 @@
-"""Lines on standard error, in colour where there is somebody to see it. Standard library only."""
+"""Text for terminals, and lines on standard error, in colour where somebody sees it. Standard library only."""
 
 import contextlib
 import errno
@@ -20,6 +20,13 @@ def complain(kind, line):
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
         text = f'\033[{COLOURS[kind]}m{text}\033[0m'
     print(text, file=sys.stderr, flush=True)
+
+
+def shown(path):
+    """A path as it can be printed on one line of any terminal: what is no text, or would move the cursor, escaped."""
+    text = os.fspath(path)
+    text = text if isinstance(text, str) else os.fsdecode(text)
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
 
 
 class Lasting(io.FileIO):

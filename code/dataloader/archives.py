@@ -9,11 +9,12 @@ import torch
 
 from config import UserError, WorkError
 from dataloader import cache
-from dataloader.images import is_image, shown
+from dataloader.images import is_image
 from dataloader.names import Names
 from dataloader.scan import OF_SYSTEMS, Found, ending
 from dataloader.stores.tar import Tar, state_of
 from logger import say
+from terminal import shown
 
 PACKED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 LONGEST_CLASS = 1000  # bytes of a .cls file

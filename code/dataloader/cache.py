@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from dataloader.images import shown
 from logger import say
+from terminal import shown
 from utils import write_aside
 
 

@@ -6,12 +6,12 @@ import torch
 
 from config import WorkError, path_of
 from dataloader import vision
-from dataloader.images import shown
 from dataloader.load_dataset import get_iterator, parts_of
 from dataloader.prepare import decode_all
 from dataloader.ranges import warn_of_range
 from dataloader.stores.memory import Memory
 from logger import say
+from terminal import shown
 from utils import prepare_batch, random_from, use_device
 
 SECONDS = 5  # to time the batches of a split for

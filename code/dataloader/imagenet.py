@@ -7,7 +7,7 @@ import tarfile
 import torch
 
 from config import UserError, WorkError
-from dataloader.images import shown
+from terminal import shown
 from utils import extra
 
 ARCHIVES = {'train': 'ILSVRC2012_img_train.tar', 'val': 'ILSVRC2012_img_val.tar'}

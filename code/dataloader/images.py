@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import os
 import warnings
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image, ImageFile
 
 from config import WorkError
+from terminal import shown
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL's takes a third longer and is always there
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -49,13 +49,6 @@ def is_image(name):
     """Whether a file of this name (bytes) counts as an image."""
     dot = name.rfind(b'.')
     return dot > 0 and name[dot:].lower() in endings()
-
-
-def shown(path):
-    """A path as it can be printed on one line of any terminal: what is no text, or would move the cursor, escaped."""
-    text = os.fspath(path)
-    text = text if isinstance(text, str) else os.fsdecode(text)
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from config import UserError
 from dataloader import imagenet
 from dataloader.archives import PACKED, open_archives
-from dataloader.images import is_image, shown
+from dataloader.images import is_image
 from dataloader.lists import listed
 from dataloader.names import Names
 from dataloader.packed import ARCHIVE, in_one_archive, of_archives
@@ -26,6 +26,7 @@ from dataloader.scan import Found, listing, scan
 from dataloader.splits import SPLITS, split_of, wants_train
 from dataloader.stores.files import Files
 from logger import say
+from terminal import shown
 
 
 def find(root, cache_path, progress):

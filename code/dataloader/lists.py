@@ -6,10 +6,10 @@ import stat
 import torch
 
 from config import UserError
-from dataloader.images import shown
 from dataloader.names import Names
 from dataloader.part import PACKS, Part
 from dataloader.stores.files import Files
+from terminal import shown
 
 
 def listed(path):

@@ -17,7 +17,6 @@ import torch
 from config import ROOT, UserError, path_of
 from dataloader import demo, layout, prepare
 from dataloader.batches import Batches, workers_for
-from dataloader.images import shown
 from dataloader.keys import Keys
 from dataloader.part import hold_out
 from dataloader.scan import beside
@@ -26,7 +25,7 @@ from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
 from distributed import in_turn, rank
 from logger import progress, say
-from terminal import complain
+from terminal import complain, shown
 from utils import get_device, prepare_batch
 
 LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte

@@ -7,12 +7,12 @@ import tarfile
 from PIL import Image
 
 from config import UserError, path_of
-from dataloader.images import is_image, shown
+from dataloader.images import is_image
 from dataloader.load_dataset import parts_of
 from dataloader.prepare import readable, smaller
 from dataloader.scan import OF_SYSTEMS
 from logger import progress, say
-from terminal import hushed
+from terminal import hushed, shown
 from utils import write_aside
 
 QUALITY = 95  # of JPEG, where images are made smaller
@@ -51,7 +51,7 @@ def pack(args):
 def write_split(args, output, name, part):
     """Write the archives of one split; returns how many."""
     rows, number = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0
-    folders, taken = folders_of(part.classes), set()
+    folders, taken = folders_of(part.classes), {}
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
@@ -98,18 +98,20 @@ def seen(name):
 
 def folders_of(classes):
     """The folder of each class, as bytes; no two share one."""
-    taken = set()
+    taken = {}
     return [another(seen(os.fsencode(name).replace(b'/', b'_')), taken) for name in classes]
 
 
 def another(name, taken):
-    """A name (bytes) that is not among the `taken`, to which it is added: it, or with a number before its ending."""
+    """A name (bytes) that is not among the `taken`, to which it is added: it, or with a number before its ending.
+    taken: a dict of names to the last number tried."""
     stem, ending = os.path.splitext(name)
-    number = 2
-    while name in taken:
-        name, number = stem + b'_%d' % number + ending, number + 1
-    taken.add(name)
-    return name
+    new = name
+    while new in taken:
+        taken[name] += 1
+        new = stem + b'_%d' % taken[name] + ending
+    taken[new] = 1
+    return new
 
 
 def ending_of(kind):

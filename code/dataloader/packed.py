@@ -6,12 +6,12 @@ from collections import Counter
 
 from config import UserError
 from dataloader.archives import open_archives
-from dataloader.images import shown
 from dataloader.names import Names
 from dataloader.part import Part, part_of, plain
 from dataloader.scan import Found
 from dataloader.splits import SPLITS, split_of, wants_train
 from logger import say
+from terminal import shown
 
 ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
 
@@ -62,7 +62,7 @@ def rows_of_splits(path, found):
         wants_train(path, {split: found.folders[row] for split, row in rows.items()})
         beside = [name for row, name in enumerate(found.folders) if row not in rows.values()]
         if beside or found.loose:
-            said = [*map(shown, beside[:5]), f'{found.loose} images in no folder'][: len(beside) + bool(found.loose)]
+            said = [*map(shown, beside[:5]), *([f'{found.loose} images in no folder'] if found.loose else [])]
             say(f'not read: {", ".join(said)}, beside {shown(found.folders[rows["train"]])} in {shown(path)}')
     return rows
 

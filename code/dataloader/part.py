@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from dataloader.images import shown
 from logger import say
+from terminal import shown
 
 PACKS = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
 HINTS = {  # of what lies in place of images

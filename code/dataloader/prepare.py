@@ -10,11 +10,11 @@ from PIL import Image
 
 from config import UserError, WorkError
 from dataloader import cache
-from dataloader.images import rgb, shown, shrink
+from dataloader.images import rgb, shrink
 from dataloader.stores.memory import Memory
 from dataloader.stores.resized import Resized
 from logger import progress, say
-from terminal import hushed
+from terminal import hushed, shown
 from utils import cpu_count, write_aside
 
 SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up to this side (px), sets up to this size

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from dataloader.images import is_image, shown
+from dataloader.images import is_image
 from dataloader.names import Names
+from terminal import shown
 
 # What systems put beside people's files, lower case; so is whatever begins with a dot.
 OF_SYSTEMS = {

@@ -3,7 +3,7 @@
 import re
 
 from config import UserError
-from dataloader.images import shown
+from terminal import shown
 
 SPLITS = {
     'train': 'train',

@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import new_model
 from config import UserError, WorkError, changed, path_of
-from dataloader.images import shown
 from dataloader.load_dataset import in_order, labelled, prepared, select, shuffled_crops
 from dataloader.vision import plain_view
 from logger import progress
@@ -17,7 +16,7 @@ from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
 from precision import autocast
 from protocols.features import labelled_crops
-from terminal import complain
+from terminal import complain, shown
 from utils import channels_last, get_device, random_from
 
 

@@ -488,6 +488,9 @@ def test_one_archive_is_asked_about_as_a_folder_is(tmp_path, capsys):
     write(tmp_path / 'c.tar', [*members[:4], ('extra/1.png', png()), ('loose.png', png())])
     assert len(load_splits(options(tmp_path / 'c.tar'))['train']) == 2
     assert 'not read: extra, 1 images in no folder, beside train in ' in capsys.readouterr().out
+    write(tmp_path / 'd.tar', [*members[:4], *((f'{i}/1.png', png()) for i in range(7))])
+    assert len(load_splits(options(tmp_path / 'd.tar'))['train']) == 2
+    assert 'not read: 0, 1, 2, 3, 4, beside train in ' in capsys.readouterr().out
 
 
 def test_a_second_name_of_a_file_is_an_image(tmp_path):

@@ -9,7 +9,8 @@ import resource
 from pathlib import Path
 
 from config import WorkError
-from dataloader.images import opened, shown
+from dataloader.images import opened
+from terminal import shown
 
 
 class Tar:
