@@ -381,8 +381,52 @@ def test_views_on_a_gpu_are_the_cpus():
 
 
 @needs_gpu
+@pytest.mark.parametrize('compiled', [False, True])
+def test_bn_shared_by_nccl_is_bn(compiled):
+    """One process among itself, in float32: what NCCL sums in a step, in one compiled graph or not, is what it was."""
+    torch._dynamo.reset()
+    plain, _ = losses_of(6, rising, plainly)
+    dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1, device_id=GPU)
+    try:
+        found, _ = losses_of(6, rising, lambda step, model, _: shared_in(model, compiled) and step)
+    finally:
+        dist.destroy_process_group()
+    assert found == pytest.approx(plain, abs=5e-3)
+
+
+def shared_in(model, compiled):
+    distributed.share_statistics(model)
+    if compiled:
+        model.compile(fullgraph=True)
+    return model
+
+
+@needs_gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, None])
+def test_a_step_takes_the_memory_that_is_told(dtype):
+    """The paper's ResNet-50 at 224 px, not compiled; what is said has a tenth more."""
+    args = get_config(preset='imagenet')
+    model = new_model(args).cuda().to(memory_format=torch.channels_last).train()
+    optimizer, views = make_sgd(model, 0.9, 1e-4), torch.randn(2, 32, 3, 224, 224, device=GPU)
+    views = [channels_last(view) for view in views]
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        train_step(model, optimizer, views, dtype=dtype)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(memory.step_bytes(model, 32, 2, 224, dtype), rel=0.12)
+
+
+@needs_gpu
 @pytest.mark.parametrize(
-    'options', [('--cuda_graph=True',), ('--compile=False', '--amp=fp16'), ('--accumulate_steps=2', '--amp=off')]
+    'options',
+    [
+        ('--cuda_graph=True',),
+        ('--compile=False', '--amp=fp16'),
+        ('--accumulate_steps=2', '--amp=off'),
+        ('--views=4', '--optimizer=adamw', '--learning_rate=0.001'),
+        ('--symmetric=2x', '--cuda_graph=True'),
+        ('--augment_on=worker', '--num_workers=2'),
+        ('--cache_images=off', '--num_workers=2', '--compile=True'),
+    ],
 )
 def test_training_on_a_gpu(options, drawn, tmp_path):
     done = run('train', *TINY, f'--image_path={drawn}', '--device=cuda', *options, *own_paths(tmp_path))
