@@ -195,7 +195,7 @@ class Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.mark_non_differentiable(mean, variance)
         y = (x - mean.view(shape)) * (scale if weight is None else scale * weight).view(shape)
-        return (y if bias is None else y + bias.view(shape)).to(x.dtype), mean, variance
+        return typed(y if bias is None else y + bias.view(shape), x.dtype), mean, variance
 
     @staticmethod
     def backward(ctx, slope, *_):
@@ -207,7 +207,12 @@ class Normalise(torch.autograd.Function):
         factor = scale if weight is None else scale * weight
         back = (exact - first.view(shape) - normal * second.view(shape)) * factor.view(shape)
         parameters = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(weight.dtype))
-        return back.to(x.dtype), *parameters, None
+        return typed(back, x.dtype), *parameters, None
+
+
+def typed(x, dtype):
+    """x.to(dtype), but where nothing is to do: in a graph that torch 2.11 compiles that loses the gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def around(x):

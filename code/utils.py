@@ -127,10 +127,11 @@ def why_not_compiled(device):
 
 
 def peak_memory(device):
-    """{'speed/memory_gigabytes': the most that was in use on this GPU since this was asked last}; nothing of a CPU."""
+    """{'speed/memory_gigabytes': the most that this process held of its GPU since this was asked last, what a recorded
+    step keeps for itself included}; nothing of a CPU."""
     if device.type != 'cuda':
         return {}
-    peak = torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     return {'speed/memory_gigabytes': peak / 1e9}
 

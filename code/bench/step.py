@@ -3,8 +3,9 @@
     python3 bench/step.py
 
 Case step: the cifar10 preset's ResNet-18 (batch 64 on a CPU, 512 on a GPU); step_demo: the demo's network, so small
-that everything else shows. Ours takes whole uint8 images on the device, makes its views anew at every step, and is what
-train does, on a GPU recorded where that pays (graph.py).
+that everything else shows; step_imagenet, on a GPU of 70 GB and more: ResNet-50 at 224 px, batch 512. Ours takes whole
+uint8 images on the device, makes its views anew at every step, and is what train does, on a GPU recorded where that
+pays (graph.py).
 """
 
 import torch
@@ -42,6 +43,8 @@ def measure(preset, batch_size, side, steps):
 def main():
     what = 'FLOPs of the network / the rate of a large matrix product'
     cases = {'step': measure('cifar10', 64, 32, 6), 'step_demo': measure('demo', 64, 48, 40)}
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 7e10:
+        cases['step_imagenet'] = measure('imagenet', 256, 256, 10)
     show(cases, dict.fromkeys(cases, what))
 
 
