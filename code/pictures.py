@@ -105,10 +105,11 @@ def chart(axes, panel):
     axes.set_title(literal(panel.title))
     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axes.set_xlabel(panel.across, loc='right')
-    for name, line in panel.lines:
+    for i, (name, line) in enumerate(panel.lines):
         if line:
-            few = len(line) <= 30
-            axes.plot(*zip(*line, strict=True), label=literal(name), marker='o' if few else None, clip_on=False)
+            marker = MARKERS[i // len(COLOURS) % len(MARKERS)] if len(line) <= 30 else None
+            colour, style = COLOURS[i % len(COLOURS)], '-' if i < len(COLOURS) else '--'
+            axes.plot(*zip(*line, strict=True), style, color=colour, marker=marker, label=literal(name), clip_on=False)
     if not any(line for _, line in panel.lines):
         axes.text(0.05, 0.9, 'not measured', transform=axes.transAxes)
     if panel.bounds:
