@@ -27,6 +27,24 @@ ALONE = (
     'select',
     'runs',
 )  # commands that have no work for several processes
+WRITES = {'infer': '.csv', 'runs': '.csv', 'select': '.csv', 'report': '.html'}
+# Of files that hold something else than what a command writes; any other name is anybody's.
+KNOWN_ENDINGS = [
+    '.csv',
+    '.html',
+    '.jpg',
+    '.json',
+    '.jsonl',
+    '.npy',
+    '.npz',
+    '.parquet',
+    '.pdf',
+    '.png',
+    '.pth',
+    '.tsv',
+    '.xls',
+    '.xlsx',
+]
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
@@ -92,6 +110,9 @@ def read_options(command, words, options):
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     if args.output and command != 'pack' and path_of(args.output).is_dir():
         raise UserError(f'--output={args.output} is a folder: name a file in it')
+    ending, written = path_of(args.output).suffix.lower(), WRITES.get(command)
+    if written and ending in KNOWN_ENDINGS and ending != written:
+        raise UserError(f'--output={args.output}: {command} writes a {written}, and nothing else')
     for name in unused(args, command) if speaks() else ():
         complain('warning', f'--{name} has no effect on {command}')
     return args

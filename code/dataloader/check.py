@@ -24,13 +24,14 @@ def check_dataloader(args):
     """
     root = path_of(args.image_path)
     use_device(args)
-    unreadable, read = read_all(args)
+    parts = parts_of(args)
+    unreadable, read = read_all(parts)
     if unreadable and args.bad_images == 'error':
         raise WorkError(
             f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
             'them, or --bad_images=skip leaves them out'
         )
-    iterators = get_iterator(args)
+    iterators = get_iterator(args, parts)
     say(f'{shown(root)}, ' + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out'))
     for name, batches in iterators.items():
         if batches is None:
@@ -50,10 +51,10 @@ def check_dataloader(args):
     say(f'the two views of {len(views[0])} images: {shown(path)}')
 
 
-def read_all(args):
+def read_all(parts):
     """(images that cannot be read, images), after saying which, and what else lies there."""
     unreadable = read = 0
-    for name, part in parts_of(args).items():
+    for name, part in parts.items():
         if not isinstance(part.store, Memory):
             _, errors = decode_all(part.store, f'reading {name}', keep=False)
             for error in errors:

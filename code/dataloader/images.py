@@ -25,6 +25,7 @@ warnings.filterwarnings('ignore', module=r'PIL\.')  # what Pillow thinks of dama
 logging.getLogger('PIL').addHandler(logging.NullHandler())  # it also says those, and they are raised
 # Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
 NOT_READ = ('MPEG', 'EPS')
+SAMPLE_FORMAT = 339  # TIFF's tag: 1 or none for unsigned numbers
 WHITE = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless --pixel_max says another
 
 
@@ -106,7 +107,7 @@ def converted(image, white):
     kind = 'I' if image.mode.startswith('I') else image.mode
     if kind in WHITE:
         white = white or WHITE[kind]
-        levels = np.nan_to_num(np.asarray(image).astype(np.float32)).clip(0, white)
+        levels = np.nan_to_num(levels_of(image).astype(np.float32)).clip(0, white)
         levels = (levels / white * 255).round()
         image = Image.fromarray(levels.astype(np.uint8))
     elif image.mode == 'P' and 'transparency' in image.info:
@@ -118,6 +119,13 @@ def converted(image, white):
             image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB'
         )
     return image.convert('RGB')
+
+
+def levels_of(image):
+    """The pixels of an image of more than 8 bits; Pillow takes a TIFF's unsigned 32 bits for signed ones."""
+    levels, tags = np.asarray(image), getattr(image, 'tag_v2', None)
+    unsigned = tags is not None and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
+    return levels.view(np.uint32) if unsigned and levels.dtype == np.int32 else levels
 
 
 def shrink(image, factor):

@@ -31,14 +31,14 @@ from utils import get_device, prepare_batch
 LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte
 
 
-def get_iterator(args):
+def get_iterator(args, parts=None):
     """The batches of {'train', 'val', 'test'}: DataLoaders of (images, labels), for utils.prepare_batch.
 
     train: shuffled, two crops of each image; val and test: in order, every image once; val is None where there is none,
     test is val where there is none. `.dataset` is the split's Images. Raises UserError for what layout.py cannot make
-    splits of, WorkError for images that cannot be read.
+    splits of, WorkError for images that cannot be read. parts: of parts_of, where that was asked already.
     """
-    splits = load_splits(args)
+    splits = load_splits(args, parts)
     train = splits['train']
     if len(train) < args.batch_size:
         size = 2 ** (len(train).bit_length() - 1)
@@ -114,18 +114,17 @@ def arrived(tensors, copied):
     return tensors
 
 
-def load_splits(args):
+def load_splits(args, parts=None):
     """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing.
 
     Of several processes the first of a machine draws, fetches, indexes and decodes what is kept for the others.
     """
     with in_turn():
-        return splits_of(args)
+        return splits_of(args, parts or parts_of(args))
 
 
-def splits_of(args):
+def splits_of(args, parts):
     """load_splits, by each process for itself."""
-    parts = parts_of(args)
     train, val = parts['train'], parts.get('val')
     # The classes are train's; where train has none, val's: pretraining needs no label.
     classes = train.classes or (val.classes if val else [])

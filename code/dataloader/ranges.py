@@ -3,7 +3,7 @@
 import numpy as np
 
 from config import WorkError
-from dataloader.images import WHITE, rgb
+from dataloader.images import WHITE, levels_of, rgb
 from terminal import complain, hushed
 
 SAMPLE = 64  # images that are looked at
@@ -28,7 +28,7 @@ def looked_at(store, rows, white):
                 with store.opened(int(row)) as image:
                     kind = 'I' if image.mode.startswith('I') else image.mode
                     if kind in WHITE:
-                        levels = np.asarray(image).astype(np.float64)
+                        levels = levels_of(image).astype(np.float64)
                         levels = levels[np.isfinite(levels)] if np.isfinite(levels).any() else np.zeros(1)
                         deep.append((kind, np.quantile(levels, 1 - SHARE), np.quantile(levels, SHARE)))
                     grey.append(np.quantile(np.asarray(rgb(image, white)), SHARE))

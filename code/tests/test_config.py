@@ -56,6 +56,15 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(argument, said, capsys):
     assert said in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ('command', 'name'), [('infer', 'a.parquet'), ('infer', 'a.JSON'), ('runs', 'a.xlsx'), ('report', 'a.csv')]
+)
+def test_a_file_of_another_kind_is_not_written(command, name, tmp_path, capsys):
+    assert cli.main([command, f'--output={tmp_path / name}']) == 2
+    assert f'{name}: {command} writes a .' in one_line(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_command(capsys):
     assert cli.main(['trian']) == 2
     assert 'did you mean train?' in one_line(capsys.readouterr().err)

@@ -174,11 +174,12 @@ def test_it_trains_and_is_judged(tmp_path):
     assert 'the kNN monitor is off' in done.stdout
 
 
-def test_lists(drawn, tmp_path):
+def test_lists(drawn, tmp_path, capsys):
     """A path a line, a class after a tab; relative to the list, or absolute; byte order mark, blank lines, CR LF."""
     files = sorted((drawn / 'train').rglob('*.png'))[::7]
-    shutil.copy(files[0], tmp_path / 'here.png')
-    lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', f'{files[1]}']
+    for name in ('here.png', 'there.png'):
+        shutil.copy(files[0], tmp_path / name)
+    lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', 'there.png']
     (tmp_path / 'mine.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
     part = layout.whole(tmp_path / 'mine.txt', tmp_path, None)
     assert part.classes == ['checks', 'dots', 'stripes']
@@ -189,10 +190,23 @@ def test_lists(drawn, tmp_path):
     ]
     splits = load_splits(options(tmp_path / 'mine.txt'))
     assert (len(splits['train']), len(splits['val'])) == (len(files) + 2 - 3, 3)
+    assert capsys.readouterr().err == ''
     (tmp_path / 'train.txt').write_text('\n'.join(map(str, files)))
     (tmp_path / 'val.txt').write_text(str(files[0]))
     splits = load_splits(options(tmp_path))
     assert (len(splits['train']), len(splits['val'])) == (len(files), 1)
+
+
+def test_an_image_counts_once(drawn, tmp_path, capsys):
+    """However often, and by whatever path, a list names it: val would have what is trained on."""
+    files = sorted((drawn / 'train').rglob('*.png'))[:40]
+    again = [f'{file.parent}/../{file.parent.name}/./{file.name}' for file in files]
+    lines = [f'{file}\t{file.parent.name}' for file in files] + again + [f'{files[3]}\t{files[3].parent.name}']
+    (tmp_path / 'mine.txt').write_text('\n'.join(lines))
+    splits = load_splits(options(tmp_path / 'mine.txt'))
+    names = [os.path.realpath(name) for split in ('train', 'val') for name in splits[split].names]
+    assert len(names) == len({*names}) == len(files)
+    assert '41 lines of' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -205,10 +219,13 @@ def test_lists(drawn, tmp_path):
         ('a\0b.png', 'is no list of paths'),
         ('.', 'which is no file'),
         ('x' * 5000, 'is no list of paths'),
+        ('mine.txt\ta\nmine.txt\tb', 'mine.txt in two classes, a and b: leave one line out'),
+        ('mine.txt\ta\n./mine.txt\tb', './mine.txt in two classes'),
+        ('mine.txt\n'.encode('utf-16'), 'is in UTF-16: save it as UTF-8'),
     ],
 )
 def test_lists_that_cannot_work(text, said, tmp_path):
-    (tmp_path / 'mine.txt').write_text(text)
+    (tmp_path / 'mine.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         load_splits(options(tmp_path / 'mine.txt'))
 
@@ -284,6 +301,12 @@ def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
     ) in done.stdout
     assert 'not gone into: dots/@eaDir/, stripes/up/ (a link to a folder that holds it)' in done.stdout
     assert 'train  72 images' in done.stdout
+    (folder / 'beside').mkdir()
+    shutil.rmtree(folder / 'val')
+    said = run('check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}', *own_paths(tmp_path))
+    lines = (said.stdout + said.stderr).splitlines()
+    assert any('has no val' in line for line in lines)
+    assert len({*lines}) == len(lines)
 
 
 @pytest.mark.parametrize('target', ['..', '../..', '.', '../../..', '../dots/../../train'])

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from config import WorkError
 from conftest import TINY, own_paths, run
 from dataloader.images import decode
-from dataloader.ranges import judged
+from dataloader.names import Names
+from dataloader.ranges import judged, looked_at
+from dataloader.stores.files import Files
 
 # Of each mode: how to make a picture of it, the value that --pixel_max names (0: none), the grey level of it in RGB.
 DEEP = [
@@ -43,6 +46,20 @@ def test_more_than_eight_bits(kind, value, white, grey, tmp_path):
     image = decode(tmp_path / 'deep.tiff', white=white)
     assert (image.mode, image.size) == ('RGB', (8, 6))
     assert np.unique(np.asarray(image)).tolist() == [grey]
+
+
+@pytest.mark.parametrize(
+    ('value', 'white', 'grey'), [(0, 0, 0), (65535, 0, 255), (2**31 + 5, 0, 255), (2**31, 2**32 - 1, 128)]
+)
+def test_unsigned_32_bits(value, white, grey, tmp_path):
+    """Which Pillow reads, as signed ones, and does not write."""
+    tags = {256: 4, 257: 4, 258: 32, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 4, 279: 64}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, number) for tag, number in tags.items())
+    head = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
+    (tmp_path / 'deep.tiff').write_bytes(head + entries + bytes(4) + 16 * struct.pack('<I', value))
+    assert np.unique(np.asarray(decode(tmp_path / 'deep.tiff', white=white))).tolist() == [grey]
+    _, deep = looked_at(Files(tmp_path, Names(['deep.tiff'])), [0], white)
+    assert deep == [('I', value, value)]
 
 
 @pytest.mark.parametrize('mode', ['I;16B', 'I;16'])
