@@ -29,22 +29,7 @@ ALONE = (
 )  # commands that have no work for several processes
 WRITES = {'infer': '.csv', 'runs': '.csv', 'select': '.csv', 'report': '.html'}
 # Of files that hold something else than what a command writes; any other name is anybody's.
-KNOWN_ENDINGS = [
-    '.csv',
-    '.html',
-    '.jpg',
-    '.json',
-    '.jsonl',
-    '.npy',
-    '.npz',
-    '.parquet',
-    '.pdf',
-    '.png',
-    '.pth',
-    '.tsv',
-    '.xls',
-    '.xlsx',
-]
+KNOWN_ENDINGS = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
