@@ -62,7 +62,8 @@ def train(args):
         say(f'pretraining done in {duration(time.time() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
     result = evaluate_model(args, state.model, watch.splits, about) if args.evaluate_after else None
-    say(summary(args, run, result))
+    judged = iterators['val'] and iterators['val'].dataset.classes
+    say(summary(args, run, result, '' if judged else ' --protocol=spectrum'))
     return run.path
 
 
@@ -312,8 +313,8 @@ def save_on_the_way_out(run, state, end):
     raise stop.Stopped(end.number, f'{name}: saved {run.where(state)}; {goes_on}')
 
 
-def summary(args, run, result):
-    """The last lines of a run: what came out, where it is, what to do next."""
+def summary(args, run, result, protocol):
+    """The last lines of a run: what came out, where it is, what to do next. protocol: an option of evaluate, or ''."""
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
@@ -323,7 +324,7 @@ def summary(args, run, result):
         lines.append(f'result       {run.folder / result["file"]}')
     name += ''.join(f' --{path}={getattr(args, path)}' for path in ('ckpt_path', 'log_path') if path in args.given)
     if not result:
-        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}')
+        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{protocol}')
     elif args.preset != 'demo':
         lines.append(f'next         python3 cli.py infer --ckpt_name={name}')
     else:

@@ -69,11 +69,14 @@ def typicality(x):
     return cosine[:, 1:].mean(1)  # the first is the row itself
 
 
+def with_the_mean(x):
+    """Directions, N x d, and one number more: 1 for rows at the mean, that have none and are one another's doubles."""
+    return torch.cat((x, (~x.any(1, keepdim=True)).to(x)), 1)
+
+
 def near_pairs(x, least):
     """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first."""
-    x = directions(x)
-    mean = (~x.any(1, keepdim=True)).to(x)  # rows at the mean are one another's doubles
-    x = torch.cat((x, mean), 1)
+    x = with_the_mean(directions(x))
     found, values = [], []
     for start in range(0, len(x), 1024):
         cosine = x[start : start + 1024] @ x.T
@@ -88,6 +91,6 @@ def near_pairs(x, least):
 
 def oddest(x, count):
     """(the `count` rows that are farthest from their neighbours, how near those are), the oddest first."""
-    near = typicality(directions(x))
+    near = typicality(with_the_mean(directions(x)))
     values, rows = near.sort()
     return rows[:count].cpu(), values[:count].cpu()

@@ -352,6 +352,8 @@ def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys)
         shutil.copy(file, tmp_path / f'set/train/{number}.png')
     done = train(tmp_path, tmp_path / 'set')
     assert f'the kNN monitor is off: {tmp_path}/set/train has no classes' in done.stdout
+    (following,) = re.findall(r'next +python3 cli.py (evaluate .*)', done.stdout)
+    assert following.endswith(' --protocol=spectrum')
     assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path)]) == 2
     assert 'evaluate needs labels' in one_line(capsys.readouterr().err)
     lines = read_metrics(tmp_path / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')

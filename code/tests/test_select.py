@@ -126,3 +126,9 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
     assert '--count=100000' in one_line(capsys.readouterr().err)
     assert cli.main(['select', *paths]) == 2
     assert 'the newest is --ckpt_name=' in one_line(capsys.readouterr().err)
+
+
+def test_images_that_are_all_alike_are_not_odd():
+    """Nor are those that lie at the mean of the others."""
+    _, near = choose.oddest(torch.ones(6, 4), 3)
+    assert near.tolist() == pytest.approx([1.0, 1.0, 1.0])
