@@ -231,6 +231,17 @@ def test_the_map_by_keyboard(page, show):
     assert tab.locator('#tip').is_hidden()
 
 
+def test_what_is_wider_than_the_window_scrolls_by_keyboard(page, show):
+    tab = show(page, 360)
+    wide = [area for area in tab.locator('.scroll').all() if area.evaluate('x => x.scrollWidth > x.clientWidth')]
+    assert wide
+    for area in wide:
+        assert area.get_attribute('aria-label')
+        area.focus()
+        tab.keyboard.press('ArrowRight')
+        tab.wait_for_function('document.activeElement.scrollLeft > 0')
+
+
 def test_the_map_by_touch(page, show):
     tab, data = show(page, 360, has_touch=True), data_of(page.read_text())
     row = apart(tab, data)
