@@ -70,6 +70,8 @@ class Batches(torch.utils.data.DataLoader):
             for batch in batches:
                 yield raised(batch)
             return
+        if not again:
+            batches._workers_done_event = Over(batches._workers_done_event, batches._workers)
         if threading.current_thread() is threading.main_thread():
             # torch's own handler raises in the middle of whatever is done when a process ends; here it is noticed when
             # its batch is waited for.
@@ -90,6 +92,26 @@ class Batches(torch.utils.data.DataLoader):
                 raise
             finally:
                 batches._timeout = CHECK
+
+
+class Over:
+    """The event by which torch tells the processes that all is over. One that ended while it looked has left it locked:
+    to set it would take for ever then, and the others are ended in its place."""
+
+    def __init__(self, event, workers):
+        self.event, self.workers, self.done = event, workers, False
+
+    def is_set(self):
+        return self.done
+
+    def set(self):
+        self.done = True
+        if self.event._cond.acquire(timeout=CHECK):
+            self.event._cond.release()
+            self.event.set()
+        else:
+            for worker in self.workers:
+                worker.kill()
 
 
 class Watch(threading.Thread):

@@ -74,6 +74,30 @@ def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
     del iterator, loader
 
 
+def test_a_process_that_died_while_it_looked_whether_all_is_over(drawn_large):
+    """As one does, now and then, of a group that is ended by one signal: what it held it holds for ever."""
+    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
+    loader = get_iterator(args)['train']
+    iterator = iter(loader)
+    next(iterator)
+    under = loader._iterator
+    pids = [worker.pid for worker in under._workers]
+    assert under._workers_done_event.event._cond.acquire(timeout=5)
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        del iterator
+        under._shutdown_workers()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not any(os.path.exists(f'/proc/{pid}') for pid in pids)
+
+
+def too_late(*_):
+    raise TimeoutError
+
+
 def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
     """A batch that takes longer than several looks at the processes, and than the patience with idle ones."""
     monkeypatch.setattr(batches, 'CHECK', 0.2)
