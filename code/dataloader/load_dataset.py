@@ -67,9 +67,13 @@ def in_order(args, images):
     return batches(args, replace(images, views=0), shuffled=False)
 
 
-def shuffled_crops(args, images, drop_last):
-    """Batches for training with labels: one random resized and perhaps flipped crop of each image (AUGMENTATIONS)."""
+def shuffled_crops(args, images, drop_last, frozen=False):
+    """Batches for training with labels: one random resized and perhaps flipped crop of each image (AUGMENTATIONS).
+    frozen: they go through a network that is not trained, so many at once as `at_once` says where nothing is dropped.
+    """
     args = replace(args, augmentation='crop', blur_prob=0.0, augment_on='device')
+    if frozen and not drop_last:
+        args.batch_size = max(args.batch_size, at_once(images))
     return batches(args, replace(images, args=args, views=1), shuffled=True, drop_last=drop_last)
 
 
@@ -77,16 +81,21 @@ def batches(args, images, shuffled, drop_last=None):
     """A DataLoader of `images`; drop_last: by default where they are shuffled (Keys)."""
     drop_last, size = shuffled if drop_last is None else drop_last, args.batch_size
     workers = 0 if images.in_memory() else workers_for(args.num_workers)
-    on_gpu = images.pixels is not None and images.pixels.is_cuda
-    if on_gpu and not shuffled:  # a GPU is through with a few small images before the next are launched
-        size = max(size, LOOKED_AT // images.pixels[0, 0].numel())
+    size = size if shuffled else max(size, at_once(images))
     return Batches(
         images,
         workers,
         batch_sampler=Keys(len(images), size, args.random_seed, args.augmentation, shuffled, drop_last),
-        pin_memory=get_device(args).type == 'cuda' and not on_gpu,
+        pin_memory=get_device(args).type == 'cuda' and not at_once(images),
         persistent_workers=workers > 0 and shuffled,
     )
+
+
+def at_once(images):
+    """How many images that a GPU holds go through a network at once where none is trained, for it is through with a few
+    small ones before the next are launched; 0 of images that it does not hold."""
+    held = images.pixels is not None and images.pixels.is_cuda
+    return max(1, LOOKED_AT // images.pixels[0, 0].numel()) if held else 0
 
 
 def prepared(args, batches):

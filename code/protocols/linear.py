@@ -26,7 +26,8 @@ def linear(args, model, splits):
     train, val = labelled(splits['train']), splits['val']
     backbone, num_classes = model.backbone.eval(), len(val.classes)
     size = min(args.probe_batch_size or PROBE[args.probe_optimizer][1], len(train))
-    crops = shuffled_crops(args, train, drop_last=world() > 1)  # of several processes each has a part of every batch
+    # Of several processes each has a part of every batch.
+    crops = shuffled_crops(args, train, drop_last=world() > 1, frozen=True)
     if args.cache_features:
         pairs_of = cached_features(args, backbone, crops, size)
     else:

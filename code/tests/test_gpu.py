@@ -7,6 +7,7 @@ through the network on a GPU (autograd wants a real one). Tests of these want a 
 """
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import utils
 from ckpt import new_model
 from config import AUGMENTATIONS, UserError, get_config
 from conftest import TINY, own_paths, run
-from dataloader import vision
+from dataloader import load_dataset, vision
 from dataloader.batches import workers_for
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
@@ -95,6 +96,12 @@ def test_knn_stays_on_the_gpu(no_content):
     labels = torch.zeros(80, dtype=torch.int64, device=GPU)
     scores = votes(found.cosine, labels[found.rows], 7, 0.1)
     assert (scores.shape, scores.device) == ((30, 7), GPU)
+
+
+@pytest.mark.parametrize(('side', 'device', 'many'), [(32, GPU, 3136), (224, GPU, 64), (4000, GPU, 1), (32, 'cpu', 0)])
+def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, device, many, no_content):
+    images = SimpleNamespace(pixels=torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+    assert load_dataset.at_once(images) == many
 
 
 def test_the_probe_waits_for_nothing(no_content):
