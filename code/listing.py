@@ -10,7 +10,7 @@ import sys
 
 from config import OPTIONS, UserError, path_of
 from records import csv_of, is_number, oldest_first, process_stat, put_aside, read_json, read_metrics
-from terminal import shown
+from terminal import aligned, cut
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
 # Columns that may be sorted by, and whether the largest comes first.
@@ -169,11 +169,8 @@ def ordered(rows, column):
 
 def as_text(rows, width):
     """Columns under their names; lines no longer than `width`, where there is one."""
-    rows = [{name: shown(cell) for name, cell in row.items()} for row in rows]
-    lines = [dict(zip(rows[0], rows[0], strict=True)), *rows]
-    sizes = {name: max(len(line[name]) for line in lines) for name in rows[0]}
-    text = ['  '.join(line[name].ljust(sizes[name]) for name in sizes).rstrip() for line in lines]
-    return '\n'.join(line if not width or len(line) <= width else line[: width - 1] + '…' for line in text)
+    text = aligned([[*rows[0]], *(row.values() for row in rows)])
+    return '\n'.join(line if not width else cut(line, width) for line in text)
 
 
 def difference(root, names, output=''):
@@ -190,12 +187,7 @@ def difference(root, names, output=''):
         (name, *(row[name] for row in rows)) for name in COLUMNS if name != 'run' and rows[0][name] != rows[1][name]
     ]
     lines = [('', *names), *found]
-    sizes = [max(len(line[column]) for line in lines) for column in range(3)]
-    print(
-        '\n'.join(
-            '  '.join(cell.ljust(size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines
-        )
-    )
+    print('\n'.join(aligned(lines)))
     if output:
         write_table(path_of(output), [('option', *names), *found])
     return found

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import unicodedata
 
 COLOURS = {'error': 31, 'warning': 33}
 logging.getLogger('matplotlib').setLevel(logging.ERROR)  # before its import: where it keeps fonts is nobody's concern
@@ -20,6 +21,31 @@ def complain(kind, line):
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
         text = f'\033[{COLOURS[kind]}m{text}\033[0m'
     print(text, file=sys.stderr, flush=True)
+
+
+def aligned(rows):
+    """Rows of as many cells each as lines of columns: what is no text escaped, wide letters (Chinese, Japanese, Korean)
+    taken for two."""
+    rows = [[shown(cell) for cell in row] for row in rows]
+    sizes = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    return [
+        '  '.join(cell + ' ' * (size - cells(cell)) for cell, size in zip(row, sizes, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def cut(line, width):
+    """A line, of one that is wider than a terminal the beginning."""
+    if cells(line) <= width:
+        return line
+    while cells(line) > width - 1:
+        line = line[:-1]
+    return line + '…'
+
+
+def cells(text):
+    """How many of a terminal's cells a text takes."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF') for c in text)
 
 
 def shown(path):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import cli
 import listing
 import results
+import terminal
 import verdict
 from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths
@@ -274,3 +275,14 @@ def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
     (folder / 'run.json').write_text('[' * 100_000)
     assert cli.main(['runs', f'--ckpt_path={tmp_path}/ckpt']) == 0
     assert 'a' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['run', 'ナイキ_ckpt_0', '가방', 'e\u0301te\u0301', '照片\n照片', '', '🙂'])
+def test_columns_stand_below_one_another(name):
+    """In cells of a terminal, of which a wide letter takes two and an accent of its own none."""
+    lines = terminal.aligned([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
+    assert len(lines) == 3
+    places = [terminal.cells(line[: line.rindex(last)]) for line, last in zip(lines, ('epoch', '7', '12'), strict=True)]
+    assert places == [22, 22, 22]
+    for width in (5, 11, 30):
+        assert all(terminal.cells(terminal.cut(line, width)) <= width for line in lines)
