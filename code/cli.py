@@ -27,7 +27,7 @@ ALONE = (
     'select',
     'runs',
 )  # commands that have no work for several processes
-WRITES = {'infer': '.csv', 'runs': '.csv', 'select': '.csv', 'report': '.html'}
+WRITES = {'infer': '.csv', 'runs': '.csv', 'report': '.html'}
 # Of files that hold something else than what a command writes; any other name is anybody's.
 KNOWN_ENDINGS = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
 # The module that holds the function of a command's name, and what it is for in a line.
@@ -93,14 +93,20 @@ def read_options(command, words, options):
     if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
         there = 'there' if args.preset == 'imagenet' else 'not there'
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
-    if args.output and command != 'pack' and path_of(args.output).is_dir():
-        raise UserError(f'--output={args.output} is a folder: name a file in it')
-    ending, written = path_of(args.output).suffix.lower(), WRITES.get(command)
-    if written and ending in KNOWN_ENDINGS and ending != written:
-        raise UserError(f'--output={args.output}: {command} writes a {written}, and nothing else')
+    if args.output and command != 'pack':
+        check_output(args.output, command)
     for name in unused(args, command) if speaks() else ():
         complain('warning', f'--{name} has no effect on {command}')
     return args
+
+
+def check_output(output, command):
+    """Raise UserError where --output names no file, or, of a command in WRITES, a file of another kind."""
+    path, written = path_of(output), WRITES.get(command)
+    if path.is_dir():
+        raise UserError(f'--output={output} is a folder: name a file in it')
+    if written and path.suffix.lower() in {*KNOWN_ENDINGS} - {written}:
+        raise UserError(f'--output={output}: {command} writes a {written}, and nothing else')
 
 
 def check_values(words):

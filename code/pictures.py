@@ -35,7 +35,6 @@ matplotlib.rcParams.update(
         'axes.axisbelow': True,
         'axes.edgecolor': INK,
         'axes.labelcolor': INK,
-        'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
         'grid.color': GRID,
         'legend.frameon': False,
         'lines.linewidth': 2,

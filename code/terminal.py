@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import sys
@@ -38,13 +39,14 @@ def cut(line, width):
     """A line, of one that is wider than a terminal the beginning."""
     if cells(line) <= width:
         return line
-    while cells(line) > width - 1:
-        line = line[:-1]
-    return line + '…'
+    ends = itertools.accumulate(map(cells, line))
+    return line[: sum(end < width for end in ends)] + '…'
 
 
 def cells(text):
     """How many of a terminal's cells a text takes."""
+    if text.isascii():
+        return len(text)
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF') for c in text)
 
 

@@ -18,7 +18,7 @@ from ckpt import get_model_ckpt
 from config import ROOT, WORTH_COMPILING, UserError, changed, idle, path_of
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
-from evaluate import evaluate_model, splits_for
+from evaluate import evaluate_model, splits_for, why_no_labels
 from graph import Recorded, use_graph
 from logger import duration, log_to, say
 from loss.negative_cosine import simsiam_loss
@@ -62,8 +62,7 @@ def train(args):
         say(f'pretraining done in {duration(time.time() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
     result = evaluate_model(args, state.model, watch.splits, about) if args.evaluate_after else None
-    judged = iterators['val'] and iterators['val'].dataset.classes
-    say(summary(args, run, result, '' if judged else ' --protocol=spectrum'))
+    say(summary(args, run, result, ' --protocol=spectrum' if why_no_labels(watch.splits) else ''))
     return run.path
 
 

@@ -44,7 +44,7 @@ def main():
     what = 'FLOPs of the network / the rate of a large matrix product'
     cases = {'step': measure('cifar10', 64, 32, 6), 'step_demo': measure('demo', 64, 48, 40)}
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[1] > 7e10:
-        cases['step_imagenet'] = measure('imagenet', 256, 256, 10)
+        cases['step_imagenet'] = measure('imagenet', 512, 256, 50)
     show(cases, dict.fromkeys(cases, what))
 
 

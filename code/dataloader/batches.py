@@ -55,13 +55,11 @@ class Batches(torch.utils.data.DataLoader):
 
     def place(self):
         """Where the images are, in words."""
-        if not self.num_workers:
-            return (
-                'read as they come'
-                if not self.dataset.in_memory()
-                else ('held on the GPU' if self.dataset.pixels.is_cuda else 'held in memory')
-            )
-        return f'read by {self.num_workers} workers'
+        if self.num_workers:
+            return f'read by {self.num_workers} workers'
+        if not self.dataset.in_memory():
+            return 'read as they come'
+        return 'held on the GPU' if self.dataset.on_gpu() else 'held in memory'
 
     def __iter__(self):
         again = self.num_workers and self._iterator

@@ -86,7 +86,7 @@ def batches(args, images, shuffled, drop_last=None):
         images,
         workers,
         batch_sampler=Keys(len(images), size, args.random_seed, args.augmentation, shuffled, drop_last),
-        pin_memory=get_device(args).type == 'cuda' and not at_once(images),
+        pin_memory=get_device(args).type == 'cuda' and not images.on_gpu(),
         persistent_workers=workers > 0 and shuffled,
     )
 
@@ -94,8 +94,7 @@ def batches(args, images, shuffled, drop_last=None):
 def at_once(images):
     """How many images that a GPU holds go through a network at once where none is trained, for it is through with a few
     small ones before the next are launched; 0 of images that it does not hold."""
-    held = images.pixels is not None and images.pixels.is_cuda
-    return max(1, LOOKED_AT // images.pixels[0, 0].numel()) if held else 0
+    return max(1, LOOKED_AT // images.pixels[0, 0].numel()) if images.on_gpu() else 0
 
 
 def prepared(args, batches):

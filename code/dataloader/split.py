@@ -56,6 +56,9 @@ class Images(torch.utils.data.Dataset):
         """Whether batches are whole images, distorted on the device."""
         return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
 
+    def on_gpu(self):
+        return self.pixels is not None and self.pixels.is_cuda
+
     def read(self, index, seed, augmentation):
         """One image: 1 x 3 x S x S uint8, the view for evaluation, or views x 3 x S x S, random crops or views."""
         args = self.args

@@ -7,7 +7,6 @@ through the network on a GPU (autograd wants a real one). Tests of these want a 
 """
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,8 @@ from config import AUGMENTATIONS, UserError, get_config
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
 from dataloader.batches import workers_for
+from dataloader.split import Images
+from dataloader.stores.memory import Memory
 from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from metric.knn import Nearest, votes
@@ -100,7 +101,8 @@ def test_knn_stays_on_the_gpu(no_content):
 
 @pytest.mark.parametrize(('side', 'device', 'many'), [(32, GPU, 3136), (224, GPU, 64), (4000, GPU, 1), (32, 'cpu', 0)])
 def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, device, many, no_content):
-    images = SimpleNamespace(pixels=torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device))
+    pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
+    images = Images(get_config(), None, Memory([], pixels), torch.zeros(2), [])
     assert load_dataset.at_once(images) == many
 
 
@@ -420,21 +422,21 @@ def test_views_on_a_gpu_are_the_cpus():
 @pytest.mark.parametrize('compiled', [False, True])
 def test_bn_shared_by_nccl_is_bn(compiled):
     """One process among itself, in float32: what NCCL sums in a step, in one compiled graph or not, is what it was."""
+
+    def shared(step, model, _):
+        distributed.share_statistics(model)
+        if compiled:
+            model.compile(fullgraph=True)
+        return step
+
     torch._dynamo.reset()
     plain, _ = losses_of(6, rising, plainly)
     dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1, device_id=GPU)
     try:
-        found, _ = losses_of(6, rising, lambda step, model, _: shared_in(model, compiled) and step)
+        found, _ = losses_of(6, rising, shared)
     finally:
         dist.destroy_process_group()
     assert found == pytest.approx(plain, abs=5e-3)
-
-
-def shared_in(model, compiled):
-    distributed.share_statistics(model)
-    if compiled:
-        model.compile(fullgraph=True)
-    return model
 
 
 @needs_gpu

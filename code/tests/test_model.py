@@ -207,7 +207,7 @@ def test_the_readmes_import():
     assert {tuple(t.shape) for t in (p1, p2, z1, z2)} == {(6, 12)}
 
 
-def pretrain(stop_gradient, steps=110, n=512):
+def pretrain(stop_gradient, steps=150, n=512):
     """(loss, std) of every step of one short run on the demo's drawings, with stop-gradient or without."""
     generator = torch.Generator().manual_seed(0)
     images = torch.stack([demo.draw(demo.KINDS[i % 10], generator) for i in range(n)])
@@ -237,7 +237,7 @@ def test_without_stop_gradient_the_run_collapses_and_with_it_not():
     that std x sqrt(d) can fall to about 2 / sqrt(n) = 0.09, all images but one alike, and no further."""
     with_stop, without = pretrain(True), pretrain(False)
     loss, std = np.array(without[-20:]).mean(0)
-    assert (loss < -0.9, std < 0.5) == (True, True), (loss, std)
+    assert (loss < -0.94, std < 0.32) == (True, True), (loss, std)
     loss, std = np.array(with_stop[-20:]).mean(0)
     assert (loss > -0.8, std > 0.9) == (True, True), (loss, std)
     assert min(std for _, std in with_stop) > 0.9
