@@ -1,6 +1,7 @@
 """Run folders: <ckpt_path>/model_name_<model_name>_ckpt_<number>, with a run's checkpoints (ckpt.py), run.json, log.txt
 and results."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -105,17 +106,19 @@ def find_run(args, name):
 
 
 def new_run(args):
-    """Make the next free run folder and return its path."""
-    root = path_of(args.ckpt_path)
+    """Make the next free run folder and return its path. A log of that name takes the number, too, that of a run which
+    was deleted or lies elsewhere: its curves would be the new one's.
+    """
+    root, logs = path_of(args.ckpt_path), path_of(args.log_path)
     root.mkdir(parents=True, exist_ok=True)
     number = max((int(run.name.rsplit('_', 1)[1]) for run in runs(args)), default=-1) + 1
     while True:
         run = root / f'model_name_{args.model_name}_ckpt_{number}'
-        try:
-            run.mkdir()
-            return run
-        except FileExistsError:  # another run started at the same moment
-            number += 1
+        number += 1
+        with contextlib.suppress(FileExistsError):  # another run started at the same moment
+            if not (logs / run.name).exists():
+                run.mkdir()
+                return run
 
 
 def gone_on_with(args, checkpoint, state):

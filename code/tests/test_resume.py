@@ -22,6 +22,7 @@ from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from records import read_metrics
+from runs import new_run
 from state import restore_rng, rng_states
 from test_cli import same
 from train import train_step
@@ -336,3 +337,11 @@ def test_a_worker_that_dies_is_one_line(drawn_large, tmp_path):
         time.sleep(0.01)
     errors = kill_a_worker(process)
     assert 'a process that reads images was ended by SIGKILL' in one_line(errors)
+
+
+def test_a_new_run_does_not_write_into_the_log_of_another(tmp_path):
+    """Of one that was deleted, or whose checkpoints lie elsewhere."""
+    args = get_config(ckpt_path=str(tmp_path / 'ckpt'), log_path=str(tmp_path / 'log'))
+    (tmp_path / 'log/model_name_simsiam_ckpt_0').mkdir(parents=True)
+    (tmp_path / 'log/model_name_simsiam_ckpt_2').mkdir()
+    assert [new_run(args).name for _ in range(3)] == [f'model_name_simsiam_ckpt_{i}' for i in (1, 3, 4)]

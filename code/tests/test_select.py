@@ -99,7 +99,7 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
     shutil.copy(first, other / 'copy.png')
     shutil.copy(second, folder / 'val' / second.parent.name / 'leak.png')
     paths = own_paths(tmp_path, 'ckpt', 'cache')
-    assert cli.main(['train', *TINY, '--max_epochs=1', f'--image_path={folder}', *paths]) == 0
+    assert cli.main(['train', *TINY, '--max_epochs=1', f'--image_path={folder}', *own_paths(tmp_path)]) == 0
     options = [f'--ckpt_name={RUN}', *paths, f'--output={tmp_path}/out/chosen.csv', '--duplicates=0.9999']
     assert cli.main(['select', *options, '--count=7']) == 0
     said = capsys.readouterr().out
