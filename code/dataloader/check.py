@@ -1,5 +1,6 @@
 """check_dataloader: is every image readable, what lies beside the images, and what do the batches look like?"""
 
+import hashlib
 import time
 
 import torch
@@ -7,11 +8,10 @@ import torch
 from config import WorkError, path_of
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, parts_of
-from dataloader.prepare import decode_all
+from dataloader.prepare import each
 from dataloader.ranges import warn_of_range
-from dataloader.stores.memory import Memory
 from logger import say
-from terminal import shown
+from terminal import complain, shown
 from utils import prepare_batch, random_from, use_device
 
 SECONDS = 5  # to time the batches of a split for
@@ -52,18 +52,35 @@ def check_dataloader(args):
 
 
 def read_all(parts):
-    """(images that cannot be read, images), after saying which, and what else lies there."""
+    """(images that cannot be read, images), after saying which, which are there twice, and what else lies there."""
     unreadable = read = 0
-    for name, part in parts.items():
-        if not isinstance(part.store, Memory):
-            _, errors = decode_all(part.store, f'reading {name}', keep=False)
-            for error in errors:
-                say(str(error))
-            unreadable += len(errors)
-        read += len(part.labels)
+    trained_on = {}  # digest to the image's name
+    for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
+        digests = [*each(part.store, f'reading {name}', digest)]
+        for error in [found for found in digests if isinstance(found, WorkError)]:
+            digests[error.row] = None
+            say(str(error))
+            unreadable += 1
+        read += len(digests)
         for line in beside(part):
             say(f'{name:5}  {line}')
+        if name == 'train':
+            trained_on = {known: row for row, known in enumerate(digests) if known}
+            if twice := len([*filter(None, digests)]) - len(trained_on):
+                say(f'train  {twice} images are there once more: the same pixels in another file')
+        elif same := [row for row, known in enumerate(digests) if known in trained_on]:
+            other = parts['train'].store.names[trained_on[digests[same[0]]]]
+            complain(
+                'warning',
+                f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: what is judged '
+                f'on them was learned. The first is {shown(part.store.names[same[0]])}, in train {shown(other)}',
+            )
     return unreadable, read
+
+
+def digest(image):
+    """What two images have in common that have the same pixels: 8 bytes."""
+    return hashlib.blake2b(image.tobytes(), key=b'%d %d' % image.size, digest_size=8).digest()
 
 
 def beside(part):

@@ -18,7 +18,7 @@ from config import ROOT, UserError, path_of
 from dataloader import demo, layout, prepare
 from dataloader.batches import Batches, workers_for
 from dataloader.keys import Keys
-from dataloader.part import hold_out
+from dataloader.part import hold_out, warn_of_shared
 from dataloader.scan import beside
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
@@ -199,6 +199,7 @@ def parts_of(args):
                 f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
                 f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})'
             )
+    warn_of_shared(parts)
     return parts
 
 

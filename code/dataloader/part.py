@@ -1,6 +1,7 @@
 """A split before an image of it is opened: where its images come from, and the class of each."""
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from dataloader.stores.files import Files
+from distributed import rank
 from logger import say
-from terminal import shown
+from terminal import complain, shown
 
 PACKS = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
 HINTS = {  # of what lies in place of images
@@ -50,6 +53,36 @@ def hold_out(part, fraction):
     held[chosen] = True
     train, val = (part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
     return train, replace(val, share='held_out')
+
+
+def warn_of_shared(parts):
+    """Warn where another split has files of train: a link to its folder or to one of its classes, a line of its list.
+    That an image was copied is told by check_dataloader, which reads them all."""
+    train = places_of(parts['train'])
+    for name, part in parts.items():
+        if name != 'train' and not part.share and (same := sorted(places_of(part) & train)) and not rank():
+            more = f' and {len(same) - 1} more' if len(same) > 1 else ''
+            complain(
+                'warning',
+                f'{shown(part.where)} is of the same files as {shown(parts["train"].where)}, {shown(same[0])}{more}: '
+                'what is judged on them was learned',
+            )
+
+
+def places_of(part):
+    """What the files of a split cannot have in common with another's: its folders, or those that a list names."""
+    if not isinstance(part.store, Files):
+        return set()
+    top = os.fsencode(part.where)
+    if os.path.isdir(top):
+        return {os.path.realpath(os.path.join(top, name)) for name in [b'', *map(os.fsencode, part.classes)]}
+    real, found = {}, set()
+    for row in range(len(part.store.names)):
+        folder, name = os.path.split(os.path.join(part.store.folder, part.store.names.raw(row)))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        found.add(os.path.join(real[folder], name))
+    return found
 
 
 def part_of(where, found, store):

@@ -36,7 +36,7 @@ def hold_in_memory(store, where, wish, white, cache_path):
     pixels = cache.load(path, mark)
     if pixels is not None:
         return Memory(store.names, pixels)
-    images, errors = decode_all(store, f'reading {title_of(where)}', keep=True, white=white)
+    images, errors = decode_all(store, f'reading {title_of(where)}', white)
     if errors:
         more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
         raise WorkError(f'{errors[0]}{more}')
@@ -109,7 +109,7 @@ def readable(store, where, cache_path):
     before = bad
     if bad is None or bad:
         some = store if bad is None else store.select(torch.tensor(bad))
-        _, errors = decode_all(some, f'checking {title_of(where)}', keep=False)
+        errors = [found for found in each(some, f'checking {title_of(where)}', lambda _: None) if found]
         bad = [error.row if before is None else before[error.row] for error in errors]
     if bad != before:
         cache.keep(path, {'mark': mark, 'content': bad})
@@ -129,33 +129,40 @@ def readable(store, where, cache_path):
     return rows.nonzero()[:, 0]
 
 
-def decode_all(store, title, keep, white=0.0):
-    """Read every image. Returns (N x 3 x H x W uint8 or None, list of WorkErrors, each with the `row` of its image).
+def decode_all(store, title, white=0.0):
+    """Read every image. Returns (N x 3 x H x W uint8 or None, list of WorkErrors); (None, []) at the first image that
+    has another size than the others."""
+    kept, errors = None, []
+    for row, image in enumerate(each(store, title, lambda image: np.asarray(image).transpose(2, 0, 1), white)):
+        if isinstance(image, WorkError):
+            errors.append(image)
+            continue
+        if kept is None:
+            kept = np.empty((len(store.names), *image.shape), np.uint8)
+        if image.shape != kept.shape[1:]:
+            return None, []
+        kept[row] = image
+    return kept, errors
 
-    keep: keep the images, and stop with (None, []) at the first that has another size than the others.
+
+def each(store, title, made, white=0.0):
+    """Of each image in turn what `made` makes of it in RGB, or the WorkError, with its `row`, where it cannot be read.
+
+    made: called in threads.
     """
-    kept, errors, rows = None, [], range(len(store.names))
+    rows = range(len(store.names))
 
     def read(row):
         try:
             with store.opened(row) as image:
                 image = rgb(image, white)
-            return np.asarray(image).transpose(2, 0, 1) if keep else None
         except WorkError as error:
             error.row = row
             return error
+        return made(image)
 
     with ThreadPoolExecutor(cpu_count()) as pool, hushed():
-        for row, image in enumerate(progress(in_order_of(pool, read, rows), title, 'images', len(rows))):
-            if isinstance(image, WorkError):
-                errors.append(image)
-            elif keep:
-                if kept is None:
-                    kept = np.empty((len(rows), *image.shape), np.uint8)
-                if image.shape != kept.shape[1:]:
-                    return None, []
-                kept[row] = image
-    return kept, errors
+        yield from progress(in_order_of(pool, read, rows), title, 'images', len(rows))
 
 
 def in_order_of(pool, function, items, ahead=256):
