@@ -15,6 +15,7 @@ import subprocess
 import warnings
 from dataclasses import asdict
 
+import numpy as np
 import torch
 import torchvision
 
@@ -45,6 +46,13 @@ CARRIERS = (
     'ml_collections',
     'addict',
 )
+# What makes an array of NumPy, which some keep their weights as, by its names in NumPy 1 and 2.
+ARRAYS = [
+    *((np.empty(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(letter)) for letter in np.typecodes['All']),
+]
 SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
@@ -346,7 +354,10 @@ def load_file(path):
     inert = []
     while True:
         try:
-            with torch.serialization.safe_globals([(Inert, name) for name in inert]), warnings.catch_warnings():
+            with (
+                torch.serialization.safe_globals([*ARRAYS, *((Inert, name) for name in inert)]),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter('ignore')  # of TorchScript, of pickles: what follows says it
                 return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:

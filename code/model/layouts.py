@@ -6,6 +6,9 @@ the heads of another method), or it stands as it is and the strict load_state_di
 
 import re
 
+import numpy as np
+import torch
+
 BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenecks
     'resnet18': ((2, 2, 2, 2), False),
     'resnet34': ((3, 4, 6, 3), False),
@@ -82,7 +85,12 @@ def tensors_of(content):
             break
         content = inner
     items = content.items() if isinstance(content, dict) else ()
-    return {WRAPPERS.sub('', str(name)): value for name, value in items if hasattr(value, 'shape')}
+    return {WRAPPERS.sub('', str(name)): torch.as_tensor(value) for name, value in items if is_weight(value)}
+
+
+def is_weight(value):
+    """A tensor, or an array of numbers."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biuf')
 
 
 def of_backbone(name, prefix, sequential):

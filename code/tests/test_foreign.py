@@ -29,6 +29,10 @@ def named(prefix, model=None, **more):
     return state | {name.replace('__', '.'): torch.zeros(4, 3) for name in more}
 
 
+def arrays(state, kind=None):
+    return {name: value.numpy().astype(kind or value.numpy().dtype) for name, value in state.items()}
+
+
 def as_children(model):
     """lightly's backbone: a Sequential of all but the last child."""
     return nn.Sequential(*list(model.children())[:-1])
@@ -59,6 +63,12 @@ FILES = {
     'torch.compile in DDP': (lambda: {'model': named('module._orig_mod.')}, 'torchvision', False),
     'timm, without counters': (
         lambda: {name: value for name, value in named('').items() if 'num_batches' not in name},
+        'torchvision',
+        False,
+    ),
+    'arrays of NumPy': (lambda: {'state_dict': arrays(named('')), 'epoch': np.int64(3)}, 'torchvision', False),
+    'arrays of NumPy, in double precision, beside what is none of numbers': (
+        lambda: {'model': arrays(named('', queue=0), 'f8') | {'classes': np.array(['a', None]), 'of': np.array(['b'])}},
         'torchvision',
         False,
     ),
