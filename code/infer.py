@@ -1,5 +1,7 @@
 """Predict the class of every image of a folder with a checkpoint, as a CSV file: a submission."""
 
+import csv
+import io
 from dataclasses import replace
 
 import torch
@@ -45,7 +47,7 @@ def infer(args):
     scores, classes, how = predicted(args, checkpoint, backbone, features, wanted or path_of(args.image_path))
     best = scores.topk(min(5, len(classes)), dim=1)
     rows = [
-        (name, classes[top[0]], f'{share[0]:.4f}', ';'.join(classes[i] for i in top))
+        (name, classes[top[0]], f'{share[0]:.4f}', in_one_cell(classes[i] for i in top))
         for name, share, top in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     output = path_of(args.output or 'data/submission.csv')
@@ -64,6 +66,14 @@ def infer(args):
             save_picture(picture, path)
         say(f'their nearest training images: {path}')
     return output
+
+
+def in_one_cell(names):
+    """Names with ; between them; one that has such a letter itself stands in quotes: csv.reader([cell], delimiter=';')
+    gives them back."""
+    cell = io.StringIO()
+    csv.writer(cell, delimiter=';').writerow(names)
+    return cell.getvalue().removesuffix('\r\n')
 
 
 def predicted(args, checkpoint, backbone, features, where):

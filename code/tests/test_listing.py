@@ -1,6 +1,7 @@
 """The table of runs: what it says of each, by real runs and processes, and how fast."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import terminal
 import verdict
 from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths
+from infer import in_one_cell
 from records import as_json, read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
@@ -242,6 +244,14 @@ def test_json_that_any_reader_takes(value):
         return one == other if not isinstance(one, float) or math.isfinite(one) else other is None
 
     assert same(value, json.loads(as_json(value), parse_constant=refuse))
+
+
+@given(st.lists(st.text(st.characters(exclude_characters='\0')) | st.sampled_from(('a;b', '"', 'x\ny')), min_size=1))
+def test_names_in_one_cell_come_back(names):
+    """infer's top5, whatever the classes are called; a class has a name, so one alone is not empty."""
+    if names != ['']:
+        cell = io.StringIO(in_one_cell(names), newline='')
+        assert next(csv.reader(cell, delimiter=';')) == names
 
 
 def test_the_table_goes_where_it_is_told(tmp_path, capsys):
