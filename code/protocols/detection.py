@@ -20,10 +20,12 @@ from ckpt import new_model
 from config import UserError, WorkError, path_of
 from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
+from dataloader.names import Names
+from dataloader.prepare import readable
+from dataloader.stores.files import Files
 from logger import progress, say
 from optimizer.sgd import learning_rate
 from precision import autocast
-from terminal import complain
 from utils import extra, get_device, random_from
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
@@ -56,6 +58,8 @@ def splits_of(args):
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
     splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn')
+    if args.bad_images == 'skip':
+        splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
         if not boxes.has_boxes():
             raise UserError(
@@ -64,9 +68,13 @@ def splits_of(args):
             )
         if boxes.left_out:
             say(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
-    if args.bad_images == 'skip' and 'bad_images' in args.given:
-        complain('warning', '--bad_images=skip has no effect on --protocol=detection')
     return splits
+
+
+def without_unreadable(args, boxes):
+    """Those images, with their boxes, that can be read. Raises WorkError where there are none."""
+    store, where = Files(boxes.folder, Names(boxes.names)), boxes.folder.parent / boxes.split
+    return boxes.select(readable(store, where, path_of(args.cache_path)).tolist())
 
 
 def stages_of(backbone):

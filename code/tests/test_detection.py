@@ -151,16 +151,66 @@ def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
         after = load_boxes(tmp_path / split, False)[split]
         assert (after.left_out, len(after.table['annotations'])) == (4, len(before.table['annotations']))
         assert after.number == before.number
-    args = get_config(preset='demo', detection_path=f'{tmp_path}/val', bad_images='skip')
-    detection.splits_of(args)
-    captured = capsys.readouterr()
-    assert 'val2017: 4 boxes have no area or lie outside of their image, and are left out' in captured.out
-    assert '--bad_images=skip has no effect on --protocol=detection' in captured.err
+    detection.splits_of(get_config(preset='demo', detection_path=f'{tmp_path}/val'))
+    assert 'val2017: 4 boxes have no area or lie outside of their image, and are left out' in capsys.readouterr().out
     for split in ('train', 'val'):
         coco(tmp_path / f'crowd_{split}', {'train': 3, 'val': 3})
         spoil(tmp_path / f'crowd_{split}', split, lambda table: [x.update(iscrowd=1) for x in table['annotations']])
         with pytest.raises(UserError, match=f'has no boxes in {split}2017'):
             detection.splits_of(get_config(preset='demo', detection_path=f'{tmp_path}/crowd_{split}'))
+
+
+@pytest.mark.parametrize('made', [coco, voc])
+def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path, capsys):
+    """Damaged, empty and missing ones, of both splits; where none is left that is said."""
+    made(tmp_path / 'set', {'train': 4, 'val': 3})
+    options = {'preset': 'demo', 'detection_path': f'{tmp_path}/set', 'cache_path': f'{tmp_path}/cache'}
+    splits = load_boxes(tmp_path / 'set', False)
+    of_train, of_val = ([boxes.folder / name for name in boxes.names] for boxes in splits.values())
+    of_train[1].write_bytes(of_train[1].read_bytes()[:300])
+    of_train[2].write_bytes(b'')
+    of_val[0].unlink()
+    whole = splits['train'], splits['val']
+    kept = detection.splits_of(get_config(**options, bad_images='skip'))
+    for before, after, rows in zip(whole, kept.values(), ([0, 3], [1, 2]), strict=True):
+        assert after.names == [before.names[row] for row in rows]
+        assert after.labels.tolist() == before.labels[rows].tolist()
+        for i, row in enumerate(rows):
+            assert torch.equal(after[i, False][1]['boxes'], before[row, False][1]['boxes'])
+    assert '2 of 4 images of ' in capsys.readouterr().out
+    for path in (*of_train, *of_val):
+        path.unlink(missing_ok=True)
+    with pytest.raises(WorkError, match='no image of .* can be read'):
+        detection.splits_of(get_config(**options, bad_images='skip'))
+
+
+@pytest.mark.parametrize(
+    ('image', 'said'),
+    [
+        ('a b.jpg', None),
+        ('photo.png', None),
+        ('IMG_1.JPG', None),
+        ('x.y.jpeg', 'elsewhere.jpeg'),
+        ('one [1].webp', 'one [1].webp'),
+        ('frame.png', 'image_frame.png'),
+        ('Größe 1.jpg', None),
+    ],
+)
+@pytest.mark.parametrize('mark', ['', '  1', ' -1', '\r'])
+def test_a_voc_image_is_called_as_people_call_them(image, said, mark, tmp_path):
+    """Blanks in names, other endings, or a name that only the annotation says; lists with the mark of a class."""
+    voc(tmp_path, {'train': 1, 'val': 1})
+    name = image.rsplit('.', 1)[0]
+    file = said if said and 'image_' in said else image
+    (tmp_path / 'JPEGImages/train_000.jpg').rename(tmp_path / 'JPEGImages' / file)
+    old = tmp_path / 'Annotations/train_000.xml'
+    filename = f'<filename>{said}</filename>' if said else ''
+    (tmp_path / f'Annotations/{name}.xml').write_text(old.read_text().replace('<size>', f'{filename}<size>'))
+    old.unlink()
+    (tmp_path / 'ImageSets/Main/train.txt').write_bytes(f'{name}{mark}\n\n'.encode())
+    boxes = load_boxes(tmp_path, False)['train']
+    assert boxes.names == [file]
+    assert boxes[0, False][0].shape == (3, 80, 96)
 
 
 @pytest.mark.parametrize(
