@@ -180,7 +180,9 @@ def why_no_labels(splits):
     if not len(labelled(train)):
         return f'{shown(train.folder)} has no classes'
     if val is None:
-        return f'{shown(train.folder.parent)}/val is not there'
+        fraction = f'--val_fraction={train.args.val_fraction:g} holds none out'
+        why = 'no class has two images, one of which could be held out' if train.args.val_fraction else fraction
+        return f'{shown(train.folder)} has no val: {why}'
     if not (val.labels >= 0).any():
         return f'{shown(val.folder)} has no classes'
     if not (val.labels >= 0).all():

@@ -18,6 +18,7 @@ from listing import MARK, mark_of_this_process, trained_by
 from logger import say
 from records import oldest_first, read_json
 from stop import held
+from terminal import complain, shown
 from utils import write_aside
 
 
@@ -151,13 +152,21 @@ def refuse_if_trained(folder):
         raise UserError(f'{folder.name} is being trained, by process {who}: wait for its end, or stop it (kill {who})')
 
 
-def describe_run(run, args):
-    """Write run.json into the folder of a run: its options, the command, versions, the time; of one that is gone on
-    with the present ones, and when it first began."""
+def describe_run(run, args, images):
+    """Write run.json into the folder of a run: its options, the command, versions, the time, which images; of one that
+    is gone on with the present ones, and when it first began. Warn where it began with other images."""
     now, before = time.strftime('%Y-%m-%d %H:%M:%S'), read_json(run / 'run.json')
     about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', now)}
+    about['images'] = {'number': len(images), 'digest': images.names.digest(images.labels.numpy().tobytes())}
     if before:
         about['resumed'] = now
+    earlier = before.get('images')
+    if not rank() and isinstance(earlier, dict) and earlier != about['images']:
+        complain(
+            'warning',
+            f'{shown(images.folder)} has {len(images)} images to train on, with other names or classes than the '
+            f'{earlier.get("number")} that {run.name} has seen: it goes on with them',
+        )
     if not rank():
         write_aside(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 

@@ -208,7 +208,7 @@ def set_up(args):
     else:
         run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
     if state.epoch < args.max_epochs:  # of a finished one nothing changes
-        describe_run(run.folder, args)
+        describe_run(run.folder, args, iterators['train'].dataset)
     log_to(run.folder / 'log.txt')
     introduce(args, state, run, iterators['train'], reason)
     return args, state, iterators, run

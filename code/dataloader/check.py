@@ -52,7 +52,7 @@ def check_dataloader(args):
 
 
 def read_all(parts):
-    """(images that cannot be read, images), after saying which, which are there twice, and what else lies there."""
+    """(images that cannot be read, images), after saying which, and which are there twice."""
     unreadable = read = 0
     trained_on = {}  # digest to the image's name
     for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
@@ -62,8 +62,6 @@ def read_all(parts):
             say(str(error))
             unreadable += 1
         read += len(digests)
-        for line in beside(part):
-            say(f'{name:5}  {line}')
         if name == 'train':
             trained_on = {known: row for row, known in enumerate(digests) if known}
             if twice := len([*filter(None, digests)]) - len(trained_on):
@@ -81,16 +79,6 @@ def read_all(parts):
 def digest(image):
     """What two images have in common that have the same pixels: 8 bytes."""
     return hashlib.blake2b(image.tobytes(), key=b'%d %d' % image.size, digest_size=8).digest()
-
-
-def beside(part):
-    """Lines on what lies in a split and is not read."""
-    if part.others:
-        said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
-        yield f'no images for Pillow, and not read: {said}'
-    if part.passed:
-        more = f' and {len(part.passed) - 5} more' if len(part.passed) > 5 else ''
-        yield f'not gone into: {", ".join(part.passed[:5])}{more}'
 
 
 def describe(args, batches):

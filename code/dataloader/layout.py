@@ -57,6 +57,7 @@ def find(root, cache_path, progress):
         found = scan_with_bar(root, progress)
         return {'train': plain(root, found, Files(root, found.names))}
     wants_train(root, {name: paths[0].name for name, paths in places.items()})
+    check_is_no_class(root, places)
     parts = {name: of_place(paths, cache_path, progress) for name, paths in places.items() if name != 'test'}
     if 'test' in places:
         try:
@@ -70,13 +71,33 @@ def inner_of(root):
     """The folder with splits that lies in `root` alone, a few levels down; or None."""
     folder = root
     for _ in range(5):
-        files, folders = listing(os.fsencode(folder), b'', Found(Names(), [], [], Counter()))
+        files, folders = right_in(folder)
         if files or len(folders) != 1:
             return None
         folder = folder / os.fsdecode(folders[0])
         if has_splits_itself(folder):
             return folder
     return None
+
+
+def check_is_no_class(root, places):
+    """Raise UserError where the folder train, the only split, may be a class: it has none, and lies beside folders of
+    images."""
+    train = places['train'][0]
+    if len(places) > 1 or not train.is_dir() or right_in(train)[1]:
+        return
+    found = [os.fsdecode(name) for name in sorted(right_in(root)[1]) if os.fsdecode(name) != train.name]
+    full = [shown(name) for name in found if right_in(root / name)[0]]
+    if len(full) > 1:
+        raise UserError(
+            f'{shown(root)}: is {shown(train.name)} a class, as {full[0]} and {full[1]} beside it seem to be, or all '
+            'that is to be trained on? Call the class otherwise, or point --image_path at train'
+        )
+
+
+def right_in(folder):
+    """(images, folders) right in a folder: names as bytes."""
+    return listing(os.fsencode(folder), b'', Found(Names(), [], [], Counter()))
 
 
 def has_splits_itself(folder):
@@ -132,9 +153,9 @@ def splits_in(root):
         if split_of(lower) and path.is_dir():
             folders.setdefault(split_of(lower), []).append(path)
         elif (match := ARCHIVE.fullmatch(lower)) and match[1] in SPLITS:
-            archives.setdefault(SPLITS[match[1]], []).append(path)
+            archives.setdefault(SPLITS[match[1]], []).append(as_file(path))
         elif path.suffix.lower() == '.txt' and path.stem.lower() in SPLITS:
-            lists.setdefault(SPLITS[path.stem.lower()], []).append(path)
+            lists.setdefault(SPLITS[path.stem.lower()], []).append(as_file(path))
     found = {}
     for name in ('train', 'val', 'test'):
         for kind in (folders, archives, lists):
@@ -145,6 +166,14 @@ def splits_in(root):
                     said = ' and '.join(shown(kind[name][i].name) for i in (0, -1))
                     raise UserError(f'{shown(root)} has both {said}: which of them is {name}?')
     return found
+
+
+def as_file(path):
+    """`path`; a pipe would be waited for. Raises UserError where it is no file."""
+    if not path.is_file():
+        what = 'is a link that leads nowhere' if path.is_symlink() and not path.exists() else 'is no file'
+        raise UserError(f'{shown(path)} {what}')
+    return path
 
 
 def of_place(paths, cache_path, progress):

@@ -21,6 +21,10 @@ def listed(path):
         name, _, owner = line.partition(b'\t')
         check_is_file(path, name, first=not found)
         place, owner, count = os.path.normpath(name), os.fsdecode(owner.strip()), count + 1
+        if '\t' in owner:
+            raise UserError(
+                f'{shown(path)} has a third column, behind {shown(name)}: it is a path a line, a tab, its class'
+            )
         found.setdefault(place, name)
         if owner and owners.setdefault(place, owner) != owner:
             both = f'{shown(owners[place])} and {shown(owner)}'
@@ -59,5 +63,7 @@ def check_is_file(path, name, first):
                 f'{shown(path)}: there is no file {shown(name[:80])}, its first line, in '
                 f'{shown(path.parent)}; a list has a path a line, after a tab the class'
             ) from None
+    except PermissionError as error:
+        raise UserError(f'{shown(path)} names {shown(name)}, which may not be read: {error.strerror}') from None
     except (OSError, ValueError):
         raise UserError(f'{shown(path)} is no list of paths: a line of it is {shown(name[:80])}') from None

@@ -15,11 +15,10 @@ from dataclasses import replace
 import torch
 
 from config import ROOT, UserError, path_of
-from dataloader import demo, layout, prepare
+from dataloader import demo, layout, prepare, remarks
 from dataloader.batches import Batches, workers_for
 from dataloader.keys import Keys
-from dataloader.part import hold_out, warn_of_shared
-from dataloader.scan import beside
+from dataloader.part import hold_out
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
@@ -186,11 +185,6 @@ def parts_of(args):
         )
     parts = layout.find(root, path_of(args.cache_path), progress)
     train = parts['train']
-    if unread := beside(root, [part.where for part in parts.values()]):
-        say(
-            f'not read: {", ".join(shown(name) for name in unread[:5])}{" ..." if len(unread) > 5 else ""}, beside '
-            f'{shown(train.where.name)} in {shown(root)}'
-        )
     if 'val' not in parts and train.classes and args.val_fraction:
         train, val = hold_out(train, args.val_fraction)
         if len(val.labels):
@@ -199,7 +193,7 @@ def parts_of(args):
                 f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
                 f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})'
             )
-    warn_of_shared(parts)
+    remarks.say_of(root, parts)
     return parts
 
 
@@ -208,6 +202,7 @@ def load_whole(args, path):
     are none."""
     with in_turn():
         part = layout.whole(path, path_of(args.cache_path), progress)
+        remarks.say_of_part('', part)
         return of_part(args, part, torch.full_like(part.labels, -1), [])
 
 

@@ -1,5 +1,6 @@
 """A million names in the memory that they take on disk."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -38,6 +39,13 @@ class Names:
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
+
+    def digest(self, more=b''):
+        """What other names, or another order, have otherwise. more: bytes that count as well."""
+        found = hashlib.blake2b(self.data, digest_size=6)
+        found.update(self.ends.tobytes())
+        found.update(more)
+        return found.hexdigest()
 
     def index(self, name):
         """Where `name` stands. Raises ValueError."""

@@ -1,7 +1,6 @@
 """A split before an image of it is opened: where its images come from, and the class of each."""
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,10 +8,8 @@ from pathlib import Path
 import torch
 
 from config import UserError
-from dataloader.stores.files import Files
-from distributed import rank
 from logger import say
-from terminal import complain, shown
+from terminal import shown
 
 PACKS = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
 HINTS = {  # of what lies in place of images
@@ -55,36 +52,6 @@ def hold_out(part, fraction):
     return train, replace(val, share='held_out')
 
 
-def warn_of_shared(parts):
-    """Warn where another split has files of train: a link to its folder or to one of its classes, a line of its list.
-    That an image was copied is told by check_dataloader, which reads them all."""
-    train = places_of(parts['train'])
-    for name, part in parts.items():
-        if name != 'train' and not part.share and (same := sorted(places_of(part) & train)) and not rank():
-            more = f' and {len(same) - 1} more' if len(same) > 1 else ''
-            complain(
-                'warning',
-                f'{shown(part.where)} is of the same files as {shown(parts["train"].where)}, {shown(same[0])}{more}: '
-                'what is judged on them was learned',
-            )
-
-
-def places_of(part):
-    """What the files of a split cannot have in common with another's: its folders, or those that a list names."""
-    if not isinstance(part.store, Files):
-        return set()
-    top = os.fsencode(part.where)
-    if os.path.isdir(top):
-        return {os.path.realpath(os.path.join(top, name)) for name in [b'', *map(os.fsencode, part.classes)]}
-    real, found = {}, set()
-    for row in range(len(part.store.names)):
-        folder, name = os.path.split(os.path.join(part.store.folder, part.store.names.raw(row)))
-        if folder not in real:
-            real[folder] = os.path.realpath(folder)
-        found.add(os.path.join(real[folder], name))
-    return found
-
-
 def part_of(where, found, store):
     """The Part of a split: its folders are its classes. Raises UserError where images lie beside them, or a class is
     empty (torchvision's ImageFolder refuses both, or drops the images)."""
@@ -108,6 +75,9 @@ def plain(where, found, store):
             stray = f'{found.loose} images beside them, the first {shown(found.names[0])}'
             say(f'{shown(where)} has {len(full)} folders of images, which are no classes for there are {stray}')
         return unlabelled(where, found, store)
+    if none := [shown(name) for name, count in zip(found.folders, found.counts, strict=True) if not count]:
+        more = f' and {len(none) - 5} more' if len(none) > 5 else ''
+        say(f'{shown(where)}: no class is {", ".join(none[:5])}{more}, with no images that Pillow can open')
     labels = torch.repeat_interleave(torch.tensor([count for _, count in full]))
     return Part(where, store, labels, [name for name, _ in full], found.others, found.passed)
 

@@ -113,19 +113,18 @@ def readable(store, where, cache_path):
         bad = [error.row if before is None else before[error.row] for error in errors]
     if bad != before:
         cache.keep(path, {'mark': mark, 'content': bad})
+    where_named = f'they are named in {named}'
+    if bad != (before or []):
         text = ''.join(f'{error}\n' for error in errors)
         try:
             write_aside(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
         except OSError as error:
-            say(f'{shown(named)} cannot be written ({error.strerror}); what would stand there:\n{text}')
+            where_named = f'{shown(named)} cannot be written ({error.strerror}); what would stand there:\n{text}'
     rows = torch.ones(len(store.names), dtype=torch.bool).index_fill_(0, torch.tensor(bad, dtype=torch.int64), False)
     if len(bad) == len(rows):
         raise WorkError(f'no image of {shown(where)} can be read')
     if bad:
-        say(
-            f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; they are '
-            f'named in {named}'
-        )
+        say(f'{len(bad)} of {len(store.names)} images of {shown(where)} cannot be read and are left out; {where_named}')
     return rows.nonzero()[:, 0]
 
 

@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -124,18 +123,6 @@ def left_out(name, prefix, is_folder, found):
         found.passed.append(shown(prefix + name) + '/')
     else:
         found.others['(hidden)'] += 1
-
-
-def beside(root, places):
-    """Names of the folders and images that lie in `root` beside the folders of its splits, `places`, and are none of
-    them; [] where the splits are no folders right in it."""
-    if not all(place.parent == root and place.is_dir() for place in places):
-        return []
-    top, unread = os.fsencode(root), Found(Names(), [], [], Counter())
-    files, folders = listing(top, b'', unread)
-    return sorted(
-        os.fsdecode(name) for name in [*files, *folders] if Path(os.fsdecode(top + b'/' + name)) not in places
-    )
 
 
 def take(files, prefix, data, lengths):

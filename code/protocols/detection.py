@@ -21,7 +21,9 @@ from config import UserError, WorkError, path_of
 from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
 from dataloader.names import Names
+from dataloader.part import Part
 from dataloader.prepare import readable
+from dataloader.remarks import warn_of_shared
 from dataloader.stores.files import Files
 from logger import progress, say
 from optimizer.sgd import learning_rate
@@ -68,13 +70,19 @@ def splits_of(args):
             )
         if boxes.left_out:
             say(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
+    parts = [Part(boxes.folder.parent / boxes.split, store_of(boxes), boxes.labels, []) for boxes in splits.values()]
+    warn_of_shared(*parts)
     return splits
+
+
+def store_of(boxes):
+    return Files(boxes.folder, Names(boxes.names))
 
 
 def without_unreadable(args, boxes):
     """Those images, with their boxes, that can be read. Raises WorkError where there are none."""
-    store, where = Files(boxes.folder, Names(boxes.names)), boxes.folder.parent / boxes.split
-    return boxes.select(readable(store, where, path_of(args.cache_path)).tolist())
+    rows = readable(store_of(boxes), boxes.folder.parent / boxes.split, path_of(args.cache_path))
+    return boxes.select(rows.tolist())
 
 
 def stages_of(backbone):

@@ -126,6 +126,8 @@ def listed(args, images):
     Raises UserError for a missing file, a name that is not among the images, or one that several have.
     """
     path = path_of(args.subset_list)
+    if path.exists() and not path.is_file():
+        raise UserError(f'--subset_list: {path} is no file')
     try:
         lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines()
         wanted = [os.fsdecode(line.strip()) for line in lines if line.strip()]

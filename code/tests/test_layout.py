@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import cli
+import evaluate
 from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from dataloader import layout, prepare
@@ -222,6 +224,7 @@ def test_an_image_counts_once(drawn, tmp_path, capsys):
         ('mine.txt\ta\nmine.txt\tb', 'mine.txt in two classes, a and b: leave one line out'),
         ('mine.txt\ta\n./mine.txt\tb', './mine.txt in two classes'),
         ('mine.txt\n'.encode('utf-16'), 'is in UTF-16: save it as UTF-8'),
+        ('mine.txt\ta\t0\n', 'has a third column, behind mine.txt'),
     ],
 )
 def test_lists_that_cannot_work(text, said, tmp_path):
@@ -558,9 +561,13 @@ def test_what_lies_beside_the_splits_is_named(drawn, tmp_path, capsys):
     picture(folder / 'stray.png')
     (folder / '.git').mkdir()
     load_splits(options(folder))
-    assert f'not read: stray.png, unlabelled, beside train in {folder}\n' in capsys.readouterr().out
+    for name in ('val.tar.gz', 'train.txt', 'notes.txt', 'testing.zip'):
+        (folder / name).write_text('x')
+    load_splits(options(folder))
+    said = capsys.readouterr().err
+    assert f'not read: stray.png, testing.zip, train.txt, unlabelled, val.tar.gz, beside train in {folder}\n' in said
     load_splits(options(drawn))
-    assert 'not read' not in capsys.readouterr().out
+    assert 'not read' not in capsys.readouterr().err
 
 
 def test_splits_a_few_folders_down_are_found(drawn, tmp_path, capsys):
@@ -625,6 +632,90 @@ def test_one_class_says_nothing(tmp_path, capsys):
         picture(tmp_path / f'set/train/dogs/{number}.png')
     load_splits(options(tmp_path / 'set'))
     assert "set/train has one class, 'dogs': accuracies say nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['train.txt', 'train.tar', 'val.tar', 'mine.tar', 'mine.txt'])
+def test_a_pipe_is_not_waited_for(name, drawn, tmp_path):
+    """Where a list or an archive is expected."""
+    folder = tmp_path / 'set'
+    folder.mkdir()
+    if name == 'val.tar':
+        shutil.copytree(drawn / 'train', folder / 'train')
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError):
+        load_splits(options(folder / name if 'mine' in name else folder))
+
+
+def test_a_class_may_not_be_called_train(drawn, tmp_path, capsys):
+    """COCO and VOC have such a class: beside it others would not be trained on."""
+    shutil.copytree(drawn / 'train', tmp_path / 'set')
+    sorted((tmp_path / 'set').iterdir())[0].rename(tmp_path / 'set/train')
+    with pytest.raises(UserError, match='is train a class, as dots and stripes beside it seem to be'):
+        load_splits(options(tmp_path / 'set'))
+    shutil.rmtree(tmp_path / 'set/dots')  # train and one folder more: what is trained on, and it is said
+    assert split_names(tmp_path / 'set')['train']
+    assert 'warning: not read: stripes, beside train' in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_class_is_said(drawn, tmp_path, capsys):
+    shutil.copytree(drawn / 'train', tmp_path / 'set')
+    (tmp_path / 'set/phone').mkdir()
+    (tmp_path / 'set/phone/1.heic').write_text('x')
+    assert len(load_splits(options(tmp_path / 'set'))['train'].classes) == 3
+    said = capsys.readouterr().out
+    assert 'set: no class is phone, with no images that Pillow can open' in said
+    assert 'train  no images for Pillow, and not read: 1 .heic' in said
+
+
+@pytest.mark.parametrize('how', ['exchanged', 'written'])
+@pytest.mark.parametrize('kept', ['in memory', 'resized', 'archive'])
+def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tmp_path):
+    """As mv leaves them, or a copy that keeps times (rsync -t, unzip)."""
+    side = 48 if kept == 'in memory' else 120
+    files = [tmp_path / f'set/train/{name}/1.bmp' for name in 'ab']
+    for file, colour in zip(files, ('red', 'blue'), strict=True):
+        file.parent.mkdir(parents=True)
+        Image.new('RGB', (side, side), colour).save(file)
+    more = {'resize_cache': 32} if kept == 'resized' else {}
+
+    def red():
+        for path in (*files, tmp_path / 'tars/train.tar'):
+            if path.exists():
+                os.utime(path, (10**9, 10**9))
+        where = tmp_path / ('tars' if kept == 'archive' else 'set')
+        store = load_splits(options(where, **more))['train'].store
+        found = []
+        for row in range(2):
+            with store.opened(row) as image:
+                found.append(image.convert('RGB').getpixel((3, 3)) == (255, 0, 0))
+        return found
+
+    def packed():
+        (tmp_path / 'tars').mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / 'tars/train.tar', 'w') as archive:
+            for file in files:
+                archive.add(file, f'{file.parent.name}/1.bmp')
+
+    packed()
+    assert red() == [True, False]
+    if how == 'exchanged':
+        files[0].rename(tmp_path / 'x')
+        files[1].rename(files[0])
+        (tmp_path / 'x').rename(files[1])
+    else:
+        for file, colour in zip(files, ('blue', 'red'), strict=True):
+            Image.new('RGB', (side, side), colour).save(file)
+    packed()
+    assert red() == [False, True]
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0])
+def test_why_nothing_is_held_out(fraction, tmp_path):
+    for name in 'abcdefgh':
+        picture(tmp_path / f'set/{name}/1.png')
+    said = evaluate.why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
+    why = 'no class has two images, one of which could be held out' if fraction else '--val_fraction=0 holds none out'
+    assert said == f'{tmp_path}/set has no val: {why}'
 
 
 @pytest.mark.parametrize(

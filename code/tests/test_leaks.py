@@ -1,12 +1,17 @@
 """What is judged was not trained on, or it is said: accuracies would flatter."""
 
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 
 import cli
+from config import get_config
 from conftest import own_paths
 from dataloader.load_dataset import load_splits
+from protocols.detection import splits_of
+from test_detection import voc
 from test_layout import options, picture
 
 
@@ -49,18 +54,89 @@ def in_two_lists(folder):
         (folder / f'{split}.txt').write_text('\n'.join(map(str, lines)))
 
 
+def some_linked(folder, how=Path.symlink_to):
+    for path in (folder / 'train').iterdir():
+        (folder / 'val' / path.name).mkdir(parents=True)
+        for file in sorted(path.iterdir())[:2]:
+            how(folder / 'val' / path.name / f'as_{file.name}', file)
+
+
+def hard_linked(folder):
+    some_linked(folder, Path.hardlink_to)
+
+
+def deep_in_train(folder):
+    for path in sorted((folder / 'train').iterdir()):
+        picture(folder / 'val' / path.name / 'a.png')
+        (path / 'more').symlink_to('../../val/' + path.name)
+
+
+def linked_archive(folder, how=Path.symlink_to):
+    with tarfile.open(folder / 'train.tar', 'w') as archive:
+        archive.add(folder / 'train', '.')
+    shutil.rmtree(folder / 'train')
+    how(folder / 'val.tar', folder / 'train.tar')
+
+
+def hard_linked_archive(folder):
+    linked_archive(folder, Path.hardlink_to)
+
+
+def a_class_twice(folder):
+    """And a share of it held out."""
+    one, *_ = sorted((folder / 'train').iterdir())
+    (folder / 'train/again').symlink_to(one.name)
+
+
 def nothing_in_common(folder):
-    (folder / 'val').mkdir()
     for path in sorted((folder / 'train').iterdir()):
         picture(folder / 'val' / path.name / 'a.png')
 
 
-@pytest.mark.parametrize('made', [all_linked, one_class_linked, both_of_a_pool, in_two_lists, nothing_in_common])
-def test_files_of_two_splits_are_said(made, photos, capsys):
+def links_to_other_files(folder):
+    both_of_a_pool(folder)
+    (folder / 'val').rename(folder / 'old')
+    shutil.rmtree(folder / 'old')
+    for path in sorted((folder / 'train').iterdir()):
+        file = picture(folder.with_name('more') / path.name / 'a.png')
+        (folder / 'val' / path.name).mkdir(parents=True)
+        for name in ('a.png', 'b.png'):
+            (folder / 'val' / path.name / name).symlink_to(file)
+
+
+@pytest.mark.parametrize(
+    ('made', 'shared'),
+    [
+        (all_linked, True),
+        (one_class_linked, True),
+        (both_of_a_pool, True),
+        (in_two_lists, True),
+        (some_linked, True),
+        (hard_linked, True),
+        (deep_in_train, True),
+        (linked_archive, True),
+        (hard_linked_archive, True),
+        (a_class_twice, True),
+        (nothing_in_common, False),
+        (links_to_other_files, False),
+    ],
+)
+def test_files_of_two_splits_are_said(made, shared, photos, capsys):
     made(photos)
     load_splits(options(photos))
     said = capsys.readouterr().err
-    assert ('what is judged on them was learned' in said) == (made is not nothing_in_common)
+    assert ('what is judged on them was learned' in said) == shared
+
+
+def test_an_image_in_both_lists_of_a_detection_set_is_said(tmp_path, capsys):
+    voc(tmp_path / 'set', {'train': 3, 'val': 3})
+    asked = get_config(preset='demo', detection_path=f'{tmp_path}/set')
+    splits_of(asked)
+    assert 'was learned' not in capsys.readouterr().err
+    with open(tmp_path / 'set/ImageSets/Main/val.txt', 'a') as file:
+        file.write('train_001\n')
+    splits_of(asked)
+    assert '1 of the 4 images of ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('packed', [False, True])

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,24 @@ def test_resume_auto(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert short(tmp_path, drawn, '--resume=nothing') == 2
     assert 'there is no run nothing in' in one_line(capsys.readouterr().err)
+
+
+def test_other_images_than_the_run_began_with_are_said(drawn, tmp_path, capsys):
+    """One that is gone; the same, said again nowhere; one that is called otherwise."""
+    images = shutil.copytree(drawn, tmp_path / 'set')
+    limited = ('--max_minutes=0.0001', '--max_epochs=3', '--resume=auto')
+    one, other, *_ = sorted((images / 'train').rglob('*.png'))
+    for change, number, warned in (
+        (lambda: None, 72, False),
+        (lambda: None, 72, False),
+        (one.unlink, 71, True),
+        (lambda: None, 71, False),
+        (lambda: other.rename(other.with_name('new.png')), 71, True),
+    ):
+        change()
+        assert short(tmp_path, images, *limited) == 0
+        said = capsys.readouterr().err
+        assert (f'{images}/train has {number} images to train on, with other names or classes' in said) == warned
 
 
 def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys):

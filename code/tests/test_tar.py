@@ -1,6 +1,9 @@
 """Tar archives in place: as files, to the bit; ImageNet as it is downloaded; WebDataset; hostile members."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import re
 import shutil
@@ -272,6 +275,59 @@ def link(name, target, kind):
     return name, member
 
 
+def test_a_hard_link_is_an_image_whatever_its_first_name_is(tmp_path):
+    """Hidden, without an ending, before it or behind."""
+    members = [
+        ('.store/1', png()),
+        link('a/1.png', '.store/1', tarfile.LNKTYPE),
+        ('blobs/sha0', png()),
+        link('b/2.png', 'blobs/sha0', tarfile.LNKTYPE),
+        link('b/3.png', 'behind', tarfile.LNKTYPE),
+        ('behind', png()),
+        link('b/lost.png', 'nowhere', tarfile.LNKTYPE),
+    ]
+    write(tmp_path / 'set/train.tar', members)
+    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    assert list(part.store.names) == ['a/1.png', 'b/2.png', 'b/3.png']
+    assert dict(part.others) == {'(hidden)': 1, '(no ending)': 2, '(a link, or no plain file)': 1}
+    for row in range(3):
+        with part.store.opened(row) as image:
+            assert image.size == (40, 30)
+
+
+def test_what_is_stored_with_holes_is_said(tmp_path, capsys):
+    picture = tmp_path / 'a' / '1.bmp'
+    picture.parent.mkdir()
+    Image.new('RGB', (300, 300)).save(picture)
+    Image.new('RGB', (30, 30)).save(tmp_path / 'a' / '2.bmp')
+    subprocess.run(['fallocate', '-d', str(picture)], check=True)
+    subprocess.run(['tar', '-S', '-cf', 'set.tar', 'a'], cwd=tmp_path, check=True)
+    assert len(load_splits(options(tmp_path / 'set.tar'))['train']) == 1
+    assert 'not read: 1 (stored with holes: tar it without -S)' in capsys.readouterr().out
+
+
+def test_classes_of_cls_files_are_bytes(tmp_path, capsys):
+    """Two that are no UTF-8 are two; a mark of UTF-8 is no part of one; one beside no image says nothing."""
+    owners = [b'B\xe4r', b'B\xfcr', b'\xef\xbb\xbfHund']
+    members = [(f'{i}.png', png()) for i in range(7)]
+    members += [(f'{i}.cls', owner + b'\r\n') for i, owner in enumerate(2 * owners)]
+    write(tmp_path / 'set.tar', [*members, ('notes.cls', b'x')])
+    train = load_splits(options(tmp_path / 'set.tar', val_fraction=0.0))['train']
+    assert {os.fsencode(name) for name in train.classes} == {b'B\xe4r', b'B\xfcr', b'Hund'}
+    assert sorted(train.labels.tolist()) == [-1, 0, 0, 1, 1, 2, 2]
+    assert 'train  1 of 7 images have no class' in capsys.readouterr().out
+    write(tmp_path / 'b.tar', [('a/1.png', png()), ('a/notes.cls', b'x'), ('b/1.png', png())])
+    assert load_splits(options(tmp_path / 'b.tar', val_fraction=0.0))['train'].classes == ['a', 'b']
+
+
+@pytest.mark.parametrize('make', [gzip.compress, bz2.compress, lzma.compress])
+def test_what_is_called_tar_and_is_packed(make, tmp_path):
+    write(tmp_path / 'whole.tar', [('a/1.png', png()), ('b/1.png', png())])
+    (tmp_path / 'set.tar').write_bytes(make((tmp_path / 'whole.tar').read_bytes()))
+    with pytest.raises(WorkError, match='set.tar is no .tar but .*, and cannot be read at random: unpack it'):
+        load_splits(options(tmp_path / 'set.tar'))
+
+
 def test_hostile_members_are_left_out_and_counted(tmp_path):
     members = [
         ('a/1.png', png()),
@@ -351,6 +407,8 @@ def test_a_damaged_header_loses_no_image_in_silence(damage, drawn_large, tmp_pat
     path.write_bytes({'header': content, 'cut in a header': content[: at + 100], 'cut between': content[:at]}[damage])
     if damage == 'cut between':
         assert len(load_splits(options(tmp_path / 'set', val_fraction=0.0))['train']) == 10
+        assert 'train.tar stops without the mark that ends an archive' in capsys.readouterr().out
+        load_splits(options(tmp_path / 'set', val_fraction=0.0))  # by the index that was kept
         assert 'train.tar stops without the mark that ends an archive' in capsys.readouterr().out
     else:
         with pytest.raises(WorkError, match=f'train.tar is damaged: there is no header at byte {at}'):
@@ -507,6 +565,17 @@ def test_a_second_name_of_a_file_is_an_image(tmp_path):
     for row in range(4):
         with archive.store.opened(row) as image, files.store.opened(row) as wanted:
             assert image.convert('RGB').tobytes() == wanted.convert('RGB').tobytes()
+
+
+@pytest.mark.parametrize('kind', ['v7', 'ustar', 'gnu', 'posix'])
+def test_archives_joined_by_cat_are_refused_in_every_format(kind, tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '1.png').write_bytes(png())
+        subprocess.run(['tar', f'--format={kind}', '-cf', f'{name}.tar', name], cwd=tmp_path, check=True)
+    (tmp_path / 'set.tar').write_bytes((tmp_path / 'a.tar').read_bytes() + (tmp_path / 'b.tar').read_bytes())
+    with pytest.raises(WorkError, match='another archive behind its end, as from cat'):
+        load_splits(options(tmp_path / 'set.tar'))
 
 
 def test_archives_joined_by_cat_are_no_archive(tmp_path):

@@ -44,9 +44,9 @@ class Tar:
 
 
 def state_of(archives):
-    """What changes when one of the archives does."""
-    found = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in archives]
-    return repr(found)
+    """What changes when one of the archives does (as in Files.digest)."""
+    found = [(str(path), os.stat(path)) for path in archives]
+    return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])
 
 
 @functools.cache

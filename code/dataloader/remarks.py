@@ -1,0 +1,126 @@
+"""What is said of a set before it is used: what lies there and is not read, and what two splits have in common."""
+
+import os
+import re
+import stat
+from collections import Counter
+
+from dataloader.names import Names
+from dataloader.part import PACKS
+from dataloader.scan import Found, listing
+from dataloader.splits import split_of
+from dataloader.stores.files import Files
+from dataloader.stores.tar import Tar
+from distributed import rank
+from logger import say
+from terminal import complain, shown
+from utils import evenly_spaced
+
+ASKED = 1000  # images of a split, to see whether links are among them
+LISTS = ('.txt', '.tar', *PACKS)
+
+
+def say_of(root, parts):
+    """Say it of these Parts, {split: Part}, of the set at `root`."""
+    if unread := beside(root, parts):
+        line = f'not read: {few(unread)}, beside {shown(parts["train"].where.name)} in {shown(root)}'
+        if not rank():
+            complain('warning', line)
+    for name, part in parts.items():
+        if not part.share:
+            say_of_part(name, part)
+        if name != 'train':
+            warn_of_shared(parts['train'], part)
+
+
+def say_of_part(name, part):
+    if part.others:
+        said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
+        say(f'{name:5}  no images for Pillow, and not read: {said}')
+    if part.passed:
+        more = f' and {len(part.passed) - 5} more' if len(part.passed) > 5 else ''
+        say(f'{name:5}  not gone into: {", ".join(part.passed[:5])}{more}')
+    without = int((part.labels < 0).sum())
+    if 0 < without < len(part.labels):
+        say(f'{name:5}  {without} of {len(part.labels)} images have no class')
+
+
+def beside(root, parts):
+    """Names of what lies in `root` beside the splits and could be meant: folders and images, where the splits are
+    folders there, and archives and lists that are called as a split which is made of something else."""
+    places = {part.where for part in parts.values()}
+    if not root.is_dir() or not all(place.parent == root for place in places):
+        return []
+    files, folders = listing(os.fsencode(root), b'', Found(Names(), [], [], Counter()))
+    found = {*files, *folders} if all(place.is_dir() for place in places) else set()
+    read = {split_of(first_of(place.name)): place.is_dir() for place in places}
+    for name in map(os.fsencode, os.listdir(root)):
+        is_folder = read.get(split_of(first_of(os.fsdecode(name))), True)
+        if split_of(first_of(os.fsdecode(name))) and os.fsdecode(name).lower().endswith(LISTS) and is_folder:
+            found.add(name)
+    return sorted({os.fsdecode(name) for name in found} - {place.name for place in places})
+
+
+def first_of(name):
+    """train of train-000000.tar."""
+    return re.split(r'[-.]', name)[0]
+
+
+def few(names):
+    return ', '.join(shown(name) for name in names[:5]) + (' ...' if len(names) > 5 else '')
+
+
+def warn_of_shared(train, other):
+    """Warn where images of another split are files of train's: by links, or as lines of two lists. That an image was
+    copied is told by check_dataloader, which reads them all."""
+    if not (by_links(train) or by_links(other)):
+        return
+    trained_on = {known for _, known in identities(train)}
+    same = [row for row, known in identities(other) if known in trained_on]
+    if same and not rank():
+        complain(
+            'warning',
+            f'{len(same)} of the {len(other.labels)} images of {shown(other.where)} are files of '
+            f'{shown(train.where)} too, the first {shown(other.store.names[same[0]])}: what is judged on them was '
+            'learned',
+        )
+
+
+def by_links(part):
+    """Whether a split may have files of another place: it is a list, or an archive or some of its images are reached by
+    links. Of many images some are looked at, for links come in numbers."""
+    if isinstance(part.store, Tar):
+        return any(os.path.islink(path) or os.stat(path).st_nlink > 1 for path in part.store.archives)
+    if not isinstance(part.store, Files):
+        return False
+    if not os.path.isdir(part.where):
+        return True
+    top = os.path.realpath(part.store.folder)
+    real = {}
+    for row in evenly_spaced(len(part.labels), ASKED).tolist():
+        folder, name = os.path.split(os.path.join(top, part.store.names.raw(row)))
+        if folder not in real:
+            real[folder] = os.path.realpath(folder)
+        try:
+            status = os.lstat(os.path.join(folder, name))
+        except OSError:
+            continue
+        if real[folder] != os.path.normpath(folder) or status.st_nlink > 1 or stat.S_ISLNK(status.st_mode):
+            return True
+    return os.path.islink(part.where)
+
+
+def identities(part):
+    """(row, what tells the bytes of its image from all others on this machine) of the images that are there."""
+    store = part.store
+    if isinstance(store, Tar):
+        files = [(status.st_dev, status.st_ino) for status in map(os.stat, store.archives)]
+        for row, (which, offset) in enumerate(zip(store.which.tolist(), store.offsets.tolist(), strict=True)):
+            yield row, (*files[which], offset)
+    elif isinstance(store, Files):
+        for row in range(len(store.names)):
+            try:
+                status = os.stat(os.path.join(store.folder, store.names.raw(row)))
+            except OSError:
+                continue
+            yield row, (status.st_dev, status.st_ino, 0)
