@@ -580,6 +580,47 @@ OFTEN = (
 )
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 
+# What options are called in the official release, lightly, solo-learn, timm and torchvision's references.
+ELSEWHERE = {
+    'arch': 'backbone',
+    'model': 'backbone',
+    'data': 'image_path',
+    'data_dir': 'image_path',
+    'data_path': 'image_path',
+    'dataset': 'image_path',
+    'train_dir': 'image_path',
+    'root': 'image_path',
+    'j': 'num_workers',
+    'b': 'batch_size',
+    'e': 'max_epochs',
+    'gpu': 'device',
+    'gpus': 'device',
+    'accelerator': 'device',
+    'precision': 'amp',
+    'fp16': 'amp',
+    'bf16': 'amp',
+    'dim': 'proj_dim',
+    'temp': 'knn_temperature',
+    'k': 'knn_k',
+    'name': 'model_name',
+    'exp_name': 'model_name',
+    'checkpoint': 'ckpt_name',
+    'ckpt': 'ckpt_name',
+    'pretrained': 'init_from',
+    'weights': 'init_from',
+    'output_dir': 'ckpt_path',
+    'save_dir': 'ckpt_path',
+    'crop_size': 'image_size',
+    'img_size': 'image_size',
+    'input_size': 'image_size',
+    'num_crops': 'views',
+    'aug': 'augmentation',
+    'opt': 'optimizer',
+    'warmup': 'warmup_epochs',
+    'accum_iter': 'accumulate_steps',
+    'grad_accum': 'accumulate_steps',
+}
+
 
 def get_config(**options):
     """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
@@ -610,7 +651,7 @@ def changed(args, **changes):
 def parse(name, value):
     """`value` (a string from the command line, or already typed) as option `name` wants it; else UserError."""
     if name not in OPTIONS:
-        raise UserError(f'unknown option --{name}; the nearest is --{nearest(name, OPTIONS)} (--help lists all)')
+        raise UserError(f'unknown option --{name}; the nearest is --{meant(name)} (--help lists all)')
     wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
     text = str(value).strip()
     try:
@@ -636,6 +677,17 @@ def parse(name, value):
     if name == 'model_name' and len(result.encode()) > 200:
         raise UserError(f'--model_name names a folder: 200 bytes at most, not {len(result.encode())}')
     return result
+
+
+def meant(name):
+    """The option that somebody means who writes `name`: as the field's other programs call it, by its initials, by a
+    part of it, or spelled nearly as it is."""
+    name = name.lower().replace('-', '_')
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+    initials = [option for option in OPTIONS if ''.join(part[0] for part in option.split('_')) == name]
+    parts = [option for option in OPTIONS if name in option.split('_')]
+    return [*initials, *parts, nearest(name, OPTIONS)][0]
 
 
 def nearest(word, words):
@@ -680,7 +732,7 @@ def help_of(name):
     """All there is to say of one option. Raises UserError where there is none of this name."""
     name = name.lstrip('-').replace('-', '_').lower()
     if name not in OPTIONS:
-        raise UserError(f'--help={name}: there is no such option; the nearest is --help={nearest(name, OPTIONS)}')
+        raise UserError(f'--help={name}: there is no such option; the nearest is --help={meant(name)}')
     f = OPTIONS[name]
     limits, kind = f.metadata, {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[f.type]
     lines = [f'--{name}, {kind}: {limits["meaning"]}', f'default    {f.default!r}']

@@ -10,6 +10,11 @@ from config import OPTIONS, UserError, get_config, help_of, idle, of_other_stage
 from conftest import CODE, one_line, run
 
 
+def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
+    assert {*config.ELSEWHERE.values()} <= {*config.OPTIONS}
+    assert not {*config.ELSEWHERE} & {*config.OPTIONS}
+
+
 @pytest.mark.parametrize(
     ('typed', 'meant'),
     [
@@ -17,6 +22,15 @@ from conftest import CODE, one_line, run
         ('lerning_rate', 'learning_rate'),
         ('epochs', 'max_epochs'),
         ('augmentatoin', 'augmentation'),
+        ('lr', 'learning_rate'),
+        ('wd', 'weight_decay'),
+        ('bs', 'batch_size'),
+        ('arch', 'backbone'),
+        ('gpu', 'device'),
+        ('seed', 'random_seed'),
+        ('workers', 'num_workers'),
+        ('warmup', 'warmup_epochs'),
+        ('Momentom', 'momentum'),
     ],
 )
 def test_unknown_option_names_the_nearest(typed, meant, capsys):
