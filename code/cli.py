@@ -126,6 +126,29 @@ def check_values(words):
             raise UserError(f'--{name} is given without a value: --{name}=...; {OPTIONS[name].metadata["meaning"]}')
 
 
+def check_processes(command):
+    """Raise UserError where the environment says of several processes what cannot be; warn of those that know nothing
+    of one another."""
+    said, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_PORT'):
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
+        said[name] = int(text or 0)
+    world = said['WORLD_SIZE'] or 1
+    if said['RANK'] >= world:
+        raise UserError(f'RANK={said["RANK"]} is in the environment, of WORLD_SIZE={world} processes; {hint}')
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if world > 1 and missing:
+        raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')
+    if os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1' and world == 1 and command in ('train', 'ablate'):
+        complain(
+            'warning',
+            f'srun has started {os.environ["SLURM_STEP_NUM_TASKS"]} processes, and each trains a run of its own; to '
+            'train one together start one task a machine with torchrun (README)',
+        )
+
+
 def main(argv):
     """Run one command line; returns the exit code: 0 done, 1 the work failed, 2 bad use."""
     if not argv or argv[0] in ('--help', '-h', 'help'):
@@ -149,6 +172,7 @@ def main(argv):
         if '-' in argv or '--' in argv:  # Fire's own separators, which would cut the line short
             raise UserError("'-' alone is not an option: they are given as --name=value")
         check_values(argv[1:])
+        check_processes(command)
         fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
         return failed(error, 2 if isinstance(error, UserError) else 1)

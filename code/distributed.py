@@ -19,36 +19,49 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from config import WorkError
 from records import process_stat
+from terminal import complain
 
 JOINED = {'store': None, 'others': []}  # what `start` found: the store, [machine, process] of each rank
+SAY_AFTER, LONGEST_START = 20.0, 600.0  # seconds, of waiting for the other processes
 TURNS = itertools.count()  # of what goes through the store: all processes come to it in the same order
 
 
+def told_by_torchrun(name, default):
+    """A number of the environment; what is none is refused by cli.py."""
+    text = os.environ.get(name, '')
+    return int(text) if text.isdecimal() else default
+
+
 def rank():
-    return int(os.environ.get('RANK', 0))
+    return told_by_torchrun('RANK', 0)
 
 
 def first_here():
     """Whether this is the first process of this machine: the one that writes what its others read."""
-    return not int(os.environ.get('LOCAL_RANK', 0))
+    return not told_by_torchrun('LOCAL_RANK', 0)
 
 
 def world():
     """The number of processes."""
-    return int(os.environ.get('WORLD_SIZE', 1))
+    return told_by_torchrun('WORLD_SIZE', 1)
 
 
 def local_world():
     """The number of processes on this machine."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return told_by_torchrun('LOCAL_WORLD_SIZE', 1)
 
 
 def start(device):
     """Join the other processes: NCCL between GPUs, gloo between CPUs. device: this process's."""
     if world() > 1 and not dist.is_initialized():
         ours = rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=ours)
+        address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        waited = Patience()
+        while not ours and not answers(address):  # torch's own wait is deaf to signals
+            waited.on(f'{address[0]}:{address[1]}, where number 0 of {world()} processes should be, does not answer')
+        store = dist.TCPStore(*address, is_master=ours)
         # Each start has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
         store = dist.PrefixStore(this_start(store), store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
@@ -58,17 +71,44 @@ def start(device):
         JOINED['others'] = [json.loads(told(f'place_{other}')) for other in range(world())]
 
 
+class Patience:
+    """Waiting for the other processes to start: said after a while, and over some day. They may come minutes apart,
+    where a cold disk serves many machines."""
+
+    def __init__(self):
+        self.since, self.said = time.monotonic(), False
+
+    def on(self, what):
+        """Wait a moment; raises WorkError where the time is up. what: is waited for, a sentence."""
+        waited = time.monotonic() - self.since
+        if waited > LONGEST_START:
+            raise WorkError(f'{what}; waited for {waited:.0f} s. Were all processes started, each with its own RANK?')
+        if waited > SAY_AFTER and not self.said:
+            self.said = True
+            complain('warning', f'{what} yet; waiting up to {LONGEST_START:.0f} s')
+        time.sleep(0.05)
+
+
+def answers(address):
+    """Whether a port of another process can be reached."""
+    try:
+        with socket.create_connection(address, timeout=1):
+            return True
+    except OSError:
+        return False
+
+
 def this_start(store):
     """A name for this start of all processes, the same in each, and new: torchrun keeps its store when it restarts, and
     counts restarts on each machine for itself. Each says hello by a name of its own, and rank 0 offers one to all until
     all have found their hello in the offer."""
-    mine, others = uuid.uuid4().hex, [str(other) for other in range(1, world())]
+    mine, others, waited = uuid.uuid4().hex, [str(other) for other in range(1, world())], Patience()
     if not rank():
         while not store.check([f'{mine}_{other}' for other in others]):
             there = [other for other in others if store.check([f'hello_{other}'])]
             hellos = {other: store.get(f'hello_{other}').decode() for other in there}
             store.set('offer', json.dumps([mine, hellos]))
-            time.sleep(0.05)
+            waited.on(f'{len(hellos) + 1} of {world()} processes have come')
         return mine
     store.set(f'hello_{rank()}', mine)
     while True:
@@ -76,7 +116,7 @@ def this_start(store):
         if hellos.get(str(rank())) == mine:
             store.set(f'{name}_{rank()}', 'yes')
             return name
-        time.sleep(0.05)
+        waited.on(f'number 0 of {world()} processes has not come')
 
 
 def end():
@@ -253,9 +293,12 @@ def gather(x, count=None):
     return torch.cat(parts)[:count]
 
 
-def place_of(count):
-    """Where this process's `count` images lie in a batch of which each has as many: (the first, of how many)."""
-    return rank() * count, world() * count
+def place_of(count, whole=None):
+    """Where this process's `count` images lie in a batch: (the first, of how many). whole: of how many, where they are
+    cut into keys.share; None: each has as many."""
+    if whole is None:
+        return rank() * count, world() * count
+    return min(rank() * -(-whole // world()), whole - count), whole
 
 
 def same_for_all(make):

@@ -5,6 +5,8 @@ from torch.func import functional_call
 
 import distributed
 
+MAKING = 7  # times the views, that making them takes (counted by torch's allocator; fewer where that is compiled)
+
 
 def step_bytes(model, images, views, size, dtype):
     """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the views of `images` images of
@@ -39,23 +41,33 @@ def step_bytes(model, images, views, size, dtype):
 
 
 def of_a_step(args, model, dtype, free):
-    """What a training step takes, in a line; where that is more than `free` bytes, with the --accumulate_steps that
-    would fit. Buffers of cuDNN and what lies between the blocks are taken as a tenth."""
+    """(a line on what a training step takes, what to do where that turns out to be too much), in words.
+
+    Where it is more than `free` bytes the line has the --accumulate_steps that would fit. Buffers of cuDNN and what
+    lies between the blocks are taken as a tenth. The views of a batch are made before the step, all at once.
+    """
     share = args.batch_size // distributed.world()
     second = sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0  # its other moment
     two, four = (step_bytes(model, images, args.views, args.image_size, dtype) for images in (2, 4))
     each = (four - two) / 2  # of an image; all else is the network's
+    views = 4 * 3 * args.image_size**2 * share * (4 if args.symmetric == '2x' else args.views)
+    making = MAKING * views if args.augment_on == 'device' else views
+    made = second + two + making
 
     def takes(parts):
-        return second + 1.1 * (two + each * (share // parts - 2))
+        return max(made, second + 1.1 * (two + each * (share // parts - 2)) + views * (1 - 1 / parts))
 
+    steps = [parts for parts in range(args.accumulate_steps + 1, share // 2 + 1) if share % parts == 0]
     line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
     if takes(args.accumulate_steps) < free:
-        return line
-    for parts in range(args.accumulate_steps + 1, share // 2 + 1):
-        if share % parts == 0 and takes(parts) < 0.9 * free:
-            return f'{line}: --accumulate_steps={parts} takes {gigabytes(takes(parts))}'
-    return f'{line}: try a smaller --image_size or --backbone'
+        more = f', or --accumulate_steps={steps[0]}' if steps else ''
+        return line, f'try a smaller --batch_size{more}'
+    for parts in steps:
+        if takes(parts) < 0.9 * free:
+            helps = f'--accumulate_steps={parts} takes {gigabytes(takes(parts))}'
+            return f'{line}: {helps}', helps
+    smaller = '--batch_size: the views alone are too large' if making > free / 2 else '--image_size or --backbone'
+    return f'{line}: try a smaller {smaller}', f'try a smaller {smaller}'
 
 
 def gigabytes(count):

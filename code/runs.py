@@ -28,11 +28,12 @@ class Diverged(WorkError):
 
 class Run:
     """A run that trains: its folder, what of it is saved (the last checkpoint's path, where in the training it is, when
-    it was written), and when its time is up (deadline, by time.time(); 0: never)."""
+    it was written), when its time is up (deadline, by time.time(); 0: never), and what helps, in words, where a step
+    takes more memory than there is."""
 
     def __init__(self, args, folder, path=None, position=(0, 0)):
         self.args, self.folder, self.path, self.position = args, folder, path, position
-        self.saved_at, self.deadline = time.time(), 0.0
+        self.saved_at, self.deadline, self.helps = time.time(), 0.0, 'try a smaller --batch_size'
 
     def begin(self):
         """Say in the folder that this process trains it. Raises UserError where another one does."""

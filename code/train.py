@@ -97,16 +97,16 @@ def train_epoch(args, step, state, batches, watch, run):
     name = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     batches.batch_sampler.start_epoch(state.epoch, name, state.images)
     total = state.images + len(batches) * size
-    smaller = f'try a smaller --batch_size, or --accumulate_steps={2 * args.accumulate_steps}'
     state.model.train()
     with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
-            views = random_views(args, images, name, state, batches.dataset)
+            with memory_for('the views of a batch', 'try a smaller --batch_size'):
+                views = random_views(args, images, name, state, batches.dataset)
             if state.position == (0, 0):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
-            with stop.held(), memory_for('a training step', smaller):
+            with stop.held(), memory_for('a training step', run.helps):
                 loss, std, (p, z) = step(views)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates, p, z)
@@ -251,7 +251,9 @@ def introduce(args, state, run, batches, reason):
         f'{args.image_size} px views, on {named(device)}{together}, {described(args)}, {words}'
     )
     if device.type == 'cuda' and state.epoch < args.max_epochs:
-        say(memory.of_a_step(args, state.model, precision(args), torch.cuda.mem_get_info(device)[0]))
+        free, _ = torch.cuda.mem_get_info(device)
+        line, run.helps = memory.of_a_step(args, state.model, precision(args), free)
+        say(line)
 
 
 def named(device):

@@ -13,8 +13,10 @@ measure() {
     name=$1
     shift
     echo "--- $name: $*"
-    timeout --signal=INT --kill-after=30 "${LIMIT:-600}" "$@" 2>&1 | tee "$output/$name.txt" || { echo "$name failed" && failed=1; }
+    # --foreground: in a process group of its own Ctrl-C would not reach it. -i: tee stays for what is said at the end.
+    timeout --foreground --signal=INT --kill-after=30 "${LIMIT:-600}" "$@" 2>&1 | tee -i "$output/$name.txt" || { echo "$name failed" && failed=1; }
 }
+trap 'echo stopped; exit 130' INT
 
 python3 -c 'import torch; torch.cuda.is_available() or exit("torch sees no CUDA GPU here")' || exit 1
 nvidia-smi >"$output/nvidia-smi.txt" 2>&1 || true

@@ -10,6 +10,7 @@ worker processes, which cut and resize the crops of both views from one decoding
 on the device, a batch at a time; where the device is the CPU, the workers share that too.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,7 @@ from dataloader.part import hold_out
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
-from distributed import in_turn, rank
+from distributed import in_turn, rank, world
 from logger import progress, say
 from terminal import complain, shown
 from utils import get_device, prepare_batch
@@ -71,7 +72,7 @@ def shuffled_crops(args, images, drop_last, frozen=False):
     frozen: they go through a network that is not trained, so many at once as `at_once` says where nothing is dropped.
     """
     args = replace(args, augmentation='crop', blur_prob=0.0, augment_on='device')
-    if frozen and not drop_last:
+    if frozen and not drop_last and world() == 1:  # of several each may have another GPU, and all have one batch
         args.batch_size = max(args.batch_size, at_once(images))
     return batches(args, replace(images, args=args, views=1), shuffled=True, drop_last=drop_last)
 
@@ -93,7 +94,9 @@ def batches(args, images, shuffled, drop_last=None):
 def at_once(images):
     """How many images that a GPU holds go through a network at once where none is trained, for it is through with a few
     small ones before the next are launched; 0 of images that it does not hold."""
-    return max(1, LOOKED_AT // images.pixels[0, 0].numel()) if images.on_gpu() else 0
+    if not images.on_gpu():
+        return 0
+    return max(1, LOOKED_AT // max(images.pixels[0, 0].numel(), images.args.image_size**2))
 
 
 def prepared(args, batches):
@@ -101,7 +104,7 @@ def prepared(args, batches):
     if get_device(args).type != 'cuda':
         yield from (prepare_batch(args, batch) for batch in batches)
         return
-    stream, ahead = torch.cuda.Stream(get_device(args)), None
+    stream, ahead = copies(get_device(args)), None
     for batch in batches:
         with torch.cuda.stream(stream):
             following = prepare_batch(args, batch), stream.record_event()
@@ -110,6 +113,12 @@ def prepared(args, batches):
         ahead = following
     if ahead:
         yield arrived(*ahead)
+
+
+@functools.cache
+def copies(device):
+    """The stream on which batches come to a GPU: one, for torch keeps memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def arrived(tensors, copied):
@@ -149,21 +158,8 @@ def splits_of(args, parts):
         splits[name] = of_part(args, part, table[part.labels], classes)
     if len(train.classes) == 1 and not rank():
         complain('warning', f'{shown(train.where)} has one class, {shown(classes[0])!r}: accuracies say nothing')
-    warn_of_idle(args, parts, splits['train'])
+    remarks.warn_of_idle(args, parts, splits['train'])
     return splits
-
-
-def warn_of_idle(args, parts, train):
-    """Say which given options do nothing to these images."""
-    held = train.pixels is not None and 'images this small are held in memory'
-    reasons = {
-        'resize_cache': held,
-        'jpeg_shrink': held,
-        'val_fraction': 'val' in parts and not parts['val'].share and f'{shown(parts["val"].where)} is val',
-    }
-    for name, reason in reasons.items():
-        if reason and name in args.given and not rank():
-            complain('warning', f'--{name} has no effect: {reason}')
 
 
 def parts_of(args):

@@ -45,6 +45,19 @@ def say_of_part(name, part):
         say(f'{name:5}  {without} of {len(part.labels)} images have no class')
 
 
+def warn_of_idle(args, parts, train):
+    """Say which given options do nothing to these images."""
+    held = train.pixels is not None and 'images this small are held in memory'
+    reasons = {
+        'resize_cache': held,
+        'jpeg_shrink': held,
+        'val_fraction': 'val' in parts and not parts['val'].share and f'{shown(parts["val"].where)} is val',
+    }
+    for name, reason in reasons.items():
+        if reason and name in args.given and not rank():
+            complain('warning', f'--{name} has no effect: {reason}')
+
+
 def beside(root, parts):
     """Names of what lies in `root` beside the splits and could be meant: folders and images, where the splits are
     folders there, and archives and lists that are called as a split which is made of something else."""

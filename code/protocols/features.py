@@ -57,7 +57,7 @@ def in_parts(args, backbone, batches, title):
     with judged(backbone):
         for images, labels in prepared(args, progress(batches, title)):
             views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
-            most = max(1, LOOKED_AT // args.image_size**2)
+            most = at_most(args)
             for view, part in zip(views.split(most), labels.split(most), strict=True):
                 with autocast(args):
                     features = backbone(channels_last(view))
@@ -68,18 +68,28 @@ def in_parts(args, backbone, batches, title):
             yield backbone(none)[:0].float(), torch.zeros(0, device=device).long()
 
 
+def at_most(args):
+    """How many views go through a network at once where none is trained."""
+    return max(1, LOOKED_AT // args.image_size**2)
+
+
 def labelled_crops(args, batches, epoch):
-    """One epoch of load_dataset.shuffled_crops: pairs of normalised views, N x 3 x S x S, and labels, on the device."""
+    """One epoch of load_dataset.shuffled_crops: pairs of normalised views, N x 3 x S x S, and labels, on the device;
+    this process's part of each batch."""
     batches.batch_sampler.start_epoch(epoch, 'crop')
+    whole = batches.batch_sampler.sizes()
     for step, (images, labels) in enumerate(prepared(args, batches)):
         generator = random_from(args.random_seed, 'crops', epoch, step)
-        (view,) = batches.dataset.random_views(images, 'crop', generator, place_of(len(images)))
+        place = place_of(len(images), whole[step])
+        (view,) = batches.dataset.random_views(images, 'crop', generator, place)
         yield channels_last(view), labels
 
 
 def augmented_features(args, backbone, batches, epoch):
-    """One epoch of labelled_crops as pairs of features, N x d float, and labels. The backbone is in eval mode."""
-    for view, labels in labelled_crops(args, batches, epoch):
+    """One epoch of labelled_crops as pairs of features, N x d float, and labels, of all processes. The backbone is in
+    eval mode."""
+    crops = labelled_crops(args, batches, epoch)
+    for (view, labels), count in zip(crops, batches.batch_sampler.sizes(), strict=True):
         with torch.no_grad(), autocast(args):
-            features = backbone(view)
-        yield gather(features.float()), gather(labels)
+            features = torch.cat([backbone(part) for part in view.split(at_most(args))])
+        yield gather(features.float(), count), gather(labels, count)

@@ -15,7 +15,7 @@ from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
 from precision import autocast
-from protocols.features import labelled_crops
+from protocols.features import at_most, labelled_crops
 from terminal import complain, shown
 from utils import channels_last, get_device, random_from
 
@@ -93,8 +93,11 @@ def train_and_score(args, backbone, train, val, rates, title):
     found = []
     with torch.inference_mode():
         for images, labels in prepared(args, in_order(args, val)):
-            view = channels_last(plain_view(images, args.image_size, args.crop_ratio))
-            found.append((head(backbone(view)), labels))
+            view = plain_view(images, args.image_size, args.crop_ratio)
+            for part, own in zip(view.split(at_most(args)), labels.split(at_most(args)), strict=True):
+                with autocast(args, scaled=False):
+                    scores = head(backbone(channels_last(part)))
+                found.append((scores.float(), own))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

@@ -4,7 +4,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dataloader.load_dataset import in_order, labelled, shuffled_crops
-from distributed import world
 from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
@@ -26,8 +25,7 @@ def linear(args, model, splits):
     train, val = labelled(splits['train']), splits['val']
     backbone, num_classes = model.backbone.eval(), len(val.classes)
     size = min(args.probe_batch_size or PROBE[args.probe_optimizer][1], len(train))
-    # Of several processes each has a part of every batch.
-    crops = shuffled_crops(args, train, drop_last=world() > 1, frozen=True)
+    crops = shuffled_crops(args, train, drop_last=False, frozen=True)
     if args.cache_features:
         pairs_of = cached_features(args, backbone, crops, size)
     else:

@@ -102,7 +102,7 @@ def spaced(images, count):
 def of_views(args, model, images, views):
     """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
-    found = batches(args, replace(images, args=args, views=views), shuffled=True, drop_last=False)
+    found = batches(args, replace(images, args=args, views=views), shuffled=False)
     count = len(images)
     first = rank() * -(-count // world())  # whatever the batch, and however many processes share it
 

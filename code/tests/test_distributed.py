@@ -4,7 +4,9 @@ import csv
 import io
 import os
 import re
+import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -17,9 +19,11 @@ import distributed
 import utils
 import warm
 from config import AUGMENTATIONS, UserError, get_config
-from conftest import CODE, TINY, Python, draw_folder, own_paths
+from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths
 from dataloader import vision
+from dataloader.keys import Keys
 from dataloader.load_dataset import get_iterator, in_order
+from distributed import place_of
 from records import read_metrics
 from results import of_run
 from utils import random_from
@@ -61,6 +65,8 @@ def as_one_of(monkeypatch):
     def pretend(rank, world):
         monkeypatch.setenv('RANK', str(rank))
         monkeypatch.setenv('WORLD_SIZE', str(world))
+        monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+        monkeypatch.setenv('MASTER_PORT', '1')
 
     return pretend
 
@@ -237,6 +243,59 @@ def test_more_processes_than_images_to_judge(tmp_path):
     assert re.search(r'epoch 1/1 .* kNN', done.stdout)
 
 
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    """One epoch on the drawn set. To be read only."""
+    folder = tmp_path_factory.mktemp('trained')
+    options = ('--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *own_paths(folder))
+    assert cli.main(['train', *TINY, *options]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('world', 'batch', 'cached'), [(3, 64, False), (3, 64, True), (2, 7, False), (2, 700, False), (4, 71, False)]
+)
+def test_a_linear_evaluation_of_several_processes_is_that_of_one(world, batch, cached, trained, tmp_path):
+    """However the batch can be cut, and with a last one of one image: 72 are trained on. The classifier is the same."""
+    copied = shutil.copytree(trained, tmp_path / 'run')
+    weights = {}
+    for name, start in (('one', []), ('all', [word.replace('=2', f'={world}') for word in TORCHRUN])):
+        options = (
+            f'--ckpt_name={RUN}',
+            '--amp=off',
+            f'--batch_size={batch}',
+            '--probe_epochs=3',
+            '--probe_batch_size=50',
+        )
+        done = run(*start, 'cli.py', 'evaluate', *options, f'--cache_features={cached}', *own_paths(copied))
+        assert done.returncode == 0, done.stderr
+        (path,) = (copied / 'ckpt' / RUN).glob('classifier_*')
+        weights[name] = torch.load(path, weights_only=True)
+        path.unlink()
+    for kind in ('weight', 'bias'):
+        torch.testing.assert_close(weights['all'][kind], weights['one'][kind], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('world', [2, 3, 4])
+@pytest.mark.parametrize(('count', 'size', 'drop_last'), [(10, 4, False), (9, 4, False), (3, 8, False), (12, 4, True)])
+def test_the_parts_of_shuffled_batches_are_the_whole(count, size, drop_last, world, as_one_of):
+    """As distributed.gather joins them, each as long as the largest; an image that fills a place is cut off."""
+    whole = Keys(count, size, 0, 'crop', shuffled=True, drop_last=drop_last)
+    batches, sizes, parts = [*whole], whole.sizes(), []
+    assert [len(batch) for batch in batches] == sizes
+    for rank in range(world):
+        as_one_of(rank, world)
+        parts.append([*whole])
+        for part, number in zip(parts[-1], sizes, strict=True):
+            first, of = place_of(len(part), number)
+            assert of == number
+            assert 0 <= first <= first + len(part) <= number
+    for i, batch in enumerate(batches):
+        most = -(-len(batch) // world)
+        joined = [key for part in parts for key in part[i] + [None] * (most - len(part[i]))]
+        assert joined[: len(batch)] == batch
+
+
 def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_path):
     assert cli.main(['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
     written = {}
@@ -268,6 +327,64 @@ def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
     as_one_of(0, 2)
     assert cli.main([command]) == 2
     assert capsys.readouterr().err == f'error: {command} is the work of one process: start it without torchrun\n'
+
+
+@pytest.mark.parametrize(
+    ('environment', 'said'),
+    [
+        ({'WORLD_SIZE': 'abc'}, 'WORLD_SIZE=abc is in the environment, and no number; torchrun sets it'),
+        ({'WORLD_SIZE': '-2'}, 'WORLD_SIZE=-2 is in the environment, and no number'),
+        ({'RANK': ''}, 'RANK= is in the environment, and no number'),
+        ({'LOCAL_RANK': '1.5'}, 'LOCAL_RANK=1.5 is in the environment, and no number'),
+        ({'RANK': '1'}, 'RANK=1 is in the environment, of WORLD_SIZE=1 processes'),
+        ({'WORLD_SIZE': '2', 'RANK': '5', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}, 'RANK=5 is in the environment, of'),
+        ({'WORLD_SIZE': '2'}, 'WORLD_SIZE=2 is in the environment, and RANK is not; torchrun sets it'),
+        ({'WORLD_SIZE': '2', 'RANK': '0'}, 'WORLD_SIZE=2 is in the environment, and MASTER_ADDR is not'),
+        (
+            {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'a'},
+            'WORLD_SIZE=2 is in the environment, and MASTER_PORT is',
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_is_bad_use(environment, said, capsys, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(['train', '--preset=demo']) == 2
+    assert said in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('stopped', [False, True])
+def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, drawn, tmp_path):
+    """A signal is heard the while; when the time is up that is an error."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    code = (
+        f'import sys; sys.path.insert(0, {str(CODE)!r}); import cli, distributed; distributed.SAY_AFTER = 0.5; '
+        f'distributed.LONGEST_START = {600 if stopped else 1.5}; sys.exit(cli.main(sys.argv[1:]))'
+    )
+    place = {'WORLD_SIZE': '2', 'RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    (tmp_path / 'patient.py').write_text(code)
+    process = begin(tmp_path / 'patient.py', 'train', *TINY, f'--image_path={drawn}', *own_paths(tmp_path), **place)
+    if stopped:
+        end = time.time() + 60
+        while 'waiting up to' not in process.said()[1] and time.time() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGTERM
+    else:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert re.search(r'waited for [12] s. Were all processes started, each with its own RANK?', said)
+    assert ('1 of 2 processes have come yet' if not rank else 'should be, does not answer yet') in said
+
+
+def test_what_srun_starts_apart_is_said(capsys, monkeypatch):
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
+    assert cli.main(['train', '--preset=nothing']) == 2
+    assert 'srun has started 2 processes, and each trains a run of its own' in capsys.readouterr().err
 
 
 def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):

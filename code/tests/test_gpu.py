@@ -21,7 +21,7 @@ import memory
 import train
 import utils
 from ckpt import new_model
-from config import AUGMENTATIONS, UserError, get_config
+from config import AUGMENTATIONS, UserError, changed, get_config
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
 from dataloader.batches import workers_for
@@ -102,8 +102,10 @@ def test_knn_stays_on_the_gpu(no_content):
 @pytest.mark.parametrize(('side', 'device', 'many'), [(32, GPU, 3136), (224, GPU, 64), (4000, GPU, 1), (32, 'cpu', 0)])
 def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, device, many, no_content):
     pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
-    images = Images(get_config(), None, Memory([], pixels), torch.zeros(2), [])
+    images = Images(get_config(image_size=32), None, Memory([], pixels), torch.zeros(2), [])
     assert load_dataset.at_once(images) == many
+    at_224 = Images(get_config(image_size=224), None, Memory([], pixels), torch.zeros(2), [])
+    assert load_dataset.at_once(at_224) == min(many, 64)  # they are enlarged
 
 
 def test_the_probe_waits_for_nothing(no_content):
@@ -265,10 +267,32 @@ def test_what_a_step_takes_is_known_before_it():
     assert counted[2] - counted[1] == 2 * (counted[1] - counted[0])
     full = memory.step_bytes(model, 128, 2, 224, None)
     assert full / 2 < counted[0] < 0.6 * full
-    line = memory.of_a_step(args, model, torch.bfloat16, 25e9)
-    assert line == 'a step takes about 50.6 GB, 25.0 GB are free: --accumulate_steps=4 takes 13.1 GB'
-    assert memory.of_a_step(args, model, torch.bfloat16, 80e9) == 'a step takes about 50.6 GB, 80.0 GB are free'
-    assert 'a smaller --image_size' in memory.of_a_step(args, model, torch.bfloat16, 1e8)
+    line, helps = memory.of_a_step(args, model, torch.bfloat16, 25e9)
+    assert helps == '--accumulate_steps=4 takes 13.6 GB'
+    assert line == f'a step takes about 50.6 GB, 25.0 GB are free: {helps}'
+    line, helps = memory.of_a_step(args, model, torch.bfloat16, 80e9)
+    assert line == 'a step takes about 50.6 GB, 80.0 GB are free'
+    assert helps == 'try a smaller --batch_size, or --accumulate_steps=2'
+    assert 'a smaller --image_size' in memory.of_a_step(changed(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({}, '--accumulate_steps=16 takes 5.0 GB'),
+        ({'views': 4}, 'the views alone are too large'),  # seven times 1.2 GB
+        ({'symmetric': '2x'}, 'the views alone are too large'),
+        ({'views': 4, 'augment_on': 'worker'}, '--accumulate_steps=32 takes 4.9 GB'),
+        ({'views': 4, 'accumulate_steps': 16}, 'the views alone are too large'),
+        ({'batch_size': 510}, '--accumulate_steps=15 takes'),  # 8 would cut no equal parts
+    ],
+)
+def test_the_views_of_a_batch_are_counted(options, said):
+    """ResNet-50 at 224 px on a card with 8.4 GB free: views are made all at once, before the parts of a step."""
+    args = get_config(preset='imagenet', device='cpu', **options)
+    line, helps = memory.of_a_step(args, new_model(args), torch.bfloat16, 6e9)
+    assert said in line
+    assert said in helps
 
 
 def losses_of(steps, rates, call):

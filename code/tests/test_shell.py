@@ -1,11 +1,14 @@
 """The files beside code/: shell scripts, the Makefile's promises, requirements, the layout."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -295,3 +298,24 @@ def test_nothing_else_at_the_top():
         '.dockerignore',
         '.ci',
     }
+
+
+def test_ctrl_c_stops_what_a_gpu_measures(tmp_path):
+    """bench/gpu.sh at its first measurement, on a terminal: neither this one nor the next goes on."""
+    text = (CODE / 'bench/gpu.sh').read_text()
+    start = text[: text.index("python3 -c 'import torch;")]
+    (tmp_path / 'code/bench').mkdir(parents=True)
+    script = tmp_path / 'code/bench/gpu.sh'
+    script.write_text(start + 'measure one bash -c "echo begun; sleep 60"\nmeasure two sleep 60\n')
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execvp('bash', ['bash', str(script), str(tmp_path / 'out')])
+    said, begun = b'', time.time()
+    with contextlib.suppress(OSError):  # the terminal is gone with the last that had it
+        while part := os.read(terminal, 1000):
+            said += part
+            if part.rstrip().endswith(b'begun'):
+                os.write(terminal, b'\x03')
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert time.time() - begun < 30
+    assert b'two' not in said
