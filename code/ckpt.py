@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import warnings
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
@@ -115,6 +116,7 @@ def load_checkpoint(args, path, fixed):
     content = load_file(path)
     if not is_ours(content):
         return load_foreign(args, path, content)
+    check_bytes(path)
     content, unsaid = upgraded(content)
     state, saved = content['model'], content['args']
     say_unsaid(path, saved['preset'], unsaid)
@@ -372,6 +374,17 @@ def load_file(path):
             inert.append(refused[1])
         except Exception:  # what the unpickler raises on damaged bytes has no common base
             raise WorkError(DAMAGED.format(path)) from None
+
+
+def check_bytes(path):
+    """Raise WorkError where a checkpoint of ours has other bytes than were written: torch reads them without a word."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            wrong = parts.testzip()
+    except zipfile.BadZipFile:
+        return  # torch has read it: an old format of its own
+    if wrong:
+        raise WorkError(f'{path} is damaged, in {wrong}: take another checkpoint')
 
 
 class Inert:

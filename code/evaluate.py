@@ -224,7 +224,7 @@ def table(result):
         lines.append('verdict    {}: {}'.format(*result['verdict']))
     if result.get('per_class'):
         worst = sorted(result['per_class'].items(), key=lambda item: item[1])
-        named = ', '.join(f'{name} {value:.1f}' for name, value in worst[:10])
-        more = f' ... {worst[-1][0]} {worst[-1][1]:.1f}' if len(worst) > 10 else ''
+        named = ', '.join(f'{shown(name)} {value:.1f}' for name, value in worst[:10])
+        more = f' ... {shown(worst[-1][0])} {worst[-1][1]:.1f}' if len(worst) > 10 else ''
         lines.append(f'{"per class, worst first":22} {named}{more}')
     return '\n'.join(lines)

@@ -9,6 +9,19 @@ import torch
 from config import OPTIONS, PRESETS, WorkError, parse
 from state import FORMAT
 
+DAMAGED = 'the checkpoint is damaged: its {} is missing, or is none; take another'
+KINDS = {
+    'model': dict,
+    'optimizer': dict,
+    'epoch': int,
+    'images': int,
+    'loss': float,
+    'last': (tuple, list),
+    'sums': torch.Tensor,
+    'rng': (dict, type(None)),
+    'scaler': (dict, type(None)),
+}
+
 
 def is_ours(content):
     """Whether a file holds a run of ours, of any format."""
@@ -19,14 +32,31 @@ def is_ours(content):
 def upgraded(content):
     """(content in the present format, the options that the file does not say). The options are checked values, and what
     is missing among them is what the file's preset has. Raises UserError for a value that is no longer possible."""
+    if not isinstance(content.get('format', 1), int):
+        raise WorkError(DAMAGED.format('format'))
     if content.get('format', 1) > FORMAT:
         raise WorkError(f'the checkpoint is of format {content["format"]}, a later one than {FORMAT}: update this code')
     if content.get('format', 1) == 1:
         content = from_steps(content)
+    check_kinds(content)
     said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
     preset = {'preset': said['preset'], **PRESETS.get(said['preset'], {})} if 'preset' in said else {}
     unsaid = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
     return {**content, 'args': {**unsaid, **said}}, sorted(unsaid)
+
+
+def check_kinds(content):
+    """Raise WorkError where a part of a checkpoint in the present format is missing, or is something else."""
+    for name, kind in KINDS.items():
+        if name not in content or not isinstance(content[name], kind):
+            raise WorkError(DAMAGED.format(name))
+    sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) == 2}
+    sizes['model'] = all(isinstance(value, torch.Tensor) for value in content['model'].values())
+    groups = content['optimizer'].get('param_groups')
+    sizes['optimizer'] = isinstance(groups, list) and len(groups) == 2 and 'state' in content['optimizer']
+    for name, good in sizes.items():
+        if not good:
+            raise WorkError(DAMAGED.format(name))
 
 
 def from_steps(content):

@@ -1,5 +1,6 @@
 """What a run says: on the command line, in its log file and in TensorBoard."""
 
+import os
 import threading
 import time
 
@@ -64,8 +65,9 @@ class Logger:
         self.board(put)
         if self.metrics and not rank():
             line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
-            with open(self.metrics, 'a', encoding='utf-8') as file:
-                file.write(as_json(line) + '\n')
+            with open(self.metrics, 'ab+') as file:
+                cut = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b'\n'  # the last line, by a kill
+                file.write(('\n' * bool(cut) + as_json(line) + '\n').encode())
         if self.tracker:
             self.tracker.log(step, values)
 

@@ -30,7 +30,16 @@ from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, res
 from state import State
 from terminal import complain
 from tracker import package_of
-from utils import channels_last, get_device, memory_for, random_from, use_compile, use_device, why_not_compiled
+from utils import (
+    channels_last,
+    get_device,
+    memory_for,
+    random_from,
+    seed_step,
+    use_compile,
+    use_device,
+    why_not_compiled,
+)
 from watch import Watch
 
 
@@ -107,6 +116,7 @@ def train_epoch(args, step, state, batches, watch, run):
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
             with stop.held(), memory_for('a training step', run.helps):
+                seed_step(args.random_seed, 'step', state.epoch, state.images // size)
                 loss, std, (p, z) = step(views)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates, p, z)

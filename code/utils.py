@@ -14,7 +14,7 @@ import tempfile
 import torch
 
 from config import ROOT, UserError, WorkError
-from distributed import first_here, start, world
+from distributed import first_here, rank, start, world
 from records import csv_of, put_aside
 
 
@@ -61,8 +61,17 @@ def random_from(*key):
     Nothing has to be saved or replayed to draw step 1000 of epoch 7 again: that is what makes a resumed run equal to
     one that never stopped.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, 'big') >> 1)
+    return torch.Generator().manual_seed(seed_of(key))
+
+
+def seed_of(key):
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'big') >> 1
+
+
+def seed_step(*key):
+    """Let what a network itself draws in a step (dropout, stochastic depth, a detector's regions), which comes from
+    torch's own generators, depend on `key` alone. Each process draws its own."""
+    torch.manual_seed(seed_of((*key, rank())))
 
 
 def prepare_batch(args, batch):

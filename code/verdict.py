@@ -17,6 +17,7 @@ MEASURES = {
     'alignment': 'alignment',
     'uniformity': 'uniformity',
     'std': 'std of z',
+    'std_batch': 'std of z, by statistics of these images',
     'mean_direction': 'norm of the mean direction of z',
     'correlation': 'correlation of channels of z',
     'rank_z_minus_p': 'effective rank of z minus that of p',
@@ -25,6 +26,7 @@ MEASURES = {
 }
 OF_FEATURES = ('rank', 'retrieval', 'rotation', 'rankme', 'area', 'alpha', 'lidar', 'alignment', 'uniformity')
 QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
+STDS = 'std', 'std_judged', 'std_batch'  # of training or of BN's averages; of those; of a batch's own statistics
 FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
 # From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
 COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.7
@@ -33,6 +35,7 @@ FOR_COLLAPSED = (
     'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
 )
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
+FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=spectrum judges it beside an untrained network'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
@@ -45,14 +48,16 @@ def verdict(now, untrained, called='untrained'):
     """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
 
     now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
-    began as. called: of the latter, in the sentence (began).
+    began as. called: of the latter, in the sentence (began). The std is the largest of those that were measured: by
+    BN's averages z lies off its mean where these are of few steps yet, or of other images than were looked at.
     """
-    std, rank, before = now['std'], now['rank'], untrained['rank']
+    std, rank, before = max(now[name] for name in STDS if name in now), now['rank'], untrained['rank']
     numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({called} {before:.1f})'
     if std < COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
     if rank > LEARNED * before:
-        return 'nothing learned', f'{numbers}, and no collapse. {FOR_NOTHING}'
+        hint = FOR_NOTHING if called == 'untrained' else FOR_NO_MORE
+        return 'nothing learned', f'{numbers}, and no collapse. {hint}'
     signs = []
     if now.get('correlation', 0) > CORRELATED:
         signs.append(f'channels of z correlated by {now["correlation"]:.2f}')
@@ -78,5 +83,4 @@ def of_metrics(lines, called='untrained'):
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
-    std = max(now['std'], now.get('std_judged', 0.0))  # of few steps, BN's averages lag behind
-    return verdict({**now, 'std': std}, untrained, called)
+    return verdict(now, untrained, called)

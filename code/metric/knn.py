@@ -36,7 +36,8 @@ def votes(cosine, labels, num_classes, temperature):
 
     cosine: Q x k; labels: Q x k, int64, the neighbours', >= 0. Returns Q x num_classes, rows that sum to 1.
     """
-    weight = torch.exp((cosine - 1) / temperature)  # the 1 cancels in the shares and keeps exp from overflowing
+    # The largest cosine cancels in the shares; without it exp overflows, or all of a row's weights are 0.
+    weight = torch.exp((cosine - cosine.max(1, keepdim=True).values) / temperature)
     shares = weight.new_zeros(len(cosine), num_classes).scatter_add_(1, labels, weight)
     return shares / shares.sum(1, keepdim=True)
 

@@ -28,7 +28,7 @@ from dataloader.stores.files import Files
 from logger import progress, say
 from optimizer.sgd import learning_rate
 from precision import autocast
-from utils import extra, get_device, random_from
+from utils import extra, get_device, random_from, seed_step
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
@@ -153,6 +153,7 @@ def fit(args, detector, train):
                 {name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
                 for target in targets
             ]
+            seed_step(args.random_seed, 'regions', epoch, step)
             loss = sum(detector(images, targets).values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -17,7 +17,7 @@ from optimizer.sgd import learning_rate
 from precision import autocast
 from protocols.features import at_most, labelled_crops
 from terminal import complain, shown
-from utils import channels_last, get_device, random_from
+from utils import channels_last, get_device, random_from, seed_step
 
 
 def semi(args, model, splits):
@@ -79,6 +79,7 @@ def train_and_score(args, backbone, train, val, rates, title):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 done = (epoch + step / steps) / args.finetune_epochs
                 group['lr'] = learning_rate(done, args.finetune_warmup, base * size / 256)
+            seed_step(args.random_seed, title, epoch, step)
             with autocast(args, scaled=False):
                 scores = head(backbone(view))
             loss = cross_entropy(scores.float(), labels)

@@ -4,6 +4,7 @@ The same images with the same views for every network, so that runs on one set c
 spaced, with MoCo's distortion, whatever the network was trained with.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -68,6 +69,7 @@ def measured(args, model, images):
             'lidar_z': measures.lidar(many_z),
             'rotation': rotation_probe(turned),
             'std': spread(z[:, 0]).item(),
+            'std_batch': spread(by_own_statistics(model.projector, pairs[:, 0])).item(),
             **measures.of_outputs(z[:, 0], p),
         }
 
@@ -86,6 +88,12 @@ def spectrum(args, model, splits, before=None):
         say('the file has a backbone alone: there is no z to be measured, and no verdict')
         result = {'measures': of_features(now), 'untrained': of_features(before)}
     return {**result, 'num_train': len(images), 'num_val': 0}, None, None, None, []
+
+
+@torch.no_grad()
+def by_own_statistics(projector, features):
+    """z, N x D, with BN as in training: by the statistics of these features, N x d, and not by its averages."""
+    return copy.deepcopy(projector).train()(features)
 
 
 def of_features(found):

@@ -13,7 +13,44 @@ import train
 from ckpt import new_model
 from config import UserError, get_config
 from conftest import CODE, TINY, one_line, own_paths
+from model import simsiam
 from model.backbone import make_backbone
+from records import read_metrics
+
+
+class Dropping(torch.nn.Module):
+    """A network that draws at random itself, 512 wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 64, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        )
+        self.drop, self.last = torch.nn.Dropout(0.5), torch.nn.Linear(64, 512)
+
+    def forward(self, x):
+        return self.last(self.drop(self.body(x)))
+
+
+def test_what_a_network_draws_itself_is_fixed_by_the_seed(drawn, tmp_path, monkeypatch):
+    """Dropout, stochastic depth: the same command gives the same losses, also where it was stopped on the way, and
+    another seed gives others."""
+    monkeypatch.setattr(simsiam, 'make_backbone', lambda *_: (Dropping(), 512))
+    losses = {}
+    for name, options in {
+        'one': [['--max_epochs=2']],
+        'again': [['--max_epochs=2']],
+        'stopped': [['--max_epochs=2', '--max_minutes=0.0001'], ['--max_epochs=2', '--resume=auto']],
+        'other': [['--max_epochs=2', '--random_seed=1']],
+    }.items():
+        for given in options:
+            torch.rand(len(name))  # something else has drawn before
+            argv = ['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path / name), *given]
+            assert cli.main(argv) == 0
+        lines = read_metrics(next((tmp_path / name / 'ckpt').iterdir()) / 'metrics.jsonl')
+        losses[name] = [line['pretraining/loss'] for line in lines if 'pretraining/loss' in line]
+    assert losses['one'] == losses['again'] == losses['stopped'] != losses['other']
+
 
 # One of each family, and its features.
 WIDTHS = {

@@ -1,6 +1,7 @@
 """Checkpoints that earlier commits wrote (tests/checkpoints) are read as what they were."""
 
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -65,6 +66,47 @@ def test_it_goes_on(name, drawn, tmp_path, capsys):
     assert 'going on with model_name_old_ckpt_0' in capsys.readouterr().out
     assert list(run.glob('loss_*_epoch_2'))
     assert not list(run.glob('*_step_*'))
+
+
+@pytest.mark.parametrize(
+    ('part', 'value'),
+    [
+        ('last', None),
+        ('last', (1.0,)),
+        ('rng', 'GONE'),
+        ('rng', 5),
+        ('format', '2'),
+        ('epoch', '2'),
+        ('epoch', -3),
+        ('images', 1.5),
+        ('sums', [0.0, 0.0]),
+        ('loss', None),
+        ('model', [1]),
+        ('model', {'a': None}),
+        ('optimizer', {}),
+        ('optimizer', {'state': {}, 'param_groups': [{}]}),
+        ('scaler', 'GONE'),
+    ],
+)
+def test_a_part_that_is_missing_or_none_is_damage(part, value):
+    content, _ = upgraded(old('6693c8e'))
+    content = {name: kept for name, kept in {**content, part: value}.items() if value != 'GONE' or name != part}
+    with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing, or is none'):
+        upgraded(content)
+
+
+def test_other_bytes_than_were_written_are_damage(tmp_path):
+    """Within a weight, where torch would read them as numbers."""
+    path = shutil.copy(OLD / '6693c8e', tmp_path / 'loss_0.0000_epoch_1')
+    with zipfile.ZipFile(path) as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+    content = bytearray(path.read_bytes())
+    middle = largest.header_offset + 200 + largest.file_size // 2
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(WorkError, match='is damaged, in .*data/'):
+        get_model_ckpt(get_config(ckpt_name=str(path)))
 
 
 def test_a_later_format_is_told_as_that():

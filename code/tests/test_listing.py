@@ -24,6 +24,7 @@ import verdict
 from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths
 from infer import in_one_cell
+from logger import Logger
 from records import as_json, read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
@@ -244,6 +245,19 @@ def test_json_that_any_reader_takes(value):
         return one == other if not isinstance(one, float) or math.isfinite(one) else other is None
 
     assert same(value, json.loads(as_json(value), parse_constant=refuse))
+
+
+@pytest.mark.parametrize('before', ['', '{"epoch": 0}\n', '{"epoch": 0}\n{"epoch": 1, "pretrai', '{"epo'])
+def test_a_line_that_was_cut_takes_none_with_it(before, tmp_path):
+    """As a kill or a full disk leaves it; the next line stands for itself."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(before)
+    logger = Logger(tmp_path / 'log', metrics=path)
+    logger.scalars(2, {'pretraining/loss': -0.5})
+    logger.scalars(3, {'pretraining/loss': -0.6})
+    logger.close()
+    kept = [line['epoch'] for line in read_metrics(path)]
+    assert kept == [0] * before.startswith('{"epoch": 0}\n') + [2, 3]
 
 
 @given(st.lists(st.text(st.characters(exclude_characters='\0')) | st.sampled_from(('a;b', '"', 'x\ny')), min_size=1))

@@ -15,6 +15,21 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
+@pytest.mark.parametrize('temperature', [0.001, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize('far', [0.0, 0.5, 1.5])
+def test_votes_are_shares_whatever_the_temperature(temperature, far):
+    """Against double precision and the plain formula, with neighbours that are all `far` from the query; the nearest
+    alone votes where the temperature is small."""
+    cosine = (torch.tensor([[1.0, 0.99, 0.6], [0.7, 0.6, 0.6]], dtype=torch.float64) - far).clamp(min=-1)
+    shares = knn.votes(cosine.float(), torch.tensor([[2, 0, 0], [1, 2, 2]]), 3, temperature)
+    weight = torch.exp((cosine - cosine[:, :1]) / temperature)
+    weight = weight / weight.sum(1, keepdim=True)
+    wanted = torch.stack(
+        (torch.tensor([weight[0, 1:].sum(), 0, weight[0, 0]]), torch.tensor([0, *weight[1, :1], weight[1, 1:].sum()]))
+    )
+    torch.testing.assert_close(shares.double(), wanted.double(), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(('k', 'temperature', 'piece'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
 def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
     monkeypatch.setattr(knn, 'PIECE', piece)

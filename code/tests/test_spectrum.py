@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import get_config
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import spectrum
+from metric.collapse import spread
+from model.simsiam import SimSiam
+from protocols.spectrum import by_own_statistics
 from verdict import of_metrics, verdict
 
 
@@ -20,6 +24,35 @@ def with_singular_values(values, n=400, seed=0, mean=0.0):
     left, _ = torch.linalg.qr(left - left.mean(0))
     right, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T + mean
+
+
+@pytest.mark.parametrize(
+    ('more', 'word'), [({}, 'collapsed'), ({'std_judged': 0.95}, 'healthy'), ({'std_batch': 0.95}, 'healthy')]
+)
+def test_an_std_by_averages_of_few_steps_is_no_collapse(more, word):
+    """One rule for train, evaluate and report: the largest std that was measured."""
+    now, before = {'std': 0.3, 'rank': 10.0, 'area': 0.8}, {'std': 0.9, 'rank': 100.0, 'area': 0.9}
+    assert verdict({**now, **more}, before)[0] == word
+
+
+def test_a_start_from_other_weights_is_told_so():
+    now, before = {'std': 0.99, 'rank': 11.0, 'area': 0.8}, {'std': 0.9, 'rank': 11.6, 'area': 0.9}
+    word, said = verdict(now, before, 'at the start')
+    assert word == 'nothing learned'
+    assert 'It was no worse at the start' in said
+    assert 'ten times as much' not in said
+
+
+def test_z_by_the_statistics_of_what_is_looked_at():
+    """Of other images than BN's averages are of: z lies off its mean by these, and around it by its own."""
+    projector = SimSiam(get_config(preset='demo')).projector.eval()
+    x = torch.randn(200, projector[0].in_features, generator=torch.Generator().manual_seed(0)) + 20
+    before = {name: value.clone() for name, value in projector.state_dict().items()}
+    with torch.no_grad():
+        assert spread(projector(x)) < 0.5
+    assert spread(by_own_statistics(projector, x)) > 0.9
+    assert all(torch.equal(value, before[name]) for name, value in projector.state_dict().items())
+    assert not projector.training
 
 
 @pytest.mark.parametrize('d', [2, 16, 100])
