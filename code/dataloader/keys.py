@@ -32,10 +32,14 @@ class Keys:
         """Images of each batch (shuffled), of all processes together."""
         return [min(self.batch_size, self.count - self.first - i * self.batch_size) for i in range(len(self))]
 
-    def __iter__(self):
+    def drawn(self):
+        """The order of the epoch's images and a seed for each, N int64 both, of all processes."""
         generator = random_from(self.seed, 'order', self.epoch)
         order = torch.randperm(self.count, generator=generator) if self.shuffled else torch.arange(self.count)
-        seeds = torch.randint(2**62, (self.count,), generator=generator)
+        return order, torch.randint(2**62, (self.count,), generator=generator)
+
+    def __iter__(self):
+        order, seeds = self.drawn()
         if not self.shuffled:
             order, seeds = share(order), share(seeds)
         for start in range(self.first, self.first + len(self) * self.batch_size, self.batch_size):

@@ -35,9 +35,13 @@ def random_views(images, row, generator, count=2, place=None, compiled=False):
     """
     whole, (first, total) = images.ndim == 4, place or (0, len(images))
     table = draw(count * total, row, generator, images.shape[-2:] if whole else None).view(count, total, -1)
-    table = table[:, first : first + len(images)].flatten(0, 1)
+    return views_by(images, table[:, first : first + len(images)].flatten(0, 1), row, count, compiled)
+
+
+def views_by(images, table, row, count, compiled=False):
+    """random_views, by a table of draws (of `draw`), view after view."""
     if images.device.type == 'cpu':
-        images = images.repeat(count, 1, 1, 1) if whole else images.transpose(0, 1).flatten(0, 1)
+        images = images.repeat(count, 1, 1, 1) if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1)
         return distort(images, table, row, normalise).chunk(count)
     run = compiled_once(distort_all) if compiled else distort_all
     moments, colours = mean_and_std(images.device), has_colours(row)

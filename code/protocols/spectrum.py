@@ -5,13 +5,18 @@ spaced, with MoCo's distortion, whatever the network was trained with.
 """
 
 import copy
+import functools
 from dataclasses import replace
 
 import torch
 
 from ckpt import new_model
+from config import distortion
 from dataloader import vision
+from dataloader.geometry import draw_crops
+from dataloader.keys import Keys
 from dataloader.load_dataset import batches, in_order, prepared, select
+from dataloader.vision import COLUMNS
 from distributed import gather, rank, world
 from logger import progress, say
 from metric import spectrum as measures
@@ -108,16 +113,19 @@ def spaced(images, count):
 
 @torch.no_grad()
 def of_views(args, model, images, views):
-    """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode."""
+    """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode. The views
+    are the same wherever the images are held, and whoever distorts them."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
-    found = batches(args, replace(images, args=args, views=views), shuffled=False)
+    found = batches(args, replace(images, args=args, views=views, crops_only=True), shuffled=False)
+    row = distortion(args, 'moco')
     count = len(images)
     first = rank() * -(-count // world())  # whatever the batch, and however many processes share it
 
     def parts():
         done = first
         for pixels, _ in prepared(args, progress(found, 'two views')):
-            yield seen(found.dataset.random_views(pixels, 'moco', random_from(SEED, 'fixed views'), (done, count)))
+            table = fixed_draws(count, views, tuple(row.items()), pixels.shape[2:] if pixels.ndim == 4 else None)
+            yield seen(vision.views_by(pixels, table[:, done : done + len(pixels)].flatten(0, 1), row, views))
             done += len(pixels)
         side = torch.zeros(1, 3, args.image_size, args.image_size, device=get_device(args))
         yield tuple(x[:0] for x in seen([side] * views))  # there may be more processes than images
@@ -131,6 +139,20 @@ def of_views(args, model, images, views):
     with judged(model):
         features, z = filled(parts(), -(-count // world()))
     return gather(numbers(features), count), gather(z, count)
+
+
+@functools.cache
+def fixed_draws(count, views, row, sides):
+    """What is random in the views of each of `count` images: views x count x 15 (vision.draw). sides: height and width
+    of whole images, whose crops are drawn as the processes draw those of files (crops.random_crops). row: its items."""
+    row = dict(row)
+    table = vision.draw(views * count, row, random_from(SEED, 'fixed views')).view(views, count, -1)
+    if sides:
+        _, seeds = Keys(count, count, SEED, 'moco', shuffled=False, drop_last=False).drawn()
+        for index, seed in enumerate(seeds.tolist()):
+            boxes, flips = draw_crops(views, *sides, row, torch.Generator().manual_seed(seed))
+            table[:, index, COLUMNS['boxes']], table[:, index, COLUMNS['flips']] = boxes.float(), flips.float()
+    return table
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import get_config
+from dataloader.load_dataset import load_splits
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import spectrum
 from metric.collapse import spread
 from model.simsiam import SimSiam
-from protocols.spectrum import by_own_statistics
+from protocols.spectrum import by_own_statistics, of_views
 from verdict import of_metrics, verdict
 
 
@@ -53,6 +54,29 @@ def test_z_by_the_statistics_of_what_is_looked_at():
     assert spread(by_own_statistics(projector, x)) > 0.9
     assert all(torch.equal(value, before[name]) for name, value in projector.state_dict().items())
     assert not projector.training
+
+
+def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
+    """In memory or in files, which workers read or this process, whatever the batch: to a grey level or two."""
+    model, found = SimSiam(get_config(preset='demo')), []
+    for held, workers, size in (('on', 0, 16), ('off', 0, 16), ('off', 2, 7)):
+        args = get_config(
+            preset='demo',
+            image_path=str(drawn),
+            cache_path=str(tmp_path),
+            cache_images=held,
+            num_workers=workers,
+            device='cpu',
+            amp='off',
+            batch_size=size,
+            random_seed=size,
+        )
+        found.append(of_views(args, model, load_splits(args)['train'], 2)[0])
+    spread_of = found[0].std(0).mean()
+    for other in found[1:]:
+        assert (other - found[0]).abs().max() < 0.2 * spread_of
+    assert (found[0][:, 0] - found[0][:, 1]).abs().max() > spread_of
+    torch.testing.assert_close(found[1], found[2])
 
 
 @pytest.mark.parametrize('d', [2, 16, 100])
