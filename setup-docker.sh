@@ -55,7 +55,7 @@ if PATH=$PATH:/usr/lib/wsl/lib nvidia-smi -L >/dev/null 2>&1 && [[ " $* " != *" 
         options+=(--gpus all)
     elif [[ $(docker info --format '{{json .DiscoveredDevices}}' 2>/dev/null) == *nvidia.com/gpu* ]]; then
         options+=(--device nvidia.com/gpu=all)
-    elif [ "$1" != tensorboard ]; then
+    elif [[ ! $1 =~ ^(tensorboard|runs|pack|help)$ && " $*" != *" --help"* && " $*" != *" -h" ]]; then # they need none
         fail "there is a GPU, but docker cannot reach it; install NVIDIA's container toolkit" \
             "(https://docs.nvidia.com/datacenter/cloud-native/container-toolkit), or go on without: --device=cpu"
     fi

@@ -252,9 +252,7 @@ def trained(drawn, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ('world', 'batch', 'cached'), [(3, 64, True), (2, 700, False), (4, 71, False)]
-)
+@pytest.mark.parametrize(('world', 'batch', 'cached'), [(3, 64, True), (2, 700, False), (4, 71, False)])
 def test_a_linear_evaluation_of_several_processes_is_that_of_one(world, batch, cached, trained, tmp_path):
     """However the batch can be cut, and with a last one of one image: 72 are trained on. The classifier is the same."""
     copied = shutil.copytree(trained, tmp_path / 'run')

@@ -111,6 +111,13 @@ def test_docker_uses_gpus_and_trains_by_default(runtimes, devices, wanted, docke
     assert calls[-1].endswith(wanted)
 
 
+@pytest.mark.parametrize('command', [['runs'], ['pack', '--output=x'], ['train', '--help'], ['--help=views'], ['help']])
+def test_docker_wants_no_gpu_for_what_needs_none(command, docker):
+    done, calls = docker(*command, GPU='1', RUNTIMES='{"runc":{}}')
+    assert done.returncode == 0, done.stderr
+    assert calls[-1].endswith(' simsiam ' + ' '.join(command))
+
+
 def test_docker_goes_without_a_gpu_where_there_is_none_or_none_is_wanted(docker):
     _, calls = docker('train', RUNTIMES=WITH_NVIDIA)
     assert '--gpus' not in calls[-1]
