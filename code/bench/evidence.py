@@ -193,7 +193,8 @@ def untrained_linear(run, kept):
 def correlations(rows):
     """{measure: (Spearman's correlation with linear top-1 over the runs, a 95 % interval)}."""
     accuracies = [row['linear'] for row in rows]
-    return {name: with_interval([row[name] for row in rows], accuracies) for name in (*MEASURES, 'loss')}
+    known = [name for name in (*MEASURES, 'loss') if all(name in row for row in rows)]
+    return {name: with_interval([row[name] for row in rows], accuracies) for name in known}
 
 
 def with_interval(x, y, tries=1000):
