@@ -96,7 +96,8 @@ def predicted(args, checkpoint, backbone, features, where):
         train = labelled(load_splits(args)['train'])
         if not len(train):
             raise UserError(
-                f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: run evaluate first'
+                f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: python3 cli.py '
+                f'evaluate --ckpt_name={args.ckpt_name} --image_path=<labelled images> trains one'
             )
         classes = train.classes
         scores = vote(args, backbone, in_order(args, train), features, len(classes))

@@ -198,7 +198,7 @@ def load_whole(args, path):
     are none."""
     with in_turn():
         part = layout.whole(path, path_of(args.cache_path), progress)
-        remarks.say_of_part('', part)
+        remarks.say_of_part(shown(path.name), part)
         return of_part(args, part, torch.full_like(part.labels, -1), [])
 
 
