@@ -350,13 +350,13 @@ def trust():
     """Linear top-1 of the last checkpoint of runs, of the one that the rank names, and of the best of all epochs."""
     rows = []
     for title, seeds in json.loads((RESULTS / 'trust.json').read_text())['runs'].items():
-        for epochs in seeds.values():
+        for seed, epochs in seeds.items():
             named = min(epochs, key=lambda epoch: epoch['rank'])
             best = max(epochs, key=lambda epoch: epoch['linear'])
             found = [f'{percent(of["linear"])} ({of["epoch"]})' for of in (epochs[-1], named, best)]
             both = np.array([[epoch[name] for epoch in epochs] for name in ('rank', 'linear')])
-            rows.append([title, *found, percent(best['linear'] - named['linear']), f'{spearman(both):.2f}'])
-    return markdown(['run', 'last (epoch)', 'named', 'best', 'what trust cost', 'rank and linear'], rows)
+            rows.append([title, seed, *found, percent(best['linear'] - named['linear']), f'{spearman(both):.2f}'])
+    return markdown(['run', 'seed', 'last (epoch)', 'named', 'best', 'what trust cost', 'rank and linear'], rows)
 
 
 def choice():
