@@ -27,7 +27,7 @@ from logger import say
 from model.layouts import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
 from records import oldest_first
-from terminal import complain
+from terminal import complain, some
 from utils import extra, write_aside
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
@@ -249,8 +249,8 @@ def say_unsaid(path, preset, names):
     of_training = [name for name in names if {'train', 'evaluate'} & {*OPTIONS[name].metadata['used_by']}]
     names = [name for name in of_training if name not in OF_THE_CALL]
     if names:
-        more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-        say(f'{path.name} is older than --{", --".join(names[:SHOWN])}{more}: they are as in --preset={preset}')
+        said = some([f'--{name}' for name in names], SHOWN)
+        say(f'{path.name} is older than {said}: they are as in --preset={preset}')
 
 
 def strict_load(model, state, path):
@@ -267,11 +267,7 @@ def strict_load(model, state, path):
         'unexpected': sorted(state.keys() - wanted.keys()),
         'size mismatch': sizes,
     }
-    problems = [
-        f'{kind}: {", ".join(found[:SHOWN])}' + (f' and {len(found) - SHOWN} more' if len(found) > SHOWN else '')
-        for kind, found in kinds.items()
-        if found
-    ]
+    problems = [f'{kind}: {some(found, SHOWN)}' for kind, found in kinds.items() if found]
     for name, value in wanted.items():
         if name in state and (kind := odd(state[name], value.is_floating_point())):
             raise WorkError(f'{path}: {name} is {kind}, and a weight is plain floating-point numbers: convert it')

@@ -24,6 +24,11 @@ def complain(kind, line):
     print(text, file=sys.stderr, flush=True)
 
 
+def some(words, most=5):
+    """The first `most` of some words, and how many more there are."""
+    return ', '.join(words[:most]) + (f' and {len(words) - most} more' if len(words) > most else '')
+
+
 def aligned(rows):
     """Rows of as many cells each as lines of columns: what is no text escaped, wide letters (Chinese, Japanese, Korean)
     taken for two."""

@@ -10,7 +10,6 @@ ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
 
 import os
 import re
-from collections import Counter
 
 import torch
 
@@ -22,7 +21,7 @@ from dataloader.lists import listed
 from dataloader.names import Names
 from dataloader.packed import ARCHIVE, in_one_archive, of_archives
 from dataloader.part import Part, part_of, plain, unlabelled
-from dataloader.scan import Found, listing, scan
+from dataloader.scan import right_in, scan
 from dataloader.splits import SPLITS, split_of, wants_train
 from dataloader.stores.files import Files
 from logger import say
@@ -95,11 +94,6 @@ def check_is_no_class(root, places):
         )
 
 
-def right_in(folder):
-    """(images, folders) right in a folder: names as bytes."""
-    return listing(os.fsencode(folder), b'', Found(Names(), [], [], Counter()))
-
-
 def has_splits_itself(folder):
     return 'train' in places_of(folder) or bool(imagenet.archives_of(folder))
 
@@ -148,14 +142,19 @@ def splits_in(root):
         raise UserError(f'the folder {shown(root)} may not be read: {error.strerror}') from None
     for path in entries:
         lower = path.name.lower()
-        if split_of(lower) and path.is_symlink() and not path.exists():
+        match = ARCHIVE.fullmatch(lower)
+        archive = SPLITS.get(match[1]) if match else None
+        listed = SPLITS.get(path.stem.lower()) if path.suffix.lower() == '.txt' else None
+        if (split_of(lower) or archive or listed) and path.is_symlink() and not path.exists():
             raise UserError(f'{shown(path)} is a link that leads nowhere')
+        if (archive or listed) and not path.is_file():  # a pipe would be waited for
+            raise UserError(f'{shown(path)} is no file')
         if split_of(lower) and path.is_dir():
             folders.setdefault(split_of(lower), []).append(path)
-        elif (match := ARCHIVE.fullmatch(lower)) and match[1] in SPLITS:
-            archives.setdefault(SPLITS[match[1]], []).append(as_file(path))
-        elif path.suffix.lower() == '.txt' and path.stem.lower() in SPLITS:
-            lists.setdefault(SPLITS[path.stem.lower()], []).append(as_file(path))
+        elif archive:
+            archives.setdefault(archive, []).append(path)
+        elif listed:
+            lists.setdefault(listed, []).append(path)
     found = {}
     for name in ('train', 'val', 'test'):
         for kind in (folders, archives, lists):
@@ -166,14 +165,6 @@ def splits_in(root):
                     said = ' and '.join(shown(kind[name][i].name) for i in (0, -1))
                     raise UserError(f'{shown(root)} has both {said}: which of them is {name}?')
     return found
-
-
-def as_file(path):
-    """`path`; a pipe would be waited for. Raises UserError where it is no file."""
-    if not path.is_file():
-        what = 'is a link that leads nowhere' if path.is_symlink() and not path.exists() else 'is no file'
-        raise UserError(f'{shown(path)} {what}')
-    return path
 
 
 def of_place(paths, cache_path, progress):

@@ -94,9 +94,12 @@ def batches(args, images, shuffled, drop_last=None):
 def at_once(images):
     """How many images that a GPU holds go through a network at once where none is trained, for it is through with a few
     small ones before the next are launched; 0 of images that it does not hold."""
-    if not images.on_gpu():
-        return 0
-    return max(1, LOOKED_AT // max(images.pixels[0, 0].numel(), images.args.image_size**2))
+    return min(at_most(images.args), max(1, LOOKED_AT // images.pixels[0, 0].numel())) if images.on_gpu() else 0
+
+
+def at_most(args):
+    """How many views go through a network at once where none is trained."""
+    return max(1, LOOKED_AT // args.image_size**2)
 
 
 def prepared(args, batches):

@@ -9,7 +9,7 @@ import torch
 
 from config import UserError
 from logger import say
-from terminal import shown
+from terminal import shown, some
 
 PACKS = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
 HINTS = {  # of what lies in place of images
@@ -76,8 +76,7 @@ def plain(where, found, store):
             say(f'{shown(where)} has {len(full)} folders of images, which are no classes for there are {stray}')
         return unlabelled(where, found, store)
     if none := [shown(name) for name, count in zip(found.folders, found.counts, strict=True) if not count]:
-        more = f' and {len(none) - 5} more' if len(none) > 5 else ''
-        say(f'{shown(where)}: no class is {", ".join(none[:5])}{more}, with no images that Pillow can open')
+        say(f'{shown(where)}: no class is {some(none)}, with no images that Pillow can open')
     labels = torch.repeat_interleave(torch.tensor([count for _, count in full]))
     return Part(where, store, labels, [name for name, _ in full], found.others, found.passed)
 

@@ -3,17 +3,15 @@
 import os
 import re
 import stat
-from collections import Counter
 
-from dataloader.names import Names
 from dataloader.part import PACKS
-from dataloader.scan import Found, listing
+from dataloader.scan import right_in
 from dataloader.splits import split_of
 from dataloader.stores.files import Files
 from dataloader.stores.tar import Tar
 from distributed import rank
 from logger import say
-from terminal import complain, shown
+from terminal import complain, shown, some
 from utils import evenly_spaced
 
 ASKED = 1000  # images of a split, to see whether links are among them
@@ -22,10 +20,9 @@ LISTS = ('.txt', '.tar', *PACKS)
 
 def say_of(root, parts):
     """Say it of these Parts, {split: Part}, of the set at `root`."""
-    if unread := beside(root, parts):
-        line = f'not read: {few(unread)}, beside {shown(parts["train"].where.name)} in {shown(root)}'
-        if not rank():
-            complain('warning', line)
+    if (unread := beside(root, parts)) and not rank():
+        said = ', '.join(shown(name) for name in unread[:5]) + (' ...' if len(unread) > 5 else '')
+        complain('warning', f'not read: {said}, beside {shown(parts["train"].where.name)} in {shown(root)}')
     for name, part in parts.items():
         if not part.share:
             say_of_part(name, part)
@@ -38,8 +35,7 @@ def say_of_part(name, part):
         said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
         say(f'{name:5}  no images for Pillow, and not read: {said}')
     if part.passed:
-        more = f' and {len(part.passed) - 5} more' if len(part.passed) > 5 else ''
-        say(f'{name:5}  not gone into: {", ".join(part.passed[:5])}{more}')
+        say(f'{name:5}  not gone into: {some(part.passed)}')
     without = int((part.labels < 0).sum())
     if 0 < without < len(part.labels):
         say(f'{name:5}  {without} of {len(part.labels)} images have no class')
@@ -64,33 +60,32 @@ def beside(root, parts):
     places = {part.where for part in parts.values()}
     if not root.is_dir() or not all(place.parent == root for place in places):
         return []
-    files, folders = listing(os.fsencode(root), b'', Found(Names(), [], [], Counter()))
-    found = {*files, *folders} if all(place.is_dir() for place in places) else set()
-    read = {split_of(first_of(place.name)): place.is_dir() for place in places}
-    for name in map(os.fsencode, os.listdir(root)):
-        is_folder = read.get(split_of(first_of(os.fsdecode(name))), True)
-        if split_of(first_of(os.fsdecode(name))) and os.fsdecode(name).lower().endswith(LISTS) and is_folder:
+    found = set()
+    if all(place.is_dir() for place in places):
+        files, folders = right_in(root)
+        found = {*map(os.fsdecode, files), *map(os.fsdecode, folders)}
+    from_folder = {meant_by(place.name): place.is_dir() for place in places}
+    for name in os.listdir(root):
+        split = meant_by(name)
+        if split and name.lower().endswith(LISTS) and from_folder.get(split, True):
             found.add(name)
-    return sorted({os.fsdecode(name) for name in found} - {place.name for place in places})
+    return sorted(found - {place.name for place in places})
 
 
-def first_of(name):
-    """train of train-000000.tar."""
-    return re.split(r'[-.]', name)[0]
-
-
-def few(names):
-    return ', '.join(shown(name) for name in names[:5]) + (' ...' if len(names) > 5 else '')
+def meant_by(name):
+    """train of train-000000.tar: the split that an archive, a list or a folder is called as, or None."""
+    return split_of(re.split(r'[-.]', name)[0])
 
 
 def warn_of_shared(train, other):
     """Warn where images of another split are files of train's: by links, or as lines of two lists. That an image was
     copied is told by check_dataloader, which reads them all."""
-    if not (by_links(train) or by_links(other)):
+    if rank() or not (by_links(train) or by_links(other)):
         return
-    trained_on = {known for _, known in identities(train)}
-    same = [row for row, known in identities(other) if known in trained_on]
-    if same and not rank():
+    others = [*identities(other)]  # the smaller of the two: of train only what is wanted is kept
+    wanted = {known for _, known in others}
+    trained_on = {known for _, known in identities(train) if known in wanted}
+    if same := [row for row, known in others if known in trained_on]:
         complain(
             'warning',
             f'{len(same)} of the {len(other.labels)} images of {shown(other.where)} are files of '

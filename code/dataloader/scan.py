@@ -86,6 +86,11 @@ def walk(path, prefix, parents, found, data, lengths):
             todo.append((path + b'/' + name, prefix + name + b'/', inner))
 
 
+def right_in(folder):
+    """(images, folders) right in a folder (a Path): names as bytes."""
+    return listing(os.fsencode(folder), b'', Found(Names(), [], [], Counter()))
+
+
 def listing(path, prefix, found):
     """(image files, folders) right in `path`, names as bytes; the rest is counted in `found`."""
     files, folders = [], []

@@ -6,7 +6,7 @@ import torch
 
 from config import WorkError
 from dataloader import vision
-from dataloader.load_dataset import LOOKED_AT, prepared
+from dataloader.load_dataset import at_most, prepared
 from distributed import gather, place_of, world
 from logger import progress
 from precision import autocast
@@ -57,8 +57,7 @@ def in_parts(args, backbone, batches, title):
     with judged(backbone):
         for images, labels in prepared(args, progress(batches, title)):
             views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
-            most = at_most(args)
-            for view, part in zip(views.split(most), labels.split(most), strict=True):
+            for view, part in zip(views.split(at_most(args)), labels.split(at_most(args)), strict=True):
                 with autocast(args):
                     features = backbone(channels_last(view))
                 yield features.float(), part
@@ -66,11 +65,6 @@ def in_parts(args, backbone, batches, title):
             side, device = args.image_size, get_device(args)
             none = torch.zeros(1, 3, side, side, device=device)
             yield backbone(none)[:0].float(), torch.zeros(0, device=device).long()
-
-
-def at_most(args):
-    """How many views go through a network at once where none is trained."""
-    return max(1, LOOKED_AT // args.image_size**2)
 
 
 def labelled_crops(args, batches, epoch):

@@ -16,7 +16,6 @@ from dataloader import vision
 from dataloader.geometry import draw_crops
 from dataloader.keys import Keys
 from dataloader.load_dataset import batches, in_order, prepared, select
-from dataloader.vision import COLUMNS
 from distributed import gather, rank, world
 from logger import progress, say
 from metric import spectrum as measures
@@ -151,7 +150,8 @@ def fixed_draws(count, views, row, sides):
         _, seeds = Keys(count, count, SEED, 'moco', shuffled=False, drop_last=False).drawn()
         for index, seed in enumerate(seeds.tolist()):
             boxes, flips = draw_crops(views, *sides, row, torch.Generator().manual_seed(seed))
-            table[:, index, COLUMNS['boxes']], table[:, index, COLUMNS['flips']] = boxes.float(), flips.float()
+            table[:, index, vision.COLUMNS['boxes']] = boxes.float()
+            table[:, index, vision.COLUMNS['flips']] = flips.float()
     return table
 
 
