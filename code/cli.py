@@ -130,7 +130,7 @@ def check_processes(command):
     """Raise UserError where the environment says of several processes what cannot be; warn of those that know nothing
     of one another."""
     said, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
-    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_PORT'):
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
         text = os.environ.get(name)
         if text is not None and not text.isdecimal():
             raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
@@ -141,6 +141,9 @@ def check_processes(command):
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:
         raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')
+    port = os.environ.get('MASTER_PORT', '')  # one process reads none: where a service is called so, it is an address
+    if world > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f'MASTER_PORT={port} is in the environment, and no port of 1 to 65535; {hint}')
     if os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1' and world == 1 and command in ('train', 'ablate'):
         complain(
             'warning',

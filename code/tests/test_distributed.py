@@ -342,6 +342,10 @@ def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
             {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'a'},
             'WORLD_SIZE=2 is in the environment, and MASTER_PORT is',
         ),
+        *(
+            ({'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'a', 'MASTER_PORT': port}, f'MASTER_PORT={port} is in the')
+            for port in ('tcp://10.0.0.7:29500', '29500.0', '-1', '0', '65536')
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_is_bad_use(environment, said, capsys, monkeypatch):
@@ -349,6 +353,15 @@ def test_an_environment_that_cannot_be_is_bad_use(environment, said, capsys, mon
         monkeypatch.setenv(name, value)
     assert cli.main(['train', '--preset=demo']) == 2
     assert said in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('environment', [{}, {'WORLD_SIZE': '1', 'RANK': '0'}])
+@pytest.mark.parametrize('port', ['tcp://10.0.0.7:29500', '', '65536'])
+def test_one_process_reads_no_port(environment, port, monkeypatch):
+    """Kubernetes sets MASTER_PORT=tcp://... where a service is called master."""
+    for name, value in {**environment, 'MASTER_PORT': port}.items():
+        monkeypatch.setenv(name, value)
+    cli.check_processes('train')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
