@@ -89,6 +89,7 @@ def prepare(preset, batch_size):
         args.batch_size = batch_size
     model = new_model(args).to(device, memory_format=torch.channels_last)
     if use_compile(args):
+        torch._dynamo.reset()  # else the networks before this one make its shapes symbols: slow to compile, and to run
         model.compile()
     optimizer = make_sgd(model, args.momentum, args.weight_decay)
     return args, model, optimizer, precision(args)
@@ -98,7 +99,8 @@ def flops_an_image(model, view1, view2):
     """Floating point operations of forward and backward for one image (two views)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    # Two images would compile it anew.
+    with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as counter:
         p1, p2, _, _ = model(view1[:2], view2[:2])
         (p1.sum() + p2.sum()).backward()
     return counter.get_total_flops() / 2
