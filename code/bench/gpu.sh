@@ -6,9 +6,10 @@
 # Goes on where one fails, and says which; about half an hour, none of them longer than LIMIT seconds (600).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-output=${1:?bench/gpu.sh OUTPUT [IMAGES [OPTIONS]]}
+# Absolute: to the commands a relative path starts at the repository's root.
+output=$(realpath -m "${1:?bench/gpu.sh OUTPUT [IMAGES [OPTIONS]]}") || exit
 limit=${LIMIT:-600}
-images=${2:-}
+images=${2:+$(realpath -m "$2")}
 mkdir -p "$output"
 failed=0
 measure() {
