@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 from dataloader.geometry import separable
 
 GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R 601
+# Where on the circle the waves of red, green and blue (hue) have their valley or peak.
+WAVES = torch.tensor((1 / 2, 1 / 3, 2 / 3)).view(3, 1, 1)
 REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 
 
@@ -88,7 +90,7 @@ def recolour_all(x, factors, order, gray):
 def luma(x):
     """N x 3 x S x S to N x 1 x S x S."""
     red, green, blue = x.split(1, 1)
-    return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
+    return (GRAY[0] * red).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 
 
 # Each of these overwrites x (new memory costs as much as the arithmetic) and returns it.
@@ -125,13 +127,14 @@ def hue(x, turns):
     angle = (green + blue).sub_(red).add_(high).sub_(low, alpha=2)
     torch.copysign(angle, work, out=angle)
     chroma = (high - low).mul_(6)  # 0 for grey, whose angle is 0 too
-    angle.mul_(torch.clamp(chroma, min=1e-8, out=work).reciprocal_()).add_(1 + turns[:, 0]).frac_()
+    angle.div_(torch.clamp(chroma, min=1e-8, out=work)).add_(1 + turns[:, 0]).frac_()
     # The waves of green and blue, with peaks at 1/3 and 2/3, lie within one turn; red's, with its peak at 0, does not.
     low.sub_(chroma, alpha=1 / 6)
     high.add_(chroma, alpha=1 / 6)
-    torch.addcmul(low, chroma, torch.sub(angle, 1 / 2, out=work).abs_().clamp_(1 / 6, 1 / 3), out=red)
-    torch.addcmul(high, chroma, torch.sub(angle, 1 / 3, out=work).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=green)
-    torch.addcmul(high, chroma, angle.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=blue)
+    torch.sub(angle[:, None], WAVES, out=x).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(low, chroma, red, out=red)
+    torch.addcmul(high, chroma, green, value=-1, out=green)
+    torch.addcmul(high, chroma, blue, value=-1, out=blue)
     return x
 
 

@@ -71,9 +71,9 @@ def resize_matrix(start, length, side, size, inside, flips=None):
     if flips is not None:
         ticks = ticks + flips[:, None] * (size - 2 * ticks)
     pixels = torch.arange(side, device=start.device, dtype=start.dtype) + 0.5
+    if inside:  # the others are too far away to count
+        begin, end = start[:, None], (start + length)[:, None]
+        pixels = pixels.where((pixels > begin) & (pixels < end), math.inf)[:, None]
     centres = (start[:, None] + ticks * span)[:, :, None]
     weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
-    if inside:
-        begin, end = start[:, None], (start + length)[:, None]
-        weights *= ((pixels > begin) & (pixels < end)).to(weights)[:, None]
     return weights.div_(weights.sum(2, keepdim=True))

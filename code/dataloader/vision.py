@@ -71,9 +71,10 @@ def distort(images, table, row, finish):
     whole = bool(boxes[:, 2].any())
     for start in range(0, len(images), step):
         part = slice(start, start + step)
-        x = images[part].float().div_(255)
+        x = images[part].float()
         if whole:
             x = crop_resize(x, boxes[part], flips[part], size)
+        x.div_(255)
         views.append(finish(recolour(x, **{name: draw[part] for name, draw in draws.items()})))
     return torch.cat(views) if len(views) > 1 else views[0]
 
