@@ -326,3 +326,22 @@ def test_ctrl_c_stops_what_a_gpu_measures(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
     assert time.time() - begun < 30
     assert b'two' not in said
+
+
+def test_a_gpu_measures_the_images_that_are_named(tmp_path):
+    """bench/gpu.sh with a python3 that writes down how it was called: a folder named relative to code/ reaches every
+    command whole, for to those a relative path starts elsewhere."""
+    shutil.copytree(CODE / 'bench', tmp_path / 'code/bench')
+    (tmp_path / 'some images').mkdir()
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python3').write_text('#!/bin/sh\nfor word; do printf "%s|" "$word"; done; echo\n')
+    (tmp_path / 'bin/python3').chmod(0o755)
+    words = ['bench/gpu.sh', '../out', '../some images', '--epochs=60']
+    env = {**os.environ, 'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', *words], cwd=tmp_path / 'code', env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    called = {path.stem: path.read_text() for path in (tmp_path / 'out').glob('*.txt')}
+    assert set(called) >= {'tests', 'step', 'epoch', 'loader', 'switches', 'cifar10'}
+    for name in ('switches', 'cifar10'):
+        assert f'|--image_path={tmp_path / "some images"}|' in called[name]
+    assert called['cifar10'].endswith('|--epochs=60|\n')
