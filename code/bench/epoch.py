@@ -21,7 +21,7 @@ from state import State
 from utils import channels_last, get_device
 
 
-def measure(preset, batch_size, side, steps):
+def measure(preset, batch_size, side, steps, rounds):
     args, model, optimizer, dtype = prepare(preset, batch_size)
     device, folder = get_device(args), Path(tempfile.mkdtemp())
     steps = steps if device.type == 'cpu' else 97
@@ -34,7 +34,7 @@ def measure(preset, batch_size, side, steps):
     ours = an_epoch(args, State(model, optimizer), train)
     fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
     fixed = [channels_last(view) for view in fixed]
-    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
+    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype), rounds)
 
     few = count // 5
     val = select(images, torch.arange(few))
@@ -51,7 +51,7 @@ def measure(preset, batch_size, side, steps):
 
 def main():
     what = 'FLOPs of the network / the rate of a large matrix product'
-    cases = {'epoch': measure('cifar10', 64, 32, 6), 'epoch_demo': measure('demo', 64, 48, 40)}
+    cases = {'epoch': measure('cifar10', 64, 32, 6, 3), 'epoch_demo': measure('demo', 64, 48, 40, 9)}
     show(cases, dict.fromkeys(cases, what))
 
 
