@@ -21,7 +21,7 @@ from state import State
 from utils import channels_last, get_device
 
 
-def measure(preset, batch_size, side, steps, rounds):
+def measure(preset, batch_size, side, steps, rounds=3):
     args, model, optimizer, dtype = prepare(preset, batch_size)
     device, folder = get_device(args), Path(tempfile.mkdtemp())
     steps = steps if device.type == 'cpu' else 97
@@ -51,7 +51,7 @@ def measure(preset, batch_size, side, steps, rounds):
 
 def main():
     what = 'FLOPs of the network / the rate of a large matrix product'
-    cases = {'epoch': measure('cifar10', 64, 32, 6, 3), 'epoch_demo': measure('demo', 64, 48, 40, 9)}
+    cases = {'epoch': measure('cifar10', 64, 32, 6), 'epoch_demo': measure('demo', 64, 48, 40, rounds=9)}
     show(cases, dict.fromkeys(cases, what))
 
 
