@@ -91,7 +91,7 @@ def call(name, given):
         sys.path.insert(0, str(path.parent))
         import common
 
-        common.in_turns = lambda ours, reference: [common.speed(ours), common.speed(reference), 1.0]
+        common.in_turns = lambda ours, reference, rounds=1: [common.speed(ours), common.speed(reference), 1.0]
         common.matmul_rate = lambda device, dtype: 1e12
         text = path.read_text()
         for long, short in SHORTER[path.name]:
