@@ -19,7 +19,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import WorkError
+from config import UserError, WorkError
 from records import process_stat
 from terminal import complain
 
@@ -189,10 +189,20 @@ def wrap(model, device):
 
 
 def share_statistics(model):
-    """Turn every BN of `model` into a SharedBatchNorm, in place."""
+    """Turn every BN of `model` into a SharedBatchNorm, in place. Raises UserError for one that does more than BN and is
+    not known."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if not isinstance(module, _BatchNorm):
+            continue
+        if type(module).forward is _BatchNorm.forward:
             module.__class__ = SharedBatchNorm
+        elif hasattr(module, 'act') and hasattr(module, 'drop'):
+            module.__class__ = SharedBatchNormAct
+        else:
+            kind = type(module).__name__
+            raise UserError(
+                f'--backbone: its {kind} cannot be shared by processes: take one process, or another backbone'
+            )
     return model
 
 
@@ -215,6 +225,13 @@ class SharedBatchNorm(_BatchNorm):
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
         return y
+
+
+class SharedBatchNormAct(SharedBatchNorm):
+    """timm's BatchNormAct2d, which is a BN and the activation behind it."""
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
 
 
 class Normalise(torch.autograd.Function):

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 
 import cli
+import distributed
 import train
 from ckpt import new_model
 from config import UserError, get_config
@@ -229,3 +231,39 @@ def test_whatever_a_network_raises_on_a_size_is_the_sizes(monkeypatch):
     monkeypatch.setattr(torchvision.models, 'get_model', divides)
     with pytest.raises(ValueError, match='it does not take images of 20 px'):
         make_backbone('vgg11', 'imagenet', 20)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mobilenet_v3_small',
+        'timm/resnet10t',
+        'timm/mobilenetv3_small_050',
+        'timm/regnety_002',
+        'timm/densenet121',
+        'timm/ghostnet_100',
+    ],
+)
+@pytest.mark.parametrize('training', [False, True])
+def test_a_network_whose_bn_processes_share_is_the_same_network(name, training):
+    """timm has the activation in its BN."""
+    pytest.importorskip('timm')
+    x, found = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for shared in (False, True):
+            torch.manual_seed(0)
+            network = make_backbone(name, 'imagenet', 32)[0].double().train(training)
+            found.append((distributed.share_statistics(network) if shared else network)(x))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found[1], found[0], atol=1e-8, rtol=1e-6)
+
+
+def test_a_bn_that_does_what_nobody_knows_is_not_shared():
+    class Own(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).abs()
+
+    with pytest.raises(UserError, match='its Own cannot be shared by processes'):
+        distributed.share_statistics(torch.nn.Sequential(Own(3)))
