@@ -7,31 +7,34 @@ import results
 from ckpt import checkpoints, read
 from config import OPTIONS, UserError, changed, path_of
 from dataloader.load_dataset import load_splits, views_of
+from formats import upgraded
+from listing import of_its_images
 from logger import read_scalars, say
-from runs import resumed
+from runs import of_run, resumed
 from train import train
 from utils import save_picture, use_device, write_aside
 
 WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
+TENTH = {'warmup_epochs': lambda args: args.warmup_epochs or max(1, args.max_epochs // 10)}  # the paper's 10 of 100
 # Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
 # may depend on the preset: then it is a function of args.
 TABLES = {
-    'stopgrad': (  # table 1, figure 2
-        ('with stop-gradient', {}, 67.7),
-        ('without', {'stop_gradient': False}, 0.1),
+    'stopgrad': (  # figure 2; the constant rate is of what follows there
+        ('with stop-gradient', {'fix_pred_lr': False}, 67.7),
+        ('without', {'stop_gradient': False, 'fix_pred_lr': False}, 0.1),
     ),
-    'predictor': (  # table 2
+    'predictor': (  # table 1
         ('MLP, rate decays', {'fix_pred_lr': False}, 67.7),
         ('none', {'predictor': 'none', 'fix_pred_lr': False}, 0.1),
         ('fixed at random', {'predictor': 'fixed', 'fix_pred_lr': False}, 1.5),
         ('MLP, rate constant', {'fix_pred_lr': True}, 68.1),
     ),
-    'batch_size': tuple(  # table 3
-        (str(size), {'batch_size': size}, top1)
+    'batch_size': tuple(  # table 2
+        (str(size), {'batch_size': size, **(TENTH if size >= 1024 else {})}, top1)
         for size, top1 in ((64, 66.1), (128, 67.3), (256, 68.1), (512, 68.1), (1024, 68.0), (2048, 67.9), (4096, 64.0))
     ),
-    'bn': (  # table 4
-        ('none', {'proj_bn': 'none'}, 34.6),
+    'bn': (  # table 3
+        ('none', {'proj_bn': 'none', **TENTH}, 34.6),
         ('hidden layers', {'proj_bn': 'hidden'}, 67.4),
         ('default', {'proj_bn': 'default'}, 68.1),
         ('all', {'proj_bn': 'all'}, 'unstable'),
@@ -66,20 +69,35 @@ def ablate(args):
     """Train and evaluate every variant of --table; the rows that result. Started again it goes on where it was.
 
     Each variant is a run of its own, model_name_<model_name>_<table>_<number>_ckpt_0. Writes <table>.json and .png in
-    the log folder.
+    the log folder (<model_name>_<table> where --model_name is given). Where --max_minutes end a variant, it says how to
+    go on and returns the rows that are whole.
     """
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.given:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
+    args = changed(of_run(args), from_run='') if args.from_run else args
     rows, planned = [], variants(args)
     for number, (variant, options, paper, own) in enumerate(planned):
         say(f'\n{args.table}: {variant}, {number + 1} of {len(planned)}')
         if not (done := judged(own)):
             train(own)
             done = judged(own)
+        if not done:
+            say(f'{args.table}: not all is trained; the same command goes on where it was')
+            return rows
         rows.append({'variant': variant, 'options': options, **outcome(args, *done), 'paper': paper})
-    folder = path_of(args.log_path)
-    write_aside(folder / f'{args.table}.json', lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
+    named = 'model_name' in args.given
+    base = path_of(args.log_path) / (f'{args.model_name}_{args.table}' if named else args.table)
+    write_rows(base, rows)
+    say('\n' + table(rows))
+    say(f'\nthe curves: {base}.png')
+    return rows
+
+
+def write_rows(base, rows):
+    """The rows as <base>.json, their curves as <base>.png."""
+    data, image = (base.with_name(base.name + suffix) for suffix in ('.json', '.png'))
+    write_aside(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
     drawn = (
         ('std of z / |z|, times sqrt(d)', 'std_curve', (0, 1.1)),
         ('loss', 'loss_curve', None),
@@ -88,10 +106,7 @@ def ablate(args):
     picture = pictures.curves(
         [pictures.Panel(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
     )
-    save_picture(pictures.image_of(picture), folder / f'{args.table}.png')
-    say('\n' + table(rows))
-    say(f'\nthe curves: {folder / f"{args.table}.png"}')
-    return rows
+    save_picture(pictures.image_of(picture), image)
 
 
 def variants(args):
@@ -117,18 +132,27 @@ def variants(args):
 
 
 def judged(own):
-    """(folder, result of the linear evaluation) of a run that was trained and evaluated with these very options; None
-    where there is none."""
+    """(folder, result of the linear evaluation) of a run that was trained to its end with these very options, and
+    evaluated so on its own images; None where there is none."""
     run = path_of(own.ckpt_path) / resumed(own).ckpt_name
-    found = results.of_run(run, protocol='linear') if run != path_of(own.ckpt_path) else []
+    if run == path_of(own.ckpt_path):
+        return None
+    found = results.of_run(
+        run, protocol='linear', checkpoint=checkpoints(run)[-1].name, epoch=own.max_epochs, preset=own.preset
+    )
     wanted = {name: getattr(own, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
-    found = [result for result in found if wanted.items() <= result.get('settings', {}).items()]
+    of_own = {'image_path': own.image_path}
+    found = [
+        result
+        for result in found
+        if wanted.items() <= result.get('settings', {}).items() and of_its_images(result, of_own)
+    ]
     return (run, found[-1]) if found else None
 
 
 def outcome(args, run, result):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
-    content = read(checkpoints(run)[-1])
+    content, _ = upgraded(read(checkpoints(run)[-1]))
     logged = read_scalars(path_of(args.log_path) / run.name)
     curves = {
         f'{short}_curve': logged.get(f'pretraining/{tag}', [])
@@ -140,7 +164,7 @@ def outcome(args, run, result):
         'untrained': result['knn_top1_untrained'],
         'epochs': content['epoch'],
         'loss': content['loss'],
-        'std': curves['std_curve'][-1][1],
+        'std': content['last'][1],
         **curves,
     }
 

@@ -151,13 +151,13 @@ class Config:
     pred_dim: int = option(512, "width of the predictor's hidden layer", low=1, high=65536, used_by=ALL[1:])
 
     # What the paper takes away or changes to see what it is for (section 4); `ablate` runs these
-    stop_gradient: bool = option(True, 'hold z constant in the loss (table 1)', used_by=TRAIN)
+    stop_gradient: bool = option(True, 'hold z constant in the loss (figure 2)', used_by=TRAIN)
     predictor: str = option(
-        'mlp', 'mlp; none: p is z; fixed: never trained (table 2)', ('mlp', 'none', 'fixed'), used_by=ALL[1:]
+        'mlp', 'mlp; none: p is z; fixed: never trained (table 1)', ('mlp', 'none', 'fixed'), used_by=ALL[1:]
     )
     proj_bn: str = option(
         'default',
-        'BN in projector and predictor (table 4): none; hidden layers; default: and the output of the '
+        'BN in projector and predictor (table 3): none; hidden layers; default: and the output of the '
         'projector; all: and of the predictor',
         ('none', 'hidden', 'default', 'all'),
         used_by=ALL[1:],

@@ -87,7 +87,11 @@ def row_of(folder, options):
     }
     epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
     results = [read_json(path) for path in oldest_first(folder.glob('evaluate_linear*.json'))]
-    judged = [result for result in results if is_number(result.get('top1')) and result.get('epoch', epoch) == epoch]
+    judged = [
+        result
+        for result in results
+        if is_number(result.get('top1')) and result.get('epoch', epoch) == epoch and of_its_images(result, options)
+    ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
         'run': folder.name,
@@ -96,6 +100,12 @@ def row_of(folder, options):
         **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
         'linear': f'{judged[-1]["top1"]:.2f}' if judged else '',
     }
+
+
+def of_its_images(result, options):
+    """Whether a result is of the images that its run was trained on; early ones do not say."""
+    images, path = result.get('images'), options.get('image_path')
+    return not isinstance(images, dict) or not isinstance(path, str) or images.get('path') == str(path_of(path))
 
 
 def state_of(folder, epoch, epochs):

@@ -1,6 +1,7 @@
 """What the paper takes away or changes: each option does that and nothing else; the tables as a user runs them."""
 
 import json
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -12,7 +13,7 @@ import cli
 import pictures
 from ablate import TABLES, variants
 from config import OPTIONS, UserError, changed, get_config
-from conftest import TINY, one_line, own_paths
+from conftest import TINY, draw_folder, one_line, own_paths
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
@@ -143,6 +144,59 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     monkeypatch.setattr('ablate.train', asked := mock.Mock(side_effect=UserError('trained again')))
     assert cli.main(['ablate', *options, '--learning_rate=0.123']) == 2  # other options are another table
     assert asked.call_args[0][0].learning_rate == 0.123
+
+
+def test_a_variant_that_is_not_trained_to_its_end_is_gone_on_with(drawn, tmp_path, capsys):
+    """Whatever was measured of it meanwhile, and whatever of its end on other images."""
+    options = ['ablate', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path), '--table=similarity']
+    options = [*options, '--save_every=1']
+    assert cli.main([*options, '--max_minutes=0.00001']) == 0
+    assert 'not all is trained; the same command goes on' in capsys.readouterr().out
+    assert not (tmp_path / 'log/similarity.json').exists()
+    assert cli.main(options) == 0
+    rows = json.loads((tmp_path / 'log/similarity.json').read_text())
+    assert [row['epochs'] for row in rows] == [2, 2]
+    other = draw_folder(tmp_path / 'other', {'train': 8, 'val': 4})
+    own = own_paths(tmp_path)
+    for run in (tmp_path / 'ckpt').iterdir():
+        assert cli.main(['evaluate', f'--ckpt_name={run.name}', f'--image_path={other}', *own]) == 0
+        assert cli.main(['evaluate', f'--ckpt_name={next(run.glob("*_epoch_1"))}', *own]) == 0
+    shutil.rmtree(tmp_path / 'log')
+    assert cli.main(options) == 0
+    again = json.loads((tmp_path / 'log/similarity.json').read_text())
+    assert [row['linear'] for row in again] == [row['linear'] for row in rows]
+    assert [row['std'] for row in again] == [row['std'] for row in rows]
+
+
+def test_a_table_of_a_runs_options(drawn, tmp_path):
+    """--from_run: all that varies is the table; and a name of one's own keeps two tables apart."""
+    paths = own_paths(tmp_path)
+    given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', '--proj_dim=24', *paths]
+    assert cli.main(given) == 0
+    options = ['ablate', '--from_run=model_name_simsiam_ckpt_0', '--model_name=own', '--table=similarity', *paths]
+    for _ in range(2):
+        assert cli.main(options) == 0
+    assert {path.name for path in (tmp_path / 'log').glob('*.json')} == {'own_similarity.json'}
+    runs = {path.name: json.loads((path / 'run.json').read_text())['args'] for path in (tmp_path / 'ckpt').iterdir()}
+    names = ('simsiam', 'own_similarity_0', 'own_similarity_1')
+    assert {name: args['proj_dim'] for name, args in runs.items()} == {
+        f'model_name_{name}_ckpt_0': 24 for name in names
+    }
+
+
+def test_the_schedules_of_the_papers_tables():
+    """Ten epochs of 100 rise for batches from 1024 on and without BN; figure 2 is of before the constant rate."""
+    args = get_config(preset='imagenet')
+    schedules = {
+        (table, variant): (own.warmup_epochs, own.fix_pred_lr)
+        for table in ('batch_size', 'bn', 'stopgrad')
+        for variant, options, _ in TABLES[table]
+        for own in [changed(args, **{key: value(args) if callable(value) else value for key, value in options.items()})]
+    }
+    rising = {('batch_size', size) for size in ('1024', '2048', '4096')} | {('bn', 'none')}
+    assert {key for key, (epochs, _) in schedules.items() if epochs} == rising
+    assert {epochs for epochs, _ in schedules.values()} == {0, args.max_epochs // 10}
+    assert {table for (table, _), (_, fixed) in schedules.items() if not fixed} == {'stopgrad'}
 
 
 @pytest.mark.parametrize('name', ['ckpt_name=x', 'resume=auto', 'protocol=knn', 'evaluate_after=False'])

@@ -121,6 +121,14 @@ def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
     assert [rows(tmp_path)['a'][name] for name in ('knn', 'linear')] == ['40.00', '50.00']
 
 
+def test_the_accuracy_on_other_images_is_not_the_runs(tmp_path, capsys):
+    folder = made(tmp_path, 'a', epoch=2, image_path='/one')
+    for path, top1 in (('/one', 50.0), ('/two', 80.0)):
+        result = {'protocol': 'linear', 'epoch': 2, 'top1': top1, 'images': {'path': path}}
+        (folder / f'evaluate_linear_{top1}.json').write_text(json.dumps(result))
+    assert rows(tmp_path)['a']['linear'] == '50.00'
+
+
 def test_a_number_that_is_none_is_last_and_disturbs_no_order(tmp_path, capsys):
     for name, rank in (('a', 3.0), ('b', None), ('c', 1.0), ('d', 2.0)):
         folder = made(tmp_path, name)
