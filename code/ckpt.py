@@ -4,6 +4,7 @@ A checkpoint is a dict of tensors and plain values (torch.load with weights_only
 with every option of the run (args) and the versions of torch and of this code. formats.py reads earlier ones.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -314,7 +315,7 @@ def save_checkpoint(run, args, state):
         finished = [other for other in older if other not in within]
         spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
         for other in (*within, *finished[: max(0, spare)]):
-            other.unlink()
+            other.unlink(missing_ok=True)
     return path
 
 
@@ -403,11 +404,11 @@ def read(path):
 
 def checkpoints(folder):
     """The checkpoints of a run folder, the newest (highest epoch and step, then latest written) last."""
-    found = [
-        (int(match[2]), int(match[3] or 0), path.stat().st_mtime, path)
-        for path in folder.iterdir()
-        if (match := NAME.fullmatch(path.name))
-    ]
+    found = []
+    for path in folder.iterdir():
+        if match := NAME.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # its run keeps the last ones alone, and has just removed it
+                found.append((int(match[2]), int(match[3] or 0), path.stat().st_mtime, path))
     return [path for *_, path in sorted(found)]
 
 

@@ -134,10 +134,14 @@ def check_processes(command):
         text = os.environ.get(name)
         if text is not None and not text.isdecimal():
             raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
-        said[name] = int(text or 0)
-    world = said['WORLD_SIZE'] or 1
-    if said['RANK'] >= world:
-        raise UserError(f'RANK={said["RANK"]} is in the environment, of WORLD_SIZE={world} processes; {hint}')
+        if text is not None and not int(text) and name.endswith('SIZE'):
+            raise UserError(f'{name}={text} is in the environment, and no number of processes; {hint}')
+        said[name] = int(text or name.endswith('SIZE'))
+    world = said['WORLD_SIZE']
+    here = said['LOCAL_WORLD_SIZE'] if os.environ.get('LOCAL_WORLD_SIZE') else world
+    for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', min(here, world))):
+        if said[name] >= count:
+            raise UserError(f'{name}={said[name]} is in the environment, of {size}={count} processes; {hint}')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:
         raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')

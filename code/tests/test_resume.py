@@ -17,6 +17,7 @@ import torch
 import cli
 import stop
 from config import get_config
+from ckpt import checkpoints
 from conftest import CODE, TINY, Python, one_line, own_paths, run
 from listing import MARK, mark_of_this_process, started
 from loss.negative_cosine import simsiam_loss
@@ -275,6 +276,13 @@ def test_a_run_keeps_its_name(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert short(tmp_path, drawn, f'--resume={RUN}', '--model_name=other') == 2
     assert '--model_name=other: the run that goes on is called simsiam' in one_line(capsys.readouterr().err)
+
+
+def test_a_checkpoint_that_goes_while_others_are_looked_for(tmp_path):
+    """Its run keeps the last ones alone, or it was a link to what is gone."""
+    (tmp_path / 'loss_-0.5000_epoch_1').touch()
+    (tmp_path / 'loss_-0.6000_epoch_2').symlink_to(tmp_path / 'gone')
+    assert checkpoints(tmp_path) == [tmp_path / 'loss_-0.5000_epoch_1']
 
 
 def test_keep_last_prunes_the_oldest(drawn, tmp_path):
