@@ -73,6 +73,8 @@ class Boxes(Dataset):
         }
         if self.masks:
             masks = [mask_of(box['segmentation'], *image.shape[1:]) for box in kept]
+            if other := {tuple(mask.shape) for mask in masks} - {tuple(image.shape[1:])}:
+                raise WorkError(f'{entry["file_name"]} has {tuple(image.shape[1:])} pixels, and a mask {other.pop()}')
             target['masks'] = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
         if mirror:
             image = image.flip(2)

@@ -24,5 +24,5 @@ def coco_split(folder, split, masks):
         table = json.loads(files[0].read_text(encoding='utf-8'))
         table = {key: table[key] for key in ('images', 'annotations', 'categories')}
         return images, own, *checked(files[0], table, images, masks)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None

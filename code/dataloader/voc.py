@@ -62,9 +62,8 @@ def voc_split(folder, path, numbers):
             for thing in root.iter('object'):
                 number_of = numbers[name_of(thing, file)]
                 difficult = int(thing.findtext('difficult') == '1')
-                boxes.append(
-                    {'image_id': number, 'category_id': number_of, 'bbox': box_of(thing), 'iscrowd': difficult}
-                )
+                box = {'image_id': number, 'category_id': number_of, 'bbox': box_of(thing)}
+                boxes.append({**box, 'iscrowd': difficult, 'difficult': difficult})
         except (AttributeError, TypeError, ValueError) as error:
             raise WorkError(f'{file} is not in the VOC format: {error}') from None
     categories = [{'id': number, 'name': name} for name, number in numbers.items()]

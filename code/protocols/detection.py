@@ -28,6 +28,7 @@ from dataloader.stores.files import Files
 from logger import progress, say
 from optimizer.sgd import learning_rate
 from precision import autocast
+from terminal import shown
 from utils import extra, get_device, random_from, seed_step
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
@@ -63,6 +64,12 @@ def splits_of(args):
     if args.bad_images == 'skip':
         splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
+        absent = [name for name in boxes.names if not (boxes.folder / name).is_file()]
+        if absent:  # else those of val would be missed at the end of the training
+            raise WorkError(
+                f'{len(absent)} of the {len(boxes)} images of {boxes.split} are not there, such as '
+                f'{shown(boxes.folder / absent[0])}; --bad_images=skip leaves them out'
+            )
         if not boxes.has_boxes():
             raise UserError(
                 f'--detection_path: {path_of(args.detection_path)} has no boxes in {boxes.split} (a crowd, or what is '
@@ -207,6 +214,19 @@ def run_lengths(mask):
     return coco.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 
+def judge_of(judge):
+    """COCO's judge, for which a difficult object of VOC is no crowd: it is overlooked where it is found, by VOC's own
+    overlap, and excuses nothing that lies inside it."""
+
+    class Judge(judge):
+        def _prepare(self):
+            super()._prepare()
+            for key, boxes in self._gts.items():
+                self._gts[key] = [{**box, 'ignore': 1, 'iscrowd': 0} if box.get('difficult') else box for box in boxes]
+
+    return Judge
+
+
 def average_precision(table, found, kind):
     """(AP, AP50, AP75) in percent of detections in COCO's format against a table like COCO's. kind: bbox or segm."""
     from pycocotools.coco import COCO
@@ -218,7 +238,7 @@ def average_precision(table, found, kind):
         truth = COCO()
         truth.dataset = {'info': {}, **table}
         truth.createIndex()
-        judge = COCOeval(truth, truth.loadRes(found), kind)
+        judge = judge_of(COCOeval)(truth, truth.loadRes(found), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()

@@ -2,19 +2,24 @@
 
 import functools
 import json
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import cli
 from ckpt import get_model_ckpt, new_model
 from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
-from dataloader.boxes import load_boxes
+from dataloader.annotations import is_mask, lengths_of
+from dataloader.boxes import load_boxes, mask_of
 from protocols import detection
-from protocols.detection import average_precision, make_detector
+from protocols.detection import average_precision, make_detector, run_lengths
 from results import of_run
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -118,8 +123,12 @@ def spoil(path, split, change):
 @pytest.mark.parametrize(
     ('entry', 'masks', 'said'),
     [
-        ({'bbox': []}, False, 'annotation 2 has no box of four numbers but'),
-        ({'bbox': [float('nan'), 1, 5, 5]}, False, 'annotation 2 has no box of four numbers but'),
+        ({'bbox': []}, False, 'annotation 2 has no box of four numbers within 1,000,000 pixels but'),
+        (
+            {'bbox': [float('nan'), 1, 5, 5]},
+            False,
+            'annotation 2 has no box of four numbers within 1,000,000 pixels but',
+        ),
         ({'bbox': None}, False, 'is not in the COCO format'),
         ({'category_id': 99}, False, 'annotation 2 is of a category that is not there, 99'),
         ({'image_id': 5}, False, 'annotation 2 is of an image that is not there, 5'),
@@ -127,6 +136,18 @@ def spoil(path, split, change):
         ({'segmentation': []}, True, 'annotation 2 has no mask'),
         ({'segmentation': [[1, 2, 3]]}, True, 'annotation 2 has no mask'),
         ({'segmentation': {'size': [4, 5], 'counts': [20]}}, True, 'annotation 2 has no mask'),
+        ({'bbox': [10, 10, 1e300, 1e300]}, False, 'annotation 2 has no box of four numbers within 1,000,000 pixels'),
+        ({'bbox': [10, 10, 10**400, 5]}, False, 'annotation 2 has no box of four numbers'),
+        ({'area': '900'}, False, 'annotation 2 has no number of pixels as its area but 900'),
+        ({'area': float('nan')}, False, 'annotation 2 has no number of pixels as its area but nan'),
+        ({'iscrowd': '0'}, False, "annotation 2 has iscrowd '0'"),
+        ({'segmentation': [[1, 2, 3, 4, 5, float('nan')]]}, True, 'annotation 2 has no mask'),
+        ({'segmentation': [[1, 2, 3, 4, '5', 6]]}, True, 'annotation 2 has no mask'),
+        ({'segmentation': [[1, 2, 3, 4, None, 6]], 'iscrowd': 1}, True, 'annotation 2 has no mask'),
+        *(
+            ({'segmentation': {'size': [80, 96], 'counts': counts}}, True, 'annotation 2 has no mask')
+            for counts in ([10, 5], [10, 5, 99999], [-10, 7690], None, 'x', '\u00e9', 'PPPP', [7679.5, 0.5], '')
+        ),
     ],
 )
 def test_an_annotation_that_cannot_be_used_is_named_before_the_work(entry, masks, said, split, tmp_path):
@@ -134,6 +155,62 @@ def test_an_annotation_that_cannot_be_used_is_named_before_the_work(entry, masks
     spoil(tmp_path / 'set', split, lambda table: table['annotations'][1].update(entry))
     with pytest.raises(WorkError, match=said):
         load_boxes(tmp_path / 'set', masks)
+
+
+@pytest.mark.parametrize(
+    ('spoiling', 'said'),
+    [
+        (lambda table: table['images'][1].update(id='a'), 'the ids of the images are neither all numbers nor all text'),
+        (lambda table: table['images'][1].update(id=100), 'the ids of the images are not of one each: 100 is there'),
+        (lambda table: table['categories'][0].update(id=None), 'the ids of the categories are neither all numbers'),
+        (lambda table: table['categories'][0].update(id=3), 'the ids of the categories are not of one each: 3 is'),
+        (lambda table: table['categories'][0].pop('name'), "is not in the COCO format: KeyError('name')"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named_before_the_work(spoiling, said, tmp_path):
+    coco(tmp_path / 'set', {'train': 3, 'val': 2})
+    spoil(tmp_path / 'set', 'train', spoiling)
+    with pytest.raises(WorkError, match=re.escape(said)):
+        load_boxes(tmp_path / 'set', False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 300))
+def test_run_lengths_are_those_of_cocos_library(seed, height, width):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.3
+    coded = run_lengths(torch.from_numpy(mask))
+    assert is_mask({'size': [height, width], 'counts': coded['counts'].decode()}, height, width)
+    lengths = lengths_of(coded['counts'].decode())
+    assert np.repeat(np.arange(len(lengths)) % 2, lengths).reshape(width, height).T.tolist() == mask.tolist()
+    assert torch.equal(mask_of({'size': [height, width], 'counts': lengths}, height, width), torch.from_numpy(mask) + 0)
+
+
+@pytest.mark.parametrize('made', [coco, voc])
+def test_images_that_are_not_there_are_named_before_the_work(made, tmp_path):
+    made(tmp_path / 'set', {'train': 3, 'val': 2})
+    sorted(path for path in tmp_path.glob('set/*/*') if path.suffix in ('.png', '.jpg'))[-1].unlink()  # of val
+    args = get_config(protocol='detection', detection_path=str(tmp_path / 'set'), cache_path=str(tmp_path))
+    with pytest.raises(WorkError, match='1 of the 2 images of val(2017)? are not there, such as .*--bad_images=skip'):
+        detection.splits_of(args)
+
+
+def test_what_is_difficult_excuses_nothing_but_itself():
+    """VOC overlooks what is found of it, by its own overlap; nine boxes inside a large difficult one are wrong."""
+    box = {'image_id': 0, 'category_id': 1, 'iscrowd': 0}
+    table = {
+        'images': [{'id': 0, 'width': 200, 'height': 200}],
+        'categories': [{'id': 1, 'name': 'a'}],
+        'annotations': [
+            {**box, 'id': 1, 'bbox': [100, 100, 50, 50], 'area': 2500},
+            {**box, 'id': 2, 'bbox': [0, 0, 90, 90], 'area': 8100, 'iscrowd': 1, 'difficult': 1},
+        ],
+    }
+    right = {'image_id': 0, 'category_id': 1, 'bbox': [100, 100, 50, 50], 'score': 0.1}
+    small = [{**right, 'bbox': [10 * i, 10, 9, 9], 'score': 0.9} for i in range(9)]
+    itself = {**right, 'bbox': [0, 0, 90, 88], 'score': 0.95}
+    assert average_precision(table, [right], 'bbox')[1] == pytest.approx(100)
+    assert average_precision(table, [right, itself], 'bbox')[1] == pytest.approx(100)
+    assert average_precision(table, [right, *small], 'bbox')[1] == pytest.approx(10)
 
 
 def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):

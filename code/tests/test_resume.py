@@ -16,8 +16,8 @@ import torch
 
 import cli
 import stop
-from config import get_config
 from ckpt import checkpoints
+from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths, run
 from listing import MARK, mark_of_this_process, started
 from loss.negative_cosine import simsiam_loss
