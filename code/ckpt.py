@@ -107,7 +107,10 @@ def get_model_ckpt(args):
     if args.init_from:
         path = path_of(args.init_from)
         path = path if path.is_file() else find_checkpoint(changed(args, ckpt_name=args.init_from))
-        loaded, model, _ = load_checkpoint(args, path, ARCHITECTURE)
+        ours = changed(args)
+        ours.given = args.given | {'preset'}  # a file of another tool brings no settings, but for its architecture
+        loaded, model, _ = load_checkpoint(ours, path, ARCHITECTURE)
+        model.has_heads = True  # new ones, where the file has none: they are trained
         return changed(args, **{name: getattr(loaded, name) for name in ARCHITECTURE}), model, None
     return args, new_model(args), None
 

@@ -259,12 +259,13 @@ def beside(run):
     train, val = run.splits['train'], run.splits.get('val', run.splits['train'])
     queries = shown_of(val)
     features = run.features['val' if 'val' in run.splits else 'train']
-    itself = 0 if 'val' in run.splits else 1  # the nearest of train to an image of train
-    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR + itself)
-    cosine, found = cosine[:, itself:], found[:, itself:]
+    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR + (val is train))
     rows = []
-    for query, values, others in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
-        tiles = [*pixels_of(run.args, val, torch.tensor([query])), *pixels_of(run.args, train, torch.tensor(others))]
+    for query, *pair in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
+        near = [(value, row) for value, row in zip(*pair, strict=True) if not (val is train and row == query)][:NEAR]
+        values, others = [value for value, _ in near], [row for _, row in near]
+        tiles = [*pixels_of(run.args, val, torch.tensor([query]))]
+        tiles += pixels_of(run.args, train, torch.tensor(others)) if others else []
         images = [embedded(pictures.pil_of(tile).resize((96, 96)), 'WEBP') for tile in tiles]
         names = [shown(val.names[query]), *(shown(train.names[row]) for row in others)]
         right = [None, *(same_class(val, query, train, row) for row in others)]

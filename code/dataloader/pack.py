@@ -11,6 +11,7 @@ from dataloader.images import is_image
 from dataloader.load_dataset import parts_of
 from dataloader.prepare import readable, smaller
 from dataloader.scan import OF_SYSTEMS
+from dataloader.stores.memory import Memory
 from logger import progress, say
 from terminal import hushed, shown
 from utils import write_aside
@@ -40,7 +41,7 @@ def pack(args):
                 'all or of none, pack them apart'
             )
     for name, part in parts.items():
-        if args.bad_images == 'skip':
+        if args.bad_images == 'skip' and not isinstance(part.store, Memory):
             part = part.select(readable(part.store, part.where, path_of(args.cache_path) / part.share))
         shards = write_split(args, output, name, part)
         say(f'{name:5}  {len(part.labels)} images in {shards} archives')

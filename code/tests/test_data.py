@@ -19,6 +19,7 @@ from config import AUGMENTATIONS, UserError, WorkError, get_config
 from dataloader import demo, geometry, prepare, vision
 from dataloader.images import decode
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
+from dataloader.pack import pack
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
 from utils import prepare_batch, random_from
@@ -322,6 +323,9 @@ def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
         np.testing.assert_array_equal(splits[split].pixels.numpy(), wanted)
         assert splits[split].labels.tolist() == [0, 1, 2] * (len(wanted) // 3)
     assert splits['train'].classes == ['a', 'b', 'c']
+    packed = pack(options(tmp_path / kind, bad_images='skip', output=str(tmp_path / 'packed')))
+    again = load_splits(options(packed))
+    assert [len(again[name]) for name in ('train', 'val')] == [len(splits['train']), 6]
     archive = Path(shutil.make_archive(tmp_path / 'served', 'gztar', folder.parent, folder.name))
     (folder / cls.test_list[0][0]).write_bytes(b'damaged')
     with pytest.raises(WorkError, match='incomplete or damaged: delete it and add --download=True'):

@@ -165,6 +165,32 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('start', [[], ['--from_run=model_name_before_ckpt_0']])
+def test_a_backbone_alone_brings_no_settings(start, drawn, tmp_path, capsys):
+    """Its heads are new, as the call or --from_run has them; and trained, so that they are judged."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'backbone.pth')
+    sizes = {'proj_layers': 2, 'proj_dim': 24, 'pred_dim': 6}
+    given = [*TINY[:2], '--batch_size=24', '--max_epochs=1', '--knn_every=0', '--amp=off', f'--image_path={drawn}']
+    given += [f'--{name}={value}' for name, value in sizes.items() if name != 'proj_layers']
+    if start:
+        assert cli.main(['train', *given, '--model_name=before', *own_paths(tmp_path)]) == 0
+        given = start
+    weights = ['--model_name=simsiam', f'--init_from={tmp_path}/backbone.pth', '--evaluate_after=True']
+    weights.append('--protocol=spectrum')
+    assert cli.main(['train', *given, *weights, *own_paths(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert 'the settings of --preset=demo' in said
+    assert 'no verdict' not in said
+    saved = torch.load(next((tmp_path / 'ckpt' / RUN).glob('loss_*')), weights_only=True)['args']
+    assert {name: saved[name] for name in sizes} == sizes
+    assert (saved['preset'], saved['backbone'], saved['stem'], saved['image_size']) == (
+        'demo',
+        'resnet18',
+        'imagenet',
+        16,
+    )
+
+
 def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
     path = save_official(tmp_path / 'official.pth.tar', randomised(Official(width=512)))
     images = ('--preset=imagenet', f'--image_path={drawn}', '--image_size=32', '--batch_size=16')

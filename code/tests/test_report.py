@@ -13,7 +13,10 @@ from sklearn.manifold import trustworthiness
 
 import cli
 import pictures
+import report
+from config import changed, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
+from dataloader.load_dataset import load_splits
 from metric.plane import plane
 from records import read_metrics
 
@@ -388,6 +391,26 @@ def test_a_plane_of_few(count):
     points = plane(torch.randn(count, 7))
     assert points.shape == (count, 2)
     assert np.isfinite(points).all()
+
+
+def test_without_val_no_image_is_its_own_neighbour(tmp_path):
+    """Not where it has a double either; and one image alone has none."""
+    folder = draw_folder(tmp_path / 'set', {'train': 4})
+    for path in [*folder.glob('train/*/*')]:
+        shutil.copy(path, path.with_stem(f'{path.stem}_again'))
+    args = get_config(preset='demo', image_path=str(folder), cache_path=str(tmp_path), val_fraction=0.0)
+    train = load_splits(args)['train']
+    features = torch.eye(12).repeat_interleave(2, 0)  # a double lies behind its own
+    run = report.Shown(args, {}, None, {}, {'train': train}, {'train': features})
+    for query, *others in report.beside(run):
+        assert query[1] not in [name for _, name, _, _ in others]
+        assert others[0][2] == pytest.approx(1)
+    alone = tmp_path / 'alone/train/one'
+    alone.mkdir(parents=True)
+    shutil.copy(next(folder.glob('train/*/*')), alone)
+    train = load_splits(changed(args, image_path=str(tmp_path / 'alone')))['train']
+    run = report.Shown(args, {}, None, {}, {'train': train}, {'train': torch.ones(1, 3)})
+    assert [len(row) for row in report.beside(run)] == [1]
 
 
 def test_report_without_a_name(capsys):
