@@ -3,6 +3,7 @@
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def resized(store, where, side, white, cache_path):
     Built once, with a progress bar. Raises WorkError for an image that cannot be read.
     """
     path, mark = cache.file_of(cache_path, where.parent, where.name, f'side{side}'), f'{store.digest()} {white:g}'
-    flat = path.with_name(f'{path.stem}_{mark[:8]}.bin')
+    flat = path.with_name(f'{path.stem}_{blake2b(mark.encode(), digest_size=4).hexdigest()}.bin')
     index = cache.load(path, mark)
     if index is not None and flat.is_file() and flat.stat().st_size == index[-1, 0] + 3 * index[-1, 1:].prod():
         return Resized(store.names, flat, index)

@@ -194,6 +194,8 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     changed = load_splits(args)['train']
     assert changed.store.flat != flat
     assert not flat.exists()
+    other = load_splits(options(folder, resize_cache=100, pixel_max=4095))['train']
+    assert other.store.flat != changed.store.flat  # another white makes other pixels of 16 bits
 
 
 def views_of(args, epochs):

@@ -94,6 +94,25 @@ def test_logistic_regression_is_scikit_learns(l2):
     np.testing.assert_allclose(ours.softmax(1), theirs.predict_proba(x.double()), atol=2e-3)
 
 
+@pytest.mark.parametrize('scale', [100.0, 0.1, 0.003, 0.0003])
+@pytest.mark.parametrize('l2', [1e-6, 1e-3, 1.0, 1e3])
+def test_logistic_regression_of_features_of_any_size(scale, l2):
+    """In single precision, within its 200 steps, from nothing or from a stronger one."""
+    x, labels = clusters(600, 3)
+    x = x * scale
+    units = x.double() / scale  # the same, in units that its solver can bear
+    theirs = LogisticRegression(C=scale**2 / l2, tol=1e-9, max_iter=20000).fit(units, labels)
+
+    def loss(weight, bias):
+        value = torch.nn.functional.cross_entropy(x.double() @ weight.double().T + bias.double(), labels)
+        return (value + l2 / 1200 * (weight.double() ** 2).sum()).item()
+
+    wanted = loss(torch.from_numpy(theirs.coef_) / scale, torch.from_numpy(theirs.intercept_))
+    stronger = logistic_regression(x, labels, 10, 10 * l2)
+    for start in (None, stronger):
+        assert loss(*logistic_regression(x, labels, 10, l2, start)) == pytest.approx(wanted, abs=2e-3)
+
+
 def test_a_step_is_of_the_given_size_whatever_the_batches():
     """A batch of 4096 that does not fit into memory at once gives the same classifier as one that does."""
     x, labels = clusters(1000, 4)
