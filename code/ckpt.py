@@ -70,6 +70,7 @@ OF_THE_CALL = (
     'num_workers',
     'download',
     'evaluate_after',
+    'protocol',
     'knn_pixels',
     'max_minutes',
     'amp',

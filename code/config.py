@@ -6,6 +6,7 @@ table of overrides; what the user gives on the command line overrides both.
 
 import difflib
 import math
+import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -770,6 +771,12 @@ def of_other_stages(args):
     stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}
     only = {name: OPTIONS[name].metadata['only'] for name in args.given}
     return sorted(name for name, of in only.items() if of and not stages & {*of})
+
+
+def places(args, *more):
+    """What a printed command has to repeat of this call: where its runs are, and `more` options, where given."""
+    named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
+    return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
 
 
 def path_of(text):

@@ -12,7 +12,7 @@ import torch
 import distributed
 import results
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
-from config import UserError, WorkError, of_other_stages, path_of
+from config import UserError, WorkError, of_other_stages, path_of, places
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
 from metric.accuracy import confusion
@@ -52,7 +52,7 @@ def evaluate(args):
     say(f'result     {checkpoint["run"] / result["file"]}')
     say(f'pictures   tensorboard --logdir {path_of(args.log_path) / checkpoint["run"].name}')
     if args.protocol == 'linear':
-        say(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}')
+        say(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{places(args, "image_path")}')
     return result
 
 
@@ -82,7 +82,8 @@ def best_of(args, paths):
     for result in found:
         say(f'epoch {result["epoch"]:<5} ' + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in QUICK))
     best = min(found, key=lambda result: result['measures'][FAVOURED])
-    say(f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={paths[0].parent.name}/{best["checkpoint"]}')
+    name = f'{paths[0].parent.name}/{best["checkpoint"]}{places(args)}'
+    say(f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={name}')
     return best
 
 

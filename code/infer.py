@@ -8,7 +8,7 @@ import torch
 
 import distributed
 from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, changed, path_of
+from config import UserError, changed, path_of, places
 from dataloader import vision
 from dataloader.layout import has_splits, is_tar
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
@@ -42,9 +42,11 @@ def infer(args):
     args, model, checkpoint = get_model_ckpt(args)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
+    classifier = classifier_for(args, checkpoint, wanted or path_of(args.image_path))
+    train = load_splits(with_set(args, classifier))['train'] if args.neighbours else None
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
 
-    scores, classes, how = predicted(args, checkpoint, backbone, features, wanted or path_of(args.image_path))
+    scores, classes, how = predicted(args, checkpoint, classifier, backbone, features)
     best = scores.topk(min(5, len(classes)), dim=1)
     rows = [
         (name, classes[top[0]], f'{share[0]:.4f}', in_one_cell(classes[i] for i in top))
@@ -56,7 +58,6 @@ def infer(args):
     say(f'{len(rows)} images of {shown(images.folder)} predicted by {how}')
     say(f'written to {output}')
     if args.neighbours:
-        train = load_splits(args)['train']
         rows = shown_of(images)
         queries = features[rows.to(features.device)]
         near = nearest_images(args, backbone, in_order(args, train), queries, args.neighbours)
@@ -68,6 +69,14 @@ def infer(args):
     return output
 
 
+def with_set(args, classifier):
+    """args of the images to look for neighbours in: the checkpoint's own set, or where that is not there (another
+    tool's file has none) the classifier's."""
+    if not classifier or args.preset == 'demo' or path_of(args.image_path).exists():
+        return args
+    return changed(args, image_path=classifier['question']['images']['path'])
+
+
 def in_one_cell(names):
     """Names with ; between them; one that has such a letter itself stands in quotes: csv.reader([cell], delimiter=';')
     gives them back."""
@@ -76,10 +85,9 @@ def in_one_cell(names):
     return cell.getvalue().removesuffix('\r\n')
 
 
-def predicted(args, checkpoint, backbone, features, where):
-    """(scores, N x classes; the classes; how in words) of images at the path `where`, of which these are the features:
-    by the classifier that evaluate trained, or where there is none by their neighbours in train."""
-    classifier = classifier_for(args, checkpoint, where)
+def predicted(args, checkpoint, classifier, backbone, features):
+    """(scores, N x classes; the classes; how in words) of images of which these are the features: by the classifier
+    that evaluate trained, or where there is none by their neighbours in train."""
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
@@ -90,14 +98,14 @@ def predicted(args, checkpoint, backbone, features, where):
         if not own.exists() and args.preset != 'demo':
             raise UserError(
                 f'{checkpoint["path"].name} has no classifier, and what kNN would ask, {shown(own)}, is not there:'
-                f' python3 cli.py evaluate --ckpt_name={args.ckpt_name} --image_path=<labelled images> '
+                f' python3 cli.py evaluate --ckpt_name={args.ckpt_name}{places(args)} --image_path=<labelled images> '
                 'trains one'
             )
         train = labelled(load_splits(args)['train'])
         if not len(train):
             raise UserError(
                 f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: python3 cli.py '
-                f'evaluate --ckpt_name={args.ckpt_name} --image_path=<labelled images> trains one'
+                f'evaluate --ckpt_name={args.ckpt_name}{places(args)} --image_path=<labelled images> trains one'
             )
         classes = train.classes
         scores = vote(args, backbone, in_order(args, train), features, len(classes))

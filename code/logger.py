@@ -7,10 +7,11 @@ import time
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+from config import UserError
 from dataloader import vision
 from distributed import rank
 from records import as_json, read_metrics
-from terminal import complain
+from terminal import complain, shown
 from utils import save_picture, write_aside
 
 SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
@@ -26,7 +27,10 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
-        self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
+        try:
+            self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
+        except UnicodeError:  # the names of files are ASCII here, TensorBoard's are UTF-8
+            raise UserError(f'TensorBoard cannot write to {shown(folder)} in this locale: PYTHONUTF8=1 helps') from None
         if first_step and metrics and metrics.is_file() and not rank():
             kept = [as_json(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
             write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))

@@ -176,10 +176,15 @@ def of_run(args):
     """args with the options of --from_run in place of the defaults; what this call gave explicitly stays."""
     path = find_run(args, args.from_run) / 'run.json'
     try:
-        saved = json.loads(path.read_text(encoding='utf-8'))['args']
+        saved = {**json.loads(path.read_text(encoding='utf-8'))['args']}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
     saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
+    if 'preset' in args.given and args.preset != saved.get('preset', args.preset):
+        raise UserError(
+            f'--preset={args.preset}: the options of --from_run={args.from_run} are those of '
+            f'--preset={saved["preset"]} and more: leave one out'
+        )
     kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
     return changed(args, **{**saved, **kept})
 

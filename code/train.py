@@ -15,7 +15,7 @@ import memory
 import stop
 import verdict
 from ckpt import get_model_ckpt
-from config import ROOT, WORTH_COMPILING, UserError, changed, idle, path_of
+from config import ROOT, WORTH_COMPILING, UserError, changed, idle, path_of, places
 from dataloader.load_dataset import get_iterator, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for, why_no_labels
@@ -302,26 +302,23 @@ def save_on_the_way_out(run, state, end):
     stop.heard()
     if isinstance(end, Diverged):
         raise end
+    command = f'python3 cli.py train --resume={run.folder.name}{places(run.args)}'
     try:
         run.save(state)
     except Exception as error:  # the disk is full, too: that is heard where nothing else is
         raise (error if isinstance(end, stop.Stopped) else end) from None
     if not isinstance(end, stop.Stopped):
         if run.path:
-            say(f'saved {run.where(state)}; python3 cli.py train --resume={run.folder.name} goes on')
+            say(f'saved {run.where(state)}; {command} goes on')
         raise end
     if not end.number:
-        say(
-            f'--max_minutes={run.args.max_minutes:g} have passed: python3 cli.py train --resume={run.folder.name} '
-            f'goes on {run.where(state)}'
-        )
+        say(f'--max_minutes={run.args.max_minutes:g} have passed: {command} goes on {run.where(state)}')
         return
     name = stop.name_of(end.number)
     say(f'stopped by {name} {run.where(state)}')
     if not run.path:
         raise stop.Stopped(end.number, f'{name}: stopped before the first step, there is nothing to save')
-    goes_on = f'python3 cli.py train --resume={run.folder.name} goes on'
-    raise stop.Stopped(end.number, f'{name}: saved {run.where(state)}; {goes_on}')
+    raise stop.Stopped(end.number, f'{name}: saved {run.where(state)}; {command} goes on')
 
 
 def summary(args, run, result, protocol):
@@ -333,7 +330,7 @@ def summary(args, run, result, protocol):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')
-    name += ''.join(f' --{path}={getattr(args, path)}' for path in ('ckpt_path', 'log_path') if path in args.given)
+    name += places(args)
     if not result:
         lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{protocol}')
     elif args.preset != 'demo':

@@ -5,6 +5,7 @@ import csv
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import termios
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -151,13 +153,23 @@ def test_large_images_train_through_workers(drawn_large, tmp_path):
 def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_path):
     """Stopped after its first step and resumed, the run ends as the one that never stopped."""
     said = train(tmp_path, drawn, '--max_minutes=0.0001').stdout
-    assert f'python3 cli.py train --resume={RUN}0 goes on in epoch 1, after 16 images' in said
+    command = re.search(r'have passed: python3 cli.py (.*) goes on in epoch 1, after 16 images', said)[1]
     assert (newest(tmp_path)[1]['epoch'], newest(tmp_path)[1]['images']) == (0, 16)
-    done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
+    done = run(*shlex.split(command), *own_paths(tmp_path, 'cache'))
     assert done.returncode == 0, done.stderr
     assert same(newest(tmp_path)[1]['model'], newest(trained[0])[1]['model'])
     events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
     assert [event.step for event in events.Scalars('pretraining/loss')] == [1, 2]
+
+
+def test_a_locale_in_which_tensorboard_cannot_name_its_folder(drawn, tmp_path):
+    env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    given = [*TINY, f'--image_path={drawn}', f'--log_path={tmp_path}/\u00e9', *own_paths(tmp_path, 'ckpt', 'cache')]
+    command = [sys.executable, 'cli.py', 'train', *given]
+    done = subprocess.run(command, cwd=CODE, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'in this locale: PYTHONUTF8=1 helps' in one_line(done.stderr)
+    assert [*(tmp_path / 'ckpt').iterdir()] == []
 
 
 def test_evaluate_then_infer(copied, drawn, tmp_path):
@@ -197,6 +209,49 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
         assert row['top5'].split(';')[0] == row['prediction']
         assert sorted(row['top5'].split(';')) == ['checks', 'dots', 'stripes']
         assert 1 / 3 <= float(row['confidence']) <= 1
+
+
+def test_the_next_command_is_one_that_works(drawn, tmp_path, capsys):
+    """As it is printed: after another tool's file, too, whose set nothing else says."""
+    paths, folder = own_paths(tmp_path / 'a b'), tmp_path / 'a b'
+    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *paths]) == 0
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'other.pth')
+    output = f'--output={tmp_path}/said.csv'
+    for name in (f'{RUN}0', f'{tmp_path}/other.pth'):
+        small = ['--image_size=32', '--probe_epochs=2', f'--image_path={drawn}', '--amp=off']
+        assert cli.main(['evaluate', f'--ckpt_name={name}', *small, *paths]) == 0
+        command = re.search(r'^next +python3 cli.py (.*)$', capsys.readouterr().out, re.M)[1]
+        assert cli.main([*shlex.split(command), output, *own_paths(folder, 'cache')]) == 0
+        given = ['infer', f'--ckpt_name={name}', f'--image_path={drawn}/val', '--neighbours=2', output, *paths]
+        assert cli.main(given) == 0
+        assert (tmp_path / 'said_neighbours.png').is_file()
+        (tmp_path / 'said_neighbours.png').unlink()
+
+
+def test_without_protocol_it_is_linear(drawn, tmp_path, capsys):
+    """Whatever the run was judged by at its end; and --from_run is of one preset."""
+    paths = own_paths(tmp_path)
+    given = [
+        'train',
+        *TINY,
+        '--knn_every=0',
+        f'--image_path={drawn}',
+        '--evaluate_after=True',
+        '--protocol=knn',
+        *paths,
+    ]
+    assert cli.main(given) == 0
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}0', '--probe_epochs=2', *paths]) == 0
+    said = capsys.readouterr()
+    assert 'linear of' in said.out
+    assert said.err == ''
+    assert cli.main(['train', f'--from_run={RUN}0', '--preset=cifar10', *paths]) == 2
+    assert '--preset=cifar10: the options of --from_run=' in one_line(capsys.readouterr().err)
+    about = tmp_path / 'ckpt' / f'{RUN}0/run.json'
+    for content in ('{"args": [1, 2]}', '{"args": "x"}', '{"args": null}', '[]', ''):
+        about.write_text(content)
+        assert cli.main(['train', f'--from_run={RUN}0', *paths]) == 2
+        assert 'run.json is not there or damaged' in one_line(capsys.readouterr().err)
 
 
 def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path):
