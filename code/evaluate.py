@@ -94,7 +94,7 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     its path, run (the folder for the results) and epoch. untrained: the measures of the untrained network of
     --protocol=spectrum, where they are known.
     """
-    started, splits = time.time(), splits_for(args, splits)
+    started, splits = time.monotonic(), splits_for(args, splits)
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 
@@ -116,7 +116,7 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     if classifier:
         classifier = {**classifier, 'classes': classes}
     asked = results.question(args, splits, checkpoint)
-    result = results.write(run, name, asked, {**result, 'seconds': round(time.time() - started, 2)}, classifier)
+    result = results.write(run, name, asked, {**result, 'seconds': round(time.monotonic() - started, 2)}, classifier)
     logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))  # the result is safe by now
     if scores is not None:
         import pictures  # matplotlib takes half a second to import

@@ -28,12 +28,12 @@ class Diverged(WorkError):
 
 class Run:
     """A run that trains: its folder, what of it is saved (the last checkpoint's path, where in the training it is, when
-    it was written), when its time is up (deadline, by time.time(); 0: never), and what helps, in words, where a step
-    takes more memory than there is."""
+    it was written), when its time is up (deadline; 0: never), both by time.monotonic(), and what helps, in words, where
+    a step takes more memory than there is."""
 
     def __init__(self, args, folder, path=None, position=(0, 0)):
         self.args, self.folder, self.path, self.position = args, folder, path, position
-        self.saved_at, self.deadline, self.helps = time.time(), 0.0, 'try a smaller --batch_size'
+        self.saved_at, self.deadline, self.helps = time.monotonic(), 0.0, 'try a smaller --batch_size'
 
     def begin(self):
         """Say in the folder that this process trains it. Raises UserError where another one does."""
@@ -60,12 +60,12 @@ class Run:
         self.check_finite(state, state.means()[0])
         with held():
             self.path = save_checkpoint(self.folder, self.args, state)
-            self.position, self.saved_at = state.position, time.time()
+            self.position, self.saved_at = state.position, time.monotonic()
 
     def save_is_due(self):
-        """Whether --save_minutes have passed; of several processes the first one's to say, which writes."""
+        """Whether --save_minutes have passed."""
         minutes = self.args.save_minutes
-        return bool(minutes) and not rank() and time.time() - self.saved_at > 60 * minutes
+        return bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
 
     def check_finite(self, state, loss):
         """Raise Diverged where `loss`, one of the epoch under way, is not a number."""

@@ -5,6 +5,8 @@ import random
 import numpy as np
 import torch
 
+import distributed
+
 FORMAT = 2  # of `content`; formats.py reads the earlier ones
 
 
@@ -12,7 +14,7 @@ class State:
     """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None.
 
     epoch: how many are finished; images: how many of the next are seen, and sums, 2, on the device: of loss and std
-    over these (of this process). last: (loss, std), the means of the epoch that was finished last.
+    over these (of this process, or agreed upon). last: (loss, std), the means of the epoch that was finished last.
     """
 
     def __init__(self, model, optimizer, scaler=None):
@@ -33,6 +35,12 @@ class State:
     def means(self):
         """(loss, std) of the epoch under way as far as it went, else of the last. Waits for the device."""
         return tuple((self.sums / self.images).tolist()) if self.images else self.last
+
+    def agree(self):
+        """Within an epoch, make the sums those of all processes, which are all here: one of them writes its own for
+        all."""
+        if self.images:
+            self.sums.copy_(torch.tensor(distributed.means(self.sums.tolist(), self.sums.device)))
 
     def finish_epoch(self, means):
         """The epoch is over. means: (loss, std) of all processes; keeps them."""

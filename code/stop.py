@@ -16,6 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_WISH = 1.0  # seconds
 NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: of check, by the last answer
 ASK_EVERY = 10  # steps after which several processes ask one another
+TIME, SAVE = 0.5, 0.25  # what they may wish beside a signal, by its number: the time is up, a checkpoint is due
 
 
 class Stopped(BaseException):
@@ -98,26 +99,31 @@ def together():
         yield
 
 
-def check(step, last, deadline, device):
-    """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any.
+def check(step, last, deadline, due, device):
+    """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any. Returns
+    whether a checkpoint is `due`, of several processes to any: all save at the same step.
 
-    step: the number of the one that is done; last: whether it is the epoch's. deadline: by time.time(), 0 is none.
-    Several processes all ask here, now and then, and on a GPU hear the answer when they ask again: to wait for it would
-    let the queue run dry.
+    step: how many are done of the epoch; last: whether that is all. deadline: by time.monotonic(), 0 is none.
+    Several processes all ask here, now and then, and on a GPU hear the answer when they ask again, but for an epoch's
+    first step and its last: to wait for it would let the queue run dry.
     """
     from distributed import most, world
     from utils import later
 
-    late = 0 < deadline < time.time()
+    late = 0 < deadline < time.monotonic()
     if world() == 1:
         tell()
         if late:
             raise Stopped(0)
-    elif last or (step + 1) % ASK_EVERY == 0:
-        before, now = NOTED['asked'], later(most(NOTED['number'] or (0.5 if late else 0), device))
-        at_once = last or device.type == 'cpu'
-        NOTED['asked'] = None if at_once else now
-        for answer in (before, now if at_once else None):
-            if answer and (wish := answer()[0]):
-                NOTED['asked'] = None
-                raise Stopped(int(wish))
+        return due
+    if not last and (step - 1) % ASK_EVERY:
+        return False
+    before, now = NOTED['asked'], later(most(NOTED['number'] or (TIME if late else SAVE * due), device))
+    at_once = last or step == 1 or device.type == 'cpu'
+    NOTED['asked'] = None if at_once else now
+    wish = max([0.0] + [answer()[0] for answer in (before, now if at_once else None) if answer])
+    if wish:
+        NOTED['asked'] = None  # what was asked before a checkpoint would ask for another one
+    if wish >= TIME:
+        raise Stopped(int(wish))
+    return wish > 0

@@ -49,7 +49,7 @@ def train(args):
     Raises UserError and WorkError of the data and the checkpoint, WorkError where the loss is no longer finite, and
     stop.Stopped after a signal, with everything saved.
     """
-    started = time.time()
+    started = time.monotonic()
     use_device(args)
     args, state, iterators, run = set_up(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
@@ -68,7 +68,7 @@ def train(args):
         run.end()
         watch.close()  # last: a tracker may wait for its network
     if state.epoch == args.max_epochs:
-        say(f'pretraining done in {duration(time.time() - started)}')
+        say(f'pretraining done in {duration(time.monotonic() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
     result = evaluate_model(args, state.model, watch.splits, about) if args.evaluate_after else None
     say(summary(args, run, result, ' --protocol=spectrum' if why_no_labels(watch.splits) else ''))
@@ -120,9 +120,10 @@ def train_epoch(args, step, state, batches, watch, run):
                 loss, std, (p, z) = step(views)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates, p, z)
-            if run.save_is_due() and state.images < total:
+            last = state.images >= total
+            if stop.check(state.images // size, last, run.deadline, run.save_is_due(), device) and not last:
+                state.agree()
                 run.save(state)
-            stop.check(state.images // size, state.images >= total, run.deadline, device)
         watch.look(state)
         with stop.held():
             state.finish_epoch(distributed.means(state.means(), device))
@@ -304,6 +305,8 @@ def save_on_the_way_out(run, state, end):
         raise end
     command = f'python3 cli.py train --resume={run.folder.name}{places(run.args)}'
     try:
+        if isinstance(end, stop.Stopped):  # at the same step in all processes
+            state.agree()
         run.save(state)
     except Exception as error:  # the disk is full, too: that is heard where nothing else is
         raise (error if isinstance(end, stop.Stopped) else end) from None

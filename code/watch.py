@@ -35,7 +35,7 @@ class Watch:
         after = state.epoch + 1 if run.path and state.epoch < args.max_epochs else 0
         logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
-        self.started, self.began = time.time(), state.epoch + state.images / max(1, len(train))
+        self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
         self.bar, self.seen, self.outputs = None, {}, None
 
     def begin(self, state):
@@ -56,9 +56,9 @@ class Watch:
         """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""
         self.waited, batches = 0.0, iter(batches)
         while True:
-            before = time.time()
+            before = time.monotonic()
             batch = next(batches, None)
-            self.waited += time.time() - before
+            self.waited += time.monotonic() - before
             if batch is None:
                 return
             yield batch
@@ -67,7 +67,7 @@ class Watch:
         """`batches`, what is left of an epoch of `total` images, behind a bar."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar = progress(title=title, unit='images', total=total, first=state.images)
-        self.from_image, self.epoch_started, self.read = state.images, time.time(), None
+        self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
         for batch in batches:
             yield batch
             self.bar.update(self.args.batch_size)
@@ -79,7 +79,7 @@ class Watch:
     def step(self, state, loss, std, rates, p, z):
         """A step is done. loss, std: on the device; rates: of the encoder and of the predictor; p, z: of each view."""
         self.outputs = p[0], z[0]
-        elapsed = time.time() - self.epoch_started
+        elapsed = time.monotonic() - self.epoch_started
         self.seen = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
             'speed/waiting_for_data': self.waited / elapsed,
@@ -118,7 +118,7 @@ class Watch:
             values, line = {**values, **measured}, line + said
         self.logger.scalars(state.epoch, values)
         if not last and state.epoch > self.began:
-            each = (time.time() - self.started) / (state.epoch - self.began)
+            each = (time.monotonic() - self.started) / (state.epoch - self.began)
             line += f'  {duration(each * (args.max_epochs - state.epoch))} left'
         say(line)
 

@@ -182,7 +182,7 @@ try:
         if sys.argv[1] == 'caught':  # by a library that catches everything
             with contextlib.suppress(BaseException):
                 time.sleep(0.1)
-            stop.check(0, False, 0.0, None)
+            stop.check(0, False, 0.0, False, None)
         time.sleep(20)
 except stop.Stopped as end:
     sys.exit(f'heard {end.number}')
