@@ -305,7 +305,7 @@ def save_on_the_way_out(run, state, end):
         raise end
     command = f'python3 cli.py train --resume={run.folder.name}{places(run.args)}'
     try:
-        if isinstance(end, stop.Stopped):  # at the same step in all processes
+        if isinstance(end, stop.Stopped) and state.position != run.position:  # the same step in all processes
             state.agree()
         run.save(state)
     except Exception as error:  # the disk is full, too: that is heard where nothing else is

@@ -214,12 +214,16 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     wait_for(lambda: not os.path.exists(f'/proc/{other}') or workers_of(process.pid).get(0) != other, 20)
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert f'going on with {RUN} after epoch' in said
+    assert re.search(rf'going on with {RUN} (after epoch \d|in epoch \d, after \d+ images) ', said), said
     one, two = (
         torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_4')), weights_only=True)
         for name in ('whole', 'broken')
     )
-    assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
+    weights = [name for name in one['model'] if not re.search('running|num_batches', name)]
+    assert all(torch.equal(one['model'][name], two['model'][name]) for name in weights)
+    for name in one['model']:  # of BN's means, those of the step in which the other died may be in
+        if 'running' in name:
+            torch.testing.assert_close(two['model'][name], one['model'][name], atol=2e-3, rtol=0, msg=name)
 
 
 def test_an_epoch_that_two_processes_go_on_with_has_both_ones_loss(drawn, tmp_path):
