@@ -209,9 +209,16 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     ('name', 'how'),
     [('vit_b_32', 'vit_b_32(image_size=32)'), ('timm/vit_tiny_patch16_224', 'num_classes=0, img_size=32).load_state')],
 )
-def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path, capsys):
+def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path, capsys, monkeypatch):
     """And another size than the network was made for is refused as that, not as a damaged file."""
     pytest.importorskip('timm')
+
+    def thin(weights=None, image_size=224, **more):  # the real one's 88 million weights take a while
+        sizes = {'patch_size': 32, 'num_layers': 1, 'num_heads': 2, 'hidden_dim': 16, 'mlp_dim': 16}
+        return torchvision.models.VisionTransformer(image_size, **sizes, **more)
+
+    thin.__module__ = 'torchvision.models.vision_transformer'
+    monkeypatch.setitem(torchvision.models._api.BUILTIN_MODELS, 'vit_b_32', thin)
     paths, size = own_paths(tmp_path), '--image_size=32'
     given = [*TINY, size, f'--image_path={drawn}', '--stem=imagenet', '--max_epochs=1', f'--backbone={name}', *paths]
     assert cli.main(['train', *given]) == 0
