@@ -8,7 +8,7 @@ from ckpt import checkpoints, read
 from config import OPTIONS, UserError, changed, path_of
 from dataloader.load_dataset import load_splits, views_of
 from formats import upgraded
-from listing import of_its_images
+from listing import is_of
 from logger import read_scalars, say
 from runs import of_run, resumed
 from train import train
@@ -141,11 +141,10 @@ def judged(own):
         run, protocol='linear', checkpoint=checkpoints(run)[-1].name, epoch=own.max_epochs, preset=own.preset
     )
     wanted = {name: getattr(own, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
-    of_own = {'image_path': own.image_path}
     found = [
         result
         for result in found
-        if wanted.items() <= result.get('settings', {}).items() and of_its_images(result, of_own)
+        if wanted.items() <= result.get('settings', {}).items() and is_of(result, own.image_path)
     ]
     return (run, found[-1]) if found else None
 

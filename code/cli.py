@@ -130,17 +130,19 @@ def check_processes(command):
     """Raise UserError where the environment says of several processes what cannot be; warn of those that know nothing
     of one another."""
     said, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
-    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
+    for name, least in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('LOCAL_RANK', 0)):
         text = os.environ.get(name)
-        if text is not None and not text.isdecimal():
+        if text is None:
+            continue
+        if not text.isdecimal():
             raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
-        if text is not None and not int(text) and name.endswith('SIZE'):
+        if int(text) < least:
             raise UserError(f'{name}={text} is in the environment, and no number of processes; {hint}')
-        said[name] = int(text or name.endswith('SIZE'))
-    world = said['WORLD_SIZE']
-    here = said['LOCAL_WORLD_SIZE'] if os.environ.get('LOCAL_WORLD_SIZE') else world
-    for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', min(here, world))):
-        if said[name] >= count:
+        said[name] = int(text)
+    world = said.get('WORLD_SIZE', 1)
+    here = min(world, said.get('LOCAL_WORLD_SIZE', world))
+    for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', here)):
+        if said.get(name, 0) >= count:
             raise UserError(f'{name}={said[name]} is in the environment, of {size}={count} processes; {hint}')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:

@@ -90,7 +90,9 @@ def row_of(folder, options):
     judged = [
         result
         for result in results
-        if is_number(result.get('top1')) and result.get('epoch', epoch) == epoch and of_its_images(result, options)
+        if is_number(result.get('top1'))
+        and result.get('epoch', epoch) == epoch
+        and is_of(result, options.get('image_path'))
     ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
@@ -102,9 +104,9 @@ def row_of(folder, options):
     }
 
 
-def of_its_images(result, options):
-    """Whether a result is of the images that its run was trained on; early ones do not say."""
-    images, path = result.get('images'), options.get('image_path')
+def is_of(result, path):
+    """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
+    images = result.get('images')
     return not isinstance(images, dict) or not isinstance(path, str) or images.get('path') == str(path_of(path))
 
 

@@ -40,7 +40,8 @@ class State:
         """Within an epoch, make the sums those of all processes, which are all here: one of them writes its own for
         all."""
         if self.images:
-            self.sums.copy_(torch.tensor(distributed.means(self.sums.tolist(), self.sums.device)))
+            means = distributed.means(self.sums.tolist(), self.sums.device)
+            self.sums.copy_(self.sums.new_tensor(means))  # in double precision, as they are
 
     def finish_epoch(self, means):
         """The epoch is over. means: (loss, std) of all processes; keeps them."""

@@ -121,7 +121,7 @@ def check(step, last, deadline, due, device):
     before, now = NOTED['asked'], later(most(NOTED['number'] or (TIME if late else SAVE * due), device))
     at_once = last or step == 1 or device.type == 'cpu'
     NOTED['asked'] = None if at_once else now
-    wish = max([0.0] + [answer()[0] for answer in (before, now if at_once else None) if answer])
+    wish = max((answer()[0] for answer in (before, now if at_once else None) if answer), default=0.0)
     if wish:
         NOTED['asked'] = None  # what was asked before a checkpoint would ask for another one
     if wish >= TIME:

@@ -95,9 +95,10 @@ def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):
 
     x: N x d; labels: N. start: a solution to go on from, such as that of a stronger l2.
     """
-    mean, penalty = x.mean(0), l2 / (2 * len(x))
+    mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().item() or 1.0
     x = (x - mean) / scale  # the same minimum, found in fewer steps; the solver's bounds fit no features that are small
+    penalty = l2 / (2 * len(x) * scale**2)
     shares = torch.bincount(labels, minlength=num_classes).to(x) / len(x)  # the best biases where all weights are zero
     weight, bias = start or (x.new_zeros(num_classes, x.shape[1]), shares.clamp(min=1e-6).log())
     weight, bias = (weight * scale).requires_grad_(), (bias + weight @ mean).requires_grad_()
@@ -107,7 +108,7 @@ def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):
 
     def loss():
         solver.zero_grad()
-        value = cross_entropy(x @ weight.T + bias, labels) + penalty * (weight / scale).square().sum()
+        value = cross_entropy(x @ weight.T + bias, labels) + penalty * weight.square().sum()
         value.backward()
         return value
 

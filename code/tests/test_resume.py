@@ -30,7 +30,7 @@ from test_cli import same
 from train import train_step
 
 RUN = 'model_name_simsiam_ckpt_0'
-GOES_ON = rf'python3 cli.py train --resume={RUN}( --\w+_path=\S+)* goes on'  # where the runs are, if given
+GOES_ON = rf'python3 cli.py train --resume={RUN} --ckpt_path=\S+ --log_path=\S+ goes on'  # as own_paths has them
 # 12 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
 LONG = (*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
 

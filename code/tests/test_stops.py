@@ -53,7 +53,7 @@ def test_a_signal(moment, number, rows):
     assert line.startswith(f'{number.name}: ')
     assert row['saved'] == SAVED[moment]
     if SAVED[moment] and moment != 'in the evaluation':
-        assert re.search(GOES_ON, line)
+        assert re.search(f'{GOES_ON}$', line)
         assert 'saved ' in line
     assert row['again'] == 0
     assert row['same'], 'the run that went on ends otherwise'
