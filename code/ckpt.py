@@ -16,20 +16,32 @@ import subprocess
 import warnings
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 
-from config import OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
+from config import GOING_ON, OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
 from distributed import in_turn, rank
 from formats import is_ours, upgraded
 from logger import say
 from model.layouts import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
-from records import oldest_first
+from model.weights import (
+    average_weights,
+    convert_with_timm,
+    fetch_timm,
+    fetch_torchvision,
+    is_off_the_shelf,
+    match_keys,
+    of_timm_folder,
+    preprocessing_of,
+)
+from records import oldest_first, read_json
 from terminal import complain, some
 from utils import extra, write_aside
+from verdict import best_epoch
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
 CARRIERS = (
@@ -59,6 +71,7 @@ SHOWN = 8  # keys of each kind that an error lists
 NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that come with weights
 # What belongs to this call and this machine, and never comes from a checkpoint.
 OF_THE_CALL = (
     'ckpt_name',
@@ -91,33 +104,118 @@ OF_THE_CALL = (
 )
 
 
-def get_model_ckpt(args):
+def get_model_ckpt(args, training=False):
     """(args, model, checkpoint) for `args`, the model on the CPU.
 
-    Without --ckpt_name: args as they are, a new model whose weights --random_seed fixes (or those of --init_from), and
-    None. With it: the checkpoint's options take the place of args' (but for what this call gave explicitly, and what
-    belongs to this machine), and its weights those of the model; `checkpoint` is the dict above with its `path` and
-    `run` (the folder of what is written about it) added. A file of another tool (model/layouts.py) has no options but
-    its architecture, and epoch 0. Raises UserError where there is no such checkpoint or an option contradicts its
-    architecture, WorkError where the file is damaged or holds other weights than it says.
+    Without --ckpt_name: args as they are, a new model whose weights --random_seed fixes (or those of --init_from, which
+    bring their preprocessing and config.GOING_ON), and None. With it: the checkpoint's options take the place of args'
+    (but for what this call gave explicitly, and what belongs to this machine), and its weights those of the model;
+    `checkpoint` is the dict above with its `path` and `run` (the folder of what is written about it) added. training:
+    of a run that began with weights the last checkpoint, not the best, and the weights as they are trained, without
+    --start_share. Weights of torchvision and timm (imagenet, timm/<name>) and files of another tool have no options but
+    their architecture and preprocessing, and epoch 0. Raises UserError where there is no such checkpoint or an option
+    contradicts its architecture, WorkError where the file is damaged, holds other weights than it says, or cannot be
+    fetched.
     """
+    if args.ckpt_name and is_off_the_shelf(args.ckpt_name):
+        return load_off_the_shelf(args, args.ckpt_name)
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args), (*ARCHITECTURE, 'preset'))
-    if args.init_from == 'imagenet':
-        return args, supervised(args), None
+        return load_checkpoint(args, find_checkpoint(args, training), (*ARCHITECTURE, 'preset'), training)
     if args.init_from:
-        path = path_of(args.init_from)
-        path = path if path.is_file() else find_checkpoint(changed(args, ckpt_name=args.init_from))
-        ours = changed(args)
-        ours.given = args.given | {'preset'}  # a file of another tool brings no settings, but for its architecture
-        loaded, model, _ = load_checkpoint(ours, path, ARCHITECTURE)
-        model.has_heads = True  # new ones, where the file has none: they are trained
-        return changed(args, **{name: getattr(loaded, name) for name in ARCHITECTURE}), model, None
+        return start_from_weights(args)
     return args, new_model(args), None
 
 
-def load_checkpoint(args, path, fixed):
+def start_from_weights(args):
+    """get_model_ckpt of --init_from."""
+    if is_off_the_shelf(args.init_from):
+        loaded, model, checkpoint = load_off_the_shelf(args, args.init_from)
+    else:
+        path = path_of(args.init_from)
+        path = (
+            path
+            if path.exists() and not checkpoints_in(path)
+            else find_checkpoint(changed(args, ckpt_name=args.init_from))
+        )
+        ours = changed(args)
+        ours.given = args.given | {'preset'}  # a file of another tool brings no settings, but for its architecture
+        loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
+    model.has_heads = True  # new ones, where the file has none: they are trained
+    args = changed(args, **{name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)})
+    if checkpoint['layout'] != 'ours' and not args.from_run:
+        going_on = {name: value for name, value in GOING_ON.items() if name not in args.given}
+        args = changed(args, **going_on)
+        said = ' '.join(f'--{name}={getattr(args, name)}' for name in GOING_ON)
+        say(f'from pretrained weights: {said}')
+    return args, model, None
+
+
+def checkpoints_in(path):
+    return checkpoints(path) if path.is_dir() else []
+
+
+def load_off_the_shelf(args, name):
+    """get_model_ckpt of the weights that torchvision (imagenet) or timm (timm, timm/<name>.<tag>) has."""
+    wanted = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
+    if wanted and 'backbone' in args.given and args.backbone != f'timm/{wanted.split(".")[0]}':
+        raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
+    if wanted:
+        args = changed(args, backbone=f'timm/{wanted.split(".")[0]}')
+    if name == 'timm' and not args.backbone.startswith('timm/'):
+        raise UserError(f'{name} names the weights of --backbone=timm/<network>, not of --backbone={args.backbone}')
+    if name == 'imagenet' and (
+        args.backbone == 'small' or args.backbone.startswith('timm/') or args.stem != 'imagenet'
+    ):
+        raise UserError(
+            f"imagenet has the weights of torchvision's networks, not of --backbone={args.backbone} --stem={args.stem}"
+        )
+    try:
+        args = with_preprocessing(args, preprocessing_of(wanted and f'timm/{wanted}' or args.backbone))
+        model = new_model(args)
+        with in_turn():
+            if name == 'imagenet':
+                found = fetch_torchvision(args.backbone, args.image_size, not args.quiet)
+            else:
+                found = fetch_timm(wanted or args.backbone.removeprefix('timm/'), args.image_size)
+    except ValueError as error:
+        raise UserError(f'{name}: {error}') from None
+    except UserError:
+        raise
+    except Exception as error:  # of the network, of two libraries and what they fetch with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        option = 'ckpt_name' if args.ckpt_name else 'init_from'
+        raise WorkError(
+            f'the weights {name} of {args.backbone} could not be fetched: {reason}; fetch them where there is a '
+            f'network and name the file: --{option}=FILE --backbone={args.backbone}'
+        ) from None
+    state, _ = match_keys(model.backbone.state_dict(), found.state)
+    strict_load(model, {f'backbone.{key}': value for key, value in state.items()}, Path(found.source))
+    model.has_heads = False
+    say(f'weights {found.source}; {said_of_preprocessing(args)}')
+    label = plain_name(found.source)
+    run = path_of(args.ckpt_path) / label
+    return (
+        args,
+        model,
+        {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': name.split('/')[0], 'path': run / label, 'run': run},
+    )
+
+
+def with_preprocessing(args, preprocessing):
+    """args with the preprocessing of weights, but for what this call gave. The size of the views is theirs where no
+    preset says another."""
+    keep = {*args.given} | ({'image_size'} if args.preset != 'imagenet' else set())
+    return changed(args, **{name: value for name, value in preprocessing.items() if name not in keep})
+
+
+def said_of_preprocessing(args):
+    return f'{args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, crop {args.crop_ratio:g}'
+
+
+def load_checkpoint(args, path, fixed, training=False):
     """get_model_ckpt of this file. fixed: options that this call may not give otherwise."""
+    if path.is_dir():
+        return load_timm_folder(args, path)
     content = load_file(path)
     if not is_ours(content):
         return load_foreign(args, path, content)
@@ -137,6 +235,10 @@ def load_checkpoint(args, path, fixed):
             f'--image_size={merged.image_size}: {merged.backbone} was made for {saved["image_size"]} px: leave the '
             'option out'
         ) from None
+    if content.get('start') and not training:
+        model.backbone.load_state_dict(
+            average_weights(content['start'], model.backbone.state_dict(), merged.start_share)
+        )
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 
@@ -146,14 +248,18 @@ def load_foreign(args, path, content):
     Where --preset is not given, the settings are ImageNet's, or CIFAR-10's where the stem is for small images, whatever
     lies about here.
     """
-    found = read_layout(content)
+    named = 'backbone' in args.given and args.backbone not in BLOCKS
+    found = None if named else read_layout(content)
+    if named:
+        return load_network(args, path, tensors_of(content))
     if not found:
         keys = [str(key) for key in (tensors_of(content) or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:SHOWN]) or 'none'
         raise WorkError(
             f'{path} is damaged or was not written by this project, nor is it a ResNet in a layout that is '
             'known here (the official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, '
-            f'torchvision, timm); its first keys: {first}'
+            f'torchvision, timm); its first keys: {first}; weights of another network are read with its name: '
+            '--backbone=timm/<name>, or one of torchvision'
         )
     layout, state, left = found
     shapes = architecture(state)
@@ -191,24 +297,50 @@ def mark_of(path):
     return digest.hexdigest()
 
 
-def supervised(args):
-    """A new model whose backbone has torchvision's weights of ImageNet with labels, which torchvision fetches."""
-    if args.backbone not in BLOCKS or args.stem != 'imagenet':
-        raise UserError(
-            f'--init_from=imagenet has ResNets with the ImageNet stem, not --backbone={args.backbone} '
-            f'--stem={args.stem}'
-        )
-    weights, model = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1, new_model(args)
+def load_network(args, path, tensors):
+    """load_checkpoint of a state dict in the own layout of the network that --backbone names, under any prefix."""
+    if 'preset' not in args.given and args.preset == 'demo':
+        args = with_preset(args, 'imagenet')
+    args = with_preprocessing(args, preprocessing_of(args.backbone))
+    model = new_model(args)
     try:
-        with in_turn():
-            state = weights.get_state_dict(progress=not args.quiet, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise WorkError(
-            f'could not fetch {weights.url}: {error}; put the file into {torch.hub.get_dir()}/checkpoints'
-        ) from None
-    model.backbone.load_state_dict({name: value for name, value in state.items() if not name.startswith('fc.')})
-    say(f'the backbone starts from {weights} of torchvision, trained with labels')
-    return model
+        state, left = match_keys(model.backbone.state_dict(), tensors)
+    except ValueError as error:
+        if not args.backbone.startswith('timm/') or not tensors:
+            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}') from None
+        try:
+            state, left = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
+        except ValueError as other:
+            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
+    strict_load(model, {f'backbone.{name}': value for name, value in state.items()}, path)
+    model.has_heads = False
+    unused = f'; not used: {some(left, SHOWN)}' if left else ''
+    say(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {said_of_preprocessing(args)}')
+    run = path_of(args.ckpt_path) / f'{plain_name(args.backbone)}_{path.name}_{mark_of(path)}'
+    return args, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': 'network', 'path': path, 'run': run}
+
+
+def load_timm_folder(args, path):
+    """load_checkpoint of a folder as timm saves one (export --format=timm): config.json and model.safetensors."""
+    about, weights = read_json(path / 'config.json'), path / 'model.safetensors'
+    name = about.get('architecture')
+    if not isinstance(name, str) or not weights.is_file():
+        raise UserError(
+            f'{path} is no folder of weights: it wants config.json, with "architecture", and model.safetensors'
+        )
+    if 'backbone' in args.given and args.backbone != f'timm/{name}':
+        raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
+    known = about.get('pretrained_cfg')
+    args = changed(args, backbone=f'timm/{name}')
+    if isinstance(known, dict):
+        args = with_preprocessing(args, of_timm_folder(known))
+        args.given = args.given | {*PREPROCESSING}
+    return load_network(args, weights, load_file(weights))
+
+
+def plain_name(name):
+    """A name as a part of a file's: letters, digits, and - _ . in place of the rest."""
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '-_.') else '_' for c in name)
 
 
 def with_preset(args, preset):
@@ -314,7 +446,13 @@ def save_checkpoint(run, args, state):
     path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{within}'
     if not rank():
         write_aside(path, lambda aside: torch.save(content, aside))
-        older = [other for other in checkpoints(run) if other != path]
+        best = best_epoch(run) if args.init_from else None
+        kept = (
+            {0, best} if args.init_from else {}
+        )  # of these pretrained weights the start and the best are never deleted
+        older = [
+            other for other in checkpoints(run) if other != path and int(NAME.fullmatch(other.name)[2]) not in kept
+        ]
         within = [other for other in older if NAME.fullmatch(other.name)[3]]
         finished = [other for other in older if other not in within]
         spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
@@ -416,6 +554,16 @@ def checkpoints(folder):
     return [path for *_, path in sorted(found)]
 
 
+def best_of_run(folder, found):
+    """The best checkpoint of a run that began with pretrained weights and was measured; of another the newest."""
+    best = best_epoch(folder)
+    whole = {int(NAME.fullmatch(path.name)[2]): path for path in found if not NAME.fullmatch(path.name)[3]}
+    if best is None or best not in whole or whole[best] == found[-1]:
+        return found[-1]
+    say(f'{folder.name}: epoch {best} is its best on val; --ckpt_name={folder.name}/<checkpoint> takes another')
+    return whole[best]
+
+
 def list_checkpoints(args):
     """All checkpoints under --ckpt_path, as --ckpt_name wants them: by name, those of the newest run at the end."""
     root = path_of(args.ckpt_path)
@@ -442,15 +590,18 @@ def whole_ones(args, names):
         yield one
 
 
-def find_checkpoint(args):
-    """The file that --ckpt_name means: below --ckpt_path, or a path; a run folder means its newest. Or UserError."""
+def find_checkpoint(args, training=False):
+    """The file that --ckpt_name means: below --ckpt_path, or a path. A run folder means its newest checkpoint; of a run
+    that began with pretrained weights, unless it is for `training`, its best (verdict.best_epoch). Raises UserError."""
     for path in (path_of(args.ckpt_path) / args.ckpt_name, path_of(args.ckpt_name)):
         path = path.resolve()  # what is written about a checkpoint lies beside it, not beside a link to it
         if path.is_file():
             return path
         if path.is_dir():
             if found := checkpoints(path):
-                return found[-1]
+                return found[-1] if training else best_of_run(path, found)
+            if (path / 'config.json').is_file():
+                return path
             raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
     known = list_checkpoints(args)
     hint = f'the newest there is --ckpt_name={known[-1]}' if known else 'there is none yet: run python3 cli.py train'

@@ -89,7 +89,14 @@ def read_options(command, words, options):
     args = get_config(**options)
     if command in ALONE and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
-    chosen = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto')
+    if (
+        command not in ('train', 'check_dataloader')
+        or args.from_run
+        or args.ckpt_name
+        or args.resume not in ('', 'auto')
+    ):
+        args.undecided = False
+    chosen = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto') or args.undecided
     if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
         there = 'there' if args.preset == 'imagenet' else 'not there'
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)

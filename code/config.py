@@ -47,11 +47,14 @@ def option(default, meaning, choices=None, low=None, high=None, used_by=READING,
 
 @dataclass
 class Config:
+    given, undecided, chosen = frozenset(), False, frozenset()  # of get_config; these are no options
+
     # What to work on
     preset: str = option(
         'auto',
-        'set of defaults; auto is imagenet if data/imagenet/train is there, else demo',
-        ('auto', 'imagenet', 'cifar10', 'demo'),
+        'set of defaults; auto: for the images of --image_path photos, or cifar10 where they are small; without it '
+        'imagenet if data/imagenet/train is there, else demo',
+        ('auto', 'photos', 'imagenet', 'cifar10', 'demo'),
         used_by=(*ALL, 'pack'),
     )
     image_path: str = option(
@@ -78,6 +81,21 @@ class Config:
         False, 'fetch the set named by the last part of image_path: cifar10, cifar100 or stl10', used_by=SPLIT
     )
     image_size: int = option(224, 'side of a view, in pixels', low=8, high=1024, used_by=ALL)
+    mean: str = option(
+        'imagenet',
+        "mean of each channel, subtracted from pixels in [0, 1]: ImageNet's, or numbers: 0.5,0.5,0.5; pretrained "
+        'weights bring their own',
+        used_by=ALL,
+    )
+    std: str = option(
+        'imagenet', 'standard deviation of each channel, by which pixels are divided: as --mean', used_by=ALL
+    )
+    interpolation: str = option(
+        'bilinear',
+        'of resized crops, antialiased; pretrained weights bring their own',
+        ('bilinear', 'bicubic'),
+        used_by=ALL,
+    )
     crop_ratio: float = option(0.875, 'evaluation: share of the shorter side in the centre crop', low=0.1, high=1.0)
     num_workers: int = option(
         -1,
@@ -140,6 +158,37 @@ class Config:
     model_name: str = option('simsiam', 'names the run folder: model_name_<this>_ckpt_<number>', used_by=TRAIN)
     backbone: str = option(
         'resnet50', 'the encoder: small, timm/<name>, or a classification network of torchvision', used_by=ALL[1:]
+    )
+    freeze_bn: bool = option(
+        False,
+        "keep the statistics of the backbone's BN as they are (eval mode); --init_from sets it for weights that are "
+        'not of a run of this code',
+        used_by=TRAIN,
+    )
+    freeze_bn_affine: bool = option(
+        False, "with --freeze_bn: do not train the scale and shift of the backbone's BN either", used_by=TRAIN
+    )
+    heads_epochs: int = option(
+        0,
+        'first epochs, in which projector and predictor alone are trained; --init_from sets it, as --freeze_bn',
+        low=0,
+        high=1000,
+        used_by=TRAIN,
+    )
+    backbone_lr_scale: float = option(
+        1.0,
+        "the backbone's learning rate is this times the projector's; --init_from sets it, as --freeze_bn",
+        low=0.0,
+        high=10.0,
+        used_by=TRAIN,
+    )
+    start_share: float = option(
+        0.0,
+        'share of the pretrained weights in the backbone that is measured, evaluated and exported, the rest is the '
+        'trained one (WiSE-FT, arXiv 2109.01903); --init_from sets it, as --freeze_bn',
+        low=0.0,
+        high=1.0,
+        used_by=TRAIN,
     )
     stem: str = option(
         'imagenet', 'imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1', ('imagenet', 'cifar'), used_by=ALL[1:]
@@ -279,10 +328,20 @@ class Config:
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=TRAIN)
     protocol: str = option(
         'linear',
-        'linear and knn: frozen backbone; semi: fine-tune on few labels; transfer: to --transfer_path; '
-        'detection: on --detection_path; spectrum: measures that need no labels',
-        ('linear', 'knn', 'semi', 'transfer', 'detection', 'spectrum'),
+        'linear and knn: frozen backbone; compare: beside others, with few labels; semi: fine-tune on few labels; '
+        'transfer: to --transfer_path; detection: on --detection_path; spectrum: measures that need no labels',
+        ('linear', 'knn', 'compare', 'semi', 'transfer', 'detection', 'spectrum'),
         used_by=EVALUATE,
+    )
+    beside: str = option(
+        'untrained,start',
+        'backbones in rows of their own, with commas between: untrained, start (of the run), imagenet, timm/<name>, a '
+        'run, a file; given alone it means --protocol=compare',
+        only=('compare',),
+    )
+    labels: str = option('1,5,10,30', 'numbers of labelled images a class, with commas between', only=('compare',))
+    draws: int = option(
+        5, 'draws of the labelled images, the same for every backbone', low=1, high=1000, only=('compare',)
     )
     knn_pixels: bool = option(False, 'also report the kNN accuracy of raw pixels', used_by=EVALUATE)
     crop_scale: float = option(
@@ -384,7 +443,10 @@ class Config:
         'data/checkpoints', 'folder of the run folders with checkpoints', used_by=(*ALL[1:], 'runs')
     )
     ckpt_name: str = option(
-        '', 'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest', used_by=ALL[1:]
+        '',
+        'checkpoint under ckpt_path: <run>/loss_<loss>_epoch_<n>, or <run> for its newest; or weights as --init_from '
+        'has them',
+        used_by=ALL[1:],
     )
     log_path: str = option(
         'data/logs',
@@ -393,8 +455,8 @@ class Config:
     )
     init_from: str = option(
         '',
-        'start from these weights, of a run of ours or a file of another tool, or imagenet: '
-        "torchvision's supervised ones; a new run",
+        "start a new run from these weights: imagenet (torchvision's), timm or timm/<name>.<tag> (timm's), a run, or a "
+        'file of another tool',
         used_by=TRAIN,
     )
     table: str = option(
@@ -406,7 +468,7 @@ class Config:
     output: str = option(
         '',
         'the file to write; in data/: infer submission.csv, embed features.npz (.csv, .parquet), export backbone.pth, '
-        'select selected.csv; report: a page; runs: a CSV file; pack: a folder',
+        'or a folder, select selected.csv; report: a page; runs: a CSV file; pack: a folder',
         used_by=('infer', 'embed', 'export', 'pack', 'select', 'report', 'runs'),
     )
     sort: str = option(
@@ -464,6 +526,16 @@ class Config:
 
 PRESETS = {
     'imagenet': {},
+    # A few thousand photographs, from pretrained weights; photos.py sets the rest by the images and the device.
+    'photos': {
+        'proj_layers': 2,
+        'learning_rate': 0.4,
+        'batch_size': 64,
+        'max_epochs': 12,
+        'image_size': 160,
+        'knn_k': 20,
+        'knn_every': 2,
+    },
     # Appendix D: 0.03 x batch / 256, weight decay 5e-4, 800 epochs, two-layer projector, no blur.
     'cifar10': {
         'image_path': 'data/cifar10',
@@ -502,6 +574,9 @@ PRESETS = {
     },
 }
 
+# What --init_from sets, where it is not given, for weights that are not of a run of this code.
+GOING_ON = {'freeze_bn': True, 'heads_epochs': 2, 'backbone_lr_scale': 0.1, 'start_share': 0.5}
+
 # The distortions. `scale` is the share of the area that a crop covers; `jitter` the strengths of brightness, contrast,
 # saturation and hue; the rest are probabilities, and `sigma` the blur's range in pixels of the view.
 AUGMENTATIONS = {
@@ -535,9 +610,33 @@ AUGMENTATIONS = {
 }
 
 
+# Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
+IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+def channel_values(name, text):
+    """The values of --mean or --std (`name`), a number a channel. Raises UserError for what is neither `imagenet` nor
+    three numbers, or one for all."""
+    if text.strip() == 'imagenet':
+        return IMAGENET_PIXELS[name]
+    try:
+        values = tuple(float(part) for part in text.strip('()[] ').split(','))
+    except ValueError:
+        values = ()
+    values = values * 3 if len(values) == 1 else values
+    low = 0.0 if name == 'mean' else 1e-3
+    if len(values) != 3 or not all(low <= value <= 1 for value in values):
+        raise UserError(
+            f'--{name} is imagenet, or three numbers between {low:g} and 1, such as --{name}=0.5,0.5,0.5, not {text!r}'
+        )
+    return values
+
+
 def distortion(args, name):
-    """The row `name` of AUGMENTATIONS, with the views' size (px) and the share of them that is blurred."""
+    """The row `name` of AUGMENTATIONS, with the views' size (px), the share of them that is blurred, and how their
+    pixels are resized and normalized."""
     row = {**AUGMENTATIONS[name], 'size': args.image_size, 'blur_prob': args.blur_prob}
+    row |= {'mean': args.mean, 'std': args.std, 'interpolation': args.interpolation}
     return {**row, 'scale': (args.crop_scale, 1.0), 'blur_prob': 0.0} if name == 'crop' else row
 
 
@@ -594,6 +693,7 @@ ELSEWHERE = {
     'j': 'num_workers',
     'b': 'batch_size',
     'e': 'max_epochs',
+    'epochs': 'max_epochs',
     'gpu': 'device',
     'gpus': 'device',
     'accelerator': 'device',
@@ -626,7 +726,8 @@ ELSEWHERE = {
 def get_config(**options):
     """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
 
-    The result has one attribute per option, and `given`, the names that were set explicitly.
+    The result has one attribute per option, and `given`, the names that were set explicitly; `undecided`, whether the
+    preset depends on the images (photos.choose_preset), and `chosen`, the names that were set for them.
     Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
     """
     for name, value in options.items():
@@ -634,18 +735,21 @@ def get_config(**options):
             raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
     given = {name: parse(name, value) for name, value in options.items()}
     preset = given.get('preset', 'auto')
+    undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in given)
     if preset == 'auto':
         given.pop('preset', None)
-        preset = 'imagenet' if (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+        preset = 'imagenet' if undecided or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+    if 'beside' in given and 'protocol' not in given:
+        given['protocol'] = 'compare'
     args = Config(**{**PRESETS[preset], **given, 'preset': preset})
-    args.given = set(given)
+    args.given, args.undecided = set(given), undecided
     return args
 
 
 def changed(args, **changes):
     """A copy of args with other values, which still knows what was given explicitly."""
     copy = replace(args, **changes)
-    copy.given = args.given
+    copy.given, copy.undecided, copy.chosen = args.given, args.undecided, args.chosen
     return copy
 
 
@@ -673,6 +777,8 @@ def parse(name, value):
     low, high = limits['low'], limits['high']
     if low is not None and not low <= result <= high:
         raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
+    if name in IMAGENET_PIXELS:
+        channel_values(name, result)
     if name == 'model_name' and not (result.replace('-', '').replace('_', '').replace('.', '').isalnum()):
         raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
     if name == 'model_name' and len(result.encode()) > 200:
@@ -761,6 +867,7 @@ def idle(args):
         '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
         '--augment_on=worker': ('cache_images',) if args.augment_on == 'worker' and args.cache_images == 'on' else (),
         '--init_from': ('zero_init',) if args.init_from else (),
+        '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
     return [(name, beside) for beside, names in found.items() for name in names if name in args.given]

@@ -192,7 +192,7 @@ def share_statistics(model):
     """Turn every BN of `model` into a SharedBatchNorm, in place. Raises UserError for one that does more than BN and is
     not known."""
     for module in model.modules():
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, _BatchNorm) or isinstance(module, SharedBatchNorm):
             continue
         if type(module).forward is _BatchNorm.forward:
             module.__class__ = SharedBatchNorm

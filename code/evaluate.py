@@ -1,4 +1,4 @@
-"""How good a pretrained backbone is, by one of six protocols; every one ends with the same kind of result.
+"""How good a pretrained backbone is, by one of seven protocols; every one ends with the same kind of result.
 
 What is reported is the last epoch, never the best one, on the whole of `val`.
 """
@@ -16,6 +16,7 @@ from config import UserError, WorkError, of_other_stages, path_of, places
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
 from metric.accuracy import confusion
+from protocols.compare import compare, labels_of, splits_to_compare, table_of
 from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
@@ -104,6 +105,7 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     else:
         protocol = {'linear': linear, 'knn': knn, 'semi': semi, 'transfer': transfer}
         protocol['spectrum'] = functools.partial(spectrum, before=untrained)
+        protocol['compare'] = functools.partial(compare, checkpoint=checkpoint)
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol[args.protocol](args, model, splits)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
@@ -122,7 +124,11 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
         import pictures  # matplotlib takes half a second to import
 
         logger.picture(f'{name}_confusion', pictures.image_of(pictures.confusion(counts, classes)), epoch)
-    numbers = {**{key: result[key] for key in NAMES if result.get(key) is not None}, **result.get('measures', {})}
+    numbers = {
+        **of_rows(result.get('rows', [])),
+        **{key: result[key] for key in NAMES if result.get(key) is not None},
+        **result.get('measures', {}),
+    }
     logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in numbers.items()})
     logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
@@ -130,13 +136,31 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     return result
 
 
-OF_OWN_SET = ('linear', 'knn', 'semi', 'spectrum')  # protocols on the images that the checkpoint was trained on
+def of_rows(rows):
+    """The numbers of the rows of --protocol=compare, for TensorBoard: of the checkpoint, and its gains."""
+    found = {}
+    for i, row in enumerate(rows):
+        name = results.plain(row['name'].split(':')[0])
+        for column, numbers in row['columns'].items():
+            key = 'gain' if i else 'top1'
+            found[f'{column.replace(" ", "_")}_{key}' + f'_over_{name}' * bool(i)] = numbers[key]
+    return found
+
+
+OF_OWN_SET = (
+    'linear',
+    'knn',
+    'compare',
+    'semi',
+    'spectrum',
+)  # protocols on the images that the checkpoint was trained on
 LOWER = 'a lower --probe_learning_rate or --finetune_learning_rate, or another checkpoint'
 # What takes less memory.
 SMALLER = {
     'spectrum': '--batch_size',
     'linear': '--batch_size, or --cache_passes',
     'knn': '--batch_size',
+    'compare': '--batch_size',
     'semi': '--finetune_batch_size',
     'transfer': '--batch_size, or --finetune_batch_size',
 }
@@ -145,7 +169,7 @@ SMALLER = {
 def splits_for(args, own):
     """{'train', 'val'} that --protocol works on; own: the checkpoint's. Raises UserError for what it will lack: labels,
     a list, a folder, a package; `train` asks before it begins."""
-    if distributed.world() > 1 and args.protocol not in ('linear', 'knn'):
+    if distributed.world() > 1 and args.protocol not in ('linear', 'knn', 'compare'):
         raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
     if args.protocol == 'detection':
         from protocols.detection import splits_of
@@ -162,6 +186,9 @@ def splits_for(args, own):
         return {'train': own['train']}
     if reason := why_no_labels(own):
         raise UserError(f'evaluate needs labels: {reason}')
+    if args.protocol == 'compare':
+        labels_of(args.labels)
+        return said_of_unlabelled(splits_to_compare(args, own))
     if args.protocol == 'semi':
         few_of(args, labelled(own['train']))
     return said_of_unlabelled({name: own[name] for name in ('train', 'val')})
@@ -221,6 +248,7 @@ def table(result):
     ]
     for name, value in result.get('measures', {}).items():
         lines.append(f'{MEASURES[name]:44}{value:8.2f}   untrained{result["untrained"][name]:8.2f}')
+    lines += table_of(result['rows']) if 'rows' in result else []
     if 'verdict' in result:
         lines.append('verdict    {}: {}'.format(*result['verdict']))
     if result.get('per_class'):

@@ -1,7 +1,8 @@
 """Checkpoints of earlier commits, as the present one would have written them (state.State.content).
 
-Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and kept the loss and std of
-each of them; its first files had no step, scaler, random states or versions.
+Format 3 has a group of parameters for each of backbone, projector and predictor in the optimizer; format 2 had backbone
+and projector in one. Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and
+kept the loss and std of each of them; its first files had no step, scaler, random states or versions.
 """
 
 import torch
@@ -39,6 +40,8 @@ def upgraded(content):
     if content.get('format', 1) == 1:
         content = from_steps(content)
     check_kinds(content)
+    if content['format'] == 2:
+        content = with_three_groups(content)
     said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
     preset = {'preset': said['preset'], **PRESETS.get(said['preset'], {})} if 'preset' in said else {}
     unsaid = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
@@ -53,10 +56,21 @@ def check_kinds(content):
     sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) == 2}
     sizes['model'] = all(isinstance(value, torch.Tensor) for value in content['model'].values())
     groups = content['optimizer'].get('param_groups')
-    sizes['optimizer'] = isinstance(groups, list) and len(groups) == 2 and 'state' in content['optimizer']
+    sizes['optimizer'] = isinstance(groups, list) and len(groups) in (2, 3) and 'state' in content['optimizer']
     for name, good in sizes.items():
         if not good:
             raise WorkError(DAMAGED.format(name))
+
+
+def with_three_groups(content):
+    """Format 2 to 3. The projector has the last parameters of the first group, as many as its entries that are no
+    running statistics."""
+    first, last = content['optimizer']['param_groups']
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked')
+    ours = [name for name in content['model'] if name.startswith('projector.') and not name.endswith(statistics)]
+    cut = len(first['params']) - len(ours)
+    groups = [{**first, 'params': first['params'][:cut]}, {**first, 'params': first['params'][cut:]}, last]
+    return {**content, 'format': 3, 'optimizer': {**content['optimizer'], 'param_groups': groups}}
 
 
 def from_steps(content):

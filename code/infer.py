@@ -148,7 +148,7 @@ def pixels_of(args, images, rows):
     whole, found = replace(images, views=0), []
     for part in rows.split(256):
         pixels, _ = prepare_batch(args, whole.batch([(row, 0, '') for row in part.tolist()]))
-        found.append(vision.denormalise(vision.plain_view(pixels, args.image_size, args.crop_ratio)).cpu())
+        found.append(vision.denormalise(vision.plain_view(pixels, args), args).cpu())
     return torch.cat(found)
 
 

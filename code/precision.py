@@ -204,7 +204,7 @@ def measure(options, threads):
     models = {dtype: new_model(args).to(memory_format=torch.channels_last).train() for dtype in (None, torch.bfloat16)}
     optimizers = {dtype: make_sgd(model, 0.9, 0.0) for dtype, model in models.items()}
     for optimizer in optimizers.values():
-        set_learning_rates(optimizer, 0.01, 0.01)
+        set_learning_rates(optimizer, 0.01, 0.01, 0.01)
     generator = torch.Generator().manual_seed(0)
 
     def step(dtype, views):

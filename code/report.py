@@ -39,6 +39,7 @@ CHARTS = (  # file name, title, bounds, {tag: name of its line}
     ('loss', 'loss', None, {'pretraining/loss': ''}),
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
+    ('few', 'top-1 on val with 10 labels a class, %', None, {'pretraining/few_labels_top1': ''}),
     ('rank', 'rank of the own other view', None, {'pretraining/rank': ''}),
     (
         'rate',
@@ -137,7 +138,7 @@ def training(runs, page):
         mark = None
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
-        elif name in ('knn', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
+        elif name in ('knn', 'few', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
             mark = verdict.began(runs[0].args), lines[0][1][0][1]
         drawn = pictures.curves([pictures.Panel(title, lines, bounds, mark)], (440, 290))
         charts.append((name, title, saved(drawn, page, name)))
@@ -302,6 +303,7 @@ def rendered(runs, content, data):
         data=data,
         runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
         colours=pictures.COLOURS,
+        compared=[row for run in runs for row in compared_rows(run)],
         results=[(run.name, *row) for run in runs for row in result_rows(run)],
         varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in varied],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
@@ -332,6 +334,25 @@ def numbers(run):
             epoch, value = by_then[-1]
             found.append((name if epoch == own else f'{name}, epoch {epoch}', form.format(value)))
     return found
+
+
+def compared_rows(run):
+    """The tables of --protocol=compare: (run, about, columns, [(row, [(top-1, gain of the run over it or '')])])."""
+    for result in of_run(run.checkpoint['run'], protocol='compare'):
+        if not result.get('rows'):
+            continue
+        columns = [*result['rows'][0]['columns']]
+        rows = []
+        for row in result['rows']:
+            cells = [row['columns'][column] for column in columns]
+            gains = [f'{c["gain"]:+.1f} ± {c["gain_error"]:.1f}' if 'gain' in c else '' for c in cells]
+            values = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
+            rows.append((shown(row['name']), [*zip(values, gains, strict=True)]))
+        about = (
+            f'{run.name}, epoch {result["epoch"]}, on the {result["num_val"]} images of {result["judged_on"]}: top-1 '
+            'in percent, ± standard error; below it how far the run is above that row, paired by image.'
+        )
+        yield run.name, about, columns, rows
 
 
 def result_rows(run):

@@ -10,8 +10,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ckpt import ARCHITECTURE, NAME, OF_THE_CALL, checkpoints, read, save_checkpoint, versions
-from config import EVALUATE, OPTIONS, UserError, WorkError, changed, parse, path_of
+from ckpt import ARCHITECTURE, NAME, OF_THE_CALL, PREPROCESSING, checkpoints, read, save_checkpoint, versions
+from config import EVALUATE, GOING_ON, OPTIONS, UserError, WorkError, changed, parse, path_of
 from distributed import rank, same_for_all
 from formats import upgraded
 from listing import MARK, mark_of_this_process, trained_by
@@ -20,6 +20,9 @@ from records import oldest_first, read_json
 from stop import held
 from terminal import complain, shown
 from utils import write_aside
+from verdict import best_epoch
+
+OF_START = 'few_labels_of_start.json'  # which images of val the pretrained weights class rightly (watch.py)
 
 
 class Diverged(WorkError):
@@ -28,11 +31,12 @@ class Diverged(WorkError):
 
 class Run:
     """A run that trains: its folder, what of it is saved (the last checkpoint's path, where in the training it is, when
-    it was written), when its time is up (deadline; 0: never), both by time.monotonic(), and what helps, in words, where
-    a step takes more memory than there is."""
+    it was written), whether it goes on from one (resumed), when its time is up (deadline; 0: never), both by
+    time.monotonic(), and what helps, in words, where a step takes more memory than there is."""
 
     def __init__(self, args, folder, path=None, position=(0, 0)):
         self.args, self.folder, self.path, self.position = args, folder, path, position
+        self.resumed = path is not None
         self.saved_at, self.deadline, self.helps = time.monotonic(), 0.0, 'try a smaller --batch_size'
 
     def begin(self):
@@ -52,15 +56,26 @@ class Run:
         if not rank():
             (self.folder / MARK).unlink(missing_ok=True)
 
-    def save(self, state):
-        """Write a checkpoint, unless this very state is saved. Raises Diverged, and OSError where it cannot be written:
-        what was there is whole then."""
-        if state.position == self.position:
+    def save(self, state, start=False):
+        """Write a checkpoint, unless this very state is saved, or nothing is trained yet (start: that, too). Raises
+        Diverged, and OSError where it cannot be written: what was there is whole then."""
+        if state.position == self.position and not start:
             return
         self.check_finite(state, state.means()[0])
         with held():
             self.path = save_checkpoint(self.folder, self.args, state)
             self.position, self.saved_at = state.position, time.monotonic()
+
+    def prune(self):
+        """Of a run that began with pretrained weights, delete the checkpoints that were kept to be measured alone: all
+        that are neither the start, the best, the last nor those of --save_every."""
+        if not self.args.init_from or rank():
+            return
+        best, found = best_epoch(self.folder), checkpoints(self.folder)
+        for path in found[:-1]:
+            epoch = int(NAME.fullmatch(path.name)[2])
+            if epoch not in (0, best) and epoch % self.args.save_every:
+                path.unlink(missing_ok=True)
 
     def save_is_due(self):
         """Whether --save_minutes have passed."""
@@ -134,7 +149,8 @@ def gone_on_with(args, checkpoint, state):
 
     def branch():
         new = new_run(args)
-        for name in (path.name, 'metrics.jsonl'):
+        start = [other.name for other in checkpoints(folder) if other.name.endswith('_epoch_0') and other != path]
+        for name in (path.name, *start, 'metrics.jsonl', OF_START):
             if (folder / name).is_file():
                 shutil.copy2(folder / name, new)
         logs = path_of(args.log_path)
@@ -197,7 +213,8 @@ def resumed(args):
     """
     if args.resume != 'auto':
         return changed(args, ckpt_name=str(find_run(args, args.resume)))
-    from_weights = {*ARCHITECTURE} - args.given if args.init_from else ()  # they say it, not the defaults
+    brought = {*ARCHITECTURE, *PREPROCESSING, *GOING_ON}  # by the weights, not by the defaults
+    from_weights = (brought - args.given if args.init_from else set()) | {*args.chosen}
     for run in reversed(runs(args)):
         found = checkpoints(run)
         if not found:

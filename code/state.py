@@ -7,18 +7,19 @@ import torch
 
 import distributed
 
-FORMAT = 2  # of `content`; formats.py reads the earlier ones
+FORMAT = 3  # of `content`; formats.py reads the earlier ones
 
 
 class State:
-    """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None.
+    """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None; start: the backbone's
+    weights that it began with, on the CPU, where they are a part of the result (--start_share), or None.
 
     epoch: how many are finished; images: how many of the next are seen, and sums, 2, on the device: of loss and std
     over these (of this process, or agreed upon). last: (loss, std), the means of the epoch that was finished last.
     """
 
-    def __init__(self, model, optimizer, scaler=None):
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+    def __init__(self, model, optimizer, scaler=None, start=None):
+        self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, start
         self.epoch = self.images = 0
         self.sums = new_sums(next(model.parameters()).device)
         self.last = (0.0, 0.0)
@@ -61,6 +62,7 @@ class State:
             'last': self.last,
             'loss': self.means()[0],
             'rng': rng_states(),
+            'start': self.start,
         }
 
     def restore(self, content):
@@ -76,6 +78,7 @@ class State:
             self.scaler.load_state_dict(content['scaler'])
         self.epoch, self.images, self.last = content['epoch'], content['images'], tuple(content['last'])
         self.sums.copy_(content['sums'])
+        self.start = content.get('start')
         if content['rng']:
             restore_rng(content['rng'])
 

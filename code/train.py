@@ -14,9 +14,9 @@ import distributed
 import memory
 import stop
 import verdict
-from ckpt import get_model_ckpt
-from config import ROOT, WORTH_COMPILING, UserError, changed, idle, path_of, places
-from dataloader.load_dataset import get_iterator, prepared
+from ckpt import best_of_run, checkpoints, get_model_ckpt
+from config import ROOT, WORTH_COMPILING, UserError, WorkError, changed, idle, path_of, places
+from dataloader.load_dataset import get_iterator, parts_of, prepared
 from dataloader.ranges import warn_of_range
 from evaluate import evaluate_model, splits_for, why_no_labels
 from graph import Recorded, use_graph
@@ -25,6 +25,7 @@ from loss.negative_cosine import simsiam_loss
 from metric.collapse import spread
 from model.backbone import last_norms
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
+from photos import choose_preset, without_weights
 from precision import described, kept, precision, settled
 from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, resumed
 from state import State
@@ -40,7 +41,7 @@ from utils import (
     use_device,
     why_not_compiled,
 )
-from watch import Watch
+from watch import Watch, is_measured
 
 
 def train(args):
@@ -60,6 +61,8 @@ def train(args):
         raise
     run.begin()
     try:
+        if args.init_from and not run.resumed:
+            run.save(state, start=True)  # what comes may be worse
         watch.begin(state)
         train_epochs(args, state, iterators['train'], watch, run)
     except BaseException as end:
@@ -70,19 +73,44 @@ def train(args):
     if state.epoch == args.max_epochs:
         say(f'pretraining done in {duration(time.monotonic() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
-    result = evaluate_model(args, state.model, watch.splits, about) if args.evaluate_after else None
+    result = evaluate_after(args, state, watch.splits, about) if args.evaluate_after else None
     say(summary(args, run, result, ' --protocol=spectrum' if why_no_labels(watch.splits) else ''))
     return run.path
 
 
+def evaluate_after(args, state, splits, about):
+    """--evaluate_after: the result of --protocol for the last checkpoint; of a run that began with pretrained weights
+    for its best one, beside the start."""
+    if not args.init_from:
+        return evaluate_model(args, state.model, splits, about)
+    best = distributed.same_for_all(lambda: str(best_of_run(about['run'], checkpoints(about['run']))))
+    own, model, checkpoint = get_model_ckpt(changed(args, ckpt_name=best))
+    own = changed(own, protocol=args.protocol)
+    model = model.to(get_device(args), memory_format=torch.channels_last)
+    return evaluate_model(own, model, splits, checkpoint)
+
+
 def train_epochs(args, state, batches, watch, run):
     """All that are left. What a step keeps on the device between two is given back at the end."""
-    step = make_step(args, distributed.wrap(state.model, get_device(args)), state)
+    step = None
     while state.epoch < args.max_epochs:
+        if step is None or state.epoch == args.heads_epochs:  # another set of parameters is another step
+            train_backbone(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
+            step = make_step(args, distributed.wrap(state.model, get_device(args)), state)
         train_epoch(args, step, state, batches, watch, run)
-        if state.epoch == args.max_epochs or state.epoch % args.save_every == 0:
+        due = state.epoch == args.max_epochs or state.epoch % args.save_every == 0
+        if due or (args.init_from and is_measured(args, state.epoch)):  # one of these may be the best
             run.save(state)
         watch.epoch(state)
+        run.prune()
+
+
+def train_backbone(model, trained, freeze_bn_affine):
+    """Whether the backbone is trained, from now on; of BN that is frozen perhaps without scale and shift."""
+    model.backbone.requires_grad_(trained)
+    if freeze_bn_affine:
+        for norm in model.frozen:
+            norm.requires_grad_(False)
 
 
 def make_step(args, net, state):
@@ -141,10 +169,11 @@ def random_views(args, images, augmentation, state, dataset):
 
 
 def learning_rates(args, epochs):
-    """Of the encoder and of the predictor (constant, paper table 1 of section 4.2), after so many epochs and parts."""
+    """Of backbone, projector and predictor (constant, paper table 1 of section 4.2), after so many epochs and parts."""
     top = args.learning_rate * args.batch_size / 256
     rate = learning_rate(epochs / args.max_epochs, args.warmup_epochs / args.max_epochs, top)
-    return rate, top if args.fix_pred_lr else rate
+    of_backbone = rate * args.backbone_lr_scale if epochs >= args.heads_epochs else 0.0
+    return of_backbone, rate, top if args.fix_pred_lr else rate
 
 
 def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=None, parts=1):
@@ -183,8 +212,15 @@ def set_up(args):
     if len(starts) > 1 and starts != ['from_run', 'init_from']:  # options of one, weights of another
         raise UserError(f'--{starts[0]} and --{starts[1]} say two starts of one run: leave one out')
     args = of_run(args) if args.from_run else args
+    parts = parts_of(args) if args.undecided else None
+    args = choose_preset(args, parts) if parts else args
     args = resumed(args) if args.resume else args
-    args, model, checkpoint = get_model_ckpt(args)
+    try:
+        args, model, checkpoint = get_model_ckpt(args, training=True)
+    except WorkError as error:
+        if 'init_from' not in args.chosen or args.ckpt_name:
+            raise
+        args, model, checkpoint = get_model_ckpt(without_weights(args, error))
     if checkpoint and checkpoint['layout'] != 'ours':
         raise UserError(
             f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
@@ -202,9 +238,11 @@ def set_up(args):
             f'one from its weights is --init_from={args.ckpt_name}'
         )
     args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
+    if (args.init_from or args.preset == 'photos') and 'protocol' not in args.given:
+        args = changed(args, protocol='compare')  # what the pretraining was worth
     package_of(args)  # refused before anything is written, as is what follows
     use_graph(args)
-    iterators = get_iterator(args)
+    iterators = get_iterator(args, parts)
     if args.evaluate_after:
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
@@ -238,12 +276,17 @@ def new_state(args, model):
     """`model` on the device, with what trains it."""
     device = get_device(args)
     model = model.to(device, memory_format=torch.channels_last)
+    if args.freeze_bn:
+        model.freeze_bn()
     if use_compile(args):
         model.compile()
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
+    start = None
+    if args.init_from and args.start_share:
+        start = {name: value.cpu().clone() for name, value in model.backbone.state_dict().items()}
     if args.optimizer == 'adamw':
-        return State(model, make_adamw(model, args.weight_decay), scaler)
-    return State(model, make_sgd(model, args.momentum, args.weight_decay), scaler)
+        return State(model, make_adamw(model, args.weight_decay), scaler, start)
+    return State(model, make_sgd(model, args.momentum, args.weight_decay), scaler, start)
 
 
 def introduce(args, state, run, batches, reason):
@@ -329,6 +372,10 @@ def summary(args, run, result, protocol):
     name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
+    if args.init_from and run.path:
+        best = best_of_run(run.folder, checkpoints(run.folder))
+        name = f'{run.folder.name}/{best.name}'
+        lines.append(f'best         {best}')
     if judged := verdict.of_run(run.folder, run.position[0], args):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
@@ -341,5 +388,5 @@ def summary(args, run, result, protocol):
     else:
         lines.append('next         your own images, laid out as FOLDER/train/<class>/ and FOLDER/val/<class>/:')
         lines.append(f'             cd {ROOT / "code"}')
-        lines.append('             python3 cli.py train --preset=imagenet --image_path=FOLDER --batch_size=128')
+        lines.append('             python3 cli.py train --image_path=FOLDER')
     return '\n'.join(lines)

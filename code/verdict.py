@@ -1,6 +1,6 @@
 """What the measures without labels are called, and what they say together of a network."""
 
-from records import read_metrics
+from records import read_json, read_metrics
 
 # In front of people, in this order (metric/spectrum.py, protocols/spectrum.py).
 MEASURES = {
@@ -27,6 +27,12 @@ MEASURES = {
 OF_FEATURES = ('rank', 'retrieval', 'rotation', 'rankme', 'area', 'alpha', 'lidar', 'alignment', 'uniformity')
 QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
 STDS = 'std', 'std_judged', 'std_batch'  # of training or of BN's averages; of those; of a batch's own statistics
+WATCHED = 10  # labels a class, of the accuracy that is measured in training
+FEW, GAIN, GAIN_ERROR = (
+    'pretraining/few_labels_top1',
+    'pretraining/few_labels_gain',
+    'pretraining/few_labels_gain_error',
+)
 FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
 # From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
 COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.7
@@ -36,6 +42,7 @@ FOR_COLLAPSED = (
 )
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
 FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=spectrum judges it beside an untrained network'
+FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
@@ -68,6 +75,54 @@ def verdict(now, untrained, called='untrained'):
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
 
 
+def best_epoch(folder):
+    """The best epoch of a run that began with pretrained weights, 0 for these weights; None of a run that did not, or
+    that was not measured (metrics.jsonl).
+
+    Where val has labels: the epoch with the highest accuracy with few labels, if that is more than its standard error
+    above the start, paired by image; else 0. Without labels 0: no measure without labels was seen to choose rightly.
+    """
+    if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
+        return None
+    return best_of_lines(read_metrics(folder / 'metrics.jsonl'))
+
+
+def best_of_lines(lines):
+    """best_epoch, of the lines of a metrics.jsonl."""
+    judged = {line['epoch']: line for line in lines if FEW in line}
+    if 0 in judged:
+        sure = [epoch for epoch, line in judged.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
+        return max(sure, key=lambda epoch: judged[epoch][FEW], default=0)
+    return 0 if any('pretraining/rank' in line for line in lines) else None
+
+
+def beside_start(lines):
+    """(word, sentence) on a run that began with pretrained weights: better than the start, no better, worse, or not
+    known; None where it was not measured."""
+    best = best_of_lines(lines)
+    judged = {line['epoch']: line for line in lines if FEW in line}
+    if best is None or len(judged) < 2 and FEW in lines[0]:
+        return None
+    if 0 not in judged:
+        return 'not known to be better than the start', (
+            'there are no labels to tell by, and the rank of the own other view falls whether features become better '
+            'or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
+        )
+    last = judged[max(judged)]
+    gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
+    said = (
+        f'{WATCHED} labels a class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
+        f'beside the start ({judged[0][FEW]:.1f} %)'
+    )
+    if best:
+        most = judged[best]
+        more = f'The best is epoch {best}: {most[FEW]:.1f} %, {most[GAIN]:+.1f} ± {most[GAIN_ERROR]:.1f}'
+        return 'better than the start', f'{said}. {more}'
+    if gain < -error:
+        return 'worse than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
+    return 'no better than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
+
+
 def of_run(folder, epoch, args):
     """The verdict on the network of a run, args its options, after `epoch` epochs; None where it was not measured."""
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
@@ -80,6 +135,9 @@ def of_metrics(lines, called='untrained'):
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return None
+    collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STDS) < COLLAPSED
+    if called != 'untrained' and not collapsed and (found := beside_start(lines)):
+        return found
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )

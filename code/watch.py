@@ -1,6 +1,8 @@
 """What looks at a run: the bar, the guard, kNN, the measures without labels, TensorBoard and metrics.jsonl. It changes
 nothing."""
 
+import copy
+import json
 import time
 from dataclasses import asdict
 
@@ -13,13 +15,27 @@ from distributed import gather
 from evaluate import why_no_labels
 from logger import Logger, duration, progress, say
 from metric import spectrum
-from protocols.knn import knn_accuracy
+from model.weights import average_weights
+from protocols.compare import standard_error
+from protocols.few_labels import watch_labels
 from protocols.spectrum import FOUND_AMONG, LEAST, quick
+from records import read_json
+from runs import OF_START
 from tracker import tracker_of
-from utils import get_device, later, peak_memory
-from verdict import began
+from utils import get_device, later, peak_memory, write_aside
+from verdict import FEW, GAIN, GAIN_ERROR, WATCHED, began
 
 READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
+
+
+def is_measured(args, epoch):
+    """Whether the network is measured after so many epochs."""
+    return epoch == args.max_epochs or bool(args.knn_every and epoch % args.knn_every == 0)
+
+
+def gradient_norm(model):
+    """Euclidean norm of the gradient of a step that is done, a scalar on the device."""
+    return torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
 
 
 class Watch:
@@ -29,21 +45,23 @@ class Watch:
         self.args, self.run = args, run
         train, self.val = iterators['train'].dataset, iterators['val']
         self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
+        if iterators['test'] not in (None, self.val):
+            self.splits['test'] = iterators['test'].dataset
         self.bank = in_order(args, labelled(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
         # Of a run that is only looked at again nothing that was written changes.
-        after = state.epoch + 1 if run.path and state.epoch < args.max_epochs else 0
+        after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
         self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
-        self.bar, self.seen, self.outputs = None, {}, None
+        self.bar, self.seen, self.outputs, self.norms = None, {}, None, []
 
     def begin(self, state):
         """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
         saved after and stopped before it could be looked at."""
         if self.knn_off:
             say(f'the kNN monitor is off: {self.knn_off}')
-        if self.run.path:
+        if self.run.resumed:
             if state.epoch and self.logger.lacks(state.epoch):
                 self.epoch(state)
             return
@@ -67,14 +85,14 @@ class Watch:
         """`batches`, what is left of an epoch of `total` images, behind a bar."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar = progress(title=title, unit='images', total=total, first=state.images)
-        self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
+        self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
         for batch in batches:
             yield batch
             self.bar.update(self.args.batch_size)
         self.bar.close()
 
     def first_views(self, views):
-        self.logger.views('two_views', [vision.denormalise(view[:16]) for view in views])
+        self.logger.views('two_views', [vision.denormalise(view[:16], self.args) for view in views])
 
     def step(self, state, loss, std, rates, p, z):
         """A step is done. loss, std: on the device; rates: of the encoder and of the predictor; p, z: of each view."""
@@ -83,18 +101,22 @@ class Watch:
         self.seen = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
             'speed/waiting_for_data': self.waited / elapsed,
-            'schedule/learning_rate_encoder': rates[0],
-            'schedule/learning_rate_predictor': rates[1],
+            'schedule/learning_rate_encoder': rates[1],
+            'schedule/learning_rate_predictor': rates[2],
         }
+        if rates[0] != rates[1]:
+            self.seen['schedule/learning_rate_backbone'] = rates[0]
         if state.images // self.args.batch_size % READ_EVERY == 0:
             self.look(state)
-            self.read = later(torch.stack((loss, std, spectrum.retrieval(z[0], z[1]))))
+            norm = gradient_norm(state.model)
+            self.read = later(torch.stack((loss, std, spectrum.retrieval(z[0], z[1]), norm)))
 
     def look(self, state):
         """What an earlier step has to say: a bad run is stopped, or warned of."""
         if not self.read:
             return
-        loss, std, found = self.read()
+        loss, std, found, norm = self.read()
+        self.norms.append(norm / (state.scaler.get_scale() if state.scaler else 1))
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
             self.warn_of_collapse(state, loss, std)
@@ -109,11 +131,13 @@ class Watch:
         if std < args.collapse_threshold:
             self.warn_of_collapse(state, loss, std)
         values = {'pretraining/loss': loss, 'pretraining/std': std, **self.seen, **peak_memory(get_device(args))}
+        if self.norms:
+            values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
         line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
         if self.seen:
             line += f'  {self.seen["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs
-        if last or (args.knn_every and state.epoch % args.knn_every == 0):
+        if is_measured(args, state.epoch):
             measured, said = self.measured(state)
             values, line = {**values, **measured}, line + said
         self.logger.scalars(state.epoch, values)
@@ -126,8 +150,9 @@ class Watch:
         """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
         args, found, words = self.args, {}, ''
         if not self.knn_off:
-            found['knn_top1'] = knn_accuracy(args, state.model.backbone, self.bank, self.val)
-            words = f'  kNN {found["knn_top1"]:.2f} %'
+            found['knn_top1'], right = watch_labels(args, self.backbone(state), self.bank, self.val)
+            few, said = self.few_labels(state, right)
+            found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
         if (count := len(self.splits['train'])) >= LEAST:
             found |= quick(args, state.model, self.splits['train'])
             words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, count)}'
@@ -135,6 +160,32 @@ class Watch:
             p, z = (gather(x) for x in self.outputs)
             found |= spectrum.of_outputs(z, p)
         return {f'pretraining/{name}': value for name, value in found.items()}, words
+
+    def backbone(self, state):
+        """The backbone that is measured: the trained one, averaged with the start as --start_share says."""
+        if not state.start:
+            return state.model.backbone
+        backbone = copy.deepcopy(state.model.backbone)
+        backbone.load_state_dict(average_weights(state.start, backbone.state_dict(), self.args.start_share))
+        return backbone
+
+    def few_labels(self, state, right):
+        """({name: number}, a few words) of the accuracy with WATCHED labels a class, and of its gain over the start.
+        right: of watch_labels."""
+        path, count = self.run.folder / OF_START, len(right)
+        top1 = 100 * right.mean().item()
+        found, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'
+        if not self.args.init_from:
+            return {'few_labels_top1': top1}, words
+        if not state.epoch:
+            values = {'right': right.tolist()}
+            write_aside(path, lambda aside: aside.write_text(json.dumps(values)))
+        before = read_json(path).get('right', [])
+        if state.epoch and len(before) == count:
+            gains = right - torch.tensor(before, dtype=torch.float64)
+            found |= {GAIN: 100 * gains.mean().item(), GAIN_ERROR: standard_error(gains)}
+            words += f' ({found[GAIN]:+.2f} ± {found[GAIN_ERROR]:.2f} over the start)'
+        return {name.removeprefix('pretraining/'): value for name, value in found.items()}, words
 
     def warn_of_collapse(self, state, loss, std):
         self.logger.warn_once(

@@ -67,7 +67,7 @@ def supervised(args, epochs, output, deadline):
             generator = random_from('supervised', epoch, step)
             (view,) = vision.random_views(images, distortion(args, 'crop'), generator, count=1)
             rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
-            set_learning_rates(optimizer, rate, rate)
+            set_learning_rates(optimizer, rate, rate, rate)
             with autocast(args, scaled=False):
                 scores = model.predictor(model.backbone(view.contiguous(memory_format=torch.channels_last)))
             loss = cross_entropy(scores.float(), labels)

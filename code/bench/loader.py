@@ -22,8 +22,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from config import AUGMENTATIONS, get_config
-from dataloader import vision
+from config import AUGMENTATIONS, IMAGENET_PIXELS, get_config
 from dataloader.images import decode
 from dataloader.load_dataset import get_iterator, prepared
 from utils import cpu_count, random_from
@@ -53,7 +52,7 @@ class PilViews(torch.utils.data.Dataset):
             transforms.RandomApply([PilBlur()], 0.5),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(vision.MEAN, vision.STD),
+            transforms.Normalize(*IMAGENET_PIXELS.values()),
         ]
         self.transform = transforms.Compose([step for step in steps if blur or 'Pil' not in str(step)])
 

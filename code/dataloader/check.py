@@ -11,6 +11,7 @@ from dataloader.load_dataset import get_iterator, parts_of
 from dataloader.prepare import each
 from dataloader.ranges import warn_of_range
 from logger import say
+from photos import choose_preset
 from terminal import complain, shown
 from utils import prepare_batch, random_from, use_device
 
@@ -25,6 +26,7 @@ def check_dataloader(args):
     root = path_of(args.image_path)
     use_device(args)
     parts = parts_of(args)
+    args = choose_preset(args, parts)
     unreadable, read = read_all(parts)
     if unreadable and args.bad_images == 'error':
         raise WorkError(
@@ -47,7 +49,7 @@ def check_dataloader(args):
     views = distorted(args, iterators['train'].dataset, images[:16])
     path = path_of(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
-    vision.picture([vision.denormalise(view) for view in views], path)
+    vision.picture([vision.denormalise(view, args) for view in views], path)
     say(f'the two views of {len(views[0])} images: {shown(path)}')
 
 
@@ -116,4 +118,4 @@ def distorted(args, images, batch):
 
 
 def plain(args, images):
-    return vision.plain_view(images, args.image_size, args.crop_ratio)
+    return vision.plain_view(images, args)

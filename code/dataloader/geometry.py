@@ -35,19 +35,20 @@ def draw_crops(n, height, width, row, generator):
     return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < row['flip'])
 
 
-def crop_resize(x, boxes, flips, size, inside=True):
-    """Cut every image's box and resize it to size x size, antialiased bilinear as PIL and torchvision do it.
+def crop_resize(x, boxes, flips, size, inside=True, cubic=False):
+    """Cut every image's box and resize it to size x size, antialiased bilinear or bicubic as PIL and torchvision do.
 
     A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
     each, whatever the boxes. A flip only turns the columns' matrix round. inside: pixels beyond the box count for
     nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
-    None; on x's device. Returns N x 3 x S x S.
+    None; on x's device. Returns N x 3 x S x S; of a cubic filter, which overshoots, clamped to [0, 1].
     """
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.dtype).unbind(1)
-    rows = resize_matrix(top, h, height, size, inside)
-    columns = resize_matrix(left, w, width, size, inside, flips)
-    return separable(x, rows, columns)
+    rows = resize_matrix(top, h, height, size, inside, cubic=cubic)
+    columns = resize_matrix(left, w, width, size, inside, flips, cubic)
+    x = separable(x, rows, columns)
+    return x.clamp(0, 1) if cubic else x
 
 
 def separable(x, rows, columns):
@@ -60,11 +61,11 @@ def separable(x, rows, columns):
     return rows[:, None] @ x.view(n, channels, height, -1)
 
 
-def resize_matrix(start, length, side, size, inside, flips=None):
+def resize_matrix(start, length, side, size, inside, flips=None, cubic=False):
     """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels, where flips turned.
 
     start, length, flips: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger
-    of one source and one target pixel.
+    of one source and one target pixel, or Keys' cubic with a = -1/2, as in PIL, of twice that width.
     """
     span = (length / size)[:, None]
     ticks = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
@@ -75,5 +76,13 @@ def resize_matrix(start, length, side, size, inside, flips=None):
         begin, end = start[:, None], (start + length)[:, None]
         pixels = pixels.where((pixels > begin) & (pixels < end), math.inf)[:, None]
     centres = (start[:, None] + ticks * span)[:, :, None]
-    weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None])
+    weights = keys_cubic(-weights) if cubic else weights.add_(1).clamp_(min=0)
     return weights.div_(weights.sum(2, keepdim=True))
+
+
+def keys_cubic(x):
+    """Keys' cubic filter with a = -1/2 at the distances x >= 0."""
+    x = x.clamp(max=2)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, far)

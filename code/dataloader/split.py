@@ -64,7 +64,7 @@ class Images(torch.utils.data.Dataset):
         args = self.args
         with self.store.opened(index) as image:
             if not self.views:
-                return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max)
+                return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
             if args.augment_on == 'worker':
                 views = vision.torchvision_views(tuple(distortion(args, augmentation).items()))
                 return views(rgb(image, args.pixel_max), seed, self.views)
@@ -76,7 +76,7 @@ class Images(torch.utils.data.Dataset):
     def random_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
         if images.ndim == 5 and not self.crops_only:
-            return vision.normalised(images)
+            return vision.normalised(images, self.args)
         row = distortion(self.args, augmentation)
         return vision.random_views(images, row, generator, self.views, place, compiled)
 

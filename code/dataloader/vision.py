@@ -15,11 +15,11 @@ import functools
 import torch
 from torch.nn.functional import pad
 
+from config import channel_values
 from dataloader.colours import REACH, blur_all, draw_colours, recolour, recolour_all
 from dataloader.geometry import centre_box, crop_resize, draw_crops
 from utils import to_device
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per channel
 CACHE_BYTES = 2**20  # of one core's cache
 # The columns of a table of draws, one row a view.
 COLUMNS = {'boxes': slice(0, 4), 'flips': 4, 'factors': slice(5, 9), 'order': slice(9, 13), 'gray': 13, 'sigma': 14}
@@ -42,10 +42,12 @@ def views_by(images, table, row, count, compiled=False):
     """random_views, by a table of draws (of `draw`), view after view."""
     if images.device.type == 'cpu':
         images = images.repeat(count, 1, 1, 1) if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1)
-        return distort(images, table, row, normalise).chunk(count)
+        moments = mean_and_std(row['mean'], row['std'], images.device)
+        return distort(images, table, row, lambda x: normalise(x, moments)).chunk(count)
     run = compiled_once(distort_all) if compiled else distort_all
-    moments, colours = mean_and_std(images.device), has_colours(row)
-    return run(images, to_device(table, images.device), moments, count, row['size'], colours, row['blur_prob'] > 0)
+    moments = mean_and_std(row['mean'], row['std'], images.device)
+    operations = has_colours(row), row['blur_prob'] > 0, row['interpolation'] == 'bicubic'
+    return run(images, to_device(table, images.device), moments, count, row['size'], operations)
 
 
 def draw(n, row, generator, sides=None):
@@ -61,8 +63,8 @@ def distort(images, table, row, finish):
     """One distorted view of every image, on a CPU: each operation on the images that it is for.
 
     images: N x 3 x H x W uint8, to be cropped, or of S x S; table: of `draw`. finish: what to do with the colours in
-    [0, 1] at last: normalise or to_bytes. A CPU core is fastest on what stays in its cache, so large views go through
-    all operations one or a few at a time; of small ones the whole batch, which all cores share.
+    [0, 1] at last: normalise them, or to_bytes. A CPU core is fastest on what stays in its cache, so large views go
+    through all operations one or a few at a time; of small ones the whole batch, which all cores share.
     """
     size, views = row['size'], []
     step = max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
@@ -73,18 +75,20 @@ def distort(images, table, row, finish):
         part = slice(start, start + step)
         x = images[part].float()
         if whole:
-            x = crop_resize(x, boxes[part], flips[part], size)
+            x = crop_resize(x, boxes[part], flips[part], size, cubic=row['interpolation'] == 'bicubic')
         x.div_(255)
         views.append(finish(recolour(x, **{name: draw[part] for name, draw in draws.items()})))
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
-def distort_all(images, table, moments, count, size, colours, blurs):
+def distort_all(images, table, moments, count, size, operations):
     """random_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
-    was drawn and all of it is one graph. moments: mean_and_std. Returns the views, each in channels_last."""
+    was drawn and all of it is one graph. moments: mean_and_std. operations: whether the colours are random, whether
+    views are blurred, whether crops are resized by a cubic filter. Returns the views, each in channels_last."""
+    colours, blurs, cubic = operations
     boxes, flips, factors, order, gray, sigma = (table[:, columns] for columns in COLUMNS.values())
     if images.ndim == 4:
-        x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, size)
+        x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, size, cubic=cubic)
     else:
         x = images.transpose(0, 1).flatten(0, 1) / 255
     if colours:
@@ -106,9 +110,15 @@ def compiled_once(function):
 
 
 @functools.cache
-def mean_and_std(device):
-    """MEAN and STD, 2 x 3 x 1 x 1, on the device: copied there once."""
-    return torch.tensor((MEAN, STD)).view(2, 3, 1, 1).to(device)
+def mean_and_std(mean, std, device):
+    """--mean and --std, 2 x 3 x 1 x 1, on the device: copied there once."""
+    values = channel_values('mean', mean), channel_values('std', std)
+    return torch.tensor(values).view(2, 3, 1, 1).to(device)
+
+
+def moments_of(args, device):
+    """mean_and_std of the options."""
+    return mean_and_std(args.mean, args.std, device)
 
 
 @functools.cache
@@ -120,7 +130,7 @@ def torchvision_views(row):
     a = dict(row)
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop(a['size'], a['scale'], a['ratio']),
+            v2.RandomResizedCrop(a['size'], a['scale'], a['ratio'], v2.InterpolationMode(a['interpolation'])),
             v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
             v2.RandomGrayscale(a['gray_prob']),
             v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], a['blur_prob']),
@@ -137,37 +147,42 @@ def torchvision_views(row):
     return views
 
 
-def plain_view(images, size, crop_ratio):
-    """The view for evaluation: resize so that the centre crop of `size` covers `crop_ratio` of the shorter side.
+def plain_view(images, args):
+    """The view for evaluation: resize so that the centre crop of image_size covers crop_ratio of the shorter side.
 
-    images: N x 3 x H x W uint8, or N x 1 x 3 x S x S (already cropped). Returns normalised N x 3 x S x S float.
+    images: N x 3 x H x W uint8, or N x 1 x 3 x S x S (already cropped). args: with image_size, crop_ratio,
+    interpolation, mean and std of config.Config. Returns normalised N x 3 x S x S float.
     """
+    moments, size = moments_of(args, images.device), args.image_size
     if images.ndim == 5:
-        return normalise_bytes(images[:, 0])
+        return normalise_bytes(images[:, 0], moments)
     x, (height, width) = images.float().div_(255), images.shape[-2:]
-    if (height, width) != (size, size) or crop_ratio != 1:
-        box = torch.tensor([centre_box(height, width, crop_ratio)])
-        x = crop_resize(x, to_device(box, x.device).expand(len(x), 4), None, size, inside=False)
-    return normalise(x)
+    if (height, width) != (size, size) or args.crop_ratio != 1:
+        box = to_device(torch.tensor([centre_box(height, width, args.crop_ratio)]), x.device).expand(len(x), 4)
+        x = crop_resize(x, box, None, size, inside=False, cubic=args.interpolation == 'bicubic')
+    return normalise(x, moments)
 
 
-def normalise(x):
-    """Colours in [0, 1] to zero mean and unit variance over ImageNet, in place. x: N x 3 x S x S."""
-    mean, std = mean_and_std(x.device)
+def normalise(x, moments):
+    """Colours in [0, 1], less the mean, divided by the standard deviation of each channel, in place. x: N x 3 x S x S;
+    moments: of mean_and_std."""
+    mean, std = moments
     return x.sub_(mean).div_(std)
 
 
-def normalise_bytes(images):
+def normalise_bytes(images, moments):
     """uint8 colours to the floats of normalise. images: N x 3 x S x S."""
-    mean, std = mean_and_std(images.device)
+    mean, std = moments
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def normalised(views):
-    """Views that the workers have distorted, N x V x 3 x S x S uint8, as random_views gives them."""
+def normalised(views, args):
+    """Views that the workers have distorted, N x V x 3 x S x S uint8, as random_views gives them. args: with mean and
+    std of config.Config."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
-    found = tuple(normalise_bytes(view) for view in views.unbind(1))
+    moments = moments_of(args, views.device)
+    found = tuple(normalise_bytes(view, moments) for view in views.unbind(1))
     torch.set_num_threads(threads)
     return found
 
@@ -177,9 +192,9 @@ def to_bytes(x):
     return x.mul_(255).round_().to(torch.int16).to(torch.uint8)  # torch's way straight there takes three times as long
 
 
-def denormalise(x):
+def denormalise(x, args):
     """The inverse of normalise, clamped to [0, 1]: for pictures."""
-    mean, std = mean_and_std(x.device)
+    mean, std = moments_of(args, x.device)
     return (x * std + mean).clamp(0, 1)
 
 

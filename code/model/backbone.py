@@ -76,22 +76,35 @@ def without_classes(classifier):
     return nn.Sequential(*layers, *pool)
 
 
-def of_timm(name, size):
-    """A network of timm without a classifier; built for images of this size where that is part of it."""
+def timm_module():
+    """timm, imported. Raises ValueError where it is not installed."""
     try:
         import timm
     except ImportError:
         raise ValueError('it needs timm: pip3 install -r code/requirements-extra.txt') from None
+    return timm
+
+
+def of_timm(name, size, **more):
+    """A network of timm without a classifier; built for images of this size where that is part of it. more: options of
+    timm.create_model, such as pretrained=True, whose errors come as they are."""
+    timm = timm_module()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
         raise ValueError(f'timm has no such network; the nearest is timm/{near}')
     try:
-        return built(timm.create_model, name, size, num_classes=0, img_size=size)
+        network = built(timm.create_model, name, size, num_classes=0, img_size=size)
+        takes_size = True
     except TypeError:  # most networks take any size, and no such option
         try:
-            return built(timm.create_model, name, size, num_classes=0)
+            network = built(timm.create_model, name, size, num_classes=0)
+            takes_size = False
         except TypeError as error:
             raise ValueError(refused(size, error)) from None
+    if not more:
+        return network
+    sized = {'img_size': size} if takes_size else {}
+    return timm.create_model(name, num_classes=0, **sized, **more)
 
 
 def built(make, name, size, **more):

@@ -17,6 +17,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, args):
         super().__init__()
+        self.frozen = []  # BN layers that stay in eval mode (freeze_bn)
         self.backbone, features = make_backbone(args.backbone, args.stem, args.image_size, args.zero_init)
         self.projector = make_projector(features, args.proj_layers, args.proj_dim, args.proj_bn)
         self.predictor = make_predictor(args.proj_dim, args.pred_dim, args.proj_bn)
@@ -31,6 +32,19 @@ class SimSiam(nn.Module):
         """
         z = [self.projector(self.backbone(view)) for view in views]
         return *(self.predictor(each) for each in z), *z
+
+    def freeze_bn(self):
+        """Keep the running statistics of the backbone's BN as they are: it stays in eval mode in training, too."""
+        kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+        self.frozen = [module for module in self.backbone.modules() if isinstance(module, kinds)]
+        for norm in self.frozen:
+            norm.eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for norm in self.frozen:
+            norm.eval()
+        return self
 
 
 def make_projector(features, layers, width, bn='default'):

@@ -6,7 +6,7 @@ import torch
 
 
 def make_sgd(model, momentum, weight_decay):
-    """SGD over all parameters, weight decay on all (biases and BN too), in two groups: the predictor is the second."""
+    """SGD over all parameters, weight decay on all (biases and BN too), in the three groups of `groups`."""
     return torch.optim.SGD(groups(model), lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=fused(model))
 
 
@@ -18,11 +18,8 @@ def make_adamw(model, weight_decay):
 
 
 def groups(model):
-    """The parameters of backbone and projector, and those of the predictor."""
-    return [
-        {'params': [*model.backbone.parameters(), *model.projector.parameters()]},
-        {'params': [*model.predictor.parameters()]},
-    ]
+    """The parameters of backbone, projector and predictor, in this order."""
+    return [{'params': [*part.parameters()]} for part in (model.backbone, model.projector, model.predictor)]
 
 
 def fused(model):
@@ -40,6 +37,7 @@ def learning_rate(progress, warmup, top):
     return top * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def set_learning_rates(optimizer, rate, predictor_rate):
-    """Set the rates for the next step."""
-    optimizer.param_groups[0]['lr'], optimizer.param_groups[1]['lr'] = rate, predictor_rate
+def set_learning_rates(optimizer, *rates):
+    """Set the learning rates of backbone, projector and predictor for the next step."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group['lr'] = rate

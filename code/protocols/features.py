@@ -56,7 +56,7 @@ def in_parts(args, backbone, batches, title):
     came = False
     with judged(backbone):
         for images, labels in prepared(args, progress(batches, title)):
-            views, came = vision.plain_view(images, args.image_size, args.crop_ratio), True
+            views, came = vision.plain_view(images, args), True
             for view, part in zip(views.split(at_most(args)), labels.split(at_most(args)), strict=True):
                 with autocast(args):
                     features = backbone(channels_last(view))

@@ -94,7 +94,7 @@ def train_and_score(args, backbone, train, val, rates, title):
     found = []
     with torch.inference_mode():
         for images, labels in prepared(args, in_order(args, val)):
-            view = plain_view(images, args.image_size, args.crop_ratio)
+            view = plain_view(images, args)
             for part, own in zip(view.split(at_most(args)), labels.split(at_most(args)), strict=True):
                 with autocast(args, scaled=False):
                     scores = head(backbone(channels_last(part)))

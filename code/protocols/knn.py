@@ -62,12 +62,15 @@ def vote(args, backbone, bank, queries, num_classes):
     return votes(cosine, labels.to(rows.device)[rows], num_classes, args.knn_temperature)
 
 
-def nearest_images(args, backbone, bank, queries, k):
-    """(cosines, row numbers in bank), Q x k, of the images of bank (batches) whose features are nearest to queries."""
+def nearest_images(args, backbone, bank, queries, k, sample=None):
+    """(cosines, row numbers in bank), Q x k, of the images of bank (batches) whose features are nearest to queries.
+    sample: a few_labels.Sample, which is shown the same features."""
     count = len(bank.dataset)
     found, row = Nearest(queries, min(k, count)), rank() * -(-count // world())
     for features, _ in in_parts(args, backbone, bank, 'kNN: features of train'):
         found.see(features, row)
+        if sample:
+            sample.see(features, row)
         row += len(features)
     if world() == 1:
         return found.cosine, found.rows

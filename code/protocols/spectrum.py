@@ -161,7 +161,7 @@ def turned_features(args, backbone, images):
     found = []
     with judged(backbone):
         for pixels, _ in prepared(args, in_order(args, images)):
-            views = vision.plain_view(pixels, args.image_size, args.crop_ratio)
+            views = vision.plain_view(pixels, args)
             with autocast(args):
                 turned = [backbone(channels_last(views.rot90(quarter, (2, 3)))) for quarter in range(4)]
             found.append(torch.stack(turned, 1).float())

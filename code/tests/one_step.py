@@ -26,7 +26,7 @@ if __name__ == '__main__':
     each = 8 // distributed.world()
     mine = slice(distributed.rank() * each, (distributed.rank() + 1) * each)
     optimizer, net, losses = make_sgd(model, 0.9, 1e-3), distributed.wrap(model, torch.device('cpu')), []
-    set_learning_rates(optimizer, 0.1, 0.2)
+    set_learning_rates(optimizer, 0.1, 0.1, 0.2)
     for view1, view2 in views.transpose(0, 1):
         loss, _ = train_step(net, optimizer, (view1[mine], view2[mine]))
         losses.append(distributed.means([loss.item()], loss.device)[0])

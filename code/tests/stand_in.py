@@ -50,6 +50,10 @@ def smaller(command, options):
         return [*FEW, *SMALL[1:2]]
     if command == 'train' and any(option.startswith('--preset=') for option in options):
         return [*FEW, *SMALL]
+    if command == 'train' and any(
+        option.startswith('--image_path=') for option in options
+    ):  # weights are not to be had
+        return [*FEW, *SMALL[1:2], '--init_from=data/checkpoint_0099.pth.tar', '--labels=1']
     if command == 'train':
         return (
             ['--max_epochs=5', '--probe_epochs=30']

@@ -41,12 +41,12 @@ OPTIONS = (
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {
     'in the set-up': (train, 'get_iterator', 0),
-    'in the first monitor': (watch, 'knn_accuracy', 0),
+    'in the first monitor': (watch, 'watch_labels', 0),
     'before the first batch': (train, 'random_views', 0),
     'in a step': (train, 'train_step', 1),
     'waiting for the first batch of an epoch': (train, 'prepared', 1),
     'at the end of an epoch': (state.State, 'finish_epoch', 1),
-    'in the monitor': (watch, 'knn_accuracy', 2),
+    'in the monitor': (watch, 'watch_labels', 2),
     'in a save': (ckpt, 'write_aside', 0),
     'in the evaluation': (evaluate, 'linear', 0),
 }

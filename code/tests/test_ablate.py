@@ -71,7 +71,7 @@ def step(**options):
     model = SimSiam(get_config(**SMALL, **options))
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = make_sgd(model, 0.9, 1e-2)
-    set_learning_rates(optimizer, 0.5, 0.5)
+    set_learning_rates(optimizer, 0.5, 0.5, 0.5)
     train_step(model, optimizer, torch.randn(2, 6, 3, 16, 16).unbind())
     return model, {name: not torch.equal(value, before[name]) for name, value in model.named_parameters()}
 
@@ -91,7 +91,7 @@ def test_the_predictor_is_there_trained_or_not():
 def test_two_pairs_are_the_mean_of_both():
     model, views = SimSiam(get_config(**SMALL)).double(), torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
-    set_learning_rates(optimizer, 0.0, 0.0)
+    set_learning_rates(optimizer, 0.0, 0.0, 0.0)
     both, _ = train_step(model, optimizer, (torch.cat((views[0], views[2])), torch.cat((views[1], views[3]))), parts=2)
     gradient = model.projector[0].weight.grad.clone()
     losses, gradients = [], []

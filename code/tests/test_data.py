@@ -118,8 +118,8 @@ def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_larg
         [torch.from_numpy(np.array(decode(images.folder / name))).permute(2, 0, 1) for name in images.names]
     )
     for start, batch in zip(range(0, 12, 8), from_workers, strict=True):
-        ours = vision.plain_view(prepare_batch(args, batch)[0], 32, args.crop_ratio)
-        wanted = vision.plain_view(pixels[start : start + 8], 32, args.crop_ratio)
+        ours = vision.plain_view(prepare_batch(args, batch)[0], args)
+        wanted = vision.plain_view(pixels[start : start + 8], args)
         torch.testing.assert_close(ours, wanted, atol=0.04, rtol=0)  # 1.6 grey levels over the channel's std
 
 

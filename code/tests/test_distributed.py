@@ -18,7 +18,7 @@ import cli
 import distributed
 import utils
 import warm
-from config import AUGMENTATIONS, UserError, get_config
+from config import UserError, distortion, get_config
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths
 from dataloader import vision
 from dataloader.keys import Keys
@@ -94,7 +94,7 @@ def test_every_process_draws_what_one_would(blur, atol):
     """Views of the parts of a batch are those of the whole batch (a blur reaches as far as the largest of a batch)."""
     images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    row = {**AUGMENTATIONS['moco'], 'size': 24, 'blur_prob': blur}
+    row = distortion(get_config(image_size=24, blur_prob=blur), 'moco')
 
     def views(place, these):
         return vision.random_views(these, row, random_from(1), place=place)

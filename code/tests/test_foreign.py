@@ -276,10 +276,10 @@ def test_supervised_weights_of_torchvision(tmp_path, monkeypatch, capsys):
     theirs.fc = nn.Identity()
     assert checkpoint is None
     assert torch.equal(features(model.backbone), features(theirs))
-    assert 'ResNet18_Weights.IMAGENET1K_V1 of torchvision' in capsys.readouterr().out
+    assert 'torchvision ResNet18_Weights.IMAGENET1K_V1' in capsys.readouterr().out
     for options in (('--preset=demo',), ('--preset=cifar10',)):
         assert cli.main(['train', *options, '--init_from=imagenet', *own_paths(tmp_path)]) == 2
-        assert '--init_from=imagenet has ResNets with the ImageNet stem' in capsys.readouterr().err
+        assert "imagenet has the weights of torchvision's networks, not of --backbone=" in capsys.readouterr().err
 
 
 KINDS = {

@@ -21,7 +21,7 @@ import memory
 import train
 import utils
 from ckpt import new_model
-from config import AUGMENTATIONS, UserError, changed, get_config
+from config import UserError, changed, distortion, get_config
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
 from dataloader.batches import workers_for
@@ -37,7 +37,7 @@ from protocols.linear import train_probe
 from train import train_step
 from utils import channels_last, get_device, random_from, use_compile, why_not_compiled
 
-ROW = {**AUGMENTATIONS['moco'], 'size': 32, 'blur_prob': 0.5}
+ROW = distortion(get_config(image_size=32, blur_prob=0.5), 'moco')
 GPU = torch.device('cuda', 0)
 SMALL = {'preset': 'demo', 'proj_dim': 32, 'pred_dim': 8}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU here')
@@ -62,7 +62,7 @@ def images_of(device, crops):
 @pytest.mark.parametrize('crops', [False, True])
 def test_views_stay_on_the_gpu(crops, no_content):
     table, moments = torch.zeros(32, 15, device=GPU), torch.zeros(2, 3, 1, 1, device=GPU)
-    views = vision.distort_all(images_of(GPU, crops), table, moments, 2, 32, True, True)
+    views = vision.distort_all(images_of(GPU, crops), table, moments, 2, 32, (True, True, False))
     for view in views:
         assert (view.shape, view.device, view.dtype) == ((16, 3, 32, 32), GPU, torch.float32)
         assert view.is_contiguous(memory_format=torch.channels_last)
@@ -124,14 +124,16 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, images_of('cpu', crops).shape, dtype=torch.uint8, generator=generator)
     table = vision.draw(32, ROW, random_from(1), None if crops else images.shape[-2:])
-    given = (images, table, vision.mean_and_std(images.device), 2, 32, True, True)
+    given = (images, table, vision.moments_of(get_config(), images.device), 2, 32, (True, True, False))
     whole = torch.compile(vision.distort_all, backend='eager', fullgraph=True)(*given)
     for ours, plain, wanted in zip(
         whole, vision.distort_all(*given), vision.random_views(images, ROW, random_from(1)), strict=True
     ):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
         # Of a blur the CPU leaves out what lies beyond the largest sigma of the batch.
-        torch.testing.assert_close(vision.denormalise(ours), vision.denormalise(wanted), atol=4e-3, rtol=0)
+        torch.testing.assert_close(
+            vision.denormalise(ours, get_config()), vision.denormalise(wanted, get_config()), atol=4e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize(('backbone', 'shared'), [('small', True), ('resnet50', False)])
@@ -306,9 +308,9 @@ def losses_of(steps, rates, call):
     step = call(lambda views: train_step(model, optimizer, views)[0], model, optimizer)
     losses = []
     for i in range(steps):
-        set_learning_rates(optimizer, *rates(i))
+        set_learning_rates(optimizer, rates(i)[0], *rates(i))
         losses.append(step([channels_last(view) for view in views[i % 3]]).item())
-        assert [group['lr'] for group in optimizer.param_groups] == [*rates(i)]  # numbers again
+        assert [group['lr'] for group in optimizer.param_groups] == [rates(i)[0], *rates(i)]  # numbers again
     return losses, step
 
 
@@ -439,7 +441,9 @@ def test_views_on_a_gpu_are_the_cpus():
     for compiled in (False, use_compile(get_config())):
         ours = vision.random_views(images.cuda(), ROW, random_from(1), compiled=compiled)
         for view, wanted in zip(ours, vision.random_views(images, ROW, random_from(1)), strict=True):
-            assert (vision.denormalise(view).cpu() - vision.denormalise(wanted)).abs().max() < 0.01  # TF32
+            assert (
+                vision.denormalise(view, get_config()).cpu() - vision.denormalise(wanted, get_config())
+            ).abs().max() < 0.01
 
 
 @needs_gpu

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import AUGMENTATIONS, get_config
+from config import distortion, get_config
 from dataloader import demo, vision
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric.collapse import spread
@@ -211,7 +211,7 @@ def pretrain(stop_gradient, steps=150, n=512):
     """(loss, std) of every step of one short run on the demo's drawings, with stop-gradient or without."""
     generator = torch.Generator().manual_seed(0)
     images = torch.stack([demo.draw(demo.KINDS[i % 10], generator) for i in range(n)])
-    row = {**AUGMENTATIONS['moco'], 'size': 8, 'blur_prob': 0.0}
+    row = distortion(get_config(image_size=8, blur_prob=0.0), 'moco')
     images = images[:, None, ::3, ::3].expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', stem='imagenet', proj_dim=64, pred_dim=16))
@@ -219,7 +219,7 @@ def pretrain(stop_gradient, steps=150, n=512):
     for step in range(steps):
         view1, view2 = vision.random_views(images, row, random_from(step))
         rate = learning_rate(step / steps, 0, 0.2)
-        set_learning_rates(optimizer, rate, 0.2 if stop_gradient else rate)
+        set_learning_rates(optimizer, rate, rate, 0.2 if stop_gradient else rate)
         p1, p2, z1, z2 = model(view1, view2)
         if stop_gradient:
             loss = simsiam_loss(p1, p2, z1, z2)

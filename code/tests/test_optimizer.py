@@ -24,7 +24,7 @@ def test_warmup_rises_linearly_and_then_the_cosine_takes_over():
     assert rates[10] == pytest.approx(0)
 
 
-def test_two_groups_hold_every_parameter_once_and_all_decay():
+def test_three_groups_hold_every_parameter_once_and_all_decay():
     """The update v = momentum v + g + wd w; w = w - lr v, by hand, with the predictor's own rate; BN and biases too."""
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
@@ -33,7 +33,7 @@ def test_two_groups_hold_every_parameter_once_and_all_decay():
     velocity = dict.fromkeys(wanted, 0)
     assert sum(len(group['params']) for group in optimizer.param_groups) == len(wanted)
     for rate, predictor_rate in ((0.5, 0.5), (0.2, 0.5), (0.0, 0.5)):
-        set_learning_rates(optimizer, rate, predictor_rate)
+        set_learning_rates(optimizer, rate, rate, predictor_rate)
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn_like(parameter)
             velocity[name] = 0.9 * velocity[name] + parameter.grad + 0.1 * wanted[name]
@@ -44,12 +44,11 @@ def test_two_groups_hold_every_parameter_once_and_all_decay():
 
 
 @pytest.mark.parametrize('make', [lambda model: make_sgd(model, 0.9, 1e-4), lambda model: make_adamw(model, 1e-4)])
-def test_two_groups_hold_every_parameter_once(make):
+def test_three_groups_hold_every_parameter_once(make):
     model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4))
     optimizer = make(model)
-    set_learning_rates(optimizer, 0.1, 0.2)
-    assert [group['lr'] for group in optimizer.param_groups] == [0.1, 0.2]
-    first, second = ({id(value) for value in group['params']} for group in optimizer.param_groups)
-    assert second == {id(value) for value in model.predictor.parameters()}
-    assert first | second == {id(value) for value in model.parameters()}
-    assert not first & second
+    set_learning_rates(optimizer, 0.1, 0.1, 0.2)
+    assert [group['lr'] for group in optimizer.param_groups] == [0.1, 0.1, 0.2]
+    found = [[id(value) for value in group['params']] for group in optimizer.param_groups]
+    assert found == [[id(value) for value in part.parameters()] for part in model.children()]
+    assert len({*sum(found, [])}) == len([*model.parameters()])

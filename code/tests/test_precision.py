@@ -110,7 +110,7 @@ def test_bfloat16_is_close_to_float32():
     for dtype in (None, torch.bfloat16):
         model = new_model(args).to(memory_format=torch.channels_last)
         optimizer = make_sgd(model, 0.9, 0.0)
-        set_learning_rates(optimizer, 0.05, 0.05)
+        set_learning_rates(optimizer, 0.05, 0.05, 0.05)
         losses[dtype] = [train_step(model, optimizer, views, dtype=dtype)[0] for _ in range(5)]
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype is not None):
             features[dtype] = model.eval().backbone(views[0]).float()

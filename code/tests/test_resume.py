@@ -222,7 +222,7 @@ def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path
         assert cli.main([*again, '--max_epochs=2', '--warmup_epochs=2']) == 0
     said = capsys.readouterr().out
     assert 'going on with model_name_second_ckpt_0' in said
-    assert '(at the start ' in said  # the verdict's words
+    assert 'beside the start (' in said  # the verdict's words
     other = ('train', *TINY, *own, '--max_epochs=1')  # another beginning, after that one was finished
     assert cli.main(other) == 0
     assert (tmp_path / 'ckpt/model_name_second_ckpt_1').is_dir()
@@ -324,7 +324,7 @@ def test_parts_of_a_step_have_the_mean_of_their_gradients():
     other.load_state_dict(model.state_dict())
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
-    set_learning_rates(optimizer, 0.0, 0.0)
+    set_learning_rates(optimizer, 0.0, 0.0, 0.0)
     loss, _ = train_step(model, optimizer, (view1, view2), parts=3)
     losses = [simsiam_loss(*other(view1[i : i + 2], view2[i : i + 2])) for i in (0, 2, 4)]
     (sum(losses) / 3).backward()

@@ -9,11 +9,11 @@ from torch.nn import functional
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from config import AUGMENTATIONS
+from config import AUGMENTATIONS, distortion, get_config
 from dataloader import colours, geometry, vision
 from utils import random_from
 
-MOCO = {**AUGMENTATIONS['moco'], 'size': 24, 'blur_prob': 0.5}
+MOCO = distortion(get_config(image_size=24, blur_prob=0.5), 'moco')
 
 
 def photos(n, height, width, seed=0):
@@ -42,7 +42,8 @@ def test_crop_resize_is_torchvisions_and_pils(height, width, size):
 def test_plain_view_is_the_centre_crop(height, width, size, ratio):
     """As PIL resizes a part of an image: whole and cropped batches agree with it."""
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
-    ours = vision.denormalise(vision.plain_view(images, size, ratio))
+    args = get_config(image_size=size, crop_ratio=ratio)
+    ours = vision.denormalise(vision.plain_view(images, args), args)
     side = min(height, width) * ratio
     left, top = (width - side) / 2, (height - side) / 2
     for image, result in zip(images, ours, strict=True):
@@ -55,8 +56,9 @@ def test_plain_view_is_the_centre_crop(height, width, size, ratio):
 def test_normalise_is_torchvisions():
     x = photos(2, 8, 8)
     wanted = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
-    torch.testing.assert_close(vision.normalise(x.clone()), wanted)
-    torch.testing.assert_close(vision.denormalise(vision.normalise(x.clone())), x)
+    moments = vision.moments_of(get_config(), x.device)
+    torch.testing.assert_close(vision.normalise(x.clone(), moments), wanted)
+    torch.testing.assert_close(vision.denormalise(vision.normalise(x.clone(), moments), get_config()), x)
 
 
 OPERATIONS = (
@@ -192,6 +194,7 @@ def test_two_views_are_fixed_by_the_generator_and_differ():
 
 def test_without_distortion_the_views_are_the_image():
     plain = {
+        **distortion(get_config(), 'moco'),
         'scale': (1, 1),
         'ratio': (1, 1),
         'flip': 0,
@@ -204,11 +207,11 @@ def test_without_distortion_the_views_are_the_image():
     }
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
     for view in vision.random_views(images, plain, random_from(0)):
-        torch.testing.assert_close(vision.denormalise(view), images / 255, atol=1e-4, rtol=0)
+        torch.testing.assert_close(vision.denormalise(view, get_config()), images / 255, atol=1e-4, rtol=0)
     crops = torch.stack((images, 255 - images), 1)  # as workers send them, for a GPU to distort or distorted already
-    for view1, view2 in (vision.random_views(crops, plain, random_from(0)), vision.normalised(crops)):
-        torch.testing.assert_close(vision.denormalise(view1), images / 255, atol=1e-4, rtol=0)
-        torch.testing.assert_close(vision.denormalise(view2), 1 - images / 255, atol=1e-4, rtol=0)
+    for view1, view2 in (vision.random_views(crops, plain, random_from(0)), vision.normalised(crops, get_config())):
+        torch.testing.assert_close(vision.denormalise(view1, get_config()), images / 255, atol=1e-4, rtol=0)
+        torch.testing.assert_close(vision.denormalise(view2, get_config()), 1 - images / 255, atol=1e-4, rtol=0)
 
 
 def test_simclr_distorts_more_than_moco():

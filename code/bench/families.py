@@ -1,0 +1,90 @@
+"""Every family of timm's networks, by its smallest: its own layout read from a file, and a training step done with it.
+
+    python3 bench/families.py --output=results/timm_families.json
+
+Weights are random ones: what is tried is the reading (ckpt.get_model_ckpt with --backbone) and the step, at the size
+that the network asks for.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import fire
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ckpt import get_model_ckpt
+from config import get_config, path_of
+from optimizer.sgd import make_sgd, set_learning_rates
+from train import train_step
+
+TRIED = 12  # networks of a family whose size is looked at, of small names first
+HINTS = ('atto', 'femto', 'pico', 'nano', 'xx', 'tiny', '_t', '18', '050', '_s', 'small', 'b0', '0')
+LARGEST = 400  # millions of parameters: a family without a smaller one is left out, and said
+
+
+def smallest(module):
+    """(name, millions of parameters) of a family's smallest network among those whose names sound small."""
+    names = timm.list_models(module=module)
+    hinted = sorted(names, key=lambda name: min([HINTS.index(hint) for hint in HINTS if hint in name], default=99))
+    sizes = {}
+    for name in hinted[:TRIED]:
+        try:
+            with torch.device('meta'):
+                sizes[name] = sum(value.numel() for value in timm.create_model(name).parameters()) / 1e6
+        except Exception:  # some do not build on this device
+            continue
+    if not sizes:
+        return names[0], float('nan')
+    name = min(sizes, key=sizes.get)
+    return name, round(sizes[name], 1)
+
+
+def attempt(name, folder):
+    """'' where a file of the network is read and a step is done, else the error."""
+    size = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).input_size[-1]
+    network = timm.create_model(name)
+    torch.save(
+        {'state_dict': {f'module.{key}': value for key, value in network.state_dict().items()}}, folder / 'file.pth'
+    )
+    own = {'image_size': size, 'proj_layers': 1, 'proj_dim': 64, 'pred_dim': 16}
+    args = get_config(
+        preset='imagenet', backbone=f'timm/{name}', ckpt_name=str(folder / 'file.pth'), device='cpu', **own
+    )
+    _, model, _ = get_model_ckpt(args)
+    theirs, ours = network.state_dict(), model.backbone.state_dict()
+    if not all(torch.equal(value, theirs[key]) for key, value in ours.items() if key in theirs):
+        return 'other weights than the file has'
+    optimizer = make_sgd(model.train(), 0.9, 1e-4)
+    set_learning_rates(optimizer, 0.01, 0.01, 0.01)
+    loss, _ = train_step(model, optimizer, [torch.randn(2, 3, size, size) for _ in range(2)])
+    return '' if loss.isfinite() else f'the loss is {loss.item()}'
+
+
+def main(output, only=''):
+    found = {}
+    for module in [name for name in timm.list_modules() if name in only.split(',') or not only]:
+        if not timm.list_models(module=module):
+            continue
+        name, millions = smallest(module)
+        if millions > LARGEST:
+            found[module] = {'network': name, 'millions': millions, 'error': 'too large for this trial'}
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                error = attempt(name, Path(folder))
+            except Exception as problem:
+                error = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
+        found[module] = {'network': name, 'millions': millions, 'error': error}
+        print(f'{module:28}{name:40}{millions:7.1f} M  {error or "read, and a step"}', flush=True)
+        path_of(output).write_text(json.dumps(found, indent=1) + '\n')
+    good = sum(not row['error'] for row in found.values())
+    print(f'{good} of {len(found)} families')
+
+
+if __name__ == '__main__':
+    fire.Fire(main)

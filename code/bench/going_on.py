@@ -1,0 +1,117 @@
+"""What runs that began with pretrained weights came to, beside these weights, on val and on test.
+
+    python3 bench/going_on.py --runs=RUN1,RUN2 --ckpt_path=... --output=results/going_on.json
+
+Of each run: its checkpoints as they are, and the last one's backbone averaged with the start's by 0.75, 0.5 and 0.25
+of the start. kNN with 20 neighbours, logistic regression on all labels and on 30, 10, 5 and 1 a class (five draws, the
+same for all), top-1 in percent with its standard error; gains over the start paired by image.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import fire
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ckpt import NAME, checkpoints, get_model_ckpt
+from config import get_config, path_of
+from dataloader.load_dataset import in_order, labelled, load_splits
+from metric.knn import neighbours
+from model.weights import average_weights
+from protocols.compare import columns_of, standard_error
+from protocols.features import features_of
+from records import read_json
+from terminal import aligned
+
+SHARES = (0.75, 0.5, 0.25)
+LABELS, DRAWS = (30, 10, 5, 1), 5
+
+
+def judge(args, backbone, splits):
+    """{split: {column: share of draws in which each image is right}} of val and test."""
+    found = {
+        name: features_of(args, backbone.eval(), in_order(args, labelled(images)), name)
+        for name, images in splits.items()
+        if images is not None
+    }
+    classes, judged = len(splits['train'].classes), {}
+    for name in ('val', 'test'):
+        if name in found:
+            columns = columns_of(args, found['train'], found[name], classes, LABELS, DRAWS)
+            judged[name] = {column: values['right'] for column, values in columns.items()}
+    return judged
+
+
+def numbers(judged, start):
+    """What `judge` gave as numbers, with the gains over the start."""
+    return {
+        split: {
+            column: {
+                'top1': 100 * right.mean().item(),
+                'error': standard_error(right),
+                'gain': 100 * (right - start[split][column]).mean().item(),
+                'gain_error': standard_error(right - start[split][column]),
+            }
+            for column, right in columns.items()
+        }
+        for split, columns in judged.items()
+    }
+
+
+def rows_of(folder, options):
+    """{row: numbers} of a run: its start, its checkpoints as they are, and the last one averaged with the start."""
+    found, rows, splits = checkpoints(folder), {}, None
+    first = next(path for path in found if NAME.fullmatch(path.name)[2] == '0')
+    weights = None
+    for path in (first, *(path for path in found if path != first)):
+        args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), knn_k=20, **options), training=True)
+        splits = splits or load_splits(args)
+        epoch = f'epoch {NAME.fullmatch(path.name)[2]}'
+        judged = judge(args, model.backbone, splits)
+        if path == first:
+            start, weights, epoch = judged, {**model.backbone.state_dict()}, 'start'
+        rows[epoch] = numbers(judged, start)
+    trained = {**model.backbone.state_dict()}
+    for share in SHARES:
+        model.backbone.load_state_dict(average_weights(weights, trained, share))
+        rows[f'{epoch}, {share:g} of the start'] = numbers(judge(args, model.backbone, splits), start)
+    return rows, neighbours(20, labelled(splits['train']).labels)
+
+
+def main(runs, output, ckpt_path='data/checkpoints', **options):
+    written = path_of(output)
+    known = read_json(written)
+    for name in runs if isinstance(runs, tuple | list) else str(runs).split(','):
+        folder = path_of(ckpt_path) / name
+        about = read_json(folder / 'run.json')['args']
+        rows, _ = rows_of(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options})
+        kept = (
+            'init_from',
+            'backbone',
+            'image_size',
+            'learning_rate',
+            'max_epochs',
+            'random_seed',
+            'views',
+            'freeze_bn',
+        )
+        kept += ('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation')
+        known[name] = {'options': {option: about[option] for option in kept}, 'rows': rows}
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(known, indent=1) + '\n')
+        for split in ('val', 'test'):
+            columns = [*rows['start'].get(split, {})]
+            lines = [[f'{name}, {split}', *columns]] if columns else []
+            for row, values in rows.items():
+                cells = [values[split][column] for column in columns]
+                texts = [f'{c["top1"]:.1f} ({c["gain"]:+.1f} ± {c["gain_error"]:.1f})' for c in cells]
+                lines.append([row, *texts])
+            print('\n'.join(aligned(lines)) + '\n' if columns else '', flush=True)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    fire.Fire(main)

@@ -1,0 +1,166 @@
+"""Several backbones on the same images, a row each: kNN, and linear classifiers on all labels and on few.
+
+All that differs between two rows is the backbone (and the preprocessing that its weights want): the images, the labels
+that are drawn and the classifier are the same, so differences are paired by image.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from ckpt import checkpoints, get_model_ckpt, new_model
+from config import UserError, changed
+from dataloader.load_dataset import in_order, labelled
+from logger import say
+from metric.knn import knn_scores, neighbours
+from model.weights import is_off_the_shelf
+from protocols.features import features_of
+from protocols.few_labels import L2, draws_of, right_with_few
+from protocols.transfer import logistic_regression
+from terminal import aligned
+from utils import get_device
+
+ALL = 'all labels'  # the column of the classifier on all of train
+# Options that every row shares with the call; all else is its own weights'.
+SHARED = ('image_path', 'val_fraction', 'pixel_max', 'bad_images', 'batch_size', 'image_size', 'knn_k')
+
+
+def compare(args, model, splits, checkpoint):
+    """Rows for the checkpoint and for each of --beside. Returns (result, None, None, None, []).
+
+    result['rows']: {'name', 'columns': {column: {'top1': percent, 'error': its standard error, perhaps 'spread': the
+    standard deviation over draws of labels, and from the second row on 'gain' and 'gain_error': of the checkpoint over
+    this row, paired by image}}}.
+    """
+    train, judged = labelled(splits['train']), splits['val']
+    rows = []
+    for name, own, backbone in backbones(args, model, checkpoint):
+        say(f'compare: {name}')
+        columns = measure(own, backbone, train, judged, labels_of(args.labels), args.draws)
+        rows.append({'name': name, 'columns': columns})
+    for row in rows:
+        for column, found in row['columns'].items():
+            right, first = found['right'], rows[0]['columns'][column]['right']
+            found |= {'top1': 100 * right.mean().item(), 'error': standard_error(right)}
+            if row is not rows[0]:
+                found |= {'gain': 100 * (first - right).mean().item(), 'gain_error': standard_error(first - right)}
+    for row in rows:
+        for found in row['columns'].values():
+            del found['right']
+    say(f'compare: judged on the {len(judged)} images of {judged.folder.name}')
+    result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
+    return result, None, None, None, []
+
+
+def standard_error(values):
+    """In percent, of the mean of values, one an image. values: N float64."""
+    return 100 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
+
+
+def splits_to_compare(args, own):
+    """{'train', 'val'}, the images to judge on under the name of val: those of test where it is a split of its own with
+    labels, for training has looked at val."""
+    test = own.get('test')
+    if test is not None and len(test) and (test.labels >= 0).all():
+        return {'train': own['train'], 'val': test}
+    return {'train': own['train'], 'val': own['val']}
+
+
+def labels_of(text):
+    """The numbers of --labels, the largest first. Raises UserError."""
+    try:
+        numbers = sorted({int(part) for part in text.split(',')}, reverse=True)
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise UserError(f'--labels has numbers of labels a class, such as 1,5,10,30, not {text!r}')
+    return numbers
+
+
+def backbones(args, model, checkpoint):
+    """(name, args, backbone on the device) of the checkpoint and of each of --beside, one at a time."""
+    device = get_device(args)
+    yield f'{checkpoint["path"].name}', args, model.backbone
+    for name in [part.strip() for part in args.beside.split(',')]:
+        if name == 'untrained':
+            own, other = args, new_model(args)
+        elif name == 'start':
+            own, other = start_of(args, checkpoint)
+            if own is None:
+                continue
+        else:
+            own, other, _ = get_model_ckpt(args_of_row(args, name))
+        yield named(name, own, args), own, other.backbone.to(device, memory_format=torch.channels_last)
+
+
+def named(name, own, args):
+    """What a row is called: with its network, where that is another."""
+    if name == 'start' and args.init_from:
+        return f'start: {args.init_from}'
+    return name if own.backbone == args.backbone else f'{name}, {own.backbone}'
+
+
+def start_of(args, checkpoint):
+    """(args, model) that a run began with: its epoch 0, else the weights of --init_from; (None, None) of a run that
+    began with random weights, which `untrained` has."""
+    folder = checkpoint['run']
+    first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if path.name.endswith('_epoch_0')]
+    if first:
+        own, model, _ = get_model_ckpt(args_of_row(args, str(first[0])))
+        return own, model
+    if not args.init_from:
+        return None, None
+    own, model, _ = get_model_ckpt(args_of_row(args, args.init_from, backbone=args.backbone))
+    return own, model
+
+
+def args_of_row(args, name, backbone=''):
+    """Options to load the weights `name` with: what all rows share, and nothing else of this checkpoint's.
+    backbone: the network that they are of, where the name does not say it."""
+    shared = {option: getattr(args, option) for option in SHARED}
+    known = (
+        is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
+    )
+    shared |= {'backbone': backbone or (args.backbone if known else 'resnet50'), 'preset': 'imagenet', 'init_from': ''}
+    own = changed(args, **shared, ckpt_name=name, stem='imagenet', mean='imagenet', std='imagenet')
+    own.given = {*SHARED} | ({'backbone'} if backbone else set())
+    return own
+
+
+def measure(args, backbone, train, judged, labels, draws):
+    """{column: {'right': share of draws in which each image is right, N float64, perhaps 'spread'}} of one backbone."""
+    train, judged = replace(train, args=args), replace(judged, args=args)
+    x, y = features_of(args, backbone, in_order(args, train), 'features of train')
+    queries, wanted = features_of(args, backbone, in_order(args, judged), f'features of {judged.folder.name}')
+    return columns_of(args, (x, y), (queries, wanted), len(train.classes), labels, draws)
+
+
+def columns_of(args, bank, judged, classes, labels, draws):
+    """`measure`, of (features, N x d, and labels, N) of train and of the images that are judged."""
+    (x, y), (queries, wanted), k = bank, judged, neighbours(args.knn_k, bank[1])
+    scores = knn_scores(queries, x, y, classes, k, args.knn_temperature)
+    found = {f'kNN {k}': {'right': (scores.argmax(1) == wanted).cpu().double()}}
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, queries = (x - mean) / deviation, (queries - mean) / deviation
+    weight, bias = logistic_regression(x, y, classes, L2)
+    found[ALL] = {'right': ((queries @ weight.T + bias).argmax(1) == wanted).cpu().double()}
+    for count in labels:
+        rows = draws_of(y.cpu(), count, draws)
+        few = x[torch.cat(rows).unique().to(x.device)]
+        right, accuracies = right_with_few(few, y.cpu(), rows, queries, wanted, classes)
+        spread = torch.tensor(accuracies).std().item() if len(accuracies) > 1 else None
+        found[f'{count} a class'] = {'right': right, 'spread': spread}
+    return found
+
+
+def table_of(rows):
+    """Rows as lines of text, the gains of the first over each of the others below it."""
+    columns = [*rows[0]['columns']]
+    lines = [['backbone', *columns]]
+    for row in rows:
+        cells = [row['columns'][column] for column in columns]
+        lines.append([row['name'], *(f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells)])
+        if 'gain' in cells[0]:
+            gains = [f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' for cell in cells]
+            lines.append([f'  {rows[0]["name"].split("_epoch_")[-1]} over it', *gains])
+    return aligned(lines)

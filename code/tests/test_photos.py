@@ -1,0 +1,151 @@
+"""--preset=auto looks at the images that are there; photos takes its settings from them and from the device."""
+
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import photos
+from config import GOING_ON, get_config
+from conftest import draw_folder, own_paths
+from dataloader.load_dataset import parts_of
+from records import read_json
+
+
+def choose(folder, **options):
+    args = get_config(image_path=str(folder), device='cpu', **options)
+    return photos.choose_preset(args, parts_of(args) if args.undecided else None)
+
+
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory):
+    """24 and 8 of each of three kinds, 150 px, one of another size."""
+    folder = draw_folder(tmp_path_factory.mktemp('photos') / 'set', {'train': 24, 'val': 8}, side=150, suffix='.jpg')
+    path = next((folder / 'train/checks').iterdir())
+    with Image.open(path) as image:
+        image.resize((300, 200)).save(path)
+    return folder
+
+
+def test_small_images_of_one_size_are_cifars_and_photographs_are_photos(drawn, photographs):
+    assert choose(drawn).preset == 'cifar10'
+    args = choose(photographs)
+    assert (args.preset, args.image_size, args.batch_size) == ('photos', 128, 16)
+    assert args.init_from
+    assert args.evaluate_after
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        {'preset': 'imagenet'},
+        {'preset': 'demo'},
+        {'image_size': 64},
+        {'batch_size': 8, 'max_epochs': 3},
+        {'backbone': 'resnet18'},
+        {'backbone': 'small', 'stem': 'cifar'},
+        {'init_from': 'imagenet'},
+        {'learning_rate': 0.7, 'evaluate_after': False},
+    ],
+)
+def test_what_is_given_stays(given, photographs):
+    args = choose(photographs, **given)
+    for name, value in given.items():
+        assert getattr(args, name) == value
+    if given.get('backbone') == 'small':
+        assert args.init_from == ''
+    if given.get('backbone') == 'resnet18':
+        assert args.init_from == 'imagenet'
+
+
+def test_preset_photos_is_for_small_images_too(drawn):
+    args = choose(drawn, preset='photos')
+    assert (args.preset, args.image_size) == ('photos', 64)
+
+
+def test_without_image_path_the_preset_is_what_it_was():
+    args = get_config()
+    assert (args.undecided, args.preset) == (False, 'demo')
+
+
+@pytest.mark.parametrize(
+    ('count', 'gigabytes', 'batch', 'epochs'),
+    [
+        (10, 0, 2, 100),
+        (300, 0, 64, 100),
+        (3000, 0, 64, 13),
+        (3000, 80, 64, 13),
+        (6000, 80, 128, 13),
+        (50_000, 80, 256, 6),
+    ],
+)
+def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, epochs, monkeypatch):
+    """On a CPU (0 gigabytes) and on GPUs; epochs have a least and a most."""
+    device = torch.device('cuda' if gigabytes else 'cpu')
+    monkeypatch.setattr(photos, 'get_device', lambda args: device)
+    about = types.SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: about)
+    part = types.SimpleNamespace(labels=torch.zeros(count), classes=['a', 'b'])
+    options = photos.photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
+    assert (options['batch_size'], options['max_epochs']) == (batch, epochs)
+    assert options['image_size'] == (224 if gigabytes else 160)
+    assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
+
+
+def test_a_million_images_begin_with_random_weights(monkeypatch):
+    part = types.SimpleNamespace(labels=torch.zeros(photos.FROM_SCRATCH), classes=[])
+    options = photos.photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
+    assert options['init_from'] == ''
+
+
+def test_train_and_check_dataloader_of_a_folder_say_what_they_chose(photographs, tmp_path, capsys):
+    assert cli.main(['check_dataloader', f'--image_path={photographs}', '--num_workers=0', *own_paths(tmp_path)]) == 0
+    assert 'photos       72 images of about 150 x 150 px, 3 classes, on cpu' in capsys.readouterr().out
+
+
+def test_a_folder_is_trained_from_pretrained_weights_to_a_table(photographs, tmp_path, monkeypatch, capsys):
+    """As a beginner types it, with the weights where torchvision would have put them; --resume=auto finds it again."""
+    import torchvision
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(photos.importlib.util, 'find_spec', lambda name: None)  # without timm
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'hub/checkpoints' / url.rsplit('/', 1)[1])
+    short = ['--max_epochs=2', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--labels=1', '--num_workers=0']
+    argv = ['train', f'--image_path={photographs}', *short, '--amp=off', *own_paths(tmp_path), '--resume=auto']
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "network    resnet18, torchvision's ImageNet weights",
+        'from pretrained weights: --freeze_bn=True',
+        'epoch 0/2',
+        'start: imagenet',
+        'over it',
+    ):
+        assert words in said, words
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args = read_json(run / 'run.json')['args']
+    assert (args['preset'], args['init_from'], args['freeze_bn']) == ('photos', 'imagenet', GOING_ON['freeze_bn'])
+    assert cli.main(argv) == 0
+    assert 'has its 2 epochs already' in capsys.readouterr().out
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+def test_without_a_network_training_begins_with_random_weights_and_says_so(photographs, tmp_path, monkeypatch, capsys):
+    def offline(*given, **more):
+        raise OSError('no network')
+
+    monkeypatch.setattr(photos.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', offline)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    short = ['--max_epochs=1', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--num_workers=0', '--labels=1']
+    assert cli.main(['train', f'--image_path={photographs}', *short, '--amp=off', *own_paths(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert 'could not be fetched: no network' in said.err
+    assert 'training begins with random weights' in said.err
+    assert 'untrained' in said.out
+    given = ['train', f'--image_path={photographs}', *short, '--init_from=imagenet', *own_paths(tmp_path)]
+    assert cli.main(given) == 1  # asked for by name: nothing else is taken in their place

@@ -1,0 +1,315 @@
+"""Going on from pretrained weights: what is trained when, the start that is kept, the best that is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import cli
+import verdict
+from ckpt import checkpoints, get_model_ckpt, new_model
+from config import GOING_ON, UserError, get_config
+from conftest import CODE, own_paths
+from model.weights import average_weights
+from protocols import compare, few_labels
+from records import read_json, read_metrics
+from test_distributed import TORCHRUN, begin
+from verdict import FEW, GAIN, GAIN_ERROR
+
+RUN = 'model_name_simsiam_ckpt_0'
+RESNET = ('--preset=imagenet', '--backbone=resnet18', '--image_size=32', '--batch_size=24', '--amp=off', '--device=cpu')
+SMALL = (*RESNET, '--proj_layers=2', '--proj_dim=32', '--pred_dim=8', '--knn_every=1', '--num_workers=0')
+
+
+@pytest.fixture(scope='session')
+def pretrained(tmp_path_factory):
+    """A file of torchvision's layout: ResNet-18 at random, its BN with statistics of its own."""
+    import torchvision
+
+    torch.manual_seed(11)
+    network = torchvision.models.resnet18()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp('pretrained') / 'resnet18.pth'
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def train(folder, images, pretrained, *options):
+    given = ['train', *SMALL, f'--init_from={pretrained}', f'--image_path={images}', *own_paths(folder), *options]
+    return cli.main(given)
+
+
+def state_of(folder, epoch, run=RUN):
+    (path,) = (folder / 'ckpt' / run).glob(f'loss_*_epoch_{epoch}')
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def run(drawn, pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    assert train(folder, drawn, pretrained, '--max_epochs=3', '--heads_epochs=1', '--save_every=1') == 0
+    return folder
+
+
+def is_statistic(name):
+    return name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+
+
+def test_the_backbone_waits_for_the_heads_and_its_statistics_never_move(run):
+    states = [state_of(run, epoch)['model'] for epoch in range(4)]
+    for name, value in states[0].items():
+        later = [torch.equal(value, state[name]) for state in states[1:]]
+        if name.startswith('backbone.'):
+            assert later == ([True] * 3 if is_statistic(name) else [True, False, False]), name
+        elif name == 'projector.0.weight':
+            assert later == [False] * 3
+
+
+def test_rates_are_of_backbone_projector_and_predictor(run):
+    lines = read_metrics(run / 'ckpt' / RUN / 'metrics.jsonl')[1:]
+    scale = GOING_ON['backbone_lr_scale']
+    assert lines[0]['schedule/learning_rate_backbone'] == 0
+    for line in lines[1:]:
+        wanted = scale * line['schedule/learning_rate_encoder']
+        assert line['schedule/learning_rate_backbone'] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ('options', 'moves'),
+    [
+        (['--freeze_bn_affine=True'], {'statistic': False, 'affine': False, 'weight': True}),
+        (['--freeze_bn=False'], {'statistic': True, 'affine': True, 'weight': True}),
+        (['--backbone_lr_scale=0'], {'statistic': False, 'affine': False, 'weight': False}),
+        (['--heads_epochs=5'], {'statistic': False, 'affine': False, 'weight': False}),
+    ],
+)
+def test_every_part_is_an_option(options, moves, drawn, pretrained, tmp_path):
+    given = ['--max_epochs=1', '--heads_epochs=0', '--knn_every=0', *options]
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    first, last = (state_of(tmp_path, epoch)['model'] for epoch in (0, 1))
+    moved = {
+        name for name, value in first.items() if name.startswith('backbone.') and not torch.equal(value, last[name])
+    }
+    norms = {name for name in first if name.startswith('backbone.') and 'bn' in name and not is_statistic(name)}
+    found = {
+        'statistic': any('running' in name for name in moved),
+        'affine': bool(moved & norms),
+        'weight': any('conv' in name for name in moved),
+    }
+    assert found == moves
+
+
+def test_a_run_goes_on_to_the_bit_over_the_end_of_the_heads_epochs(run, drawn, pretrained, tmp_path):
+    for minutes in ('0.0001', '0'):
+        given = ['--max_epochs=3', '--heads_epochs=1', '--save_every=1', '--resume=auto', f'--max_minutes={minutes}']
+        assert train(tmp_path, drawn, pretrained, *given) == 0
+    whole, gone_on = state_of(run, 3), state_of(tmp_path, 3)
+    assert all(torch.equal(value, gone_on['model'][name]) for name, value in whole['model'].items())
+    assert all(torch.equal(value, gone_on['start'][name]) for name, value in whole['start'].items())
+    keys = [[line['epoch'] for line in read_metrics(f / 'ckpt' / RUN / 'metrics.jsonl')] for f in (run, tmp_path)]
+    assert keys[0] == keys[1] == [0, 1, 2, 3]
+
+
+def test_what_is_evaluated_is_the_average_with_the_start(run):
+    (path,) = (run / 'ckpt' / RUN).glob('loss_*_epoch_3')
+    content = torch.load(path, weights_only=True)
+    args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'))
+    trained = {n.removeprefix('backbone.'): v for n, v in content['model'].items() if n.startswith('backbone.')}
+    assert args.start_share == GOING_ON['start_share']
+    wanted = average_weights(content['start'], trained, args.start_share)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
+    _, raw, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'), training=True)
+    assert all(torch.equal(value, trained[name]) for name, value in raw.backbone.state_dict().items())
+    _, other, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu', start_share=1.0))
+    assert all(torch.equal(value, content['start'][name]) for name, value in other.backbone.state_dict().items())
+
+
+def lines_of(values, errors=0.5):
+    """metrics.jsonl of a run whose accuracy with few labels had these gains, and its rank falls."""
+    lines = [{'epoch': 0, FEW: 50.0, 'pretraining/rank': 10.0, 'pretraining/area': 0.7, 'pretraining/std': 1.0}]
+    for epoch, gain in enumerate(values, 1):
+        line = {**lines[0], 'epoch': epoch, FEW: 50.0 + gain, GAIN: gain, GAIN_ERROR: errors}
+        lines.append({**line, 'pretraining/rank': 10.0 / (epoch + 1)})
+    return lines
+
+
+# Gains after each epoch; the best epoch; what the verdict says.
+ENDS = {
+    'rising': ([1.0, 2.0, 3.0], 3, 'better than the start'),
+    'rising and falling': ([1.0, 4.0, -3.0], 2, 'better than the start'),
+    'within its error': ([0.1, 0.4, 0.2], 0, 'no better than the start'),
+    'nothing': ([0.0, 0.0, 0.0], 0, 'no better than the start'),
+    'worse': ([-1.0, -5.0, -13.0], 0, 'worse than the start'),
+}
+
+
+@pytest.mark.parametrize('end', ENDS)
+def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
+    """What infer, select, report and export take, and the verdict; the loss and the rank look good in all of them."""
+    gains, best, word = ENDS[end]
+    shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
+    folder = tmp_path / 'ckpt' / RUN
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines_of(gains)))
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
+    assert checkpoint['epoch'] == best
+    assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
+    found = verdict.of_run(folder, 3, args)
+    assert found[0] == word
+    assert ('Keep the start' in found[1]) == (best == 0)
+    _, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN), training=True)
+    assert checkpoint['epoch'] == 3
+    name = next(folder.glob('loss_*_epoch_1')).name
+    _, _, named = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=f'{RUN}/{name}'))
+    assert named['epoch'] == 1
+
+
+def test_without_labels_the_start_is_taken(run, tmp_path):
+    """The rank falls in runs that become better and in runs that become worse."""
+    shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
+    folder = tmp_path / 'ckpt' / RUN
+    lines = [{name: value for name, value in line.items() if 'few' not in name} for line in lines_of([1.0, 2.0, 3.0])]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
+    assert checkpoint['epoch'] == 0
+    assert verdict.of_run(folder, 3, args)[0] == 'not known to be better than the start'
+
+
+def test_a_collapsed_run_is_called_that():
+    lines = lines_of([1.0, -30.0])
+    lines[-1]['pretraining/std'] = 0.1
+    assert verdict.of_metrics(lines, 'at the start')[0] == 'collapsed'
+
+
+def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
+    """Epoch 1 is made the best; of the others --keep_last and --save_every decide."""
+    shares = iter((0.5, 0.9, 0.6, 0.6, 0.6))
+
+    def watch_labels(args, backbone, bank, val):
+        right = torch.zeros(len(val.dataset), dtype=torch.float64)
+        right[: round(next(shares) * len(right))] = 1.0
+        return 50.0, right
+
+    monkeypatch.setattr('watch.watch_labels', watch_labels)
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_last=1', '--save_every=1') == 0
+    found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
+    assert found == ['0', '1', '4']
+    assert verdict.best_epoch(tmp_path / 'ckpt' / RUN) == 1
+
+
+def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
+    given = ['train', *SMALL, '--max_epochs=2', '--save_every=1', f'--image_path={drawn}', *own_paths(tmp_path)]
+    assert cli.main(given) == 0
+    folder = tmp_path / 'ckpt' / RUN
+    assert verdict.best_epoch(folder) is None
+    assert not [path for path in checkpoints(folder) if path.name.endswith('_epoch_0')]
+    lines = read_metrics(folder / 'metrics.jsonl')
+    assert all(FEW in line and GAIN not in line for line in lines)
+
+
+def test_weights_of_our_own_run_bring_no_settings(run, drawn, tmp_path):
+    """Our own checkpoints go on as their options say; those of others get GOING_ON, said in a line."""
+    given = ['train', *SMALL, '--max_epochs=1', f'--init_from={run}/ckpt/{RUN}', f'--image_path={drawn}']
+    assert cli.main([*given, *own_paths(tmp_path)]) == 0
+    args = read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']
+    assert [args[name] for name in GOING_ON] == [get_config(preset='imagenet').__dict__[name] for name in GOING_ON]
+    theirs = read_json(run / 'ckpt' / RUN / 'run.json')['args']
+    assert {name: theirs[name] for name in GOING_ON} == {**GOING_ON, 'heads_epochs': 1}
+
+
+def test_rows_are_paired_and_the_first_is_the_checkpoint(run, drawn, tmp_path, capsys):
+    """The JSON, the table, the same draws in each row; a row of the same weights gains nothing."""
+    name = next((run / 'ckpt' / RUN).glob('loss_*_epoch_0'))
+    shutil.copytree(run, tmp_path / 'own')
+    given = ['evaluate', f'--ckpt_name={RUN}/{name.name}', f'--beside=untrained,start,{name}', '--labels=1,3']
+    assert cli.main([*given, '--draws=3', '--num_workers=0', *own_paths(tmp_path / 'own')]) == 0
+    said = capsys.readouterr().out
+    result = read_json(next((tmp_path / 'own/ckpt' / RUN).glob('evaluate_compare_*.json')))
+    first, untrained, start, same = result['rows']
+    assert [*first['columns']] == ['kNN 24', 'all labels', '3 a class', '1 a class']
+    for row in (start, same):
+        for cell in row['columns'].values():
+            assert (cell['gain'], cell['gain_error']) == (0.0, 0.0)
+    assert any(cell['gain'] != 0 for cell in untrained['columns'].values())
+    for cell in first['columns'].values():
+        assert 0 <= cell['error'] < 50
+        assert 'gain' not in cell
+        assert f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' in said
+    assert first['columns']['1 a class']['spread'] >= 0
+
+
+def test_errors_of_a_row_and_of_a_gain():
+    """By hand: the mean of n values has the standard deviation / sqrt(n); a gain that all images share has none."""
+    values = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    assert compare.standard_error(values) == pytest.approx(100 * 0.5 / 2)
+    assert compare.standard_error(values - (values - 0.25)) == pytest.approx(0)
+
+
+def test_draws_have_as_many_of_each_class_and_differ(drawn):
+    labels = torch.tensor([0] * 30 + [1] * 12 + [2] * 2)
+    draws = few_labels.draws_of(labels, 10, 5)
+    assert len(draws) == 5
+    for rows in draws:
+        assert torch.bincount(labels[rows]).tolist() == [10, 10, 2]
+        assert len(rows.unique()) == 22
+    assert len({tuple(rows.tolist()) for rows in draws}) == 5
+    assert torch.equal(draws[3], few_labels.draw_rows(labels, 10, 3))
+    many = torch.arange(1000).repeat(30)
+    assert len(few_labels.draws_of(many, 10, 5)) == 2  # MOST_ROWS
+
+
+@pytest.mark.parametrize('text', ['', '0', 'ten', '1,,5', '-1,5', '1.5'])
+def test_numbers_of_labels_that_are_none(text):
+    with pytest.raises(UserError, match='--labels has numbers of labels a class'):
+        compare.labels_of(text)
+
+
+def test_two_processes_measure_what_one_does(drawn, pretrained, tmp_path):
+    """Few labels and kNN at the start, and every row of the table at the end."""
+    given = [*SMALL, f'--init_from={pretrained}', f'--image_path={drawn}', '--max_epochs=1', '--evaluate_after=True']
+    given += ['--labels=1,3', '--heads_epochs=1', '--beside=start']
+    found = {}
+    for name, start in (('one', []), ('two', TORCHRUN)):
+        done = begin(*start, CODE / 'cli.py', 'train', *given, *own_paths(tmp_path / name)).done()
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / name / 'ckpt' / RUN
+        found[name] = (
+            read_metrics(run / 'metrics.jsonl')[0],
+            read_json(next(run.glob('evaluate_compare_*.json')))['rows'],
+        )
+    (one, rows), (two, others) = found['one'], found['two']
+    for key in (FEW, 'pretraining/knn_top1'):
+        assert two[key] == pytest.approx(one[key], abs=0.5)
+    for row, other in zip(rows, others, strict=True):  # the backbone waits for the heads: all rows are the start's
+        for column, cell in row['columns'].items():
+            assert other['columns'][column]['top1'] == pytest.approx(cell['top1'], abs=5)
+
+
+def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
+    """The monitor's streaming pass over the bank, and compare with all features at once."""
+    from dataloader.load_dataset import in_order, load_splits
+
+    args = get_config(preset='demo', image_path=str(drawn), image_size=16, device='cpu', knn_k=5)
+    splits, backbone = load_splits(args), new_model(args).backbone
+    bank, val = (in_order(args, splits[name]) for name in ('train', 'val'))
+    top1, right = few_labels.watch_labels(args, backbone, bank, val)
+    found = compare.measure(args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS)
+    assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
+    assert (right - found[f'{few_labels.WATCHED} a class']['right']).abs().max() <= 0.2 + 1e-9
+    assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} a class']['right'].mean().item(), abs=0.02)
+
+
+def test_labelled_test_images_are_judged_and_val_is_not(run, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / 'set')
+    shutil.copytree(drawn / 'val', tmp_path / 'set/test')
+    shutil.rmtree(next((tmp_path / 'set/test').iterdir()))
+    shutil.copytree(run, tmp_path / 'own')
+    given = ['evaluate', f'--ckpt_name={RUN}', '--beside=untrained', '--labels=1', f'--image_path={tmp_path}/set']
+    assert cli.main([*given, '--num_workers=0', *own_paths(tmp_path / 'own')]) == 0
+    result = read_json(next((tmp_path / 'own/ckpt' / RUN).glob('evaluate_compare_*.json')))
+    assert (result['judged_on'], result['num_val']) == ('test', 16)

@@ -1,0 +1,350 @@
+"""Pretrained weights of any network: fetched by torchvision and timm, or from files in the network's own layout."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms import functional as reference
+
+import cli
+from ckpt import get_model_ckpt, new_model
+from config import UserError, changed, channel_values, get_config
+from conftest import CODE, one_line, own_paths
+from dataloader import crops, geometry, vision
+from dataloader.load_dataset import in_order, load_splits
+from model.weights import average_weights, preprocessing_of
+from protocols.features import features_of
+from test_exchange import randomised
+from test_vision import photos
+from utils import random_from
+
+timm = pytest.importorskip('timm')
+LITE = 'tf_efficientnet_lite0'
+
+
+def network_of(backbone, size=32):
+    """(the whole network at random with its classifier, features of a batch as its own code computes them)."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 3, size, size)
+    if backbone.startswith('timm/'):
+        network = timm.create_model(backbone.removeprefix('timm/'), num_classes=7).eval()
+        with torch.no_grad():
+            return network, x, network.forward_head(network.forward_features(x), pre_logits=True)
+    network = torchvision.models.get_model(backbone, num_classes=7).eval()
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    kept = []
+    last.register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+    with torch.no_grad():
+        network(x)
+    return network, x, kept[0]
+
+
+# How a file holds the weights: what torch.save, or safetensors, is given.
+HOLDERS = {
+    'plain': lambda state: state,
+    'model': lambda state: {'state_dict': {f'model.{name}': value for name, value in state.items()}, 'epoch': 3},
+    'backbone': lambda state: {f'module.backbone.{name}': value for name, value in state.items()},
+    'beside a head': lambda state: {
+        **{f'net.{n}': v for n, v in state.items()},
+        'projector.0.weight': torch.ones(2, 2),
+    },
+    'teacher and student': lambda state: {
+        **{f'student.backbone.{name}': torch.zeros_like(value) for name, value in state.items()},
+        **{f'teacher.backbone.{name}': value for name, value in state.items()},
+    },
+    'without counters': lambda state: {n: v for n, v in state.items() if not n.endswith('num_batches_tracked')},
+}
+NETWORKS = ('timm/tf_efficientnet_lite0', 'timm/convnext_atto', 'timm/vit_tiny_patch16_224', 'mobilenet_v3_small')
+
+
+@pytest.mark.parametrize('backbone', [*NETWORKS, 'convnext_tiny', 'timm/resnet18', 'timm/regnetx_002', 'squeezenet1_1'])
+def test_weights_in_the_networks_own_layout_are_read_under_any_prefix(backbone, tmp_path):
+    """With --backbone; the features are those of the network that the file was made from."""
+    if backbone.startswith('timm/vit'):
+        network, x, wanted = network_of(backbone, 224)
+    elif backbone == 'squeezenet1_1':
+        torch.manual_seed(3)
+        network, x = torchvision.models.squeezenet1_1(num_classes=7).eval(), torch.randn(2, 3, 32, 32)
+        wanted = network.features(x).mean((2, 3)).detach()
+    else:
+        network, x, wanted = network_of(backbone)
+    for holder, hold in HOLDERS.items():
+        torch.save(hold(network.state_dict()), tmp_path / 'file.pth')
+        args, model, checkpoint = get_model_ckpt(
+            get_config(preset='imagenet', backbone=backbone, ckpt_name=f'{tmp_path}/file.pth', image_size=x.shape[-1])
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(model.backbone.eval()(x), wanted, atol=1e-4, rtol=1e-4, msg=holder)
+        assert not model.has_heads
+        expected = preprocessing_of(backbone)
+        assert (args.mean, args.std, args.interpolation) == tuple(expected[n] for n in ('mean', 'std', 'interpolation'))
+
+
+def test_position_embeddings_of_another_size_are_fitted_by_timm(tmp_path):
+    network, _, _ = network_of('timm/vit_tiny_patch16_224', 224)
+    torch.save(network.state_dict(), tmp_path / 'file.pth')
+    args = get_config(backbone='timm/vit_tiny_patch16_224', ckpt_name=f'{tmp_path}/file.pth', image_size=96)
+    _, model, _ = get_model_ckpt(args)
+    wanted = timm.create_model(
+        'vit_tiny_patch16_224', num_classes=0, img_size=96, pretrained=True,
+        pretrained_cfg_overlay={'state_dict': network.state_dict(), 'num_classes': 7},
+    )  # fmt: off
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone.eval()(x), wanted.eval()(x))
+
+
+MISFITS = {
+    'another network': (lambda state: timm.create_model('convnext_atto').state_dict(), 'begin with stem.0.weight'),
+    'a weight missing': (lambda state: {n: v for n, v in state.items() if n != 'bn2.weight'}, 'and the network wants'),
+    'another shape': (lambda state: {**state, 'conv_head.weight': torch.zeros(3, 3)}, 'conv_head.weight is (3, 3)'),
+    'nothing': (lambda state: {}, 'its keys begin with none'),
+}
+
+
+@pytest.mark.parametrize('misfit', MISFITS)
+@pytest.mark.parametrize('option', ['ckpt_name', 'init_from'])
+def test_what_does_not_fit_is_refused_with_the_keys_of_both_sides(misfit, option, drawn, tmp_path, capsys):
+    make, said = MISFITS[misfit]
+    torch.save(make(timm.create_model(LITE).state_dict()), tmp_path / 'file.pth')
+    command = ['evaluate', '--protocol=knn'] if option == 'ckpt_name' else ['train', '--batch_size=8']
+    given = [f'--{option}={tmp_path}/file.pth', f'--backbone=timm/{LITE}', f'--image_path={drawn}', '--image_size=32']
+    assert cli.main([*command, *given, '--preset=imagenet', *own_paths(tmp_path)]) == 2
+    error = one_line(capsys.readouterr().err)
+    assert said in error
+    assert f'has no weights of --backbone=timm/{LITE}' in error
+    assert 'conv_stem.weight' in error
+    assert not list(tmp_path.rglob('run.json'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (['--ckpt_name=timm/no_such_network'], 'timm has no such network'),
+        (['--ckpt_name=timm'], 'names the weights of --backbone=timm/<network>'),
+        (['--ckpt_name=timm/resnet18', '--backbone=resnet50'], 'name two networks'),
+        (['--ckpt_name=imagenet', f'--backbone=timm/{LITE}'], "torchvision's networks, not of --backbone=timm"),
+        (['--ckpt_name=timm/test_vit.no_such_tag'], 'timm has no'),
+    ],
+)
+def test_weights_that_nobody_has_are_bad_use(options, said, drawn, tmp_path, capsys):
+    assert cli.main(['evaluate', *options, f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
+    assert said in one_line(capsys.readouterr().err)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Stands for the Hugging Face hub: files of repositories, as its client asks for them."""
+
+    files = {}
+
+    def do_HEAD(self, body=False):
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_response(404)
+            self.send_header('X-Error-Code', 'EntryNotFound')
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+            return
+        self.send_response(200)
+        for name, value in {
+            'ETag': f'"{hashlib.sha256(content).hexdigest()}"',
+            'X-Repo-Commit': 'a' * 40,
+            'Content-Length': str(len(content)),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def do_GET(self):
+        self.do_HEAD(body=True)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    Hub.files.clear()
+
+
+def cli_with_hub(tmp_path, address, *argv):
+    """address: '' where there is no network."""
+    env = {
+        **os.environ,
+        'HF_ENDPOINT': address or 'http://127.0.0.1:9',
+        'HF_HUB_OFFLINE': str(int(not address)),
+        'HF_HOME': str(tmp_path / 'hf'),
+        'HF_HUB_DISABLE_XET': '1',
+    }
+    env |= {'HF_HUB_DOWNLOAD_TIMEOUT': '5', 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        [sys.executable, 'cli.py', *argv], cwd=CODE, env=env, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def test_timms_weights_are_fetched_from_the_hub_and_judged_without_a_run(hub, drawn, tmp_path):
+    """`timm/<name>` as --ckpt_name; a second call finds them on the disk, without the hub."""
+    from safetensors.torch import save
+
+    torch.manual_seed(3)
+    network = timm.create_model(LITE)
+    Hub.files[f'/timm/{LITE}.in1k/resolve/main/model.safetensors'] = save(network.state_dict())
+    argv = ['evaluate', f'--ckpt_name=timm/{LITE}', f'--image_path={drawn}', '--image_size=32', '--protocol=knn']
+    argv += ['--num_workers=0', '--amp=off', *own_paths(tmp_path)]
+    done = cli_with_hub(tmp_path, f'http://127.0.0.1:{hub.server_port}', *argv)
+    assert done.returncode == 0, done.stderr
+    assert f'weights timm/{LITE}.in1k; 32 px, mean 0.5,0.5,0.5' in done.stdout
+    again = cli_with_hub(tmp_path, '', *argv)
+    assert again.returncode == 0, again.stderr
+    top1 = [re.search(r'top-1 +([\d.]+) %', one.stdout)[1] for one in (done, again)]
+    torch.save(network.state_dict(), tmp_path / 'file.pth')
+    args = get_config(backbone=f'timm/{LITE}', ckpt_name=f'{tmp_path}/file.pth', image_size=32, image_path=str(drawn))
+    args, model, _ = get_model_ckpt(args)
+    result = json.loads(next((tmp_path / 'ckpt').rglob('evaluate_knn*.json')).read_text())
+    assert top1 == [f'{result["top1"]:.2f}'] * 2
+    assert result['settings']['mean'] == args.mean == '0.5,0.5,0.5'
+
+
+def test_weights_that_cannot_be_fetched_are_failed_work_in_a_line(drawn, tmp_path):
+    argv = [f'--image_path={drawn}', '--image_size=32', *own_paths(tmp_path)]
+    done = cli_with_hub(tmp_path, '', 'evaluate', f'--ckpt_name=timm/{LITE}', *argv)
+    assert done.returncode == 1
+    error = one_line(done.stderr)
+    assert f'the weights timm/{LITE} of timm/{LITE} could not be fetched' in error
+    assert f'--ckpt_name=FILE --backbone=timm/{LITE}' in error
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v3_small', 'squeezenet1_1'])
+def test_torchvisions_weights_are_judged_without_a_run(name, drawn, tmp_path, monkeypatch, capsys):
+    """From where torchvision would have put them."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    monkeypatch.setattr(torch.hub, 'HASH_REGEX', re.compile('(?!)'))
+    network = (
+        randomised(torchvision.models.get_model(name), 4) if name == 'resnet18' else torchvision.models.get_model(name)
+    )
+    torch.save(network.state_dict(), tmp_path / 'hub/checkpoints' / weights.url.rsplit('/', 1)[1])
+    argv = ['evaluate', '--ckpt_name=imagenet', f'--backbone={name}', f'--image_path={drawn}', '--image_size=32']
+    assert cli.main([*argv, '--protocol=knn', '--amp=off', *own_paths(tmp_path)]) == 0
+    assert f'weights torchvision {weights}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('text', 'values'),
+    [
+        ('imagenet', (0.485, 0.456, 0.406)),
+        ('0.5', (0.5, 0.5, 0.5)),
+        ('0.1,0.2,0.3', (0.1, 0.2, 0.3)),
+        ('(0.1, 0.2, 0.3)', (0.1, 0.2, 0.3)),
+        ('[0,0,0]', (0, 0, 0)),
+    ],
+)
+def test_mean_is_imagenets_or_numbers(text, values):
+    assert channel_values('mean', text) == values
+
+
+@pytest.mark.parametrize('text', ['0.1,0.2', 'half', '124,116,104', '0.1,0.2,nan', '0.1,0.2,0.3,0.4', '-0.1', 'inf'])
+@pytest.mark.parametrize('name', ['mean', 'std'])
+def test_what_is_no_mean_is_refused(name, text):
+    with pytest.raises(UserError, match=f'--{name} is imagenet, or three numbers'):
+        get_config(**{name: text})
+
+
+def test_a_std_of_0_is_refused():
+    with pytest.raises(UserError, match='--std is imagenet'):
+        get_config(std='0,0.5,0.5')
+
+
+def test_every_view_is_normalized_by_the_options(drawn):
+    """Plain views, random views of whole images and of crops: mean 0.5, std 0.25 in place of ImageNet's."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    usual = get_config(image_size=32, crop_ratio=1.0)
+    other = changed(usual, mean='0.5', std='0.25')
+    pixels = vision.denormalise(vision.plain_view(images, usual), usual)
+    torch.testing.assert_close(vision.plain_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
+    from config import distortion
+
+    for batch in (images, torch.stack((images, images), 1)):
+        for one, two in zip(
+            vision.random_views(batch, distortion(usual, 'moco'), random_from(1)),
+            vision.random_views(batch, distortion(other, 'moco'), random_from(1)),
+            strict=True,
+        ):
+            torch.testing.assert_close(two, (vision.denormalise(one, usual) - 0.5) / 0.25, atol=1e-4, rtol=0)
+    x = vision.normalised(torch.stack((images, images), 1), other)[0]
+    torch.testing.assert_close(x, (images / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(('height', 'width', 'size'), [(48, 48, 32), (60, 44, 28), (33, 70, 16), (20, 20, 32)])
+def test_bicubic_crops_are_pils(height, width, size):
+    """Whole images on the device, and crops in a dataloader worker."""
+    images = (photos(3, height, width) * 255).round().to(torch.uint8)
+    args = get_config(image_size=size, crop_ratio=0.875, interpolation='bicubic')
+    ours = vision.denormalise(vision.plain_view(images, args), args)
+    left, top, side = *geometry.centre_box(height, width, 0.875)[1::-1], min(height, width) * 0.875
+    for image, result in zip(images, ours, strict=True):
+        pil = reference.to_pil_image(image)
+        wanted = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        wanted = reference.pil_to_tensor(wanted)
+        torch.testing.assert_close(result, wanted / 255, atol=2.6 / 255, rtol=0)  # PIL rounds and clips in between
+        assert torch.equal(crops.centre_crop(pil, size, 0.875, how='bicubic')[0], wanted)
+    boxes = torch.tensor([[2.0, 3.0, 15.0, 12.0]]).expand(3, 4)
+    ours = geometry.crop_resize(images / 255, boxes, torch.zeros(3), size, cubic=True)
+    wanted = reference.resized_crop(images / 255, 2, 3, 15, 12, [size, size], reference.InterpolationMode.BICUBIC, True)
+    torch.testing.assert_close(ours, wanted.clamp(0, 1), atol=2e-3, rtol=0)
+
+
+def test_preprocessing_of_weights_is_kept_in_a_checkpoint(drawn, tmp_path, capsys):
+    """train from a file that wants another mean; every command uses it without being told, --mean overrules."""
+    torch.manual_seed(1)
+    torch.save(timm.create_model(LITE).state_dict(), tmp_path / 'file.pth')
+    argv = ['train', '--preset=imagenet', f'--init_from={tmp_path}/file.pth', f'--backbone=timm/{LITE}', '--amp=off']
+    argv += [f'--image_path={drawn}', '--image_size=32', '--batch_size=16', '--max_epochs=1', '--proj_dim=16']
+    argv += ['--pred_dim=4', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(argv) == 0
+    run = next((tmp_path / 'ckpt').glob('model_name*'))
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
+    assert (args.mean, args.std, args.interpolation, args.crop_ratio) == (
+        '0.5,0.5,0.5',
+        '0.5,0.5,0.5',
+        'bicubic',
+        0.875,
+    )
+    other, _, _ = get_model_ckpt(get_config(ckpt_name=str(run), mean='imagenet'))
+    assert (other.mean, other.std) == ('imagenet', '0.5,0.5,0.5')
+
+
+def test_features_with_another_mean_are_those_of_normalized_pixels(drawn):
+    args = get_config(preset='demo', image_path=str(drawn), mean='0.2,0.3,0.4', std='0.5', device='cpu')
+    val = load_splits(args)['val']
+    x, _ = features_of(args, nn.Flatten(), in_order(args, val), '')
+    plain = changed(args, mean='0', std='1')
+    raw, _ = features_of(plain, nn.Flatten(), in_order(plain, load_splits(plain)['val']), '')
+    mean = torch.tensor((0.2, 0.3, 0.4)).repeat_interleave(raw.shape[1] // 3)
+    torch.testing.assert_close(x, (raw - mean) / 0.5, atol=1e-5, rtol=0)
+
+
+def test_average_of_weights():
+    args = get_config(preset='demo')
+    one, two = new_model(args).backbone.state_dict(), new_model(changed(args, random_seed=1)).backbone.state_dict()
+    for share in (0.0, 0.25, 1.0):
+        for name, value in average_weights(one, two, share).items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, share * one[name] + (1 - share) * two[name])
