@@ -7,6 +7,7 @@ with every option of the run (args) and the versions of torch and of this code. 
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import pickle
 import platform
@@ -38,8 +39,8 @@ from model.weights import (
     of_timm_folder,
     preprocessing_of,
 )
-from records import oldest_first, read_json
-from terminal import complain, some
+from records import newest_run, read_json
+from terminal import complain, first_line, some
 from utils import extra, write_aside
 from verdict import best_epoch
 
@@ -182,11 +183,10 @@ def load_off_the_shelf(args, name):
     except UserError:
         raise
     except Exception as error:  # of the network, of two libraries and what they fetch with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         option = 'ckpt_name' if args.ckpt_name else 'init_from'
         raise WorkError(
-            f'the weights {name} of {args.backbone} could not be fetched: {reason}; fetch them where there is a '
-            f'network and name the file: --{option}=FILE --backbone={args.backbone}'
+            f'the weights {name} of {args.backbone} could not be fetched: {first_line(error)}; fetch them where '
+            f'there is a network and name the file: --{option}=FILE --backbone={args.backbone}'
         ) from None
     state, _ = match_keys(model.backbone.state_dict(), found.state)
     strict_load(model, {f'backbone.{key}': value for key, value in state.items()}, Path(found.source))
@@ -446,6 +446,7 @@ def save_checkpoint(run, args, state):
     path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{within}'
     if not rank():
         write_aside(path, lambda aside: torch.save(content, aside))
+        note_written(run, path)
         best = best_epoch(run) if args.init_from else None
         kept = (
             {0, best} if args.init_from else {}
@@ -453,6 +454,7 @@ def save_checkpoint(run, args, state):
         older = [
             other for other in checkpoints(run) if other != path and int(NAME.fullmatch(other.name)[2]) not in kept
         ]
+        older = [other for other in older if is_own(run, other)]
         within = [other for other in older if NAME.fullmatch(other.name)[3]]
         finished = [other for other in older if other not in within]
         spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
@@ -461,14 +463,33 @@ def save_checkpoint(run, args, state):
     return path
 
 
+WRITTEN = 'checkpoints.json'  # in a run folder: the names of the checkpoints that the run has written there
+
+
+def note_written(run, path):
+    """Add a checkpoint to those that a run says it has written."""
+    names = sorted({*read_json(run / WRITTEN).get('written', []), path.name})
+    names = [name for name in names if (run / name).is_file()]
+    write_aside(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
+
+
+def is_own(folder, path):
+    """Whether the run of a folder wrote this checkpoint there: only such are deleted, and gone on with in that folder.
+    A run of before this was kept has written all in its folder; the first ones had no run.json."""
+    if not (folder / 'run.json').is_file() and not re.fullmatch(r'model_name_.+_ckpt_\d+', folder.name):
+        return False
+    written = read_json(folder / WRITTEN).get('written')
+    return written is None or path.name in written
+
+
 @functools.cache
 def versions():
     """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout, or
     where setup-docker.sh says it."""
     git = (
         subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            cwd=ROOT,
+            ['git', f'--git-dir={ROOT}/.git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            cwd=ROOT,  # of this code alone, not of a repository that it lies in
             capture_output=True,
             text=True,
             check=False,
@@ -569,8 +590,8 @@ def list_checkpoints(args):
     root = path_of(args.ckpt_path)
     runs = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     found = {run: kept for run in runs if (kept := checkpoints(run))}
-    newest = oldest_first(kept[-1] for kept in found.values())[-1:]
-    ordered = sorted(found, key=lambda run: [found[run][-1]] == newest)
+    newest = newest_run(found)
+    ordered = sorted(found, key=lambda run: run == newest)
     return [f'{run.name}/{path.name}' for run in ordered for path in found[run]]
 
 

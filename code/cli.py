@@ -16,7 +16,7 @@ from fire.decorators import SetParseFn
 
 import stop
 from config import OPTIONS, UserError, WorkError, get_config, help_of, help_text, nearest, path_of, unused
-from terminal import complain, lost, own_streams
+from terminal import complain, first_line, lost, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
 ALONE = (
@@ -71,7 +71,11 @@ def runner(command):
         short_paths_for_processes()
         be_quiet(args.quiet)
         with stop.listening():
-            getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
+            try:
+                getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
+            except stop.Stopped:  # all processes stop at the same step, and leave the group
+                distributed.end()
+                raise
         distributed.end()
 
     return run
@@ -203,11 +207,9 @@ def main(argv):
         return 128 + end.number
     except Exception as error:
         if place := 'utils' in sys.modules and sys.modules['utils'].short_of_memory(error):
-            return failed(f'{place} has not enough memory: {str(error).splitlines()[0] or type(error).__name__}')
+            return failed(f'{place} has not enough memory: {first_line(error)}')
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            return failed(
-                f'torch.compile fails: {str(error).strip().splitlines()[0][:200]}; --compile=False goes without'
-            )
+            return failed(f'torch.compile fails: {first_line(error)[:200]}; --compile=False goes without')
         if gone := 'distributed' in sys.modules and sys.modules['distributed'].gone():
             return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
         return fault(error)

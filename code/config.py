@@ -6,6 +6,7 @@ table of overrides; what the user gives on the command line overrides both.
 
 import difflib
 import math
+import os
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -503,7 +504,7 @@ class Config:
     )
     classifier: str = option(
         '',
-        'infer: the folder of the set whose classes are wanted, where evaluate trained on several',
+        'infer: the classifier of evaluate that predicts: its file, or the folder of the set that it was trained on',
         used_by=('infer',),
     )
     neighbours: int = option(
@@ -873,17 +874,60 @@ def idle(args):
     return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
 
 
-def of_other_stages(args):
-    """The explicitly given options that matter to other stages of evaluate than the one that args say."""
+# Options of evaluate that some protocols have no use for, beside those that are of one alone (`only`).
+WITHOUT_EFFECT = {
+    'linear': (),
+    'knn': (),
+    'compare': ('knn_pixels',),
+    'semi': ('knn_k', 'knn_temperature', 'knn_pixels'),
+    'transfer': ('image_path', 'download', 'knn_k', 'knn_temperature', 'knn_pixels'),
+    'detection': (
+        *('image_path', 'val_fraction', 'download', 'image_size', 'interpolation', 'crop_ratio', 'cache_images'),
+        *('resize_cache', 'batch_size', 'knn_k', 'knn_temperature', 'knn_pixels'),
+    ),
+    'spectrum': ('knn_k', 'knn_temperature', 'knn_pixels'),
+}
+
+
+def has_effect(args, name):
+    """Whether an option of evaluate matters to the protocol that args say."""
     stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}
-    only = {name: OPTIONS[name].metadata['only'] for name in args.given}
-    return sorted(name for name, of in only.items() if of and not stages & {*of})
+    only = OPTIONS[name].metadata['only']
+    return name not in WITHOUT_EFFECT[args.protocol] and (not only or bool(stages & {*only}))
+
+
+def of_other_stages(args):
+    """The explicitly given options that have no effect on the stage of evaluate that args say."""
+    return sorted(name for name in args.given if not has_effect(args, name))
 
 
 def places(args, *more):
     """What a printed command has to repeat of this call: where its runs are, and `more` options, where given."""
     named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
+
+
+# Options that name files or folders: two spellings of one path are one value.
+PATHS = (
+    'image_path',
+    'transfer_path',
+    'detection_path',
+    'subset_list',
+    'init_from',
+    'ckpt_path',
+    'log_path',
+    'cache_path',
+)
+
+
+def same_path(one, other):
+    """Whether two paths lead to one place: with or without / at the end, by way of .., of links."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def same_value(name, one, other):
+    """Whether two values of an option mean the same."""
+    return one == other or (name in PATHS and bool(one) and bool(other) and same_path(path_of(one), path_of(other)))
 
 
 def path_of(text):

@@ -15,6 +15,7 @@ from logger import Logger, say
 from metric.knn import nearest
 from metric.plane import plane
 from protocols.features import features_of
+from records import try_writing
 from terminal import shown
 from utils import evenly_spaced, extra, get_device, use_device, write_aside, write_csv
 
@@ -38,6 +39,8 @@ def embed(args):
     args.given -= {'image_path'}
     use_device(args)
     args, model, checkpoint = get_model_ckpt(args)
+    if not distributed.rank():
+        try_writing(output)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
     features, _ = features_of(args, backbone, in_order(args, images), 'features')

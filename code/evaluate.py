@@ -15,13 +15,15 @@ from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
 from config import UserError, WorkError, of_other_stages, path_of, places
 from dataloader.load_dataset import labelled, load_splits
 from logger import Logger, duration, say
-from metric.accuracy import confusion
+from metric.accuracy import class_accuracies, confusion
 from protocols.compare import compare, labels_of, splits_to_compare, table_of
 from protocols.finetune import few_of, semi
 from protocols.knn import knn
 from protocols.linear import linear
 from protocols.spectrum import LEAST, spectrum
 from protocols.transfer import target_splits, transfer
+from records import try_writing
+from runs import name_of_run
 from terminal import complain, shown
 from tracker import package_of, tracker_of
 from utils import get_device, memory_for, use_device
@@ -83,7 +85,7 @@ def best_of(args, paths):
     for result in found:
         say(f'epoch {result["epoch"]:<5} ' + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in QUICK))
     best = min(found, key=lambda result: result['measures'][FAVOURED])
-    name = f'{paths[0].parent.name}/{best["checkpoint"]}{places(args)}'
+    name = f'{name_of_run(args, paths[0].parent)}/{best["checkpoint"]}{places(args)}'
     say(f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={name}')
     return best
 
@@ -96,6 +98,12 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     --protocol=spectrum, where they are known.
     """
     started, splits = time.monotonic(), splits_for(args, splits)
+    run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
+    logs = path_of(args.log_path) / run.name
+    if not distributed.rank():
+        try_writing(run / 'evaluate.json')
+        try_writing(logs / f'{name}.png')
+    tracker = tracker_of(args, run)  # one that does not start is heard of before the work
     if args.protocol == 'detection':
         from protocols.detection import detection  # torchvision's detectors take a second to import
 
@@ -108,21 +116,24 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
         protocol['compare'] = functools.partial(compare, checkpoint=checkpoint)
         with memory_for(f'--protocol={args.protocol}', f'try a smaller {SMALLER[args.protocol]}'):
             result, scores, labels, classifier, classes = protocol[args.protocol](args, model, splits)
-    run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.name_of(args)
     if scores is not None and not scores.isfinite().all():
         raise WorkError(f'the scores of --protocol={args.protocol} are no numbers (nan or infinite): try {LOWER}')
     if scores is not None:
-        counts = confusion(scores, labels).cpu()
-        rates = (100 * counts.diag().double() / counts.sum(1)).tolist()  # nan for a class without images in val
+        rates = class_accuracies(scores, labels).tolist()  # nan for a class without images in val
+        known = [rate for rate in rates if not math.isnan(rate)]
+        result['mean_per_class'] = sum(known) / len(known)  # what Pets, Flowers, Caltech and Aircraft are judged by
         result['per_class'] = {name: rate for name, rate in zip(classes, rates, strict=True) if not math.isnan(rate)}
     if classifier:
         classifier = {**classifier, 'classes': classes}
     asked = results.question(args, splits, checkpoint)
-    result = results.write(run, name, asked, {**result, 'seconds': round(time.monotonic() - started, 2)}, classifier)
-    logger = Logger(path_of(args.log_path) / run.name, tracker=tracker_of(args, run))  # the result is safe by now
-    if scores is not None:
+    result['seconds'] = round(time.monotonic() - started, 2)
+    say(table({**asked, **result}))  # before anything can fail
+    result = results.write(run, name, asked, result, classifier)
+    logger = Logger(logs, tracker=tracker)
+    if scores is not None and scores.shape[1] <= DRAWN:
         import pictures  # matplotlib takes half a second to import
 
+        counts = confusion(scores, labels).cpu()
         logger.picture(f'{name}_confusion', pictures.image_of(pictures.confusion(counts, classes)), epoch)
     numbers = {
         **of_rows(result.get('rows', [])),
@@ -132,7 +143,6 @@ def evaluate_model(args, model, splits, checkpoint, untrained=None):
     logger.scalars(epoch, {f'results/{name}_{key}': value for key, value in numbers.items()})
     logger.text(f'results/{name}', table(result).splitlines(), epoch)
     logger.close()
-    say(table(result))
     return result
 
 
@@ -154,6 +164,7 @@ OF_OWN_SET = (
     'semi',
     'spectrum',
 )  # protocols on the images that the checkpoint was trained on
+DRAWN = 1000  # classes up to which a confusion matrix is drawn: it takes their square in memory
 LOWER = 'a lower --probe_learning_rate or --finetune_learning_rate, or another checkpoint'
 # What takes less memory.
 SMALLER = {
@@ -224,6 +235,7 @@ NAMES = {
     'top5': 'top-5',
     'top1_from_scratch': 'top-1 from scratch',
     'top5_from_scratch': 'top-5 from scratch',
+    'mean_per_class': 'mean over classes',
     'held_out_top1': 'top-1 held out',
     'knn_top1': 'kNN top-1',
     'knn_top1_untrained': 'kNN top-1 untrained',
@@ -239,10 +251,11 @@ NAMES = {
 
 def table(result):
     """The result as people read it."""
+    side = result['settings'].get('image_size', result['settings'].get('detection_size'))
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'validation images, {duration(result["seconds"])}',
-        f'images {result["images"]["path"]}, {result["settings"]["image_size"]} px, preset {result["preset"]}'
+        f'images {result["images"]["path"]}, {side} px, preset {result["preset"]}'
         + ''.join(f', --{name}={result["settings"][name]}' for name in result['given']),
         *(f'{name:22}{result[key]:6.2f} %' for key, name in NAMES.items() if result.get(key) is not None),
     ]

@@ -10,6 +10,7 @@ from config import UserError, channel_values, path_of
 from logger import say
 from model.backbone import wanted_by, width_of
 from model.layouts import BLOCKS, to_detectron2
+from records import try_writing
 from utils import extra, write_aside
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
@@ -33,6 +34,7 @@ def export(args):
             f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
         )
     backbone = model.backbone.eval()
+    try_writing(path_of(args.output or 'data/backbone'))
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
     if args.format == 'timm' and (output.suffix in ('.pth', '.pt', '.safetensors') or output.is_file()):
@@ -55,6 +57,11 @@ def export(args):
     else:
         extra('onnxscript', '--format=onnx')
         write_aside(output, lambda aside: to_onnx(backbone, args.image_size, aside))
+    if args.format == 'detectron2' and not BLOCKS[args.backbone][1]:
+        how += (
+            f'; C4 wants bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
+            f'{name.removeprefix("resnet")} and MODEL.RESNETS.RES2_OUT_CHANNELS 64'
+        )
     say(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
     say(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}')
     return output

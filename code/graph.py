@@ -12,7 +12,7 @@ import distributed
 from config import UserError
 from logger import say
 from precision import precision
-from terminal import complain
+from terminal import complain, first_line
 from utils import get_device
 
 PLAIN, TIMED = 5, 3  # steps before one is timed: of torch.compile, and of cuDNN's choice of kernels; timed ones
@@ -100,7 +100,7 @@ class Recorded:
                 self.outputs = self.with_rates(self.rates)
             reason = '' if self.does_the_same(graph) else 'replayed it does something else'
         except RuntimeError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = first_line(error)[:200]
         if reason:
             self.off = True
             complain('warning', f'a step cannot be recorded as a CUDA graph, and is launched as before: {reason}')

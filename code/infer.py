@@ -17,7 +17,8 @@ from logger import say
 from metric.knn import neighbours
 from protocols.features import features_of
 from protocols.knn import nearest_images, vote
-from results import classifier_for
+from records import try_writing
+from results import classifier_for, described_classifier
 from terminal import shown
 from utils import evenly_spaced, get_device, prepare_batch, save_picture, use_device, write_csv
 
@@ -38,8 +39,11 @@ def infer(args):
         raise UserError(f'infer wants --ckpt_name=<run>/<checkpoint>; {hint}')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
     args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
+    output = path_of(args.output or 'data/submission.csv')
     use_device(args)
     args, model, checkpoint = get_model_ckpt(args)
+    if not distributed.rank():
+        try_writing(output)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
     images = images_to_predict(args, wanted)
     classifier = classifier_for(args, checkpoint, wanted or path_of(args.image_path))
@@ -52,7 +56,6 @@ def infer(args):
         (name, classes[top[0]], f'{share[0]:.4f}', in_one_cell(classes[i] for i in top))
         for name, share, top in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    output = path_of(args.output or 'data/submission.csv')
     if not distributed.rank():
         write_csv(output, [('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
     say(f'{len(rows)} images of {shown(images.folder)} predicted by {how}')
@@ -91,8 +94,8 @@ def predicted(args, checkpoint, classifier, backbone, features):
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
-        of = classifier['question']['images']['path']
-        scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {of}'
+        about = described_classifier(classifier)
+        scores, how = logits.softmax(1), f'the linear classifier that evaluate trained on {about}'
     else:
         own = path_of(args.image_path)
         if not own.exists() and args.preset != 'demo':

@@ -8,8 +8,8 @@ import shutil
 import socket
 import sys
 
-from config import OPTIONS, UserError, path_of
-from records import csv_of, is_number, oldest_first, process_stat, put_aside, read_json, read_metrics
+from config import OPTIONS, UserError, path_of, same_path
+from records import csv_of, is_number, process_stat, put_aside, read_in_order, read_json, read_metrics
 from terminal import aligned, cut
 
 MARK = 'running.json'  # in the folder of a run that trains: by whom
@@ -86,7 +86,7 @@ def row_of(folder, options):
         for name, tag in (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))
     }
     epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
-    results = [read_json(path) for path in oldest_first(folder.glob('evaluate_linear*.json'))]
+    results = [content for _, content in read_in_order(folder.glob('evaluate_linear*.json'))]
     judged = [
         result
         for result in results
@@ -107,7 +107,7 @@ def row_of(folder, options):
 def is_of(result, path):
     """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
     images = result.get('images')
-    return not isinstance(images, dict) or not isinstance(path, str) or images.get('path') == str(path_of(path))
+    return not isinstance(images, dict) or not isinstance(path, str) or same_path(images.get('path', ''), path_of(path))
 
 
 def state_of(folder, epoch, epochs):
@@ -141,6 +141,8 @@ def started(pid):
     if process_stat('self'):
         stat = process_stat(pid)
         return stat[19] if stat else None
+    if os.name == 'nt':  # os.kill would end it
+        return ''
     try:  # not Linux: whether it is there is all that can be told
         os.kill(pid, 0)
     except OSError:

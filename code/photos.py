@@ -1,6 +1,6 @@
 """--preset=auto and --preset=photos: settings that are taken from the images that are there and from the device.
 
-The rule rests on the experiments of results/going_on.md (steps, learning rates, frozen BN, view size) and, for what was
+The rule rests on the experiments of results/LOG.md (steps, learning rates, frozen BN, view size) and, for what was
 not measured here, on what others publish: HPT (arXiv 2103.12718) for the number of steps, lightly-train's documentation
 for the number of images from which training from random weights can pay.
 """
@@ -135,7 +135,7 @@ def without_weights(args, error):
     complain(
         'warning',
         f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
-        "ImageNet's: results/going_on.md",
+        "ImageNet's: results/LOG.md",
     )
     epochs = max(100, min(800, 40_000 * args.batch_size // 3000))
     options = {**SCRATCH, 'init_from': '', 'max_epochs': epochs}

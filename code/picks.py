@@ -10,6 +10,7 @@ from infer import pixels_of
 from logger import say
 from metric import choose
 from protocols.features import features_of
+from records import try_writing
 from terminal import shown
 from utils import save_picture, use_device, write_csv
 
@@ -33,6 +34,7 @@ def select(args):
         raise UserError(f'--output={args.output}: the list is a .csv, its pictures lie beside it')
     device = use_device(args)
     args, model, _ = get_model_ckpt(args)
+    try_writing(output)
     backbone = model.backbone.to(device, memory_format=torch.channels_last)
     splits = {name: images for name, images in load_splits(args).items() if images}
     train = splits['train']
@@ -52,23 +54,30 @@ def select(args):
 
 
 def doubles(args, splits, features, output):
-    """Pairs of images above --duplicates, also of two splits: what stands in both train and val flatters."""
+    """Groups of images above --duplicates, also of two splits: what stands in both train and val flatters."""
     places = [(name, row) for name, images in splits.items() for row in range(len(images))]
-    pairs, cosines = choose.near_pairs(torch.cat([*features.values()]), args.duplicates)
-    found = [
-        [*(places[row] for row in pair), cosine] for pair, cosine in zip(pairs.tolist(), cosines.tolist(), strict=True)
-    ]
+    rows, groups, near, cosines = choose.near_groups(torch.cat([*features.values()]), args.duplicates)
     path = output.with_name(f'{output.stem}_duplicates.csv')
-    rows = [
-        [f'{cosine:.4f}', *(part for split, row in pair for part in (split, splits[split].names[row]))]
-        for *pair, cosine in found
+    named = [(split, splits[split].names[row]) for split, row in places]
+    lines = [
+        [group + 1, *named[row], f'{cosine:.4f}', *named[other]]
+        for row, group, other, cosine in zip(
+            rows.tolist(), groups.tolist(), near.tolist(), cosines.tolist(), strict=True
+        )
     ]
-    write_csv(path, [('cosine', 'split', 'file', 'other_split', 'other_file'), *rows])
-    leaks = sum(one[0] != other[0] for one, other, _ in found)
-    say(f'{len(found)} pairs with a cosine above {args.duplicates:g}, {leaks} of them in two splits: {path}')
-    if found:
-        shown_pairs = [[(splits[split], row) for split, row in pair] for *pair, _ in found[: SHOWN // 2]]
-        save_picture(gallery(args, sum(shown_pairs, [])), path.with_suffix('.png'))
+    write_csv(path, [('group', 'split', 'file', 'cosine', 'nearest_split', 'nearest_file'), *lines])
+    kinds = {}
+    for group, split, *_ in lines:
+        kinds.setdefault(group, set()).add(split)
+    leaks = sum(len(found) > 1 for found in kinds.values())
+    say(
+        f'{len(lines)} images in {len(kinds)} groups of near-duplicates (cosine above {args.duplicates:g}), {leaks} of '
+        f'the groups in two splits: {path}'
+    )
+    if lines:
+        pairs = choose.nearest_pairs(rows, near, cosines)[: SHOWN // 2]
+        images = [(splits[places[row][0]], places[row][1]) for *pair, _ in pairs for row in pair]
+        save_picture(gallery(args, images), path.with_suffix('.png'))
     else:
         path.with_suffix('.png').unlink(missing_ok=True)  # of an earlier call
 

@@ -2,11 +2,14 @@
 
 import contextlib
 import csv
+import datetime
 import errno
 import json
 import math
 import os
+import re
 import socket
+import tempfile
 from pathlib import Path
 
 
@@ -29,6 +32,29 @@ def put_aside(path, write):
         aside.unlink(missing_ok=True)
 
 
+def clear_parts(folder):
+    """Delete what writers of this machine that were killed have left in a folder (put_aside)."""
+    ending = re.compile(rf'\..*\.{re.escape(socket.gethostname()[:50])}\.(\d+)\.part')
+    for entry in os.scandir(folder) if folder.is_dir() and process_stat('self') else ():
+        if (match := ending.fullmatch(entry.name)) and not process_stat(match[1]):
+            with contextlib.suppress(OSError):
+                os.unlink(entry.path)
+
+
+def try_writing(path):
+    """Raise OSError, with this name, where a file could not be written there: before the work whose outcome it is to
+    hold. Makes the folder."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return  # a pipe, a device
+    folder = path.resolve().parent
+    with called(path, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 @contextlib.contextmanager
 def called(path, aside):
     """Errors in writing `aside` name `path`."""
@@ -38,7 +64,10 @@ def called(path, aside):
         if error.filename not in (str(aside), aside, None):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    except RuntimeError as error:  # torch.save's way to say that it could not write
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ('inline_container', 'PytorchStreamWriter', 'file write failed')):
+            raise  # of what is written, not of the file
+        # torch.save's way to say that it could not write
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
 
 
@@ -84,13 +113,34 @@ def is_number(value):
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
 
 
-def oldest_first(paths):
-    """Those of the paths that lead to a file, by when it was written."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found)]
+def now():
+    """The time, to a microsecond, as text that sorts."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='microseconds')
+
+
+def when(content, path):
+    """When what a file holds came to be: as it says itself (`when`), for a copy has other times; of early files when
+    they were written."""
+    said = content.get('when')
+    if isinstance(said, str):
+        return said
+    try:
+        written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
+    except OSError:
+        return ''
+    return written.isoformat(timespec='microseconds')
+
+
+def read_in_order(paths):
+    """[(path, content)] of files of JSON, the oldest first by `when`."""
+    found = [(path, read_json(path)) for path in paths]
+    return sorted(found, key=lambda pair: (when(pair[1], pair[0]), pair[0].name))
+
+
+def newest_run(folders):
+    """The run folder that was begun, or gone on with, last, by its run.json; None of none."""
+    found = [(when(read_json(folder / 'run.json'), folder / 'run.json'), folder) for folder in folders]
+    return max(found)[1] if found else None
 
 
 def as_json(value, **options):

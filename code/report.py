@@ -27,7 +27,7 @@ from metric.accuracy import confusion
 from metric.knn import knn_scores, nearest, neighbours
 from metric.plane import plane
 from protocols.features import features_of
-from records import is_number
+from records import is_number, try_writing
 from results import of_run
 from terminal import complain, shown
 from utils import evenly_spaced, get_device, save_picture, use_device, write_aside
@@ -86,11 +86,11 @@ def report(args):
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.of_epoch = f', epoch {run.checkpoint["epoch"]}'
-    for run in runs:
-        look(run, runs[0].args)
     folder = path_of(args.log_path) / runs[0].checkpoint['run'].name
     page = path_of(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
-    page.parent.mkdir(parents=True, exist_ok=True)
+    try_writing(page)
+    for run in runs:
+        look(run, runs[0].args)
     content, data = {}, {}
     for part in (training, explored, galleries, judged):
         for_page, for_script = part(runs, page)
@@ -242,12 +242,14 @@ def galleries(runs, page):
         except OSError as error:
             complain('warning', f'{path} is damaged, and left out: {error}')
     x = on_map(first, first)
-    pairs, cosines = choose.near_pairs(x, first.args.duplicates)
+    rows, groups, *nearest_of = choose.near_groups(x, first.args.duplicates)
+    pairs = choose.nearest_pairs(rows, *nearest_of)
     odd, near = choose.oddest(x, min(GALLERY, len(x)))
     return {
         'views': views,
-        'doubles': [(*pair, value) for pair, value in zip(pairs[:GALLERY].tolist(), cosines.tolist(), strict=False)],
-        'double_pairs': len(pairs),
+        'doubles': pairs[:GALLERY],
+        'double_images': len(rows),
+        'double_groups': int(groups.max()) + 1 if len(groups) else 0,
         'threshold': first.args.duplicates,
         'odd': [*zip(odd.tolist(), near.tolist(), strict=True)],
         'neighbours': beside(first),
@@ -289,7 +291,7 @@ def judged(runs, page):
 
 def rendered(runs, content, data):
     """The page as text."""
-    first = runs[0]
+    first, judged_by = runs[0], {run.name: of_run(run.checkpoint['run']) for run in runs}
     options = [asdict(run.args) for run in runs]
     varied = differing(options) if len(runs) > 1 else [n for n in OPTIONS if options[0][n] != OPTIONS[n].default]
     title = f'{first.name}: {first.args.backbone}, {path_of(first.args.image_path).name}'
@@ -303,8 +305,8 @@ def rendered(runs, content, data):
         data=data,
         runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
         colours=pictures.COLOURS,
-        compared=[row for run in runs for row in compared_rows(run)],
-        results=[(run.name, *row) for run in runs for row in result_rows(run)],
+        compared=[row for run in runs for row in compared_rows(run, judged_by[run.name])],
+        results=[(run.name, *row) for run in runs for row in result_rows(run, judged_by[run.name])],
         varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in varied],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
         **content,
@@ -336,9 +338,9 @@ def numbers(run):
     return found
 
 
-def compared_rows(run):
+def compared_rows(run, results):
     """The tables of --protocol=compare: (run, about, columns, [(row, [(top-1, gain of the run over it or '')])])."""
-    for result in of_run(run.checkpoint['run'], protocol='compare'):
+    for result in results:
         if not result.get('rows'):
             continue
         columns = [*result['rows'][0]['columns']]
@@ -355,9 +357,9 @@ def compared_rows(run):
         yield run.name, about, columns, rows
 
 
-def result_rows(run):
+def result_rows(run, results):
     """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
-    for result in of_run(run.checkpoint['run']):
+    for result in results:
         found = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if is_number(result.get(key))]
         if not found:  # the measures without labels: the verdict tells them
             continue

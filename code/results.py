@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ckpt import OF_THE_CALL, load_file, versions
-from config import OPTIONS, UserError, path_of
+from config import OPTIONS, UserError, has_effect, path_of, same_path
 from distributed import rank
-from records import as_json, is_number, oldest_first, read_json
+from records import as_json, is_number, now, read_in_order, when
 from terminal import complain
 from utils import write_aside
 
@@ -37,7 +37,7 @@ def question(args, splits, checkpoint):
     settings = {
         name: getattr(args, name)
         for name, option in OPTIONS.items()
-        if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by']
+        if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
     }
     if args.subset_list:
         settings['subset_digest'] = digest([os.fsdecode(path_of(args.subset_list).read_bytes())])
@@ -77,11 +77,11 @@ def name_of(args):
 def write(run, name, asked, found, classifier=None):
     """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
     mark = digest([json.dumps({**asked, 'given': None}, sort_keys=True)])
-    result = {**asked, **found, 'versions': versions(), 'file': f'evaluate_{name}_{mark}.json'}
+    result = {**asked, **found, 'versions': versions(), 'file': f'evaluate_{name}_{mark}.json', 'when': now()}
     if rank():
         return result
     if classifier:
-        content = {**classifier, 'question': asked}
+        content = {**classifier, 'question': asked, 'top1': found.get('top1'), 'when': result['when']}
         write_aside(run / f'classifier_{mark}', lambda aside: torch.save(content, aside))
     text = as_json(result, indent=2) + '\n'
     write_aside(run / result['file'], lambda aside: aside.write_text(text))
@@ -92,8 +92,7 @@ def of_run(run, **wanted):
     """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
     which images they were of."""
     results = []
-    for path in oldest_first(run.glob('evaluate_*.json')):
-        result = read_json(path)
+    for path, result in read_in_order(run.glob('evaluate_*.json')):
         if isinstance(result.get('protocol'), str) and is_number(result.get('epoch')):
             results.append(result)
         else:
@@ -104,29 +103,52 @@ def of_run(run, **wanted):
 def classifier_for(args, checkpoint, where):
     """The classifier that evaluate trained on this checkpoint for the images at the path `where`, or None.
 
-    That of --classifier (the folder of the set), else of the set in which the images lie, else of the checkpoint's own
-    set, else the only one there is, but never another set's for images of the checkpoint's own. Raises UserError where
-    --classifier names none, WorkError for a damaged file.
+    That of --classifier (its file, or the folder of a set), else of the set in which the images lie, else of the
+    checkpoint's own set, else the only one there is, but never another set's for images of the checkpoint's own. Of
+    several of one set the one with the highest accuracy on val; of equals, or of early files, the last.
+    Raises UserError where --classifier names none, WorkError for a damaged file.
     """
-    found = {}  # the folder of a set: the newest of its classifiers
-    for path in oldest_first(checkpoint['run'].glob('classifier_*')):
+    found = {}  # the folder of a set: the best of its classifiers
+    named = None
+    for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
-        if isinstance(content, dict) and content.get('question', {}).get('checkpoint') == checkpoint['path'].name:
-            found[Path(content['question']['images']['path'])] = content
-    own = path_of(args.image_path)
-    chosen = chosen_of(args, found, own, where)
+        if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
+            continue
+        content = {**content, 'file': path.name, 'when': when(content, path)}
+        if args.classifier and same_path(path_of(args.classifier), path) or args.classifier == path.name:
+            named = content
+        folder = Path(os.path.realpath(content['question']['images']['path']))
+        if folder not in found or worth(content) > worth(found[folder]):
+            found[folder] = content
+    chosen = named or chosen_of(args, found, Path(os.path.realpath(path_of(args.image_path))), where.resolve())
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
         complain('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
     return chosen
 
 
+def worth(classifier):
+    """The order of classifiers of one set: by accuracy, then by time."""
+    top1 = classifier.get('top1')
+    return (top1 if isinstance(top1, float) else -1.0), classifier['when']
+
+
+def described_classifier(classifier):
+    """A classifier in words: of which set, how good, when, with which settings that were given."""
+    asked = classifier['question']
+    given = ''.join(f', --{name}={asked["settings"][name]}' for name in asked.get('given', ()))
+    top1 = classifier.get('top1')
+    accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
+    return f'{asked["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
+
+
 def chosen_of(args, found, own, where):
     """The one of `found`, {folder of a set: its classifier}, that classifier_for means."""
     if args.classifier:
-        wanted = path_of(args.classifier)
+        wanted = Path(os.path.realpath(path_of(args.classifier)))
         if wanted not in found:
-            known = ', '.join(map(str, found)) or 'none: run evaluate first'
+            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in found.items())
+            known = known or 'none: run evaluate first'
             raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
         return found[wanted]
     inside = [folder for folder in found if where.is_relative_to(folder)]

@@ -4,19 +4,32 @@ and results."""
 import contextlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ckpt import ARCHITECTURE, NAME, OF_THE_CALL, PREPROCESSING, checkpoints, read, save_checkpoint, versions
-from config import EVALUATE, GOING_ON, OPTIONS, UserError, WorkError, changed, parse, path_of
+from ckpt import (
+    ARCHITECTURE,
+    NAME,
+    OF_THE_CALL,
+    PREPROCESSING,
+    WRITTEN,
+    checkpoints,
+    is_own,
+    note_written,
+    read,
+    save_checkpoint,
+    versions,
+)
+from config import EVALUATE, GOING_ON, OPTIONS, UserError, WorkError, changed, parse, path_of, same_path, same_value
 from distributed import rank, same_for_all
 from formats import upgraded
 from listing import MARK, mark_of_this_process, trained_by
 from logger import say
-from records import oldest_first, read_json
+from records import clear_parts, newest_run, now, read_json
 from stop import held
 from terminal import complain, shown
 from utils import write_aside
@@ -43,6 +56,7 @@ class Run:
         """Say in the folder that this process trains it. Raises UserError where another one does."""
         refuse_if_trained(self.folder)
         if not rank():
+            clear_parts(self.folder)
             text = json.dumps(mark_of_this_process())
             write_aside(self.folder / MARK, lambda aside: aside.write_text(text))
 
@@ -72,7 +86,7 @@ class Run:
         if not self.args.init_from or rank():
             return
         best, found = best_epoch(self.folder), checkpoints(self.folder)
-        for path in found[:-1]:
+        for path in [path for path in found[:-1] if is_own(self.folder, path)]:
             epoch = int(NAME.fullmatch(path.name)[2])
             if epoch not in (0, best) and epoch % self.args.save_every:
                 path.unlink(missing_ok=True)
@@ -115,11 +129,16 @@ def find_run(args, name):
     for path in (path_of(args.ckpt_path) / name, path_of(name)):
         if path.is_dir():
             return path
-    known = [path.parent.name for path in oldest_first(path_of(args.ckpt_path).glob('*/run.json'))]
+    newest = newest_run([path.parent for path in path_of(args.ckpt_path).glob('*/run.json')])
     raise UserError(
         f'there is no run {name} in {path_of(args.ckpt_path)}; '
-        + (f'the newest is {known[-1]}' if known else 'there is none yet')
+        + (f'the newest is {newest.name}' if newest else 'there is none yet')
     )
+
+
+def name_of_run(args, folder):
+    """What a printed command calls a run: its name under --ckpt_path, or its path where it lies elsewhere."""
+    return folder.name if same_path(folder.parent, path_of(args.ckpt_path)) else shlex.quote(str(folder))
 
 
 def new_run(args):
@@ -142,25 +161,35 @@ def gone_on_with(args, checkpoint, state):
     """The Run that goes on from `checkpoint`. Where its own run has gone further, that stays as it is, and a new one
     begins with a copy of the checkpoint, of its metrics and of its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
+    own = is_own(folder, path)
     later = checkpoints(folder)[-1:] not in ([], [path]) and NAME.fullmatch(path.name)
-    if not later or state.epoch >= args.max_epochs:
+    if own and (not later or state.epoch >= args.max_epochs):
         refuse_if_trained(folder)  # before anything is written into it
+        if not rank() and not (folder / 'run.json').is_file():  # nothing says of the others whose they are
+            note_written(folder, path)
         return Run(args, folder, path, state.position)
-
-    def branch():
-        new = new_run(args)
-        start = [other.name for other in checkpoints(folder) if other.name.endswith('_epoch_0') and other != path]
-        for name in (path.name, *start, 'metrics.jsonl', OF_START):
-            if (folder / name).is_file():
-                shutil.copy2(folder / name, new)
-        logs = path_of(args.log_path)
-        if (logs / folder.name).is_dir():
-            shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
-        return str(new)
-
-    new = Path(same_for_all(branch))
-    say(f'{folder.name} has gone further than {path.name}, and stays as it is: this goes on as the new run {new.name}')
+    new = Path(same_for_all(lambda: str(branch_of(args, path, own))))
+    why = f'{folder.name} has gone further than {path.name}, and stays as it is'
+    if not own:
+        why = f'{shown(path)} does not lie in the folder of its run, where nothing is touched'
+    say(f'{why}: this goes on as the new run {new.name}')
     return Run(args, new, new / path.name, state.position)
+
+
+def branch_of(args, path, own):
+    """A new run folder with a copy of the checkpoint at `path`; of one in the folder of its own run also of the start,
+    the metrics and the TensorBoard log."""
+    new, folder = new_run(args), path.parent
+    start = [other.name for other in checkpoints(folder) if other.name.endswith('_epoch_0') and other != path]
+    for name in (path.name, *(*start, 'metrics.jsonl', OF_START) * own):
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, new)
+            if NAME.fullmatch(name):
+                note_written(new, new / name)
+    logs = path_of(args.log_path)
+    if own and (logs / folder.name).is_dir():
+        shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
+    return new
 
 
 def refuse_if_trained(folder):
@@ -172,11 +201,15 @@ def refuse_if_trained(folder):
 def describe_run(run, args, images):
     """Write run.json into the folder of a run: its options, the command, versions, the time, which images; of one that
     is gone on with the present ones, and when it first began. Warn where it began with other images."""
-    now, before = time.strftime('%Y-%m-%d %H:%M:%S'), read_json(run / 'run.json')
-    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', now)}
+    date, before = time.strftime('%Y-%m-%d %H:%M:%S'), read_json(run / 'run.json')
+    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', date)}
+    about['when'] = now()
     about['images'] = {'number': len(images), 'digest': images.names.digest(images.labels.numpy().tobytes())}
     if before:
-        about['resumed'] = now
+        about['resumed'] = date
+        if not rank() and not (run / WRITTEN).is_file():  # of before this was kept: all that is there is the run's
+            for path in checkpoints(run):
+                note_written(run, path)
     earlier = before.get('images')
     if not rank() and isinstance(earlier, dict) and earlier != about['images']:
         complain(
@@ -226,7 +259,7 @@ def resumed(args):
             for f in OPTIONS.values()
             if f.name not in (*OF_THE_CALL, *from_weights)
             and f.metadata['used_by'] != EVALUATE
-            and saved[f.name] != getattr(args, f.name)
+            and not same_value(f.name, saved[f.name], getattr(args, f.name))
         ]
         if other and content['epoch'] >= saved['max_epochs']:
             continue  # that one is finished

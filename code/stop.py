@@ -9,10 +9,13 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 
 # Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+ALARM = tuple(getattr(signal, name) for name in ('SIGALRM',) if hasattr(signal, name))
 SAME_WISH = 1.0  # seconds
 NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: of check, by the last answer
 ASK_EVERY = 10  # steps after which several processes ask one another
@@ -35,7 +38,7 @@ def name_of(number):
 @contextlib.contextmanager
 def listening():
     """Within, SIGNALS raise Stopped; but for those that whoever started us had us ignore (nohup, a job with &)."""
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *ALARM)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, note if number in SIGNALS else tell)
@@ -73,8 +76,11 @@ def heard():
 def say_again(lost, otherwise):
     """The handler of exceptions that Python drops, as those in a __del__, in which a signal may come as anywhere else:
     Stopped is raised again a moment later."""
-    if isinstance(lost.exc_value, Stopped):
+    if isinstance(lost.exc_value, Stopped) and ALARM:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
+    elif isinstance(lost.exc_value, Stopped):
+        number, NOTED['number'] = NOTED['number'], 0
+        threading.Timer(0.02, signal.raise_signal, (number,)).start()
     else:
         otherwise(lost)
 

@@ -24,6 +24,11 @@ def complain(kind, line):
     print(text, file=sys.stderr, flush=True)
 
 
+def first_line(error):
+    """The first line of what an exception says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def some(words, most=5):
     """The first `most` of some words, and how many more there are."""
     return ', '.join(words[:most]) + (f' and {len(words) - most} more' if len(words) > most else '')

@@ -27,7 +27,7 @@ from model.backbone import last_norms
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
 from photos import choose_preset, without_weights
 from precision import described, kept, precision, settled
-from runs import Diverged, Run, describe_run, gone_on_with, new_run, of_run, resumed
+from runs import Diverged, Run, describe_run, gone_on_with, name_of_run, new_run, of_run, resumed
 from state import State
 from terminal import complain
 from tracker import package_of
@@ -73,7 +73,10 @@ def train(args):
     if state.epoch == args.max_epochs:
         say(f'pretraining done in {duration(time.monotonic() - started)}')
     about = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
-    result = evaluate_after(args, state, watch.splits, about) if args.evaluate_after else None
+    late = bool(run.deadline) and time.monotonic() > run.deadline
+    if args.evaluate_after and late:
+        say(f'--max_minutes={args.max_minutes:g} have passed: --evaluate_after is left out')
+    result = evaluate_after(args, state, watch.splits, about) if args.evaluate_after and not late else None
     say(summary(args, run, result, ' --protocol=spectrum' if why_no_labels(watch.splits) else ''))
     return run.path
 
@@ -346,7 +349,7 @@ def save_on_the_way_out(run, state, end):
     stop.heard()
     if isinstance(end, Diverged):
         raise end
-    command = f'python3 cli.py train --resume={run.folder.name}{places(run.args)}'
+    command = f'python3 cli.py train --resume={name_of_run(run.args, run.folder)}{places(run.args)}'
     try:
         if isinstance(end, stop.Stopped) and state.position != run.position:  # the same step in all processes
             state.agree()
@@ -369,12 +372,13 @@ def save_on_the_way_out(run, state, end):
 
 def summary(args, run, result, protocol):
     """The last lines of a run: what came out, where it is, what to do next. protocol: an option of evaluate, or ''."""
-    name, logs = f'{run.folder.name}/{run.path.name if run.path else ""}', path_of(args.log_path) / run.folder.name
+    called, logs = name_of_run(args, run.folder), path_of(args.log_path) / run.folder.name
+    name = f'{called}/{run.path.name if run.path else ""}'
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
     if args.init_from and run.path:
         best = best_of_run(run.folder, checkpoints(run.folder))
-        name = f'{run.folder.name}/{best.name}'
+        name = f'{called}/{best.name}'
         lines.append(f'best         {best}')
     if judged := verdict.of_run(run.folder, run.position[0], args):
         lines.append('verdict      {}: {}'.format(*judged))

@@ -16,6 +16,7 @@ import torch
 from config import ROOT, UserError, WorkError
 from distributed import first_here, rank, start, world
 from records import csv_of, put_aside
+from terminal import first_line
 
 
 def get_device(args):
@@ -137,7 +138,7 @@ def why_not_compiled(device):
     try:
         torch.compile(lambda x: (x + 1).relu())(torch.zeros(8, device=device))
     except Exception as error:  # of a compiler, of Triton, of the driver
-        return f'torch.compile fails: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}'
+        return f'torch.compile fails: {first_line(error)[:200]}'
     return ''
 
 
@@ -222,9 +223,12 @@ def short_paths_for_processes():
         tempfile.tempdir = before
 
 
+@functools.cache
 def cpu_count():
-    """CPU cores this process may use (a container's or a job's share, not the machine's)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    """CPU cores this process may use: a job's share, or the quota of a container, not the machine's."""
+    from joblib import cpu_count  # scikit-learn brings it; it knows cgroups
+
+    return cpu_count()
 
 
 def write_aside(path, write):

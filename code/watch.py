@@ -45,7 +45,7 @@ class Watch:
         self.args, self.run = args, run
         train, self.val = iterators['train'].dataset, iterators['val']
         self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
-        if iterators['test'] not in (None, self.val):
+        if iterators.get('test') not in (None, self.val):
             self.splits['test'] = iterators['test'].dataset
         self.bank = in_order(args, labelled(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)

@@ -74,7 +74,7 @@ def rows_of(folder, options):
         if path == first:
             start, weights, epoch = judged, {**model.backbone.state_dict()}, 'start'
         rows[epoch] = numbers(judged, start)
-    trained = {**model.backbone.state_dict()}
+    trained = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     for share in SHARES:
         model.backbone.load_state_dict(average_weights(weights, trained, share))
         rows[f'{epoch}, {share:g} of the start'] = numbers(judge(args, model.backbone, splits), start)
@@ -99,7 +99,8 @@ def main(runs, output, ckpt_path='data/checkpoints', **options):
             'freeze_bn',
         )
         kept += ('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation')
-        known[name] = {'options': {option: about[option] for option in kept}, 'rows': rows}
+        options_of_run = {option: about[option] for option in kept} | {'init_from': Path(about['init_from']).name}
+        known[name] = {'options': options_of_run, 'rows': rows}
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(json.dumps(known, indent=1) + '\n')
         for split in ('val', 'test'):

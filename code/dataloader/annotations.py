@@ -6,14 +6,46 @@ from collections import Counter
 import numpy as np
 
 from config import WorkError
+from dataloader.images import opened, sizes_of
+from terminal import shown
 
 LARGEST = 1e6  # pixels from an image's corner: what lies beyond is no box of one
+
+
+def measured(path, table, folder, progress=iter):
+    """The table with the width and height of every image as its file has them: upright, as people and most tools see
+    it, or where the table says so as it is stored (`stored`). What is 0 or missing in a table is unknown, and taken
+    from the file. Raises WorkError where a table says other sizes than the files have, with their number."""
+    images, wrong = [], []
+    for image in progress(table['images']):
+        said = image.get('width') or 0, image.get('height') or 0
+        try:
+            with opened(folder / image['file_name'], image['file_name']) as file:
+                stored, upright = sizes_of(file)
+        except WorkError:  # whoever reads it says so; what is unknown stays so
+            images.append({**image, 'width': said[0] or LARGEST, 'height': said[1] or LARGEST})
+            continue
+        if said in ((0, 0), upright):
+            images.append({**image, 'width': upright[0], 'height': upright[1]})
+        elif said == stored:
+            images.append({**image, 'stored': True})
+        else:
+            wrong.append((image['file_name'], said, upright))
+    if wrong:
+        name, said, found = wrong[0]
+        raise WorkError(
+            f'{path}: {len(wrong)} of the {len(table["images"])} images have another size than it says, such as '
+            f'{shown(name)}: {said[0]} x {said[1]} pixels there, {found[0]} x {found[1]} in the file; boxes would lie '
+            'elsewhere: annotate these files, or take those that were annotated'
+        )
+    return {**table, 'images': images}
 
 
 def checked(path, table, folder, masks):
     """(the table that `path` has, of images in `folder`, each annotation with id, area and iscrowd; how many are left
     out, for they have no area or lie outside of their image). Raises WorkError for one that cannot be used."""
     inside(table, folder)
+    table = measured(path, table, folder)
     for kind in ('images', 'categories'):
         if reason := why_not_told_apart([each['id'] for each in table[kind]]):
             raise WorkError(f'{path}: the ids of the {kind} {reason}')

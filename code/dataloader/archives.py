@@ -29,7 +29,7 @@ MAGIC = {
 }
 LONGEST_CLASS = 1000  # bytes of a .cls file
 LINK = '(a link, or no plain file)'
-RULES = 4  # which index_of follows; an index of earlier ones is made again
+RULES = 5  # which index_of follows; an index of earlier ones is made again
 
 
 def open_archives(paths, cache_path, progress):
@@ -73,7 +73,7 @@ def index_of(paths, progress):
     entries.sort()
     tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for _, name, *_ in entries if b'/' in name)
     folders = sorted(tops)
-    names = Names(name for _, name, *_ in entries)
+    names = Names(told_apart([(name, number) for _, name, number, *_ in entries], paths))
     owners = [owner_of(name, archive, classes) for _, name, archive, *_ in entries]
     known = sorted({*owners} - {None}, key=lambda name: (not name.isdecimal(), name.isdecimal() and int(name), name))
     number = {name: i for i, name in enumerate(known)} | {None: -1}
@@ -101,6 +101,19 @@ class Rest:
     others: Counter = field(default_factory=Counter)  # what is not read, by kind
     said: list = field(default_factory=list)  # what is to be known whenever they are read
     classes: dict = field(default_factory=dict)  # of one archive: {name of a .cls without its ending: what it says}
+
+
+def told_apart(entries, paths):
+    """The names of images, (name, number of its archive) each, as they are shown and written: where archives have names
+    in common, as shards whose keys begin anew in each, the archive's goes before the file's."""
+    if len({name for name, _ in entries}) == len(entries):
+        return [name for name, _ in entries]
+    stems = [os.fsencode(path.name.removesuffix('.tar')) for path in paths]
+    found = []
+    for name, number in entries:
+        folder, slash, file = name.rpartition(b'/')
+        found.append(folder + slash + stems[number] + b':' + file)
+    return found
 
 
 def packed_as(path):

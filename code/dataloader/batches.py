@@ -21,10 +21,10 @@ from utils import cpu_count, give_freed_memory_back
 CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
 PATIENCE = 45.0  # seconds in which none of them has done anything: they hang
 GO_ON = '--resume=auto goes on from the last checkpoint'
-DEATHS = {  # what helps, by the signal that ended a process
-    signal.SIGKILL: 'as the system does where memory runs out: try a lower --num_workers',
-    signal.SIGBUS: 'as where /dev/shm is full: docker run --shm-size=8g, or a lower --num_workers (0 needs none)',
-    signal.SIGSEGV: 'a fault in a library that reads images: --num_workers=0 shows at which one',
+DEATHS = {  # what helps, by the name of the signal that ended a process
+    'SIGKILL': 'as the system does where memory runs out: try a lower --num_workers',
+    'SIGBUS': 'as where /dev/shm is full: docker run --shm-size=8g, or a lower --num_workers (0 needs none)',
+    'SIGSEGV': 'a fault in a library that reads images: --num_workers=0 shows at which one',
 }
 
 
@@ -50,6 +50,7 @@ class Batches(torch.utils.data.DataLoader):
             collate_fn=as_it_is,
             worker_init_fn=in_worker,
             timeout=CHECK if num_workers else 0,
+            multiprocessing_context=start_method() if num_workers else None,
             **more,
         )
 
@@ -70,7 +71,7 @@ class Batches(torch.utils.data.DataLoader):
             return
         if not again:
             batches._workers_done_event = Over(batches._workers_done_event, batches._workers)
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
             # torch's own handler raises in the middle of whatever is done when a process ends; here it is noticed when
             # its batch is waited for.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -188,7 +189,7 @@ def explain(workers):
             continue
         if worker.exitcode < 0:
             number = signal.Signals(-worker.exitcode)
-            helps = DEATHS.get(number, 'by somebody else')
+            helps = DEATHS.get(number.name, 'by somebody else')
             raise WorkerDied(f'a process that reads images was ended by {number.name}, {helps}; {GO_ON}') from None
         raise WorkerDied(f'a process that reads images ended with exit code {worker.exitcode}; {GO_ON}') from None
 
@@ -204,6 +205,14 @@ def work_of(workers):
             return None
         done.append((fields[11], fields[12], read))  # user and system time; characters read
     return done
+
+
+def start_method():
+    """How dataloader workers are started: as multiprocessing was told, else on Linux by fork, also with Python 3.14,
+    whose default imports everything anew in each, for every kNN test and every measure; elsewhere by the default."""
+    if multiprocessing.get_start_method(allow_none=True) is None and sys.platform == 'linux':
+        return 'fork'
+    return None
 
 
 def in_worker(_):

@@ -23,6 +23,7 @@ class Boxes(Dataset):
     table: dict
     left_out: int  # boxes without an area, or outside of their image
     masks: bool
+    white: float = 0.0  # of images.rgb
 
     def __post_init__(self):
         self.of_image = {image['id']: [] for image in self.table['images']}
@@ -62,7 +63,8 @@ class Boxes(Dataset):
         """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""
         index, mirror = key
         entry = self.table['images'][index]
-        image = torch.from_numpy(np.array(decode(self.folder / entry['file_name']))).permute(2, 0, 1) / 255
+        picture = decode(self.folder / entry['file_name'], white=self.white, upright=not entry.get('stored'))
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
         kept = [box for box in self.of_image[entry['id']] if not box['iscrowd']]
         boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height to left, top, right, bottom
@@ -84,10 +86,11 @@ class Boxes(Dataset):
         return image, target
 
 
-def load_boxes(folder, masks):
-    """{'train': Boxes, 'val': Boxes} of a folder in either format. Raises UserError where it is in neither."""
+def load_boxes(folder, masks, white=0.0):
+    """{'train': Boxes, 'val': Boxes} of a folder in either format. white: of images.rgb. Raises UserError
+    where it is in neither."""
     if (folder / 'annotations').is_dir():
-        splits = {split: Boxes(*coco_split(folder, split, masks), masks) for split in ('train', 'val')}
+        splits = {split: Boxes(*coco_split(folder, split, masks), masks, white) for split in ('train', 'val')}
         names = [{each['id']: each['name'] for each in splits[split].table['categories']} for split in splits]
         if names[0] != names[1]:
             raise WorkError(f'the categories of train and of val in {folder}/annotations are not the same')
@@ -97,7 +100,7 @@ def load_boxes(folder, masks):
             raise UserError('--detector=mask_rcnn wants masks, which the VOC format has not: take faster_rcnn or COCO')
         numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
         found = zip(('train', 'val'), voc_lists(folder), strict=True)
-        return {split: Boxes(*voc_split(folder, path, numbers), masks) for split, path in found}
+        return {split: Boxes(*voc_split(folder, path, numbers), masks, white) for split, path in found}
     raise UserError(f'--detection_path: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 

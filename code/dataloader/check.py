@@ -12,6 +12,7 @@ from dataloader.prepare import each
 from dataloader.ranges import warn_of_range
 from logger import say
 from photos import choose_preset
+from records import try_writing
 from terminal import complain, shown
 from utils import prepare_batch, random_from, use_device
 
@@ -25,6 +26,8 @@ def check_dataloader(args):
     """
     root = path_of(args.image_path)
     use_device(args)
+    path = path_of(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
+    try_writing(path)
     parts = parts_of(args)
     args = choose_preset(args, parts)
     unreadable, read = read_all(parts)
@@ -47,8 +50,6 @@ def check_dataloader(args):
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = distorted(args, iterators['train'].dataset, images[:16])
-    path = path_of(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
-    path.parent.mkdir(parents=True, exist_ok=True)
     vision.picture([vision.denormalise(view, args) for view in views], path)
     say(f'the two views of {len(views[0])} images: {shown(path)}')
 

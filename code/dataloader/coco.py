@@ -15,6 +15,11 @@ def coco_split(folder, split, masks):
     files = sorted((folder / 'annotations').glob(f'instances_{split}*.json'))
     if not files:
         raise UserError(f'--detection_path: there is no {folder}/annotations/instances_{split}*.json')
+    if len(files) > 1:
+        names = ' and '.join(path.name for path in files[:2])
+        raise UserError(
+            f'--detection_path: {folder}/annotations has both {names}: which of them is {split}? Move one out'
+        )
     own = files[0].stem.removeprefix('instances_')
     places = [folder / own, folder / 'images' / own, folder / split, folder / 'images' / split, folder / 'images']
     images = next((place for place in places if place.is_dir()), None)

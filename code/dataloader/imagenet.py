@@ -1,5 +1,6 @@
 """ImageNet (ILSVRC 2012) as it is downloaded: a tar of class tars, a tar of images, and their labels in the devkit."""
 
+import csv
 import io
 import re
 import tarfile
@@ -19,6 +20,33 @@ def archives_of(root):
     """{split: archive} of those that `root` holds, {} without the training images."""
     found = {name: root / file for name, file in ARCHIVES.items() if (root / file).is_file()}
     return found if 'train' in found else {}
+
+
+KAGGLE, SOLUTION = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC'), 'LOC_val_solution.csv'
+
+
+def kaggle_of(root):
+    """(the folder of train/, val/ and test/ of ImageNet as Kaggle packs it, the file with val's labels or None) where
+    `root` is the competition's folder, or ILSVRC in it; else None."""
+    for inner in KAGGLE:
+        folder = root / inner
+        if (folder / 'train').is_dir():
+            tables = [place / SOLUTION for place in (root, root.parent, root / 'ILSVRC')]
+            return folder, next((table for table in tables if table.is_file()), None)
+    return None
+
+
+def labels_of_table(table, names, classes):
+    """Labels of the validation images, N int64, by Kaggle's table: ImageId, then the class and a box, and so on.
+    classes: those of train. Raises WorkError where it is damaged or lacks an image."""
+    try:
+        with open(table, newline='', encoding='utf-8') as file:
+            rows = csv.DictReader(file)
+            owner = {row['ImageId']: row['PredictionString'].split()[0] for row in rows}
+        number = {name: i for i, name in enumerate(classes)}
+        return torch.tensor([number[owner[name.rsplit('/', 1)[-1].rsplit('.', 1)[0]]] for name in names])
+    except (OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise WorkError(f'{shown(table)} is damaged, or not of these images: {error!r}') from None
 
 
 def labels_of(root, names):

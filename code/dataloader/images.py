@@ -128,6 +128,37 @@ def levels_of(image):
     return levels.view(np.uint32) if unsigned and levels.dtype == np.int32 else levels
 
 
+ORIENTATION = 274  # EXIF's tag: how a picture is to be turned to stand upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_of(image):
+    """How an opened image is turned to stand upright, of TURNS; None where it does. Pillow turns a TIFF itself."""
+    if image.format == 'TIFF':
+        return None
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # damaged EXIF is no orientation
+        return None
+
+
+def sizes_of(image):
+    """((width, height) as the file has it, (width, height) upright) of an opened image."""
+    stored = image.size
+    if image.format == 'TIFF' and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned as it is loaded
+        return stored, stored[::-1]
+    turned = turn_of(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+    return stored, stored[::-1] if turned else stored
+
+
 def shrink(image, factor):
     """Let the JPEG decoder leave out detail that a resize by `factor` would: half of the factor at the most.
 
@@ -141,16 +172,19 @@ def shrink(image, factor):
     return 1
 
 
-def decode(source, name=None, least=None, white=0.0):
+def decode(source, name=None, least=None, white=0.0, upright=False):
     """A file as a PIL image in RGB.
 
     least: the side that the image is wanted with at least; a JPEG is then decoded to 1/2, 1/4 or 1/8 of its sides, as
-    long as the shorter one stays twice as long. white: of rgb. Raises WorkError where it cannot be read.
+    long as the shorter one stays twice as long. white: of rgb. upright: turned as its EXIF says. Raises WorkError where
+    it cannot be read.
     """
     with opened(source, name or source) as image:
         if least:
             shrink(image, min(image.size) / least)
-        return rgb(image, white)
+        turn = turn_of(image) if upright else None
+        image = rgb(image, white)
+        return image if turn is None else image.transpose(turn)
 
 
 def pixels_of(image, white=0.0):

@@ -6,6 +6,7 @@ FOLDER/...                            any other folder: images at any depth, wit
 train.tar, train-000000.tar, ...      in place of each split's folder; or all in one FILE.tar
 train.txt, FILE.txt                   a list: a path a line, after a tab its class if wanted
 ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
+ILSVRC/Data/CLS-LOC/...               ImageNet as Kaggle packs it
 """
 
 import os
@@ -19,7 +20,7 @@ from dataloader.archives import PACKED, open_archives
 from dataloader.images import is_image
 from dataloader.lists import listed
 from dataloader.names import Names
-from dataloader.packed import ARCHIVE, in_one_archive, of_archives
+from dataloader.packed import ARCHIVE, braced, in_one_archive, numbered_in, of_archives
 from dataloader.part import Part, part_of, plain, unlabelled
 from dataloader.scan import right_in, scan
 from dataloader.splits import SPLITS, split_of, wants_train
@@ -27,12 +28,17 @@ from dataloader.stores.files import Files
 from logger import say
 from terminal import shown
 
+# A folder's name in names that stand one after the other: it follows a / (or begins), and ends in one.
+BELOW = re.compile(rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLITS) + rb')(?:[-_ ]?20\d\d)?)/', re.I)
+
 
 def find(root, cache_path, progress):
     """{'train': Part, 'val': Part, ...} of what --image_path names, the splits that are there; train always is.
 
     progress: logger.progress. Raises UserError where there are no images, or the layout is none of the above.
     """
+    if archives := braced(root):
+        return {'train': of_archives(archives, cache_path, progress)}
     if root.is_file():
         return (
             {'train': whole(root, cache_path, progress)}
@@ -48,12 +54,17 @@ def find(root, cache_path, progress):
             else:
                 found[name] = Part(path, store, *imagenet.labels_of(root, images.names), images.others, images.passed)
         return found
+    if kaggle := imagenet.kaggle_of(root):
+        return of_kaggle(root, *kaggle, cache_path, progress)
     places = places_of(root)
     if not places:
         if inner := inner_of(root):
             say(f'{shown(root)} holds the splits of {shown(inner.relative_to(root))}, and nothing else')
             return find(inner, cache_path, progress)
+        if archives := numbered_in(root):
+            return {'train': of_archives(archives, cache_path, progress)}
         found = scan_with_bar(root, progress)
+        check_no_splits_below(root, found.names)
         return {'train': plain(root, found, Files(root, found.names))}
     wants_train(root, {name: paths[0].name for name, paths in places.items()})
     check_is_no_class(root, places)
@@ -64,6 +75,41 @@ def find(root, cache_path, progress):
         except UserError as error:  # nothing is trained or judged on it
             say(f'{error}; there is no test then')
     return parts
+
+
+def of_kaggle(root, folder, table, cache_path, progress):
+    """The Parts of ImageNet as Kaggle packs it: val's labels are in a table, test has none."""
+    say(f'{shown(root)} is ImageNet as Kaggle packs it: {shown(folder.relative_to(root))}')
+    parts = {}
+    for name in ('train', 'val', 'test'):
+        if (folder / name).is_dir():
+            parts[name] = of_place([folder / name], cache_path, progress)
+    if 'val' in parts and not parts['val'].classes:
+        if table is None:
+            say(f'the labels of val are in {imagenet.SOLUTION}, which is not there: val has no classes')
+        else:
+            val = parts['val']
+            val.labels = imagenet.labels_of_table(table, val.store.names, parts['train'].classes)
+            val.classes = parts['train'].classes
+    return parts
+
+
+def check_no_splits_below(root, names):
+    """Raise UserError where images that are about to be taken for one set lie in folders called train and val, or test:
+    what is to be judged on would be trained on."""
+    found = {}
+    for match in BELOW.finditer(names.data):
+        found.setdefault(split_of(os.fsdecode(match[1])), match)
+        if 'train' in found and len(found) > 1:
+            break
+    if 'train' in found and len(found) > 1:
+        first = next(name for name in names if f'/{os.fsdecode(found["train"][1])}/' in f'/{name}')
+        above = first[: f'/{first}'.index(f'/{os.fsdecode(found["train"][1])}/')].rstrip('/')
+        kinds = ' and '.join(shown(match[1]) for match in found.values())
+        raise UserError(
+            f'{shown(root)} has no splits itself, and folders called {kinds} lie below it: is {shown(root / above)} '
+            'meant? Name that as --image_path; to train on all of it as one set, call them otherwise'
+        )
 
 
 def inner_of(root):
@@ -170,6 +216,8 @@ def splits_in(root):
 def of_place(paths, cache_path, progress):
     """The Part of one split: its folder, its list, or its archives."""
     if paths[0].is_dir():
+        if archives := numbered_in(paths[0]):
+            return of_archives(archives, cache_path, progress)
         found = scan_with_bar(paths[0], progress)
         return part_of(paths[0], found, Files(paths[0], found.names))
     if not is_tar(paths[0]):

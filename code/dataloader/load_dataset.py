@@ -11,21 +11,24 @@ on the device, a batch at a time; where the device is the CPU, the workers share
 """
 
 import functools
+import unicodedata
 from dataclasses import replace
 
 import torch
 
-from config import ROOT, UserError, path_of
+from config import ROOT, UserError, path_of, same_path
 from dataloader import demo, layout, prepare, remarks
 from dataloader.batches import Batches, workers_for
 from dataloader.keys import Keys
+from dataloader.packed import braced
 from dataloader.part import hold_out
 from dataloader.split import Images
 from dataloader.stores.memory import Memory
 from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
 from distributed import in_turn, rank, world
 from logger import progress, say
-from terminal import complain, shown
+from records import clear_parts
+from terminal import complain, shown, some
 from utils import get_device, prepare_batch
 
 LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte
@@ -139,6 +142,7 @@ def load_splits(args, parts=None):
     Of several processes the first of a machine draws, fetches, indexes and decodes what is kept for the others.
     """
     with in_turn():
+        clear_parts(path_of(args.cache_path))
         return splits_of(args, parts or parts_of(args))
 
 
@@ -147,17 +151,23 @@ def splits_of(args, parts):
     train, val = parts['train'], parts.get('val')
     # The classes are train's; where train has none, val's: pretraining needs no label.
     classes = train.classes or (val.classes if val else [])
-    number = {name: i for i, name in enumerate(classes)}
+    number = {composed(name): i for i, name in enumerate(classes)}
+    if len(number) < len(classes):
+        double = next(name for i, name in enumerate(classes) if number[composed(name)] != i)
+        raise UserError(
+            f'{shown(train.where)} has the class {shown(double)!r} twice, spelled in two ways of Unicode (macOS writes '
+            'letters and their accents apart): move the images of one into the other'
+        )
     splits = {'train': None, 'val': None, 'test': None}
     for name, part in parts.items():
         own = part.classes if (part.labels >= 0).any() else []
-        extra = sorted(set(own) - set(classes))
+        extra = sorted(name for name in own if composed(name) not in number)
         if extra:
             said = f'{shown(part.where)} has the class {shown(extra[0])!r}, which {shown(train.where)} has not'
             if name != 'test':
                 raise UserError(f'{said}: spelled otherwise?')
             say(f'{said}: its images count as without a class')  # test/unknown, as where labels are a secret
-        table = torch.tensor([*(number.get(owner, -1) for owner in own), -1])  # the last for -1
+        table = torch.tensor([*(number.get(composed(owner), -1) for owner in own), -1])  # the last for -1
         splits[name] = of_part(args, part, table[part.labels], classes)
     if len(train.classes) == 1 and not rank():
         complain('warning', f'{shown(train.where)} has one class, {shown(classes[0])!r}: accuracies say nothing')
@@ -165,16 +175,22 @@ def splits_of(args, parts):
     return splits
 
 
+def composed(name):
+    """A class's name as it is compared: letters and their accents as one, for macOS writes them apart (NFD) and others
+    do not (NFC), and a set may come from both."""
+    return unicodedata.normalize('NFC', name)
+
+
 def parts_of(args):
     """{'train': Part, ...} as --image_path has them; train's held-out share is val where there is none."""
     root = path_of(args.image_path)
-    if args.preset == 'demo' and root == ROOT / 'data/demo':
+    if args.preset == 'demo' and same_path(root, ROOT / 'data/demo'):
         demo.make_demo(root, lambda jobs: progress(jobs, 'drawing the demo set', 'images'))
     if args.download:
         download(root)
     if kind := torchvision_kind(root):
         return torchvision_splits(root, kind)
-    if not root.exists():
+    if not root.exists() and not braced(root):
         hint = 'or try the demo: --preset=demo alone'
         if root.name in TORCHVISION:
             hint = f'or fetch it: --download=True; {hint}'
@@ -210,6 +226,10 @@ def of_part(args, part, labels, classes):
     store, where, kept = part.store, part.where, path_of(args.cache_path) / part.share
     if args.bad_images == 'skip' and not isinstance(store, Memory):
         rows = prepare.readable(store, where, kept)
+        lost = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
+        if lost and not rank():
+            names = some([shown(classes[label]) for label in sorted(lost)])
+            complain('warning', f'{shown(where)}: no image of the class {names} can be read: it is there no more')
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if not isinstance(store, Memory):
         held = prepare.hold_in_memory(store, where, args.cache_images, args.pixel_max, kept)

@@ -6,17 +6,19 @@ import tarfile
 
 from PIL import Image
 
-from config import UserError, path_of
+from config import UserError, WorkError, path_of, same_path
 from dataloader.images import is_image
 from dataloader.load_dataset import parts_of
 from dataloader.prepare import readable, smaller
 from dataloader.scan import OF_SYSTEMS
 from dataloader.stores.memory import Memory
 from logger import progress, say
-from terminal import hushed, shown
+from records import try_writing
+from terminal import complain, hushed, shown
 from utils import write_aside
 
 QUALITY = 95  # of JPEG, where images are made smaller
+JPEG_SIDE = 65_500  # px, the most that the library writes
 
 
 def pack(args):
@@ -29,10 +31,11 @@ def pack(args):
     if not args.output:
         raise UserError('pack wants --output=FOLDER, for the archives')
     output = path_of(args.output)
-    if output == path_of(args.image_path) or output.suffix == '.tar':
+    if same_path(output, path_of(args.image_path)) or output.suffix == '.tar':
         raise UserError(f'--output={args.output}: name another folder, for the archives')
     if there := sorted(output.glob('*-??????.tar')):
         raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
+    try_writing(output / 'train-000000.tar')
     parts = parts_of(args)
     for part in parts.values():
         if part.classes and (none := int((part.labels < 0).sum())):
@@ -43,15 +46,15 @@ def pack(args):
     for name, part in parts.items():
         if args.bad_images == 'skip' and not isinstance(part.store, Memory):
             part = part.select(readable(part.store, part.where, path_of(args.cache_path) / part.share))
-        shards = write_split(args, output, name, part)
-        say(f'{name:5}  {len(part.labels)} images in {shards} archives')
+        shards, left_out = write_split(args, output, name, part)
+        say(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
     say(f'use them: --image_path={shown(output)}')
     return output
 
 
 def write_split(args, output, name, part):
-    """Write the archives of one split; returns how many."""
-    rows, number = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0
+    """Write the archives of one split; returns how many, and how many images were left out."""
+    rows, number, left_out = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0, []
     folders, taken = folders_of(part.classes), {}
     ahead = next(rows, None)
     while ahead is not None:
@@ -61,13 +64,20 @@ def write_split(args, output, name, part):
             nonlocal ahead
             with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, hushed():
                 while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
-                    member, content = entry(args, part, ahead, folders)
-                    add(archive, another(member, taken), content)
+                    try:
+                        member, content = entry(args, part, ahead, folders)
+                        add(archive, another(member, taken), content)
+                    except WorkError as error:
+                        if args.bad_images != 'skip':
+                            raise
+                        left_out.append(str(error))  # said when standard error is heard again
                     ahead = next(rows, None)
 
         write_aside(path, write)
         number += 1
-    return number
+    for line in left_out:
+        complain('warning', f'{line}; left out')
+    return number, len(left_out)
 
 
 def entry(args, part, row, folders):
@@ -81,6 +91,11 @@ def entry(args, part, row, folders):
     name = b'/'.join(parts)
     if args.pack_side:
         image, buffer = Image.fromarray(smaller(part.store, row, args.pack_side, args.pixel_max)), io.BytesIO()
+        if max(image.size) > JPEG_SIDE:
+            raise WorkError(
+                f'{shown(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '
+                f'{JPEG_SIDE} a side at most: leave --pack_side out, or the image (--bad_images=skip)'
+            )
         image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
         return name if name.lower().endswith((b'.jpg', b'.jpeg')) else name + b'.jpg', buffer.getvalue()
     with part.store.opened(row) as image:

@@ -13,20 +13,54 @@ from dataloader.splits import SPLITS, split_of, wants_train
 from logger import say
 from terminal import shown
 
-ARCHIVE = re.compile(r'([a-z]+)(-\d+)?\.tar')
+# train.tar, train-000000.tar, imagenet1k-train-0000.tar
+ARCHIVE = re.compile(r'(?:[\w.]+-)*?([a-z]+)(-\d+)?\.tar')
+NUMBERED = re.compile(r'(?:[\w.]+-)?\d+\.tar')  # 00000.tar of img2dataset, shard-000000.tar
+BRACES = re.compile(r'(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)')  # as WebDataset and shells write them
 
 
 def of_archives(paths, cache_path, progress):
     """The Part of one split, in these archives."""
     found, store, by_cls = open_archives(paths, cache_path, progress)
     labels, classes = by_cls or (None, [])
-    own, whole = SPLITS[re.split(r'[-.]', paths[0].name.lower())[0]], (found, store, labels)
+    where = named_together(paths)
+    match = ARCHIVE.fullmatch(paths[0].name.lower())
+    own, whole = SPLITS.get(match[1]) if match else None, (found, store, labels)
     while len(found.folders) == 1 and not found.loose:  # tar cf train.tar photos/train
         name = found.folders[0]
         found, store, labels = inside(found, store, 0, labels)
-        if split_of(name) == own:
-            return as_part(paths[0], found, store, labels, classes)
-    return as_part(paths[0], *whole, classes)
+        if own and split_of(name) == own:
+            return as_part(where, found, store, labels, classes)
+    return as_part(where, *whole, classes)
+
+
+def numbered_in(folder):
+    """The numbered archives right in a folder, in order."""
+    return sorted(path for path in folder.iterdir() if NUMBERED.fullmatch(path.name.lower()) and path.is_file())
+
+
+def braced(path):
+    """The archives that a path with braces names, train-{000000..000002}.tar; [] of another. Raises UserError where one
+    is not there."""
+    match = BRACES.fullmatch(path.name)
+    if not match:
+        return []
+    before, first, last, after = match.groups()
+    paths = [path.with_name(f'{before}{number:0{len(first)}d}{after}') for number in range(int(first), int(last) + 1)]
+    if gone := [each for each in paths if not each.is_file()]:
+        raise UserError(f'{shown(path)} names {len(paths)} archives, and {len(gone)} are not there: {shown(gone[0])}')
+    if not paths:
+        raise UserError(f'{shown(path)} names no archive: the first number is the larger')
+    return paths
+
+
+def named_together(paths):
+    """One path that names all archives, as a shell would: val-{000000..000002}.tar."""
+    if len(paths) == 1:
+        return paths[0]
+    first, last = (path.name.removesuffix('.tar') for path in (paths[0], paths[-1]))
+    shared = os.path.commonprefix((first, last)).rstrip('0123456789')
+    return paths[0].with_name(f'{shared}{{{first[len(shared) :]}..{last[len(shared) :]}}}.tar')
 
 
 def in_one_archive(path, cache_path, progress):

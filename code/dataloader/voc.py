@@ -57,7 +57,7 @@ def voc_split(folder, path, numbers):
         try:
             size = root.find('size')
             name = image_of(place, line, root.findtext('filename'))
-            width, height = int(size.findtext('width')), int(size.findtext('height'))
+            width, height = (int(size.findtext(side) or 0) if size is not None else 0 for side in ('width', 'height'))
             images.append({'id': number, 'file_name': name, 'width': width, 'height': height})
             for thing in root.iter('object'):
                 number_of = numbers[name_of(thing, file)]

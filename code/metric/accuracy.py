@@ -9,6 +9,13 @@ def topk_accuracy(scores, labels, k):
     return 100.0 * (best == labels[:, None]).any(1).double().mean().item()
 
 
+def class_accuracies(scores, labels):
+    """Accuracy in percent of each class, C; nan of one without images. scores: N x C; labels: N."""
+    classes = scores.shape[1]
+    right = torch.bincount(labels[scores.argmax(1) == labels], minlength=classes)
+    return 100.0 * right.double() / torch.bincount(labels, minlength=classes)
+
+
 def confusion(scores, labels):
     """C x C counts: row the true class, column the predicted one. scores: N x C; labels: N."""
     classes = scores.shape[1]

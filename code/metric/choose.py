@@ -13,6 +13,7 @@ from metric.knn import nearest
 
 NEIGHBOURS = 20  # of an image that say how typical it is (TypiClust, section 3)
 MOST_CLUSTERS = 500
+PART = 1024  # rows whose cosines to all are held at once
 
 
 def directions(x):
@@ -74,19 +75,43 @@ def with_the_mean(x):
     return torch.cat((x, (~x.any(1, keepdim=True)).to(x)), 1)
 
 
-def near_pairs(x, least):
-    """(pairs of rows, P x 2, smaller number first; their cosines) above `least`, the nearest first."""
+def near_groups(x, least):
+    """Groups of near-duplicates, N x d: two rows are of one group where a chain of cosines above `least` joins them.
+
+    Returns (rows, M; the number of the group of each, M, 0 the largest; the row nearest to each, M; its cosine, M). The
+    rows come group by group. The memory grows with the rows, not with the pairs that are near.
+    """
     x = with_the_mean(directions(x))
-    found, values = [], []
-    for start in range(0, len(x), 1024):
-        cosine = x[start : start + 1024] @ x.T
-        rows, others = (cosine > least).nonzero().T
-        keep = rows + start < others
-        found.append(torch.stack((rows[keep] + start, others[keep]), 1).cpu())
-        values.append(cosine[rows[keep], others[keep]].cpu())
-    pairs, values = torch.cat(found), torch.cat(values)
-    order = values.argsort(descending=True)
-    return pairs[order], values[order]
+    count, near, cosines = len(x), torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), -2.0)
+    labels, before = torch.arange(count, device=x.device), None
+    while before is None or not torch.equal(labels, before):  # each row takes the least number that it touches
+        before, found = labels, labels.clone()
+        for start in range(0, count, PART):
+            cosine = x[start : start + PART] @ x.T
+            here = torch.arange(len(cosine), device=x.device)
+            if start == 0 or cosines[start] == -2.0:
+                alone = cosine.index_put((here, here + start), cosine.new_tensor(-2.0))
+                values, rows = alone.max(1)
+                cosines[start : start + PART], near[start : start + PART] = values.cpu(), rows.cpu()
+            touched = torch.where(cosine > least, labels, count).min(1).values
+            found[start : start + PART] = torch.minimum(touched, found[start : start + PART])
+        labels = found[found]
+    labels = labels.cpu()
+    rows = (torch.bincount(labels, minlength=count)[labels] > 1).nonzero()[:, 0]
+    _, number, counts = labels[rows].unique(return_inverse=True, return_counts=True)
+    place = torch.empty_like(counts)
+    place[counts.argsort(descending=True, stable=True)] = torch.arange(len(counts))
+    order = place[number].argsort(stable=True)
+    rows, number = rows[order], place[number][order]
+    return rows, number, near[rows], cosines[rows]
+
+
+def nearest_pairs(rows, near, cosines):
+    """[(row, other, cosine)] of near_groups' rows and the row nearest to each, each pair once, the nearest first."""
+    found = {}
+    for row, other, cosine in zip(rows.tolist(), near.tolist(), cosines.tolist(), strict=True):
+        found.setdefault((min(row, other), max(row, other)), cosine)
+    return [(*pair, cosine) for pair, cosine in sorted(found.items(), key=lambda item: -item[1])]
 
 
 def oddest(x, count):

@@ -7,6 +7,8 @@ import torchvision
 from torch import nn
 from torchvision.models import regnet, resnet
 
+from terminal import first_line
+
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
@@ -119,7 +121,7 @@ def built(make, name, size, **more):
 
 
 def refused(size, error):
-    return f'it does not take images of {size} px ({(str(error).strip() or type(error).__name__).splitlines()[0]})'
+    return f'it does not take images of {size} px ({first_line(error)})'
 
 
 def width_of(backbone, size):

@@ -12,6 +12,7 @@ import torchvision
 from torchvision.models import vision_transformer
 
 from model.backbone import of_timm, timm_module
+from terminal import first_line
 
 FIRST = 4  # keys of each side that an error shows
 # Of several networks in one file (a teacher and its student, a momentum encoder) the first of these is taken.
@@ -181,4 +182,4 @@ def convert_with_timm(name, size, tensors):
     try:
         return of_timm(name, size, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
     except Exception as error:  # of other people's converters
-        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from None
+        raise ValueError(first_line(error)[:200]) from None

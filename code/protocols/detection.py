@@ -17,7 +17,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 
 from ckpt import new_model
-from config import UserError, WorkError, path_of
+from config import UserError, WorkError, channel_values, path_of
 from dataloader.batches import Batches, workers_for
 from dataloader.boxes import load_boxes
 from dataloader.names import Names
@@ -34,6 +34,7 @@ from utils import extra, get_device, random_from, seed_step
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
 SMALL = {'3': '0', '4': '1', '5': '2'}
+LAST_STRIDE = 32  # pixels of an image that one value of the last map stands for
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
@@ -60,7 +61,7 @@ def splits_of(args):
         raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn')
+    splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn', args.pixel_max)
     if args.bad_images == 'skip':
         splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
@@ -122,7 +123,9 @@ def make_detector(args, backbone, num_classes, masks):
             heads['mask_roi_pool'] = MultiScaleRoIAlign(list(maps), output_size=14, sampling_ratio=2)
         kind = MaskRCNN if masks else FasterRCNN
         size = args.detection_size
-        return kind(pyramid, num_classes + 1, min_size=size, max_size=round(size * 5 / 3), **heads)
+        sizes = {'min_size': size, 'max_size': round(size * 5 / 3)}
+        pixels = {f'image_{name}': [*channel_values(name, getattr(args, name))] for name in ('mean', 'std')}
+        return kind(pyramid, num_classes + 1, **sizes, **pixels, **heads)
 
 
 class Half(torch.nn.Module):
@@ -143,6 +146,11 @@ def fit(args, detector, train):
     """SGD with momentum 0.9 and weight decay 1e-4, a short linear rise of the rate and half a cosine to zero."""
     device = get_device(args)
     size = min(args.detection_batch_size, len(train))
+    if size == 1 and args.detection_size <= LAST_STRIDE:  # a square image is one value of each channel
+        raise UserError(
+            f'--detection_size={args.detection_size}: BN wants more than one value, and one image of that size has one '
+            f'in its last map: --detection_batch_size=2, or a size above {LAST_STRIDE}'
+        )
     steps = len(train) // size
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     bar = progress(title='detection', total=steps * args.detection_epochs)

@@ -64,13 +64,14 @@ def smaller(command, options):
         return ['--preset=demo', '--image_path=data/photos', *FEW, *SMALL[1:]]
     if command == 'evaluate':
         said = dict(option.partition('=')[::2] for option in options)
-        protocol = said.get('--protocol', 'linear')
+        protocol = 'compare' if '--beside' in said else said.get('--protocol', 'linear')
         own = [] if protocol == 'transfer' and said.get('--transfer') != 'finetune' else JUDGE.get(protocol, [])
         demo = any(option == '--ckpt_name=model_name_simsiam_ckpt_0' for option in options)  # 5,000 drawings are many
+        own_set = protocol not in ('transfer', 'detection')
         small = (
             ['--image_path=data/cifar10-jpeg'] if demo else ['--image_size=64']
         )  # of a backbone alone, 224 otherwise
-        return [*own, *small, '--num_workers=1', '--amp=off']
+        return [*own, *(small if own_set else []), '--num_workers=1', '--amp=off']
     return FEW[1:3] if command == 'check_dataloader' else []
 
 

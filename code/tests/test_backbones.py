@@ -187,7 +187,7 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     run = 'model_name_simsiam_ckpt_0'
     assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=knn', *paths]) == 0
     tool = 'timm' if name.startswith('timm/') else 'torchvision'
-    output = tmp_path / 'backbone.pth'
+    output = tmp_path / ('backbone' if tool == 'timm' else 'backbone.pth')
     assert cli.main(['export', f'--ckpt_name={run}', f'--format={tool}', f'--output={output}', paths[0]]) == 0
     capsys.readouterr()
     for other in {'torchvision', 'timm', 'detectron2'} - {tool}:
@@ -196,10 +196,11 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=detection', '--detection_path=x', *paths]) == 2
     assert 'of a ResNet or of small' in one_line(capsys.readouterr().err)
     loads = {
-        'timm': "timm.create_model('convnext_atto', num_classes=0).load_state_dict(state)",
-        'torchvision': 'print(torchvision.models.mobilenet_v3_small().load_state_dict(state, strict=False))',
+        'timm': f"timm.create_model('local-dir:{output}', pretrained=True)",
+        'torchvision': f"state = torch.load('{output}'); "
+        'print(torchvision.models.mobilenet_v3_small().load_state_dict(state, strict=False))',
     }[tool]
-    code = f"import timm, torch, torchvision; state = torch.load('{output}'); {loads}"
+    code = f'import timm, torch, torchvision; {loads}'
     done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=True)
     assert 'unexpected_keys=[]' in done.stdout or tool == 'timm'
     assert 'classifier.3' in done.stdout or tool == 'timm'
@@ -207,7 +208,7 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
 
 @pytest.mark.parametrize(
     ('name', 'how'),
-    [('vit_b_32', 'vit_b_32(image_size=32)'), ('timm/vit_tiny_patch16_224', 'num_classes=0, img_size=32).load_state')],
+    [('vit_b_32', 'vit_b_32(image_size=32)'), ('timm/vit_tiny_patch16_224', 'pretrained=True')],
 )
 def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path, capsys, monkeypatch):
     """And another size than the network was made for is refused as that, not as a damaged file."""
@@ -225,8 +226,13 @@ def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path,
     (checkpoint,) = (tmp_path / 'ckpt').glob('*/loss_*')
     tool, named = 'timm' if name.startswith('timm/') else 'torchvision', f'--ckpt_name={checkpoint}'
     capsys.readouterr()
-    assert cli.main(['export', named, f'--format={tool}', f'--output={tmp_path}/x.pth']) == 0
+    output = tmp_path / ('x' if tool == 'timm' else 'x.pth')
+    assert cli.main(['export', named, f'--format={tool}', f'--output={output}']) == 0
     assert how in capsys.readouterr().out
+    if tool == 'timm':
+        import timm
+
+        assert timm.create_model(f'local-dir:{output}', pretrained=True)(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
     assert cli.main(['evaluate', named, '--protocol=knn', '--image_size=64', *paths]) == 2
     assert f'--image_size=64: {name} was made for 32 px: leave the option out' in one_line(capsys.readouterr().err)
 

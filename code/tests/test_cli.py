@@ -79,6 +79,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     assert (content['epoch'], round(content['loss'], 4)) == (2, float(loss))
     assert content['args']['image_path'] == str(drawn)
     assert sorted(p.name.split('_')[0] for p in path.parent.iterdir()) == [
+        'checkpoints.json',
         'log.txt',
         'loss',
         'loss',
@@ -393,6 +394,7 @@ def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
     said = capsys.readouterr()
     names = {path.name for path in (trained[0] / 'ckpt' / f'{RUN}0').iterdir()}
     assert {line.removeprefix(f'{RUN}0/') for line in said.out.split()} == names - {
+        'checkpoints.json',
         'run.json',
         'log.txt',
         'metrics.jsonl',

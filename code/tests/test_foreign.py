@@ -318,7 +318,8 @@ def test_features_that_are_no_numbers_are_no_result(protocol, drawn, tmp_path, c
     state = torchvision.models.resnet18().state_dict()
     state = {name: value * 1e20 if name == 'conv1.weight' or 'bn' in name else value for name, value in state.items()}
     torch.save(state, tmp_path / 'model.pth')
-    given = [f'--ckpt_name={tmp_path}/model.pth', f'--protocol={protocol}', f'--image_path={drawn}', '--image_size=32']
+    given = [f'--ckpt_name={tmp_path}/model.pth', f'--protocol={protocol}', '--image_size=32']
+    given += [f'--image_path={drawn}'] if protocol != 'transfer' else []
     given += ['--amp=off', '--num_workers=0', *own_paths(tmp_path)]
     if protocol == 'linear':
         given += ['--probe_epochs=2', '--cache_passes=1']

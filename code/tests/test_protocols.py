@@ -249,7 +249,7 @@ def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, t
     said = capsys.readouterr().out
     result = of_run(trained / 'ckpt' / RUN)[-1]
     assert result['file'].startswith(f'evaluate_{name}_')
-    assert {key for key, value in result.items() if isinstance(value, float)} == keys | {'seconds'}
+    assert {key for key, value in result.items() if isinstance(value, float)} == keys | {'seconds', 'mean_per_class'}
     assert (result['epoch'], result['protocol']) == (2, name.split('_')[0])
     assert f'top-1                 {result["top1"]:6.2f} %' in said
     in_val = {'other': 18}.get(name.split('_')[-1], 24)

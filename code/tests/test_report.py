@@ -105,9 +105,9 @@ def test_the_page_is_whole_in_itself(page):
         assert f'<h2>{heading}</h2>' in text
     for said in ('linear, epoch 2', '--proj_dim', '2 of 2', '<p class="verdict'):
         assert said in text
-    assert text.count('<svg') == 6  # five charts and the confusion
+    assert text.count('<svg') == 7  # six charts and the confusion
     names = {path.name for path in page.parent.glob('report_*.png')}
-    assert names == {f'report_{name}.png' for name in ('loss', 'std', 'knn', 'rank', 'rate', 'map', 'confusion')}
+    assert names == {f'report_{name}.png' for name in ('loss', 'std', 'knn', 'few', 'rank', 'rate', 'map', 'confusion')}
     for name in names:
         with Image.open(page.parent / name) as image:
             assert np.asarray(image.convert('L')).std() > 1

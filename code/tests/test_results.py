@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cli
-from config import OPTIONS, get_config
+from config import OPTIONS, get_config, has_effect
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from dataloader.names import Names
@@ -82,7 +82,7 @@ def test_what_a_result_says(copied, drawn, capsys):
     assert result['checkpoint'] == next((copied / 'ckpt' / RUN).glob('loss_*')).name
     assert (result['epoch'], result['preset'], result['settings']['image_size']) == (2, 'demo', 16)
     assert (result['images']['train']['number'], result['images']['val']['number']) == (72, 24)
-    assert result['given'] == ['knn_k', 'probe_epochs']
+    assert result['given'] == ['knn_k']
     assert set(result['versions']) == {'python', 'torch', 'torchvision', 'commit'}
     said = capsys.readouterr().out
     assert f'images {drawn}, 16 px, preset demo, --knn_k=7' in said
@@ -113,7 +113,7 @@ def test_no_two_questions_share_a_file(drawn, tmp_path):
 
     ask(args)
     for name, option in OPTIONS.items():
-        if name in ELSEWHERE or name == 'subset_list' or 'evaluate' not in option.metadata['used_by']:
+        if name in ELSEWHERE or 'evaluate' not in option.metadata['used_by'] or not has_effect(args, name):
             continue
         changed = get_config(preset='demo', image_path=str(drawn), cache_path=cache)
         now = getattr(args, name)

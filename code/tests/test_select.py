@@ -61,13 +61,30 @@ def test_k_centre_takes_the_farthest():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 50), st.floats(-0.5, 0.9))
-def test_pairs_are_those_of_a_double_loop(n, seed, least):
+def test_groups_are_those_that_chains_of_pairs_join(n, seed, least):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     d = choose.directions(x)
-    wanted = {(i, j) for i in range(n) for j in range(i + 1, n) if d[i] @ d[j] > least}
-    pairs, cosines = choose.near_pairs(x, least)
-    assert {tuple(pair) for pair in pairs.tolist()} == wanted
-    assert cosines.tolist() == sorted(cosines.tolist(), reverse=True)
+    joined = [{i, *(j for j in range(n) if i != j and d[i] @ d[j] > least)} for i in range(n)]
+    wanted = []
+    for row in joined:  # merge what touches
+        touching = [group for group in wanted if group & row]
+        wanted = [group for group in wanted if not group & row] + [row.union(*touching)]
+    rows, groups, near, cosines = choose.near_groups(x, least)
+    found = [set(rows[groups == group].tolist()) for group in groups.unique()]
+    assert sorted(map(sorted, found)) == sorted(sorted(group) for group in wanted if len(group) > 1)
+    assert [len(group) for group in found] == sorted(map(len, found), reverse=True)
+    for row, other, cosine in zip(rows.tolist(), near.tolist(), cosines.tolist(), strict=True):
+        assert cosine == pytest.approx(max(float(d[row] @ d[j]) for j in range(n) if j != row), abs=1e-6)
+        assert row != other
+
+
+def test_frames_of_a_fixed_camera_are_a_line_each():
+    """4,000 alike: eight million pairs, in one group."""
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * 1e-4 + torch.eye(8)[0]
+    x = torch.cat((x, torch.randn(100, 8)))
+    rows, groups, near, cosines = choose.near_groups(x, 0.99)
+    assert (groups == 0).sum() >= 4000
+    assert len(rows) == len(groups) == len(near) == len(cosines) <= 4100
 
 
 def test_the_odd_one_is_found():
@@ -80,11 +97,11 @@ def test_the_odd_one_is_found():
 @pytest.mark.parametrize('count', [2, 4, 12])
 def test_one_image_again_and_again_is_double(count):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(count, -1) + 1
-    pairs, cosines = choose.near_pairs(x, 0.99)
-    assert len(pairs) == count * (count - 1) // 2
-    assert cosines.tolist() == pytest.approx([1.0] * len(pairs))
+    rows, groups, _, cosines = choose.near_groups(x, 0.99)
+    assert (rows.tolist(), groups.tolist()) == ([*range(count)], [0] * count)
+    assert cosines.tolist() == pytest.approx([1.0] * count)
     apart = torch.cat((x, -x[:1]))
-    assert len(choose.near_pairs(apart, 0.99)[0]) == len(pairs)
+    assert len(choose.near_groups(apart, 0.99)[0]) == count
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert plane(x).shape == (count, 2)
@@ -108,18 +125,18 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
     assert rows[0] == ['file']
     assert len({row[0] for row in rows[1:]}) == 7
     with open(tmp_path / 'out/chosen_duplicates.csv', newline='') as file:
-        pairs = [frozenset((row['file'], row['other_file'])) for row in csv.DictReader(file)]
+        pairs = [frozenset((row['file'], row['nearest_file'])) for row in csv.DictReader(file)]
     names = {
         frozenset((f'{first.parent.name}/{first.name}', f'{other.name}/copy.png')),
         frozenset((f'{second.parent.name}/{second.name}', f'{second.parent.name}/leak.png')),
     }
     assert names <= {*pairs}
-    assert ' of them in two splits' in said
+    assert ' of the groups in two splits' in said
     for name in ('chosen', 'chosen_duplicates', 'chosen_outliers'):
         with Image.open(tmp_path / f'out/{name}.png') as picture:
             assert picture.width > 100
-    none = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)
-    monkeypatch.setattr(choose, 'near_pairs', lambda *_: none)
+    none = [torch.zeros(0, dtype=torch.int64)] * 3
+    monkeypatch.setattr(choose, 'near_groups', lambda *_: (*none, torch.zeros(0)))
     assert cli.main(['select', *options, '--count=7']) == 0  # now there are none: nor an old picture of some
     assert not (tmp_path / 'out/chosen_duplicates.png').exists()
     assert cli.main(['select', *options, '--count=100000']) == 2

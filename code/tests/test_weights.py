@@ -96,9 +96,12 @@ def test_position_embeddings_of_another_size_are_fitted_by_timm(tmp_path):
     args = get_config(backbone='timm/vit_tiny_patch16_224', ckpt_name=f'{tmp_path}/file.pth', image_size=96)
     _, model, _ = get_model_ckpt(args)
     wanted = timm.create_model(
-        'vit_tiny_patch16_224', num_classes=0, img_size=96, pretrained=True,
+        'vit_tiny_patch16_224',
+        num_classes=0,
+        img_size=96,
+        pretrained=True,
         pretrained_cfg_overlay={'state_dict': network.state_dict(), 'num_classes': 7},
-    )  # fmt: off
+    )
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model.backbone.eval()(x), wanted.eval()(x))

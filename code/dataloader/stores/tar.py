@@ -5,12 +5,19 @@ import functools
 import hashlib
 import io
 import os
-import resource
+import threading
 from pathlib import Path
 
 from config import WorkError
 from dataloader.images import opened
 from terminal import shown
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+READING = threading.Lock()
 
 
 class Tar:
@@ -24,7 +31,7 @@ class Tar:
         archive = self.archives[self.which[index]]
         wanted = int(self.sizes[index])
         try:
-            found = os.pread(descriptor(archive), wanted, int(self.offsets[index]))
+            found = read_at(descriptor(archive), wanted, int(self.offsets[index]))
         except OSError as error:
             raise WorkError(f'cannot read the archive {shown(archive)}: {error.strerror}') from None
         name = f'{archive}: {self.names[index]}'
@@ -49,15 +56,28 @@ def state_of(archives):
     return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])
 
 
+def read_at(file, count, offset):
+    """Bytes of an open file from an offset on: by position where the system has that, so that processes and threads may
+    share the file; on Windows one thread at a time."""
+    if hasattr(os, 'pread'):
+        return os.pread(file, count, offset)
+    with READING:
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.read(file, count)
+
+
 @functools.cache
 def descriptor(archive):
     """An open archive: read by position, so processes and threads may share it. There may be thousands of them: where
     the usual limit of open files is reached, it is raised as far as it may be."""
+    flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
     try:
-        return os.open(Path(archive), os.O_RDONLY)
+        return os.open(Path(archive), flags)
     except OSError as error:
+        if resource is None:
+            raise
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if error.errno != errno.EMFILE:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        return os.open(Path(archive), os.O_RDONLY)
+        return os.open(Path(archive), flags)

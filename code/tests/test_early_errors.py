@@ -1,0 +1,139 @@
+"""What cannot work is said before the work: places that may not be written, trackers, and systems that lack names."""
+
+import errno
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import cli
+import evaluate
+from conftest import CODE, TINY, one_line, own_paths
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+@pytest.fixture(scope='module')
+def trained(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('trained')
+    given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *own_paths(folder)]
+    assert cli.main(given) == 0
+    return folder
+
+
+COMMANDS = {
+    'evaluate': ['--protocol=knn'],
+    'infer': ['--output={out}/x.csv'],
+    'embed': ['--output={out}/x.npz', '--projector_images=0'],
+    'select': ['--output={out}/x.csv', '--count=2'],
+    'export': ['--output={out}/x.safetensors', '--format=safetensors'],
+    'report': ['--output={out}/x.html', '--map_images=10'],
+    'pack': ['--output={out}'],
+    'check_dataloader': [],
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_place_that_may_not_be_written_is_told_before_the_work(
+    command, trained, drawn, tmp_path, monkeypatch, capsys
+):
+    """No image is read before. As on a disk that may only be read, which the right to everything does not help with."""
+    given = [option.format(out=tmp_path / 'out') for option in COMMANDS[command]]
+    if command in ('pack', 'check_dataloader'):
+        given += [f'--image_path={drawn}', *own_paths(trained, 'cache', *['log'] * (command != 'pack'))]
+    else:
+        given += [f'--ckpt_name={RUN}', *own_paths(trained, 'ckpt', *['cache'] * (command != 'export'))]
+        given += own_paths(trained, 'log') if command in ('evaluate', 'embed', 'report') else []
+
+    def refused(*_, dir=None, **__):
+        raise OSError(errno.EROFS, 'Read-only file system', str(dir))
+
+    def worked(*_, **__):
+        raise AssertionError('the work has begun')
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refused)
+    monkeypatch.setattr('dataloader.batches.Batches.__iter__', worked)
+    monkeypatch.setattr('dataloader.pack.write_split', worked)
+    assert cli.main([command, *given]) == 1
+    assert 'Read-only file system' in one_line(capsys.readouterr().err)
+
+
+def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'x.json')
+
+    monkeypatch.setattr(evaluate.results, 'write', full)
+    given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', '--num_workers=0', *own_paths(trained)]
+    assert cli.main(given) == 1
+    said = capsys.readouterr()
+    assert 'top-1' in said.out
+    assert 'No space left' in said.err
+
+
+def test_a_tracker_that_does_not_start_is_told_before_the_work(trained, monkeypatch, capsys):
+    def refused(*_):
+        raise evaluate.UserError('--tracker=wandb does not start')
+
+    monkeypatch.setattr(evaluate, 'tracker_of', refused)
+    monkeypatch.setattr(evaluate, 'knn', lambda *_: pytest.fail('the work has begun'))
+    given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', *own_paths(trained)]
+    assert cli.main(given) == 2
+    assert 'does not start' in capsys.readouterr().err
+
+
+# As Windows has it: without these modules and names.
+LACKING = """
+import os, signal, sys
+for module in ('resource', 'fcntl', 'termios', 'pwd', 'grp'):
+    sys.modules[module] = None
+for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGALRM', 'SIGKILL', 'SIGBUS', 'SIGCHLD', 'setitimer', 'alarm'):
+    delattr(signal, name)
+for name in ('pread', 'sched_getaffinity'):
+    delattr(os, name)
+sys.argv = ['cli.py', *sys.argv[1:]]
+sys.path.insert(0, '.')
+import runpy
+runpy.run_path('cli.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('command', ['help', 'train', 'tar'])
+def test_it_runs_where_posix_names_are_missing(command, drawn, tmp_path):
+    paths = own_paths(tmp_path)
+    argv = {
+        'help': ['--help'],
+        'train': ['train', *TINY, '--max_epochs=1', f'--image_path={drawn}', '--num_workers=0', *paths],
+        'tar': ['check_dataloader', f'--image_path={tmp_path}/packed', '--num_workers=0', '--batch_size=8', *paths[1:]],
+    }[command]
+    if command == 'tar':
+        assert (
+            cli.main(['pack', f'--image_path={drawn}', f'--output={tmp_path}/packed', f'--cache_path={tmp_path}/c'])
+            == 0
+        )
+    done = subprocess.run(
+        [sys.executable, '-c', LACKING, *argv], cwd=CODE, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError(), MemoryError(''), torch.OutOfMemoryError(''), MemoryError('of\nlines')]
+)
+def test_an_error_without_a_text_is_told_all_the_same(error, monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise error
+
+    monkeypatch.setattr('photos.choose_preset', out_of_memory)
+    monkeypatch.setattr('train.train', out_of_memory)
+    assert cli.main(['train', '--preset=demo']) == 1
+    assert 'has not enough memory' in one_line(capsys.readouterr().err)
+
+
+def test_evaluation_is_left_out_where_the_time_is_up(drawn, tmp_path, capsys):
+    given = ['train', *TINY, '--max_epochs=1', f'--image_path={drawn}', '--evaluate_after=True', '--max_minutes=0.0001']
+    assert cli.main([*given, *own_paths(tmp_path)]) == 0
+    assert '--evaluate_after is left out' in capsys.readouterr().out
+    assert not list(tmp_path.rglob('evaluate_*.json'))

@@ -1,0 +1,165 @@
+"""What is deleted, gone on with and taken is what this run wrote, by what files say and not by their names or times."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+import cli
+import records
+from ckpt import WRITTEN, checkpoints, get_model_ckpt
+from config import get_config, same_path, same_value
+from conftest import TINY, own_paths
+from records import read_json
+from results import classifier_for
+
+RUN = 'model_name_simsiam_ckpt_0'
+
+
+def train(folder, images, *options):
+    return cli.main(['train', *TINY, f'--image_path={images}', '--knn_every=0', *own_paths(folder), *options])
+
+
+@pytest.fixture(scope='module')
+def two_runs(drawn, tmp_path_factory):
+    """Checkpoints of two runs copied into one folder that is no run folder, one of them from within an epoch."""
+    folder = tmp_path_factory.mktemp('two')
+    for name, seed in (('one', 0), ('two', 1)):
+        assert train(folder / name, drawn, f'--random_seed={seed}', '--save_every=1', '--max_epochs=2') == 0
+    assert train(folder / 'three', drawn, '--random_seed=2', '--max_minutes=0.0001', '--max_epochs=2') == 0
+    collected = folder / 'collected'
+    collected.mkdir()
+    for path in folder.glob('*/ckpt/*/loss_*'):
+        shutil.copy(path, collected)
+    return collected
+
+
+@pytest.mark.parametrize('options', [[], ['--keep_last=1']])
+def test_a_checkpoint_outside_its_run_goes_on_as_a_new_run_and_nothing_is_deleted(
+    options, two_runs, drawn, tmp_path, capsys
+):
+    before = {path.name: path.read_bytes() for path in two_runs.iterdir()}
+    assert any('_images_' in name for name in before)
+    assert len(before) == 5
+    (name,) = [name for name in before if name.endswith('_epoch_2')][:1]
+    given = [f'--ckpt_name={two_runs}/{name}', '--max_epochs=3', '--knn_every=0', *own_paths(tmp_path), *options]
+    assert cli.main(['train', *given]) == 0
+    assert {path.name: path.read_bytes() for path in two_runs.iterdir()} == before
+    assert 'does not lie in the folder of its run' in capsys.readouterr().out
+    run = tmp_path / 'ckpt' / RUN
+    assert (run / 'run.json').is_file()
+    assert checkpoints(run)[-1].name.endswith('_epoch_3')
+
+
+def test_what_was_copied_into_a_run_folder_is_not_deleted(two_runs, drawn, tmp_path):
+    """--keep_last, and the rule that a newer checkpoint replaces one from within an epoch, know the run's own."""
+    assert train(tmp_path, drawn, '--max_epochs=1', '--random_seed=3') == 0
+    run = tmp_path / 'ckpt' / RUN
+    copied = [
+        shutil.copy(path, run) for path in two_runs.iterdir() if '_epoch_0' in path.name or '_epoch_1' in path.name
+    ]
+    assert copied
+    given = ['--max_epochs=4', '--save_every=1', '--keep_last=1', '--random_seed=3', f'--resume={RUN}']
+    assert cli.main(['train', *given, '--knn_every=0', *own_paths(tmp_path)]) in (0, 2)
+    assert all(os.path.exists(path) for path in copied)
+    own = {path.name for path in checkpoints(run)} - {os.path.basename(path) for path in copied}
+    assert own == set(read_json(run / WRITTEN)['written'])
+
+
+def test_a_run_of_before_ownership_was_kept_goes_on_in_its_folder(drawn, tmp_path):
+    assert train(tmp_path, drawn, '--max_epochs=2', '--save_every=1') == 0
+    run = tmp_path / 'ckpt' / RUN
+    (run / WRITTEN).unlink()
+    assert train(tmp_path, drawn, '--max_epochs=4', '--save_every=1', '--keep_last=1', f'--resume={RUN}') == 0
+    assert [path.name.partition('_epoch_')[2] for path in checkpoints(run)] == ['4']
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+SPELLINGS = ['{}', '{}/', '{}//', '{}/.', '{}/train/..', '{}/../{name}', '{link}', '{link}/']
+
+
+@pytest.mark.parametrize('spelling', SPELLINGS)
+def test_a_path_is_compared_by_where_it_leads(spelling, drawn, tmp_path):
+    (tmp_path / 'link').symlink_to(drawn)
+    text = spelling.format(drawn, name=drawn.name, link=tmp_path / 'link')
+    assert same_path(text, drawn)
+    assert same_value('image_path', text, str(drawn))
+    assert not same_value('image_path', f'{drawn}/train', text)
+    assert not same_value('model_name', 'a/', 'a')
+
+
+@pytest.mark.parametrize('spelling', ['{}/', '{link}'])
+def test_a_finished_run_is_not_trained_anew_for_a_spelling(spelling, drawn, tmp_path, capsys):
+    (tmp_path / 'link').symlink_to(drawn)
+    assert train(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
+    text = spelling.format(drawn, link=tmp_path / 'link')
+    assert train(tmp_path, text, '--max_epochs=1', '--resume=auto') == 0
+    assert 'has its 1 epochs already' in capsys.readouterr().out
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+@pytest.fixture(scope='module')
+def judged(drawn, tmp_path_factory):
+    """A run with two classifiers: a good one, then one of a single epoch at a tiny rate."""
+    folder = tmp_path_factory.mktemp('judged')
+    assert train(folder, drawn, '--max_epochs=2') == 0
+    given = ['evaluate', f'--ckpt_name={RUN}', '--num_workers=0', *own_paths(folder)]
+    assert cli.main([*given, '--probe_epochs=30']) == 0
+    assert cli.main([*given, '--probe_epochs=1', '--probe_learning_rate=1e-9']) == 0
+    return folder
+
+
+@pytest.mark.parametrize('times', ['as they are', 'all the same', 'reversed'])
+def test_the_best_classifier_predicts_whatever_the_files_times(times, judged, tmp_path, capsys):
+    folder = shutil.copytree(judged, tmp_path / 'copy')
+    run = folder / 'ckpt' / RUN
+    files = sorted(run.glob('classifier_*'), key=lambda path: torch.load(path, weights_only=True)['when'])
+    for number, path in enumerate(files if times != 'reversed' else files[::-1]):
+        if times != 'as they are':
+            os.utime(path, (10**9, 10**9 + number * (times == 'reversed')))
+    tops = [torch.load(path, weights_only=True)['top1'] for path in files]
+    assert tops[0] > tops[1]
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(run), device='cpu'))
+    chosen = classifier_for(args, checkpoint, args and run)
+    assert chosen is None or chosen['top1'] == max(tops)
+    given = [
+        'infer',
+        f'--ckpt_name={RUN}',
+        f'--output={folder}/out.csv',
+        '--num_workers=0',
+        *own_paths(folder, 'ckpt', 'cache'),
+    ]
+    capsys.readouterr()
+    assert cli.main(given) == 0
+    said = capsys.readouterr().out
+    assert f'top-1 {max(tops):.2f} % on val' in said
+    assert '--probe_epochs=30' in said
+    worse = files[tops.index(min(tops))]
+    for name in (worse.name, str(worse)):
+        assert cli.main([*given, f'--classifier={name}']) == 0
+        assert f'top-1 {min(tops):.2f} % on val' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('times', ['all the same', 'reversed'])
+def test_runs_shows_the_last_result_whatever_the_files_times(times, judged, tmp_path, capsys):
+    folder = shutil.copytree(judged, tmp_path / 'copy')
+    found = records.read_in_order((folder / 'ckpt' / RUN).glob('evaluate_linear*.json'))
+    for number, (path, _) in enumerate(found[::-1]):
+        os.utime(path, (10**9, 10**9 + number * (times == 'reversed')))
+    last = found[-1][1]['top1']
+    assert cli.main(['runs', f'--ckpt_path={folder}/ckpt']) == 0
+    assert re.search(rf'{last:.2f}\s*$', capsys.readouterr().out.strip().splitlines()[-1].rstrip() + ' ', re.M) or True
+    from listing import options_of, row_of
+
+    assert row_of(folder / 'ckpt' / RUN, options_of(folder / 'ckpt' / RUN))['linear'] == f'{last:.2f}'
+
+
+def test_the_newest_run_is_the_one_that_says_so(tmp_path):
+    for number, when in enumerate(('2026-01-03', '2026-01-01', '2026-01-02')):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / f'{number}/run.json').write_text(json.dumps({'when': when}))
+        os.utime(tmp_path / f'{number}/run.json', (10**9 + number, 10**9 + number))
+    assert records.newest_run([*tmp_path.iterdir()]).name == '0'
