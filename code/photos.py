@@ -1,8 +1,8 @@
 """--preset=auto and --preset=photos: settings that are taken from the images that are there and from the device.
 
-The rule rests on the experiments of results/LOG.md (steps, learning rates, frozen BN, view size) and, for what was
-not measured here, on what others publish: HPT (arXiv 2103.12718) for the number of steps, lightly-train's documentation
-for the number of images from which training from random weights can pay.
+The rule rests on the experiments of results/LOG.md (some 600 steps, the learning rate; one seed) and, for what was not
+measured here, on what others publish: HPT (arXiv 2103.12718) for few steps, lightly-train's documentation for the
+number of images from which training from random weights can pay. The size of the views is a choice by time, unmeasured.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from config import PRESETS, UserError, changed
 from logger import say
 from terminal import complain, hushed
-from utils import get_device
+from utils import evenly_spaced, get_device
 
 SAMPLE = 64  # images whose size is looked at
 SMALL = 64  # px: images of one size up to this are CIFAR's kind
@@ -52,7 +52,7 @@ def with_options(args, options):
 
 def sizes_of(store):
     """(width, height) of some images, evenly spaced; those that cannot be opened are left out."""
-    rows, sizes = torch.linspace(0, len(store.names) - 1, min(SAMPLE, len(store.names))).round().long(), []
+    rows, sizes = evenly_spaced(len(store.names), SAMPLE), []
     with hushed():
         for row in rows.tolist():
             try:

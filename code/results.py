@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ckpt import OF_THE_CALL, load_file, versions
+from ckpt import OF_THE_CALL, load_file, plain_name, versions
 from config import OPTIONS, UserError, has_effect, path_of, same_path
 from distributed import rank
 from records import as_json, is_number, now, read_in_order, when
@@ -29,7 +29,7 @@ ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a
 
 def plain(name):
     """Any file's name as a short part of one that every system and TensorBoard takes."""
-    return ''.join(c if c.isascii() and (c.isalnum() or c in '-_.') else '_' for c in name)[:40]
+    return plain_name(name)[:40]
 
 
 def question(args, splits, checkpoint):
