@@ -1,7 +1,8 @@
-"""Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is a folder of runs.py.
+"""Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is a folder of engine/run_dir.py.
 
-A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it): state.State.content,
-with every option of the run (args) and the versions of torch and of this code. formats.py reads earlier ones.
+A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it): State.content, with
+every option of the run (args) and the versions of torch and of this code. runtime/checkpoint_format.py reads earlier
+ones.
 """
 
 import contextlib
@@ -23,11 +24,8 @@ import numpy as np
 import torch
 import torchvision
 
-from config import GOING_ON, OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
-from distributed import in_turn, rank
-from formats import is_ours, upgraded
-from logger import say
-from model.layouts import BLOCKS, architecture, read_layout, tensors_of
+from config import GOING_ON, OF_THE_CALL, OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
+from model.foreign_checkpoints import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
 from model.weights import (
     average_weights,
@@ -39,10 +37,22 @@ from model.weights import (
     of_timm_folder,
     preprocessing_of,
 )
-from records import newest_run, read_json
-from terminal import complain, first_line, some
-from utils import extra, write_aside
-from verdict import best_epoch
+from runtime.atomic_write import write_aside
+from runtime.checkpoint_format import is_ours, upgraded
+from runtime.console import complain, first_line, some
+from runtime.distributed import in_turn, rank
+from runtime.environment import extra
+from runtime.files import newest_run, read_json, read_metrics
+from runtime.messages import say
+
+WATCHED = 10  # labels a class, of the accuracy that is measured in training
+FEW, GAIN, GAIN_ERROR = (
+    'pretraining/few_labels_top1',
+    'pretraining/few_labels_gain',
+    'pretraining/few_labels_gain_error',
+)
+OF_START = 'few_labels_of_start.json'  # which images of val the pretrained weights class rightly (protocols/monitor.py)
+
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
 CARRIERS = (
@@ -73,36 +83,6 @@ NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that come with weights
-# What belongs to this call and this machine, and never comes from a checkpoint.
-OF_THE_CALL = (
-    'ckpt_name',
-    'ckpt_path',
-    'log_path',
-    'cache_path',
-    'output',
-    'device',
-    'num_workers',
-    'download',
-    'evaluate_after',
-    'protocol',
-    'knn_pixels',
-    'max_minutes',
-    'amp',
-    'compile',
-    'cuda_graph',
-    'save_minutes',
-    'keep_last',
-    'resume',
-    'from_run',
-    'quiet',
-    'tracker',
-    'classifier',
-    'count',
-    'method',
-    'duplicates',
-    'sort',
-    'diff',
-)
 
 
 def get_model_ckpt(args, training=False):
@@ -627,3 +607,24 @@ def find_checkpoint(args, training=False):
     known = list_checkpoints(args)
     hint = f'the newest there is --ckpt_name={known[-1]}' if known else 'there is none yet: run python3 cli.py train'
     raise UserError(f'no checkpoint {args.ckpt_name} in {path_of(args.ckpt_path)}; {hint}')
+
+
+def best_epoch(folder):
+    """The best epoch of a run that began with pretrained weights, 0 for these weights; None of a run that did not, or
+    that was not measured (metrics.jsonl).
+
+    Where val has labels: the epoch with the highest accuracy with few labels, if that is more than its standard error
+    above the start, paired by image; else 0. Without labels 0: no measure without labels was seen to choose rightly.
+    """
+    if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
+        return None
+    return best_of_lines(read_metrics(folder / 'metrics.jsonl'))
+
+
+def best_of_lines(lines):
+    """best_epoch, of the lines of a metrics.jsonl."""
+    judged = {line['epoch']: line for line in lines if FEW in line}
+    if 0 in judged:
+        sure = [epoch for epoch, line in judged.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
+        return max(sure, key=lambda epoch: judged[epoch][FEW], default=0)
+    return 0 if any('pretraining/rank' in line for line in lines) else None

@@ -14,9 +14,9 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-import stop
 from config import OPTIONS, UserError, WorkError, get_config, help_of, help_text, nearest, path_of, unused
-from terminal import complain, first_line, lost, own_streams
+from runtime import signals
+from runtime.console import complain, first_line, lost, own_streams
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
 ALONE = (
@@ -32,20 +32,32 @@ WRITES = {'infer': '.csv', 'runs': '.csv', 'report': '.html'}
 KNOWN_ENDINGS = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
-    'check_dataloader': ('dataloader.check', 'read every image, describe the batches, save a picture of the two views'),
-    'pack': ('dataloader.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
+    'check_dataloader': (
+        'commands.check_dataloader',
+        'read every image, describe the batches, save a picture of the two views',
+    ),
+    'pack': ('commands.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
     'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer, detection or spectrum'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
-    'ablate': ('ablate', "the paper's ablations: the variants of --table one after the other, ours beside the paper's"),
-    'report': ('report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
+    'ablate': (
+        'commands.ablate',
+        "the paper's ablations: the variants of --table one after the other, ours beside the paper's",
+    ),
+    'report': ('commands.report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
     'select': (
-        'picks',
+        'commands.select',
         'which images to label first with --ckpt_name, which are double, which are odd: CSV and pictures',
     ),
-    'runs': ('listing', 'every run under --ckpt_path: state, numbers, options that differ; --diff=RUN1,RUN2'),
-    'embed': ('embed', 'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector'),
-    'export': ('export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
+    'runs': (
+        'commands.list_runs',
+        'every run under --ckpt_path: state, numbers, options that differ; --diff=RUN1,RUN2',
+    ),
+    'embed': (
+        'commands.embed',
+        'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector',
+    ),
+    'export': ('commands.export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
 }
 
 
@@ -63,17 +75,17 @@ def runner(command):
         if command == 'runs':  # at once: without torch
             importlib.import_module(COMMANDS[command][0]).runs(args)
             return
-        import distributed
-        from logger import be_quiet
-        from utils import keep_freed_memory, short_paths_for_processes
+        from runtime import distributed
+        from runtime.environment import keep_freed_memory, short_paths_for_processes
+        from runtime.messages import be_quiet
 
         keep_freed_memory()
         short_paths_for_processes()
         be_quiet(args.quiet)
-        with stop.listening():
+        with signals.listening():
             try:
                 getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
-            except stop.Stopped:  # all processes stop at the same step, and leave the group
+            except signals.Stopped:  # all processes stop at the same step, and leave the group
                 distributed.end()
                 raise
         distributed.end()
@@ -201,16 +213,16 @@ def main(argv):
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
-    except stop.Stopped as end:
+    except signals.Stopped as end:
         if speaks():
             print(end, file=sys.stderr)
         return 128 + end.number
     except Exception as error:
-        if place := 'utils' in sys.modules and sys.modules['utils'].short_of_memory(error):
+        if place := 'runtime.device' in sys.modules and sys.modules['runtime.device'].short_of_memory(error):
             return failed(f'{place} has not enough memory: {first_line(error)}')
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             return failed(f'torch.compile fails: {first_line(error)[:200]}; --compile=False goes without')
-        if gone := 'distributed' in sys.modules and sys.modules['distributed'].gone():
+        if gone := 'runtime.distributed' in sys.modules and sys.modules['runtime.distributed'].gone():
             return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
         return fault(error)
     return 0
@@ -243,7 +255,7 @@ def fault(error):
 
 def failed(reason, code=1):
     """Say why a command ends, if no other process of the run has said it; returns its exit code."""
-    if 'distributed' not in sys.modules or sys.modules['distributed'].first_to_say(str(reason)):
+    if 'runtime.distributed' not in sys.modules or sys.modules['runtime.distributed'].first_to_say(str(reason)):
         complain('error', reason)
     return code
 

@@ -11,6 +11,38 @@ import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+# What belongs to this call and this machine, and never comes from a checkpoint.
+OF_THE_CALL = (
+    'ckpt_name',
+    'ckpt_path',
+    'log_path',
+    'cache_path',
+    'output',
+    'device',
+    'num_workers',
+    'download',
+    'evaluate_after',
+    'protocol',
+    'knn_pixels',
+    'max_minutes',
+    'amp',
+    'compile',
+    'cuda_graph',
+    'save_minutes',
+    'keep_last',
+    'resume',
+    'from_run',
+    'quiet',
+    'tracker',
+    'classifier',
+    'count',
+    'method',
+    'duplicates',
+    'sort',
+    'diff',
+)
+
+
 ROOT = Path(__file__).resolve().parent.parent  # the repository: relative paths in options start here
 
 
@@ -527,7 +559,7 @@ class Config:
 
 PRESETS = {
     'imagenet': {},
-    # A few thousand photographs, from pretrained weights; photos.py sets the rest by the images and the device.
+    # A few thousand photographs, from pretrained weights; engine/auto_preset.py sets the rest.
     'photos': {
         'proj_layers': 2,
         'learning_rate': 0.4,
@@ -552,7 +584,7 @@ PRESETS = {
         'probe_optimizer': 'sgd',
         'probe_epochs': 100,
     },
-    # Our own drawings (dataloader/demo.py), tuned to learn in about two minutes on two CPU cores.
+    # Our own drawings (dataloader/sources/demo.py), tuned to learn in about two minutes on two CPU cores.
     'demo': {
         'image_path': 'data/demo',
         'image_size': 32,

@@ -6,21 +6,24 @@ from dataclasses import replace
 
 import torch
 
-import distributed
 from ckpt import get_model_ckpt, list_checkpoints
 from config import UserError, changed, path_of, places
 from dataloader import vision
-from dataloader.layout import has_splits, is_tar
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
-from dataloader.torchvision_sets import torchvision_kind
-from logger import say
+from dataloader.sources.find import has_splits, is_tar
+from dataloader.sources.torchvision_datasets import torchvision_kind
 from metric.knn import neighbours
 from protocols.features import features_of
 from protocols.knn import nearest_images, vote
-from records import try_writing
-from results import classifier_for, described_classifier
-from terminal import shown
-from utils import evenly_spaced, get_device, prepare_batch, save_picture, use_device, write_csv
+from protocols.results import classifier_for, described_classifier
+from runtime import distributed
+from runtime.atomic_write import save_picture, write_csv
+from runtime.console import shown
+from runtime.device import get_device, use_device
+from runtime.files import try_writing
+from runtime.messages import say
+from runtime.tensors import evenly_spaced
+from utils import prepare_batch
 
 ROWS = 12  # of the picture of neighbours
 
@@ -135,9 +138,9 @@ def neighbours_picture(args, images, rows, train, cosine, found):
         [same_class(images, row, train, other) for other in others]
         for row, others in zip(rows.tolist(), found.tolist(), strict=True)
     ]
-    import pictures  # matplotlib takes half a second to import
+    import plots  # matplotlib takes half a second to import
 
-    return pictures.beside(grid, captions, right)
+    return plots.beside(grid, captions, right)
 
 
 def same_class(images, row, others, other):

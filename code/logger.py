@@ -4,17 +4,16 @@ import os
 import threading
 import time
 
+import torch
+from torch.nn.functional import pad
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataloader import vision
-from distributed import rank
-from records import as_json, read_metrics
-from terminal import complain, shown
-from utils import save_picture, write_aside
-
-SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
+from runtime.atomic_write import save_picture, write_aside
+from runtime.console import complain, shown
+from runtime.distributed import rank
+from runtime.files import as_json, read_metrics
 
 
 class Logger:
@@ -23,7 +22,7 @@ class Logger:
     def __init__(self, folder, first_step=0, metrics=None, tracker=None):
         """folder: of the event files. metrics: a file that gets a line of JSON for each step with all scalars, for who
         reads a run without TensorBoard. first_step: what an earlier, longer try wrote from there on is hidden in the
-        one and taken out of the other. tracker: of tracker.py, which gets the scalars too."""
+        one and taken out of the other. tracker: of runtime/trackers.py, which gets the scalars too."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
@@ -87,7 +86,7 @@ class Logger:
     def views(self, name, rows):
         """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
         if self.writer:
-            self.image(f'pretraining/{name}', vision.picture(rows, self.folder / f'{name}.png'), 0)
+            self.image(f'pretraining/{name}', picture(rows, self.folder / f'{name}.png'), 0)
 
     def picture(self, name, image, step):
         """A PIL image, also as a file: <folder>/<name>.png."""
@@ -119,52 +118,15 @@ def read_scalars(folder):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
 
 
-def say(line):
-    """One line on standard output, above whatever progress bar is there, and in the run's log (log_to)."""
-    if rank():
-        return
-    if not SAID['quiet']:
-        with tqdm.external_write_mode():
-            print(line, flush=True)
-    if SAID['log']:
-        try:
-            with open(SAID['log'], 'a', encoding='utf-8', errors='backslashreplace') as file:
-                file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
-        except OSError as error:  # a line that cannot be kept is no reason to end the work
-            complain('warning', f'no more lines in {SAID["log"]}: {error.strerror}')
-            SAID['log'] = None
+def picture(rows, path, zoom_to=64):
+    """Save views as a grid, one row per tensor of `rows` (each N x 3 x S x S in [0, 1]), enlarged to be seen.
 
-
-def progress(items=None, title='', unit='batches', total=None, first=0):
-    """A progress bar around `items`, with rate and time left, gone when they are through.
-
-    Only on a terminal, of the process that speaks for all, and not with --quiet.
+    Returns the grid, 3 x height x width in [0, 1].
     """
-    return tqdm(
-        items,
-        desc=title,
-        unit=unit,
-        total=total,
-        initial=first,
-        leave=False,
-        disable=True if rank() or SAID['quiet'] else None,
-    )
+    from torchvision.utils import make_grid, save_image
 
-
-def log_to(path):
-    """From now on, what is said is also written to the end of this file."""
-    SAID['log'] = path
-
-
-def be_quiet(quiet):
-    """Whether `say` and `progress` keep off the terminal. Warnings and errors do not."""
-    SAID['quiet'] = quiet
-
-
-def duration(seconds):
-    """Seconds as people say them."""
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds % 3600 // 60
-    if hours:
-        return f'{hours} h {minutes} min'
-    return f'{minutes} min {seconds % 60} s' if minutes else f'{seconds} s'
+    zoom = max(1, round(zoom_to / rows[0].shape[-1]))
+    grid = make_grid(torch.cat(rows).cpu(), nrow=len(rows[0]), padding=1, pad_value=1)
+    grid = pad(grid, (1, 1, 1, 1), value=1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    save_image(grid, path)
+    return grid

@@ -1,7 +1,7 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3).
 
 Whatever ends a run (a signal, the time, an error) ends it between two steps, where its state is whole, and on the way
-out the state is saved: see `train`, and stop.py.
+out the state is saved: see `train`, and signals.py.
 """
 
 import contextlib
@@ -10,45 +10,38 @@ import time
 
 import torch
 
-import distributed
-import memory
-import stop
-import verdict
 from ckpt import best_of_run, checkpoints, get_model_ckpt
 from config import ROOT, WORTH_COMPILING, UserError, WorkError, changed, idle, path_of, places
-from dataloader.load_dataset import get_iterator, parts_of, prepared
-from dataloader.ranges import warn_of_range
-from evaluate import evaluate_model, splits_for, why_no_labels
-from graph import Recorded, use_graph
-from logger import duration, log_to, say
+from dataloader.cache.bit_depth import warn_of_range
+from dataloader.load_dataset import get_iterator, parts_of
+from engine import memory_estimate
+from engine.auto_preset import choose_preset, without_weights
+from engine.cuda_graph import Recorded, use_graph
+from engine.run_dir import Diverged, Run, describe_run, gone_on_with, name_of_run, new_run, of_run, resumed
+from engine.train_state import State
 from loss.negative_cosine import simsiam_loss
-from metric.collapse import spread
+from metric.feature_std import spread
 from model.backbone import last_norms
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
-from photos import choose_preset, without_weights
-from precision import described, kept, precision, settled
-from runs import Diverged, Run, describe_run, gone_on_with, name_of_run, new_run, of_run, resumed
-from state import State
-from terminal import complain
-from tracker import package_of
-from utils import (
-    channels_last,
-    get_device,
-    memory_for,
-    random_from,
-    seed_step,
-    use_compile,
-    use_device,
-    why_not_compiled,
-)
-from watch import Watch, is_measured
+from protocols import collapse_verdict
+from protocols.monitor import Watch, is_measured
+from protocols.run_protocol import evaluate_model, splits_for, why_no_labels
+from runtime import distributed, signals
+from runtime.console import complain
+from runtime.device import get_device, memory_for, use_compile, use_device, why_not_compiled
+from runtime.messages import duration, log_to, say
+from runtime.precision import described, kept, precision, settled
+from runtime.seeding import random_from, seed_step
+from runtime.tensors import channels_last
+from runtime.trackers import package_of
+from utils import prepared
 
 
 def train(args):
     """Pretrain as `args` (config.get_config) says, or go on with a run. Returns the last checkpoint's path.
 
     Raises UserError and WorkError of the data and the checkpoint, WorkError where the loss is no longer finite, and
-    stop.Stopped after a signal, with everything saved.
+    signals.Stopped after a signal, with everything saved.
     """
     started = time.monotonic()
     use_device(args)
@@ -138,7 +131,7 @@ def train_epoch(args, step, state, batches, watch, run):
     batches.batch_sampler.start_epoch(state.epoch, name, state.images)
     total = state.images + len(batches) * size
     state.model.train()
-    with stop.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
+    with signals.together():  # a signal ends the wait for a batch at once, unless other processes go on with the step
         for images, _ in watch.steps(state, prepared(args, watch.waits(batches)), total):
             with memory_for('the views of a batch', 'try a smaller --batch_size'):
                 views = random_views(args, images, name, state, batches.dataset)
@@ -146,17 +139,17 @@ def train_epoch(args, step, state, batches, watch, run):
                 watch.first_views(views)
             rates = learning_rates(args, state.epoch + state.images / total)
             set_learning_rates(state.optimizer, *rates)
-            with stop.held(), memory_for('a training step', run.helps):
+            with signals.held(), memory_for('a training step', run.helps):
                 seed_step(args.random_seed, 'step', state.epoch, state.images // size)
                 loss, std, (p, z) = step(views)
                 state.add(loss, std, size)
             watch.step(state, loss, std, rates, p, z)
             last = state.images >= total
-            if stop.check(state.images // size, last, run.deadline, run.save_is_due(), device) and not last:
+            if signals.check(state.images // size, last, run.deadline, run.save_is_due(), device) and not last:
                 state.agree()
                 run.save(state)
         watch.look(state)
-        with stop.held():
+        with signals.held():
             state.finish_epoch(distributed.means(state.means(), device))
 
 
@@ -309,7 +302,7 @@ def introduce(args, state, run, batches, reason):
     )
     if device.type == 'cuda' and state.epoch < args.max_epochs:
         free, _ = torch.cuda.mem_get_info(device)
-        line, run.helps = memory.of_a_step(args, state.model, precision(args), free)
+        line, run.helps = memory_estimate.of_a_step(args, state.model, precision(args), free)
         say(line)
 
 
@@ -346,28 +339,28 @@ def check_schedule(args):
 def save_on_the_way_out(run, state, end):
     """Save what is done after `end`, an exception, stopped it, and raise what is to be heard of it; nothing where the
     time is up."""
-    stop.heard()
+    signals.heard()
     if isinstance(end, Diverged):
         raise end
     command = f'python3 cli.py train --resume={name_of_run(run.args, run.folder)}{places(run.args)}'
     try:
-        if isinstance(end, stop.Stopped) and state.position != run.position:  # the same step in all processes
+        if isinstance(end, signals.Stopped) and state.position != run.position:  # the same step in all processes
             state.agree()
         run.save(state)
     except Exception as error:  # the disk is full, too: that is heard where nothing else is
-        raise (error if isinstance(end, stop.Stopped) else end) from None
-    if not isinstance(end, stop.Stopped):
+        raise (error if isinstance(end, signals.Stopped) else end) from None
+    if not isinstance(end, signals.Stopped):
         if run.path:
             say(f'saved {run.where(state)}; {command} goes on')
         raise end
     if not end.number:
         say(f'--max_minutes={run.args.max_minutes:g} have passed: {command} goes on {run.where(state)}')
         return
-    name = stop.name_of(end.number)
+    name = signals.name_of(end.number)
     say(f'stopped by {name} {run.where(state)}')
     if not run.path:
-        raise stop.Stopped(end.number, f'{name}: stopped before the first step, there is nothing to save')
-    raise stop.Stopped(end.number, f'{name}: saved {run.where(state)}; {command} goes on')
+        raise signals.Stopped(end.number, f'{name}: stopped before the first step, there is nothing to save')
+    raise signals.Stopped(end.number, f'{name}: saved {run.where(state)}; {command} goes on')
 
 
 def summary(args, run, result, protocol):
@@ -380,7 +373,7 @@ def summary(args, run, result, protocol):
         best = best_of_run(run.folder, checkpoints(run.folder))
         name = f'{called}/{best.name}'
         lines.append(f'best         {best}')
-    if judged := verdict.of_run(run.folder, run.position[0], args):
+    if judged := collapse_verdict.of_run(run.folder, run.position[0], args):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')

@@ -14,11 +14,12 @@ import torch
 from ckpt import get_model_ckpt
 from config import get_config, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
-from metric import choose
+from metric import subset_selection
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
 from protocols.transfer import logistic_regression
-from utils import random_from, use_device
+from runtime.device import use_device
+from runtime.seeding import random_from
 
 COUNTS, SEEDS = (10, 20, 50, 100), range(5)
 
@@ -27,7 +28,7 @@ def at_random(x, count, seed):
     return torch.randperm(len(x), generator=random_from('choice', seed))[:count]
 
 
-WAYS = {'random': at_random, 'typical': choose.typical, 'kcentre': choose.k_centre}
+WAYS = {'random': at_random, 'typical': subset_selection.typical, 'kcentre': subset_selection.k_centre}
 
 
 def accuracy(x, labels, rows, val, val_labels, num_classes):

@@ -21,15 +21,18 @@ from torch.nn.functional import cross_entropy
 from ckpt import checkpoints, new_model, read, save_checkpoint
 from config import distortion, get_config, path_of
 from dataloader import vision
-from dataloader.load_dataset import get_iterator, in_order, prepared
+from dataloader.load_dataset import get_iterator, in_order
+from engine.train_state import State
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from pictures import Panel, curves, image_of
-from precision import autocast, precision
+from plots import Panel, curves, image_of
 from protocols.features import features_of
-from results import of_run
-from state import State
-from utils import get_device, random_from, save_picture, write_aside
+from protocols.results import of_run
+from runtime.atomic_write import save_picture, write_aside
+from runtime.device import get_device
+from runtime.precision import autocast, precision
+from runtime.seeding import random_from
+from utils import prepared
 
 
 def cli(command, *options):

@@ -13,7 +13,7 @@ from pathlib import Path
 from common import CODE
 
 from logger import read_scalars
-from records import read_metrics
+from runtime.files import read_metrics
 
 
 def plain(value):

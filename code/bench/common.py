@@ -10,7 +10,7 @@ import torch
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
-from utils import keep_freed_memory  # noqa: E402
+from runtime.environment import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()
 
@@ -58,9 +58,9 @@ def bare(model, optimizer, view1, view2, steps, dtype):
 
 def an_epoch(args, state, train):
     """A function that trains an epoch of `train`, as the command does, and returns the number of its images."""
-    from runs import Run
+    from engine.run_dir import Run
+    from protocols.monitor import Watch
     from train import make_step, train_epoch
-    from watch import Watch
 
     folder = Path(tempfile.mkdtemp())
     args.log_path, args.save_minutes = str(folder), 0.0
@@ -80,8 +80,8 @@ def prepare(preset, batch_size):
     from ckpt import new_model
     from config import get_config
     from optimizer.sgd import make_sgd
-    from precision import precision
-    from utils import use_compile, use_device
+    from runtime.device import use_compile, use_device
+    from runtime.precision import precision
 
     args = get_config(preset=preset, knn_every=5)
     device = use_device(args)

@@ -14,11 +14,12 @@ import torch
 from common import an_epoch, bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
 from dataloader.load_dataset import batches, in_order, make_images, select
-from dataloader.names import Names
-from dataloader.stores.memory import Memory
+from dataloader.readers.memory import Memory
+from dataloader.sources.path_array import Names
+from engine.train_state import State
 from protocols.knn import knn_accuracy
-from state import State
-from utils import channels_last, get_device
+from runtime.device import get_device
+from runtime.tensors import channels_last
 
 
 def measure(preset, batch_size, side, steps, rounds=3):

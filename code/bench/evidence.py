@@ -17,16 +17,16 @@ import torch
 from common import CODE
 from scipy.stats import rankdata
 
-import results
-from ablate import TABLES, judged
 from ckpt import checkpoints, get_model_ckpt, new_model
+from commands.ablate import TABLES, judged
 from config import changed, get_config, path_of
 from dataloader.load_dataset import load_splits
 from evaluate import evaluate
+from protocols import results
+from protocols.collapse_verdict import MEASURES
 from protocols.linear import linear
-from records import read_metrics
-from utils import get_device
-from verdict import MEASURES
+from runtime.device import get_device
+from runtime.files import read_metrics
 
 SMALL = {
     'backbone': 'small',

@@ -23,8 +23,8 @@ from metric.knn import neighbours
 from model.weights import average_weights
 from protocols.compare import columns_of, standard_error
 from protocols.features import features_of
-from records import read_json
-from terminal import aligned
+from runtime.console import aligned
+from runtime.files import read_json
 
 SHARES = (0.75, 0.5, 0.25)
 LABELS, DRAWS = (30, 10, 5, 1), 5

@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from config import AUGMENTATIONS, IMAGENET_PIXELS, get_config
-from dataloader.images import decode
-from dataloader.load_dataset import get_iterator, prepared
-from utils import cpu_count, random_from
+from dataloader.load_dataset import get_iterator
+from dataloader.loading.decode import decode
+from runtime.environment import cpu_count
+from runtime.seeding import random_from
+from utils import prepared
 
 PHOTOS, TINY = 768, 6144  # images of each kind; whole batches of 64 and of 512
 

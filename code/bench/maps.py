@@ -20,10 +20,11 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from ckpt import get_model_ckpt
 from config import get_config
 from dataloader.load_dataset import in_order, load_splits
-from metric.choose import directions
-from metric.plane import plane
+from metric.projection_2d import plane
+from metric.subset_selection import directions
 from protocols.features import features_of
-from utils import evenly_spaced, use_device
+from runtime.device import use_device
+from runtime.tensors import evenly_spaced
 
 K, MOST = 15, 3000
 

@@ -5,7 +5,7 @@
 Case step: the cifar10 preset's ResNet-18 (batch 64 on a CPU, 512 on a GPU); step_demo: the demo's network, so small
 that everything else shows; step_imagenet, on a GPU of 70 GB and more: ResNet-50 at 224 px, batch 512. Ours takes whole
 uint8 images on the device, makes its views anew at every step, and is what train does, on a GPU recorded where that
-pays (graph.py).
+pays (engine/cuda_graph.py).
 """
 
 import torch
@@ -13,9 +13,11 @@ from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
 from config import distortion
 from dataloader import vision
-from state import State
+from engine.train_state import State
+from runtime.device import get_device, use_compile
+from runtime.seeding import random_from
+from runtime.tensors import channels_last
 from train import make_step
-from utils import channels_last, get_device, random_from, use_compile
 
 
 def measure(preset, batch_size, side, steps):

@@ -15,9 +15,9 @@ from evidence import VARIED, options_of
 from ckpt import checkpoints
 from config import get_config, path_of
 from evaluate import evaluate
-from records import read_metrics
+from runtime.device import use_device
+from runtime.files import read_metrics
 from train import train
-from utils import use_device
 
 RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 

@@ -10,26 +10,26 @@ worker processes, which cut and resize the crops of both views from one decoding
 on the device, a batch at a time; where the device is the CPU, the workers share that too.
 """
 
-import functools
 import unicodedata
 from dataclasses import replace
 
 import torch
 
 from config import ROOT, UserError, path_of, same_path
-from dataloader import demo, layout, prepare, remarks
-from dataloader.batches import Batches, workers_for
-from dataloader.keys import Keys
-from dataloader.packed import braced
-from dataloader.part import hold_out
-from dataloader.split import Images
-from dataloader.stores.memory import Memory
-from dataloader.torchvision_sets import TORCHVISION, download, torchvision_kind, torchvision_splits
-from distributed import in_turn, rank, world
-from logger import progress, say
-from records import clear_parts
-from terminal import complain, shown, some
-from utils import get_device, prepare_batch
+from dataloader.cache import decoded
+from dataloader.loading.dataset import Images
+from dataloader.loading.loader import Batches, workers_for
+from dataloader.loading.sampler import Keys
+from dataloader.readers.memory import Memory
+from dataloader.sources import dataset_warnings, demo, find
+from dataloader.sources.split_source import hold_out
+from dataloader.sources.tar_splits import braced
+from dataloader.sources.torchvision_datasets import TORCHVISION, download, torchvision_kind, torchvision_splits
+from runtime.console import complain, shown, some
+from runtime.device import get_device
+from runtime.distributed import in_turn, rank, world
+from runtime.files import clear_parts
+from runtime.messages import progress, say
 
 LOOKED_AT = 64 * 224**2  # pixels that go through a network at once where none is trained: it holds less than a gigabyte
 
@@ -38,7 +38,7 @@ def get_iterator(args, parts=None):
     """The batches of {'train', 'val', 'test'}: DataLoaders of (images, labels), for utils.prepare_batch.
 
     train: shuffled, two crops of each image; val and test: in order, every image once; val is None where there is none,
-    test is val where there is none. `.dataset` is the split's Images. Raises UserError for what layout.py cannot make
+    test is val where there is none. `.dataset` is the split's Images. Raises UserError for what find.py cannot make
     splits of, WorkError for images that cannot be read. parts: of parts_of, where that was asked already.
     """
     splits = load_splits(args, parts)
@@ -105,37 +105,6 @@ def at_most(args):
     return max(1, LOOKED_AT // args.image_size**2)
 
 
-def prepared(args, batches):
-    """utils.prepare_batch over `batches`; to a GPU the next batch is copied while this one is worked on."""
-    if get_device(args).type != 'cuda':
-        yield from (prepare_batch(args, batch) for batch in batches)
-        return
-    stream, ahead = copies(get_device(args)), None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            following = prepare_batch(args, batch), stream.record_event()
-        if ahead:
-            yield arrived(*ahead)
-        ahead = following
-    if ahead:
-        yield arrived(*ahead)
-
-
-@functools.cache
-def copies(device):
-    """The stream on which batches come to a GPU: one, for torch keeps memory for each."""
-    return torch.cuda.Stream(device)
-
-
-def arrived(tensors, copied):
-    """Tensors that another stream made, safe to use on this one: after the event `copied`, and not freed before."""
-    stream = torch.cuda.current_stream(tensors[0].device)
-    stream.wait_event(copied)
-    for tensor in tensors:
-        tensor.record_stream(stream)
-    return tensors
-
-
 def load_splits(args, parts=None):
     """{'train', 'val', 'test'} of args.image_path as Images, decoded where they are small; None where missing.
 
@@ -171,7 +140,7 @@ def splits_of(args, parts):
         splits[name] = of_part(args, part, table[part.labels], classes)
     if len(train.classes) == 1 and not rank():
         complain('warning', f'{shown(train.where)} has one class, {shown(classes[0])!r}: accuracies say nothing')
-    remarks.warn_of_idle(args, parts, splits['train'])
+    dataset_warnings.warn_of_idle(args, parts, splits['train'])
     return splits
 
 
@@ -198,7 +167,7 @@ def parts_of(args):
             f'no images for --preset={args.preset}: {shown(root)} is not there; lay it out as train/<class>/*.jpg and '
             f'val/<class>/*.jpg in it, point --image_path at such a folder, {hint}'
         )
-    parts = layout.find(root, path_of(args.cache_path), progress)
+    parts = find.find(root, path_of(args.cache_path), progress)
     train = parts['train']
     if 'val' not in parts and train.classes and args.val_fraction:
         train, val = hold_out(train, args.val_fraction)
@@ -208,7 +177,7 @@ def parts_of(args):
                 f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
                 f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})'
             )
-    remarks.say_of(root, parts)
+    dataset_warnings.say_of(root, parts)
     return parts
 
 
@@ -216,8 +185,8 @@ def load_whole(args, path):
     """All images of a folder, an archive, a list or one file, without labels: for infer. Raises UserError where there
     are none."""
     with in_turn():
-        part = layout.whole(path, path_of(args.cache_path), progress)
-        remarks.say_of_part(shown(path.name), part)
+        part = find.whole(path, path_of(args.cache_path), progress)
+        dataset_warnings.say_of_part(shown(path.name), part)
         return of_part(args, part, torch.full_like(part.labels, -1), [])
 
 
@@ -225,16 +194,16 @@ def of_part(args, part, labels, classes):
     """The Images of a Part: held in memory, made smaller on disk, or read when they are needed."""
     store, where, kept = part.store, part.where, path_of(args.cache_path) / part.share
     if args.bad_images == 'skip' and not isinstance(store, Memory):
-        rows = prepare.readable(store, where, kept)
+        rows = decoded.readable(store, where, kept)
         lost = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
         if lost and not rank():
             names = some([shown(classes[label]) for label in sorted(lost)])
             complain('warning', f'{shown(where)}: no image of the class {names} can be read: it is there no more')
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if not isinstance(store, Memory):
-        held = prepare.hold_in_memory(store, where, args.cache_images, args.pixel_max, kept)
+        held = decoded.hold_in_memory(store, where, args.cache_images, args.pixel_max, kept)
         if held is None and args.resize_cache:
-            held = prepare.resized(store, where, args.resize_cache, args.pixel_max, kept)
+            held = decoded.resized(store, where, args.resize_cache, args.pixel_max, kept)
         store = held or store
     return make_images(args, where, store, labels, classes)
 

@@ -13,12 +13,11 @@ N x V x 3 x S x S uint8 (V views of one image; see load_dataset.py), where the w
 import functools
 
 import torch
-from torch.nn.functional import pad
 
 from config import channel_values
-from dataloader.colours import REACH, blur_all, draw_colours, recolour, recolour_all
-from dataloader.geometry import centre_box, crop_resize, draw_crops
-from utils import to_device
+from dataloader.augment.color import REACH, blur_all, draw_colours, recolour, recolour_all
+from dataloader.augment.geometry import centre_box, crop_resize, draw_crops
+from runtime.tensors import to_device
 
 CACHE_BYTES = 2**20  # of one core's cache
 # The columns of a table of draws, one row a view.
@@ -196,17 +195,3 @@ def denormalise(x, args):
     """The inverse of normalise, clamped to [0, 1]: for pictures."""
     mean, std = moments_of(args, x.device)
     return (x * std + mean).clamp(0, 1)
-
-
-def picture(rows, path, zoom_to=64):
-    """Save views as a grid, one row per tensor of `rows` (each N x 3 x S x S in [0, 1]), enlarged to be seen.
-
-    Returns the grid, 3 x height x width in [0, 1].
-    """
-    from torchvision.utils import make_grid, save_image
-
-    zoom = max(1, round(zoom_to / rows[0].shape[-1]))
-    grid = make_grid(torch.cat(rows).cpu(), nrow=len(rows[0]), padding=1, pad_value=1)
-    grid = pad(grid, (1, 1, 1, 1), value=1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    save_image(grid, path)
-    return grid

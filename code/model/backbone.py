@@ -7,8 +7,6 @@ import torchvision
 from torch import nn
 from torchvision.models import regnet, resnet
 
-from terminal import first_line
-
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
@@ -118,6 +116,11 @@ def built(make, name, size, **more):
         raise
     except Exception as error:
         raise ValueError(refused(size, error)) from None
+
+
+def first_line(error):
+    """The first line of what an exception says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def refused(size, error):

@@ -11,8 +11,7 @@ import torch
 import torchvision
 from torchvision.models import vision_transformer
 
-from model.backbone import of_timm, timm_module
-from terminal import first_line
+from model.backbone import first_line, of_timm, timm_module
 
 FIRST = 4  # keys of each side that an error shows
 # Of several networks in one file (a teacher and its student, a momentum encoder) the first of these is taken.

@@ -11,14 +11,14 @@ import torch
 from ckpt import checkpoints, get_model_ckpt, new_model
 from config import UserError, changed
 from dataloader.load_dataset import in_order, labelled
-from logger import say
 from metric.knn import knn_scores, neighbours
 from model.weights import is_off_the_shelf
 from protocols.features import features_of
 from protocols.few_labels import L2, draws_of, right_with_few
 from protocols.transfer import logistic_regression
-from terminal import aligned
-from utils import get_device
+from runtime.console import aligned
+from runtime.device import get_device
+from runtime.messages import say
 
 ALL = 'all labels'  # the column of the classifier on all of train
 # Options that every row shares with the call; all else is its own weights'.

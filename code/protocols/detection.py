@@ -18,18 +18,20 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ckpt import new_model
 from config import UserError, WorkError, channel_values, path_of
-from dataloader.batches import Batches, workers_for
-from dataloader.boxes import load_boxes
-from dataloader.names import Names
-from dataloader.part import Part
-from dataloader.prepare import readable
-from dataloader.remarks import warn_of_shared
-from dataloader.stores.files import Files
-from logger import progress, say
+from dataloader.cache.decoded import readable
+from dataloader.detection.dataset import load_boxes
+from dataloader.loading.loader import Batches, workers_for
+from dataloader.readers.files import Files
+from dataloader.sources.dataset_warnings import warn_of_shared
+from dataloader.sources.path_array import Names
+from dataloader.sources.split_source import Part
 from optimizer.sgd import learning_rate
-from precision import autocast
-from terminal import shown
-from utils import extra, get_device, random_from, seed_step
+from runtime.console import shown
+from runtime.device import get_device
+from runtime.environment import extra
+from runtime.messages import progress, say
+from runtime.precision import autocast
+from runtime.seeding import random_from, seed_step
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}

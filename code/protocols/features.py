@@ -6,11 +6,14 @@ import torch
 
 from config import WorkError
 from dataloader import vision
-from dataloader.load_dataset import at_most, prepared
-from distributed import gather, place_of, world
-from logger import progress
-from precision import autocast
-from utils import channels_last, get_device, random_from
+from dataloader.load_dataset import at_most
+from runtime.device import get_device
+from runtime.distributed import gather, place_of, world
+from runtime.messages import progress
+from runtime.precision import autocast
+from runtime.seeding import random_from
+from runtime.tensors import channels_last
+from utils import prepared
 
 
 def features_of(args, backbone, batches, title):

@@ -5,13 +5,14 @@ The draws depend on the classes of the images alone, so that every backbone that
 
 import torch
 
-from distributed import total, world
+from ckpt import WATCHED
 from metric.knn import neighbours, votes
 from protocols.features import features_of
 from protocols.knn import nearest_images
 from protocols.transfer import logistic_regression
-from utils import memory_for, random_from
-from verdict import WATCHED
+from runtime.device import memory_for
+from runtime.distributed import total, world
+from runtime.seeding import random_from
 
 L2 = 0.1  # of the logistic regression, on standardized features: 0.1 / 2 |w|^2 beside the sum of the cross-entropies
 DRAWS = 5  # of labels, that training looks at

@@ -9,15 +9,18 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import new_model
 from config import UserError, WorkError, changed, path_of
-from dataloader.load_dataset import at_most, in_order, labelled, prepared, select, shuffled_crops
+from dataloader.load_dataset import at_most, in_order, labelled, select, shuffled_crops
 from dataloader.vision import plain_view
-from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
-from precision import autocast
 from protocols.features import labelled_crops
-from terminal import complain, shown
-from utils import channels_last, get_device, random_from, seed_step
+from runtime.console import complain, shown
+from runtime.device import get_device
+from runtime.messages import progress
+from runtime.precision import autocast
+from runtime.seeding import random_from, seed_step
+from runtime.tensors import channels_last
+from utils import prepared
 
 
 def semi(args, model, splits):

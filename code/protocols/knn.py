@@ -8,11 +8,11 @@ import torch
 
 from ckpt import new_model
 from dataloader.load_dataset import in_order, labelled
-from distributed import gather, rank, world
 from metric.accuracy import topk_accuracy
 from metric.knn import Nearest, neighbours, votes
 from protocols.features import features_of, in_parts
-from utils import get_device, memory_for
+from runtime.device import get_device, memory_for
+from runtime.distributed import gather, rank, world
 
 
 def knn(args, model, splits):

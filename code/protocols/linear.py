@@ -4,13 +4,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dataloader.load_dataset import in_order, labelled, shuffled_crops
-from logger import progress
 from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
 from protocols.features import augmented_features, features_of, filled
 from protocols.knn import references, vote
-from utils import get_device, random_from, to_device
+from runtime.device import get_device
+from runtime.messages import progress
+from runtime.seeding import random_from
+from runtime.tensors import to_device
 
 # Of each --probe_optimizer: base learning rate (x batch / 256) and batch size (paper, appendix A; MoCo's for SGD).
 PROBE = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}

@@ -5,11 +5,11 @@ from torch.nn.functional import cross_entropy
 
 from config import UserError, changed, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
-from logger import progress
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
 from protocols.finetune import finetune, of_each_class
-from terminal import shown
+from runtime.console import shown
+from runtime.messages import progress
 
 L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
 HELD_OUT = 0.2  # share of train that chooses among them

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import precision
 import warm
-from dataloader import demo
+from dataloader.sources import demo
+from runtime import precision
 
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or behind a job with &: the runs would ignore it too

@@ -96,7 +96,7 @@ def call(name, given):
         sys.path.insert(0, str(path.parent))
         import common
 
-        import precision
+        from runtime import precision
 
         common.in_turns = lambda ours, reference, rounds=1: [common.speed(ours), common.speed(reference), 1.0]
         common.matmul_rate = lambda device, dtype: 1e12

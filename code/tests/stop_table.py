@@ -1,4 +1,4 @@
-"""Every end of stop.SIGNALS at every moment of a run, each in a process of its own: a table of what came of it.
+"""Every end of signals.SIGNALS at every moment of a run, each in a process of its own: a table of what came of it.
 
     python3 stop_table.py IMAGES FOLDER        a line of JSON for each pair; tests/test_stops.py reads them
 
@@ -20,13 +20,12 @@ from PIL import Image
 
 import ckpt
 import cli
-import evaluate
-import pictures  # noqa: F401
-import state
-import stop
+import plots  # noqa: F401
 import train
-import watch
 from conftest import TINY, own_paths
+from engine import train_state
+from protocols import monitor, run_protocol
+from runtime import signals
 
 OPTIONS = (
     *TINY,
@@ -41,14 +40,14 @@ OPTIONS = (
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {
     'in the set-up': (train, 'get_iterator', 0),
-    'in the first monitor': (watch, 'watch_labels', 0),
+    'in the first monitor': (monitor, 'watch_labels', 0),
     'before the first batch': (train, 'random_views', 0),
     'in a step': (train, 'train_step', 1),
     'waiting for the first batch of an epoch': (train, 'prepared', 1),
-    'at the end of an epoch': (state.State, 'finish_epoch', 1),
-    'in the monitor': (watch, 'watch_labels', 2),
+    'at the end of an epoch': (train_state.State, 'finish_epoch', 1),
+    'in the monitor': (monitor, 'watch_labels', 2),
     'in a save': (ckpt, 'write_aside', 0),
-    'in the evaluation': (evaluate, 'linear', 0),
+    'in the evaluation': (run_protocol, 'linear', 0),
 }
 
 
@@ -100,8 +99,8 @@ def main(images, folder):
     assert code == 0, errors
     _, whole = last(folder / 'whole')
     for moment, place in MOMENTS.items():
-        evaluated = ['--evaluate_after=True'] if place[0] is evaluate else []
-        for number in stop.SIGNALS:
+        evaluated = ['--evaluate_after=True'] if place[0] is run_protocol else []
+        for number in signals.SIGNALS:
             own = folder / f'{moment.replace(" ", "_")}_{number.name}'
             argv = [*command, *evaluated, *own_paths(own, 'ckpt', 'log')]
             code, seconds, errors = child(own, argv, lambda place=place, number=number: send_at(*place, number))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import cli
-import pictures
-from ablate import TABLES, variants
+import plots
+from commands.ablate import TABLES, variants
 from config import OPTIONS, UserError, changed, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
@@ -131,7 +131,7 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     assert len({row['loss'] for row in rows}) == len(rows)
     with Image.open(tmp_path / f'log/{table}.png') as picture:
         assert picture.width > 1000
-    monkeypatch.setattr('ablate.train', lambda args: pytest.fail('trained again'))
+    monkeypatch.setattr('commands.ablate.train', lambda args: pytest.fail('trained again'))
     assert cli.main(['ablate', *options]) == 0
     assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     assert [row['loss'] for row in again] == [row['loss'] for row in rows]
     assert cli.main(['ablate', *options]) == 0  # and the first is still known
     assert json.loads((tmp_path / f'log/{table}.json').read_text()) == rows
-    monkeypatch.setattr('ablate.train', asked := mock.Mock(side_effect=UserError('trained again')))
+    monkeypatch.setattr('commands.ablate.train', asked := mock.Mock(side_effect=UserError('trained again')))
     assert cli.main(['ablate', *options, '--learning_rate=0.123']) == 2  # other options are another table
     assert asked.call_args[0][0].learning_rate == 0.123
 
@@ -207,14 +207,14 @@ def test_what_ablate_decides_is_not_to_be_given(name, capsys):
 
 def test_curves_are_drawn_where_the_numbers_are():
     """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
-    image = pictures.curves(
+    image = plots.curves(
         [
-            pictures.Panel('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
-            pictures.Panel('b', [('up', [])]),
+            plots.Panel('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
+            plots.Panel('b', [('up', [])]),
         ]
     )
-    pixels = np.asarray(pictures.image_of(image)).astype(int)
-    blue = tuple(int(pictures.COLOURS[0][at : at + 2], 16) for at in (1, 3, 5))
+    pixels = np.asarray(plots.image_of(image)).astype(int)
+    blue = tuple(int(plots.COLOURS[0][at : at + 2], 16) for at in (1, 3, 5))
     up = np.argwhere((pixels[:250] == blue).all(2))
     left, right = up[up[:, 1] < 120], up[(up[:, 1] > 330) & (up[:, 1] < 420)]
     assert left[:, 0].mean() > right[:, 0].mean() + 100

@@ -10,14 +10,14 @@ import torch.distributed as dist
 import torchvision
 
 import cli
-import distributed
 import train
 from ckpt import new_model
 from config import UserError, get_config
 from conftest import CODE, TINY, one_line, own_paths
 from model import simsiam
 from model.backbone import make_backbone
-from records import read_metrics
+from runtime import distributed
+from runtime.files import read_metrics
 
 
 class Dropping(torch.nn.Module):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths
-from dataloader.images import decode
+from dataloader.loading.decode import decode
 
 RUN = 'model_name_simsiam_ckpt_0'
 README = CODE / 'tests/README.md'

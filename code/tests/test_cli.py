@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
-from protocols import spectrum
-from records import read_metrics
-from results import of_run
-from verdict import FAVOURED, QUICK
+from protocols import label_free
+from protocols.collapse_verdict import FAVOURED, QUICK
+from protocols.results import of_run
+from runtime.files import read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -425,8 +425,8 @@ def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monk
     """The last agrees with what training noted; the best by the favoured measure is named, and is one of them. The
     untrained network is measured once."""
     options, seen = ['evaluate', *own_paths(copied), '--protocol=spectrum'], []
-    measured = spectrum.measured
-    monkeypatch.setattr(spectrum, 'measured', lambda *given: seen.append(given) or measured(*given))
+    measured = label_free.measured
+    monkeypatch.setattr(label_free, 'measured', lambda *given: seen.append(given) or measured(*given))
     assert cli.main([*options, f'--ckpt_name={RUN}0']) == 0
     assert len(seen) == 3
     said = capsys.readouterr().out
@@ -531,7 +531,7 @@ def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
 
 
 def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
-    from utils import write_aside
+    from runtime.atomic_write import write_aside
 
     path = tmp_path / 'file'
     write_aside(path, lambda aside: aside.write_text('whole'))

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import AUGMENTATIONS
-from dataloader import crops, geometry
-from dataloader.archives import open_archives
-from dataloader.images import opened, rgb, shrink
-from dataloader.names import Names
-from dataloader.prepare import resized
-from dataloader.stores.files import Files
-from dataloader.stores.memory import Memory
-from logger import progress
+from dataloader.augment import geometry
+from dataloader.cache.decoded import resized
+from dataloader.loading import crops
+from dataloader.loading.decode import opened, rgb, shrink
+from dataloader.readers.files import Files
+from dataloader.readers.memory import Memory
+from dataloader.sources.path_array import Names
+from dataloader.sources.tar_index import open_archives
+from runtime.messages import progress
 
 EXAMPLES = int(os.environ.get('EXAMPLES', 150))
 # The same examples every day; others where more are asked for.

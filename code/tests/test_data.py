@@ -15,14 +15,18 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from commands.pack import pack
 from config import AUGMENTATIONS, UserError, WorkError, get_config
-from dataloader import demo, geometry, prepare, vision
-from dataloader.images import decode
+from dataloader import vision
+from dataloader.augment import geometry
+from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
-from dataloader.pack import pack
+from dataloader.loading.decode import decode
+from dataloader.sources import demo
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
-from utils import prepare_batch, random_from
+from runtime.seeding import random_from
+from utils import prepare_batch
 
 
 def options(folder, **more):
@@ -141,7 +145,7 @@ def test_decoded_images_are_kept_until_a_file_changes(drawn, tmp_path, monkeypat
     folder = copy_of(drawn, tmp_path)
     first = load_splits(options(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, 'decode_all', unreadable)
+        patch.setattr(decoded, 'decode_all', unreadable)
         again = load_splits(options(folder))
         for name in ('train', 'val'):
             assert torch.equal(again[name].pixels, first[name].pixels)
@@ -172,7 +176,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     small.save(folder / 'train/dots/tiny.png')
     args = options(folder, resize_cache=100)
     train = load_splits(args)['train']
-    monkeypatch.setattr(prepare, 'smaller', unreadable)
+    monkeypatch.setattr(decoded, 'smaller', unreadable)
     train = load_splits(args)['train']
     resized = {}
     for row, name in enumerate(train.names):

@@ -10,7 +10,7 @@ from PIL import Image
 import cli
 from config import WITHOUT_EFFECT, WorkError, get_config, has_effect, of_other_stages
 from conftest import TINY, one_line, own_paths
-from dataloader.boxes import load_boxes
+from dataloader.detection.dataset import load_boxes
 from test_detection import coco, voc
 
 RUN = 'model_name_simsiam_ckpt_0'

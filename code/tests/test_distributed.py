@@ -15,18 +15,17 @@ import pytest
 import torch
 
 import cli
-import distributed
-import utils
 import warm
 from config import UserError, distortion, get_config
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths
 from dataloader import vision
-from dataloader.keys import Keys
 from dataloader.load_dataset import get_iterator, in_order
-from distributed import place_of
-from records import read_metrics
-from results import of_run
-from utils import random_from
+from dataloader.loading.sampler import Keys
+from protocols.results import of_run
+from runtime import device, distributed
+from runtime.distributed import place_of
+from runtime.files import read_metrics
+from runtime.seeding import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
@@ -148,7 +147,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
 
 def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
     as_one_of(0, 3)
-    monkeypatch.setattr(utils, 'start', lambda device: None)
+    monkeypatch.setattr(device, 'start', lambda device: None)
     assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
     assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
 
@@ -411,8 +410,9 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, 
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     code = (
-        f'import sys; sys.path.insert(0, {str(CODE)!r}); import cli, distributed; distributed.SAY_AFTER = 0.5; '
-        f'distributed.LONGEST_START = {600 if stopped else 1.5}; sys.exit(cli.main(sys.argv[1:]))'
+        f'import sys; sys.path.insert(0, {str(CODE)!r}); import cli; from runtime import distributed; '
+        f'distributed.SAY_AFTER = 0.5; distributed.LONGEST_START = {600 if stopped else 1.5}; '
+        f'sys.exit(cli.main(sys.argv[1:]))'
     )
     place = {'WORLD_SIZE': '2', 'RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     (tmp_path / 'patient.py').write_text(code)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cli
-import evaluate
+from config import UserError
 from conftest import CODE, TINY, one_line, own_paths
+from protocols import run_protocol
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -54,8 +55,8 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(
         raise AssertionError('the work has begun')
 
     monkeypatch.setattr(tempfile, 'TemporaryFile', refused)
-    monkeypatch.setattr('dataloader.batches.Batches.__iter__', worked)
-    monkeypatch.setattr('dataloader.pack.write_split', worked)
+    monkeypatch.setattr('dataloader.loading.loader.Batches.__iter__', worked)
+    monkeypatch.setattr('commands.pack.write_split', worked)
     assert cli.main([command, *given]) == 1
     assert 'Read-only file system' in one_line(capsys.readouterr().err)
 
@@ -64,7 +65,7 @@ def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, c
     def full(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device', 'x.json')
 
-    monkeypatch.setattr(evaluate.results, 'write', full)
+    monkeypatch.setattr(run_protocol.results, 'write', full)
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', '--num_workers=0', *own_paths(trained)]
     assert cli.main(given) == 1
     said = capsys.readouterr()
@@ -74,10 +75,10 @@ def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, c
 
 def test_a_tracker_that_does_not_start_is_told_before_the_work(trained, monkeypatch, capsys):
     def refused(*_):
-        raise evaluate.UserError('--tracker=wandb does not start')
+        raise UserError('--tracker=wandb does not start')
 
-    monkeypatch.setattr(evaluate, 'tracker_of', refused)
-    monkeypatch.setattr(evaluate, 'knn', lambda *_: pytest.fail('the work has begun'))
+    monkeypatch.setattr(run_protocol, 'tracker_of', refused)
+    monkeypatch.setattr(run_protocol, 'knn', lambda *_: pytest.fail('the work has begun'))
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', *own_paths(trained)]
     assert cli.main(given) == 2
     assert 'does not start' in capsys.readouterr().err
@@ -126,7 +127,7 @@ def test_an_error_without_a_text_is_told_all_the_same(error, monkeypatch, capsys
     def out_of_memory(*_):
         raise error
 
-    monkeypatch.setattr('photos.choose_preset', out_of_memory)
+    monkeypatch.setattr('engine.auto_preset.choose_preset', out_of_memory)
     monkeypatch.setattr('train.train', out_of_memory)
     assert cli.main(['train', '--preset=demo']) == 1
     assert 'has not enough memory' in one_line(capsys.readouterr().err)

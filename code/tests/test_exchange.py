@@ -12,14 +12,14 @@ from PIL import Image
 from torch import nn
 
 import cli
-import embed as embedding
 from ckpt import get_model_ckpt, new_model, save_checkpoint
+from commands import embed as embedding
 from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
+from engine.train_state import State
 from metric.knn import nearest
-from model.layouts import to_detectron2
+from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
-from state import State
 
 RUN = 'model_name_simsiam_ckpt_0'
 

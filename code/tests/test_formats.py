@@ -10,9 +10,8 @@ import cli
 from ckpt import get_model_ckpt
 from config import PRESETS, WorkError, get_config
 from conftest import CODE, own_paths
-from formats import upgraded
-from results import of_run
-from state import FORMAT
+from protocols.results import of_run
+from runtime.checkpoint_format import FORMAT, upgraded
 
 OLD = CODE / 'tests/checkpoints'
 

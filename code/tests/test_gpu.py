@@ -15,27 +15,27 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import distributed
-import graph
-import memory
 import train
-import utils
 from ckpt import new_model
 from config import UserError, changed, distortion, get_config
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
-from dataloader.batches import workers_for
-from dataloader.split import Images
-from dataloader.stores.memory import Memory
+from dataloader.loading.dataset import Images
+from dataloader.loading.loader import workers_for
+from dataloader.readers.memory import Memory
+from engine import cuda_graph, memory_estimate
 from loss.negative_cosine import simsiam_loss
-from metric.collapse import spread
+from metric.feature_std import spread
 from metric.knn import Nearest, votes
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
-from precision import precision
 from protocols.linear import train_probe
+from runtime import device, distributed
+from runtime.device import get_device, use_compile, why_not_compiled
+from runtime.precision import precision
+from runtime.seeding import random_from
+from runtime.tensors import channels_last
 from train import train_step
-from utils import channels_last, get_device, random_from, use_compile, why_not_compiled
 
 ROW = distortion(get_config(image_size=32, blur_prob=0.5), 'moco')
 GPU = torch.device('cuda', 0)
@@ -188,7 +188,7 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
     cases = {
         'there is no C compiler (apt install gcc)': lambda m: m.setenv('PATH', str(tmp_path)),
         "Python's headers are missing (apt install python3-dev)": lambda m: m.setattr(
-            utils.sysconfig, 'get_path', lambda _: str(tmp_path)
+            device.sysconfig, 'get_path', lambda _: str(tmp_path)
         ),
         'torch.compile fails: InductorError: nothing works': lambda m: m.setattr(torch, 'compile', broken),
     }
@@ -197,21 +197,21 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
         raise RuntimeError('InductorError: nothing works\nand a hundred lines')
 
     monkeypatch.delenv('CC', raising=False)
-    monkeypatch.setattr(utils, 'get_device', lambda _: torch.device('cpu'))
+    monkeypatch.setattr(device, 'get_device', lambda _: torch.device('cpu'))
     for said, breaks in cases.items():
         why_not_compiled.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(shutil, 'which', shutil.which if 'gcc' in said else lambda name: f'/usr/bin/{name}')
             if 'fails' in said:
-                patch.setattr(utils.os.path, 'exists', lambda _: True)
+                patch.setattr(device.os.path, 'exists', lambda _: True)
             breaks(patch)
             assert why_not_compiled(torch.device('cpu')) == said
             with pytest.raises(UserError, match='--compile=False goes without'):
                 use_compile(get_config(compile='True'))
-            patch.setattr(utils, 'get_device', lambda _: GPU)
-            monkeypatch.setattr(utils, 'why_not_compiled', lambda _, said=said: said)
+            patch.setattr(device, 'get_device', lambda _: GPU)
+            monkeypatch.setattr(device, 'why_not_compiled', lambda _, said=said: said)
             assert use_compile(get_config(compile='auto')) is False
-        monkeypatch.setattr(utils, 'why_not_compiled', why_not_compiled)
+        monkeypatch.setattr(device, 'why_not_compiled', why_not_compiled)
     why_not_compiled.cache_clear()
 
 
@@ -238,7 +238,7 @@ def test_a_short_run_is_not_compiled(monkeypatch):
 )
 def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
     """V100, T4 and RTX 20 have no bfloat16, but cores for float16."""
-    monkeypatch.setattr('precision.get_device', lambda _: GPU)
+    monkeypatch.setattr('runtime.precision.get_device', lambda _: GPU)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: bf16)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     assert precision(get_config(amp='auto')) == found
@@ -247,7 +247,7 @@ def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
 def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr('dataloader.batches.cpu_count', lambda: 128)
+    monkeypatch.setattr('dataloader.loading.loader.cpu_count', lambda: 128)
     assert (get_device(get_config()).type, workers_for(-1)) == ('cuda', 128)
     assert get_device(get_config(device='cuda:1')) == torch.device('cuda', 1)
     for name, value in {'WORLD_SIZE': 16, 'LOCAL_WORLD_SIZE': 8, 'RANK': 9, 'LOCAL_RANK': 1}.items():
@@ -264,18 +264,21 @@ def test_what_a_step_takes_is_known_before_it():
     """For the paper's ResNet-50 at 224 px in bfloat16 12, 24 and 47 GB at 128, 256 and 512 images were counted."""
     args = get_config(preset='imagenet', device='cpu')
     model = new_model(args)
-    counted = [memory.step_bytes(model, images, 2, 224, torch.bfloat16) for images in (128, 256, 512)]
+    counted = [memory_estimate.step_bytes(model, images, 2, 224, torch.bfloat16) for images in (128, 256, 512)]
     assert counted == pytest.approx([12e9, 24e9, 47e9], rel=0.04)
     assert counted[2] - counted[1] == 2 * (counted[1] - counted[0])
-    full = memory.step_bytes(model, 128, 2, 224, None)
+    full = memory_estimate.step_bytes(model, 128, 2, 224, None)
     assert full / 2 < counted[0] < 0.6 * full
-    line, helps = memory.of_a_step(args, model, torch.bfloat16, 25e9)
+    line, helps = memory_estimate.of_a_step(args, model, torch.bfloat16, 25e9)
     assert helps == '--accumulate_steps=4 takes 13.6 GB'
     assert line == f'a step takes about 50.6 GB, 25.0 GB are free: {helps}'
-    line, helps = memory.of_a_step(args, model, torch.bfloat16, 80e9)
+    line, helps = memory_estimate.of_a_step(args, model, torch.bfloat16, 80e9)
     assert line == 'a step takes about 50.6 GB, 80.0 GB are free'
     assert helps == 'try a smaller --batch_size, or --accumulate_steps=2'
-    assert 'a smaller --image_size' in memory.of_a_step(changed(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
+    assert (
+        'a smaller --image_size'
+        in memory_estimate.of_a_step(changed(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ def test_what_a_step_takes_is_known_before_it():
 def test_the_views_of_a_batch_are_counted(options, said):
     """ResNet-50 at 224 px on a card with 8.4 GB free: views are made all at once, before the parts of a step."""
     args = get_config(preset='imagenet', device='cpu', **options)
-    line, helps = memory.of_a_step(args, new_model(args), torch.bfloat16, 6e9)
+    line, helps = memory_estimate.of_a_step(args, new_model(args), torch.bfloat16, 6e9)
     assert said in line
     assert said in helps
 
@@ -323,7 +326,7 @@ def plainly(step, *_):
 
 
 def recorded(*given):
-    return graph.Recorded(*given, always=True)
+    return cuda_graph.Recorded(*given, always=True)
 
 
 def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
@@ -394,9 +397,9 @@ def test_a_replayed_step_is_the_step_at_other_rates():
 @pytest.mark.usefixtures('on_tape')
 def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
     """As with rates that are part of the record; and what was tried leaves no trace."""
-    with_rates = graph.Recorded.with_rates
+    with_rates = cuda_graph.Recorded.with_rates
     monkeypatch.setattr(
-        graph.Recorded, 'with_rates', lambda self, rates: self.keep(self.views) or with_rates(self, rates)
+        cuda_graph.Recorded, 'with_rates', lambda self, rates: self.keep(self.views) or with_rates(self, rates)
     )
     found, step = losses_of(12, rising, recorded)
     assert (step.graph, step.off) == (None, True)
@@ -409,18 +412,18 @@ def broken_graph(*_, **__):
 
 
 def test_a_graph_is_made_where_it_can_be(monkeypatch):
-    assert not graph.use_graph(get_config(device='cpu'))
+    assert not cuda_graph.use_graph(get_config(device='cpu'))
     with pytest.raises(UserError, match='--cuda_graph=True: it wants a CUDA GPU; --cuda_graph=False goes without'):
-        graph.use_graph(get_config(device='cpu', cuda_graph='True'))
-    monkeypatch.setattr(graph, 'get_device', lambda _: GPU)
-    monkeypatch.setattr(graph, 'precision', lambda args: {'fp16': torch.float16}.get(args.amp))
-    assert graph.use_graph(get_config(cuda_graph='True'))
-    assert not graph.use_graph(get_config(cuda_graph='False'))
+        cuda_graph.use_graph(get_config(device='cpu', cuda_graph='True'))
+    monkeypatch.setattr(cuda_graph, 'get_device', lambda _: GPU)
+    monkeypatch.setattr(cuda_graph, 'precision', lambda args: {'fp16': torch.float16}.get(args.amp))
+    assert cuda_graph.use_graph(get_config(cuda_graph='True'))
+    assert not cuda_graph.use_graph(get_config(cuda_graph='False'))
     for options, said in (({'amp': 'fp16'}, 'float16'), ({}, 'several processes')):
         monkeypatch.setenv('WORLD_SIZE', '1' if options else '2')
-        assert not graph.use_graph(get_config(**options))
+        assert not cuda_graph.use_graph(get_config(**options))
         with pytest.raises(UserError, match=said):
-            graph.use_graph(get_config(cuda_graph='True', **options))
+            cuda_graph.use_graph(get_config(cuda_graph='True', **options))
 
 
 @needs_gpu
@@ -478,7 +481,9 @@ def test_a_step_takes_the_memory_that_is_told(dtype):
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
         train_step(model, optimizer, views, dtype=dtype)
-    assert torch.cuda.max_memory_allocated() == pytest.approx(memory.step_bytes(model, 32, 2, 224, dtype), rel=0.12)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(
+        memory_estimate.step_bytes(model, 32, 2, 224, dtype), rel=0.12
+    )
 
 
 @needs_gpu

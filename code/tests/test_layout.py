@@ -16,14 +16,15 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import cli
-import evaluate
 from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
-from dataloader import layout, prepare
-from dataloader.images import endings
+from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, load_splits, load_whole
-from dataloader.scan import scan
-from dataloader.stores.files import Files
+from dataloader.loading.decode import endings
+from dataloader.readers.files import Files
+from dataloader.sources import find
+from dataloader.sources.folder import scan
+from protocols import run_protocol
 
 
 def options(folder, **more):
@@ -76,7 +77,7 @@ def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b'')
     theirs = ImageFolder(root / 'train')
-    part = layout.find(root, root / 'cache', lambda names, *_: names)['train']
+    part = find.find(root, root / 'cache', lambda names, *_: names)['train']
     assert part.classes == theirs.classes
     ours = dict(zip(part.store.names, part.labels.tolist(), strict=True))
     wanted = {os.path.relpath(path, root / 'train'): label for path, label in theirs.samples}
@@ -183,7 +184,7 @@ def test_lists(drawn, tmp_path, capsys):
         shutil.copy(files[0], tmp_path / name)
     lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', 'there.png']
     (tmp_path / 'mine.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
-    part = layout.whole(tmp_path / 'mine.txt', tmp_path, None)
+    part = find.whole(tmp_path / 'mine.txt', tmp_path, None)
     assert part.classes == ['checks', 'dots', 'stripes']
     assert [part.classes[label] if label >= 0 else '' for label in part.labels.tolist()] == [
         *(file.parent.name for file in files),
@@ -432,7 +433,7 @@ def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path)
         picture(tmp_path / f'set/{number}.png', size=(200, 200))
     (tmp_path / 'set/0.png').write_bytes(b'no image')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, 'decode_all', None)
+        patch.setattr(decoded, 'decode_all', None)
         assert not load_splits(options(tmp_path / 'set'))['train'].in_memory()
 
 
@@ -498,10 +499,11 @@ def test_a_folder_that_may_not_be_read_is_said_to_be(drawn, tmp_path):
 import os, sys
 sys.path.insert(0, {str(CODE)!r})
 from pathlib import Path
-from dataloader import layout, prepare
+from dataloader.sources import find
+from dataloader.cache import decoded
 os.setuid(65534)
 try:
-    layout.find(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)
+    find.find(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -536,7 +538,7 @@ def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_pat
             for number in range(40000 // classes):
                 os.link(tmp_path / 'one', folder / f'{number}.jpg')
         started = time.process_time()
-        part = layout.find(tmp_path / str(classes), tmp_path, lambda names, *_: names)['train']
+        part = find.find(tmp_path / str(classes), tmp_path, lambda names, *_: names)['train']
         taken[classes] = time.process_time() - started
         assert part.labels.bincount().tolist() == [40000 // classes] * classes
         shutil.rmtree(tmp_path / str(classes))
@@ -546,7 +548,7 @@ def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_pat
 def test_a_name_list_is_small_and_right():
     rng = random.Random(0)
     names = [''.join(rng.choice('abc/é\udce9') for _ in range(rng.randint(1, 12))) for _ in range(500)]
-    kept = layout.Names(names)
+    kept = find.Names(names)
     assert list(kept) == names
     assert [kept[-1], kept[3]] == [names[-1], names[3]]
     rows = torch.tensor([4, 4, 0, 499])
@@ -714,7 +716,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
 def test_why_nothing_is_held_out(fraction, tmp_path):
     for name in 'abcdefgh':
         picture(tmp_path / f'set/{name}/1.png')
-    said = evaluate.why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
+    said = run_protocol.why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
     why = 'no class has two images, one of which could be held out' if fraction else '--val_fraction=0 holds none out'
     assert said == f'{tmp_path}/set has no val: {why}'
 

@@ -17,15 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
-import listing
-import results
-import terminal
-import verdict
+from commands import list_runs
 from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths
 from infer import in_one_cell
 from logger import Logger
-from records import as_json, read_metrics
+from protocols import collapse_verdict, results
+from runtime import console, run_lock
+from runtime.files import as_json, read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
 
@@ -38,16 +37,16 @@ def made(root, name, epoch=3, mark=None, **options):
     lines = [{'epoch': i, 'pretraining/loss': -0.1 * i, 'pretraining/rank': 100.0 - i} for i in range(epoch + 1)]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     if mark:
-        (folder / listing.MARK).write_text(json.dumps(mark))
+        (folder / list_runs.MARK).write_text(json.dumps(mark))
     return folder
 
 
 def rows(root, *options):
-    return {row['run']: row for row in listing.runs(get_config(ckpt_path=str(root / 'ckpt'), **dict(options)))}
+    return {row['run']: row for row in list_runs.runs(get_config(ckpt_path=str(root / 'ckpt'), **dict(options)))}
 
 
 def test_what_each_run_is(tmp_path, capsys):
-    here = listing.mark_of_this_process()
+    here = run_lock.mark_of_this_process()
     made(tmp_path, 'a')
     made(tmp_path, 'b', epoch=1, learning_rate=0.5)
     made(tmp_path, 'c', epoch=1, mark=here)
@@ -93,7 +92,7 @@ DAMAGED = (
 )
 
 
-@pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', listing.MARK])
+@pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', list_runs.MARK])
 def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, capsys):
     whole = made(tmp_path, 'whole', epoch=2)
     (whole / 'evaluate_linear_1.json').write_text('{"protocol": "linear", "epoch": 2, "top1": 50.0}')
@@ -102,13 +101,13 @@ def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, caps
         (made(tmp_path, f'odd{number}', epoch=1) / name).write_bytes(content)
     (made(tmp_path, 'dangling') / name).unlink(missing_ok=True)
     (tmp_path / 'ckpt/dangling' / name).symlink_to('/nowhere')
-    for column in listing.COLUMNS:
+    for column in list_runs.COLUMNS:
         found = rows(tmp_path, ('sort', column))
         assert len(found) == len(DAMAGED) + 2
         assert {**found['whole'], 'options': ''} == {**alone, 'options': ''}
     for folder in (tmp_path / 'ckpt').iterdir():
         results.of_run(folder, protocol='linear')
-        verdict.of_metrics(read_metrics(folder / 'metrics.jsonl'))
+        collapse_verdict.of_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
 def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
@@ -136,17 +135,17 @@ def test_a_number_that_is_none_is_last_and_disturbs_no_order(tmp_path, capsys):
     assert [*rows(tmp_path, ('sort', 'rank'))] == ['c', 'd', 'a', 'b']
 
 
-@pytest.mark.parametrize('column', listing.COLUMNS)
+@pytest.mark.parametrize('column', list_runs.COLUMNS)
 def test_it_is_sorted_by_any_column_the_best_first(column, tmp_path):
     for number, name in enumerate(random.Random(1).sample('abcdefg', 7)):
         folder = made(tmp_path, name, epoch=number % 4)
         if number == 3:
             (folder / 'metrics.jsonl').unlink()
-    found = [row[column] for row in listing.runs(get_config(ckpt_path=str(tmp_path / 'ckpt'), sort=column))]
+    found = [row[column] for row in list_runs.runs(get_config(ckpt_path=str(tmp_path / 'ckpt'), sort=column))]
     there = [value for value in found if value]
     assert found == there + [''] * (len(found) - len(there))
     keys = there if column in ('run', 'state') else [float(value.split('/')[0]) for value in there]
-    assert keys == sorted(keys, reverse=listing.COLUMNS[column])
+    assert keys == sorted(keys, reverse=list_runs.COLUMNS[column])
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
@@ -210,7 +209,7 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
     epoch = int(row['epoch'].split('/')[0])
     began = json.loads((folder / 'run.json').read_text())['started']
     assert cli.main(['train', *options, f'--max_epochs={epoch + 1}', f'--resume={folder.name}']) == 0
-    assert not (folder / listing.MARK).exists()
+    assert not (folder / list_runs.MARK).exists()
     about = json.loads((folder / 'run.json').read_text())
     assert (about['args']['max_epochs'], about['started']) == (epoch + 1, began)
     (row,) = rows(tmp_path).values()
@@ -312,9 +311,9 @@ def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize('name', ['run', 'ナイキ_ckpt_0', '가방', 'e\u0301te\u0301', '照片\n照片', '', '🙂'])
 def test_columns_stand_below_one_another(name):
     """In cells of a terminal, of which a wide letter takes two and an accent of its own none."""
-    lines = terminal.aligned([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
+    lines = console.aligned([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
     assert len(lines) == 3
-    places = [terminal.cells(line[: line.rindex(last)]) for line, last in zip(lines, ('epoch', '7', '12'), strict=True)]
+    places = [console.cells(line[: line.rindex(last)]) for line, last in zip(lines, ('epoch', '7', '12'), strict=True)]
     assert places == [22, 22, 22]
     for width in (5, 11, 30):
-        assert all(terminal.cells(terminal.cut(line, width)) <= width for line in lines)
+        assert all(console.cells(console.cut(line, width)) <= width for line in lines)

@@ -7,7 +7,7 @@ import torch
 
 from metric import knn
 from metric.accuracy import confusion, topk_accuracy
-from metric.collapse import spread
+from metric.feature_std import spread
 from metric.knn import knn_scores, neighbours
 
 

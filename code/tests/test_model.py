@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from config import distortion, get_config
-from dataloader import demo, vision
+from dataloader import vision
+from dataloader.sources import demo
 from loss.negative_cosine import negative_cosine, simsiam_loss
-from metric.collapse import spread
+from metric.feature_std import spread
 from model.backbone import make_backbone
 from model.simsiam import SimSiam
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from runtime.seeding import random_from
 from SOTA_SSL_Models import SimSiam as SimSiamOfTheReadme
-from utils import random_from
 
 SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
 

@@ -162,7 +162,7 @@ def test_a_picture_that_cannot_be_a_jpeg_is_named_itself(tmp_path, capsys):
 
 def test_what_fails_in_an_item_is_not_the_disk(tmp_path):
     """A RuntimeError of what is written is not told as a full disk."""
-    from records import put_aside
+    from runtime.files import put_aside
 
     def write(aside):
         raise RuntimeError('unsupported operator')

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import cli
-import records
 from ckpt import WRITTEN, checkpoints, get_model_ckpt
 from config import get_config, same_path, same_value
 from conftest import TINY, own_paths
-from records import read_json
-from results import classifier_for
+from protocols.results import classifier_for
+from runtime import files
+from runtime.files import read_json
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -146,13 +146,13 @@ def test_the_best_classifier_predicts_whatever_the_files_times(times, judged, tm
 @pytest.mark.parametrize('times', ['all the same', 'reversed'])
 def test_runs_shows_the_last_result_whatever_the_files_times(times, judged, tmp_path, capsys):
     folder = shutil.copytree(judged, tmp_path / 'copy')
-    found = records.read_in_order((folder / 'ckpt' / RUN).glob('evaluate_linear*.json'))
+    found = files.read_in_order((folder / 'ckpt' / RUN).glob('evaluate_linear*.json'))
     for number, (path, _) in enumerate(found[::-1]):
         os.utime(path, (10**9, 10**9 + number * (times == 'reversed')))
     last = found[-1][1]['top1']
     assert cli.main(['runs', f'--ckpt_path={folder}/ckpt']) == 0
     assert re.search(rf'{last:.2f}\s*$', capsys.readouterr().out.strip().splitlines()[-1].rstrip() + ' ', re.M) or True
-    from listing import options_of, row_of
+    from commands.list_runs import options_of, row_of
 
     assert row_of(folder / 'ckpt' / RUN, options_of(folder / 'ckpt' / RUN))['linear'] == f'{last:.2f}'
 
@@ -162,4 +162,4 @@ def test_the_newest_run_is_the_one_that_says_so(tmp_path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / f'{number}/run.json').write_text(json.dumps({'when': when}))
         os.utime(tmp_path / f'{number}/run.json', (10**9 + number, 10**9 + number))
-    assert records.newest_run([*tmp_path.iterdir()]).name == '0'
+    assert files.newest_run([*tmp_path.iterdir()]).name == '0'

@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 
 import cli
-import photos
 from config import GOING_ON, get_config
 from conftest import draw_folder, own_paths
 from dataloader.load_dataset import parts_of
-from records import read_json
+from engine import auto_preset
+from runtime.files import read_json
 
 
 def choose(folder, **options):
     args = get_config(image_path=str(folder), device='cpu', **options)
-    return photos.choose_preset(args, parts_of(args) if args.undecided else None)
+    return auto_preset.choose_preset(args, parts_of(args) if args.undecided else None)
 
 
 @pytest.fixture(scope='session')
@@ -84,19 +84,19 @@ def test_without_image_path_the_preset_is_what_it_was():
 def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, epochs, monkeypatch):
     """On a CPU (0 gigabytes) and on GPUs; epochs have a least and a most."""
     device = torch.device('cuda' if gigabytes else 'cpu')
-    monkeypatch.setattr(photos, 'get_device', lambda args: device)
+    monkeypatch.setattr(auto_preset, 'get_device', lambda args: device)
     about = types.SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: about)
     part = types.SimpleNamespace(labels=torch.zeros(count), classes=['a', 'b'])
-    options = photos.photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
+    options = auto_preset.photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
     assert (options['batch_size'], options['max_epochs']) == (batch, epochs)
     assert options['image_size'] == (224 if gigabytes else 160)
     assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
 
 
 def test_a_million_images_begin_with_random_weights(monkeypatch):
-    part = types.SimpleNamespace(labels=torch.zeros(photos.FROM_SCRATCH), classes=[])
-    options = photos.photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
+    part = types.SimpleNamespace(labels=torch.zeros(auto_preset.FROM_SCRATCH), classes=[])
+    options = auto_preset.photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
     assert options['init_from'] == ''
 
 
@@ -110,7 +110,7 @@ def test_a_folder_is_trained_from_pretrained_weights_to_a_table(photographs, tmp
     import torchvision
 
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setattr(photos.importlib.util, 'find_spec', lambda name: None)  # without timm
+    monkeypatch.setattr(auto_preset.importlib.util, 'find_spec', lambda name: None)  # without timm
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'hub/checkpoints' / url.rsplit('/', 1)[1])
@@ -138,7 +138,7 @@ def test_without_a_network_training_begins_with_random_weights_and_says_so(photo
     def offline(*given, **more):
         raise OSError('no network')
 
-    monkeypatch.setattr(photos.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(auto_preset.importlib.util, 'find_spec', lambda name: None)
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', offline)
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
     short = ['--max_epochs=1', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--num_workers=0', '--labels=1']

@@ -2,19 +2,20 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-import precision
 from ckpt import new_model
 from config import UserError, get_config
 from conftest import TINY, own_paths, run
 from optimizer.sgd import make_sgd, set_learning_rates
+from runtime import precision
+from runtime.tensors import channels_last
 from test_cli import newest, same
 from train import train_step
-from utils import channels_last
 
 HAS_IT = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_bf16 = pytest.mark.skipif(not HAS_IT, reason='this CPU has no bfloat16')
@@ -39,7 +40,7 @@ def child(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
     monkeypatch.setattr(precision, 'LIMIT', 3)
     script, count = tmp_path / 'child.py', tmp_path / 'count'
-    monkeypatch.setattr(precision, 'SCRIPT', str(script))
+    monkeypatch.setattr(precision, 'TRIAL', [sys.executable, str(script)])
 
     def set_to(code):
         script.write_text(f'open({str(count)!r}, "a").write("x")\n{code}\n')

@@ -7,16 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+import ckpt
 import cli
-import verdict
-from ckpt import checkpoints, get_model_ckpt, new_model
+from ckpt import FEW, GAIN, GAIN_ERROR, checkpoints, get_model_ckpt, new_model
 from config import GOING_ON, UserError, get_config
 from conftest import CODE, own_paths
 from model.weights import average_weights
-from protocols import compare, few_labels
-from records import read_json, read_metrics
+from protocols import collapse_verdict, compare, few_labels
+from runtime.files import read_json, read_metrics
 from test_distributed import TORCHRUN, begin
-from verdict import FEW, GAIN, GAIN_ERROR
 
 RUN = 'model_name_simsiam_ckpt_0'
 RESNET = ('--preset=imagenet', '--backbone=resnet18', '--image_size=32', '--batch_size=24', '--amp=off', '--device=cpu')
@@ -159,7 +158,7 @@ def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == best
     assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
-    found = verdict.of_run(folder, 3, args)
+    found = collapse_verdict.of_run(folder, 3, args)
     assert found[0] == word
     assert ('Keep the start' in found[1]) == (best == 0)
     _, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN), training=True)
@@ -177,13 +176,13 @@ def test_without_labels_the_start_is_taken(run, tmp_path):
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == 0
-    assert verdict.of_run(folder, 3, args)[0] == 'not known to be better than the start'
+    assert collapse_verdict.of_run(folder, 3, args)[0] == 'not known to be better than the start'
 
 
 def test_a_collapsed_run_is_called_that():
     lines = lines_of([1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    assert verdict.of_metrics(lines, 'at the start')[0] == 'collapsed'
+    assert collapse_verdict.of_metrics(lines, 'at the start')[0] == 'collapsed'
 
 
 def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
@@ -195,18 +194,18 @@ def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_
         right[: round(next(shares) * len(right))] = 1.0
         return 50.0, right
 
-    monkeypatch.setattr('watch.watch_labels', watch_labels)
+    monkeypatch.setattr('protocols.monitor.watch_labels', watch_labels)
     assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_last=1', '--save_every=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']
-    assert verdict.best_epoch(tmp_path / 'ckpt' / RUN) == 1
+    assert ckpt.best_epoch(tmp_path / 'ckpt' / RUN) == 1
 
 
 def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
     given = ['train', *SMALL, '--max_epochs=2', '--save_every=1', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0
     folder = tmp_path / 'ckpt' / RUN
-    assert verdict.best_epoch(folder) is None
+    assert ckpt.best_epoch(folder) is None
     assert not [path for path in checkpoints(folder) if path.name.endswith('_epoch_0')]
     lines = read_metrics(folder / 'metrics.jsonl')
     assert all(FEW in line and GAIN not in line for line in lines)

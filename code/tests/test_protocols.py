@@ -16,17 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cli
 from config import UserError, distortion, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
-from dataloader import geometry, vision
+from dataloader import vision
+from dataloader.augment import geometry
 from dataloader.load_dataset import load_splits, select, shuffled_crops
-from dataloader.names import Names
-from dataloader.stores.memory import Memory
+from dataloader.readers.memory import Memory
+from dataloader.sources.path_array import Names
 from optimizer.lars import Lars
 from protocols import finetune
 from protocols.finetune import balanced, few_of, listed
 from protocols.linear import cached_features, in_steps, train_probe
+from protocols.results import of_run
 from protocols.transfer import held_out, logistic_regression, regression
-from results import of_run
-from utils import random_from
+from runtime.seeding import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'
 

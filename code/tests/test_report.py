@@ -12,13 +12,13 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
 import cli
-import pictures
-import report
+import plots
+from commands import report
 from config import changed, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
-from metric.plane import plane
-from records import read_metrics
+from metric.projection_2d import plane
+from runtime.files import read_metrics
 
 RUN, OTHER = 'model_name_simsiam_ckpt_0', 'model_name_other_ckpt_0'
 ODD = 'a</script><b onclick="x">&$'  # a class that would be mark-up
@@ -365,12 +365,12 @@ def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_is_no_point():
-    made = pictures.curves([pictures.Panel('a', [('up', [(0, 0.0), (1, 1.0)])]), pictures.Panel('b', [('none', [])])])
-    assert 'not measured' in pictures.svg_of(made, 'x')
+    made = plots.curves([plots.Panel('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.Panel('b', [('none', [])])])
+    assert 'not measured' in plots.svg_of(made, 'x')
 
 
 def test_neighbours_of_another_class_are_framed_in_orange():
-    image = np.asarray(pictures.beside([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
+    image = np.asarray(plots.beside([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
     right, wrong = (np.argwhere((image == colour).all(2))[:, 1] for colour in ((0, 114, 178), (213, 94, 0)))
     assert 50 < right.min() < right.max() < wrong.min()
 
@@ -422,19 +422,19 @@ def test_report_without_a_name(capsys):
 def test_names_of_classes_in_pictures(name):
     """What a folder may be called is drawn as it is, wherever a picture names classes."""
     for drawn in (
-        pictures.confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
-        pictures.scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
-        pictures.curves([pictures.Panel(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
+        plots.confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
+        plots.scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
+        plots.curves([plots.Panel(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
     ):
-        assert np.asarray(pictures.image_of(drawn)).std() > 1
-        assert '<svg' in pictures.svg_of(drawn, 'x')
+        assert np.asarray(plots.image_of(drawn)).std() > 1
+        assert '<svg' in plots.svg_of(drawn, 'x')
 
 
 @pytest.mark.parametrize('letters', [3, 24, 40, 200])
 def test_a_confusion_has_room_for_the_names_of_classes(letters):
     """The matrix keeps most of the width that it has without names, however long these are."""
     classes = [f'{i}' * letters for i in range(6)]
-    drawn = pictures.confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
+    drawn = plots.confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
     drawn.draw_without_rendering()
     (axes,) = drawn.axes
     assert axes.get_window_extent().width > 200 * drawn.dpi / 100
@@ -442,8 +442,8 @@ def test_a_confusion_has_room_for_the_names_of_classes(letters):
 
 
 def test_a_line_stays_in_its_chart():
-    panel = pictures.Panel('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
-    (axes,) = pictures.curves([panel]).axes
+    panel = plots.Panel('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
+    (axes,) = plots.curves([panel]).axes
     assert axes.get_ylim()[1] > 1.414
 
 

@@ -11,8 +11,8 @@ import cli
 from config import OPTIONS, get_config, has_effect
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
-from dataloader.names import Names
-from results import ELSEWHERE, of_run, question, write
+from dataloader.sources.path_array import Names
+from protocols.results import ELSEWHERE, of_run, question, write
 
 RUN = 'model_name_simsiam_ckpt_0'
 

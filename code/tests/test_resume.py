@@ -15,24 +15,24 @@ import pytest
 import torch
 
 import cli
-import stop
 from ckpt import checkpoints
 from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths, run
-from listing import MARK, mark_of_this_process, started
+from engine.run_dir import new_run
+from engine.train_state import restore_rng, rng_states
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
-from records import read_metrics
-from runs import new_run
-from state import restore_rng, rng_states
+from runtime import signals
+from runtime.files import read_metrics
+from runtime.run_lock import MARK, mark_of_this_process, started
 from test_cli import same
 from train import train_step
 
 RUN = 'model_name_simsiam_ckpt_0'
 GOES_ON = rf'python3 cli.py train --resume={RUN} --ckpt_path=\S+ --log_path=\S+ goes on'  # as own_paths has them
-# 12 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
-LONG = (*TINY, '--batch_size=8', '--max_epochs=12', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
+# 30 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
+LONG = (*TINY, '--batch_size=8', '--max_epochs=30', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
 
 
 def start(folder, images, *options):
@@ -86,7 +86,7 @@ def test_killed_and_started_again_it_ends_the_same(whole, drawn, tmp_path):
     process = start(tmp_path, drawn, '--resume=auto')
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert re.search(rf'going on with {RUN} in epoch \d+, after \d+ images \(of 12 epochs\)', said)
+    assert re.search(rf'going on with {RUN} in epoch \d+, after \d+ images \(of 30 epochs\)', said)
     assert_same_end(tmp_path, whole)
 
 
@@ -106,7 +106,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, name, whole, drawn, 
 
 def test_stopped_among_worker_processes(drawn_large, tmp_path):
     """Images decoded by workers, the signal sent to all processes as a terminal and SLURM do."""
-    options = ('--num_workers=2', '--max_epochs=12', '--blur_prob=0.5')
+    options = ('--num_workers=2', '--max_epochs=30', '--blur_prob=0.5')
     process = start(tmp_path / 'whole', drawn_large, *options)
     process.communicate(timeout=200)
     process = start(tmp_path / 'cut', drawn_large, *options)
@@ -127,16 +127,16 @@ def test_stopped_among_worker_processes(drawn_large, tmp_path):
 def test_a_second_signal_ends_at_once():
     """After a second; what comes sooner is the same wish again: a shell and a batch system send it twice."""
     code = (
-        'import os, signal, stop, sys, time\nwith stop.listening(), stop.held():\n'
+        'import os, signal, sys, time\nfrom runtime import signals\nwith signals.listening(), signals.held():\n'
         '    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n'
-        '    print(stop.NOTED["number"], flush=True)\n    time.sleep(1.1)\n'
+        '    print(signals.NOTED["number"], flush=True)\n    time.sleep(1.1)\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'
     )
     done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ('15\n', -signal.SIGINT)
     before = signal.getsignal(signal.SIGTERM)
-    with stop.listening():
-        assert signal.getsignal(signal.SIGTERM) == stop.note
+    with signals.listening():
+        assert signal.getsignal(signal.SIGTERM) == signals.note
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 import cli
 from conftest import TINY, one_line, own_paths
-from metric import choose
-from metric.plane import plane
+from metric import subset_selection
+from metric.projection_2d import plane
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -26,7 +26,7 @@ def clusters(sizes, d=8, spread=0.05, seed=0):
     return centres[labels] + spread * torch.randn(len(labels), d, generator=generator), labels
 
 
-@pytest.mark.parametrize('way', [choose.typical, choose.k_centre])
+@pytest.mark.parametrize('way', [subset_selection.typical, subset_selection.k_centre])
 def test_every_cluster_gets_one_before_any_gets_two(way):
     x, labels = clusters([40, 30, 20, 5])
     rows = way(x, 4)
@@ -35,15 +35,20 @@ def test_every_cluster_gets_one_before_any_gets_two(way):
 
 def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
     x, labels = clusters([60, 20])
-    first, second = choose.typical(x, 2).tolist()
+    first, second = subset_selection.typical(x, 2).tolist()
     assert labels[first] == 0
-    of_first = choose.directions(x)[labels == 0]
+    of_first = subset_selection.directions(x)[labels == 0]
     middle = of_first @ of_first.mean(0)
-    assert (middle > (choose.directions(x)[first] @ of_first.mean(0))).sum() < 15
+    assert (middle > (subset_selection.directions(x)[first] @ of_first.mean(0))).sum() < 15
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(2, 40), st.integers(1, 60), st.integers(0, 50), st.sampled_from([choose.typical, choose.k_centre]))
+@given(
+    st.integers(2, 40),
+    st.integers(1, 60),
+    st.integers(0, 50),
+    st.sampled_from([subset_selection.typical, subset_selection.k_centre]),
+)
 def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
     x = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
     rows = way(x, count, seed).tolist()
@@ -53,7 +58,7 @@ def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
 
 def test_k_centre_takes_the_farthest():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
-    rows, directions = choose.k_centre(x, 10).tolist(), choose.directions(x)
+    rows, directions = subset_selection.k_centre(x, 10).tolist(), subset_selection.directions(x)
     for i in range(1, 10):
         near = (directions @ directions[rows[:i]].T).amax(1)
         assert near[rows[i]] == pytest.approx(near.min().item(), abs=1e-6)
@@ -63,13 +68,13 @@ def test_k_centre_takes_the_farthest():
 @given(st.integers(2, 60), st.integers(0, 50), st.floats(-0.5, 0.9))
 def test_groups_are_those_that_chains_of_pairs_join(n, seed, least):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    d = choose.directions(x)
+    d = subset_selection.directions(x)
     joined = [{i, *(j for j in range(n) if i != j and d[i] @ d[j] > least)} for i in range(n)]
     wanted = []
     for row in joined:  # merge what touches
         touching = [group for group in wanted if group & row]
         wanted = [group for group in wanted if not group & row] + [row.union(*touching)]
-    rows, groups, near, cosines = choose.near_groups(x, least)
+    rows, groups, near, cosines = subset_selection.near_groups(x, least)
     found = [set(rows[groups == group].tolist()) for group in groups.unique()]
     assert sorted(map(sorted, found)) == sorted(sorted(group) for group in wanted if len(group) > 1)
     assert [len(group) for group in found] == sorted(map(len, found), reverse=True)
@@ -82,14 +87,14 @@ def test_frames_of_a_fixed_camera_are_a_line_each():
     """4,000 alike: eight million pairs, in one group."""
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * 1e-4 + torch.eye(8)[0]
     x = torch.cat((x, torch.randn(100, 8)))
-    rows, groups, near, cosines = choose.near_groups(x, 0.99)
+    rows, groups, near, cosines = subset_selection.near_groups(x, 0.99)
     assert (groups == 0).sum() >= 4000
     assert len(rows) == len(groups) == len(near) == len(cosines) <= 4100
 
 
 def test_the_odd_one_is_found():
     x, _ = clusters([30, 30, 1])
-    rows, near = choose.oddest(x, 3)
+    rows, near = subset_selection.oddest(x, 3)
     assert rows[0] == 60
     assert near.tolist() == sorted(near.tolist())
 
@@ -97,15 +102,15 @@ def test_the_odd_one_is_found():
 @pytest.mark.parametrize('count', [2, 4, 12])
 def test_one_image_again_and_again_is_double(count):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(count, -1) + 1
-    rows, groups, _, cosines = choose.near_groups(x, 0.99)
+    rows, groups, _, cosines = subset_selection.near_groups(x, 0.99)
     assert (rows.tolist(), groups.tolist()) == ([*range(count)], [0] * count)
     assert cosines.tolist() == pytest.approx([1.0] * count)
     apart = torch.cat((x, -x[:1]))
-    assert len(choose.near_groups(apart, 0.99)[0]) == count
+    assert len(subset_selection.near_groups(apart, 0.99)[0]) == count
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert plane(x).shape == (count, 2)
-        assert sorted(choose.typical(x, count).tolist()) == [*range(count)]
+        assert sorted(subset_selection.typical(x, count).tolist()) == [*range(count)]
 
 
 def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeypatch):
@@ -136,7 +141,7 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
         with Image.open(tmp_path / f'out/{name}.png') as picture:
             assert picture.width > 100
     none = [torch.zeros(0, dtype=torch.int64)] * 3
-    monkeypatch.setattr(choose, 'near_groups', lambda *_: (*none, torch.zeros(0)))
+    monkeypatch.setattr(subset_selection, 'near_groups', lambda *_: (*none, torch.zeros(0)))
     assert cli.main(['select', *options, '--count=7']) == 0  # now there are none: nor an old picture of some
     assert not (tmp_path / 'out/chosen_duplicates.png').exists()
     assert cli.main(['select', *options, '--count=100000']) == 2
@@ -147,5 +152,5 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
 
 def test_images_that_are_all_alike_are_not_odd():
     """Nor are those that lie at the mean of the others."""
-    _, near = choose.oddest(torch.ones(6, 4), 3)
+    _, near = subset_selection.oddest(torch.ones(6, 4), 3)
     assert near.tolist() == pytest.approx([1.0, 1.0, 1.0])

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import cli
-import utils
 from ckpt import versions
 from config import ROOT, UserError, get_config
 from conftest import TINY, own_paths
-from dataloader import batches
 from dataloader.load_dataset import load_splits, parts_of
+from dataloader.loading import loader
+from engine.run_dir import name_of_run
 from metric.accuracy import class_accuracies, confusion
-from records import clear_parts
-from runs import name_of_run
+from runtime import environment
+from runtime.files import clear_parts
 from test_detection import coco
 from test_nested_splits import shards
 
@@ -28,9 +28,9 @@ RUN = 'model_name_simsiam_ckpt_0'
 
 def test_workers_are_as_many_as_a_quota_allows(monkeypatch):
     monkeypatch.setattr(joblib, 'cpu_count', lambda: 3)
-    utils.cpu_count.cache_clear()
-    assert utils.cpu_count() == 3
-    utils.cpu_count.cache_clear()
+    environment.cpu_count.cache_clear()
+    assert environment.cpu_count() == 3
+    environment.cpu_count.cache_clear()
 
 
 # Names of shards and folders, what --image_path names, and how many images that has.
@@ -82,7 +82,7 @@ def test_a_class_in_two_spellings_of_unicode_is_one(drawn, tmp_path):
 
 
 def test_of_two_annotation_files_none_is_taken(tmp_path, capsys):
-    from dataloader.boxes import load_boxes
+    from dataloader.detection.dataset import load_boxes
 
     coco(tmp_path / 'set', {'train': 2, 'val': 1})
     annotations = tmp_path / 'set/annotations'
@@ -174,6 +174,6 @@ def test_an_export_says_what_c4_has_not(drawn, tmp_path, capsys):
 )
 def test_workers_are_forked_on_linux_unless_told_otherwise(told, system, wanted, monkeypatch):
     """Python 3.14's default on Linux is forkserver."""
-    monkeypatch.setattr(batches.multiprocessing, 'get_start_method', lambda allow_none: told)
-    monkeypatch.setattr(batches.sys, 'platform', system)
-    assert batches.start_method() == wanted
+    monkeypatch.setattr(loader.multiprocessing, 'get_start_method', lambda allow_none: told)
+    monkeypatch.setattr(loader.sys, 'platform', system)
+    assert loader.start_method() == wanted

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from config import get_config
 from dataloader.load_dataset import load_splits
 from loss.negative_cosine import negative_cosine, simsiam_loss
-from metric import spectrum
-from metric.collapse import spread
+from metric import representation
+from metric.feature_std import spread
 from model.simsiam import SimSiam
-from protocols.spectrum import by_own_statistics, of_views
-from verdict import of_metrics, verdict
+from protocols.collapse_verdict import of_metrics, verdict
+from protocols.label_free import by_own_statistics, of_views
 
 
 def with_singular_values(values, n=400, seed=0, mean=0.0):
@@ -82,32 +82,32 @@ def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
 @pytest.mark.parametrize('d', [2, 16, 100])
 def test_of_an_isotropic_spectrum(d):
     x = with_singular_values([3.0] * d)
-    assert spectrum.rankme(x) == pytest.approx(d, rel=1e-4)
-    assert spectrum.cumulative_area(x) == pytest.approx(1 / 2 + 1 / (2 * d), abs=1e-9)
+    assert representation.rankme(x) == pytest.approx(d, rel=1e-4)
+    assert representation.cumulative_area(x) == pytest.approx(1 / 2 + 1 / (2 * d), abs=1e-9)
     if d > 4:
-        assert spectrum.alpha_req(x) == pytest.approx(0, abs=1e-9)
+        assert representation.alpha_req(x) == pytest.approx(0, abs=1e-9)
 
 
 def test_of_one_direction_and_of_none():
     one = with_singular_values([5.0] + [0.0] * 9)
-    assert spectrum.rankme(one) == pytest.approx(1, abs=1e-3)
-    assert spectrum.cumulative_area(one) == pytest.approx(1, abs=1e-9)
-    assert math.isnan(spectrum.alpha_req(one))
+    assert representation.rankme(one) == pytest.approx(1, abs=1e-3)
+    assert representation.cumulative_area(one) == pytest.approx(1, abs=1e-9)
+    assert math.isnan(representation.alpha_req(one))
     same = torch.ones(50, 8)
-    assert spectrum.rankme(same) == pytest.approx(1, abs=1e-3)  # not centred: the mean is a direction
-    assert spectrum.cumulative_area(same) == 1.0
-    assert spectrum.rankme(torch.zeros(5, 3)) == 1.0
+    assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centred: the mean is a direction
+    assert representation.cumulative_area(same) == 1.0
+    assert representation.rankme(torch.zeros(5, 3)) == 1.0
 
 
 @pytest.mark.parametrize('alpha', [0.5, 1.0, 2.0])
 def test_of_a_power_law(alpha):
     values = [i ** (-alpha / 2) for i in range(1, 101)]  # eigenvalues are their squares
     x = with_singular_values(values, mean=7.0)
-    assert spectrum.alpha_req(x) == pytest.approx(alpha, abs=1e-6)
+    assert representation.alpha_req(x) == pytest.approx(alpha, abs=1e-6)
     shares = np.array(values) / sum(values)
-    assert spectrum.cumulative_area(x) == pytest.approx(np.cumsum(shares).mean(), abs=1e-9)
+    assert representation.cumulative_area(x) == pytest.approx(np.cumsum(shares).mean(), abs=1e-9)
     centred = with_singular_values(values)
-    assert spectrum.rankme(centred) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert representation.rankme(centred) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,10 +115,10 @@ def test_of_a_power_law(alpha):
 def test_bounds_scale_and_rotation(n, d, seed, factor):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
     turn, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
-    for measure in (spectrum.rankme, spectrum.cumulative_area):
+    for measure in (representation.rankme, representation.cumulative_area):
         assert measure(factor * x @ turn) == pytest.approx(measure(x), rel=1e-4)
-    assert 1 <= spectrum.rankme(x) <= min(n, d)
-    assert 0.5 <= spectrum.cumulative_area(x) <= 1
+    assert 1 <= representation.rankme(x) <= min(n, d)
+    assert 0.5 <= representation.cumulative_area(x) <= 1
 
 
 def test_lidar_is_what_a_generalised_eigenproblem_says():
@@ -131,8 +131,8 @@ def test_lidar_is_what_a_generalised_eigenproblem_says():
     within = sum(np.cov(views.numpy().T) for views in x) / len(x) + 1e-4 * np.eye(6)
     values = linalg.eigh(np.cov(means.T), within, eigvals_only=True)
     shares = values / values.sum() + 1e-7
-    assert spectrum.lidar(x) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
-    assert spectrum.lidar(torch.ones(4, 3, 6)) == 1.0
+    assert representation.lidar(x) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    assert representation.lidar(torch.ones(4, 3, 6)) == 1.0
 
 
 @settings(max_examples=30, deadline=None)
@@ -146,41 +146,41 @@ def test_ranks_are_a_count_by_hand(n, d, seed):
     for i in range(n):
         cosines = [float(first[i] @ other / first[i].norm() / other.norm()) for other in second]
         ranks.append(sum(cosine >= cosines[i] - 1e-12 for cosine in cosines))
-    assert spectrum.mean_rank(first, second) == pytest.approx(math.exp(np.log(ranks).mean()), rel=1e-6)
-    assert spectrum.retrieval(first, second).item() == pytest.approx(100 * np.mean([rank == 1 for rank in ranks]))
+    assert representation.mean_rank(first, second) == pytest.approx(math.exp(np.log(ranks).mean()), rel=1e-6)
+    assert representation.retrieval(first, second).item() == pytest.approx(100 * np.mean([rank == 1 for rank in ranks]))
 
 
 def test_retrieval_where_all_or_nobody_is_found():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert spectrum.retrieval(x, 3 * x).item() == 100
-    assert spectrum.mean_rank(x, x) == 1
+    assert representation.retrieval(x, 3 * x).item() == 100
+    assert representation.mean_rank(x, x) == 1
     same = torch.ones(50, 8)
-    assert spectrum.retrieval(same, same).item() == 0  # collapsed: a tie is not found
-    assert spectrum.mean_rank(same, same) == pytest.approx(50, rel=1e-5)
+    assert representation.retrieval(same, same).item() == 0  # collapsed: a tie is not found
+    assert representation.mean_rank(same, same) == pytest.approx(50, rel=1e-5)
 
 
 def test_alignment_and_uniformity():
     x = torch.eye(4)
-    assert spectrum.alignment(x, 2 * x) == pytest.approx(0)
-    assert spectrum.alignment(x, -x) == pytest.approx(4)
-    assert spectrum.uniformity(x) == pytest.approx(-4)  # all pairs at a squared distance of 2
-    assert spectrum.uniformity(torch.ones(3, 2)) == pytest.approx(0)
+    assert representation.alignment(x, 2 * x) == pytest.approx(0)
+    assert representation.alignment(x, -x) == pytest.approx(4)
+    assert representation.uniformity(x) == pytest.approx(-4)  # all pairs at a squared distance of 2
+    assert representation.uniformity(torch.ones(3, 2)) == pytest.approx(0)
 
 
 def test_of_outputs():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, 8, generator=generator)
-    found = spectrum.of_outputs(z, with_singular_values([1.0, 1.0] + [0.0] * 6, 4000).float())
+    found = representation.of_outputs(z, with_singular_values([1.0, 1.0] + [0.0] * 6, 4000).float())
     assert found['mean_direction'] < 0.05
     assert found['correlation'] < 0.05
     assert found['rank_z_minus_p'] == pytest.approx(6, abs=0.1)
     assert found['norm_z'] == pytest.approx(8**0.5, rel=0.05)
-    collapsed = spectrum.of_outputs(torch.ones(20, 8), torch.ones(20, 8))
+    collapsed = representation.of_outputs(torch.ones(20, 8), torch.ones(20, 8))
     assert collapsed['mean_direction'] == pytest.approx(1)
     assert collapsed['rank_z_minus_p'] == pytest.approx(0)
     twice = torch.cat((z[:, :4], z[:, :4]), 1)
     wanted = np.abs(np.corrcoef(twice.numpy().T))
-    assert spectrum.correlation(twice) == pytest.approx((wanted.sum() - 8) / 56, abs=1e-6)
+    assert representation.correlation(twice) == pytest.approx((wanted.sum() - 8) / 56, abs=1e-6)
 
 
 @pytest.mark.parametrize('n', [2, 3, 5])

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-import stop
 import stop_table
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
+from runtime import signals
 from test_resume import GOES_ON, LONG, RUN, kill_a_worker, start
 
 # (epochs, images) that are saved by then; None: there is nothing to save.
@@ -43,7 +43,7 @@ def rows(tmp_path_factory):
     return {(row['moment'], row['signal']): row for row in found}
 
 
-@pytest.mark.parametrize('number', stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize('number', signals.SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize('moment', stop_table.MOMENTS)
 def test_a_signal(moment, number, rows):
     row = rows[moment, number.name]
@@ -169,22 +169,23 @@ def test_minutes_between_saves_go_on_across_epochs(drawn, tmp_path):
 
 
 SWALLOWED = """
-import contextlib, os, signal, sys, time, stop
+import contextlib, os, signal, sys, time
+from runtime import signals
 class Slow:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
 try:
-    with stop.listening():
-        with stop.held() if sys.argv[1] == 'held' else contextlib.nullcontext():
+    with signals.listening():
+        with signals.held() if sys.argv[1] == 'held' else contextlib.nullcontext():
             slow = Slow()
             del slow
         if sys.argv[1] == 'caught':  # by a library that catches everything
             with contextlib.suppress(BaseException):
                 time.sleep(0.1)
-            stop.check(0, False, 0.0, False, None)
+            signals.check(0, False, 0.0, False, None)
         time.sleep(20)
-except stop.Stopped as end:
+except signals.Stopped as end:
     sys.exit(f'heard {end.number}')
 """
 

@@ -20,8 +20,8 @@ from scipy.io import savemat
 import cli
 from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, one_line, own_paths, run
-from dataloader import archives, layout
 from dataloader.load_dataset import get_iterator, load_splits
+from dataloader.sources import find, tar_index
 from test_cli import newest, same
 
 
@@ -128,7 +128,7 @@ def test_an_archive_is_indexed_once(drawn_large, tmp_path, monkeypatch):
     top = tarred(drawn_large, tmp_path / 'packed')
     first = load_splits(options(top))['train']
     with monkeypatch.context() as patch:
-        patch.setattr(archives, 'index_of', lambda *_: pytest.fail('indexed again'))
+        patch.setattr(tar_index, 'index_of', lambda *_: pytest.fail('indexed again'))
         assert list(load_splits(options(top))['train'].names) == list(first.names)
     with tarfile.open(top / 'train.tar', 'a') as archive:
         archive.add(drawn_large / 'val/dots/000.jpg', 'dots/zzz.jpg')
@@ -151,7 +151,7 @@ def test_webdataset_shards(tmp_path):
     splits = load_splits(options(tmp_path / 'set', val_fraction=0.0, batch_size=4))
     assert splits['train'].classes == ['9', '10', '11']
     assert splits['train'].labels.tolist() == [0, 1, 2] * 4
-    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert dict(part.others) == {'.json': 12}
 
 
@@ -168,7 +168,7 @@ def test_webdataset_shards(tmp_path):
 def test_names_in_an_archive(members, labels, others, tmp_path):
     pairs = [member.partition('=') for member in members]
     write(tmp_path / 'train.tar', [(name, owner.encode() if owner else png()) for name, _, owner in pairs])
-    part = layout.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    part = find.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
     assert [part.classes[label] for label in part.labels] == labels
     assert dict(part.others) == others
 
@@ -177,7 +177,7 @@ def test_a_key_is_its_shards_own(tmp_path):
     """Shards that count from 0 again: neither images nor classes are taken for one another's."""
     for shard, kind in enumerate(('dog', 'cat')):
         write(tmp_path / f'train-{shard:06d}.tar', [('0.jpg', png(size=(40 + shard, 30))), ('0.cls', kind.encode())])
-    part = layout.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    part = find.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
     assert [part.classes[label] for label in part.labels] == ['dog', 'cat']
     widths = []
     for i in range(2):
@@ -287,7 +287,7 @@ def test_a_hard_link_is_an_image_whatever_its_first_name_is(tmp_path):
         link('b/lost.png', 'nowhere', tarfile.LNKTYPE),
     ]
     write(tmp_path / 'set/train.tar', members)
-    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png', 'b/3.png']
     assert dict(part.others) == {'(hidden)': 1, '(no ending)': 2, '(a link, or no plain file)': 1}
     for row in range(3):
@@ -345,7 +345,7 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
         ('a/note.txt', b'x'),
     ]
     write(tmp_path / 'set/train.tar', members)
-    part = layout.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png']
     assert dict(part.others) == {
         '(a path out of the folder)': 3,
@@ -390,7 +390,7 @@ def test_archives_cut_short_anywhere(drawn_large, tmp_path):
         path.parent.mkdir()
         path.write_bytes(whole[:end])
         try:
-            found = layout.of_place([path], tmp_path / 'cache', archives_bar)
+            found = find.of_place([path], tmp_path / 'cache', archives_bar)
         except (UserError, WorkError):
             continue
         assert len(found.labels) <= 24

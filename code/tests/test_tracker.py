@@ -9,10 +9,10 @@ import time
 import pytest
 
 import cli
-import tracker
 from conftest import TINY, one_line, own_paths
-from records import read_metrics
-from tracker import Tracker
+from runtime import trackers
+from runtime.files import read_metrics
+from runtime.trackers import Tracker
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -127,8 +127,8 @@ def test_a_tracker_that_does_not_start_leaves_no_run(drawn, tmp_path, capsys, mo
     def refuses(*_):
         raise OSError('no such server')
 
-    monkeypatch.setattr(tracker, 'package_of', lambda args: None)
-    monkeypatch.setattr(tracker, 'mlflow', refuses)
+    monkeypatch.setattr(trackers, 'package_of', lambda args: None)
+    monkeypatch.setattr(trackers, 'mlflow', refuses)
     monkeypatch.setattr('train.package_of', lambda args: None)
     given = ['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main([*given, '--tracker=mlflow']) == 2

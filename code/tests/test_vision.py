@@ -10,8 +10,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from config import AUGMENTATIONS, distortion, get_config
-from dataloader import colours, geometry, vision
-from utils import random_from
+from dataloader import vision
+from dataloader.augment import color, geometry
+from runtime.seeding import random_from
 
 MOCO = distortion(get_config(image_size=24, blur_prob=0.5), 'moco')
 
@@ -62,10 +63,10 @@ def test_normalise_is_torchvisions():
 
 
 OPERATIONS = (
-    (colours.brightness, reference.adjust_brightness, (0.3, 1.0, 1.7)),
-    (colours.contrast, reference.adjust_contrast, (0.3, 1.0, 1.7)),
-    (colours.saturation, reference.adjust_saturation, (0.3, 1.0, 1.7)),
-    (colours.hue, reference.adjust_hue, (-0.2, 0.0, 0.1, 0.2)),
+    (color.brightness, reference.adjust_brightness, (0.3, 1.0, 1.7)),
+    (color.contrast, reference.adjust_contrast, (0.3, 1.0, 1.7)),
+    (color.saturation, reference.adjust_saturation, (0.3, 1.0, 1.7)),
+    (color.hue, reference.adjust_hue, (-0.2, 0.0, 0.1, 0.2)),
 )
 
 
@@ -85,27 +86,27 @@ def test_blur_is_a_gaussian():
     """A separate derivation: the border mirrored, then a convolution with the outer product of two Gaussians."""
     x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
     offsets = torch.arange(-6.0, 7.0)
-    for image, s, result in zip(x, sigma, colours.blur(x.clone(), sigma), strict=True):
+    for image, s, result in zip(x, sigma, color.blur(x.clone(), sigma), strict=True):
         line = torch.exp(-(offsets**2) / (2 * s**2))
         kernel = torch.outer(line, line) / line.sum() ** 2
         padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='reflect')
         torch.testing.assert_close(result, functional.conv2d(padded, kernel[None, None])[:, 0], atol=1e-5, rtol=0)
     inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))
     wanted = reference.gaussian_blur(x[3:4], [13, 13], [1.7, 1.7])
-    torch.testing.assert_close(colours.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(color.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
 
 
 def test_blur_of_a_tiny_image():
     x = photos(2, 4, 4)
-    blurred = colours.blur(x.clone(), torch.tensor([0.1, 2.0]))
+    blurred = color.blur(x.clone(), torch.tensor([0.1, 2.0]))
     torch.testing.assert_close(blurred[0], x[0], atol=1e-5, rtol=0)
     assert blurred[1].std() < x[1].std()
 
 
 def test_recolour_applies_each_images_own_draw():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
-    x, draws = photos(40, 12, 12), colours.draw_colours(40, MOCO, random_from('colours'))
-    ours = colours.recolour(x.clone(), **draws)
+    x, draws = photos(40, 12, 12), color.draw_colours(40, MOCO, random_from('colours'))
+    ours = color.recolour(x.clone(), **draws)
     untouched = 0
     for i, image in enumerate(x):
         wanted = image[None]
@@ -116,7 +117,7 @@ def test_recolour_applies_each_images_own_draw():
         if draws['gray'][i]:
             wanted = reference.rgb_to_grayscale(wanted, 3)
         if draws['sigma'][i] > 0:
-            wanted = colours.blur(wanted.clone(), draws['sigma'][i : i + 1])
+            wanted = color.blur(wanted.clone(), draws['sigma'][i : i + 1])
         torch.testing.assert_close(ours[i : i + 1], wanted, atol=2e-3, rtol=0)
         untouched += torch.equal(ours[i], image)
     assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
@@ -124,13 +125,13 @@ def test_recolour_applies_each_images_own_draw():
 
 def test_the_gpus_formulation_is_the_same():
     """recolour_all and blur_all, which work on every image whatever was drawn, against recolour."""
-    x, draws = photos(60, 24, 24), colours.draw_colours(60, MOCO, random_from('gpu'))
+    x, draws = photos(60, 24, 24), color.draw_colours(60, MOCO, random_from('gpu'))
     sigma = draws['sigma']
-    ours = colours.blur_all(colours.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), sigma)
-    torch.testing.assert_close(ours, colours.recolour(x.clone(), **draws), atol=4e-3, rtol=0)
+    ours = color.blur_all(color.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), sigma)
+    torch.testing.assert_close(ours, color.recolour(x.clone(), **draws), atol=4e-3, rtol=0)
     unblurred = {**draws, 'sigma': torch.zeros(60)}
-    ours = colours.blur_all(colours.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), 0 * sigma)
-    torch.testing.assert_close(ours, colours.recolour(x.clone(), **unblurred), atol=1e-5, rtol=0)
+    ours = color.blur_all(color.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), 0 * sigma)
+    torch.testing.assert_close(ours, color.recolour(x.clone(), **unblurred), atol=1e-5, rtol=0)
 
 
 def gap(ours, theirs):
@@ -161,7 +162,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, name):
 @pytest.mark.parametrize('name', ['moco', 'simclr'])
 def test_colours_are_distributed_as_stated(name):
     augmentation, n = {**AUGMENTATIONS[name], 'blur_prob': 0.5}, 24000
-    draws = colours.draw_colours(n, augmentation, random_from('colours'))
+    draws = color.draw_colours(n, augmentation, random_from('colours'))
     even = (torch.arange(n) + 0.5) / n
     for kind, strength in enumerate(augmentation['jitter']):
         middle = 0 if kind == 3 else 1

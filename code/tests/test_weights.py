@@ -20,13 +20,15 @@ import cli
 from ckpt import get_model_ckpt, new_model
 from config import UserError, changed, channel_values, get_config
 from conftest import CODE, one_line, own_paths
-from dataloader import crops, geometry, vision
+from dataloader import vision
+from dataloader.augment import geometry
 from dataloader.load_dataset import in_order, load_splits
+from dataloader.loading import crops
 from model.weights import average_weights, preprocessing_of
 from protocols.features import features_of
+from runtime.seeding import random_from
 from test_exchange import randomised
 from test_vision import photos
-from utils import random_from
 
 timm = pytest.importorskip('timm')
 LITE = 'tf_efficientnet_lite0'

@@ -14,9 +14,9 @@ import torch
 import cli
 from config import WorkError, get_config
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, run
-from dataloader import batches
 from dataloader.load_dataset import get_iterator
-from utils import memory_for, short_of_memory
+from dataloader.loading import loader
+from runtime.device import memory_for, short_of_memory
 
 # 150 px images: read by two processes; epochs enough for a process to be found.
 LONG = (*TINY, '--batch_size=8', '--max_epochs=2000', '--knn_every=0', '--num_workers=2')
@@ -58,12 +58,12 @@ def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large
 
 
 def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
-    monkeypatch.setattr(batches, 'PATIENCE', 4.0)
+    monkeypatch.setattr(loader, 'PATIENCE', 4.0)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
-    loader = get_iterator(args)['train']
-    iterator = iter(loader)
+    batches = get_iterator(args)['train']
+    iterator = iter(batches)
     next(iterator)
-    pids = [worker.pid for worker in loader._iterator._workers]
+    pids = [worker.pid for worker in batches._iterator._workers]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
@@ -71,16 +71,16 @@ def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
         for _ in iterator:
             pass
     assert 3 < time.monotonic() - began < 20
-    del iterator, loader
+    del iterator, batches
 
 
 def test_a_process_that_died_while_it_looked_whether_all_is_over(drawn_large):
     """As one does, now and then, of a group that is ended by one signal: what it held it holds for ever."""
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
-    loader = get_iterator(args)['train']
-    iterator = iter(loader)
+    batches = get_iterator(args)['train']
+    iterator = iter(batches)
     next(iterator)
-    under = loader._iterator
+    under = batches._iterator
     pids = [worker.pid for worker in under._workers]
     assert under._workers_done_event.event._cond.acquire(timeout=5)
     before = signal.signal(signal.SIGALRM, too_late)
@@ -100,8 +100,8 @@ def too_late(*_):
 
 def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
     """A batch that takes longer than several looks at the processes, and than the patience with idle ones."""
-    monkeypatch.setattr(batches, 'CHECK', 0.2)
-    monkeypatch.setattr(batches, 'PATIENCE', 1.0)
+    monkeypatch.setattr(loader, 'CHECK', 0.2)
+    monkeypatch.setattr(loader, 'PATIENCE', 1.0)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=1)
     images = get_iterator(args)['val'].dataset
     whole = type(images).read
@@ -119,7 +119,7 @@ def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_fault_of_ours_is_shown_as_one(workers, drawn_large, tmp_path, monkeypatch, capsys):
     """With its place, and where to report it; not as the death of a process or for lack of memory."""
-    monkeypatch.setattr('dataloader.crops.random_crops', lambda *_: {}['DataLoader worker (pid 7) is killed'])
+    monkeypatch.setattr('dataloader.loading.crops.random_crops', lambda *_: {}['DataLoader worker (pid 7) is killed'])
     command = ['train', *TINY, f'--image_path={drawn_large}', '--batch_size=8', '--knn_every=0', *own_paths(tmp_path)]
     assert cli.main([*command, f'--num_workers={workers}']) == 1
     errors = capsys.readouterr().err
@@ -255,8 +255,8 @@ def test_a_batch_that_nobody_takes_any_more_is_no_fault(quiet):
 import multiprocessing.resource_sharer as sharer, sys, time
 from multiprocessing import current_process
 from multiprocessing.connection import Client
-from dataloader.batches import in_worker
-from terminal import own_streams
+from dataloader.loading.loader import in_worker
+from runtime.console import own_streams
 own_streams()
 if {quiet}:
     in_worker(0)

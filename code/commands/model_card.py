@@ -1,0 +1,117 @@
+"""The model card of an exported backbone: what it was trained on, from which weights, how good it is, how to use it."""
+
+import json
+import shlex
+
+from config import channel_values
+from model.weights import is_off_the_shelf, timm_config
+from protocols import collapse_verdict, results
+from runtime.files import read_json
+
+
+def license_of(source, backbone):
+    """The licence of the weights that a run began with, as their source states it; '' where it does not, or of none."""
+    if source.startswith('timm') and is_off_the_shelf(source):
+        name = source.removeprefix('timm').removeprefix('/') or backbone.removeprefix('timm/')
+        known = timm_config(name)
+        return (known and known.license) or ''
+    return ''
+
+
+def card(args, checkpoint, name, features):
+    """The card as Markdown. name: of the network in timm; features: their number."""
+    run = checkpoint['run']
+    about = read_json(run / 'run.json')
+    known = license_of(args.init_from, args.backbone)
+    head = ['---', 'library_name: timm', 'tags: [image-feature-extraction, simsiam]']
+    head += [f'license: {known}'] if known else []
+    lines = [*head, '---', '', f'# {name}, SimSiam', '', *described(args, checkpoint, about, features, known), '']
+    lines += ['## How good it is', '', *judged(args, checkpoint), '']
+    lines += ['## Use', '', '```python', 'import timm', '']
+    lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
+    lines += [
+        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))',
+        f'features = backbone(transform(image).unsqueeze(0))    # 1 x {features}; image: PIL, RGB',
+        '```',
+        '',
+        'Nothing here was judged on other images than those named above.',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def described(args, checkpoint, about, features, known):
+    """What it is, in lines."""
+    images = about.get('images', {})
+    lines = [
+        f'A backbone of {features} features an image, trained without labels by SimSiam (arXiv 2011.10566).',
+        '',
+        f'- images: {images.get("number", "unknown")}, whose names and classes have the digest '
+        f'{images.get("digest", "unknown")}; they are not part of this folder',
+        f'- began with: {args.init_from or "random weights"}'
+        + (f', licence {known}' if known else ', whose licence its source does not state' if args.init_from else ''),
+        f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
+        f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
+        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, centre crop '
+        f'of {args.crop_ratio:g}',
+    ]
+    if about.get('command'):
+        lines.append(f'- command: `python3 {shlex.join(about["command"])}`')
+    if commit := about.get('versions', {}).get('commit'):
+        lines.append(f'- code: commit {commit}, torch {about["versions"].get("torch")}')
+    return lines
+
+
+def judged(args, checkpoint):
+    """The verdict and the tables of evaluate, in lines."""
+    run, lines = checkpoint['run'], []
+    if run.is_dir() and (found := collapse_verdict.of_run(run, checkpoint['epoch'], args)):
+        lines += ['**{}**: {}'.format(*found), '']
+    mine = [result for result in results.of_run(run) if result.get('checkpoint') == checkpoint['path'].name]
+    for result in mine:
+        if result.get('rows'):
+            lines += [*markdown(result), '']
+        elif 'top1' in result:
+            images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
+            lines.append(f'- {result["protocol"]}: top-1 {result["top1"]:.2f} % of {images} images')
+    return lines or ['Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.']
+
+
+def markdown(result):
+    """The rows of --protocol=compare as a table."""
+    columns = [*result['rows'][0]['columns']]
+    head = f'Top-1 in percent on the {result["num_val"]} images of {result["judged_on"]}, ± standard error; '
+    lines = [head + 'in brackets how far this backbone is above the row, paired by image.', '']
+    lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+    for row in result['rows']:
+        cells = [row['columns'][column] for column in columns]
+        texts = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
+        if 'gain' in cells[0]:
+            gains = [f' ({cell["gain"]:+.1f} ± {cell["gain_error"]:.1f})' for cell in cells]
+            texts = [text + gain for text, gain in zip(texts, gains, strict=True)]
+        lines.append(f'| {row["name"]} | {" | ".join(texts)} |')
+    return lines
+
+
+def config(args, name, features, tag='simsiam'):
+    """config.json of the folder, as timm reads it."""
+    known = timm_config(name)
+    traits = known.to_dict() if known else {}
+    kept = {key: traits[key] for key in ('first_conv', 'classifier', 'pool_size', 'fixed_input_size') if key in traits}
+    cfg = {
+        **kept,
+        'tag': tag,
+        'custom_load': False,
+        'input_size': [3, args.image_size, args.image_size],
+        'interpolation': args.interpolation,
+        'crop_pct': args.crop_ratio,
+        'crop_mode': 'center',
+        'mean': [*channel_values('mean', args.mean)],
+        'std': [*channel_values('std', args.std)],
+        'num_classes': 0,
+        'license': license_of(args.init_from, args.backbone) or None,
+    }
+    return {'architecture': name, 'num_classes': 0, 'num_features': features, 'pretrained_cfg': cfg}
+
+
+def as_text(value):
+    return json.dumps(value, indent=2) + '\n'

@@ -1,0 +1,33 @@
+"""Boxes (and masks) in the format of COCO.
+
+annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or images/<split>*/
+"""
+
+import json
+
+from config import UserError, WorkError
+from dataloader.detection.validate import checked
+
+
+def coco_split(folder, split, masks):
+    """(folder of the images, name of the split there, table, boxes left out) of `split`, train or val. Raises UserError
+    where it is not there, WorkError where it cannot be used."""
+    files = sorted((folder / 'annotations').glob(f'instances_{split}*.json'))
+    if not files:
+        raise UserError(f'--detection_path: there is no {folder}/annotations/instances_{split}*.json')
+    if len(files) > 1:
+        names = ' and '.join(path.name for path in files[:2])
+        raise UserError(
+            f'--detection_path: {folder}/annotations has both {names}: which of them is {split}? Move one out'
+        )
+    own = files[0].stem.removeprefix('instances_')
+    places = [folder / own, folder / 'images' / own, folder / split, folder / 'images' / split, folder / 'images']
+    images = next((place for place in places if place.is_dir()), None)
+    if images is None:
+        raise UserError(f'--detection_path: the images of {files[0].name} are not in {folder}/{own}')
+    try:
+        table = json.loads(files[0].read_text(encoding='utf-8'))
+        table = {key: table[key] for key in ('images', 'annotations', 'categories')}
+        return images, own, *checked(files[0], table, images, masks)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None

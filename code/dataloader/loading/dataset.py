@@ -1,0 +1,95 @@
+"""The images of a split, and how one becomes what a worker hands on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config, distortion
+from dataloader import vision
+from dataloader.loading import crops
+from dataloader.loading.decode import rgb
+from dataloader.loading.loader import caught, together
+from dataloader.readers.memory import Memory
+from runtime.seeding import random_from
+from runtime.tensors import to_device
+
+
+@dataclass(eq=False)
+class Images(torch.utils.data.Dataset):
+    """The images of one split, and how they are read: as random views of each, or as the centre crop."""
+
+    args: Config
+    folder: Path
+    store: object  # of dataloader/readers: names, opened, select, digest
+    labels: torch.Tensor  # N, int64; -1: no label
+    classes: list  # names, by number
+    views: int = 0  # random ones of each image; 0: the centre crop
+    crops_only: bool = False  # workers leave all but decoding and cropping to the device
+
+    @property
+    def names(self):
+        """Shown to people."""
+        return self.store.names
+
+    @property
+    def pixels(self):
+        """N x 3 x H x W uint8 of images that are held in memory, else None."""
+        return self.store.pixels if isinstance(self.store, Memory) else None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, keys):
+        """keys: list of (index, seed of its views, augmentation). Returns (images, labels) for utils.prepare_batch, or
+        an exception (batches.caught)."""
+        return caught(self.batch, keys)
+
+    def batch(self, keys):
+        indices = torch.tensor([index for index, *_ in keys])
+        if self.in_memory():
+            return self.pixels.index_select(0, to_device(indices, self.pixels.device)), self.labels[indices]
+        images = together([self.read(*key) for key in keys])
+        if self.views and self.args.augment_on == 'device' and not self.crops_only:
+            images = self.distorted(images, *keys[0][1:])
+        return images, self.labels[indices]
+
+    def in_memory(self):
+        """Whether batches are whole images, distorted on the device."""
+        return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
+
+    def on_gpu(self):
+        return self.pixels is not None and self.pixels.is_cuda
+
+    def read(self, index, seed, augmentation):
+        """One image: 1 x 3 x S x S uint8, the view for evaluation, or views x 3 x S x S, random crops or views."""
+        args = self.args
+        with self.store.opened(index) as image:
+            if not self.views:
+                return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
+            if args.augment_on == 'worker':
+                views = vision.torchvision_views(tuple(distortion(args, augmentation).items()))
+                return views(rgb(image, args.pixel_max), seed, self.views)
+            generator, row = torch.Generator().manual_seed(seed), distortion(args, augmentation)
+            return crops.random_crops(
+                image, args.image_size, self.views, row, generator, args.jpeg_shrink, args.pixel_max
+            )
+
+    def random_views(self, images, augmentation, generator, place=None, compiled=False):
+        """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
+        if images.ndim == 5 and not self.crops_only:
+            return vision.normalised(images, self.args)
+        row = distortion(self.args, augmentation)
+        return vision.random_views(images, row, generator, self.views, place, compiled)
+
+    def distorted(self, images, seed, augmentation):
+        """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
+
+        Whole grey levels, for floats would take as long to hand over as to make.
+        """
+        row = distortion(self.args, augmentation)
+        if vision.has_colours(row) or row['blur_prob']:
+            flat = images.flatten(0, 1)
+            table = vision.draw(len(flat), row, random_from(seed, 'colours'))  # not the stream that drew the crops
+            flat.copy_(vision.distort(flat, table, row, vision.to_bytes))
+        return images

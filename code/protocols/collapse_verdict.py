@@ -1,0 +1,118 @@
+"""What the measures without labels are called, and what they say together of a network."""
+
+from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, best_of_lines
+from runtime.files import read_metrics
+
+# In front of people, in this order (metric/representation.py, protocols/label_free.py).
+MEASURES = {
+    'rank': 'rank of the own other view, features',
+    'rank_z': 'rank of the own other view, z',
+    'retrieval': 'own other view is the nearest, features, %',
+    'retrieval_z': 'own other view is the nearest, z, %',
+    'rotation': 'rotations told apart, %',
+    'rankme': 'RankMe',
+    'area': 'area under the cumulative spectrum',
+    'alpha': 'alpha-ReQ',
+    'lidar': 'LiDAR, features',
+    'lidar_z': 'LiDAR, z',
+    'alignment': 'alignment',
+    'uniformity': 'uniformity',
+    'std': 'std of z',
+    'std_batch': 'std of z, by statistics of these images',
+    'mean_direction': 'norm of the mean direction of z',
+    'correlation': 'correlation of channels of z',
+    'rank_z_minus_p': 'effective rank of z minus that of p',
+    'norm_z': 'norm of z',
+    'norm_p': 'norm of p',
+}
+OF_FEATURES = ('rank', 'retrieval', 'rotation', 'rankme', 'area', 'alpha', 'lidar', 'alignment', 'uniformity')
+QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
+STDS = 'std', 'std_judged', 'std_batch'  # of training or of BN's averages; of those; of a batch's own statistics
+FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
+# From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
+COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.7
+
+FOR_COLLAPSED = (
+    'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
+)
+FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
+FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=spectrum judges it beside an untrained network'
+FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
+FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
+
+
+def began(args):
+    """What the network of epoch 0 is called."""
+    return 'at the start' if args.init_from else 'untrained'
+
+
+def verdict(now, untrained, called='untrained'):
+    """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
+
+    now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
+    began as. called: of the latter, in the sentence (began). The std is the largest of those that were measured: by
+    BN's averages z lies off its mean where these are of few steps yet, or of other images than were looked at.
+    """
+    std, rank, before = max(now[name] for name in STDS if name in now), now['rank'], untrained['rank']
+    numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({called} {before:.1f})'
+    if std < COLLAPSED:
+        return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
+    if rank > LEARNED * before:
+        hint = FOR_NOTHING if called == 'untrained' else FOR_NO_MORE
+        return 'nothing learned', f'{numbers}, and no collapse. {hint}'
+    signs = []
+    if now.get('correlation', 0) > CORRELATED:
+        signs.append(f'channels of z correlated by {now["correlation"]:.2f}')
+    if now['area'] > untrained['area']:
+        signs.append(f'fewer directions used than {called} (area {now["area"]:.2f}, {untrained["area"]:.2f})')
+    if signs or std < PARTLY:
+        return 'partly collapsed', '; '.join([numbers, *signs]) + f'. Something was learned. {FOR_PARTLY}'
+    return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
+
+
+def beside_start(lines):
+    """(word, sentence) on a run that began with pretrained weights: better than the start, no better, worse, or not
+    known; None where it was not measured."""
+    best = best_of_lines(lines)
+    judged = {line['epoch']: line for line in lines if FEW in line}
+    if best is None or len(judged) < 2 and FEW in lines[0]:
+        return None
+    if 0 not in judged:
+        return 'not known to be better than the start', (
+            'there are no labels to tell by, and the rank of the own other view falls whether features become better '
+            'or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
+        )
+    last = judged[max(judged)]
+    gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
+    said = (
+        f'{WATCHED} labels a class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
+        f'beside the start ({judged[0][FEW]:.1f} %)'
+    )
+    if best:
+        most = judged[best]
+        more = f'The best is epoch {best}: {most[FEW]:.1f} %, {most[GAIN]:+.1f} ± {most[GAIN_ERROR]:.1f}'
+        return 'better than the start', f'{said}. {more}'
+    if gain < -error:
+        return 'worse than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
+    return 'no better than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
+
+
+def of_run(folder, epoch, args):
+    """The verdict on the network of a run, args its options, after `epoch` epochs; None where it was not measured."""
+    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
+    return of_metrics(lines, began(args))
+
+
+def of_metrics(lines, called='untrained'):
+    """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
+    beside epoch 0; None where one of them is not there."""
+    measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
+    if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
+        return None
+    collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STDS) < COLLAPSED
+    if called != 'untrained' and not collapsed and (found := beside_start(lines)):
+        return found
+    untrained, now = (
+        {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
+    )
+    return verdict(now, untrained, called)

@@ -1,0 +1,205 @@
+"""What looks at a run: the bar, the guard, kNN, the measures without labels, TensorBoard and metrics.jsonl. It changes
+nothing."""
+
+import copy
+import json
+import time
+from dataclasses import asdict
+
+import torch
+
+from ckpt import FEW, GAIN, GAIN_ERROR, OF_START, WATCHED
+from config import path_of
+from dataloader import vision
+from dataloader.load_dataset import in_order, labelled
+from logger import Logger
+from metric import representation
+from model.weights import average_weights
+from protocols.collapse_verdict import began
+from protocols.compare import standard_error
+from protocols.few_labels import watch_labels
+from protocols.label_free import FOUND_AMONG, LEAST, quick
+from protocols.run_protocol import why_no_labels
+from runtime.atomic_write import write_aside
+from runtime.device import get_device, peak_memory
+from runtime.distributed import gather
+from runtime.files import read_json
+from runtime.messages import duration, progress, say
+from runtime.tensors import later
+from runtime.trackers import tracker_of
+
+READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
+
+
+def is_measured(args, epoch):
+    """Whether the network is measured after so many epochs."""
+    return epoch == args.max_epochs or bool(args.knn_every and epoch % args.knn_every == 0)
+
+
+def gradient_norm(model):
+    """Euclidean norm of the gradient of a step that is done, a scalar on the device."""
+    return torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
+
+
+class Watch:
+    """run: runs.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
+
+    def __init__(self, args, run, iterators, state):
+        self.args, self.run = args, run
+        train, self.val = iterators['train'].dataset, iterators['val']
+        self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
+        if iterators.get('test') not in (None, self.val):
+            self.splits['test'] = iterators['test'].dataset
+        self.bank = in_order(args, labelled(train))
+        self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
+        # Of a run that is only looked at again nothing that was written changes.
+        after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
+        logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
+        self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
+        self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
+        self.bar, self.seen, self.outputs, self.norms = None, {}, None, []
+
+    def begin(self, state):
+        """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
+        saved after and stopped before it could be looked at."""
+        if self.knn_off:
+            say(f'the kNN monitor is off: {self.knn_off}')
+        if self.run.resumed:
+            if state.epoch and self.logger.lacks(state.epoch):
+                self.epoch(state)
+            return
+        self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
+        values, line = self.measured(state)
+        self.logger.scalars(0, values)
+        say(f'epoch 0/{self.args.max_epochs}{line} ({began(self.args)})')
+
+    def waits(self, batches):
+        """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""
+        self.waited, batches = 0.0, iter(batches)
+        while True:
+            before = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def steps(self, state, batches, total):
+        """`batches`, what is left of an epoch of `total` images, behind a bar."""
+        title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
+        self.bar = progress(title=title, unit='images', total=total, first=state.images)
+        self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
+        for batch in batches:
+            yield batch
+            self.bar.update(self.args.batch_size)
+        self.bar.close()
+
+    def first_views(self, views):
+        self.logger.views('two_views', [vision.denormalise(view[:16], self.args) for view in views])
+
+    def step(self, state, loss, std, rates, p, z):
+        """A step is done. loss, std: on the device; rates: of the encoder and of the predictor; p, z: of each view."""
+        self.outputs = p[0], z[0]
+        elapsed = time.monotonic() - self.epoch_started
+        self.seen = {
+            'speed/images_per_second': (state.images - self.from_image) / elapsed,
+            'speed/waiting_for_data': self.waited / elapsed,
+            'schedule/learning_rate_encoder': rates[1],
+            'schedule/learning_rate_predictor': rates[2],
+        }
+        if rates[0] != rates[1]:
+            self.seen['schedule/learning_rate_backbone'] = rates[0]
+        if state.images // self.args.batch_size % READ_EVERY == 0:
+            self.look(state)
+            norm = gradient_norm(state.model)
+            self.read = later(torch.stack((loss, std, representation.retrieval(z[0], z[1]), norm)))
+
+    def look(self, state):
+        """What an earlier step has to say: a bad run is stopped, or warned of."""
+        if not self.read:
+            return
+        loss, std, found, norm = self.read()
+        self.norms.append(norm / (state.scaler.get_scale() if state.scaler else 1))
+        self.run.check_finite(state, loss)
+        if std < self.args.collapse_threshold:
+            self.warn_of_collapse(state, loss, std)
+        waiting = self.seen['speed/waiting_for_data']
+        self.bar.set_postfix_str(
+            f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} waiting for data'
+        )
+
+    def epoch(self, state):
+        """An epoch is over: its scalars, kNN where it is due, and a line."""
+        args, (loss, std) = self.args, state.last
+        if std < args.collapse_threshold:
+            self.warn_of_collapse(state, loss, std)
+        values = {'pretraining/loss': loss, 'pretraining/std': std, **self.seen, **peak_memory(get_device(args))}
+        if self.norms:
+            values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
+        line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
+        if self.seen:
+            line += f'  {self.seen["speed/images_per_second"]:.0f} images/s'
+        last = state.epoch == args.max_epochs
+        if is_measured(args, state.epoch):
+            measured, said = self.measured(state)
+            values, line = {**values, **measured}, line + said
+        self.logger.scalars(state.epoch, values)
+        if not last and state.epoch > self.began:
+            each = (time.monotonic() - self.started) / (state.epoch - self.began)
+            line += f'  {duration(each * (args.max_epochs - state.epoch))} left'
+        say(line)
+
+    def measured(self, state):
+        """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
+        args, found, words = self.args, {}, ''
+        if not self.knn_off:
+            found['knn_top1'], right = watch_labels(args, self.backbone(state), self.bank, self.val)
+            few, said = self.few_labels(state, right)
+            found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
+        if (count := len(self.splits['train'])) >= LEAST:
+            found |= quick(args, state.model, self.splits['train'])
+            words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, count)}'
+        if self.outputs:
+            p, z = (gather(x) for x in self.outputs)
+            found |= representation.of_outputs(z, p)
+        return {f'pretraining/{name}': value for name, value in found.items()}, words
+
+    def backbone(self, state):
+        """The backbone that is measured: the trained one, averaged with the start as --start_share says."""
+        if not state.start:
+            return state.model.backbone
+        backbone = copy.deepcopy(state.model.backbone)
+        backbone.load_state_dict(average_weights(state.start, backbone.state_dict(), self.args.start_share))
+        return backbone
+
+    def few_labels(self, state, right):
+        """({name: number}, a few words) of the accuracy with WATCHED labels a class, and of its gain over the start.
+        right: of watch_labels."""
+        path, count = self.run.folder / OF_START, len(right)
+        top1 = 100 * right.mean().item()
+        found, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'
+        if not self.args.init_from:
+            return {'few_labels_top1': top1}, words
+        if not state.epoch:
+            values = {'right': right.tolist()}
+            write_aside(path, lambda aside: aside.write_text(json.dumps(values)))
+        before = read_json(path).get('right', [])
+        if state.epoch and len(before) == count:
+            gains = right - torch.tensor(before, dtype=torch.float64)
+            found |= {GAIN: 100 * gains.mean().item(), GAIN_ERROR: standard_error(gains)}
+            words += f' ({found[GAIN]:+.2f} ± {found[GAIN_ERROR]:.2f} over the start)'
+        return {name.removeprefix('pretraining/'): value for name, value in found.items()}, words
+
+    def warn_of_collapse(self, state, loss, std):
+        self.logger.warn_once(
+            'collapse',
+            f'the model collapses: std {std:.3f} (healthy near 1, threshold {self.args.collapse_threshold}) at loss '
+            f'{loss:.4f} in epoch {state.epoch + (state.images > 0)}: all images get nearly the same z, so the loss '
+            'falls and nothing is learned. Try --augmentation=moco, or --warmup_epochs=10 with '
+            '--warmup_augmentation=moco, or a lower --learning_rate; README.md, When it collapses, has more',
+        )
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        self.logger.close()

@@ -1,0 +1,159 @@
+"""Results that say what they are of: a question, what came out, and a file that no other question shares.
+
+A question is which images (path, number, a digest of their names and labels), which weights, at which size, with which
+settings. <run>/evaluate_<protocol>_<digest of the question>.json; the classifier of a linear one is beside it.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ckpt import load_file, plain_name, versions
+from config import OF_THE_CALL, OPTIONS, UserError, has_effect, path_of, same_path
+from runtime.atomic_write import write_aside
+from runtime.console import complain
+from runtime.distributed import rank
+from runtime.files import as_json, is_number, now, read_in_order, when
+
+# Of the protocol `semi` and so on: what is shown of the settings in a file's name.
+DETAILS = {
+    'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
+    'transfer': lambda args: [args.transfer, plain(path_of(args.transfer_path).name)],
+    'detection': lambda args: [args.init],
+}
+ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a question has in other entries, or not
+
+
+def plain(name):
+    """Any file's name as a short part of one that every system and TensorBoard takes."""
+    return plain_name(name)[:40]
+
+
+def question(args, splits, checkpoint):
+    """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of Images or Boxes."""
+    settings = {
+        name: getattr(args, name)
+        for name, option in OPTIONS.items()
+        if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
+    }
+    if args.subset_list:
+        settings['subset_digest'] = digest([os.fsdecode(path_of(args.subset_list).read_bytes())])
+    path = {'transfer': args.transfer_path, 'detection': args.detection_path}.get(args.protocol, args.image_path)
+    return {
+        'protocol': args.protocol,
+        'checkpoint': checkpoint['path'].name,
+        'epoch': checkpoint['epoch'],
+        'images': {'path': str(path_of(path)), **{name: described(images) for name, images in splits.items()}},
+        'preset': args.preset,
+        'settings': settings,
+        'given': sorted(name for name in args.given if name in settings),
+    }
+
+
+def described(images):
+    """Images or Boxes: how many, which."""
+    names = [*images.names]
+    return {
+        'number': len(images),
+        'digest': digest(f'{name}\t{label}' for name, label in zip(names, images.labels.tolist(), strict=True)),
+    }
+
+
+def digest(lines):
+    found = hashlib.blake2b(digest_size=6)
+    for line in lines:
+        found.update(line.encode(errors='surrogateescape') + b'\n')
+    return found.hexdigest()
+
+
+def name_of(args):
+    """What TensorBoard and the file call an evaluation: the protocol and what it is about."""
+    return '_'.join([args.protocol, *DETAILS.get(args.protocol, lambda args: [])(args)])
+
+
+def write(run, name, asked, found, classifier=None):
+    """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
+    mark = digest([json.dumps({**asked, 'given': None}, sort_keys=True)])
+    result = {**asked, **found, 'versions': versions(), 'file': f'evaluate_{name}_{mark}.json', 'when': now()}
+    if rank():
+        return result
+    if classifier:
+        content = {**classifier, 'question': asked, 'top1': found.get('top1'), 'when': result['when']}
+        write_aside(run / f'classifier_{mark}', lambda aside: torch.save(content, aside))
+    text = as_json(result, indent=2) + '\n'
+    write_aside(run / result['file'], lambda aside: aside.write_text(text))
+    return result
+
+
+def of_run(run, **wanted):
+    """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
+    which images they were of."""
+    results = []
+    for path, result in read_in_order(run.glob('evaluate_*.json')):
+        if isinstance(result.get('protocol'), str) and is_number(result.get('epoch')):
+            results.append(result)
+        else:
+            complain('warning', f'{path} is damaged, or no result of evaluate: left out')
+    return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
+
+
+def classifier_for(args, checkpoint, where):
+    """The classifier that evaluate trained on this checkpoint for the images at the path `where`, or None.
+
+    That of --classifier (its file, or the folder of a set), else of the set in which the images lie, else of the
+    checkpoint's own set, else the only one there is, but never another set's for images of the checkpoint's own. Of
+    several of one set the one with the highest accuracy on val; of equals, or of early files, the last.
+    Raises UserError where --classifier names none, WorkError for a damaged file.
+    """
+    found = {}  # the folder of a set: the best of its classifiers
+    named = None
+    for path in checkpoint['run'].glob('classifier_*'):
+        content = load_file(path)
+        if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
+            continue
+        content = {**content, 'file': path.name, 'when': when(content, path)}
+        if args.classifier and same_path(path_of(args.classifier), path) or args.classifier == path.name:
+            named = content
+        folder = Path(os.path.realpath(content['question']['images']['path']))
+        if folder not in found or worth(content) > worth(found[folder]):
+            found[folder] = content
+    chosen = named or chosen_of(args, found, Path(os.path.realpath(path_of(args.image_path))), where.resolve())
+    trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
+    if chosen and trained_at != args.image_size:
+        complain('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
+    return chosen
+
+
+def worth(classifier):
+    """The order of classifiers of one set: by accuracy, then by time."""
+    top1 = classifier.get('top1')
+    return (top1 if isinstance(top1, float) else -1.0), classifier['when']
+
+
+def described_classifier(classifier):
+    """A classifier in words: of which set, how good, when, with which settings that were given."""
+    asked = classifier['question']
+    given = ''.join(f', --{name}={asked["settings"][name]}' for name in asked.get('given', ()))
+    top1 = classifier.get('top1')
+    accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
+    return f'{asked["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
+
+
+def chosen_of(args, found, own, where):
+    """The one of `found`, {folder of a set: its classifier}, that classifier_for means."""
+    if args.classifier:
+        wanted = Path(os.path.realpath(path_of(args.classifier)))
+        if wanted not in found:
+            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in found.items())
+            known = known or 'none: run evaluate first'
+            raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
+        return found[wanted]
+    inside = [folder for folder in found if where.is_relative_to(folder)]
+    if inside:
+        return found[max(inside, key=lambda folder: len(folder.parts))]
+    if own in found:
+        return found[own]
+    return next(iter(found.values())) if len(found) == 1 and not where.is_relative_to(own) else None

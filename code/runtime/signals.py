@@ -1,0 +1,135 @@
+"""What ends work from outside: a signal, or the time that is up.
+
+A signal of SIGNALS ends what is going on at once, wherever that is, by raising Stopped; within `held` (a training step,
+the writing of a checkpoint) it waits until that is done. A second SIGTERM or Ctrl-C, a second later or more, ends the
+process as if nobody listened; what comes sooner is the same wish again, for shells and batch systems send it twice.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+# Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
+NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+ALARM = tuple(getattr(signal, name) for name in ('SIGALRM',) if hasattr(signal, name))
+SAME_WISH = 1.0  # seconds
+NOTED = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: of check, by the last answer
+ASK_EVERY = 10  # steps after which several processes ask one another
+TIME, SAVE = 0.5, 0.25  # what they may wish beside a signal, by its number: the time is up, a checkpoint is due
+
+
+class Stopped(BaseException):
+    """Work that ended on a wish. number: the signal, 0 where the time is up. No Exception, for nothing on the way out
+    may take it for a failure."""
+
+    def __init__(self, number, line=''):
+        super().__init__(line or f'{name_of(number)}: stopped')
+        self.number = number
+
+
+def name_of(number):
+    return signal.Signals(number).name if number else 'time'
+
+
+@contextlib.contextmanager
+def listening():
+    """Within, SIGNALS raise Stopped; but for those that whoever started us had us ignore (nohup, a job with &)."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *ALARM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, note if number in SIGNALS else tell)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda lost: say_again(lost, hook)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        NOTED.update(number=0, held=0, heard=False, asked=None)
+
+
+def note(number, _):
+    """The handler."""
+    if not NOTED['number']:
+        NOTED.update(number=number, when=time.monotonic())
+        tell()
+    elif number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - NOTED['when'] > SAME_WISH:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def tell(*_):
+    """Raise Stopped of a signal that has come, unless it has to wait, or is heard."""
+    if NOTED['number'] and not NOTED['held'] and not NOTED['heard']:
+        raise Stopped(NOTED['number'])
+
+
+def heard():
+    """From here on nothing raises Stopped again: it has reached who saves and ends."""
+    NOTED['heard'] = True
+
+
+def say_again(lost, otherwise):
+    """The handler of exceptions that Python drops, as those in a __del__, in which a signal may come as anywhere else:
+    Stopped is raised again a moment later."""
+    if isinstance(lost.exc_value, Stopped) and ALARM:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    elif isinstance(lost.exc_value, Stopped):
+        number, NOTED['number'] = NOTED['number'], 0
+        threading.Timer(0.02, signal.raise_signal, (number,)).start()
+    else:
+        otherwise(lost)
+
+
+@contextlib.contextmanager
+def held():
+    """Within, a signal waits; at the end it raises Stopped."""
+    NOTED['held'] += 1
+    try:
+        yield
+    finally:
+        NOTED['held'] -= 1
+    tell()
+
+
+@contextlib.contextmanager
+def together():
+    """`held` where there are several processes, which have to stop at the same step (`check`); alone, nothing."""
+    from runtime.distributed import world  # torch: cli.py wants this file before it has looked at the options
+
+    with held() if world() > 1 else contextlib.nullcontext():
+        yield
+
+
+def check(step, last, deadline, due, device):
+    """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any. Returns
+    whether a checkpoint is `due`, of several processes to any: all save at the same step.
+
+    step: how many are done of the epoch; last: whether that is all. deadline: by time.monotonic(), 0 is none.
+    Several processes all ask here, now and then, and on a GPU hear the answer when they ask again, but for an epoch's
+    first step and its last: to wait for it would let the queue run dry.
+    """
+    from runtime.distributed import most, world
+    from runtime.tensors import later
+
+    late = 0 < deadline < time.monotonic()
+    if world() == 1:
+        tell()
+        if late:
+            raise Stopped(0)
+        return due
+    if not last and (step - 1) % ASK_EVERY:
+        return False
+    before, now = NOTED['asked'], later(most(NOTED['number'] or (TIME if late else SAVE * due), device))
+    at_once = last or step == 1 or device.type == 'cpu'
+    NOTED['asked'] = None if at_once else now
+    wish = max((answer()[0] for answer in (before, now if at_once else None) if answer), default=0.0)
+    if wish:
+        NOTED['asked'] = None  # what was asked before a checkpoint would ask for another one
+    if wish >= TIME:
+        raise Stopped(int(wish))
+    return wish > 0

@@ -1,0 +1,115 @@
+"""The structure of code/: which room imports which. A room is a file or a folder that lies in code/."""
+
+import ast
+from pathlib import Path
+
+from conftest import CODE
+
+MOST_ROOMS, MOST_FLOORS, MOST_ENTRIES = 24, 7, 12
+# Names that the README's layout fixes.
+FIXED = [
+    'cli.py',
+    'config.py',
+    'ckpt.py',
+    'train.py',
+    'evaluate.py',
+    'infer.py',
+    'logger.py',
+    'utils.py',
+    'SOTA_SSL_Models.py',
+    'dataloader',
+    'loss',
+    'metric',
+    'model',
+    'optimizer',
+    'tests',
+]
+LEAVES = ('loss', 'metric', 'model', 'optimizer', 'config')
+
+
+def modules(code):
+    """{dotted name: path} of all modules but the tests."""
+    paths = [path.relative_to(code) for path in code.rglob('*.py')]
+    return {
+        '.'.join(path.with_suffix('').parts).removesuffix('.__init__'): code / path
+        for path in paths
+        if path.parts[0] != 'tests'
+    }
+
+
+def imports(code):
+    """{module: modules of ours that it imports}, those within functions, too."""
+    known, found = modules(code), {}
+    for name, path in known.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                wanted = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names)]
+            else:
+                continue
+            found[name] |= {other for other in wanted if other in known and other != name}
+    return found
+
+
+def room(name):
+    return name.partition('.')[0]
+
+
+def between_rooms(code):
+    found = {}
+    for name, others in imports(code).items():
+        found.setdefault(room(name), set()).update(room(other) for other in others if room(other) != room(name))
+    return found
+
+
+def floors(graph):
+    """{node: length of the longest way down}. Raises ValueError that names a circle."""
+    level = {}
+
+    def visit(node, way):
+        if node in way:
+            raise ValueError(' -> '.join([*way[way.index(node) :], node]))
+        if node not in level:
+            level[node] = 1 + max((visit(other, (*way, node)) for other in graph[node]), default=0)
+        return level[node]
+
+    for node in graph:
+        visit(node, ())
+    return level
+
+
+def test_no_module_imports_itself_in_a_circle():
+    floors(imports(CODE))
+
+
+def test_rooms_stand_on_few_floors_without_a_circle():
+    level = floors(between_rooms(CODE))
+    assert len(level) <= MOST_ROOMS
+    assert max(level.values()) <= MOST_FLOORS
+
+
+def test_leaf_folders_import_no_other_room():
+    graph = between_rooms(CODE)
+    assert {name: graph[name] for name in LEAVES if graph[name]} == {}
+
+
+def test_code_holds_few_entries():
+    own = {path.name for path in CODE.iterdir() if not path.name.startswith(('.', '__'))}
+    assert len(own - set(FIXED)) <= MOST_ENTRIES
+    folders = {path.name for path in CODE.iterdir() if path.is_dir()}
+    assert not [name for name in own if name.endswith('.py') and name.removesuffix('.py') in folders]
+
+
+def test_a_circle_is_found(tmp_path):
+    for name, text in {'a.py': 'import b', 'b.py': 'def f():\n    from c import d', 'c/d.py': 'import a'}.items():
+        Path(tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for graph in (imports(tmp_path), between_rooms(tmp_path)):
+        try:
+            floors(graph)
+        except ValueError as error:
+            assert ' -> ' in str(error)  # noqa: PT017
+        else:
+            raise AssertionError
