@@ -425,8 +425,8 @@ def save_checkpoint(run, args, state):
     within = f'_images_{state.images}' if state.images else ''
     path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{within}'
     if not rank():
+        note_written(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
         write_aside(path, lambda aside: torch.save(content, aside))
-        note_written(run, path)
         best = best_epoch(run) if args.init_from else None
         kept = (
             {0, best} if args.init_from else {}
@@ -447,9 +447,9 @@ WRITTEN = 'checkpoints.json'  # in a run folder: the names of the checkpoints th
 
 
 def note_written(run, path):
-    """Add a checkpoint to those that a run says it has written."""
-    names = sorted({*read_json(run / WRITTEN).get('written', []), path.name})
-    names = [name for name in names if (run / name).is_file()]
+    """Add a checkpoint to those that a run says it has written, or is about to write."""
+    before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
+    names = sorted({*before, path.name})
     write_aside(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
 
 

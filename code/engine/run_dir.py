@@ -193,9 +193,9 @@ def branch_of(args, path, own):
     start = [other.name for other in checkpoints(folder) if other.name.endswith('_epoch_0') and other != path]
     for name in (path.name, *(*start, 'metrics.jsonl', OF_START) * own):
         if (folder / name).is_file():
-            shutil.copy2(folder / name, new)
             if NAME.fullmatch(name):
                 note_written(new, new / name)
+            shutil.copy2(folder / name, new)
     logs = path_of(args.log_path)
     if own and (logs / folder.name).is_dir():
         shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)

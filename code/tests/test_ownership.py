@@ -1,5 +1,6 @@
 """What is deleted, gone on with and taken is what this run wrote, by what files say and not by their names or times."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+import ckpt
 import cli
 from ckpt import WRITTEN, checkpoints, get_model_ckpt
 from config import get_config, same_path, same_value
@@ -163,3 +165,23 @@ def test_the_newest_run_is_the_one_that_says_so(tmp_path):
         (tmp_path / f'{number}/run.json').write_text(json.dumps({'when': when}))
         os.utime(tmp_path / f'{number}/run.json', (10**9 + number, 10**9 + number))
     assert files.newest_run([*tmp_path.iterdir()]).name == '0'
+
+
+def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_path, monkeypatch, capsys):
+    """A kill right after it was written leaves one that the run goes on with, in its own folder."""
+
+    def killed_after(path, write):
+        before(path, write)
+        if path.name.endswith('_epoch_2'):
+            raise KeyboardInterrupt
+
+    before = ckpt.write_aside
+    monkeypatch.setattr(ckpt, 'write_aside', killed_after)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(tmp_path, drawn, '--save_every=1', '--max_epochs=3')
+    monkeypatch.undo()
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
+    assert ckpt.is_own(path.parent, path)
+    assert train(tmp_path, drawn, '--save_every=1', '--max_epochs=3', '--resume=auto') == 0
+    assert f'going on with {RUN} after epoch 2' in capsys.readouterr().out
+    assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]
