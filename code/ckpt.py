@@ -174,11 +174,12 @@ def load_off_the_shelf(args, name):
     say(f'weights {found.source}; {said_of_preprocessing(args)}')
     label = plain_name(found.source)
     run = path_of(args.ckpt_path) / label
-    return (
-        args,
-        model,
-        {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': name.split('/')[0], 'path': run / label, 'run': run},
-    )
+    return args, model, foreign_checkpoint(name.split('/')[0], run / label, run)
+
+
+def foreign_checkpoint(layout, path, run):
+    """The checkpoint of get_model_ckpt for weights that no run of ours wrote: epoch 0, without an optimizer."""
+    return {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
 
 
 def with_preprocessing(args, preprocessing):
@@ -265,7 +266,7 @@ def load_foreign(args, path, content):
         f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
     )
     run = path_of(args.ckpt_path) / f'{layout}_{path.name}_{mark_of(path)}'  # other tools' files have all one name
-    return merged, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
+    return merged, model, foreign_checkpoint(layout, path, run)
 
 
 def mark_of(path):
@@ -297,7 +298,7 @@ def load_network(args, path, tensors):
     unused = f'; not used: {some(left, SHOWN)}' if left else ''
     say(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {said_of_preprocessing(args)}')
     run = path_of(args.ckpt_path) / f'{plain_name(args.backbone)}_{path.name}_{mark_of(path)}'
-    return args, model, {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': 'network', 'path': path, 'run': run}
+    return args, model, foreign_checkpoint('network', path, run)
 
 
 def load_timm_folder(args, path):
@@ -427,10 +428,7 @@ def save_checkpoint(run, args, state):
     if not rank():
         note_written(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
         write_aside(path, lambda aside: torch.save(content, aside))
-        best = best_epoch(run) if args.init_from else None
-        kept = (
-            {0, best} if args.init_from else {}
-        )  # of these pretrained weights the start and the best are never deleted
+        kept = {0, best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
         older = [
             other for other in checkpoints(run) if other != path and int(NAME.fullmatch(other.name)[2]) not in kept
         ]

@@ -41,14 +41,8 @@ def infer(args):
         hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
         raise UserError(f'infer wants --ckpt_name=<run>/<checkpoint>; {hint}')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
-    args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
     output = path_of(args.output or 'data/submission.csv')
-    use_device(args)
-    args, model, checkpoint = get_model_ckpt(args)
-    if not distributed.rank():
-        try_writing(output)
-    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    images = images_to_predict(args, wanted)
+    args, backbone, checkpoint, images = load_to_predict(args, wanted, output)
     classifier = classifier_for(args, checkpoint, wanted or path_of(args.image_path))
     train = load_splits(with_set(args, classifier))['train'] if args.neighbours else None
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
@@ -156,6 +150,21 @@ def pixels_of(args, images, rows):
         pixels, _ = prepare_batch(args, whole.batch([(row, 0, '') for row in part.tolist()]))
         found.append(vision.denormalise(vision.plain_view(pixels, args), args).cpu())
     return torch.cat(found)
+
+
+def load_to_predict(args, wanted, output):
+    """(args, backbone, checkpoint, images): of --ckpt_name, the backbone on the device, and the images to predict.
+
+    wanted: the given --image_path, or None. Raises what get_model_ckpt and images_to_predict do, and OSError where
+    `output` cannot be written, before any image is read.
+    """
+    args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
+    use_device(args)
+    args, model, checkpoint = get_model_ckpt(args)
+    if not distributed.rank():
+        try_writing(output)
+    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
+    return args, backbone, checkpoint, images_to_predict(args, wanted)
 
 
 def images_to_predict(args, wanted):

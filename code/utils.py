@@ -1,4 +1,4 @@
-"""What several parts need and no part owns: the device, random numbers by name, a batch's move to the device."""
+"""A batch on the device: `prepare_batch`, and `prepared`, which copies the next one meanwhile."""
 
 import functools
 

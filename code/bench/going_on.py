@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import fire
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,7 +20,7 @@ from config import get_config, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
 from metric.knn import neighbours
 from model.weights import average_weights
-from protocols.compare import columns_of, standard_error
+from protocols.compare import columns_of, mean_and_error
 from protocols.features import features_of
 from runtime.console import aligned
 from runtime.files import read_json
@@ -47,14 +46,12 @@ def judge(args, backbone, splits):
 
 def numbers(judged, start):
     """What `judge` gave as numbers, with the gains over the start."""
+    names = ('top1', 'error', 'gain', 'gain_error')
     return {
         split: {
-            column: {
-                'top1': 100 * right.mean().item(),
-                'error': standard_error(right),
-                'gain': 100 * (right - start[split][column]).mean().item(),
-                'gain_error': standard_error(right - start[split][column]),
-            }
+            column: dict(
+                zip(names, (*mean_and_error(right), *mean_and_error(right - start[split][column])), strict=True)
+            )
             for column, right in columns.items()
         }
         for split, columns in judged.items()
@@ -100,7 +97,7 @@ def main(runs, output, ckpt_path='data/checkpoints', **options):
         )
         kept += ('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation')
         options_of_run = {option: about[option] for option in kept} | {'init_from': Path(about['init_from']).name}
-        known[name] = {'options': options_of_run, 'rows': rows}
+        known[about['model_name']] = {'options': options_of_run, 'rows': rows}
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(json.dumps(known, indent=1) + '\n')
         for split in ('val', 'test'):
@@ -114,5 +111,4 @@ def main(runs, output, ckpt_path='data/checkpoints', **options):
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     fire.Fire(main)

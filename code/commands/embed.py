@@ -6,10 +6,9 @@ import io
 import numpy as np
 import torch
 
-from ckpt import get_model_ckpt
 from config import UserError, path_of
 from dataloader.load_dataset import in_order
-from infer import images_to_predict, pixels_of
+from infer import load_to_predict, pixels_of
 from logger import Logger
 from metric.knn import nearest
 from metric.projection_2d import plane
@@ -17,9 +16,7 @@ from protocols.features import features_of
 from runtime import distributed
 from runtime.atomic_write import write_aside, write_csv
 from runtime.console import shown
-from runtime.device import get_device, use_device
 from runtime.environment import extra
-from runtime.files import try_writing
 from runtime.messages import say
 from runtime.tensors import evenly_spaced
 
@@ -40,13 +37,7 @@ def embed(args):
     if not args.ckpt_name:
         raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     wanted = path_of(args.image_path) if 'image_path' in args.given else None
-    args.given -= {'image_path'}
-    use_device(args)
-    args, model, checkpoint = get_model_ckpt(args)
-    if not distributed.rank():
-        try_writing(output)
-    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    images = images_to_predict(args, wanted)
+    args, backbone, checkpoint, images = load_to_predict(args, wanted, output)
     features, _ = features_of(args, backbone, in_order(args, images), 'features')
     features = features.cpu()
 

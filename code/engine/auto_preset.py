@@ -1,7 +1,7 @@
 """--preset=auto and --preset=photos: settings that are taken from the images that are there and from the device.
 
-The rule rests on the experiments of results/LOG.md (some 600 steps, the learning rate; one seed) and, for what was not
-measured here, on what others publish: HPT (arXiv 2103.12718) for few steps, lightly-train's documentation for the
+The rule rests on the experiments of results/LOG.md (some 600 steps, the learning rate; three seeds) and, for what was
+not measured here, on what others publish: HPT (arXiv 2103.12718) for few steps, lightly-train's documentation for the
 number of images from which training from random weights can pay. The size of the views is a choice by time, unmeasured.
 """
 
@@ -18,11 +18,8 @@ from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images whose size is looked at
 SMALL = 64  # px: images of one size up to this are CIFAR's kind
-STEPS, FEWEST, MOST = (
-    600,
-    6,
-    100,
-)  # of a run that begins with pretrained weights: its steps, its epochs at least and most
+STEPS = 600  # of a run that begins with pretrained weights
+FEWEST, MOST = 6, 100  # its epochs
 FROM_SCRATCH = 1_000_000  # images from which training from random weights is tried
 SCRATCH = {'backbone': 'resnet18', 'learning_rate': 0.05, 'proj_layers': 3}  # where there are no weights
 

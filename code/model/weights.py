@@ -115,10 +115,8 @@ def of_timm_config(known):
 
 def of_timm_folder(known):
     """preprocessing_of, from the pretrained_cfg in a folder that timm, or export, wrote."""
-    names = ('mean', 'std', 'input_size', 'crop_pct', 'interpolation')
-    return options_of(
-        *(known[name] for name in names[:2]), known['input_size'][-1], *(known[name] for name in names[3:])
-    )
+    size = known['input_size'][-1]
+    return options_of(known['mean'], known['std'], size, known['crop_pct'], known['interpolation'])
 
 
 def options_of(mean, std, size, ratio, interpolation):

@@ -14,8 +14,7 @@ from dataloader.load_dataset import in_order, labelled
 from metric.knn import knn_scores, neighbours
 from model.weights import is_off_the_shelf
 from protocols.features import features_of
-from protocols.few_labels import L2, draws_of, right_with_few
-from protocols.transfer import logistic_regression
+from protocols.few_labels import classify, draws_of, right_with_few
 from runtime.console import aligned
 from runtime.device import get_device
 from runtime.messages import say
@@ -41,9 +40,9 @@ def compare(args, model, splits, checkpoint):
     for row in rows:
         for column, found in row['columns'].items():
             right, first = found['right'], rows[0]['columns'][column]['right']
-            found |= {'top1': 100 * right.mean().item(), 'error': standard_error(right)}
+            found['top1'], found['error'] = mean_and_error(right)
             if row is not rows[0]:
-                found |= {'gain': 100 * (first - right).mean().item(), 'gain_error': standard_error(first - right)}
+                found['gain'], found['gain_error'] = mean_and_error(first - right)
     for row in rows:
         for found in row['columns'].values():
             del found['right']
@@ -52,9 +51,11 @@ def compare(args, model, splits, checkpoint):
     return result, None, None, None, []
 
 
-def standard_error(values):
-    """In percent, of the mean of values, one an image. values: N float64."""
-    return 100 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
+def mean_and_error(values):
+    """Mean and its standard error, in percent, of one value an image; the error of a single one is nan. values: N
+    float64."""
+    error = 100 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
+    return 100 * values.mean().item(), error
 
 
 def splits_to_compare(args, own):
@@ -142,8 +143,7 @@ def columns_of(args, bank, judged, classes, labels, draws):
     found = {f'kNN {k}': {'right': (scores.argmax(1) == wanted).cpu().double()}}
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, queries = (x - mean) / deviation, (queries - mean) / deviation
-    weight, bias = logistic_regression(x, y, classes, L2)
-    found[ALL] = {'right': ((queries @ weight.T + bias).argmax(1) == wanted).cpu().double()}
+    found[ALL] = {'right': (classify(x, y, queries, classes) == wanted).cpu().double()}
     for count in labels:
         rows = draws_of(y.cpu(), count, draws)
         few = x[torch.cat(rows).unique().to(x.device)]

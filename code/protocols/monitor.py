@@ -16,7 +16,7 @@ from logger import Logger
 from metric import representation
 from model.weights import average_weights
 from protocols.collapse_verdict import began
-from protocols.compare import standard_error
+from protocols.compare import mean_and_error
 from protocols.few_labels import watch_labels
 from protocols.label_free import FOUND_AMONG, LEAST, quick
 from protocols.run_protocol import why_no_labels
@@ -186,7 +186,7 @@ class Watch:
         before = read_json(path).get('right', [])
         if state.epoch and len(before) == count:
             gains = right - torch.tensor(before, dtype=torch.float64)
-            found |= {GAIN: 100 * gains.mean().item(), GAIN_ERROR: standard_error(gains)}
+            found[GAIN], found[GAIN_ERROR] = mean_and_error(gains)
             words += f' ({found[GAIN]:+.2f} ± {found[GAIN_ERROR]:.2f} over the start)'
         return {name.removeprefix('pretraining/'): value for name, value in found.items()}, words
 

@@ -245,8 +245,8 @@ def test_rows_are_paired_and_the_first_is_the_checkpoint(run, drawn, tmp_path, c
 def test_errors_of_a_row_and_of_a_gain():
     """By hand: the mean of n values has the standard deviation / sqrt(n); a gain that all images share has none."""
     values = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
-    assert compare.standard_error(values) == pytest.approx(100 * 0.5 / 2)
-    assert compare.standard_error(values - (values - 0.25)) == pytest.approx(0)
+    assert compare.mean_and_error(values)[1] == pytest.approx(100 * 0.5 / 2)
+    assert compare.mean_and_error(values - (values - 0.25))[1] == pytest.approx(0)
 
 
 def test_draws_have_as_many_of_each_class_and_differ(drawn):
