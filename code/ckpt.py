@@ -441,13 +441,13 @@ def save_checkpoint(run, args, state):
     return path
 
 
-WRITTEN = 'checkpoints.json'  # in a run folder: the names of the checkpoints that the run has written there
+WRITTEN = 'checkpoints.json'  # in a run folder: the names of the checkpoints that the run wrote there, in that order
 
 
 def note_written(run, path):
     """Add a checkpoint to those that a run says it has written, or is about to write."""
     before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
-    names = sorted({*before, path.name})
+    names = [*(name for name in before if name != path.name), path.name]
     write_aside(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
 
 
@@ -544,12 +544,15 @@ def read(path):
 
 
 def checkpoints(folder):
-    """The checkpoints of a run folder, the newest (highest epoch and step, then latest written) last."""
-    found = []
+    """The checkpoints of a run folder, the newest (highest epoch and step, then latest written) last. The order of
+    writing stands in checkpoints.json, as a copy of the folder has other times; for early runs it is the file's time.
+    """
+    found, written = [], read_json(folder / WRITTEN).get('written', [])
     for path in folder.iterdir():
         if match := NAME.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):  # its run keeps the last ones alone, and has just removed it
-                found.append((int(match[2]), int(match[3] or 0), path.stat().st_mtime, path))
+                later = written.index(path.name) if path.name in written else -1
+                found.append((int(match[2]), int(match[3] or 0), later, path.stat().st_mtime, path))
     return [path for *_, path in sorted(found)]
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,16 @@ def run(*argv, cwd=CODE, env=None):
 def own_paths(folder, *names):
     """Options that keep what a test writes under `folder`; names: some of ckpt, log and cache, by default all."""
     return [f'--{name}_path={folder}/{name}' for name in names or ('ckpt', 'log', 'cache')]
+
+
+def wait_for(condition, seconds=60):
+    """The first true value of `condition()`. Raises AssertionError after `seconds` without one."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError('waited in vain')
 
 
 def one_line(text):

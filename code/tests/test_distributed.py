@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 import cli
 import warm
 from config import UserError, distortion, get_config
-from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths
+from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
 from dataloader.load_dataset import get_iterator, in_order
 from dataloader.loading.sampler import Keys
@@ -179,15 +178,6 @@ def workers_of(parent):
         except (OSError, StopIteration):
             continue
     return found
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
-    while time.time() < end:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError('waited in vain')
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc, which only Linux has')
@@ -418,9 +408,7 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, 
     (tmp_path / 'patient.py').write_text(code)
     process = begin(tmp_path / 'patient.py', 'train', *TINY, f'--image_path={drawn}', *own_paths(tmp_path), **place)
     if stopped:
-        end = time.time() + 60
-        while 'waiting up to' not in process.said()[1] and time.time() < end:
-            time.sleep(0.1)
+        wait_for(lambda: 'waiting up to' in process.said()[1])
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 128 + signal.SIGTERM

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 import cli
 from commands import list_runs
 from config import get_config
-from conftest import CODE, TINY, Python, one_line, own_paths
+from conftest import CODE, TINY, Python, one_line, own_paths, wait_for
 from infer import in_one_cell
 from logger import Logger
 from protocols import collapse_verdict, results
@@ -197,9 +196,8 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
         '--knn_every=0',
     ]
     process = Python('cli.py', 'train', *options)
-    folder, end = tmp_path / 'ckpt' / f'{RUN}0', time.monotonic() + 120
-    while not list(folder.glob('loss_*')) and time.monotonic() < end:
-        time.sleep(0.1)
+    folder = tmp_path / 'ckpt' / f'{RUN}0'
+    wait_for(lambda: list(folder.glob('loss_*')), 120)
     (row,) = rows(tmp_path).values()
     assert row['state'] == 'running'
     process.send_signal(signal.SIGKILL)

@@ -11,7 +11,7 @@ import torch
 
 import ckpt
 import cli
-from ckpt import WRITTEN, checkpoints, get_model_ckpt
+from ckpt import WRITTEN, checkpoints, get_model_ckpt, note_written
 from config import get_config, same_path, same_value
 from conftest import TINY, own_paths
 from protocols.results import classifier_for
@@ -185,3 +185,16 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
     assert train(tmp_path, drawn, '--save_every=1', '--max_epochs=3', '--resume=auto') == 0
     assert f'going on with {RUN} after epoch 2' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]
+
+
+def test_of_two_checkpoints_of_one_epoch_the_later_is_the_newest_whatever_the_files_times(tmp_path):
+    """--learning_rate was changed and an epoch trained again: a copy of the folder has lost its files' times."""
+    for name, age in (('loss_-0.9000_epoch_2', 50), ('loss_-0.8000_epoch_2', 10), ('loss_-0.9500_epoch_2', 30)):
+        note_written(tmp_path, tmp_path / name)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9500_epoch_2'
+    note_written(tmp_path, tmp_path / 'loss_-0.9000_epoch_2')
+    assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9000_epoch_2'
+    (tmp_path / 'checkpoints.json').unlink()
+    assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9000_epoch_2'

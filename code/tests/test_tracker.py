@@ -9,7 +9,7 @@ import time
 import pytest
 
 import cli
-from conftest import TINY, one_line, own_paths
+from conftest import TINY, one_line, own_paths, wait_for
 from runtime import trackers
 from runtime.files import read_metrics
 from runtime.trackers import Tracker
@@ -27,6 +27,8 @@ def records_of(path):
             at += left
             continue
         length, kind = struct.unpack('<HB', data[at + 4 : at + 7])
+        if at + 7 + length > len(data):  # being written
+            return
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or its last part
@@ -81,7 +83,10 @@ def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
     assert cli.main(['train', *TINY, *options[:2], *options[3:], f'--resume={RUN}', '--save_every=7']) == 0
     time.sleep(1.1)  # wandb calls its folders by the second in which an entry is opened
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', f'--tracker={name}', *own_paths(tmp_path)]) == 0
-    ((_, found),) = {'wandb': in_wandb, 'trackio': in_trackio, 'mlflow': in_mlflow}[name](tmp_path).items()
+    read = {'wandb': in_wandb, 'trackio': in_trackio, 'mlflow': in_mlflow}[name]
+    # wandb's own process writes its file's end after `finish` has returned
+    wait_for(lambda: 'results/linear_top1' in next(iter(read(tmp_path).values())).get(2, {}))
+    ((_, found),) = read(tmp_path).items()
     logged = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
     assert [line['epoch'] for line in logged] == [0, 1, 2]
     for line in logged:
