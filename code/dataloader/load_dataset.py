@@ -18,7 +18,7 @@ import torch
 from config import ROOT, UserError, path_of, same_path
 from dataloader.cache import decoded
 from dataloader.loading.dataset import Images
-from dataloader.loading.loader import Batches, workers_for
+from dataloader.loading.loader import Loader, workers_for
 from dataloader.loading.sampler import Keys
 from dataloader.readers.memory import Memory
 from dataloader.sources import dataset_warnings, demo, find
@@ -66,12 +66,12 @@ def views_of(args):
 
 
 def in_order(args, images):
-    """Batches of a split as evaluation wants it: every image once, in order, the centre crop."""
+    """Loader of a split as evaluation wants it: every image once, in order, the centre crop."""
     return batches(args, replace(images, views=0), shuffled=False)
 
 
 def shuffled_crops(args, images, drop_last, frozen=False):
-    """Batches for training with labels: one random resized and perhaps flipped crop of each image (AUGMENTATIONS).
+    """Loader for training with labels: one random resized and perhaps flipped crop of each image (AUGMENTATIONS).
     frozen: they go through a network that is not trained, so many at once as `at_once` says where nothing is dropped.
     """
     args = replace(args, augmentation='crop', blur_prob=0.0, augment_on='device')
@@ -85,7 +85,7 @@ def batches(args, images, shuffled, drop_last=None):
     drop_last, size = shuffled if drop_last is None else drop_last, args.batch_size
     workers = 0 if images.in_memory() else workers_for(args.num_workers)
     size = size if shuffled else max(size, at_once(images))
-    return Batches(
+    return Loader(
         images,
         workers,
         batch_sampler=Keys(len(images), size, args.random_seed, args.augmentation, shuffled, drop_last),

@@ -20,7 +20,7 @@ from ckpt import new_model
 from config import UserError, WorkError, channel_values, path_of
 from dataloader.cache.decoded import readable
 from dataloader.detection.dataset import load_boxes
-from dataloader.loading.loader import Batches, workers_for
+from dataloader.loading.loader import Loader, workers_for
 from dataloader.readers.files import Files
 from dataloader.sources.dataset_warnings import warn_of_shared
 from dataloader.sources.path_array import Names
@@ -188,8 +188,8 @@ def fit(args, detector, train):
 
 
 def loader(args, boxes, keys, size):
-    """Batches of (images, targets) for these keys, in order."""
-    return Batches(boxes, workers_for(args.num_workers), batch_size=size, sampler=keys)
+    """Loader of (images, targets) for these keys, in order."""
+    return Loader(boxes, workers_for(args.num_workers), batch_size=size, sampler=keys)
 
 
 @torch.inference_mode()

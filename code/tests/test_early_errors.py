@@ -55,7 +55,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(
         raise AssertionError('the work has begun')
 
     monkeypatch.setattr(tempfile, 'TemporaryFile', refused)
-    monkeypatch.setattr('dataloader.loading.loader.Batches.__iter__', worked)
+    monkeypatch.setattr('dataloader.loading.loader.Loader.__iter__', worked)
     monkeypatch.setattr('commands.pack.write_split', worked)
     assert cli.main([command, *given]) == 1
     assert 'Read-only file system' in one_line(capsys.readouterr().err)

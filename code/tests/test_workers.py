@@ -59,13 +59,13 @@ def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large
 
 def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
     monkeypatch.setattr(loader, 'PATIENCE', 4.0)
-    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
+    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=2, num_workers=2)
     batches = get_iterator(args)['train']
     iterator = iter(batches)
     next(iterator)
-    pids = [worker.pid for worker in batches._iterator._workers]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    assert len(batches.workers) == 2
+    for worker in batches.workers:
+        os.kill(worker.pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(WorkError, match='the processes that read images have done nothing for 4 s'):
         for _ in iterator:
@@ -74,28 +74,52 @@ def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
     del iterator, batches
 
 
+DIED_WITH_THE_LOCK = """
+import os, signal, sys
+sys.path.insert(0, {code!r})
+from config import get_config
+from dataloader.load_dataset import get_iterator
+batches = get_iterator(get_config(preset='demo', image_path={images!r}, batch_size=2, num_workers=2))['train']
+iterator = iter(batches)
+next(iterator)
+assert batches._iterator._workers_done_event._cond.acquire(timeout=5)  # as a worker holds it for a moment
+os.kill(batches.workers[0].pid, signal.SIGKILL)
+try:
+    list(iterator)
+except Exception as error:
+    print(type(error).__name__)
+del iterator, batches
+"""
+
+
 def test_a_process_that_died_while_it_looked_whether_all_is_over(drawn_large):
     """As one does, now and then, of a group that is ended by one signal: what it held it holds for ever."""
+    program = DIED_WITH_THE_LOCK.format(code=str(CODE), images=str(drawn_large))
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, 'WorkerDied', '')
+
+
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_where_workers_import_everything_anew_threads_read_what_is_measured(method, drawn_large, monkeypatch):
+    """As on macOS. The same images in the same order, and workers for the training alone."""
+    monkeypatch.setattr(loader, 'start_method', lambda: method)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
-    batches = get_iterator(args)['train']
-    iterator = iter(batches)
-    next(iterator)
-    under = batches._iterator
-    pids = [worker.pid for worker in under._workers]
-    assert under._workers_done_event.event._cond.acquire(timeout=5)
-    before = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(20)
-    try:
-        del iterator
-        under._shutdown_workers()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert not any(os.path.exists(f'/proc/{pid}') for pid in pids)
+    iterators = get_iterator(args)
+    assert (iterators['train'].num_workers, iterators['train'].threads) == (2, 0)
+    assert (iterators['val'].num_workers, iterators['val'].threads) == (0, 2)
+    alone = get_iterator(get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=0))['val']
+    for ours, theirs in zip(iterators['val'], alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
 
 
-def too_late(*_):
-    raise TimeoutError
+def test_a_fault_in_a_thread_is_raised(drawn_large, monkeypatch):
+    monkeypatch.setattr(loader, 'start_method', lambda: 'spawn')
+    args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
+    val = get_iterator(args)['val']
+    monkeypatch.setattr(type(val.dataset), 'read', lambda *_: {}['a fault'])
+    with pytest.raises(loader.Fault, match='a fault'):
+        list(val)
 
 
 def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):

@@ -1,5 +1,7 @@
-"""A DataLoader whose processes may die or hang: either ends the run within a minute, with what happened."""
+"""A DataLoader whose workers may die or hang: either ends the run within a minute, with what happened."""
 
+import collections
+import concurrent.futures
 import multiprocessing.resource_sharer
 import shutil
 import signal
@@ -29,6 +31,9 @@ DEATHS = {  # what helps, by the name of the signal that ended a process
 
 
 END = object()  # after the last batch
+# Loaders of which a worker has ended. Kept, for torch's way to shut down the others takes a lock that it may have held.
+BROKEN = []
+WAITED_FOR = []  # the WorkerWatch of the loader that a batch is waited for from
 
 
 class WorkerDied(WorkError):
@@ -39,83 +44,103 @@ class Fault(Exception):
     """A fault of ours in a process that reads images; its text is the traceback there."""
 
 
-class Batches(torch.utils.data.DataLoader):
-    """The same, watched. Its dataset hands on exceptions as values (caught), so that what is raised while a batch is
-    waited for is the end of a process, or the time; they are raised here."""
+class Loader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers are watched. An exception in a worker is handed on as a value (`caught`) and raised
+    here, so that what torch raises while a batch is waited for is the end of a worker.
+
+    waited: seconds for which batches were waited for, since the iteration began.
+    """
 
     def __init__(self, dataset, num_workers, **more):
+        method = start_method()
+        # Workers that do not stay and that import everything anew cost more than they save: threads read instead.
+        forked = (method or multiprocessing.get_start_method(allow_none=True)) == 'fork'
+        self.threads = 0 if forked or more.get('persistent_workers') else num_workers
+        workers = 0 if self.threads else num_workers
         super().__init__(
             dataset,
-            num_workers=num_workers,
+            num_workers=workers,
             collate_fn=as_it_is,
             worker_init_fn=in_worker,
-            timeout=CHECK if num_workers else 0,
-            multiprocessing_context=start_method() if num_workers else None,
+            multiprocessing_context=method if workers else None,
             **more,
         )
+        self.workers, self.waited = [], 0.0
 
     def place(self):
         """Where the images are, in words."""
-        if self.num_workers:
-            return f'read by {self.num_workers} workers'
+        if self.num_workers or self.threads:
+            return f'read by {self.num_workers or self.threads} workers'
         if not self.dataset.in_memory():
             return 'read as they come'
         return 'held on the GPU' if self.dataset.on_gpu() else 'held in memory'
 
     def __iter__(self):
-        again = self.num_workers and self._iterator
-        batches = self.again(again) if again else super().__iter__()
+        self.waited = 0.0
         if not self.num_workers:
-            for batch in batches:
+            batches = self.read_by_threads() if self.threads else super().__iter__()
+            while (batch := self.timed(next, batches, END)) is not END:
                 yield raised(batch)
             return
-        if not again:
-            batches._workers_done_event = Over(batches._workers_done_event, batches._workers)
+        with WorkerWatch(self.workers) as watch:
+            batches = self.timed(self.begin, watch)
+            for _ in range(len(self)):
+                yield raised(self.timed(self.next_batch, batches, watch))
+            self.watched(lambda: None, watch)  # one that ended after its last batch
+        next(batches, END)  # workers that do not stay end here
+
+    def timed(self, function, *given):
+        began = time.monotonic()
+        try:
+            return function(*given)
+        finally:
+            self.waited += time.monotonic() - began
+
+    def begin(self, watch):
+        """torch's iterator; its workers are started, or those of the last epoch are asked whether they are there."""
+        if self.workers:
+            return self.watched(super().__iter__, watch)
+        before = multiprocessing.active_children()
+        batches = super().__iter__()
+        self.workers += [child for child in multiprocessing.active_children() if child not in before]
         if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
-            # torch's own handler raises in the middle of whatever is done when a process ends; here it is noticed when
-            # its batch is waited for.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with Watch(batches._workers) as watch:
-            while (batch := watch.next_of(batches)) is not END:
-                yield raised(batch)
+            signal.signal(signal.SIGCHLD, on_end_of_a_child)  # torch's raises in the middle of whatever is done
+        if not self.persistent_workers:
+            self.workers, watch.workers = [], self.workers
+        return batches
 
-    def again(self, batches):
-        """The iterator of the last epoch, begun anew: its processes are asked whether they are there."""
-        batches._timeout = 0  # a slow answer is none that did not come
-        with Watch(batches._workers) as watch:
-            watch.waiting = True
-            try:
-                return super().__iter__()
-            except Exception:
-                watch.judge()
-                raise
-            finally:
-                batches._timeout = CHECK
+    def next_batch(self, batches, watch):
+        """The next batch of torch's iterator."""
+        return self.watched(lambda: next(batches), watch)
 
+    def watched(self, function, watch):
+        """function(), in which workers are waited for. Raises WorkError where they hang or one of them has ended."""
+        watch.waiting, WAITED_FOR[:] = True, [watch]
+        try:
+            watch.judge()
+            return function()
+        except (Exception, ChildEnded):
+            BROKEN.append(self)
+            watch.judge(0.1)  # torch has noticed, and it may not be known here yet
+            raise
+        finally:
+            watch.waiting, WAITED_FOR[:] = False, []
 
-class Over:
-    """The event by which torch tells the processes that all is over. One that ended while it looked has left it locked:
-    to set it would take for ever then, and the others are ended in its place."""
-
-    def __init__(self, event, workers):
-        self.event, self.workers, self.done = event, workers, False
-
-    def is_set(self):
-        return self.done
-
-    def set(self):
-        self.done = True
-        if self.event._cond.acquire(timeout=CHECK):
-            self.event._cond.release()
-            self.event.set()
-        else:
-            for worker in self.workers:
-                worker.kill()
+    def read_by_threads(self):
+        """The batches, read by threads, in order, as many ahead as workers would read."""
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            ahead = collections.deque()
+            for keys in self.batch_sampler:
+                ahead.append(pool.submit(self.dataset.__getitems__, keys))
+                if len(ahead) > 2 * self.threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
 
-class Watch(threading.Thread):
-    """Looks at the processes while a batch is waited for, and ends those that hang: the reader may be blocked in the
-    middle of what a stopped one has begun to say."""
+class WorkerWatch(threading.Thread):
+    """Looks at the workers while a batch is waited for, and kills those that hang; torch then notices, within seconds,
+    that they have ended. The reader itself may be blocked in the middle of what a stopped one has begun to say."""
 
     def __init__(self, workers):
         super().__init__(daemon=True)
@@ -140,27 +165,26 @@ class Watch(threading.Thread):
                     worker.kill()
                 return
 
-    def judge(self):
-        """Raise what happened to the processes, if anything did."""
+    def judge(self, patience=0.0):
+        """Raise what happened to the workers, if anything did. patience: seconds to wait for the end of each."""
         if self.hung:
             raise WorkError(
                 f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
                 f'network answer? {GO_ON}'
             ) from None
-        explain(self.workers)
+        explain(self.workers, patience)
 
-    def next_of(self, batches):
-        """The next batch of an iterator, or END."""
-        while True:
-            asked, self.waiting = time.monotonic(), True
-            try:
-                return next(batches, END)
-            except Exception as error:
-                self.judge()
-                if not isinstance(error, RuntimeError) or time.monotonic() - asked < CHECK / 2:
-                    raise  # not the time: a fault
-            finally:
-                self.waiting = False
+
+class ChildEnded(BaseException):
+    """Raised by the handler of SIGCHLD; no Exception, which torch would catch."""
+
+
+def on_end_of_a_child(*_):
+    """The handler of SIGCHLD: ends the wait for a batch of a worker that has ended, at once. torch would find out
+    seconds later, and first take a lock that the worker may have held."""
+    for watch in WAITED_FOR:
+        if any(worker.exitcode is not None for worker in watch.workers):
+            raise ChildEnded
 
 
 def caught(make, *given):
@@ -181,10 +205,11 @@ def raised(batch):
     return batch
 
 
-def explain(workers):
-    """Raise WorkerDied where one of the processes has ended."""
+def explain(workers, patience):
+    """Raise WorkerDied where one of the processes has ended, or does within `patience` seconds."""
     for worker in workers:
-        worker.join(0.1 if worker.exitcode is None else 0)
+        if worker.exitcode is None and patience:
+            worker.join(patience)
         if worker.exitcode is None:
             continue
         if worker.exitcode < 0:
