@@ -59,17 +59,17 @@ def bare(model, optimizer, view1, view2, steps, dtype):
 def an_epoch(args, state, train):
     """A function that trains an epoch of `train`, as the command does, and returns the number of its images."""
     from engine.run_dir import Run
-    from protocols.monitor import Watch
+    from protocols.monitor import Monitor
     from train import make_step, train_epoch
 
     folder = Path(tempfile.mkdtemp())
     args.log_path, args.save_minutes = str(folder), 0.0
     run = Run(args, folder)
-    watch = Watch(args, run, {'train': train, 'val': None}, state)
+    monitor = Monitor(args, run, {'train': train, 'val': None}, state)
     step = make_step(args, state.model, state)
 
     def epoch():
-        train_epoch(args, step, state, train, watch, run)
+        train_epoch(args, step, state, train, monitor, run)
         return len(train) * args.batch_size
 
     return epoch

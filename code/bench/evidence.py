@@ -18,9 +18,9 @@ from common import CODE
 from scipy.stats import rankdata
 
 from ckpt import checkpoints, get_model_ckpt, new_model
-from commands.ablate import TABLES, judged
 from config import changed, get_config, path_of
 from dataloader.load_dataset import load_splits
+from engine.ablation_tables import TABLES, finished_result
 from evaluate import evaluate
 from protocols import results
 from protocols.collapse_verdict import MEASURES
@@ -149,11 +149,11 @@ def train_all(kind, given, seeds, held_out, folder):
             if (same := {**as_trained(args), 'model_name': ''}) in trained:
                 continue  # another table's name for it
             trained.append(same)
-            if not judged(args):
+            if not finished_result(args):
                 print(f'{kind}, {variant}, seed {seed}', flush=True)
                 command = [sys.executable, 'cli.py', 'train', *(f'--{name}={value}' for name, value in options.items())]
                 subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
-            found.append((variant, seed, judged(args)[0]))
+            found.append((variant, seed, finished_result(args)[0]))
     return found
 
 

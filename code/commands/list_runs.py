@@ -7,9 +7,9 @@ import shutil
 import socket
 import sys
 
-from config import OPTIONS, UserError, path_of, same_path
+from config import OPTIONS, UserError, path_of
 from runtime.console import aligned, cut
-from runtime.files import csv_of, is_number, put_aside, read_in_order, read_json, read_metrics
+from runtime.files import csv_of, is_number, is_result_of, put_aside, read_in_order, read_json, read_metrics
 from runtime.run_lock import MARK, is_there
 
 # Columns that may be sorted by, and whether the largest comes first.
@@ -91,7 +91,7 @@ def row_of(folder, options):
         for result in results
         if is_number(result.get('top1'))
         and result.get('epoch', epoch) == epoch
-        and is_of(result, options.get('image_path'))
+        and is_result_of(result, options.get('image_path'))
     ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
@@ -101,12 +101,6 @@ def row_of(folder, options):
         **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
         'linear': f'{judged[-1]["top1"]:.2f}' if judged else '',
     }
-
-
-def is_of(result, path):
-    """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
-    images = result.get('images')
-    return not isinstance(images, dict) or not isinstance(path, str) or same_path(images.get('path', ''), path_of(path))
 
 
 def state_of(folder, epoch, epochs):

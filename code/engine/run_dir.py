@@ -45,7 +45,7 @@ from runtime.distributed import rank, same_for_all
 from runtime.files import clear_parts, newest_run, now, read_json
 from runtime.messages import say
 from runtime.run_lock import MARK, mark_of_this_process, trained_by
-from runtime.signals import held
+from runtime.signals import deferred
 
 
 class Diverged(WorkError):
@@ -86,7 +86,7 @@ class Run:
         if state.position == self.position and not start:
             return
         self.check_finite(state, state.means()[0])
-        with held():
+        with deferred():
             self.path = save_checkpoint(self.folder, self.args, state)
             self.position, self.saved_at = state.position, time.monotonic()
 

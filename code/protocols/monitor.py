@@ -41,12 +41,13 @@ def gradient_norm(model):
     return torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
 
 
-class Watch:
+class Monitor:
     """run: runs.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
 
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
-        train, self.val = iterators['train'].dataset, iterators['val']
+        self.loader, self.val = iterators['train'], iterators['val']
+        train = self.loader.dataset
         self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
         if iterators.get('test') not in (None, self.val):
             self.splits['test'] = iterators['test'].dataset
@@ -66,55 +67,46 @@ class Watch:
             say(f'the kNN monitor is off: {self.knn_off}')
         if self.run.resumed:
             if state.epoch and self.logger.lacks(state.epoch):
-                self.epoch(state)
+                self.after_epoch(state)
             return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.measured(state)
         self.logger.scalars(0, values)
         say(f'epoch 0/{self.args.max_epochs}{line} ({began(self.args)})')
 
-    def waits(self, batches):
-        """`batches`; notes how long they take to come. Of the loader itself: what comes after is the device's work."""
-        self.waited, batches = 0.0, iter(batches)
-        while True:
-            before = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - before
-            if batch is None:
-                return
-            yield batch
-
-    def steps(self, state, batches, total):
-        """`batches`, what is left of an epoch of `total` images, behind a bar."""
+    def begin_epoch(self, state, total):
+        """An epoch of `total` images begins at image state.images: the progress bar."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar = progress(title=title, unit='images', total=total, first=state.images)
         self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
-        for batch in batches:
-            yield batch
-            self.bar.update(self.args.batch_size)
-        self.bar.close()
 
-    def first_views(self, views):
+    def show_views(self, views):
         self.logger.views('two_views', [vision.denormalise(view[:16], self.args) for view in views])
 
-    def step(self, state, loss, std, rates, p, z):
-        """A step is done. loss, std: on the device; rates: of the encoder and of the predictor; p, z: of each view."""
+    def after_step(self, state, loss, std, rates, p, z):
+        """A step is done. loss, std: on the device; rates: of backbone, projector and predictor; p, z: of each view."""
         self.outputs = p[0], z[0]
         elapsed = time.monotonic() - self.epoch_started
         self.seen = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
-            'speed/waiting_for_data': self.waited / elapsed,
+            'speed/waiting_for_data': self.loader.waited / elapsed,
             'schedule/learning_rate_encoder': rates[1],
             'schedule/learning_rate_predictor': rates[2],
         }
         if rates[0] != rates[1]:
             self.seen['schedule/learning_rate_backbone'] = rates[0]
         if state.images // self.args.batch_size % READ_EVERY == 0:
-            self.look(state)
+            self.check_step(state)
             norm = gradient_norm(state.model)
             self.read = later(torch.stack((loss, std, representation.retrieval(z[0], z[1]), norm)))
+        self.bar.update(self.args.batch_size)
 
-    def look(self, state):
+    def end_epoch(self, state):
+        """The last step of an epoch is done."""
+        self.check_step(state)
+        self.bar.close()
+
+    def check_step(self, state):
         """What an earlier step has to say: a bad run is stopped, or warned of."""
         if not self.read:
             return
@@ -128,7 +120,7 @@ class Watch:
             f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} waiting for data'
         )
 
-    def epoch(self, state):
+    def after_epoch(self, state):
         """An epoch is over: its scalars, kNN where it is due, and a line."""
         args, (loss, std) = self.args, state.last
         if std < args.collapse_threshold:

@@ -12,6 +12,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from config import path_of, same_path
+
 
 def put_aside(path, write):
     """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us. A link
@@ -162,3 +164,9 @@ def process_stat(pid):
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
         return []
+
+
+def is_result_of(result, path):
+    """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
+    images = result.get('images')
+    return not isinstance(images, dict) or not isinstance(path, str) or same_path(images.get('path', ''), path_of(path))

@@ -1,8 +1,15 @@
-"""What ends work from outside: a signal, or the time that is up.
+"""From a signal to the exit code, in order. Also the time limit, which ends a training the same way.
 
-A signal of SIGNALS ends what is going on at once, wherever that is, by raising Stopped; within `held` (a training step,
-the writing of a checkpoint) it waits until that is done. A second SIGTERM or Ctrl-C, a second later or more, ends the
-process as if nobody listened; what comes sooner is the same wish again, for shells and batch systems send it twice.
+1. `note`, the handler, keeps the number of the signal and raises Stopped: at once, in the middle of whatever is done.
+2. Within `deferred` (a training step, the writing of a checkpoint) it is raised at the end of the block instead. With
+   several ranks the whole epoch is deferred, for all ranks have to stop at the same step: they agree on it in `check`.
+3. `check`, after every step, raises Stopped where the time is up, and on several ranks where a signal has come to any.
+4. engine/conclude.py catches Stopped, calls `heard` (no signal raises again), saves, and raises Stopped with a line.
+5. `train` ends its run and closes the tracker; cli.py leaves the process group, prints the line and exits with
+   128 + the number of the signal, and with 0 where the time was up.
+
+A second SIGTERM or Ctrl-C, a second later or more, ends the process as if there were no handler; what comes sooner is
+taken for the same signal, for shells and batch systems send it twice.
 """
 
 import contextlib
@@ -86,23 +93,15 @@ def say_again(lost, otherwise):
 
 
 @contextlib.contextmanager
-def held():
-    """Within, a signal waits; at the end it raises Stopped."""
-    NOTED['held'] += 1
+def deferred(several=True):
+    """Within, a signal waits; at the end it raises Stopped. several: False changes nothing, for code that is deferred
+    only where several ranks have to stop at the same step."""
+    NOTED['held'] += several
     try:
         yield
     finally:
-        NOTED['held'] -= 1
+        NOTED['held'] -= several
     tell()
-
-
-@contextlib.contextmanager
-def together():
-    """`held` where there are several processes, which have to stop at the same step (`check`); alone, nothing."""
-    from runtime.distributed import world  # torch: cli.py wants this file before it has looked at the options
-
-    with held() if world() > 1 else contextlib.nullcontext():
-        yield
 
 
 def check(step, last, deadline, due, device):

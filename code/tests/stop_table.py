@@ -23,7 +23,7 @@ import cli
 import plots  # noqa: F401
 import train
 from conftest import TINY, own_paths
-from engine import train_state
+from engine import set_up, train_state
 from protocols import monitor, run_protocol
 from runtime import signals
 
@@ -39,7 +39,7 @@ OPTIONS = (
 )
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {
-    'in the set-up': (train, 'get_iterator', 0),
+    'in the set-up': (set_up, 'get_iterator', 0),
     'in the first monitor': (monitor, 'watch_labels', 0),
     'before the first batch': (train, 'random_views', 0),
     'in a step': (train, 'train_step', 1),

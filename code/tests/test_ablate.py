@@ -11,9 +11,10 @@ from PIL import Image
 
 import cli
 import plots
-from commands.ablate import TABLES, variants
+from commands.ablate import variants
 from config import OPTIONS, UserError, changed, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
+from engine.ablation_tables import TABLES
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates

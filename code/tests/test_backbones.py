@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torchvision
 
 import cli
-import train
 from ckpt import new_model
 from config import UserError, get_config
 from conftest import CODE, TINY, one_line, own_paths
+from engine import set_up
 from model import simsiam
 from model.backbone import make_backbone
 from runtime import distributed
@@ -135,7 +135,7 @@ def test_residual_blocks_start_as_the_identity(name, blocks):
 def test_zero_init_is_said_where_there_is_nothing_to_start(capsys):
     for name, said in (('small', False), ('mobilenet_v3_small', True)):
         args = get_config(preset='demo', backbone=name, stem='imagenet', image_size=64, zero_init=False)
-        train.warn_of_idle(args, new_model(args))
+        set_up.warn_of_idle(args, new_model(args))
         assert (f'--zero_init has no effect with --backbone={name}' in capsys.readouterr().err) is said
 
 

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from ckpt import new_model
 from config import UserError, changed, distortion, get_config
 from conftest import TINY, own_paths, run
@@ -23,7 +22,7 @@ from dataloader import load_dataset, vision
 from dataloader.loading.dataset import Images
 from dataloader.loading.loader import workers_for
 from dataloader.readers.memory import Memory
-from engine import cuda_graph, memory_estimate
+from engine import cuda_graph, memory_estimate, set_up
 from loss.negative_cosine import simsiam_loss
 from metric.feature_std import spread
 from metric.knn import Nearest, votes
@@ -217,13 +216,13 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
 
 def test_a_short_run_is_not_compiled(monkeypatch):
     """To compile takes longer than the demo."""
-    monkeypatch.setattr(train, 'get_device', lambda _: GPU)
-    monkeypatch.setattr(train, 'why_not_compiled', lambda _: 'no compiler')
-    assert train.reason_not_to_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
-    assert train.reason_not_to_compile(get_config(), 800 * 97) == 'no compiler'
-    assert train.reason_not_to_compile(get_config(compile='True'), 930) == ''
-    monkeypatch.setattr(train, 'get_device', lambda _: torch.device('cpu'))
-    assert train.reason_not_to_compile(get_config(), 930) == ''
+    monkeypatch.setattr(set_up, 'get_device', lambda _: GPU)
+    monkeypatch.setattr(set_up, 'why_not_compiled', lambda _: 'no compiler')
+    assert set_up.reason_not_to_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
+    assert set_up.reason_not_to_compile(get_config(), 800 * 97) == 'no compiler'
+    assert set_up.reason_not_to_compile(get_config(compile='True'), 930) == ''
+    monkeypatch.setattr(set_up, 'get_device', lambda _: torch.device('cpu'))
+    assert set_up.reason_not_to_compile(get_config(), 930) == ''
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_stopped_among_worker_processes(drawn_large, tmp_path):
 def test_a_second_signal_ends_at_once():
     """After a second; what comes sooner is the same wish again: a shell and a batch system send it twice."""
     code = (
-        'import os, signal, sys, time\nfrom runtime import signals\nwith signals.listening(), signals.held():\n'
+        'import os, signal, sys, time\nfrom runtime import signals\nwith signals.listening(), signals.deferred():\n'
         '    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n'
         '    print(signals.NOTED["number"], flush=True)\n    time.sleep(1.1)\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'

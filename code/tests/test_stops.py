@@ -177,7 +177,7 @@ class Slow:
         time.sleep(0.1)
 try:
     with signals.listening():
-        with signals.held() if sys.argv[1] == 'held' else contextlib.nullcontext():
+        with signals.deferred() if sys.argv[1] == 'held' else contextlib.nullcontext():
             slow = Slow()
             del slow
         if sys.argv[1] == 'caught':  # by a library that catches everything

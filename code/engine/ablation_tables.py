@@ -1,0 +1,75 @@
+"""The tables of the paper's section 4, and of what makes SimSiam collapse: the options of each variant."""
+
+from ckpt import checkpoints
+from config import OPTIONS, path_of
+from engine.run_dir import resumed
+from protocols import results
+from runtime.files import is_result_of
+
+WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
+TENTH = {'warmup_epochs': lambda args: args.warmup_epochs or max(1, args.max_epochs // 10)}  # the paper's 10 of 100
+# Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
+# may depend on the preset: then it is a function of args.
+TABLES = {
+    'stopgrad': (  # figure 2; the constant rate is of what follows there
+        ('with stop-gradient', {'fix_pred_lr': False}, 67.7),
+        ('without', {'stop_gradient': False, 'fix_pred_lr': False}, 0.1),
+    ),
+    'predictor': (  # table 1
+        ('MLP, rate decays', {'fix_pred_lr': False}, 67.7),
+        ('none', {'predictor': 'none', 'fix_pred_lr': False}, 0.1),
+        ('fixed at random', {'predictor': 'fixed', 'fix_pred_lr': False}, 1.5),
+        ('MLP, rate constant', {'fix_pred_lr': True}, 68.1),
+    ),
+    'batch_size': tuple(  # table 2
+        (str(size), {'batch_size': size, **(TENTH if size >= 1024 else {})}, top1)
+        for size, top1 in ((64, 66.1), (128, 67.3), (256, 68.1), (512, 68.1), (1024, 68.0), (2048, 67.9), (4096, 64.0))
+    ),
+    'bn': (  # table 3
+        ('none', {'proj_bn': 'none', **TENTH}, 34.6),
+        ('hidden layers', {'proj_bn': 'hidden'}, 67.4),
+        ('default', {'proj_bn': 'default'}, 68.1),
+        ('all', {'proj_bn': 'all'}, 'unstable'),
+    ),
+    'similarity': (  # section 4.5
+        ('cosine', {'similarity': 'cosine'}, 68.1),
+        ('cross-entropy', {'similarity': 'softmax'}, 63.2),
+    ),
+    'symmetric': (  # section 4.6
+        ('symmetric', {'symmetric': 'true'}, 68.1),
+        ('asymmetric', {'symmetric': 'false'}, 64.8),
+        ('asymmetric, 2 pairs', {'symmetric': '2x'}, 67.3),
+    ),
+    'collapse': (  # not the paper's: what goes wrong and what helps (README.md, When it collapses)
+        ('as it is', {}, ''),
+        ('no stop-gradient', {'stop_gradient': False}, ''),
+        ('no predictor', {'predictor': 'none'}, ''),
+        ('no BN in projector and predictor', {'proj_bn': 'none'}, ''),
+        ('learning rate x 10', {'learning_rate': lambda args: 10 * args.learning_rate}, ''),
+        ('learning rate / 10', {'learning_rate': lambda args: args.learning_rate / 10}, ''),
+        ('weight decay x 10', {'weight_decay': lambda args: 10 * args.weight_decay}, ''),
+        ('no weight decay', {'weight_decay': 0.0}, ''),
+        ('batch / 8', {'batch_size': lambda args: max(2, args.batch_size // 8)}, ''),
+        ('SimCLR augmentation', {'augmentation': 'simclr'}, ''),
+        ('SimCLR, rate rises for a fifth', {'augmentation': 'simclr', 'warmup_augmentation': 'simclr', **WARMUP}, ''),
+        ('SimCLR, MoCo while the rate rises', {'augmentation': 'simclr', 'warmup_augmentation': 'moco', **WARMUP}, ''),
+    ),
+}
+
+
+def finished_result(own):
+    """(folder, result of the linear evaluation) of a run that was trained to its end with these very options, and
+    evaluated so on its own images; None where there is none."""
+    run = path_of(own.ckpt_path) / resumed(own).ckpt_name
+    if run == path_of(own.ckpt_path):
+        return None
+    found = results.of_run(
+        run, protocol='linear', checkpoint=checkpoints(run)[-1].name, epoch=own.max_epochs, preset=own.preset
+    )
+    wanted = {name: getattr(own, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
+    found = [
+        result
+        for result in found
+        if wanted.items() <= result.get('settings', {}).items() and is_result_of(result, own.image_path)
+    ]
+    return (run, found[-1]) if found else None
