@@ -14,7 +14,19 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-from config import OPTIONS, UserError, WorkError, get_config, help_of, help_text, nearest, path_of, unused
+from config import (
+    OLD_PROTOCOLS,
+    OPTIONS,
+    PROTOCOLS,
+    UserError,
+    WorkError,
+    get_config,
+    help_of,
+    help_text,
+    nearest,
+    path_of,
+    unused,
+)
 from runtime import signals
 from runtime.console import complain, first_line, lost, own_streams
 
@@ -38,7 +50,7 @@ COMMANDS = {
     ),
     'pack': ('commands.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
     'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
-    'evaluate': ('evaluate', 'how good --ckpt_name is: --protocol=linear, knn, semi, transfer, detection or spectrum'),
+    'evaluate': ('evaluate', f'how good --ckpt_name is: --protocol={", ".join(PROTOCOLS)}'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': (
         'commands.ablate',
@@ -103,6 +115,8 @@ def read_options(command, words, options):
     if words:
         raise UserError(f'{words[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
+    if (old := options.get('protocol')) in OLD_PROTOCOLS and speaks():
+        complain('warning', f'--protocol={old} is called {OLD_PROTOCOLS[old]} now')
     if command in ALONE and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
     if (

@@ -62,6 +62,17 @@ TRAIN = ('train', 'ablate')
 VIEWS = ('check_dataloader', *TRAIN)
 VOTING = ('train', 'evaluate', 'ablate', 'infer', 'report')  # that ask the neighbours
 EVALUATE = ('train', 'evaluate', 'ablate')
+# The protocols of evaluate: each is the file protocols/<name>.py, and its entry there.
+PROTOCOLS = {
+    'linear': 'a linear classifier on frozen features',
+    'knn': 'nearest neighbours among frozen features',
+    'compare': 'beside other backbones, also with few labels',
+    'semi': 'fine-tuned on few labels',
+    'transfer': 'on the images of --transfer_path',
+    'detection': 'object detection on --detection_path',
+    'label_free': 'measures that need no labels',
+}
+OLD_PROTOCOLS = {'spectrum': 'label_free'}  # as they were called
 LINEAR, TUNED = ('linear',), ('semi', 'finetune')
 # Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
 WORTH_COMPILING = 5000
@@ -69,7 +80,7 @@ WORTH_COMPILING = 5000
 
 def option(default, meaning, choices=None, low=None, high=None, used_by=READING, only=()):
     """One option: its default, its meaning with the unit, what values it admits (both bounds included), which commands
-    it matters to, and which of evaluate's stages alone (of_other_stages)."""
+    it matters to, and which of evaluate's protocols alone."""
     if only:
         meaning, used_by = f'{", ".join(only)}: {meaning}', EVALUATE
     return field(
@@ -360,11 +371,7 @@ class Config:
     # Evaluation
     evaluate_after: bool = option(False, 'evaluate the last checkpoint when training ends', used_by=TRAIN)
     protocol: str = option(
-        'linear',
-        'linear and knn: frozen backbone; compare: beside others, with few labels; semi: fine-tune on few labels; '
-        'transfer: to --transfer_path; detection: on --detection_path; spectrum: measures that need no labels',
-        ('linear', 'knn', 'compare', 'semi', 'transfer', 'detection', 'spectrum'),
-        used_by=EVALUATE,
+        'linear', '; '.join(f'{name}: {what}' for name, what in PROTOCOLS.items()), (*PROTOCOLS,), used_by=EVALUATE
     )
     beside: str = option(
         'untrained,start',
@@ -791,6 +798,7 @@ def parse(name, value):
     if name not in OPTIONS:
         raise UserError(f'unknown option --{name}; the nearest is --{meant(name)} (--help lists all)')
     wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
+    value = OLD_PROTOCOLS.get(value, value) if name == 'protocol' else value
     text = str(value).strip()
     try:
         if wanted is bool:
@@ -904,33 +912,6 @@ def idle(args):
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
     return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
-
-
-# Options of evaluate that some protocols have no use for, beside those that are of one alone (`only`).
-WITHOUT_EFFECT = {
-    'linear': (),
-    'knn': (),
-    'compare': ('knn_pixels',),
-    'semi': ('knn_k', 'knn_temperature', 'knn_pixels'),
-    'transfer': ('image_path', 'download', 'knn_k', 'knn_temperature', 'knn_pixels'),
-    'detection': (
-        *('image_path', 'val_fraction', 'download', 'image_size', 'interpolation', 'crop_ratio', 'cache_images'),
-        *('resize_cache', 'batch_size', 'knn_k', 'knn_temperature', 'knn_pixels'),
-    ),
-    'spectrum': ('knn_k', 'knn_temperature', 'knn_pixels'),
-}
-
-
-def has_effect(args, name):
-    """Whether an option of evaluate matters to the protocol that args say."""
-    stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}
-    only = OPTIONS[name].metadata['only']
-    return name not in WITHOUT_EFFECT[args.protocol] and (not only or bool(stages & {*only}))
-
-
-def of_other_stages(args):
-    """The explicitly given options that have no effect on the stage of evaluate that args say."""
-    return sorted(name for name in args.given if not has_effect(args, name))
 
 
 def places(args, *more):

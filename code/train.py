@@ -18,7 +18,7 @@ from loss.negative_cosine import simsiam_loss
 from metric.feature_std import spread
 from optimizer.sgd import learning_rate, set_learning_rates
 from protocols.monitor import Monitor, is_measured
-from protocols.run_protocol import why_no_labels
+from protocols.protocol import why_no_labels
 from runtime import distributed, signals
 from runtime.device import get_device, memory_for, use_compile, use_device
 from runtime.messages import duration, say
@@ -57,7 +57,7 @@ def train(args):
     if state.epoch == args.max_epochs:
         say(f'pretraining done in {duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
-    say(summary(args, run, result, ' --protocol=spectrum' if why_no_labels(monitor.splits) else ''))
+    say(summary(args, run, result, ' --protocol=label_free' if why_no_labels(monitor.splits) else ''))
     return run.path
 
 

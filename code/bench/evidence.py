@@ -161,9 +161,9 @@ def measure(run):
     """{measure: number} of the last checkpoint of a run, its accuracies in percent beside them; kept in the run."""
     judged = results.of_run(run, protocol='linear')[-1]
     name = checkpoints(run)[-1].name
-    if not (known := results.of_run(run, protocol='spectrum', checkpoint=name)):
+    if not (known := results.of_run(run, protocol='label_free', checkpoint=name)):
         args = get_config(
-            protocol='spectrum',
+            protocol='label_free',
             ckpt_name=str(run / name),
             log_path=str(run.parent.parent / 'log'),
             cache_path=str(run.parent.parent / 'cache'),

@@ -1,4 +1,4 @@
-"""What it costs to trust the checkpoint that `evaluate --protocol=spectrum` names: linear top-1 of all epochs of runs.
+"""What it costs to trust the checkpoint that `evaluate --protocol=label_free` names: linear top-1 of every epoch.
 
     python3 bench/trust.py --output=code/results/trust.json [--seeds=0,1,2] [--ckpt_path=FOLDER]
 

@@ -26,8 +26,8 @@ from metric.knn import knn_scores, nearest, neighbours
 from metric.projection_2d import plane
 from protocols import collapse_verdict
 from protocols.features import features_of
+from protocols.protocol import find_protocol
 from protocols.results import of_run
-from protocols.run_protocol import NAMES
 from runtime.atomic_write import save_picture, write_aside
 from runtime.console import complain, shown
 from runtime.device import get_device, use_device
@@ -363,7 +363,8 @@ def compared_rows(run, results):
 def result_rows(run, results):
     """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
     for result in results:
-        found = [(NAMES[key], f'{result[key]:.2f}') for key in NAMES if is_number(result.get(key))]
+        numbers = find_protocol(result['protocol']).numbers
+        found = [(name, f'{result[key]:.2f}') for key, name in numbers.items() if is_number(result.get(key))]
         if not found:  # the measures without labels: the verdict tells them
             continue
         first, *others = found

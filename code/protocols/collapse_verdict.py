@@ -36,7 +36,7 @@ FOR_COLLAPSED = (
     'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
 )
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
-FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=spectrum judges it beside an untrained network'
+FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=label_free judges it beside an untrained network'
 FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 

@@ -15,6 +15,7 @@ from metric.knn import knn_scores, neighbours
 from model.weights import is_off_the_shelf
 from protocols.features import features_of
 from protocols.few_labels import classify, draws_of, right_with_few
+from protocols.protocol import Outcome, Protocol, labelled_splits
 from runtime.console import aligned
 from runtime.device import get_device
 from runtime.messages import say
@@ -25,7 +26,7 @@ SHARED = ('image_path', 'val_fraction', 'pixel_max', 'bad_images', 'batch_size',
 
 
 def compare(args, model, splits, checkpoint):
-    """Rows for the checkpoint and for each of --beside. Returns (result, None, None, None, []).
+    """Rows for the checkpoint and for each of --beside.
 
     result['rows']: {'name', 'columns': {column: {'top1': percent, 'error': its standard error, perhaps 'spread': the
     standard deviation over draws of labels, and from the second row on 'gain' and 'gain_error': of the checkpoint over
@@ -48,7 +49,7 @@ def compare(args, model, splits, checkpoint):
             del found['right']
     say(f'compare: judged on the {len(judged)} images of {judged.folder.name}')
     result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
-    return result, None, None, None, []
+    return Outcome(result)
 
 
 def mean_and_error(values):
@@ -59,12 +60,13 @@ def mean_and_error(values):
 
 
 def splits_to_compare(args, own):
-    """{'train', 'val'}, the images to judge on under the name of val: those of test where it is a split of its own with
-    labels, for training has looked at val."""
-    test = own.get('test')
+    """{'train', 'val'} of labelled_splits; val is test, where that is a split of its own with labels, for training has
+    looked at val."""
+    labels_of(args.labels)
+    splits, test = labelled_splits(args, own), own.get('test')
     if test is not None and len(test) and (test.labels >= 0).all():
         return {'train': own['train'], 'val': test}
-    return {'train': own['train'], 'val': own['val']}
+    return splits
 
 
 def labels_of(text):
@@ -164,3 +166,8 @@ def table_of(rows):
             gains = [f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' for cell in cells]
             lines.append([f'  {rows[0]["name"].split("_epoch_")[-1]} over it', *gains])
     return aligned(lines)
+
+
+PROTOCOL = Protocol(
+    compare, splits_to_compare, numbers={}, smaller='--batch_size', several_ranks=True, unused=('knn_pixels',)
+)

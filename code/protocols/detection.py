@@ -26,6 +26,7 @@ from dataloader.sources.dataset_warnings import warn_of_shared
 from dataloader.sources.path_array import Names
 from dataloader.sources.split_source import Part
 from optimizer.sgd import learning_rate
+from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
 from runtime.console import shown
 from runtime.device import get_device
 from runtime.environment import extra
@@ -37,11 +38,12 @@ from runtime.seeding import random_from, seed_step
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
 SMALL = {'3': '0', '4': '1', '5': '2'}
 LAST_STRIDE = 32  # pixels of an image that one value of the last map stands for
+AP = ('AP', 'AP50', 'AP75')
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
-def detection(args, model, splits):
-    """Train a detector on --detection_path and judge it. Returns (result with AP, AP50, AP75 in percent, three None).
+def detection(args, model, splits, _):
+    """Train a detector on --detection_path and judge it: AP, AP50 and AP75 in percent.
 
     The backbone starts from `model`, or with --init=random untrained; all of it is trained, its BN included.
     """
@@ -53,10 +55,10 @@ def detection(args, model, splits):
     fit(args, detector, train)
     said = {'init': args.init, 'detector': args.detector, 'train': train.split, 'val': val.split}
     result = {**said, **score(args, detector, val, masks)}
-    return {**result, 'num_train': len(train), 'num_val': len(val)}, None, None, None
+    return Outcome({**result, 'num_train': len(train), 'num_val': len(val)})
 
 
-def splits_of(args):
+def splits_of(args, _=None):
     """{'train', 'val'} of Boxes of --detection_path. Raises UserError for what is missing."""
     extra('pycocotools', '--protocol=detection')
     if not stages_of(args.backbone):
@@ -253,3 +255,17 @@ def average_precision(table, found, kind):
         judge.accumulate()
         judge.summarize()
     return tuple(100 * float(value) for value in judge.stats[:3])
+
+
+PROTOCOL = Protocol(
+    run=detection,
+    splits=splits_of,
+    numbers={kind + name: (kind + name).replace('_', ' ') for kind in ('', 'mask_') for name in AP},
+    smaller='--detection_batch_size or --detection_size',
+    path=lambda args: args.detection_path,
+    details=lambda args: [args.init],
+    unused=(
+        *('image_path', 'val_fraction', 'download', 'image_size', 'interpolation', 'crop_ratio', 'cache_images'),
+        *('resize_cache', 'batch_size', *KNN_OPTIONS),
+    ),
+)

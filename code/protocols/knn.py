@@ -11,12 +11,13 @@ from dataloader.load_dataset import in_order, labelled
 from metric.accuracy import topk_accuracy
 from metric.knn import Nearest, neighbours, votes
 from protocols.features import features_of, in_parts
+from protocols.protocol import TOP, Outcome, Protocol, labelled_splits
 from runtime.device import get_device, memory_for
 from runtime.distributed import gather, rank, world
 
 
-def knn(args, model, splits):
-    """Top-1 and top-5 of val by its neighbours in train, in percent. Returns (result, scores, labels, None, classes).
+def knn(args, model, splits, _):
+    """Top-1 and top-5 of val by its neighbours in train, in percent.
 
     Also the top-1 of an untrained backbone (what does not rise above it has learned nothing), and on request of raw
     pixels.
@@ -31,7 +32,7 @@ def knn(args, model, splits):
         'num_val': len(labels),
         **references(args, bank, val),
     }
-    return result, scores, labels, None, splits['val'].classes
+    return Outcome(result, scores, labels, splits['val'].classes)
 
 
 def references(args, bank, val):
@@ -77,3 +78,7 @@ def nearest_images(args, backbone, bank, queries, k, sample=None):
     cosine, rows = (gather(x.T.contiguous()).T for x in (found.cosine, found.rows))
     cosine, best = cosine.topk(found.cosine.shape[1], dim=1)
     return cosine, rows.gather(1, best)
+
+
+REFERENCES = {'knn_top1_untrained': 'kNN top-1 untrained', 'knn_top1_pixels': 'kNN top-1 raw pixels'}
+PROTOCOL = Protocol(knn, labelled_splits, {**TOP, **REFERENCES}, '--batch_size', several_ranks=True)

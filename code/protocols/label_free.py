@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ckpt import new_model
-from config import distortion
+from config import UserError, distortion
 from dataloader import vision
 from dataloader.augment.geometry import draw_crops
 from dataloader.load_dataset import batches, in_order, select
@@ -21,7 +21,9 @@ from metric.accuracy import topk_accuracy
 from metric.feature_std import spread
 from protocols.collapse_verdict import OF_FEATURES, verdict
 from protocols.features import features_of, filled, judged, numbers
+from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
 from protocols.transfer import logistic_regression
+from runtime.console import shown
 from runtime.device import get_device, memory_for
 from runtime.distributed import gather, rank, world
 from runtime.messages import progress, say
@@ -81,11 +83,10 @@ def measured(args, model, images):
         }
 
 
-def spectrum(args, model, splits, before=None):
-    """Every measure of the network, and of an untrained one beside it: `before`, where that is known. Returns (result,
-    None, None, None, [])."""
+def label_free(args, model, splits, checkpoint):
+    """Every measure of the network, and of an untrained one beside it: checkpoint['untrained'], where that is known."""
     images = splits['train']
-    now = measured(args, model, images)
+    now, before = measured(args, model, images), checkpoint.get('untrained')
     if before is None:
         untrained = new_model(args).to(get_device(args), memory_format=torch.channels_last)
         before = measured(args, untrained, images)
@@ -94,7 +95,7 @@ def spectrum(args, model, splits, before=None):
     else:
         say('the file has a backbone alone: there is no z to be measured, and no verdict')
         result = {'measures': of_features(now), 'untrained': of_features(before)}
-    return {**result, 'num_train': len(images), 'num_val': 0}, None, None, None, []
+    return Outcome({**result, 'num_train': len(images), 'num_val': 0})
 
 
 @torch.no_grad()
@@ -181,3 +182,16 @@ def rotation_probe(turned):
     weight, bias = logistic_regression((x - mean) / deviation, rotations.repeat(len(x) // 4), 4, 1.0)
     scores = ((y - mean) / deviation) @ weight.T + bias
     return topk_accuracy(scores, rotations.repeat(len(y) // 4), 1)
+
+
+def enough_images(args, own):
+    """{'train'} of the checkpoint's own set. Raises UserError where it is too small."""
+    if len(own['train']) < LEAST:
+        raise UserError(
+            f'--protocol=label_free compares images with one another: {shown(own["train"].folder)} has '
+            f'{len(own["train"])}, and it wants {LEAST}'
+        )
+    return {'train': own['train']}
+
+
+PROTOCOL = Protocol(label_free, enough_images, numbers={}, smaller='--batch_size', unused=KNN_OPTIONS)

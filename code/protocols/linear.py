@@ -8,7 +8,8 @@ from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import learning_rate
 from protocols.features import augmented_features, features_of, filled
-from protocols.knn import references, vote
+from protocols.knn import REFERENCES, references, vote
+from protocols.protocol import TOP, Outcome, Protocol, labelled_splits
 from runtime.device import get_device
 from runtime.messages import progress
 from runtime.seeding import random_from
@@ -18,8 +19,8 @@ from runtime.tensors import to_device
 PROBE = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
 
 
-def linear(args, model, splits):
-    """Returns (result, scores of val, labels of val, classifier, classes).
+def linear(args, model, splits, _):
+    """The Outcome of a linear classifier on the frozen backbone, and of kNN.
 
     Training sees a random resized crop and a flip of each image, anew in every epoch, or with --cache_features those of
     --cache_passes epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
@@ -51,7 +52,7 @@ def linear(args, model, splits):
         'num_train': len(train),
         'num_val': len(val_labels),
     }
-    return result, scores, val_labels, {'weight': weight.cpu(), 'bias': bias.cpu()}, val.classes
+    return Outcome(result, scores, val_labels, val.classes, {'weight': weight.cpu(), 'bias': bias.cpu()})
 
 
 def train_probe(args, pairs_of, count, size, num_classes):
@@ -122,3 +123,12 @@ def kept_small(args, pairs, count):
             continue
         room, half = torch.cuda.get_device_properties(x.device).total_memory / 4, x.half()
         yield (half if args.cache_passes * count * half[0].nbytes < room else half.cpu()), labels
+
+
+PROTOCOL = Protocol(
+    run=linear,
+    splits=labelled_splits,
+    numbers={**TOP, 'knn_top1': 'kNN top-1', **REFERENCES},
+    smaller='--batch_size, or --cache_passes',
+    several_ranks=True,
+)

@@ -19,7 +19,7 @@ from protocols.collapse_verdict import began
 from protocols.compare import mean_and_error
 from protocols.few_labels import watch_labels
 from protocols.label_free import FOUND_AMONG, LEAST, quick
-from protocols.run_protocol import why_no_labels
+from protocols.protocol import why_no_labels
 from runtime.atomic_write import write_aside
 from runtime.device import get_device, peak_memory
 from runtime.distributed import gather

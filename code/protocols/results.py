@@ -12,18 +12,13 @@ from pathlib import Path
 import torch
 
 from ckpt import load_file, plain_name, versions
-from config import OF_THE_CALL, OPTIONS, UserError, has_effect, path_of, same_path
+from config import OF_THE_CALL, OLD_PROTOCOLS, OPTIONS, PROTOCOLS, UserError, path_of, same_path
+from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import write_aside
 from runtime.console import complain
 from runtime.distributed import rank
 from runtime.files import as_json, is_number, now, read_in_order, when
 
-# Of the protocol `semi` and so on: what is shown of the settings in a file's name.
-DETAILS = {
-    'semi': lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
-    'transfer': lambda args: [args.transfer, plain(path_of(args.transfer_path).name)],
-    'detection': lambda args: [args.init],
-}
 ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a question has in other entries, or not
 
 
@@ -41,7 +36,8 @@ def question(args, splits, checkpoint):
     }
     if args.subset_list:
         settings['subset_digest'] = digest([os.fsdecode(path_of(args.subset_list).read_bytes())])
-    path = {'transfer': args.transfer_path, 'detection': args.detection_path}.get(args.protocol, args.image_path)
+    path_of_images = find_protocol(args.protocol).path
+    path = path_of_images(args) if path_of_images else args.image_path
     return {
         'protocol': args.protocol,
         'checkpoint': checkpoint['path'].name,
@@ -71,7 +67,7 @@ def digest(lines):
 
 def name_of(args):
     """What TensorBoard and the file call an evaluation: the protocol and what it is about."""
-    return '_'.join([args.protocol, *DETAILS.get(args.protocol, lambda args: [])(args)])
+    return '_'.join([args.protocol, *find_protocol(args.protocol).details(args)])
 
 
 def write(run, name, asked, found, classifier=None):
@@ -93,7 +89,8 @@ def of_run(run, **wanted):
     which images they were of."""
     results = []
     for path, result in read_in_order(run.glob('evaluate_*.json')):
-        if isinstance(result.get('protocol'), str) and is_number(result.get('epoch')):
+        result['protocol'] = OLD_PROTOCOLS.get(str(result.get('protocol')), result.get('protocol'))
+        if result['protocol'] in (*PROTOCOLS,) and is_number(result.get('epoch')):
             results.append(result)
         else:
             complain('warning', f'{path} is damaged, or no result of evaluate: left out')

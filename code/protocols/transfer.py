@@ -3,11 +3,13 @@
 import torch
 from torch.nn.functional import cross_entropy
 
+from ckpt import plain_name
 from config import UserError, changed, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
-from protocols.finetune import finetune, of_each_class
+from protocols.finetune import FINETUNED, finetune, of_each_class
+from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabelled
 from runtime.console import shown
 from runtime.messages import progress
 
@@ -15,19 +17,18 @@ L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong 
 HELD_OUT = 0.2  # share of train that chooses among them
 
 
-def transfer(args, model, splits):
-    """The set of --transfer_path with the backbone. Returns (result, scores of its val, labels, None,
-    classes)."""
+def transfer(args, model, splits, _):
+    """The Outcome of the backbone on the set of --transfer_path."""
     there, train, val = of_target(args), labelled(splits['train']), splits['val']
     if args.transfer == 'finetune':
         result, scores, labels = finetune(there, model.backbone, train, val)
     else:
         result, scores, labels = regression(there, model.backbone, train, val)
     result = {'transfer': args.transfer, 'transfer_path': str(path_of(args.transfer_path)), **result}
-    return result, scores, labels, None, val.classes
+    return Outcome(result, scores, labels, val.classes)
 
 
-def target_splits(args):
+def target_splits(args, _):
     """{'train', 'val'} of the set of --transfer_path. Raises UserError for what is missing."""
     if not args.transfer_path:
         raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
@@ -40,7 +41,7 @@ def target_splits(args):
         raise UserError(f'--transfer_path: {shown(where)} wants classes in train and, of every image, in val')
     if args.transfer == 'finetune' and len(train) < 2:
         raise UserError(f'--transfer_path: {shown(where)} has one image to train on; fine-tuning wants two')
-    return {'train': splits['train'], 'val': val}
+    return report_unlabelled({'train': splits['train'], 'val': val})
 
 
 def of_target(args):
@@ -115,3 +116,14 @@ def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):
     solver.step(loss)
     weight, bias = weight.detach() / scale, bias.detach()
     return weight, bias - weight @ mean
+
+
+PROTOCOL = Protocol(
+    run=transfer,
+    splits=target_splits,
+    numbers={**FINETUNED, 'held_out_top1': 'top-1 held out'},
+    smaller='--batch_size, or --finetune_batch_size',
+    path=lambda args: args.transfer_path,
+    details=lambda args: [args.transfer, plain_name(path_of(args.transfer_path).name)[:40]],
+    unused=('image_path', 'download', *KNN_OPTIONS),
+)

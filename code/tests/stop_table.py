@@ -24,7 +24,7 @@ import plots  # noqa: F401
 import train
 from conftest import TINY, own_paths
 from engine import set_up, train_state
-from protocols import monitor, run_protocol
+from protocols import linear, monitor
 from runtime import signals
 
 OPTIONS = (
@@ -47,7 +47,7 @@ MOMENTS = {
     'at the end of an epoch': (train_state.State, 'finish_epoch', 1),
     'in the monitor': (monitor, 'watch_labels', 2),
     'in a save': (ckpt, 'write_aside', 0),
-    'in the evaluation': (run_protocol, 'linear', 0),
+    'in the evaluation': (linear, 'train_probe', 0),
 }
 
 
@@ -99,7 +99,7 @@ def main(images, folder):
     assert code == 0, errors
     _, whole = last(folder / 'whole')
     for moment, place in MOMENTS.items():
-        evaluated = ['--evaluate_after=True'] if place[0] is run_protocol else []
+        evaluated = ['--evaluate_after=True'] if place[0] is linear else []
         for number in signals.SIGNALS:
             own = folder / f'{moment.replace(" ", "_")}_{number.name}'
             argv = [*command, *evaluated, *own_paths(own, 'ckpt', 'log')]

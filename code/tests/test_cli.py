@@ -411,26 +411,26 @@ def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys)
     done = train(tmp_path, tmp_path / 'set')
     assert f'the kNN monitor is off: {tmp_path}/set/train has no classes' in done.stdout
     (following,) = re.findall(r'next +python3 cli.py (evaluate .*)', done.stdout)
-    assert following.endswith(' --protocol=spectrum')
+    assert following.endswith(' --protocol=label_free')
     assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path)]) == 2
     assert 'evaluate needs labels' in one_line(capsys.readouterr().err)
     lines = read_metrics(tmp_path / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')
     assert [line['epoch'] for line in lines if 'pretraining/rank' in line] == [0, 2]
     assert not any('pretraining/knn_top1' in line for line in lines)
-    assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path), '--protocol=spectrum']) == 0
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}0', *own_paths(tmp_path), '--protocol=label_free']) == 0
     assert 'RankMe' in capsys.readouterr().out
 
 
 def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monkeypatch):
     """The last agrees with what training noted; the best by the favoured measure is named, and is one of them. The
     untrained network is measured once."""
-    options, seen = ['evaluate', *own_paths(copied), '--protocol=spectrum'], []
+    options, seen = ['evaluate', *own_paths(copied), '--protocol=label_free'], []
     measured = label_free.measured
     monkeypatch.setattr(label_free, 'measured', lambda *given: seen.append(given) or measured(*given))
     assert cli.main([*options, f'--ckpt_name={RUN}0']) == 0
     assert len(seen) == 3
     said = capsys.readouterr().out
-    found = {result['epoch']: result for result in of_run(copied / 'ckpt' / f'{RUN}0', protocol='spectrum')}
+    found = {result['epoch']: result for result in of_run(copied / 'ckpt' / f'{RUN}0', protocol='label_free')}
     assert sorted(found) == [1, 2]
     for line in read_metrics(copied / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')[1:]:
         for name in QUICK:

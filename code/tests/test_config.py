@@ -6,8 +6,9 @@ import pytest
 
 import cli
 import config
-from config import OPTIONS, UserError, get_config, help_of, idle, of_other_stages, themes, unused
+from config import OPTIONS, UserError, get_config, help_of, idle, themes, unused
 from conftest import CODE, one_line, run
+from protocols.protocol import without_effect
 
 
 def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
@@ -113,14 +114,14 @@ def test_what_a_command_has_no_use_for(command, idle):
         ('--protocol=semi', 'probe_epochs transfer detector'),
         ('--protocol=transfer', 'probe_learning_rate finetune_epochs label_fraction'),
         ('--protocol=transfer --transfer=finetune', 'probe_epochs label_fraction detection_epochs'),
-        ('--protocol=spectrum', 'cache_features subset_list'),
+        ('--protocol=label_free', 'cache_features subset_list'),
     ],
 )
 def test_what_a_stage_has_no_use_for(stage, idle):
     words = dict(word.removeprefix('--').split('=') for word in stage.split())
     given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
     given = {name: 'x' if value == '' else value for name, value in given.items()}
-    assert of_other_stages(get_config(preset='demo', **given)) == sorted(idle.split())
+    assert without_effect(get_config(preset='demo', **given)) == sorted(idle.split())
 
 
 @pytest.mark.parametrize(
@@ -271,3 +272,10 @@ def test_options_without_a_value_are_no_text(words, said, tmp_path, capsys, monk
 def test_help_of_an_option_without_a_command(capsys):
     assert cli.main(['--help=LEARNING_RATE']) == 0
     assert capsys.readouterr().out.startswith('--learning_rate, a number: ')
+
+
+def test_a_protocol_by_its_old_name_is_taken_and_the_new_one_said(tmp_path, capsys):
+    assert get_config(preset='demo', protocol='spectrum').protocol == 'label_free'
+    given = ['evaluate', '--protocol=spectrum', '--ckpt_name=none', f'--ckpt_path={tmp_path}']
+    assert cli.main(given) == 2
+    assert '--protocol=spectrum is called label_free now' in capsys.readouterr().err

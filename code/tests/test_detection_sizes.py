@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 import cli
-from config import WITHOUT_EFFECT, WorkError, get_config, has_effect, of_other_stages
+from config import PROTOCOLS, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import load_boxes
+from protocols.protocol import find_protocol, has_effect, without_effect
 from test_detection import coco, voc
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -149,19 +150,19 @@ def test_one_image_of_one_value_is_refused_before_the_work(tmp_path, capsys):
     assert 'BN wants more than one value' in one_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize('protocol', WITHOUT_EFFECT)
+@pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_options_without_effect_are_said_and_are_no_settings(protocol):
-    args = get_config(preset='demo', protocol=protocol, **dict.fromkeys(WITHOUT_EFFECT[protocol], None) and {})
-    for name in WITHOUT_EFFECT[protocol]:
+    args, unused = get_config(preset='demo', protocol=protocol), find_protocol(protocol).unused
+    for name in unused:
         assert not has_effect(args, name)
-    args.given = {*WITHOUT_EFFECT[protocol], 'random_seed'}
-    assert of_other_stages(args) == sorted(WITHOUT_EFFECT[protocol])
+    args.given = {*unused, 'random_seed'}
+    assert without_effect(args) == sorted(unused)
 
 
 CHANGES = {'knn_k': '3', 'knn_temperature': '5', 'knn_pixels': 'True', 'val_fraction': '0.5', 'batch_size': '4'}
 
 
-@pytest.mark.parametrize('protocol', ['semi', 'transfer', 'spectrum'])
+@pytest.mark.parametrize('protocol', ['semi', 'transfer', 'label_free'])
 def test_options_that_are_said_to_have_no_effect_have_none(protocol, drawn, tmp_path, capsys):
     """The result is the same file, with the same numbers."""
     given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
@@ -175,7 +176,7 @@ def test_options_that_are_said_to_have_no_effect_have_none(protocol, drawn, tmp_
         *more,
         *own_paths(tmp_path),
     ]
-    changes = [f'--{name}={value}' for name, value in CHANGES.items() if name in WITHOUT_EFFECT[protocol]]
+    changes = [f'--{name}={value}' for name, value in CHANGES.items() if name in find_protocol(protocol).unused]
     assert changes
     results = []
     for options in ([], changes):

@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import cli
 from config import UserError
 from conftest import CODE, TINY, one_line, own_paths
-from protocols import run_protocol
+from protocols import knn, run_protocol
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -78,7 +79,8 @@ def test_a_tracker_that_does_not_start_is_told_before_the_work(trained, monkeypa
         raise UserError('--tracker=wandb does not start')
 
     monkeypatch.setattr(run_protocol, 'tracker_of', refused)
-    monkeypatch.setattr(run_protocol, 'knn', lambda *_: pytest.fail('the work has begun'))
+    begun = replace(knn.PROTOCOL, run=lambda *_: pytest.fail('the work has begun'))
+    monkeypatch.setattr(knn, 'PROTOCOL', begun)
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', *own_paths(trained)]
     assert cli.main(given) == 2
     assert 'does not start' in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_a_backbone_alone_brings_no_settings(start, drawn, tmp_path, capsys):
         assert cli.main(['train', *given, '--model_name=before', *own_paths(tmp_path)]) == 0
         given = start
     weights = ['--model_name=simsiam', f'--init_from={tmp_path}/backbone.pth', '--evaluate_after=True']
-    weights.append('--protocol=spectrum')
+    weights.append('--protocol=label_free')
     assert cli.main(['train', *given, *weights, *own_paths(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert 'the settings of --preset=demo' in said

@@ -185,7 +185,7 @@ def test_files_of_one_name_are_not_taken_for_one_another(drawn, tmp_path, capsys
 def test_a_backbone_alone_has_no_verdict(drawn, tmp_path, capsys):
     path = tmp_path / 'model.pth'
     torch.save(torchvision.models.resnet18().state_dict(), path)
-    given = (f'--ckpt_name={path}', '--protocol=spectrum', '--image_size=32', f'--image_path={drawn}', '--amp=off')
+    given = (f'--ckpt_name={path}', '--protocol=label_free', '--image_size=32', f'--image_path={drawn}', '--amp=off')
     assert cli.main(['evaluate', *given, *own_paths(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert 'there is no z to be measured, and no verdict' in said
@@ -312,7 +312,7 @@ def test_a_deep_stem_is_refused(tmp_path, capsys):
     assert 'whose first layers are none that are known here' in one_line(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize('protocol', ['knn', 'linear', 'spectrum', 'transfer'])
+@pytest.mark.parametrize('protocol', ['knn', 'linear', 'label_free', 'transfer'])
 def test_features_that_are_no_numbers_are_no_result(protocol, drawn, tmp_path, capsys):
     """Every weight is finite, and what comes out is not."""
     state = torchvision.models.resnet18().state_dict()

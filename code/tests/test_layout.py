@@ -24,7 +24,7 @@ from dataloader.loading.decode import endings
 from dataloader.readers.files import Files
 from dataloader.sources import find
 from dataloader.sources.folder import scan
-from protocols import run_protocol
+from protocols.protocol import why_no_labels
 
 
 def options(folder, **more):
@@ -716,7 +716,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
 def test_why_nothing_is_held_out(fraction, tmp_path):
     for name in 'abcdefgh':
         picture(tmp_path / f'set/{name}/1.png')
-    said = run_protocol.why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
+    said = why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
     why = 'no class has two images, one of which could be held out' if fraction else '--val_fraction=0 holds none out'
     assert said == f'{tmp_path}/set has no val: {why}'
 

@@ -23,9 +23,9 @@ from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import Names
 from optimizer.lars import Lars
 from protocols import finetune
-from protocols.finetune import balanced, few_of, listed
 from protocols.linear import cached_features, in_steps, train_probe
 from protocols.results import of_run
+from protocols.semi import balanced, few_of, listed
 from protocols.transfer import held_out, logistic_regression, regression
 from runtime.seeding import random_from
 
@@ -319,7 +319,7 @@ def test_an_extra_package_that_is_missing_is_named(trained, capsys, monkeypatch)
 def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
     paths = (f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *paths]) == 0
-    for protocol, said in (('knn', True), ('spectrum', True), ('linear', False)):
+    for protocol, said in (('knn', True), ('label_free', True), ('linear', False)):
         given = (f'--protocol={protocol}', '--probe_epochs=2', '--ckpt_name=model_name_simsiam_ckpt_0')
         assert cli.main(['evaluate', *given, *paths]) == 0
         errors = capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):
 
 def test_measures_that_compare_images_want_some(tmp_path, trained, capsys):
     folder = draw_folder(tmp_path / 'set', {'train': 4, 'val': 1})
-    given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=spectrum', f'--image_path={folder}')
+    given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=label_free', f'--image_path={folder}')
     assert cli.main(given) == 2
     assert 'has 12, and it wants 20' in one_line(capsys.readouterr().err)
 
