@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torchvision
 
-from config import GOING_ON, OF_THE_CALL, OPTIONS, ROOT, Config, UserError, WorkError, changed, get_config, path_of
+from config import GOING_ON, OF_THE_CALL, OPTIONS, Config
+from errors import ROOT, UserError, WorkError, path_of
 from model.foreign_checkpoints import BLOCKS, architecture, read_layout, tensors_of
 from model.simsiam import SimSiam
 from model.weights import (
@@ -44,6 +45,7 @@ from runtime.distributed import in_turn, rank
 from runtime.environment import extra
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import say
+from runtime.options import changed, get_config
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (

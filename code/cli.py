@@ -14,21 +14,11 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-from config import (
-    OLD_PROTOCOLS,
-    OPTIONS,
-    PROTOCOLS,
-    UserError,
-    WorkError,
-    get_config,
-    help_of,
-    help_text,
-    nearest,
-    path_of,
-    unused,
-)
+from config import OLD_PROTOCOLS, OPTIONS, PROTOCOLS
+from errors import UserError, WorkError, path_of
 from runtime import signals
 from runtime.console import complain, first_line, lost, own_streams
+from runtime.options import get_config, help_of, help_text, nearest, unused
 
 REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
 ALONE = (

@@ -6,15 +6,16 @@ What is reported is the last epoch, never the best one, on the whole of `val`.
 import torch
 
 from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
-from config import UserError, path_of, places
 from dataloader.load_dataset import load_splits
 from engine.run_dir import name_of_run
+from errors import UserError, path_of
 from protocols.collapse_verdict import FAVOURED, QUICK
 from protocols.protocol import find_protocol, without_effect
 from protocols.run_protocol import evaluate_model
 from runtime.console import complain
 from runtime.device import get_device, use_device
 from runtime.messages import say
+from runtime.options import places
 from runtime.trackers import package_of
 
 

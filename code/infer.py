@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 
 from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, changed, path_of, places
 from dataloader import vision
 from dataloader.load_dataset import in_order, labelled, load_splits, load_whole
 from dataloader.sources.find import has_splits, is_tar
 from dataloader.sources.torchvision_datasets import torchvision_kind
+from errors import UserError, path_of
 from metric.knn import neighbours
 from protocols.features import features_of
 from protocols.knn import nearest_images, vote
@@ -22,6 +22,7 @@ from runtime.console import shown
 from runtime.device import get_device, use_device
 from runtime.files import try_writing
 from runtime.messages import say
+from runtime.options import changed, places
 from runtime.tensors import evenly_spaced
 from utils import prepare_batch
 

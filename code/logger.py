@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from config import UserError
+from errors import UserError
 from runtime.atomic_write import save_picture, write_aside
 from runtime.console import complain, shown
 from runtime.distributed import rank

@@ -10,10 +10,10 @@ import time
 
 import torch
 
-from config import UserError
 from engine.conclude import evaluate_after, save_on_exit, summary
 from engine.cuda_graph import Recorded, use_graph
 from engine.set_up import set_up
+from errors import UserError
 from loss.negative_cosine import simsiam_loss
 from metric.feature_std import spread
 from optimizer.sgd import learning_rate, set_learning_rates

@@ -12,13 +12,14 @@ import common  # noqa: F401
 import torch
 
 from ckpt import get_model_ckpt
-from config import get_config, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
+from errors import path_of
 from metric import subset_selection
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
 from protocols.transfer import logistic_regression
 from runtime.device import use_device
+from runtime.options import get_config
 from runtime.seeding import random_from
 
 COUNTS, SEEDS = (10, 20, 50, 100), range(5)

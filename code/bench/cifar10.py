@@ -19,10 +19,11 @@ from common import CODE, flops_an_image, matmul_rate
 from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
-from config import distortion, get_config, path_of
 from dataloader import vision
+from dataloader.augment.recipes import distortion
 from dataloader.load_dataset import get_iterator, in_order
 from engine.train_state import State
+from errors import path_of
 from logger import read_scalars
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
 from plots import Panel, curves, image_of
@@ -30,6 +31,7 @@ from protocols.features import features_of
 from protocols.results import of_run
 from runtime.atomic_write import save_picture, write_aside
 from runtime.device import get_device
+from runtime.options import get_config
 from runtime.precision import autocast, precision
 from runtime.seeding import random_from
 from utils import prepared

@@ -78,9 +78,9 @@ def an_epoch(args, state, train):
 def prepare(preset, batch_size):
     """(args, model, optimizer, dtype) of a preset as train makes them, with smaller batches on a CPU."""
     from ckpt import new_model
-    from config import get_config
     from optimizer.sgd import make_sgd
     from runtime.device import use_compile, use_device
+    from runtime.options import get_config
     from runtime.precision import precision
 
     args = get_config(preset=preset, knn_every=5)

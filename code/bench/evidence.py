@@ -18,15 +18,16 @@ from common import CODE
 from scipy.stats import rankdata
 
 from ckpt import checkpoints, get_model_ckpt, new_model
-from config import changed, get_config, path_of
 from dataloader.load_dataset import load_splits
 from engine.ablation_tables import TABLES, finished_result
+from errors import path_of
 from evaluate import evaluate
 from protocols import results
 from protocols.collapse_verdict import MEASURES
 from protocols.linear import linear
 from runtime.device import get_device
 from runtime.files import read_metrics
+from runtime.options import changed, get_config
 
 SMALL = {
     'backbone': 'small',

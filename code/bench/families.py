@@ -18,8 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ckpt import get_model_ckpt
-from config import get_config, path_of
+from errors import path_of
 from optimizer.sgd import make_sgd, set_learning_rates
+from runtime.options import get_config
 from train import train_step
 
 TRIED = 12  # networks of a family whose size is looked at, of small names first

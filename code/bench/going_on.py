@@ -16,14 +16,15 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ckpt import NAME, checkpoints, get_model_ckpt
-from config import get_config, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
+from errors import path_of
 from metric.knn import neighbours
 from model.weights import average_weights
 from protocols.compare import columns_of, mean_and_error
 from protocols.features import features_of
 from runtime.console import aligned
 from runtime.files import read_json
+from runtime.options import get_config
 
 SHARES = (0.75, 0.5, 0.25)
 LABELS, DRAWS = (30, 10, 5, 1), 5

@@ -22,10 +22,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from config import AUGMENTATIONS, IMAGENET_PIXELS, get_config
+from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.load_dataset import get_iterator
 from dataloader.loading.decode import decode
 from runtime.environment import cpu_count
+from runtime.options import IMAGENET_PIXELS, get_config
 from runtime.seeding import random_from
 from utils import prepared
 

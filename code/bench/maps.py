@@ -18,12 +18,12 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from ckpt import get_model_ckpt
-from config import get_config
 from dataloader.load_dataset import in_order, load_splits
 from metric.projection_2d import plane
 from metric.subset_selection import directions
 from protocols.features import features_of
 from runtime.device import use_device
+from runtime.options import get_config
 from runtime.tensors import evenly_spaced
 
 K, MOST = 15, 3000

@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from ckpt import new_model
-from config import get_config
 from dataloader.load_dataset import get_iterator
 from engine.train_state import State
 from model.backbone import make_backbone
 from optimizer.sgd import make_sgd
 from runtime.device import get_device, use_compile
 from runtime.environment import cpu_count
+from runtime.options import get_config
 from runtime.precision import described, precision
 
 # Of each case: preset, backbone, batch, steps a turn on a CPU (a GPU takes ten times as many).

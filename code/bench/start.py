@@ -53,8 +53,8 @@ def measure(root):
 
     import torch  # noqa: F401
 
-    from config import get_config
     from dataloader.load_dataset import get_iterator
+    from runtime.options import get_config
 
     before = time.process_time()
     args = get_config(

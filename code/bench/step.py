@@ -11,8 +11,8 @@ pays (engine/cuda_graph.py).
 import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
-from config import distortion
 from dataloader import vision
+from dataloader.augment.recipes import distortion
 from engine.train_state import State
 from runtime.device import get_device, use_compile
 from runtime.seeding import random_from

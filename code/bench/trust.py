@@ -13,10 +13,11 @@ import common  # noqa: F401
 from evidence import VARIED, options_of
 
 from ckpt import checkpoints
-from config import get_config, path_of
+from errors import path_of
 from evaluate import evaluate
 from runtime.device import use_device
 from runtime.files import read_metrics
+from runtime.options import get_config
 from train import train
 
 RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED

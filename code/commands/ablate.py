@@ -4,15 +4,16 @@ import json
 
 import plots
 from ckpt import checkpoints, read
-from config import UserError, changed, path_of
 from dataloader.load_dataset import load_splits, views_of
 from engine.ablation_tables import TABLES, finished_result
 from engine.run_dir import of_run
+from errors import UserError, path_of
 from logger import read_scalars
 from runtime.atomic_write import save_picture, write_aside
 from runtime.checkpoint_format import upgraded
 from runtime.device import use_device
 from runtime.messages import say
+from runtime.options import changed
 from train import train
 
 

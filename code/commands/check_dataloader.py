@@ -5,12 +5,12 @@ import time
 
 import torch
 
-from config import WorkError, path_of
 from dataloader import vision
 from dataloader.cache.bit_depth import warn_of_range
 from dataloader.cache.decoded import each
 from dataloader.load_dataset import get_iterator, parts_of
 from engine.auto_preset import choose_preset
+from errors import WorkError, path_of
 from logger import picture
 from runtime.console import complain, shown
 from runtime.device import use_device

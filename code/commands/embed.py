@@ -6,8 +6,8 @@ import io
 import numpy as np
 import torch
 
-from config import UserError, path_of
 from dataloader.load_dataset import in_order
+from errors import UserError, path_of
 from infer import load_to_predict, pixels_of
 from logger import Logger
 from metric.knn import nearest

@@ -6,13 +6,14 @@ import torch
 
 from ckpt import get_model_ckpt
 from commands import model_card
-from config import UserError, channel_values, path_of
+from errors import UserError, path_of
 from model.backbone import wanted_by, width_of
 from model.foreign_checkpoints import BLOCKS, to_detectron2
 from runtime.atomic_write import write_aside
 from runtime.environment import extra
 from runtime.files import try_writing
 from runtime.messages import say
+from runtime.options import channel_values
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
 

@@ -7,7 +7,8 @@ import shutil
 import socket
 import sys
 
-from config import OPTIONS, UserError, path_of
+from config import OPTIONS
+from errors import UserError, path_of
 from runtime.console import aligned, cut
 from runtime.files import csv_of, is_number, is_result_of, put_aside, read_in_order, read_json, read_metrics
 from runtime.run_lock import MARK, is_there

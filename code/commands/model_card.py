@@ -3,10 +3,10 @@
 import json
 import shlex
 
-from config import channel_values
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from runtime.files import read_json
+from runtime.options import channel_values
 
 
 def license_of(source, backbone):

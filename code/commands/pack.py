@@ -6,12 +6,12 @@ import tarfile
 
 from PIL import Image
 
-from config import UserError, WorkError, path_of, same_path
 from dataloader.cache.decoded import readable, smaller
 from dataloader.load_dataset import parts_of
 from dataloader.loading.decode import is_image
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import OF_SYSTEMS
+from errors import UserError, WorkError, path_of, same_path
 from runtime.atomic_write import write_aside
 from runtime.console import complain, hushed, shown
 from runtime.files import try_writing

@@ -16,8 +16,9 @@ from PIL import Image
 import plots
 from ckpt import whole_ones
 from commands.list_runs import differing
-from config import OPTIONS, UserError, changed, path_of
+from config import OPTIONS
 from dataloader.load_dataset import in_order, load_splits
+from errors import UserError, path_of
 from infer import pixels_of, same_class, shown_of
 from logger import read_scalars
 from metric import subset_selection
@@ -33,6 +34,7 @@ from runtime.console import complain, shown
 from runtime.device import get_device, use_device
 from runtime.files import is_number, try_writing
 from runtime.messages import say
+from runtime.options import changed
 from runtime.tensors import evenly_spaced
 
 PAGE = Path(__file__).resolve().parent / 'report_page'

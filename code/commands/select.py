@@ -4,8 +4,8 @@ import torch
 
 import plots
 from ckpt import get_model_ckpt, list_checkpoints
-from config import UserError, path_of
 from dataloader.load_dataset import in_order, load_splits
+from errors import UserError, path_of
 from infer import pixels_of
 from metric import subset_selection
 from protocols.features import features_of

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import torch
 
-from config import ROOT, UserError, path_of, same_path
 from dataloader.cache import decoded
 from dataloader.loading.dataset import Images
 from dataloader.loading.loader import Loader, workers_for
@@ -25,6 +24,7 @@ from dataloader.sources import dataset_warnings, demo, find
 from dataloader.sources.split_source import hold_out
 from dataloader.sources.tar_splits import braced
 from dataloader.sources.torchvision_datasets import TORCHVISION, download, torchvision_kind, torchvision_splits
+from errors import ROOT, UserError, path_of, same_path
 from runtime.console import complain, shown, some
 from runtime.device import get_device
 from runtime.distributed import in_turn, rank, world

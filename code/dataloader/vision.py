@@ -14,9 +14,9 @@ import functools
 
 import torch
 
-from config import channel_values
 from dataloader.augment.color import REACH, blur_all, draw_colours, recolour, recolour_all
 from dataloader.augment.geometry import centre_box, crop_resize, draw_crops
+from runtime.options import channel_values
 from runtime.tensors import to_device
 
 CACHE_BYTES = 2**20  # of one core's cache

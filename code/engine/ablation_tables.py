@@ -1,8 +1,9 @@
 """The tables of the paper's section 4, and of what makes SimSiam collapse: the options of each variant."""
 
 from ckpt import checkpoints
-from config import OPTIONS, path_of
+from config import OPTIONS
 from engine.run_dir import resumed
+from errors import path_of
 from protocols import results
 from runtime.files import is_result_of
 

@@ -10,10 +10,11 @@ import statistics
 
 import torch
 
-from config import PRESETS, UserError, changed
+from errors import UserError
 from runtime.console import complain, hushed
 from runtime.device import get_device
 from runtime.messages import say
+from runtime.options import changed, preset_options
 from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images whose size is looked at
@@ -33,9 +34,9 @@ def choose_preset(args, parts):
     small = len({*sizes}) == 1 and max(sizes[0]) <= SMALL
     if args.preset != 'photos' and small:
         say(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
-        return with_options(args, {**PRESETS['cifar10'], 'preset': 'cifar10'})
+        return with_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
     found = photo_options(args, train, sizes, 'val' in parts)
-    args = with_options(args, {**PRESETS['photos'], **found, 'preset': 'photos'})
+    args = with_options(args, {**preset_options('photos'), **found, 'preset': 'photos'})
     explain(args, train, sizes)
     return args
 

@@ -5,13 +5,14 @@ import time
 import torch
 
 from ckpt import best_of_run, checkpoints, get_model_ckpt
-from config import ROOT, changed, path_of, places
 from engine.run_dir import Diverged, name_of_run
+from errors import ROOT, path_of
 from protocols import collapse_verdict
 from protocols.run_protocol import evaluate_model
 from runtime import distributed, signals
 from runtime.device import get_device
 from runtime.messages import say
+from runtime.options import changed, places
 
 
 def save_on_exit(run, state, end):

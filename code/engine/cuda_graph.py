@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from config import UserError
+from errors import UserError
 from runtime import distributed
 from runtime.console import complain, first_line
 from runtime.device import get_device

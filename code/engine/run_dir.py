@@ -25,25 +25,15 @@ from ckpt import (
     save_checkpoint,
     versions,
 )
-from config import (
-    EVALUATE,
-    GOING_ON,
-    OF_THE_CALL,
-    OPTIONS,
-    UserError,
-    WorkError,
-    changed,
-    parse,
-    path_of,
-    same_path,
-    same_value,
-)
+from config import EVALUATE, GOING_ON, OF_THE_CALL, OPTIONS
+from errors import UserError, WorkError, path_of, same_path
 from runtime.atomic_write import write_aside
 from runtime.checkpoint_format import upgraded
 from runtime.console import complain, shown
 from runtime.distributed import rank, same_for_all
 from runtime.files import clear_parts, newest_run, now, read_json
 from runtime.messages import say
+from runtime.options import changed, parse, same_value
 from runtime.run_lock import MARK, mark_of_this_process, trained_by
 from runtime.signals import deferred
 

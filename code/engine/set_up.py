@@ -3,7 +3,6 @@
 import torch
 
 from ckpt import get_model_ckpt
-from config import WORTH_COMPILING, UserError, WorkError, changed, idle, path_of
 from dataloader.cache.bit_depth import warn_of_range
 from dataloader.load_dataset import get_iterator, parts_of
 from engine import memory_estimate
@@ -11,6 +10,7 @@ from engine.auto_preset import choose_preset, without_weights
 from engine.cuda_graph import use_graph
 from engine.run_dir import Run, describe_run, gone_on_with, new_run, of_run, resumed
 from engine.train_state import State
+from errors import UserError, WorkError, path_of
 from model.backbone import last_norms
 from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import splits_for
@@ -18,8 +18,12 @@ from runtime import distributed
 from runtime.console import complain
 from runtime.device import get_device, use_compile, why_not_compiled
 from runtime.messages import log_to, say
+from runtime.options import changed, idle
 from runtime.precision import described, kept, precision, settled
 from runtime.trackers import package_of
+
+# Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
+WORTH_COMPILING = 5000
 
 
 def set_up(args):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from ckpt import checkpoints, get_model_ckpt, new_model
-from config import UserError, changed
 from dataloader.load_dataset import in_order, labelled
+from errors import UserError
 from metric.knn import knn_scores, neighbours
 from model.weights import is_off_the_shelf
 from protocols.features import features_of
@@ -19,6 +19,7 @@ from protocols.protocol import Outcome, Protocol, labelled_splits
 from runtime.console import aligned
 from runtime.device import get_device
 from runtime.messages import say
+from runtime.options import changed
 
 ALL = 'all labels'  # the column of the classifier on all of train
 # Options that every row shares with the call; all else is its own weights'.

@@ -17,7 +17,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 
 from ckpt import new_model
-from config import UserError, WorkError, channel_values, path_of
 from dataloader.cache.decoded import readable
 from dataloader.detection.dataset import load_boxes
 from dataloader.loading.loader import Loader, workers_for
@@ -25,12 +24,14 @@ from dataloader.readers.files import Files
 from dataloader.sources.dataset_warnings import warn_of_shared
 from dataloader.sources.path_array import Names
 from dataloader.sources.split_source import Part
+from errors import UserError, WorkError, path_of
 from optimizer.sgd import learning_rate
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
 from runtime.console import shown
 from runtime.device import get_device
 from runtime.environment import extra
 from runtime.messages import progress, say
+from runtime.options import channel_values
 from runtime.precision import autocast
 from runtime.seeding import random_from, seed_step
 

@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
-from config import WorkError
 from dataloader import vision
 from dataloader.load_dataset import at_most
+from errors import WorkError
 from runtime.device import get_device
 from runtime.distributed import gather, place_of, world
 from runtime.messages import progress

@@ -7,14 +7,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ckpt import new_model
-from config import WorkError, changed
 from dataloader.load_dataset import at_most, in_order, shuffled_crops
 from dataloader.vision import plain_view
+from errors import WorkError
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import learning_rate
 from protocols.features import labelled_crops
 from runtime.device import get_device
 from runtime.messages import progress
+from runtime.options import changed
 from runtime.precision import autocast
 from runtime.seeding import random_from, seed_step
 from runtime.tensors import channels_last

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 
 from ckpt import new_model
-from config import UserError, distortion
 from dataloader import vision
 from dataloader.augment.geometry import draw_crops
+from dataloader.augment.recipes import distortion
 from dataloader.load_dataset import batches, in_order, select
 from dataloader.loading.sampler import Keys
+from errors import UserError
 from metric import representation as measures
 from metric.accuracy import topk_accuracy
 from metric.feature_std import spread

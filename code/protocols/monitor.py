@@ -9,9 +9,9 @@ from dataclasses import asdict
 import torch
 
 from ckpt import FEW, GAIN, GAIN_ERROR, OF_START, WATCHED
-from config import path_of
 from dataloader import vision
 from dataloader.load_dataset import in_order, labelled
+from errors import path_of
 from logger import Logger
 from metric import representation
 from model.weights import average_weights

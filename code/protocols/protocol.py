@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from config import OPTIONS, UserError
+from config import OPTIONS
 from dataloader.load_dataset import labelled
+from errors import UserError
 from runtime.console import shown
 from runtime.messages import say
 

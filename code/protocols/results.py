@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ckpt import load_file, plain_name, versions
-from config import OF_THE_CALL, OLD_PROTOCOLS, OPTIONS, PROTOCOLS, UserError, path_of, same_path
+from config import OF_THE_CALL, OLD_PROTOCOLS, OPTIONS, PROTOCOLS
+from errors import UserError, path_of, same_path
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import write_aside
 from runtime.console import complain

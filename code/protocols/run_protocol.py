@@ -3,7 +3,7 @@
 import math
 import time
 
-from config import UserError, WorkError, path_of
+from errors import UserError, WorkError, path_of
 from logger import Logger
 from metric.accuracy import class_accuracies, confusion
 from protocols import results

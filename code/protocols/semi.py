@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from config import UserError, path_of
 from dataloader.load_dataset import labelled, select
+from errors import UserError, path_of
 from protocols.finetune import FINETUNED, finetune, of_each_class
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, labelled_splits
 from runtime.console import complain, shown

@@ -4,14 +4,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ckpt import plain_name
-from config import UserError, changed, path_of
 from dataloader.load_dataset import in_order, labelled, load_splits
+from errors import UserError, path_of
 from metric.accuracy import topk_accuracy
 from protocols.features import features_of
 from protocols.finetune import FINETUNED, finetune, of_each_class
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabelled
 from runtime.console import shown
 from runtime.messages import progress
+from runtime.options import changed
 
 L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
 HELD_OUT = 0.2  # share of train that chooses among them

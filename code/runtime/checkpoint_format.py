@@ -7,7 +7,9 @@ kept the loss and std of each of them; its first files had no step, scaler, rand
 
 import torch
 
-from config import OPTIONS, PRESETS, WorkError, parse
+from config import OPTIONS, PRESETS
+from errors import WorkError
+from runtime.options import parse, preset_options
 
 FORMAT = 3  # of `content`; runtime/checkpoint_format.py reads the earlier ones
 
@@ -45,7 +47,11 @@ def upgraded(content):
     if content['format'] == 2:
         content = with_three_groups(content)
     said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
-    preset = {'preset': said['preset'], **PRESETS.get(said['preset'], {})} if 'preset' in said else {}
+    preset = (
+        {'preset': said['preset'], **(preset_options(said['preset']) if said['preset'] in PRESETS else {})}
+        if 'preset' in said
+        else {}
+    )
     unsaid = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
     return {**content, 'args': {**unsaid, **said}}, sorted(unsaid)
 

@@ -8,7 +8,7 @@ import sysconfig
 
 import torch
 
-from config import UserError, WorkError
+from errors import UserError, WorkError
 from runtime.console import first_line
 from runtime.distributed import start, world
 

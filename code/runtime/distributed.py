@@ -19,7 +19,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from config import UserError, WorkError
+from errors import UserError, WorkError
 from runtime.console import complain
 from runtime.files import process_stat
 

@@ -8,7 +8,7 @@ import multiprocessing.util
 import os
 import tempfile
 
-from config import ROOT, UserError
+from errors import ROOT, UserError
 
 
 def extra(package, purpose):

@@ -12,7 +12,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from config import path_of, same_path
+from errors import path_of, same_path
 
 
 def put_aside(path, write):

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from config import ROOT, UserError, changed, get_config, path_of
+from errors import ROOT, UserError, path_of
 from runtime import distributed
 from runtime.atomic_write import write_aside
 from runtime.device import get_device
 from runtime.messages import say
+from runtime.options import changed, get_config
 from runtime.tensors import channels_last
 
 TRIAL = [sys.executable, '-m', 'runtime.precision']  # in a process of its own, in code/

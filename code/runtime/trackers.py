@@ -4,7 +4,8 @@ import logging
 import os
 from dataclasses import asdict
 
-from config import OF_THE_CALL, UserError, path_of
+from config import OF_THE_CALL
+from errors import UserError, path_of
 from runtime.console import complain
 from runtime.distributed import rank
 from runtime.environment import extra

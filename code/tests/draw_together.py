@@ -7,10 +7,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from config import get_config
 from dataloader import load_dataset
 from dataloader.sources import demo
 from runtime import distributed
+from runtime.options import get_config
 
 if __name__ == '__main__':
     demo.TRAIN_PER_CLASS, demo.VAL_PER_CLASS = 12, 3

@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from config import get_config  # noqa: E402
 from model.simsiam import SimSiam  # noqa: E402
 from optimizer.sgd import make_sgd, set_learning_rates  # noqa: E402
 from runtime import distributed  # noqa: E402
+from runtime.options import get_config  # noqa: E402
 from train import train_step  # noqa: E402
 
 if __name__ == '__main__':

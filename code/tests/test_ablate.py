@@ -12,12 +12,14 @@ from PIL import Image
 import cli
 import plots
 from commands.ablate import variants
-from config import OPTIONS, UserError, changed, get_config
+from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from engine.ablation_tables import TABLES
+from errors import UserError
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
+from runtime.options import changed, get_config
 from train import train_step
 
 SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}

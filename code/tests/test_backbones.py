@@ -11,13 +11,14 @@ import torchvision
 
 import cli
 from ckpt import new_model
-from config import UserError, get_config
 from conftest import CODE, TINY, one_line, own_paths
 from engine import set_up
+from errors import UserError
 from model import simsiam
 from model.backbone import make_backbone
 from runtime import distributed
 from runtime.files import read_metrics
+from runtime.options import get_config
 
 
 class Dropping(torch.nn.Module):

@@ -5,15 +5,18 @@ import re
 import pytest
 
 import cli
-import config
-from config import OPTIONS, UserError, get_config, help_of, idle, themes, unused
+from config import OPTIONS
 from conftest import CODE, one_line, run
+from errors import UserError, path_of
 from protocols.protocol import without_effect
+from runtime import options
+from runtime.options import get_config, help_of, idle, themes, unused
 
 
 def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
-    assert {*config.ELSEWHERE.values()} <= {*config.OPTIONS}
-    assert not {*config.ELSEWHERE} & {*config.OPTIONS}
+    aliases = [name for f in OPTIONS.values() for name in f.metadata['aliases'].split()]
+    assert len(aliases) == len({*aliases})
+    assert not {*aliases} & {*OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_presets_are_the_papers():
 
 
 def test_auto_is_imagenet_where_its_data_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, 'ROOT', tmp_path)
+    monkeypatch.setattr(options, 'ROOT', tmp_path)
     assert get_config().preset == 'demo'
     (tmp_path / 'data/imagenet/train').mkdir(parents=True)
     assert get_config().preset == 'imagenet'
@@ -248,8 +251,8 @@ def test_typed_values_pass_like_text():
 
 def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config.path_of('data/demo') == CODE.parent / 'data/demo'
-    assert config.path_of('/somewhere').as_posix() == '/somewhere'
+    assert path_of('data/demo') == CODE.parent / 'data/demo'
+    assert path_of('/somewhere').as_posix() == '/somewhere'
 
 
 @pytest.mark.parametrize(

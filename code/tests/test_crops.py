@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from config import AUGMENTATIONS
 from dataloader.augment import geometry
+from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.cache.decoded import resized
 from dataloader.loading import crops
 from dataloader.loading.decode import opened, rgb, shrink

@@ -16,15 +16,17 @@ from PIL import Image
 from torchvision import datasets
 
 from commands.pack import pack
-from config import AUGMENTATIONS, UserError, WorkError, get_config
 from dataloader import vision
 from dataloader.augment import geometry
+from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
 from dataloader.loading.decode import decode
 from dataloader.sources import demo
+from errors import UserError, WorkError
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
+from runtime.options import get_config
 from runtime.seeding import random_from
 from utils import prepare_batch
 

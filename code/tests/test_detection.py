@@ -14,13 +14,14 @@ from PIL import Image, ImageDraw
 
 import cli
 from ckpt import get_model_ckpt, new_model
-from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import load_boxes, mask_of
 from dataloader.detection.validate import is_mask, lengths_of
+from errors import UserError, WorkError
 from protocols import detection
 from protocols.detection import average_precision, make_detector, run_lengths
 from protocols.results import of_run
+from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
 KINDS = {'disc': 'red', 'square': 'blue'}

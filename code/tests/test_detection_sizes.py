@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 import cli
-from config import PROTOCOLS, WorkError, get_config
+from config import PROTOCOLS
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import load_boxes
+from errors import WorkError
 from protocols.protocol import find_protocol, has_effect, without_effect
+from runtime.options import get_config
 from test_detection import coco, voc
 
 RUN = 'model_name_simsiam_ckpt_0'

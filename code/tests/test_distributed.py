@@ -15,15 +15,17 @@ import torch
 
 import cli
 import warm
-from config import UserError, distortion, get_config
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
+from dataloader.augment.recipes import distortion
 from dataloader.load_dataset import get_iterator, in_order
 from dataloader.loading.sampler import Keys
+from errors import UserError
 from protocols.results import of_run
 from runtime import device, distributed
 from runtime.distributed import place_of
 from runtime.files import read_metrics
+from runtime.options import get_config
 from runtime.seeding import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cli
-from config import UserError
 from conftest import CODE, TINY, one_line, own_paths
+from errors import UserError
 from protocols import knn, run_protocol
 
 RUN = 'model_name_simsiam_ckpt_0'

@@ -14,12 +14,13 @@ from torch import nn
 import cli
 from ckpt import get_model_ckpt, new_model, save_checkpoint
 from commands import embed as embedding
-from config import UserError, WorkError, get_config
 from conftest import TINY, one_line, own_paths
 from engine.train_state import State
+from errors import UserError, WorkError
 from metric.knn import nearest
 from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
+from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
 

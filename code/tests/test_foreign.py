@@ -11,8 +11,8 @@ from torch import nn
 
 import cli
 from ckpt import get_model_ckpt
-from config import get_config
 from conftest import one_line, own_paths
+from runtime.options import get_config
 from test_exchange import Official, randomised, save_official, views
 
 

@@ -8,10 +8,11 @@ import torch
 
 import cli
 from ckpt import get_model_ckpt
-from config import PRESETS, WorkError, get_config
 from conftest import CODE, own_paths
+from errors import WorkError
 from protocols.results import of_run
 from runtime.checkpoint_format import FORMAT, upgraded
+from runtime.options import get_config, preset_options
 
 OLD = CODE / 'tests/checkpoints'
 
@@ -23,10 +24,10 @@ def old(name):
 def test_what_a_file_does_not_say_is_its_presets(capsys):
     """An option that is younger than the file, of a demo run: the demo's default, and it is said."""
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(OLD / 'da4e617')))
-    unsaid = set(PRESETS['demo']) - set(old('da4e617')['args'])
+    unsaid = set(preset_options('demo')) - set(old('da4e617')['args'])
     assert {'probe_optimizer', 'cache_features', 'crop_scale'} <= unsaid
     for name in unsaid:
-        assert getattr(args, name) == PRESETS['demo'][name], name
+        assert getattr(args, name) == preset_options('demo')[name], name
     assert args.proj_dim == 8
     assert (checkpoint['epoch'], checkpoint['images'], checkpoint['format']) == (1, 0, FORMAT)
     said = capsys.readouterr().out

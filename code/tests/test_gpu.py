@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ckpt import new_model
-from config import UserError, changed, distortion, get_config
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
+from dataloader.augment.recipes import distortion
 from dataloader.loading.dataset import Images
 from dataloader.loading.loader import workers_for
 from dataloader.readers.memory import Memory
 from engine import cuda_graph, memory_estimate, set_up
+from errors import UserError
 from loss.negative_cosine import simsiam_loss
 from metric.feature_std import spread
 from metric.knn import Nearest, votes
@@ -31,6 +32,7 @@ from optimizer.sgd import make_sgd, set_learning_rates
 from protocols.linear import train_probe
 from runtime import device, distributed
 from runtime.device import get_device, use_compile, why_not_compiled
+from runtime.options import changed, get_config
 from runtime.precision import precision
 from runtime.seeding import random_from
 from runtime.tensors import channels_last

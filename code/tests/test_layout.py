@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import cli
-from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, load_splits, load_whole
@@ -24,7 +23,9 @@ from dataloader.loading.decode import endings
 from dataloader.readers.files import Files
 from dataloader.sources import find
 from dataloader.sources.folder import scan
+from errors import UserError, WorkError
 from protocols.protocol import why_no_labels
+from runtime.options import get_config
 
 
 def options(folder, **more):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import cli
-from config import get_config
 from conftest import own_paths
 from dataloader.load_dataset import load_splits
 from protocols.detection import splits_of
+from runtime.options import get_config
 from test_detection import voc
 from test_layout import options, picture
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import cli
 from commands import list_runs
-from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths, wait_for
 from infer import in_one_cell
 from logger import Logger
 from protocols import collapse_verdict, results
 from runtime import console, run_lock
 from runtime.files import as_json, read_metrics
+from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_'
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from config import distortion, get_config
 from dataloader import vision
+from dataloader.augment.recipes import distortion
 from dataloader.sources import demo
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric.feature_std import spread
 from model.backbone import make_backbone
 from model.simsiam import SimSiam
 from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from runtime.options import get_config
 from runtime.seeding import random_from
 from SOTA_SSL_Models import SimSiam as SimSiamOfTheReadme
 

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import cli
-from config import UserError, WorkError, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits, parts_of
+from errors import UserError, WorkError
+from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
 

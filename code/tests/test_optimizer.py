@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from config import get_config
 from model.simsiam import SimSiam
 from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
+from runtime.options import get_config
 
 
 def test_the_cosine_is_torchs():

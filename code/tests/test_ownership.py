@@ -12,11 +12,12 @@ import torch
 import ckpt
 import cli
 from ckpt import WRITTEN, checkpoints, get_model_ckpt, note_written
-from config import get_config, same_path, same_value
 from conftest import TINY, own_paths
+from errors import same_path
 from protocols.results import classifier_for
 from runtime import files
 from runtime.files import read_json
+from runtime.options import get_config, same_value
 
 RUN = 'model_name_simsiam_ckpt_0'
 

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 import cli
-from config import GOING_ON, get_config
+from config import GOING_ON
 from conftest import draw_folder, own_paths
 from dataloader.load_dataset import parts_of
 from engine import auto_preset
 from runtime.files import read_json
+from runtime.options import get_config
 
 
 def choose(folder, **options):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import WorkError
 from conftest import TINY, own_paths, run
 from dataloader.cache.bit_depth import judged, looked_at
 from dataloader.loading.decode import decode
 from dataloader.readers.files import Files
 from dataloader.sources.path_array import Names
+from errors import WorkError
 
 # Of each mode: how to make a picture of it, the value that --pixel_max names (0: none), the grey level of it in RGB.
 DEEP = [

@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from ckpt import new_model
-from config import UserError, get_config
 from conftest import TINY, own_paths, run
+from errors import UserError
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import precision
+from runtime.options import get_config
 from runtime.tensors import channels_last
 from test_cli import newest, same
 from train import train_step

@@ -10,11 +10,13 @@ from torch import nn
 import ckpt
 import cli
 from ckpt import FEW, GAIN, GAIN_ERROR, checkpoints, get_model_ckpt, new_model
-from config import GOING_ON, UserError, get_config
+from config import GOING_ON
 from conftest import CODE, own_paths
+from errors import UserError
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
 from runtime.files import read_json, read_metrics
+from runtime.options import get_config
 from test_distributed import TORCHRUN, begin
 
 RUN = 'model_name_simsiam_ckpt_0'

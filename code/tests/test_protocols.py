@@ -14,19 +14,21 @@ from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cli
-from config import UserError, distortion, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader import vision
 from dataloader.augment import geometry
+from dataloader.augment.recipes import distortion
 from dataloader.load_dataset import load_splits, select, shuffled_crops
 from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import Names
+from errors import UserError
 from optimizer.lars import Lars
 from protocols import finetune
 from protocols.linear import cached_features, in_steps, train_probe
 from protocols.results import of_run
 from protocols.semi import balanced, few_of, listed
 from protocols.transfer import held_out, logistic_regression, regression
+from runtime.options import get_config
 from runtime.seeding import random_from
 
 RUN = 'model_name_simsiam_ckpt_0'

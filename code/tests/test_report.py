@@ -14,11 +14,11 @@ from sklearn.manifold import trustworthiness
 import cli
 import plots
 from commands import report
-from config import changed, get_config
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from metric.projection_2d import plane
 from runtime.files import read_metrics
+from runtime.options import changed, get_config
 
 RUN, OTHER = 'model_name_simsiam_ckpt_0', 'model_name_other_ckpt_0'
 ODD = 'a</script><b onclick="x">&$'  # a class that would be mark-up

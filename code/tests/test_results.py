@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import cli
-from config import OPTIONS, get_config
+from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from dataloader.sources.path_array import Names
 from protocols.protocol import has_effect
 from protocols.results import ELSEWHERE, of_run, question, write
+from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
 

@@ -16,7 +16,6 @@ import torch
 
 import cli
 from ckpt import checkpoints
-from config import get_config
 from conftest import CODE, TINY, Python, one_line, own_paths, run
 from engine.run_dir import new_run
 from engine.train_state import restore_rng, rng_states
@@ -25,6 +24,7 @@ from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import signals
 from runtime.files import read_metrics
+from runtime.options import get_config
 from runtime.run_lock import MARK, mark_of_this_process, started
 from test_cli import same
 from train import train_step

@@ -12,14 +12,15 @@ import torch
 
 import cli
 from ckpt import versions
-from config import ROOT, UserError, get_config
 from conftest import TINY, own_paths
 from dataloader.load_dataset import load_splits, parts_of
 from dataloader.loading import loader
 from engine.run_dir import name_of_run
+from errors import ROOT, UserError
 from metric.accuracy import class_accuracies, confusion
 from runtime import environment
 from runtime.files import clear_parts
+from runtime.options import get_config
 from test_detection import coco
 from test_nested_splits import shards
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import get_config
 from dataloader.load_dataset import load_splits
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import representation
@@ -16,6 +15,7 @@ from metric.feature_std import spread
 from model.simsiam import SimSiam
 from protocols.collapse_verdict import of_metrics, verdict
 from protocols.label_free import by_own_statistics, of_views
+from runtime.options import get_config
 
 
 def with_singular_values(values, n=400, seed=0, mean=0.0):

@@ -18,10 +18,11 @@ from PIL import Image
 from scipy.io import savemat
 
 import cli
-from config import UserError, WorkError, get_config
 from conftest import CODE, TINY, one_line, own_paths, run
 from dataloader.load_dataset import get_iterator, load_splits
 from dataloader.sources import find, tar_index
+from errors import UserError, WorkError
+from runtime.options import get_config
 from test_cli import newest, same
 
 

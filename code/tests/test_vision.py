@@ -9,9 +9,10 @@ from torch.nn import functional
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from config import AUGMENTATIONS, distortion, get_config
 from dataloader import vision
 from dataloader.augment import color, geometry
+from dataloader.augment.recipes import AUGMENTATIONS, distortion
+from runtime.options import get_config
 from runtime.seeding import random_from
 
 MOCO = distortion(get_config(image_size=24, blur_prob=0.5), 'moco')

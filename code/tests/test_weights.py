@@ -18,14 +18,15 @@ from torchvision.transforms import functional as reference
 
 import cli
 from ckpt import get_model_ckpt, new_model
-from config import UserError, changed, channel_values, get_config
 from conftest import CODE, one_line, own_paths
 from dataloader import vision
 from dataloader.augment import geometry
 from dataloader.load_dataset import in_order, load_splits
 from dataloader.loading import crops
+from errors import UserError
 from model.weights import average_weights, preprocessing_of
 from protocols.features import features_of
+from runtime.options import changed, channel_values, get_config
 from runtime.seeding import random_from
 from test_exchange import randomised
 from test_vision import photos
@@ -284,7 +285,7 @@ def test_every_view_is_normalized_by_the_options(drawn):
     other = changed(usual, mean='0.5', std='0.25')
     pixels = vision.denormalise(vision.plain_view(images, usual), usual)
     torch.testing.assert_close(vision.plain_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
-    from config import distortion
+    from dataloader.augment.recipes import distortion
 
     for batch in (images, torch.stack((images, images), 1)):
         for one, two in zip(

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import cli
-from config import WorkError, get_config
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, run
 from dataloader.load_dataset import get_iterator
 from dataloader.loading import loader
+from errors import WorkError
 from runtime.device import memory_for, short_of_memory
+from runtime.options import get_config
 
 # 150 px images: read by two processes; epochs enough for a process to be found.
 LONG = (*TINY, '--batch_size=8', '--max_epochs=2000', '--knn_every=0', '--num_workers=2')
@@ -77,7 +78,7 @@ def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
 DIED_WITH_THE_LOCK = """
 import os, signal, sys
 sys.path.insert(0, {code!r})
-from config import get_config
+from runtime.options import get_config
 from dataloader.load_dataset import get_iterator
 batches = get_iterator(get_config(preset='demo', image_path={images!r}, batch_size=2, num_workers=2))['train']
 iterator = iter(batches)

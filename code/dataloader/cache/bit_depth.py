@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from config import WorkError
 from dataloader.loading.decode import WHITE, levels_of, rgb
+from errors import WorkError
 from runtime.console import complain, hushed
 
 SAMPLE = 64  # images that are looked at

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config import UserError, WorkError
 from dataloader.cache import cache_file
 from dataloader.loading.decode import rgb, shrink
 from dataloader.readers.memmap import Resized
 from dataloader.readers.memory import Memory
+from errors import UserError, WorkError
 from runtime.atomic_write import write_aside
 from runtime.console import hushed, shown
 from runtime.environment import cpu_count

@@ -5,8 +5,8 @@ annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or
 
 import json
 
-from config import UserError, WorkError
 from dataloader.detection.validate import checked
+from errors import UserError, WorkError
 
 
 def coco_split(folder, split, masks):

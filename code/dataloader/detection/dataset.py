@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from config import UserError, WorkError
 from dataloader.detection.coco import coco_split
 from dataloader.detection.voc import voc_classes, voc_lists, voc_split
 from dataloader.loading.decode import decode
 from dataloader.loading.loader import caught
+from errors import UserError, WorkError
 
 
 @dataclass

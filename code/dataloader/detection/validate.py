@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 
-from config import WorkError
 from dataloader.loading.decode import opened, sizes_of
+from errors import WorkError
 from runtime.console import shown
 
 LARGEST = 1e6  # pixels from an image's corner: what lies beyond is no box of one

@@ -9,9 +9,9 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
-from config import UserError, WorkError
 from dataloader.detection.validate import checked
 from dataloader.loading.decode import is_image
+from errors import UserError, WorkError
 
 MARK = re.compile(r'\s+(1|0|-1)$')  # behind each name in a list of one class
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config, distortion
+from config import Config
 from dataloader import vision
+from dataloader.augment.recipes import distortion
 from dataloader.loading import crops
 from dataloader.loading.decode import rgb
 from dataloader.loading.loader import caught, together

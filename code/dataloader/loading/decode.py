@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 
-from config import WorkError
+from errors import WorkError
 from runtime.console import shown
 
 try:  # torchvision 0.29 announces that its decoders will go; PIL's takes a third longer and is always there

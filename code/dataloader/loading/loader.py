@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import multiprocessing.connection
 import multiprocessing.resource_sharer
 import shutil
 import signal
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.utils.data
 
-from config import WorkError
+from errors import WorkError
 from runtime.console import hush, hushed
 from runtime.distributed import local_world
 from runtime.environment import cpu_count, give_freed_memory_back
 
+TO_END = 5.0  # seconds in which a worker is seen to have ended, after torch has failed to reach it
 CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
 PATIENCE = 45.0  # seconds in which none of them has done anything: they hang
 GO_ON = '--resume=auto goes on from the last checkpoint'
@@ -115,16 +117,12 @@ class Loader(torch.utils.data.DataLoader):
 
     def watched(self, function, watch):
         """function(), in which workers are waited for. Raises WorkError where they hang or one of them has ended."""
-        watch.waiting, WAITED_FOR[:] = True, [watch]
         try:
-            watch.judge()
-            return function()
+            return call_watched(function, watch)
         except (Exception, ChildEnded):
             BROKEN.append(self)
-            watch.judge(0.1)  # torch has noticed, and it may not be known here yet
+            watch.judge(TO_END)  # torch has noticed, and it may not be known here yet
             raise
-        finally:
-            watch.waiting, WAITED_FOR[:] = False, []
 
     def read_by_threads(self):
         """The batches, read by threads, in order, as many ahead as workers would read."""
@@ -166,13 +164,23 @@ class WorkerWatch(threading.Thread):
                 return
 
     def judge(self, patience=0.0):
-        """Raise what happened to the workers, if anything did. patience: seconds to wait for the end of each."""
+        """Raise what happened to the workers, if anything did. patience: seconds to wait for the end of one."""
         if self.hung:
             raise WorkError(
                 f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
                 f'network answer? {GO_ON}'
             ) from None
         explain(self.workers, patience)
+
+
+def call_watched(function, watch):
+    """function(); while it runs the watch looks at the workers, and the end of one raises ChildEnded."""
+    try:
+        watch.waiting, WAITED_FOR[:] = True, [watch]
+        watch.judge()
+        return function()
+    finally:
+        watch.waiting, WAITED_FOR[:] = False, []
 
 
 class ChildEnded(BaseException):
@@ -184,6 +192,7 @@ def on_end_of_a_child(*_):
     seconds later, and first take a lock that the worker may have held."""
     for watch in WAITED_FOR:
         if any(worker.exitcode is not None for worker in watch.workers):
+            WAITED_FOR.clear()  # once: the ends of other workers follow
             raise ChildEnded
 
 
@@ -207,9 +216,11 @@ def raised(batch):
 
 def explain(workers, patience):
     """Raise WorkerDied where one of the processes has ended, or does within `patience` seconds."""
+    if patience:
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], patience)
+        for worker in workers:
+            worker.join(1.0 if worker.sentinel in ended else 0.0)
     for worker in workers:
-        if worker.exitcode is None and patience:
-            worker.join(patience)
         if worker.exitcode is None:
             continue
         if worker.exitcode < 0:

@@ -8,8 +8,8 @@ import os
 import threading
 from pathlib import Path
 
-from config import WorkError
 from dataloader.loading.decode import opened
+from errors import WorkError
 from runtime.console import shown
 
 try:

@@ -14,7 +14,6 @@ import re
 
 import torch
 
-from config import UserError
 from dataloader.loading.decode import is_image
 from dataloader.readers.files import Files
 from dataloader.sources import imagenet
@@ -25,6 +24,7 @@ from dataloader.sources.split_names import SPLITS, split_of, wants_train
 from dataloader.sources.split_source import Part, part_of, plain, unlabelled
 from dataloader.sources.tar_index import PACKED, open_archives
 from dataloader.sources.tar_splits import ARCHIVE, braced, in_one_archive, numbered_in, of_archives
+from errors import UserError
 from runtime.console import shown
 from runtime.messages import say
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from config import UserError
 from dataloader.loading.decode import is_image
 from dataloader.sources.path_array import Names
+from errors import UserError
 from runtime.console import shown
 
 # What systems put beside people's files, lower case; so is whatever begins with a dot.

@@ -7,7 +7,7 @@ import tarfile
 
 import torch
 
-from config import UserError, WorkError
+from errors import UserError, WorkError
 from runtime.console import shown
 from runtime.environment import extra
 

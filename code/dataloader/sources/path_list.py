@@ -6,10 +6,10 @@ import stat
 
 import torch
 
-from config import UserError
 from dataloader.readers.files import Files
 from dataloader.sources.path_array import Names
 from dataloader.sources.split_source import PACKS, Part
+from errors import UserError
 from runtime.console import complain, shown
 from runtime.distributed import rank
 

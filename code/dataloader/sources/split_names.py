@@ -2,7 +2,7 @@
 
 import re
 
-from config import UserError
+from errors import UserError
 from runtime.console import shown
 
 SPLITS = {

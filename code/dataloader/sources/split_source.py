@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from errors import UserError
 from runtime.console import shown, some
 from runtime.messages import say
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from config import UserError, WorkError
 from dataloader.cache import cache_file
 from dataloader.loading.decode import is_image
 from dataloader.readers.tar import Tar, state_of
 from dataloader.sources.folder import OF_SYSTEMS, Found, ending
 from dataloader.sources.path_array import Names
+from errors import UserError, WorkError
 from runtime.console import shown
 from runtime.messages import say
 

@@ -4,12 +4,12 @@ import os
 import re
 from collections import Counter
 
-from config import UserError
 from dataloader.sources.folder import Found
 from dataloader.sources.path_array import Names
 from dataloader.sources.split_names import SPLITS, split_of, wants_train
 from dataloader.sources.split_source import Part, part_of, plain
 from dataloader.sources.tar_index import open_archives
+from errors import UserError
 from runtime.console import shown
 from runtime.messages import say
 

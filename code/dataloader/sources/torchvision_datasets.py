@@ -6,10 +6,10 @@ import io
 import numpy as np
 import torch
 
-from config import UserError, WorkError
 from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import Names
 from dataloader.sources.split_source import Part
+from errors import UserError, WorkError
 from runtime.messages import say
 
 TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}

@@ -1,0 +1,208 @@
+"""The options of a call: read from words, checked, and explained (--help). config.py has the options themselves."""
+
+import difflib
+import functools
+import math
+import shlex
+from dataclasses import replace
+
+from config import OLD_PROTOCOLS, OPTIONS, PRESETS, Config
+from errors import ROOT, UserError, path_of, same_path
+
+TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+# Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
+IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+def get_config(**options):
+    """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
+
+    The result has one attribute per option, and `given`, the names that were set explicitly; `undecided`, whether the
+    preset depends on the images (photos.choose_preset), and `chosen`, the names that were set for them.
+    Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
+    """
+    for name, value in options.items():
+        if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
+            raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
+    given = {name: parse(name, value) for name, value in options.items()}
+    preset = given.get('preset', 'auto')
+    undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in given)
+    if preset == 'auto':
+        given.pop('preset', None)
+        preset = 'imagenet' if undecided or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+    if 'beside' in given and 'protocol' not in given:
+        given['protocol'] = 'compare'
+    args = Config(**{**preset_options(preset), **given, 'preset': preset})
+    args.given, args.undecided = set(given), undecided
+    return args
+
+
+def changed(args, **changes):
+    """A copy of args with other values, which still knows what was given explicitly."""
+    copy = replace(args, **changes)
+    copy.given, copy.undecided, copy.chosen = args.given, args.undecided, args.chosen
+    return copy
+
+
+@functools.cache
+def preset_options(preset):
+    """{option: value} of a preset."""
+    pairs = (word.removeprefix('--').split('=', 1) for word in PRESETS[preset].split())
+    return {name: parse(name, value) for name, value in pairs}
+
+
+def parse(name, value):
+    """`value` (a string from the command line, or already typed) as option `name` wants it; else UserError."""
+    if name not in OPTIONS:
+        raise UserError(f'unknown option --{name}; the nearest is --{meant(name)} (--help lists all)')
+    wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
+    value = OLD_PROTOCOLS.get(value, value) if name == 'protocol' else value
+    text = str(value).strip()
+    try:
+        if wanted is bool:
+            result = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[text.lower()]
+        elif wanted is int and isinstance(value, float) and value.is_integer():
+            result = int(value)
+        else:
+            result = str(value) if wanted is str and not limits['choices'] else wanted(text)
+        if wanted is float and not math.isfinite(result):
+            raise ValueError
+    except (KeyError, ValueError):
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[wanted]
+        raise UserError(f'--{name} wants {kind}, not {text!r}: {limits["meaning"]}') from None
+    if limits['choices'] and result not in limits['choices']:
+        near = nearest(text, limits['choices'])
+        raise UserError(f'--{name} is one of {", ".join(limits["choices"])}, not {text!r}; the nearest is {near}')
+    low, high = limits['low'], limits['high']
+    if low is not None and not low <= result <= high:
+        raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
+    if name in IMAGENET_PIXELS:
+        channel_values(name, result)
+    if name == 'model_name' and not (result.replace('-', '').replace('_', '').replace('.', '').isalnum()):
+        raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
+    if name == 'model_name' and len(result.encode()) > 200:
+        raise UserError(f'--model_name names a folder: 200 bytes at most, not {len(result.encode())}')
+    return result
+
+
+def meant(name):
+    """The option that somebody means who writes `name`: as the field's other programs call it, by its initials, by a
+    part of it, or spelled nearly as it is."""
+    name = name.lower().replace('-', '_')
+    for option, f in OPTIONS.items():
+        if name in f.metadata['aliases'].split():
+            return option
+    initials = [option for option in OPTIONS if ''.join(part[0] for part in option.split('_')) == name]
+    parts = [option for option in OPTIONS if name in option.split('_')]
+    return [*initials, *parts, nearest(name, OPTIONS)][0]
+
+
+def nearest(word, words):
+    """The one of `words` that is spelled most like `word`."""
+    return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
+
+
+def help_text(command):
+    """The options that `command` uses, the most used first, then by theme, each with its default and meaning; and what
+    the presets change."""
+    names = [name for name, f in OPTIONS.items() if command in f.metadata['used_by']]
+    often = sorted((name for name in names if OPTIONS[name].metadata['often']), key=often_of)[:10]
+    lines = ['Most used', *map(help_line, often)]
+    for theme, group in themes().items():
+        rest = [name for name in group if name in names and name not in often]
+        lines += [f'\n{theme}', *map(help_line, rest)] if rest else []
+    lines.append('\nPresets change these defaults:')
+    for preset, changes in PRESETS.items():
+        lines.append(f'  {preset}: {" ".join(changes.split()) or "none, the defaults are its values"}')
+    return '\n'.join(lines)
+
+
+def often_of(name):
+    return OPTIONS[name].metadata['often']
+
+
+def themes():
+    """{theme: its options}, in the order of Config."""
+    found = {}
+    for name, f in OPTIONS.items():
+        found.setdefault(f.metadata['theme'], []).append(name)
+    return found
+
+
+def help_line(name):
+    """An option with its default, meaning and choices."""
+    f = OPTIONS[name]
+    default = repr(f.default) if f.default == '' else f.default
+    choices = f' [{" | ".join(f.metadata["choices"])}]' if f.metadata['choices'] else ''
+    return f'  --{name}={default}'.ljust(36) + f.metadata['meaning'] + choices
+
+
+def help_of(name):
+    """All there is to say of one option. Raises UserError where there is none of this name."""
+    name = name.lstrip('-').replace('-', '_').lower()
+    if name not in OPTIONS:
+        raise UserError(f'--help={name}: there is no such option; the nearest is --help={meant(name)}')
+    f = OPTIONS[name]
+    limits, kind = f.metadata, {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[f.type]
+    lines = [f'--{name}, {kind}: {limits["meaning"]}', f'default    {f.default!r}']
+    if limits['choices']:
+        lines.append(f'one of     {", ".join(limits["choices"])}')
+    if limits['low'] is not None:
+        lines.append(f'between    {limits["low"]:g} and {limits["high"]:g}')
+    lines += [
+        f'preset     {preset}: {changes[name]!r}' for preset in PRESETS if name in (changes := preset_options(preset))
+    ]
+    lines.append(f'theme      {next(theme for theme, names in themes().items() if name in names)}')
+    lines.append(f'used by    {", ".join(limits["used_by"])}')
+    return '\n'.join(lines)
+
+
+def unused(args, command):
+    """The explicitly given options that `command` has no use for, to be said and not silently dropped."""
+    return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
+
+
+def idle(args):
+    """(name, what takes its effect away) of each explicitly given option that does nothing in train beside others."""
+    found = {
+        '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
+        '--predictor=none': ('pred_dim', 'fix_pred_lr') if args.predictor == 'none' else (),
+        '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
+        '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
+        '--augment_on=worker': ('cache_images',) if args.augment_on == 'worker' and args.cache_images == 'on' else (),
+        '--init_from': ('zero_init',) if args.init_from else (),
+        '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
+        '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
+    }
+    return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
+
+
+def places(args, *more):
+    """What a printed command has to repeat of this call: where its runs are, and `more` options, where given."""
+    named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
+    return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
+
+
+def same_value(name, one, other):
+    """Whether two values of an option mean the same."""
+    return one == other or (
+        OPTIONS[name].metadata['is_path'] and bool(one) and bool(other) and same_path(path_of(one), path_of(other))
+    )
+
+
+def channel_values(name, text):
+    """The values of --mean or --std (`name`), a number a channel. Raises UserError for what is neither `imagenet` nor
+    three numbers, or one for all."""
+    if text.strip() == 'imagenet':
+        return IMAGENET_PIXELS[name]
+    try:
+        values = tuple(float(part) for part in text.strip('()[] ').split(','))
+    except ValueError:
+        values = ()
+    values = values * 3 if len(values) == 1 else values
+    low = 0.0 if name == 'mean' else 1e-3
+    if len(values) != 3 or not all(low <= value <= 1 for value in values):
+        raise UserError(
+            f'--{name} is imagenet, or three numbers between {low:g} and 1, such as --{name}=0.5,0.5,0.5, not {text!r}'
+        )
+    return values
