@@ -29,7 +29,7 @@ from utils import prepared
 
 
 def train(args):
-    """Pretrain as `args` (config.get_config) says, or resume a run. Returns the path of the last checkpoint.
+    """Pretrain as `args` (runtime.options.get_config) says, or resume a run. Returns the path of the last checkpoint.
 
     Raises UserError and WorkError for the data and the checkpoint, WorkError where the loss is no longer finite, and
     signals.Stopped after a signal, with everything saved.

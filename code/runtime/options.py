@@ -18,7 +18,7 @@ def get_config(**options):
     """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
 
     The result has one attribute per option, and `given`, the names that were set explicitly; `undecided`, whether the
-    preset depends on the images (photos.choose_preset), and `chosen`, the names that were set for them.
+    preset depends on the images (engine/auto_preset.py), and `chosen`, the names that were set for them.
     Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
     """
     for name, value in options.items():
