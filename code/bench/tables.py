@@ -141,7 +141,7 @@ def detection():
 
 
 def of_table(table, kind='demo'):
-    """[(variant, its rows, one a seed)] of a table of ablate.TABLES; what is another table's row is found there."""
+    """[(variant, its rows, one a seed)] of one of ablation_tables.TABLES; a row of another table is found there."""
     found = {}
     for row in runs_of(kind):
         if row['variant'].startswith(table):

@@ -27,7 +27,7 @@ COLUMNS = {'boxes': slice(0, 4), 'flips': 4, 'factors': slice(5, 9), 'order': sl
 def random_views(images, row, generator, count=2, place=None, compiled=False):
     """`count` independently distorted views of every image.
 
-    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. row: of config.distortion, with S.
+    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. row: of recipes.distortion, with S.
     generator: CPU generator. place: (first, total), the images are a part of `total`, from the first on, and get the
     random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
     torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
@@ -123,7 +123,7 @@ def moments_of(args, device):
 @functools.cache
 def torchvision_views(row):
     """The reference: torchvision's transforms, one image at a time, as a function of (PIL image, seed, count) to its
-    views, count x 3 x S x S uint8. row: of config.distortion, as the pairs of its items."""
+    views, count x 3 x S x S uint8. row: of recipes.distortion, as the pairs of its items."""
     from torchvision.transforms import v2
 
     a = dict(row)

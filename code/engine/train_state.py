@@ -87,7 +87,7 @@ def new_sums(device):
 
 
 def rng_states():
-    """Of the global random generators; what is drawn in training is keyed and needs none (utils.random_from)."""
+    """Of the global random generators; what is drawn in training is keyed and needs none (seeding.random_from)."""
     kind, keys, *rest = np.random.get_state()
     return {
         'python': random.getstate(),

@@ -42,7 +42,7 @@ def gradient_norm(model):
 
 
 class Monitor:
-    """run: runs.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
+    """run: run_dir.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
 
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run

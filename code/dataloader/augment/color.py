@@ -20,7 +20,7 @@ REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 def draw_colours(n, row, generator):
     """Each image's colour jitter, grayscale and blur.
 
-    row: of config.distortion. Returns a dict of CPU tensors: factors, n x 4 (brightness, contrast, saturation: factors;
+    row: of recipes.distortion. Returns CPU tensors: factors, n x 4 (brightness, contrast, saturation: factors;
     hue: turns of the colour circle); order, n x 4, the place of each of the four, or 4 (never) for an image that is not
     jittered; gray, n bool; sigma, n, in pixels, 0 for no blur.
     """

@@ -15,7 +15,7 @@ def centre_box(height, width, crop_ratio):
 def draw_crops(n, height, width, row, generator):
     """Random resized crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them.
 
-    row: of config.distortion. Of ten candidates the first that fits is taken; the fallback is the largest centre crop
+    row: of recipes.distortion. Of ten candidates the first that fits is taken; the fallback is the largest centre crop
     within the ratio's bounds. Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool;
     both on the CPU.
     """

@@ -23,7 +23,7 @@ class Boxes(Dataset):
     table: dict
     left_out: int  # boxes without an area, or outside of their image
     masks: bool
-    white: float = 0.0  # of images.rgb
+    white: float = 0.0  # of decode.rgb
 
     def __post_init__(self):
         self.of_image = {image['id']: [] for image in self.table['images']}
@@ -56,7 +56,7 @@ class Boxes(Dataset):
         return torch.tensor([len(self.of_image[image['id']]) for image in self.table['images']])
 
     def __getitems__(self, keys):
-        """Two tuples, of images and of targets, or an exception (batches.caught)."""
+        """Two tuples, of images and of targets, or an exception (loader.caught)."""
         return caught(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))
 
     def __getitem__(self, key):
@@ -87,7 +87,7 @@ class Boxes(Dataset):
 
 
 def load_boxes(folder, masks, white=0.0):
-    """{'train': Boxes, 'val': Boxes} of a folder in either format. white: of images.rgb. Raises UserError
+    """{'train': Boxes, 'val': Boxes} of a folder in either format. white: of decode.rgb. Raises UserError
     where it is in neither."""
     if (folder / 'annotations').is_dir():
         splits = {split: Boxes(*coco_split(folder, split, masks), masks, white) for split in ('train', 'val')}

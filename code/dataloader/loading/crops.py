@@ -13,8 +13,8 @@ RESAMPLING = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling
 def random_crops(image, size, views, row, generator, halve=True, white=0.0):
     """`views` random resized crops, perhaps flipped, from one decoding: views x 3 x size x size uint8.
 
-    image: as images.opened gives it. row: of config.distortion. halve: let the JPEG decoder leave out detail
-    (images.shrink). white: of images.rgb.
+    image: as decode.opened gives it. row: of recipes.distortion. halve: let the JPEG decoder leave out detail
+    (decode.shrink). white: of decode.rgb.
     """
     how = row.get('interpolation', 'bilinear')
     boxes, flips = geometry.draw_crops(views, image.height, image.width, row, generator)

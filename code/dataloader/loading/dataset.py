@@ -43,7 +43,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, keys):
         """keys: list of (index, seed of its views, augmentation). Returns (images, labels) for utils.prepare_batch, or
-        an exception (batches.caught)."""
+        an exception (loader.caught)."""
         return caught(self.batch, keys)
 
     def batch(self, keys):

@@ -7,7 +7,7 @@ from dataloader.loading.decode import opened
 
 
 class Files:
-    """names: dataloader.names.Names, relative to `folder` or absolute."""
+    """names: sources.path_array.Names, relative to `folder` or absolute."""
 
     def __init__(self, folder, names):
         self.folder, self.names = os.fsencode(folder), names
