@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import checkpoints, new_model, read, save_checkpoint
 from dataloader import vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.load_dataset import get_iterator, in_order
 from engine.train_state import State
 from errors import path_of
@@ -70,7 +70,7 @@ def supervised(args, epochs, output, deadline):
         model.train()
         for step, (images, labels) in enumerate(prepared(args, batches)):
             generator = random_from('supervised', epoch, step)
-            (view,) = vision.random_views(images, distortion(args, 'crop'), generator, count=1)
+            (view,) = vision.random_views(images, get_augmentation(args, 'crop'), generator, count=1)
             rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
             set_learning_rates(optimizer, rate, rate, rate)
             with autocast(args, scaled=False):

@@ -22,7 +22,6 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.load_dataset import get_iterator
 from dataloader.loading.decode import decode
 from runtime.environment import cpu_count
@@ -47,11 +46,11 @@ class PilViews(torch.utils.data.Dataset):
     """The reference: two views of an image, one after the other, in PIL."""
 
     def __init__(self, sources, size, blur):
-        self.sources, a = sources, AUGMENTATIONS['moco']
+        self.sources = sources
         steps = [
-            transforms.RandomResizedCrop(size, scale=a['scale']),
-            transforms.RandomApply([transforms.ColorJitter(*a['jitter'])], a['jitter_prob']),
-            transforms.RandomGrayscale(a['gray_prob']),
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+            transforms.RandomGrayscale(0.2),
             transforms.RandomApply([PilBlur()], 0.5),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),

@@ -12,7 +12,7 @@ import torch
 from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
 from dataloader import vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from engine.train_state import State
 from runtime.device import get_device, use_compile
 from runtime.seeding import random_from
@@ -23,12 +23,12 @@ from train import make_step
 def measure(preset, batch_size, side, steps):
     args, model, optimizer, dtype = prepare(preset, batch_size)
     train = make_step(args, model, State(model, optimizer))
-    device, row = get_device(args), distortion(args, args.augmentation)
+    device, recipe = get_device(args), get_augmentation(args, args.augmentation)
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
 
     def views(step):
-        return vision.random_views(images, row, random_from(step), compiled=use_compile(args))
+        return vision.random_views(images, recipe, random_from(step), compiled=use_compile(args))
 
     def ours():
         for step in range(steps):

@@ -2,9 +2,9 @@
 
 Every image has its own draw.
 
-The order is the reference's: random resized crop, flip, colour jitter, grayscale, blur, normalise. (The reference
-flips last; a flip commutes with all that stands between.) What is random is drawn first, as one table, and the views
-are a function of images and table.
+An augmentation is a random resized crop and a list of operations (augment/recipes.py). What is random is drawn first,
+as one table, and the views are a function of images and table. (The reference flips last, ours with the crop; a flip
+commutes with all that stands between.)
 
 Images come either whole, N x 3 x H x W uint8, or as crops that the workers already cut and resized,
 N x V x 3 x S x S uint8 (V views of one image; see load_dataset.py), where the whole images are too large to move.
@@ -14,93 +14,89 @@ import functools
 
 import torch
 
-from dataloader.augment.color import REACH, blur_all, draw_colours, recolour, recolour_all
-from dataloader.augment.geometry import centre_box, crop_resize, draw_crops
+from dataloader.augment.crop import centre_box, crop_resize
 from runtime.options import channel_values
 from runtime.tensors import to_device
 
 CACHE_BYTES = 2**20  # of one core's cache
-# The columns of a table of draws, one row a view.
-COLUMNS = {'boxes': slice(0, 4), 'flips': 4, 'factors': slice(5, 9), 'order': slice(9, 13), 'gray': 13, 'sigma': 14}
 
 
-def random_views(images, row, generator, count=2, place=None, compiled=False):
+def random_views(images, augmentation, generator, count=2, place=None, compiled=False):
     """`count` independently distorted views of every image.
 
-    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. row: of recipes.distortion, with S.
-    generator: CPU generator. place: (first, total), the images are a part of `total`, from the first on, and get the
-    random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
+    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. augmentation: of recipes, for views of
+    S pixels. generator: CPU generator. place: (first, total), the images are a part of `total`, from the first on, and
+    get the random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
     torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
     whole, (first, total) = images.ndim == 4, place or (0, len(images))
-    table = draw(count * total, row, generator, images.shape[-2:] if whole else None).view(count, total, -1)
-    return views_by(images, table[:, first : first + len(images)].flatten(0, 1), row, count, compiled)
+    draws = sample(count * total, augmentation, generator, images.shape[-2:] if whole else None).view(count, total, -1)
+    return views_by(images, draws[:, first : first + len(images)].flatten(0, 1), augmentation, count, compiled)
 
 
-def views_by(images, table, row, count, compiled=False):
-    """random_views, by a table of draws (of `draw`), view after view."""
+def views_by(images, draws, augmentation, count, compiled=False):
+    """random_views, by a table of draws (of `sample`), view after view."""
+    moments = mean_and_std(augmentation.mean, augmentation.std, images.device)
     if images.device.type == 'cpu':
         images = images.repeat(count, 1, 1, 1) if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1)
-        moments = mean_and_std(row['mean'], row['std'], images.device)
-        return distort(images, table, row, lambda x: normalise(x, moments)).chunk(count)
+        return distort(images, draws, augmentation, lambda x: normalise(x, moments)).chunk(count)
     run = compiled_once(distort_all) if compiled else distort_all
-    moments = mean_and_std(row['mean'], row['std'], images.device)
-    operations = has_colours(row), row['blur_prob'] > 0, row['interpolation'] == 'bicubic'
-    return run(images, to_device(table, images.device), moments, count, row['size'], operations)
+    return run(images, to_device(draws, images.device), augmentation, moments, count)
 
 
-def draw(n, row, generator, sides=None):
-    """All that is random in n views of images: n x 15 float32 on the CPU, of COLUMNS; the CPU's generator, so that a
-    seed fixes the views whatever the device. sides: height and width of whole images, which are cropped, too."""
-    boxes, flips = draw_crops(n, *sides, row, generator) if sides else (torch.zeros(n, 4), torch.zeros(n))
-    colours = draw_colours(n, row, generator)
-    columns = (boxes, flips, *(colours[name] for name in ('factors', 'order', 'gray', 'sigma')))
-    return torch.cat([column.float().view(n, -1) for column in columns], 1)
+def sample(n, augmentation, generator, sides=None):
+    """All that is random in n views of images: n x columns float32 on the CPU, first the crop's columns, then those of
+    each operation; from the CPU's generator, so that a seed fixes the views whatever the device. sides: height and
+    width of whole images; None for what is cropped already."""
+    crop = augmentation.crop
+    boxes = crop.sample(n, *sides, generator) if sides else torch.zeros(n, crop.columns)
+    return torch.cat([boxes, *(operation.sample(n, generator) for operation in augmentation.operations)], 1)
 
 
-def distort(images, table, row, finish):
+def split_draws(draws, augmentation):
+    """(boxes, flips, [(operation, its draws), ...]) of a table of `sample`; without operations that change nothing."""
+    operations = augmentation.operations
+    crop, *rest = draws.split([augmentation.crop.columns, *(operation.columns for operation in operations)], 1)
+    pairs = zip(operations, rest, strict=True)
+    return crop[:, :4], crop[:, 4], [(operation, part) for operation, part in pairs if operation.prob]
+
+
+def distort(images, draws, augmentation, finish):
     """One distorted view of every image, on a CPU: each operation on the images that it is for.
 
-    images: N x 3 x H x W uint8, to be cropped, or of S x S; table: of `draw`. finish: what to do with the colours in
+    images: N x 3 x H x W uint8, to be cropped, or of S x S; draws: of `sample`. finish: what to do with the colors in
     [0, 1] at last: normalise them, or to_bytes. A CPU core is fastest on what stays in its cache, so large views go
     through all operations one or a few at a time; of small ones the whole batch, which all cores share.
     """
-    size, views = row['size'], []
+    size, views = augmentation.size, []
     step = max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
-    draws = {name: table[:, columns] for name, columns in COLUMNS.items()}
-    boxes, flips = draws.pop('boxes'), draws.pop('flips') > 0
-    whole = bool(boxes[:, 2].any())
+    boxes, flips, operations = split_draws(draws, augmentation)
+    whole, cubic = bool(boxes[:, 2].any()), augmentation.interpolation == 'bicubic'
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         x = images[part].float()
         if whole:
-            x = crop_resize(x, boxes[part], flips[part], size, cubic=row['interpolation'] == 'bicubic')
+            x = crop_resize(x, boxes[part], flips[part], size, cubic=cubic)
         x.div_(255)
-        views.append(finish(recolour(x, **{name: draw[part] for name, draw in draws.items()})))
+        for operation, drawn in operations:
+            x = operation.on_cpu(x, drawn[part])
+        views.append(finish(x))
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
-def distort_all(images, table, moments, count, size, operations):
+def distort_all(images, draws, augmentation, moments, count):
     """random_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
-    was drawn and all of it is one graph. moments: mean_and_std. operations: whether the colours are random, whether
-    views are blurred, whether crops are resized by a cubic filter. Returns the views, each in channels_last."""
-    colours, blurs, cubic = operations
-    boxes, flips, factors, order, gray, sigma = (table[:, columns] for columns in COLUMNS.values())
+    was drawn and all of it is one graph. moments: of mean_and_std. Returns the views, each in channels_last."""
+    boxes, flips, operations = split_draws(draws, augmentation)
     if images.ndim == 4:
-        x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, size, cubic=cubic)
+        cubic = augmentation.interpolation == 'bicubic'
+        x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, augmentation.size, cubic=cubic)
     else:
         x = images.transpose(0, 1).flatten(0, 1) / 255
-    if colours:
-        x = recolour_all(x, factors, order, gray > 0)
-    if blurs:
-        x = blur_all(x, sigma)
+    for operation, drawn in operations:
+        x = operation.on_gpu(x, drawn)
     x = (x - moments[0]) / moments[1]
     return x.contiguous(memory_format=torch.channels_last).chunk(count)
-
-
-def has_colours(row):
-    """Whether the colours are random."""
-    return bool(row['jitter_prob'] or row['gray_prob'])
 
 
 @functools.cache
@@ -121,22 +117,15 @@ def moments_of(args, device):
 
 
 @functools.cache
-def torchvision_views(row):
+def torchvision_views(augmentation):
     """The reference: torchvision's transforms, one image at a time, as a function of (PIL image, seed, count) to its
-    views, count x 3 x S x S uint8. row: of recipes.distortion, as the pairs of its items."""
+    views, count x 3 x S x S uint8."""
     from torchvision.transforms import v2
 
-    a = dict(row)
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(a['size'], a['scale'], a['ratio'], v2.InterpolationMode(a['interpolation'])),
-            v2.RandomApply([v2.ColorJitter(*a['jitter'])], a['jitter_prob']),
-            v2.RandomGrayscale(a['gray_prob']),
-            v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, a['sigma'])], a['blur_prob']),
-            v2.RandomHorizontalFlip(a['flip']),
-            v2.ToImage(),
-        ]
-    )
+    crop = augmentation.crop
+    steps = [crop.torchvision(v2, augmentation.size, augmentation.interpolation)]
+    steps += [operation.torchvision(v2) for operation in augmentation.operations]
+    transform = v2.Compose([*steps, v2.RandomHorizontalFlip(crop.flip), v2.ToImage()])
 
     def views(image, seed, count):
         with torch.random.fork_rng(devices=[]):

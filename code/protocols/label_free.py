@@ -12,8 +12,7 @@ import torch
 
 from ckpt import new_model
 from dataloader import vision
-from dataloader.augment.geometry import draw_crops
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.load_dataset import batches, in_order, select
 from dataloader.loading.sampler import Keys
 from errors import UserError
@@ -121,15 +120,15 @@ def of_views(args, model, images, views):
     are the same wherever the images are held, and whoever distorts them."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
     found = batches(args, replace(images, args=args, views=views, crops_only=True), shuffled=False)
-    row = distortion(args, 'moco')
+    recipe = get_augmentation(args, 'moco')
     count = len(images)
     first = rank() * -(-count // world())  # whatever the batch, and however many processes share it
 
     def parts():
         done = first
         for pixels, _ in prepared(args, progress(found, 'two views')):
-            table = fixed_draws(count, views, tuple(row.items()), pixels.shape[2:] if pixels.ndim == 4 else None)
-            yield seen(vision.views_by(pixels, table[:, done : done + len(pixels)].flatten(0, 1), row, views))
+            draws = fixed_draws(count, views, recipe, pixels.shape[2:] if pixels.ndim == 4 else None)
+            yield seen(vision.views_by(pixels, draws[:, done : done + len(pixels)].flatten(0, 1), recipe, views))
             done += len(pixels)
         side = torch.zeros(1, 3, args.image_size, args.image_size, device=get_device(args))
         yield tuple(x[:0] for x in seen([side] * views))  # there may be more processes than images
@@ -146,17 +145,15 @@ def of_views(args, model, images, views):
 
 
 @functools.cache
-def fixed_draws(count, views, row, sides):
-    """What is random in the views of each of `count` images: views x count x 15 (vision.draw). sides: height and width
-    of whole images, whose crops are drawn as the processes draw those of files (crops.random_crops). row: its items."""
-    row = dict(row)
-    table = vision.draw(views * count, row, random_from(SEED, 'fixed views')).view(views, count, -1)
+def fixed_draws(count, views, augmentation, sides):
+    """What is random in the views of each of `count` images: views x count x columns (vision.sample). sides: height and
+    width of whole images, whose crops are drawn as the workers draw those of files (crops.random_crops)."""
+    table = vision.sample(views * count, augmentation, random_from(SEED, 'fixed views')).view(views, count, -1)
     if sides:
         _, seeds = Keys(count, count, SEED, 'moco', shuffled=False, drop_last=False).drawn()
         for index, seed in enumerate(seeds.tolist()):
-            boxes, flips = draw_crops(views, *sides, row, torch.Generator().manual_seed(seed))
-            table[:, index, vision.COLUMNS['boxes']] = boxes.float()
-            table[:, index, vision.COLUMNS['flips']] = flips.float()
+            crops = augmentation.crop.sample(views, *sides, torch.Generator().manual_seed(seed))
+            table[:, index, : augmentation.crop.columns] = crops
     return table
 
 

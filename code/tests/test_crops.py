@@ -1,6 +1,6 @@
 """Any picture, any view, every store: a crop never fails, and is the reference's (hypothesis).
 
-EXAMPLES=10000 python -m pytest tests/test_crops.py     more than the few hundred of every day
+EXAMPLES=10000 python -m pytest tests/test_crops.py     more than those of every day
 """
 
 import io
@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataloader.augment import geometry
-from dataloader.augment.recipes import AUGMENTATIONS
+from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
 from dataloader.cache.decoded import resized
 from dataloader.loading import crops
 from dataloader.loading.decode import opened, rgb, shrink
@@ -24,8 +23,9 @@ from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import Names
 from dataloader.sources.tar_index import open_archives
 from runtime.messages import progress
+from runtime.options import get_config
 
-EXAMPLES = int(os.environ.get('EXAMPLES', 150))
+EXAMPLES = int(os.environ.get('EXAMPLES', 60))
 # The same examples every day; others where more are asked for.
 every_day = settings(
     max_examples=EXAMPLES,
@@ -58,13 +58,17 @@ def encoded(image, kind):
 
 def reference(image, size, count, name, seed):
     """torchvision's way: cut the box out of the whole image, resize it with PIL, flip."""
-    boxes, flips = geometry.draw_crops(count, image.height, image.width, AUGMENTATIONS[name], generator(seed))
+    boxes = AUGMENTATIONS[name][0].sample(count, image.height, image.width, generator(seed))
     wanted = []
-    for (top, left, height, width), flip in zip(boxes.tolist(), flips.tolist(), strict=True):
+    for top, left, height, width, flip in boxes.tolist():
         crop = image.crop((int(left), int(top), int(left + width), int(top + height)))
         crop = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
         wanted.append(torch.from_numpy(crop[:, ::-1].copy() if flip else crop.copy()).permute(2, 0, 1))
     return torch.stack(wanted)
+
+
+def recipe(name, size):
+    return get_augmentation(get_config(image_size=size), name)
 
 
 def generator(seed):
@@ -87,7 +91,7 @@ def test_a_crop_is_the_references(size, view, name, seed, kind, halve):
         whole = rgb(image)
     wanted = reference(whole, view, 2, name, seed)
     with opened(io.BytesIO(content), 'cut') as image:
-        ours = crops.random_crops(image, view, 2, AUGMENTATIONS[name], generator(seed), halve)
+        ours = crops.random_crops(image, 2, recipe(name, view), generator(seed), halve)
         shrunk = image.size != whole.size
     assert (ours.shape, ours.dtype) == ((2, 3, view, view), torch.uint8)
     most, mean = gaps(ours, wanted)
@@ -144,7 +148,7 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
         found = []
         for store in [*stores, Memory(Names(names[:1]), pixels)] if row == 0 else stores:
             with store.opened(row) as image:
-                found.append(crops.random_crops(image, view, 2, AUGMENTATIONS['moco'], generator(seed)))
+                found.append(crops.random_crops(image, 2, recipe('moco', view), generator(seed)))
         assert all(torch.equal(crop, found[0]) for crop in found)
 
 
@@ -157,6 +161,6 @@ def test_odd_photographs(width, height, view):
     shrunk = 0
     for seed in range(300):
         with opened(io.BytesIO(content), 'image') as image:
-            crops.random_crops(image, view, 2, AUGMENTATIONS['moco'], generator(seed))
+            crops.random_crops(image, 2, recipe('moco', view), generator(seed))
             shrunk += image.size != (width, height)
     assert shrunk

@@ -17,7 +17,7 @@ from torchvision import datasets
 
 from commands.pack import pack
 from dataloader import vision
-from dataloader.augment import geometry
+from dataloader.augment import crop
 from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
@@ -109,8 +109,8 @@ def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
     whole = torch.from_numpy(np.array(decode(images.folder / images.names[0]))).permute(2, 0, 1).expand(2, -1, -1, -1)
     for seed in range(8):
         crops = images.read(0, seed, 'moco') / 255
-        boxes, flips = geometry.draw_crops(2, side, side, AUGMENTATIONS['moco'], torch.Generator().manual_seed(seed))
-        wanted = geometry.crop_resize(whole / 255, boxes, flips, 128)
+        draws = AUGMENTATIONS['moco'][0].sample(2, side, side, torch.Generator().manual_seed(seed))
+        wanted = crop.crop_resize(whole / 255, draws[:, :4], draws[:, 4], 128)
         torch.testing.assert_close(crops, wanted, atol=atol, rtol=0)
         assert (crops - wanted).abs().mean() < mean
 

@@ -17,7 +17,7 @@ import cli
 import warm
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.load_dataset import get_iterator, in_order
 from dataloader.loading.sampler import Keys
 from errors import UserError
@@ -94,10 +94,10 @@ def test_every_process_draws_what_one_would(blur, atol):
     """Views of the parts of a batch are those of the whole batch (a blur reaches as far as the largest of a batch)."""
     images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    row = distortion(get_config(image_size=24, blur_prob=blur), 'moco')
+    recipe = get_augmentation(get_config(image_size=24, blur_prob=blur), 'moco')
 
     def views(place, these):
-        return vision.random_views(these, row, random_from(1), place=place)
+        return vision.random_views(these, recipe, random_from(1), place=place)
 
     whole = views((0, 8), images)
     for rank in range(4):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ckpt import new_model
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.loading.dataset import Images
 from dataloader.loading.loader import workers_for
 from dataloader.readers.memory import Memory
@@ -38,7 +38,7 @@ from runtime.seeding import random_from
 from runtime.tensors import channels_last
 from train import train_step
 
-ROW = distortion(get_config(image_size=32, blur_prob=0.5), 'moco')
+MOCO = get_augmentation(get_config(image_size=32, blur_prob=0.5), 'moco')
 GPU = torch.device('cuda', 0)
 SMALL = {'preset': 'demo', 'proj_dim': 32, 'pred_dim': 8}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU here')
@@ -63,7 +63,7 @@ def images_of(device, crops):
 @pytest.mark.parametrize('crops', [False, True])
 def test_views_stay_on_the_gpu(crops, no_content):
     table, moments = torch.zeros(32, 15, device=GPU), torch.zeros(2, 3, 1, 1, device=GPU)
-    views = vision.distort_all(images_of(GPU, crops), table, moments, 2, 32, (True, True, False))
+    views = vision.distort_all(images_of(GPU, crops), table, MOCO, moments, 2)
     for view in views:
         assert (view.shape, view.device, view.dtype) == ((16, 3, 32, 32), GPU, torch.float32)
         assert view.is_contiguous(memory_format=torch.channels_last)
@@ -124,11 +124,11 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
     """All of it, from bytes to normalised views, without a break; and what the CPU's path makes of the same table."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, images_of('cpu', crops).shape, dtype=torch.uint8, generator=generator)
-    table = vision.draw(32, ROW, random_from(1), None if crops else images.shape[-2:])
-    given = (images, table, vision.moments_of(get_config(), images.device), 2, 32, (True, True, False))
+    table = vision.sample(32, MOCO, random_from(1), None if crops else images.shape[-2:])
+    given = (images, table, MOCO, vision.moments_of(get_config(), images.device), 2)
     whole = torch.compile(vision.distort_all, backend='eager', fullgraph=True)(*given)
     for ours, plain, wanted in zip(
-        whole, vision.distort_all(*given), vision.random_views(images, ROW, random_from(1)), strict=True
+        whole, vision.distort_all(*given), vision.random_views(images, MOCO, random_from(1)), strict=True
     ):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
         # Of a blur the CPU leaves out what lies beyond the largest sigma of the batch.
@@ -443,8 +443,8 @@ def test_a_recorded_step_is_the_step(compiled, monkeypatch):
 def test_views_on_a_gpu_are_the_cpus():
     images = torch.randint(0, 256, (16, 3, 40, 48), dtype=torch.uint8)
     for compiled in (False, use_compile(get_config())):
-        ours = vision.random_views(images.cuda(), ROW, random_from(1), compiled=compiled)
-        for view, wanted in zip(ours, vision.random_views(images, ROW, random_from(1)), strict=True):
+        ours = vision.random_views(images.cuda(), MOCO, random_from(1), compiled=compiled)
+        for view, wanted in zip(ours, vision.random_views(images, MOCO, random_from(1)), strict=True):
             assert (
                 vision.denormalise(view, get_config()).cpu() - vision.denormalise(wanted, get_config())
             ).abs().max() < 0.01

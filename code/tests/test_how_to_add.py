@@ -1,4 +1,4 @@
-"""What code/README.md says of how to add something, done: a protocol, an option, a recipe of augmentation."""
+"""What code/README.md says of how to add something, done: a protocol, an option, an operation, a recipe."""
 
 import json
 import os
@@ -77,13 +77,35 @@ def test_an_option_is_a_line_and_its_meaning(drawn, tmp_path):
     assert about['args']['grad_clip'] == 2.0
 
 
-def test_a_recipe_is_a_row_and_a_choice(drawn, tmp_path):
+INVERT = """
+import torch
+
+@dataclass(frozen=True)
+class Invert:
+    prob: float
+
+    columns = 1
+
+    def sample(self, n, generator):
+        return (torch.rand(n, 1, generator=generator) < self.prob).float()
+
+    def on_cpu(self, x, draws):
+        return self.on_gpu(x, draws)
+
+    def on_gpu(self, x, draws):
+        return torch.where(draws[..., None, None] > 0, 1 - x, x)
+
+    def torchvision(self, v2):
+        return v2.RandomInvert(self.prob)
+"""
+
+
+def test_an_operation_is_a_class_and_a_recipe_is_a_line_and_a_choice(drawn, tmp_path):
     code = copy_of_code(tmp_path)
-    row = (
-        "    'mild': {'scale': (0.5, 1.0), 'ratio': (1.0, 1.0), 'flip': 0.5, 'jitter': (0.1,) * 4, 'jitter_prob': 0.5, "
-    )
-    row += "'gray_prob': 0.0, 'sigma': (0.1, 1.0)},"
-    add_line(code / 'dataloader/augment/recipes.py', 'AUGMENTATIONS = {', row)
+    row = "    'mild': (RandomResizedCrop(scale=(0.5, 1.0)), RandomGrayscale(0.5), Invert(0.3)),"
+    recipes = code / 'dataloader/augment/recipes.py'
+    add_line(recipes, 'AUGMENTATIONS = {', row)
+    recipes.write_text(recipes.read_text().replace('AUGMENTATIONS = {', f'{INVERT}\n\nAUGMENTATIONS = {{', 1))
     config = code / 'config.py'
     choices = "augmentation: str = option('moco', ('moco', 'simclr')"
     assert f'    {choices}' in config.read_text()

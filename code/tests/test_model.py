@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataloader import vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.sources import demo
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric.feature_std import spread
@@ -213,13 +213,13 @@ def pretrain(stop_gradient, steps=150, n=512):
     """(loss, std) of every step of one short run on the demo's drawings, with stop-gradient or without."""
     generator = torch.Generator().manual_seed(0)
     images = torch.stack([demo.draw(demo.KINDS[i % 10], generator) for i in range(n)])
-    row = distortion(get_config(image_size=8, blur_prob=0.0), 'moco')
+    recipe = get_augmentation(get_config(image_size=8, blur_prob=0.0), 'moco')
     images = images[:, None, ::3, ::3].expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', stem='imagenet', proj_dim=64, pred_dim=16))
     optimizer, history = make_sgd(model, 0.9, 5e-4), []
     for step in range(steps):
-        view1, view2 = vision.random_views(images, row, random_from(step))
+        view1, view2 = vision.random_views(images, recipe, random_from(step))
         rate = learning_rate(step / steps, 0, 0.2)
         set_learning_rates(optimizer, rate, rate, 0.2 if stop_gradient else rate)
         p1, p2, z1, z2 = model(view1, view2)

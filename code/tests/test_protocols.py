@@ -15,9 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import TINY, draw_folder, one_line, own_paths
-from dataloader import vision
-from dataloader.augment import geometry
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.load_dataset import load_splits, select, shuffled_crops
 from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import Names
@@ -282,13 +280,13 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
 
 @pytest.mark.parametrize('scale', [0.05, 0.5])
 def test_the_smallest_crop_is_an_option(scale):
-    row = distortion(get_config(crop_scale=scale), 'crop')
-    boxes, flips = geometry.draw_crops(3000, 96, 96, row, random_from('crops'))
-    area = boxes[:, 2] * boxes[:, 3] / 96**2
+    recipe = get_augmentation(get_config(crop_scale=scale), 'crop')
+    crops = recipe.crop.sample(3000, 96, 96, random_from('crops'))
+    area = crops[:, 2] * crops[:, 3] / 96**2
     assert scale - 0.02 < area.min() < scale + 0.05
     assert area.max() > 0.95
-    assert not vision.has_colours(row)
-    assert 0.45 < flips.float().mean() < 0.55
+    assert not recipe.changes_pixels
+    assert 0.45 < crops[:, 4].mean() < 0.55
 
 
 @pytest.mark.parametrize(

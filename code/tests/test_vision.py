@@ -1,6 +1,7 @@
 """Augmentation: every operation against torchvision's or PIL's, every random parameter against its distribution."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from dataloader import vision
-from dataloader.augment import color, geometry
-from dataloader.augment.recipes import AUGMENTATIONS, distortion
+from dataloader.augment import blur, color, crop
+from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
 from runtime.options import get_config
 from runtime.seeding import random_from
 
-MOCO = distortion(get_config(image_size=24, blur_prob=0.5), 'moco')
+MOCO = get_augmentation(get_config(image_size=24, blur_prob=0.5), 'moco')
 
 
 def photos(n, height, width, seed=0):
@@ -29,8 +30,8 @@ def photos(n, height, width, seed=0):
 @pytest.mark.parametrize(('height', 'width', 'size'), [(32, 32, 32), (48, 40, 32), (30, 64, 12), (20, 20, 50)])
 def test_crop_resize_is_torchvisions_and_pils(height, width, size):
     x = (photos(16, height, width) * 255).round() / 255
-    boxes, flips = geometry.draw_crops(16, height, width, MOCO, random_from('boxes'))
-    ours = geometry.crop_resize(x, boxes, flips, size)
+    boxes, flips = MOCO.crop.sample(16, height, width, random_from('boxes')).split([4, 1], 1)
+    ours = crop.crop_resize(x, boxes, flips[:, 0], size)
     for image, box, flip, result in zip(x, boxes.int().tolist(), flips, ours, strict=True):
         top, left, h, w = box
         wanted = reference.resized_crop(image, top, left, h, w, [size, size], antialias=True)
@@ -87,52 +88,63 @@ def test_blur_is_a_gaussian():
     """A separate derivation: the border mirrored, then a convolution with the outer product of two Gaussians."""
     x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
     offsets = torch.arange(-6.0, 7.0)
-    for image, s, result in zip(x, sigma, color.blur(x.clone(), sigma), strict=True):
+    for image, s, result in zip(x, sigma, blur.blur(x.clone(), sigma), strict=True):
         line = torch.exp(-(offsets**2) / (2 * s**2))
         kernel = torch.outer(line, line) / line.sum() ** 2
         padded = functional.pad(image[:, None], (6, 6, 6, 6), mode='reflect')
         torch.testing.assert_close(result, functional.conv2d(padded, kernel[None, None])[:, 0], atol=1e-5, rtol=0)
     inside = (slice(None), slice(None), slice(6, -6), slice(6, -6))
     wanted = reference.gaussian_blur(x[3:4], [13, 13], [1.7, 1.7])
-    torch.testing.assert_close(color.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(blur.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
 
 
 def test_blur_of_a_tiny_image():
     x = photos(2, 4, 4)
-    blurred = color.blur(x.clone(), torch.tensor([0.1, 2.0]))
+    blurred = blur.blur(x.clone(), torch.tensor([0.1, 2.0]))
     torch.testing.assert_close(blurred[0], x[0], atol=1e-5, rtol=0)
     assert blurred[1].std() < x[1].std()
 
 
-def test_recolour_applies_each_images_own_draw():
+def draws_of(augmentation, n, generator):
+    """Of each operation after the crop."""
+    return [operation.sample(n, generator) for operation in augmentation.operations]
+
+
+def on_cpu(augmentation, x, draws):
+    for operation, part in zip(augmentation.operations, draws, strict=True):
+        x = operation.on_cpu(x, part)
+    return x
+
+
+def test_the_operations_apply_each_images_own_draw():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
-    x, draws = photos(40, 12, 12), color.draw_colours(40, MOCO, random_from('colours'))
-    ours = color.recolour(x.clone(), **draws)
+    x, draws = photos(40, 12, 12), draws_of(MOCO, 40, random_from('colours'))
+    ours = on_cpu(MOCO, x.clone(), draws)
+    jitter, gray, sigma = draws[0], draws[1][:, 0], draws[2][:, 0]
     untouched = 0
     for i, image in enumerate(x):
         wanted = image[None]
         for place in range(4):
             for kind, (_, operation, _) in enumerate(OPERATIONS):
-                if draws['order'][i, kind] == place:
-                    wanted = operation(wanted, draws['factors'][i, kind].item())
-        if draws['gray'][i]:
+                if jitter[i, 4 + kind] == place:
+                    wanted = operation(wanted, jitter[i, kind].item())
+        if gray[i]:
             wanted = reference.rgb_to_grayscale(wanted, 3)
-        if draws['sigma'][i] > 0:
-            wanted = color.blur(wanted.clone(), draws['sigma'][i : i + 1])
+        if sigma[i] > 0:
+            wanted = blur.blur(wanted.clone(), sigma[i : i + 1])
         torch.testing.assert_close(ours[i : i + 1], wanted, atol=2e-3, rtol=0)
         untouched += torch.equal(ours[i], image)
     assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
 
 
 def test_the_gpus_formulation_is_the_same():
-    """recolour_all and blur_all, which work on every image whatever was drawn, against recolour."""
-    x, draws = photos(60, 24, 24), color.draw_colours(60, MOCO, random_from('gpu'))
-    sigma = draws['sigma']
-    ours = color.blur_all(color.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), sigma)
-    torch.testing.assert_close(ours, color.recolour(x.clone(), **draws), atol=4e-3, rtol=0)
-    unblurred = {**draws, 'sigma': torch.zeros(60)}
-    ours = color.blur_all(color.recolour_all(x.clone(), draws['factors'], draws['order'], draws['gray']), 0 * sigma)
-    torch.testing.assert_close(ours, color.recolour(x.clone(), **unblurred), atol=1e-5, rtol=0)
+    """on_gpu, which works on every image whatever was drawn, against on_cpu."""
+    x, draws = photos(60, 24, 24), draws_of(MOCO, 60, random_from('gpu'))
+    for blurred, atol in ((1, 4e-3), (0, 1e-5)):
+        drawn, ours = [*draws[:2], draws[2] * blurred], x.clone()
+        for operation, part in zip(MOCO.operations, drawn, strict=True):
+            ours = operation.on_gpu(ours, part)
+        torch.testing.assert_close(ours, on_cpu(MOCO, x.clone(), drawn), atol=atol, rtol=0)
 
 
 def gap(ours, theirs):
@@ -146,12 +158,12 @@ def gap(ours, theirs):
 @pytest.mark.parametrize(('height', 'width', 'name'), [(32, 32, 'moco'), (96, 24, 'moco'), (30, 40, 'simclr')])
 def test_crops_are_distributed_as_torchvisions(height, width, name):
     """With 6,000 draws each, two samples of one distribution are further apart than 0.04 once in ten thousand times."""
-    augmentation, n = AUGMENTATIONS[name], 6000
-    boxes, flips = geometry.draw_crops(n, height, width, augmentation, random_from('crops'))
+    drawn, n = AUGMENTATIONS[name][0], 6000
+    boxes, flips = drawn.sample(n, height, width, random_from('crops')).split([4, 1], 1)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    crop = v2.RandomResizedCrop(8, scale=augmentation['scale'], ratio=augmentation['ratio'])
-    params = [crop.make_params([image]) for _ in range(n)]
+    theirs = v2.RandomResizedCrop(8, scale=drawn.scale, ratio=drawn.ratio)
+    params = [theirs.make_params([image]) for _ in range(n)]
     theirs = torch.tensor([[p[key] for key in ('top', 'left', 'height', 'width')] for p in params]).float()
     for ours, others in zip(boxes.unbind(1), theirs.unbind(1), strict=True):
         assert gap(ours, others) < 0.04
@@ -162,25 +174,26 @@ def test_crops_are_distributed_as_torchvisions(height, width, name):
 
 @pytest.mark.parametrize('name', ['moco', 'simclr'])
 def test_colours_are_distributed_as_stated(name):
-    augmentation, n = {**AUGMENTATIONS[name], 'blur_prob': 0.5}, 24000
-    draws = color.draw_colours(n, augmentation, random_from('colours'))
+    augmentation, n = get_augmentation(get_config(blur_prob=0.5), name), 24000
+    jitter, gray, sigma = draws_of(augmentation, n, random_from('colours'))
+    gray, sigma, jittering = gray[:, 0], sigma[:, 0], augmentation.operations[0]
     even = (torch.arange(n) + 0.5) / n
-    for kind, strength in enumerate(augmentation['jitter']):
+    for kind, strength in enumerate((jittering.brightness, jittering.contrast, jittering.saturation, jittering.hue)):
         middle = 0 if kind == 3 else 1
-        assert gap(draws['factors'][:, kind], middle - strength + 2 * strength * even) < 0.02
-    jittered = draws['order'][:, 0] < 4
+        assert gap(jitter[:, kind], middle - strength + 2 * strength * even) < 0.02
+    jittered = jitter[:, 4] < 4
     assert abs(jittered.float().mean() - 0.8) < 0.012
-    assert abs(draws['gray'].float().mean() - 0.2) < 0.012
-    blurred = draws['sigma'] > 0
+    assert abs(gray.mean() - 0.2) < 0.012
+    blurred = sigma > 0
     assert abs(blurred.float().mean() - 0.5) < 0.015
-    assert gap(draws['sigma'][blurred], 0.1 + 1.9 * even) < 0.025
+    assert gap(sigma[blurred], 0.1 + 1.9 * even) < 0.025
     # All 24 orders, equally often.
-    orders, counts = draws['order'][jittered].unique(dim=0, return_counts=True)
+    orders, counts = jitter[jittered, 4:].unique(dim=0, return_counts=True)
     assert len(orders) == math.factorial(4)
     share = counts / counts.sum()
     assert (share - 1 / 24).abs().max() < 0.007
     # Which images are jittered, grey or blurred has nothing to do with one another.
-    table = torch.stack((jittered, draws['gray'], blurred)).float()
+    table = torch.stack((jittered, gray, blurred)).float()
     assert (torch.corrcoef(table) - torch.eye(3)).abs().max() < 0.03
 
 
@@ -195,18 +208,11 @@ def test_two_views_are_fixed_by_the_generator_and_differ():
 
 
 def test_without_distortion_the_views_are_the_image():
-    plain = {
-        **distortion(get_config(), 'moco'),
-        'scale': (1, 1),
-        'ratio': (1, 1),
-        'flip': 0,
-        'jitter': (0, 0, 0, 0),
-        'jitter_prob': 1,
-        'gray_prob': 0,
-        'sigma': (0.1, 2.0),
-        'size': 16,
-        'blur_prob': 0.0,
-    }
+    plain = replace(
+        get_augmentation(get_config(image_size=16), 'moco'),
+        crop=crop.RandomResizedCrop(scale=(1, 1), ratio=(1, 1), flip=0),
+        operations=(color.ColorJitter(0, 0, 0, 0, prob=1), color.RandomGrayscale(0), blur.GaussianBlur(prob=0)),
+    )
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
     for view in vision.random_views(images, plain, random_from(0)):
         torch.testing.assert_close(vision.denormalise(view, get_config()), images / 255, atol=1e-4, rtol=0)
@@ -218,5 +224,6 @@ def test_without_distortion_the_views_are_the_image():
 
 def test_simclr_distorts_more_than_moco():
     moco, simclr = AUGMENTATIONS['moco'], AUGMENTATIONS['simclr']
-    assert simclr['scale'][0] < moco['scale'][0]
-    assert all(a == 2 * b for a, b in zip(simclr['jitter'], moco['jitter'], strict=True))
+    assert simclr[0].scale[0] < moco[0].scale[0]
+    for name in ('brightness', 'contrast', 'saturation', 'hue'):
+        assert getattr(simclr[1], name) == 2 * getattr(moco[1], name)

@@ -20,7 +20,7 @@ import cli
 from ckpt import get_model_ckpt, new_model
 from conftest import CODE, one_line, own_paths
 from dataloader import vision
-from dataloader.augment import geometry
+from dataloader.augment import crop
 from dataloader.load_dataset import in_order, load_splits
 from dataloader.loading import crops
 from errors import UserError
@@ -285,12 +285,12 @@ def test_every_view_is_normalized_by_the_options(drawn):
     other = changed(usual, mean='0.5', std='0.25')
     pixels = vision.denormalise(vision.plain_view(images, usual), usual)
     torch.testing.assert_close(vision.plain_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
-    from dataloader.augment.recipes import distortion
+    from dataloader.augment.recipes import get_augmentation
 
     for batch in (images, torch.stack((images, images), 1)):
         for one, two in zip(
-            vision.random_views(batch, distortion(usual, 'moco'), random_from(1)),
-            vision.random_views(batch, distortion(other, 'moco'), random_from(1)),
+            vision.random_views(batch, get_augmentation(usual, 'moco'), random_from(1)),
+            vision.random_views(batch, get_augmentation(other, 'moco'), random_from(1)),
             strict=True,
         ):
             torch.testing.assert_close(two, (vision.denormalise(one, usual) - 0.5) / 0.25, atol=1e-4, rtol=0)
@@ -304,7 +304,7 @@ def test_bicubic_crops_are_pils(height, width, size):
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
     args = get_config(image_size=size, crop_ratio=0.875, interpolation='bicubic')
     ours = vision.denormalise(vision.plain_view(images, args), args)
-    left, top, side = *geometry.centre_box(height, width, 0.875)[1::-1], min(height, width) * 0.875
+    left, top, side = *crop.centre_box(height, width, 0.875)[1::-1], min(height, width) * 0.875
     for image, result in zip(images, ours, strict=True):
         pil = reference.to_pil_image(image)
         wanted = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -312,7 +312,7 @@ def test_bicubic_crops_are_pils(height, width, size):
         torch.testing.assert_close(result, wanted / 255, atol=2.6 / 255, rtol=0)  # PIL rounds and clips in between
         assert torch.equal(crops.centre_crop(pil, size, 0.875, how='bicubic')[0], wanted)
     boxes = torch.tensor([[2.0, 3.0, 15.0, 12.0]]).expand(3, 4)
-    ours = geometry.crop_resize(images / 255, boxes, torch.zeros(3), size, cubic=True)
+    ours = crop.crop_resize(images / 255, boxes, torch.zeros(3), size, cubic=True)
     wanted = reference.resized_crop(images / 255, 2, 3, 15, 12, [size, size], reference.InterpolationMode.BICUBIC, True)
     torch.testing.assert_close(ours, wanted.clamp(0, 1), atol=2e-3, rtol=0)
 

@@ -1,90 +1,93 @@
-"""Colour jitter, grayscale and blur, every image by its own draw.
+"""Color jitter and grayscale: each operation as a CPU does it, on the images that it is for, and as a GPU does."""
 
-On a CPU each operation on the images that it is for, on a GPU all of them on all.
-"""
-
-import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
-from dataloader.augment.geometry import separable
+from dataloader.augment.batch import on_chosen
 
 GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R 601
 # Where on the circle the waves of red, green and blue (hue) have their valley or peak.
 WAVES = torch.tensor((1 / 2, 1 / 3, 2 / 3)).view(3, 1, 1)
-REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
 
 
-def draw_colours(n, row, generator):
-    """Each image's colour jitter, grayscale and blur.
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast and saturation times a random factor, the hue turned, in random order.
 
-    row: of recipes.distortion. Returns CPU tensors: factors, n x 4 (brightness, contrast, saturation: factors;
-    hue: turns of the colour circle); order, n x 4, the place of each of the four, or 4 (never) for an image that is not
-    jittered; gray, n bool; sigma, n, in pixels, 0 for no blur.
+    The first three factors are within 1 - strength and 1 + strength; the hue turns by as much as its strength either
+    way, in turns of the color circle. prob: of jittering an image at all.
     """
-    jitter = torch.tensor(row['jitter'])
-    factors = 1 + jitter * (2 * torch.rand(n, 4, generator=generator) - 1)
-    factors[:, 3] -= 1  # a turn, not a factor
-    order = torch.rand(n, 4, generator=generator).argsort(1)
-    apply = torch.rand(n, generator=generator) < row['jitter_prob']
-    gray = torch.rand(n, generator=generator) < row['gray_prob']
-    low, high = row['sigma']
-    sigma = low + (high - low) * torch.rand(n, generator=generator)
-    blurred = torch.rand(n, generator=generator) < row['blur_prob']
-    return {
-        'factors': factors,
-        'order': order.masked_fill(~apply[:, None], 4),
-        'gray': gray,
-        'sigma': sigma * blurred,
-    }
 
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    prob: float = 0.8
 
-def recolour(x, factors, order, gray, sigma):
-    """Jitter, grayscale and blur, each image by its own draw (draw_colours), each operation on the images it is for.
+    columns = 8
 
-    x: N x 3 x S x S in [0, 1], overwritten; the rest on the CPU. Returns the same shape.
-    """
-    order = order.numpy()
-    for place in range(4):
-        turn = order == place
-        for kind in np.flatnonzero(turn.any(0)):
-            x = on_chosen(x, turn[:, kind], (brightness, contrast, saturation, hue)[kind], factors[:, kind])
-    x = on_chosen(x, gray.numpy(), make_gray, gray)
-    return on_chosen(x, sigma.numpy() > 0, blur, sigma)
+    def sample(self, n, generator):
+        """n x 8 float32: the four factors (of the hue: turns), and the place of each in the order, or 4 (never)."""
+        strengths = torch.tensor((self.brightness, self.contrast, self.saturation, self.hue))
+        factors = 1 + strengths * (2 * torch.rand(n, 4, generator=generator) - 1)
+        factors[:, 3] -= 1  # a turn, not a factor
+        order = torch.rand(n, 4, generator=generator).argsort(1)
+        apply = torch.rand(n, generator=generator) < self.prob
+        return torch.cat((factors, order.masked_fill(~apply[:, None], 4).float()), 1)
 
-
-def on_chosen(x, chosen, operation, parameter):
-    """x with the chosen images put through `operation`, each with its parameter. chosen: N bool (numpy)."""
-    rows = np.flatnonzero(chosen)
-    if not len(rows):
+    def on_cpu(self, x, draws):
+        order = draws[:, 4:].numpy()
+        for place in range(4):
+            turn = order == place
+            for kind in np.flatnonzero(turn.any(0)):
+                x = on_chosen(x, turn[:, kind], (brightness, contrast, saturation, hue)[kind], draws[:, kind])
         return x
-    parameter = parameter[:, None, None, None]
-    if len(rows) == len(x):
-        return operation(x, parameter)
-    rows = torch.from_numpy(rows)  # x[rows] would take nine times as long
-    return x.index_copy_(0, rows, operation(x.index_select(0, rows), parameter[rows]))
+
+    def on_gpu(self, x, draws):
+        """More arithmetic, but no step depends on what was drawn, so it compiles into a few kernels. Three of the four
+        operations are one: the way from a base (black, the mean grey, each pixel's grey) towards the image, and beyond.
+        """
+        factors, order = draws.split(4, 1)
+        for place in range(4):
+            is_brightness, is_contrast, is_saturation, is_hue = (order == place)[..., None, None, None].unbind(1)
+            grey = luma(x)
+            base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
+            factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
+            moved = torch.lerp(base, x, factor).clamp(0, 1)
+            x = torch.where(
+                is_brightness | is_contrast | is_saturation,
+                moved,
+                torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x),
+            )
+        return x
+
+    def torchvision(self, v2):
+        jitter = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
+        return v2.RandomApply([jitter], self.prob)
 
 
-def recolour_all(x, factors, order, gray):
-    """Jitter and grayscale for a GPU: every operation on every image, then the choice of what each image is for.
+@dataclass(frozen=True)
+class RandomGrayscale:
+    """Every channel the luma."""
 
-    More arithmetic, but no step depends on what was drawn, so it compiles into a few kernels. Three of the four
-    operations are one: the way from a base (black, the mean grey, each pixel's grey) towards the image, and beyond.
-    """
-    for place in range(4):
-        is_brightness, is_contrast, is_saturation, is_hue = (order == place)[..., None, None, None].unbind(1)
-        grey = luma(x)
-        base = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey * is_saturation)
-        factor = ((order[:, :3] == place) * factors[:, :3]).sum(1)[:, None, None, None]
-        moved = torch.lerp(base, x, factor).clamp(0, 1)
-        x = torch.where(
-            is_brightness | is_contrast | is_saturation,
-            moved,
-            torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x),
-        )
-    return torch.where(gray[:, None, None, None], luma(x), x)
+    prob: float = 0.2
+
+    columns = 1
+
+    def sample(self, n, generator):
+        """n x 1 float32: 1 for an image that becomes gray."""
+        return (torch.rand(n, 1, generator=generator) < self.prob).float()
+
+    def on_cpu(self, x, draws):
+        return on_chosen(x, draws[:, 0].numpy() > 0, make_gray, draws[:, 0])
+
+    def on_gpu(self, x, draws):
+        return torch.where(draws[..., None, None] > 0, luma(x), x)
+
+    def torchvision(self, v2):
+        return v2.RandomGrayscale(self.prob)
 
 
 def luma(x):
@@ -150,41 +153,3 @@ def hue_all(x, turns):
     green = high - chroma * (angle - 1 / 3).abs().clamp(1 / 6, 1 / 3)
     blue = high - chroma * (angle - 2 / 3).abs().clamp(1 / 6, 1 / 3)
     return torch.stack((red, green, blue), 1)
-
-
-def blur(x, sigma):
-    """Gaussian blur, the border mirrored. x: N x 3 x S x S; sigma: N or N x 1 x 1 x 1, pixels, above 0; on the CPU.
-
-    Sums of shifted images, an axis after the other, as far as the largest sigma reaches.
-    """
-    reach = min(math.ceil(3 * sigma.max().item()), x.shape[-1] - 1)
-    weight = gaussian(sigma.flatten(), reach)[..., None, None, None]
-    for axis in (2, 3):
-        side = x.shape[axis]
-        wide = pad(x, (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0), mode='reflect')
-        x.mul_(weight[:, 0])
-        for i in range(1, reach + 1):
-            x.addcmul_(wide.narrow(axis, reach - i, side), weight[:, i])
-            x.addcmul_(wide.narrow(axis, reach + i, side), weight[:, i])
-    return x
-
-
-def blur_all(x, sigma):
-    """`blur` for a GPU, where sigma is 0 nothing changes: two products with a matrix of each image's weights."""
-    side = x.shape[-1]
-    reach = min(REACH, side - 1)
-    weight = gaussian(sigma.clamp(min=0.1), reach)
-    weight = torch.cat((weight[:, 1:].flip(1), weight), 1)[:, None].expand(-1, side, -1)
-    source = torch.arange(side, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
-    source = (side - 1) - (source.abs() - (side - 1)).abs()  # mirrored at both ends
-    matrix = x.new_zeros(len(x), side, side).scatter_add(2, source.expand(len(x), -1, -1), weight)
-    same = torch.eye(side, device=x.device)
-    matrix = torch.where(sigma[:, None, None] > 0, matrix, same)
-    return separable(x, matrix, matrix)
-
-
-def gaussian(sigma, reach):
-    """Weights of the distances 0 to `reach` pixels, N x (reach + 1); both sides together sum to 1."""
-    distance = torch.arange(reach + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
-    return weight / (2 * weight.sum(1, keepdim=True) - 1)  # distance 0, whose weight is 1, counts once

@@ -1,28 +1,68 @@
-"""The recipes of augmentation: how strong and how often each operation is."""
+"""The recipes of augmentation: which operations a view goes through, in this order, and how strong they are.
 
-# The distortions. `scale` is the share of the area that a crop covers; `jitter` the strengths of brightness, contrast,
-# saturation and hue; the rest are probabilities, and `sigma` the blur's range in pixels of the view.
-MOCO = {  # MoCo v2, the paper's (section 3)
-    'scale': (0.2, 1.0),
-    'ratio': (3 / 4, 4 / 3),
-    'flip': 0.5,
-    'jitter': (0.4, 0.4, 0.4, 0.1),
-    'jitter_prob': 0.8,
-    'gray_prob': 0.2,
-    'sigma': (0.1, 2.0),
-}
+A recipe is a RandomResizedCrop and the operations after it. To add a recipe, add a line to AUGMENTATIONS and its name
+to --augmentation in config.py. To add an operation, write a class like RandomGrayscale (color.py) and put it in a
+recipe. It has
+
+    prob                  the share of the views that it changes; where that is 0 it is left out
+    columns               how many numbers `sample` draws for a view
+    sample(n, generator)  what is random of n views: n x columns float32, on the CPU, from the CPU's generator
+    on_cpu(x, draws)      the views changed; x: N x 3 x S x S in [0, 1], may be overwritten; draws: of sample
+    on_gpu(x, draws)      the same for all views at once, in new memory, with no step that depends on what was drawn
+    torchvision(v2)       the reference, of torchvision.transforms.v2, which is handed in: few need it imported
+"""
+
+from dataclasses import dataclass, replace
+
+from dataloader.augment.blur import GaussianBlur
+from dataloader.augment.color import ColorJitter, RandomGrayscale
+from dataloader.augment.crop import RandomResizedCrop
+
 AUGMENTATIONS = {
-    'moco': MOCO,
-    # With labels (paper, appendix A): a random resized crop, from --crop_scale on, and a flip.
-    'crop': {**MOCO, 'scale': (None, 1.0), 'jitter': (0.0, 0.0, 0.0, 0.0), 'jitter_prob': 0.0, 'gray_prob': 0.0},
+    # MoCo v2 (arXiv 2003.04297), the paper's (section 3).
+    'moco': (
+        RandomResizedCrop(scale=(0.2, 1.0)),
+        ColorJitter(0.4, 0.4, 0.4, 0.1, prob=0.8),
+        RandomGrayscale(prob=0.2),
+        GaussianBlur(sigma=(0.1, 2.0), prob=0.5),
+    ),
     # SimCLR (arXiv 2002.05709, appendix A) at strength 1.
-    'simclr': {**MOCO, 'scale': (0.08, 1.0), 'jitter': (0.8, 0.8, 0.8, 0.2)},
+    'simclr': (
+        RandomResizedCrop(scale=(0.08, 1.0)),
+        ColorJitter(0.8, 0.8, 0.8, 0.2, prob=0.8),
+        RandomGrayscale(prob=0.2),
+        GaussianBlur(sigma=(0.1, 2.0), prob=0.5),
+    ),
+    # For training with labels (paper, appendix A).
+    'crop': (RandomResizedCrop(scale=(0.08, 1.0)),),
 }
 
 
-def distortion(args, name):
-    """The row `name` of AUGMENTATIONS, with the views' size (px), the share of them that is blurred, and how their
-    pixels are resized and normalized."""
-    row = {**AUGMENTATIONS[name], 'size': args.image_size, 'blur_prob': args.blur_prob}
-    row |= {'mean': args.mean, 'std': args.std, 'interpolation': args.interpolation}
-    return {**row, 'scale': (args.crop_scale, 1.0), 'blur_prob': 0.0} if name == 'crop' else row
+@dataclass(frozen=True)
+class Augmentation:
+    """A recipe, and what the options say of it."""
+
+    crop: RandomResizedCrop
+    operations: tuple  # after the crop, in this order
+    size: int  # side of a view, in pixels
+    interpolation: str  # 'bilinear' or 'bicubic', of the crop's resize
+    mean: object  # --mean and --std
+    std: object
+
+    @property
+    def changes_pixels(self):
+        """Whether a view is more than a crop."""
+        return any(operation.prob for operation in self.operations)
+
+
+def get_augmentation(args, name):
+    """The recipe `name` of AUGMENTATIONS under the options: --blur_prob in place of a blur's own probability, and
+    --crop_scale as the smallest crop of 'crop'."""
+    crop, *operations = AUGMENTATIONS[name]
+    if name == 'crop':
+        crop = replace(crop, scale=(args.crop_scale, 1.0))
+    operations = tuple(
+        replace(operation, prob=args.blur_prob) if isinstance(operation, GaussianBlur) else operation
+        for operation in operations
+    )
+    return Augmentation(crop, operations, args.image_size, args.interpolation, args.mean, args.std)

@@ -7,7 +7,7 @@ import torch
 
 from config import Config
 from dataloader import vision
-from dataloader.augment.recipes import distortion
+from dataloader.augment.recipes import get_augmentation
 from dataloader.loading import crops
 from dataloader.loading.decode import rgb
 from dataloader.loading.loader import caught, together
@@ -69,28 +69,26 @@ class Images(torch.utils.data.Dataset):
             if not self.views:
                 return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
             if args.augment_on == 'worker':
-                views = vision.torchvision_views(tuple(distortion(args, augmentation).items()))
+                views = vision.torchvision_views(get_augmentation(args, augmentation))
                 return views(rgb(image, args.pixel_max), seed, self.views)
-            generator, row = torch.Generator().manual_seed(seed), distortion(args, augmentation)
-            return crops.random_crops(
-                image, args.image_size, self.views, row, generator, args.jpeg_shrink, args.pixel_max
-            )
+            generator, recipe = torch.Generator().manual_seed(seed), get_augmentation(args, augmentation)
+            return crops.random_crops(image, self.views, recipe, generator, args.jpeg_shrink, args.pixel_max)
 
     def random_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
         if images.ndim == 5 and not self.crops_only:
             return vision.normalised(images, self.args)
-        row = distortion(self.args, augmentation)
-        return vision.random_views(images, row, generator, self.views, place, compiled)
+        recipe = get_augmentation(self.args, augmentation)
+        return vision.random_views(images, recipe, generator, self.views, place, compiled)
 
     def distorted(self, images, seed, augmentation):
         """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
 
         Whole grey levels, for floats would take as long to hand over as to make.
         """
-        row = distortion(self.args, augmentation)
-        if vision.has_colours(row) or row['blur_prob']:
+        recipe = get_augmentation(self.args, augmentation)
+        if recipe.changes_pixels:
             flat = images.flatten(0, 1)
-            table = vision.draw(len(flat), row, random_from(seed, 'colours'))  # not the stream that drew the crops
-            flat.copy_(vision.distort(flat, table, row, vision.to_bytes))
+            draws = vision.sample(len(flat), recipe, random_from(seed, 'colours'))  # not the stream that drew the crops
+            flat.copy_(vision.distort(flat, draws, recipe, vision.to_bytes))
         return images

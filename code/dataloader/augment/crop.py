@@ -1,38 +1,58 @@
-"""Random resized crops: which box of an image, and the box resized, a batch at a time."""
+"""Random resized crops, and how a box of each image is resized, a batch at a time."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from dataloader.augment.batch import separable
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cut a random box, resize it to the view, and perhaps flip it (a flip only turns the resize round).
+
+    scale: share of the image's area; ratio: width to height; flip: probability.
+    """
+
+    scale: tuple = (0.2, 1.0)
+    ratio: tuple = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    columns = 5  # of `sample`
+
+    def sample(self, n, height, width, generator):
+        """Crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them: n x 5 float32 on
+        the CPU: top, left, height and width, which are whole numbers, and 1 for a flip.
+
+        Of ten candidates the first that fits is taken; the fallback is the largest centre crop within the ratio.
+        """
+        (low, high), (thin, wide) = self.scale, self.ratio
+        drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
+        area = height * width * (low + (high - low) * drawn[:, :10])
+        ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+        every, first = np.arange(n), fits.argmax(1)  # the first True of a row
+        w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
+        flips = drawn[:, 40] < self.flip
+        boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w, flips), 1)
+        unfit = ~fits[every, first]
+        if unfit.any():
+            w, h = min(width, round(height * wide)), min(height, round(width / thin))
+            boxes[unfit, :4] = (height - h) // 2, (width - w) // 2, h, w
+        return torch.from_numpy(boxes).float()
+
+    def torchvision(self, v2, size, interpolation):
+        """The reference, without the flip."""
+        return v2.RandomResizedCrop(size, self.scale, self.ratio, v2.InterpolationMode(interpolation))
 
 
 def centre_box(height, width, crop_ratio):
     """The evaluation crop as (top, left, height, width), in pixels of the image, fractional."""
     side = min(height, width) * crop_ratio
     return (height - side) / 2, (width - side) / 2, side, side
-
-
-def draw_crops(n, height, width, row, generator):
-    """Random resized crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them.
-
-    row: of recipes.distortion. Of ten candidates the first that fits is taken; the fallback is the largest centre crop
-    within the ratio's bounds. Returns boxes, n x 4 float (top, left, height, width; whole numbers), and flips, n bool;
-    both on the CPU.
-    """
-    (low, high), (thin, wide) = row['scale'], row['ratio']
-    drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
-    area = height * width * (low + (high - low) * drawn[:, :10])
-    ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    every, first = np.arange(n), fits.argmax(1)  # the first True of a row
-    w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
-    boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w), 1)
-    unfit = ~fits[every, first]
-    if unfit.any():
-        w, h = min(width, round(height * wide)), min(height, round(width / thin))
-        boxes[unfit] = (height - h) // 2, (width - w) // 2, h, w
-    return torch.from_numpy(boxes), torch.from_numpy(drawn[:, 40] < row['flip'])
 
 
 def crop_resize(x, boxes, flips, size, inside=True, cubic=False):
@@ -49,16 +69,6 @@ def crop_resize(x, boxes, flips, size, inside=True, cubic=False):
     columns = resize_matrix(left, w, width, size, inside, flips, cubic)
     x = separable(x, rows, columns)
     return x.clamp(0, 1) if cubic else x
-
-
-def separable(x, rows, columns):
-    """Every image's own linear map of its rows and of its columns.
-
-    x: N x 3 x H x W; rows: N x S x H; columns: N x S x W. Returns N x 3 x S x S.
-    """
-    n, channels, height, width = x.shape
-    x = torch.bmm(x.reshape(n, channels * height, width), columns.transpose(1, 2))  # one product for all channels
-    return rows[:, None] @ x.view(n, channels, height, -1)
 
 
 def resize_matrix(start, length, side, size, inside, flips=None, cubic=False):
