@@ -149,8 +149,9 @@ class ModelOptions:
     of a run of this code"""
     freeze_bn_affine: bool = option(False)
     """with --freeze_bn: do not train the scale and shift of the backbone's BN either"""
-    heads_epochs: int = option(0, between=(0, 1000))
-    """first epochs, in which projector and predictor alone are trained; --init_from sets it, as --freeze_bn"""
+    heads_epochs: int = option(0, between=(-1, 1000))
+    """first epochs, in which projector and predictor alone are trained; -1: as many as 80 steps take; --init_from sets
+    it, as --freeze_bn"""
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
     """the backbone's learning rate is this times the projector's; --init_from sets it, as --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0))
@@ -445,4 +446,4 @@ PRESETS = {
 }
 
 # What --init_from sets, where it is not given, for weights that are not of a run of this code.
-GOING_ON = {'freeze_bn': True, 'heads_epochs': 2, 'backbone_lr_scale': 0.1, 'start_share': 0.5}
+GOING_ON = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1, 'start_share': 0.5}

@@ -248,6 +248,7 @@ def resumed(args):
         return changed(args, ckpt_name=str(find_run(args, args.resume)))
     brought = {*ARCHITECTURE, *PREPROCESSING, *GOING_ON}  # by the weights, not by the defaults
     from_weights = (brought - args.given if args.init_from else set()) | {*args.chosen}
+    from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run's has become a number
     for run in reversed(runs(args)):
         found = checkpoints(run)
         if not found:

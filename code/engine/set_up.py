@@ -1,5 +1,7 @@
 """What a training needs before its first step: options, data, model, optimizer, run folder; a run's first lines."""
 
+import math
+
 import torch
 
 from ckpt import get_model_ckpt
@@ -22,6 +24,7 @@ from runtime.options import changed, idle
 from runtime.precision import described, kept, precision, settled
 from runtime.trackers import package_of
 
+HEADS_STEPS = 80  # of projector and predictor alone, for --heads_epochs=-1: 14 steps cost 24 points (results/LOG.md)
 # Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
 WORTH_COMPILING = 5000
 
@@ -39,6 +42,7 @@ def set_up(args):
     package_of(args)  # refused before anything is written, as is what follows
     use_graph(args)
     iterators = get_iterator(args, parts)
+    args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
@@ -116,6 +120,21 @@ def check_schedule(args):
             f'--warmup_epochs={args.warmup_epochs} of --max_epochs={args.max_epochs}: the learning rate rises to the '
             'end and never falls, and --augmentation is never used',
         )
+
+
+def set_heads_epochs(args, steps):
+    """args with the number of epochs that --heads_epochs=-1 comes to, where an epoch has so many steps; warns where no
+    epoch is left for the backbone."""
+    if args.heads_epochs == -1:
+        args = changed(args, heads_epochs=math.ceil(HEADS_STEPS / steps))
+        say(f'projector and predictor alone are trained for {args.heads_epochs} epochs of {steps} steps')
+    if args.heads_epochs >= args.max_epochs and not distributed.rank():
+        complain(
+            'warning',
+            f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which projector '
+            'and predictor alone are trained: the backbone stays as it is; try a larger --max_epochs',
+        )
+    return args
 
 
 def warn_of_idle(args, model):

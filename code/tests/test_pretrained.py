@@ -12,6 +12,7 @@ import cli
 from ckpt import FEW, GAIN, GAIN_ERROR, checkpoints, get_model_ckpt, new_model
 from config import GOING_ON
 from conftest import CODE, own_paths
+from engine import set_up
 from errors import UserError
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
@@ -104,6 +105,23 @@ def test_every_part_is_an_option(options, moves, drawn, pretrained, tmp_path):
         'weight': any('conv' in name for name in moved),
     }
     assert found == moves
+
+
+@pytest.mark.parametrize(('steps', 'epochs'), [(1, 80), (7, 12), (41, 2), (48, 2), (80, 1), (5000, 1)])
+def test_projector_and_predictor_alone_have_80_steps_whatever_an_epoch_has(steps, epochs, capsys):
+    args = set_up.set_heads_epochs(get_config(heads_epochs=-1, max_epochs=epochs + 1), steps)
+    assert args.heads_epochs == epochs
+    assert f'for {epochs} epochs of {steps} steps' in capsys.readouterr().out
+    assert set_up.set_heads_epochs(get_config(heads_epochs=3), steps).heads_epochs == 3
+
+
+def test_a_run_too_short_for_its_backbone_is_told_so_and_can_go_on(drawn, pretrained, tmp_path, capsys):
+    for _ in range(2):
+        assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=-1', '--resume=auto') == 0
+        said = capsys.readouterr()
+        assert '--max_epochs=1 is not more than --heads_epochs=27' in said.err
+    assert 'has its 1 epochs already' in said.out
+    assert read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']['heads_epochs'] == 27  # of 3 steps
 
 
 def test_a_run_goes_on_to_the_bit_over_the_end_of_the_heads_epochs(run, drawn, pretrained, tmp_path):
