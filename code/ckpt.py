@@ -608,7 +608,8 @@ def find_checkpoint(args, training=False):
                 return path
             raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
     known = list_checkpoints(args)
-    hint = f'the newest there is --ckpt_name={known[-1]}' if known else 'there is none yet: run python3 cli.py train'
+    option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
+    hint = f'the newest there is --{option}={known[-1]}' if known else 'there is none yet: run python3 cli.py train'
     raise UserError(f'no checkpoint {args.ckpt_name} in {path_of(args.ckpt_path)}; {hint}')
 
 

@@ -239,9 +239,9 @@ class MonitorOptions:
     keep_last: int = option(0, between=(0, 100000), local=True)
     """checkpoints of a run that are kept, the older ones are deleted; 0: all"""
     resume: str = option('', often=10, local=True)
-    """auto: go on with the newest run of these options, or start it; or the name of a run"""
+    """go on with a run, or from one of its checkpoints; auto: with the newest run of these options, or start it"""
     from_run: str = option('', local=True)
-    """a run whose options are taken, to repeat it as a new run"""
+    """a run whose options are taken for a new run"""
 
 
 @theme('Evaluation', used_by=EVALUATE)  # The protocols of evaluate

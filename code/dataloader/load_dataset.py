@@ -1,9 +1,12 @@
 """From images, wherever they lie, to batches.
 
-    layout      which splits --image_path has, and the classes      -> a store for each (stores/: files, tar, ...)
-    keys        which image when, with which seed                   -> (index, seed, augmentation)
-    split       in a worker: open image `index`, cut both views     -> uint8 (crops)
-    vision      on the device: colours, blur, normalise             -> views
+    get_iterator
+        load_splits             which images are there     sources/find.py           -> names, labels, a reader of each
+            of_part             kept in memory or smaller  cache/decoded.py          -> another reader (readers/)
+        batches                 which image when           loading/sampler.py        -> (index, seed, augmentation)
+            Images.read         how one becomes pixels     loading/decode.py, crops  -> its crops, uint8, in a worker
+            Images.batch        how pixels become a batch  loading/dataset.py        -> (images, labels)
+    Images.random_views         on the device              vision.py                 -> views, float32
 
 Small images of one size are decoded once and held in memory, on the GPU where they fit. Larger ones are decoded in
 worker processes, which cut and resize the crops of both views from one decoding. The rest of the augmentation happens
@@ -45,7 +48,7 @@ def get_iterator(args, parts=None):
     train = splits['train']
     if len(train) < args.batch_size:
         size = 2 ** (len(train).bit_length() - 1)
-        hint = f'try --batch_size={size}' if size > 1 else 'two are the fewest that can be told apart'
+        hint = f'try `batch_size={size}`' if size > 1 else 'two are the fewest that can be told apart'
         raise UserError(
             f'{shown(train.folder)} has {len(train)} images to train on, fewer than a batch of {args.batch_size}: '
             + hint
@@ -61,7 +64,7 @@ def get_iterator(args, parts=None):
 def views_of(args):
     """Random views of an image that a training step takes. Raises UserError for what makes no sense together."""
     if args.views > 2 and args.symmetric != 'true':
-        raise UserError(f'--symmetric={args.symmetric} is for two views, not --views={args.views}: leave one out')
+        raise UserError(f'`symmetric={args.symmetric}` is for two views, not `views={args.views}`: leave one out')
     return 4 if args.symmetric == '2x' else args.views
 
 
@@ -151,7 +154,7 @@ def composed(name):
 
 
 def parts_of(args):
-    """{'train': Part, ...} as --image_path has them; train's held-out share is val where there is none."""
+    """{'train': Part, ...} as `image_path` has them; train's held-out share is val where there is none."""
     root = path_of(args.image_path)
     if args.preset == 'demo' and same_path(root, ROOT / 'data/demo'):
         demo.make_demo(root, lambda jobs: progress(jobs, 'drawing the demo set', 'images'))
@@ -160,12 +163,12 @@ def parts_of(args):
     if kind := torchvision_kind(root):
         return torchvision_splits(root, kind)
     if not root.exists() and not braced(root):
-        hint = 'or try the demo: --preset=demo alone'
+        hint = 'or try the demo: `preset=demo` alone'
         if root.name in TORCHVISION:
-            hint = f'or fetch it: --download=True; {hint}'
+            hint = f'or fetch it: `download=True`; {hint}'
         raise UserError(
-            f'no images for --preset={args.preset}: {shown(root)} is not there; lay it out as train/<class>/*.jpg and '
-            f'val/<class>/*.jpg in it, point --image_path at such a folder, {hint}'
+            f'no images for `preset={args.preset}`: {shown(root)} is not there; lay it out as train/<class>/*.jpg and '
+            f'val/<class>/*.jpg in it, point `image_path` at such a folder, {hint}'
         )
     parts = find.find(root, path_of(args.cache_path), progress)
     train = parts['train']
@@ -175,7 +178,7 @@ def parts_of(args):
             parts = {**parts, 'train': train, 'val': val}
             say(
                 f'{shown(root)} has no val: {len(val.labels)} of its {len(train.labels) + len(val.labels)} images are '
-                f'held out for it, the same share of every class (--val_fraction={args.val_fraction:g})'
+                f'held out for it, the same share of every class (`val_fraction={args.val_fraction:g}`)'
             )
     dataset_warnings.say_of(root, parts)
     return parts

@@ -106,7 +106,7 @@ def compiled_once(function):
 
 @functools.cache
 def mean_and_std(mean, std, device):
-    """--mean and --std, 2 x 3 x 1 x 1, on the device: copied there once."""
+    """`mean` and `std`, 2 x 3 x 1 x 1, on the device: copied there once."""
     values = channel_values('mean', mean), channel_values('std', std)
     return torch.tensor(values).view(2, 3, 1, 1).to(device)
 

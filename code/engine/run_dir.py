@@ -245,7 +245,7 @@ def resumed(args):
     training is left to do. Raises UserError where a newer one is unfinished and has other options.
     """
     if args.resume != 'auto':
-        return changed(args, ckpt_name=str(find_run(args, args.resume)))
+        return changed(args, ckpt_name=args.resume)
     brought = {*ARCHITECTURE, *PREPROCESSING, *GOING_ON}  # by the weights, not by the defaults
     from_weights = (brought - args.given if args.init_from else set()) | {*args.chosen}
     from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run's has become a number

@@ -65,11 +65,14 @@ def set_up(args):
 
 def choose_options(args):
     """(args, parts): the options after --from_run, --preset=auto and --resume; parts: of load_dataset.parts_of, where
-    the images had to be looked at."""
+    the images had to be looked at. A run begins anew, perhaps from weights (--init_from), or goes on (--resume)."""
     ways = ('resume', 'ckpt_name', 'from_run', 'init_from')
     starts = [name for name in ways if getattr(args, name) not in ('', 'auto')]
     if len(starts) > 1 and starts != ['from_run', 'init_from']:  # options of one, weights of another
         raise UserError(f'--{starts[0]} and --{starts[1]} say two starts of one run: leave one out')
+    if args.ckpt_name:
+        say(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
+        args = changed(args, resume=args.ckpt_name)
     args = of_run(args) if args.from_run else args
     parts = parts_of(args) if args.undecided else None
     args = choose_preset(args, parts) if parts else args

@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -15,10 +16,16 @@ logging.getLogger('matplotlib').setLevel(logging.ERROR)  # before its import: wh
 HUSHED = {'depth': 0, 'kept': None, 'lock': threading.Lock()}
 
 
+def with_options(line):
+    """A line with the settings that it names as `name` or `name=value` written as a command line takes them. What is
+    raised in dataloader/ names them so, for it is also used without a command line."""
+    return re.sub(r'`(\w+(=[^`]*)?)`', r'--\1', str(line))
+
+
 def complain(kind, line):
     """Print `<kind>: <line>`; in the colour of its kind on a terminal, unless the environment has NO_COLOR
     (no-color.org). kind: error or warning."""
-    text = f'{kind}: {line}'
+    text = f'{kind}: {with_options(line)}'
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
         text = f'\033[{COLOURS[kind]}m{text}\033[0m'
     print(text, file=sys.stderr, flush=True)

@@ -1,29 +1,50 @@
 """What a run tells people: a line, a progress bar, a log file."""
 
-import time
+import logging
+import logging.handlers
+import sys
 
 from tqdm import tqdm
 
-from runtime.console import complain
+from runtime.console import complain, with_options
 from runtime.distributed import rank
 
-SAID = {'quiet': False, 'log': None}  # --quiet; the log file of the run, once there is one
+LOGGER = logging.getLogger('simsiam')
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False  # who has a root handler would see each line twice
+
+
+class Console(logging.Handler):
+    """Standard output, above whatever progress bar is there."""
+
+    def emit(self, record):
+        with tqdm.external_write_mode():
+            print(self.format(record), flush=True)
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The log of a run. One that cannot be written any more is warned of once, and ends no run."""
+
+    def emit(self, record):
+        try:
+            super().emit(record)
+        except OSError:  # it was deleted, and cannot be opened again
+            self.handleError(record)
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        complain('warning', f'no more lines in {self.baseFilename}: {getattr(error, "strerror", None) or error}')
+        LOGGER.removeHandler(self)
+
+
+CONSOLE = Console()
+LOGGER.addHandler(CONSOLE)
 
 
 def say(line):
-    """One line on standard output, above whatever progress bar is there, and in the run's log (log_to)."""
-    if rank():
-        return
-    if not SAID['quiet']:
-        with tqdm.external_write_mode():
-            print(line, flush=True)
-    if SAID['log']:
-        try:
-            with open(SAID['log'], 'a', encoding='utf-8', errors='backslashreplace') as file:
-                file.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {line}\n')
-        except OSError as error:  # a line that cannot be kept is no reason to end the work
-            complain('warning', f'no more lines in {SAID["log"]}: {error.strerror}')
-            SAID['log'] = None
+    """One line on standard output and in the run's log (log_to), of the process that speaks for all."""
+    if not rank():
+        LOGGER.info(with_options(line))
 
 
 def progress(items=None, title='', unit='batches', total=None, first=0):
@@ -38,18 +59,24 @@ def progress(items=None, title='', unit='batches', total=None, first=0):
         total=total,
         initial=first,
         leave=False,
-        disable=True if rank() or SAID['quiet'] else None,
+        disable=True if rank() or CONSOLE.level else None,
     )
 
 
 def log_to(path):
-    """From now on, what is said is also written to the end of this file."""
-    SAID['log'] = path
+    """From now on, what is said is also written to the end of this file, and of no other."""
+    for handler in LOGGER.handlers[:]:
+        if handler is not CONSOLE:
+            LOGGER.removeHandler(handler)
+            handler.close()
+    handler = LogFile(path, encoding='utf-8', errors='backslashreplace', delay=True)
+    handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', '%Y-%m-%d %H:%M:%S'))
+    LOGGER.addHandler(handler)
 
 
 def be_quiet(quiet):
     """Whether `say` and `progress` keep off the terminal. Warnings and errors do not."""
-    SAID['quiet'] = quiet
+    CONSOLE.setLevel(logging.CRITICAL if quiet else logging.NOTSET)
 
 
 def duration(seconds):

@@ -165,7 +165,7 @@ def test_cache_images_off_and_on(drawn, drawn_large, tmp_path):
     assert load_splits(options(drawn_large, cache_images='on'))['train'].pixels.shape == (24, 3, 150, 150)
     folder = copy_of(drawn, tmp_path)
     Image.new('RGB', (60, 20)).save(folder / 'train/dots/odd.png')
-    with pytest.raises(UserError, match='differ in size; try --resize_cache=256'):
+    with pytest.raises(UserError, match='differ in size; try `resize_cache=256`'):
         load_splits(options(folder, cache_images='on'))
 
 
@@ -279,7 +279,7 @@ def test_layouts_that_cannot_work(drawn, tmp_path):
     with pytest.raises(UserError, match='class folder .*empty holds no images'):
         get_iterator(options(folder))
     (folder / 'train/empty').rmdir()
-    with pytest.raises(UserError, match='72 images to train on, fewer than a batch of 100: try --batch_size=64'):
+    with pytest.raises(UserError, match='72 images to train on, fewer than a batch of 100: try `batch_size=64`'):
         get_iterator(options(folder, batch_size=100))
 
 
@@ -336,7 +336,7 @@ def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
     assert [len(again[name]) for name in ('train', 'val')] == [len(splits['train']), 6]
     archive = Path(shutil.make_archive(tmp_path / 'served', 'gztar', folder.parent, folder.name))
     (folder / cls.test_list[0][0]).write_bytes(b'damaged')
-    with pytest.raises(WorkError, match='incomplete or damaged: delete it and add --download=True'):
+    with pytest.raises(WorkError, match='incomplete or damaged: delete it and add `download=True`'):
         load_splits(options(tmp_path / kind))
     shutil.rmtree(folder)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
@@ -377,7 +377,7 @@ def test_torchvisions_stl10_files(tmp_path, monkeypatch):
 
 
 def test_download_wants_a_set_it_knows(tmp_path):
-    with pytest.raises(UserError, match='--download fetches cifar10, cifar100 or stl10'):
+    with pytest.raises(UserError, match='`download` fetches cifar10, cifar100 or stl10'):
         load_splits(options(tmp_path / 'mine', download=True))
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 
 import cli
-import warm
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
@@ -46,7 +46,7 @@ def test_two_processes_make_the_step_of_one(tmp_path):
     """Loss, every gradient, weight and running statistic after three steps, in double precision, to 1e-10. BN
     statistics are shared (torch's SyncBatchNorm has no CPU path; ours has the same formula)."""
     for name, start in (('one', []), ('two', TORCHRUN)):
-        done = run(*start, CODE / 'tests/one_step.py', tmp_path / name)
+        done = run(*start, CODE / 'tests/support/one_step.py', tmp_path / name)
         assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
     assert two['losses'] == pytest.approx(one['losses'], abs=1e-10)
@@ -251,7 +251,7 @@ def test_one_process_of_a_machine_prepares_and_the_others_read(drawn_large, tmp_
     assert done.returncode == 0, done.stderr
     assert 'kNN' in done.stdout
     assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
-    done = run(*TORCHRUN, CODE / 'tests/draw_together.py', tmp_path)
+    done = run(*TORCHRUN, CODE / 'tests/support/draw_together.py', tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r'rank \d: .*', done.stdout)) == ['rank 0: drew 150, has 120', 'rank 1: drew 0, has 120']
 
@@ -439,7 +439,13 @@ def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):
     for count in range(2):
         file, counts = tmp_path / str(count), [str(count * rank) for rank in range(2)]
         pair = [
-            begin(CODE / 'tests/one_step.py', file, **shared, RANK=str(rank), TORCHELASTIC_RESTART_COUNT=counts[rank])
+            begin(
+                CODE / 'tests/support/one_step.py',
+                file,
+                **shared,
+                RANK=str(rank),
+                TORCHELASTIC_RESTART_COUNT=counts[rank],
+            )
             for rank in range(2)
         ]
         assert [process.done(60).returncode for process in pair] == [0, 0]

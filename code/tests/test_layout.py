@@ -725,7 +725,7 @@ def test_why_nothing_is_held_out(fraction, tmp_path):
 @pytest.mark.parametrize(
     ('name', 'where', 'said'),
     [
-        ('set.zip', 'set.zip', 'set.zip is packed: unpack it, and point --image_path at the folder'),
+        ('set.zip', 'set.zip', 'set.zip is packed: unpack it, and point `image_path` at the folder'),
         ('set/train.zip', 'set', 'unpack what is packed first'),
         ('set/train.tar.gz', 'set', 'unpack what is packed first'),
         ('set/pictures.tar', 'set', 'archives are read by their names: train.tar, or train-000000.tar'),

@@ -110,12 +110,12 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
         ([1.0, 0.0], [], 0, 'grey levels up to 1 of 255'),
         ([], [], 0, None),
         ([255.0], [('I', 0, 60000)], 0, None),
-        ([4.0], [('I', 0, 1023)], 0, '--pixel_max=1023'),
-        ([255.0], [('F', 0, 255)], 0, '1 is white already: --pixel_max=255'),
-        ([255.0], [('F', 0, 3e6)], 0, '--pixel_max=3e\\+06'),
+        ([4.0], [('I', 0, 1023)], 0, '`pixel_max=1023`'),
+        ([255.0], [('F', 0, 255)], 0, '1 is white already: `pixel_max=255`'),
+        ([255.0], [('F', 0, 3e6)], 0, '`pixel_max=3e\\+06`'),
         ([255.0], [('I', -1000, 3000)], 4095, 'below 0 is black'),
-        ([10.0], [('F', 0, 0.01)], 0, '--pixel_max=0.01'),
-        ([250.0], [], 4095, '--pixel_max has no effect: the images have 8 bits'),
+        ([10.0], [('F', 0, 0.01)], 0, '`pixel_max=0.01`'),
+        ([250.0], [], 4095, '`pixel_max` has no effect: the images have 8 bits'),
     ],
 )
 def test_what_is_said_of_a_range(grey, deep, white, said):

@@ -13,11 +13,11 @@ import sys
 
 import pytest
 import torch
+import warm
 from torch.nn.functional import normalize
 
 import test_detection
 import test_exchange
-import warm
 from config import OPTIONS
 from conftest import CODE, draw_folder
 from loss.negative_cosine import simsiam_loss
@@ -84,7 +84,7 @@ def clone(tmp_path_factory):
     for folder in (top / 'bin', top / '.venv/bin'):
         folder.mkdir(parents=True)
         for name in STANDS_IN:
-            script = f'exec "{sys.executable}" "{top}/code/tests/stand_in.py" {name} "$@"'
+            script = f'exec "{sys.executable}" "{top}/code/tests/support/stand_in.py" {name} "$@"'
             (folder / name).write_text(f'#!/bin/sh\n{script}\n')
             (folder / name).chmod(0o755)
     (top / '.venv/installed').touch()

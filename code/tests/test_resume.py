@@ -163,7 +163,9 @@ def test_resume_auto(drawn, tmp_path, capsys):
     assert not (tmp_path / 'ckpt' / RUN.replace('_0', '_2')).is_dir()
     capsys.readouterr()
     assert short(tmp_path, drawn, '--resume=nothing') == 2
-    assert 'there is no run nothing in' in one_line(capsys.readouterr().err)
+    said = one_line(capsys.readouterr().err)
+    assert 'no checkpoint nothing in' in said
+    assert 'the newest there is --resume=' in said
 
 
 def test_other_images_than_the_run_began_with_are_said(drawn, tmp_path, capsys):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import CODE
+from runtime.console import with_options
+from runtime.options import OPTIONS
 
 MOST_ROOMS, MOST_FLOORS, MOST_ENTRIES = 24, 7, 12
 # Names that the README's layout fixes.
@@ -111,3 +113,13 @@ def test_a_circle_is_found(tmp_path):
     for graph in (imports(tmp_path), between_rooms(tmp_path)):
         with pytest.raises(ValueError, match=' -> '):
             floors(graph)
+
+
+def test_the_dataloader_names_settings_and_no_option_of_the_command_line():
+    """`pixel_max`, not --pixel_max; console.with_options writes the dashes where a command says it."""
+    named = {
+        path.name for path in (CODE / 'dataloader').rglob('*.py') for name in OPTIONS if f'--{name}' in path.read_text()
+    }
+    assert not named
+    line = 'of a/b`c: try `batch_size=64`, a lower `num_workers`; --views=2 `not one'
+    assert with_options(line) == 'of a/b`c: try --batch_size=64, a lower --num_workers; --views=2 `not one'

@@ -1,7 +1,7 @@
 """The recipes of augmentation: which operations a view goes through, in this order, and how strong they are.
 
 A recipe is a RandomResizedCrop and the operations after it. To add a recipe, add a line to AUGMENTATIONS and its name
-to --augmentation in config.py. To add an operation, write a class like RandomGrayscale (color.py) and put it in a
+to `augmentation` in config.py. To add an operation, write a class like RandomGrayscale (color.py) and put it in a
 recipe. It has
 
     prob                  the share of the views that it changes; where that is 0 it is left out
@@ -46,7 +46,7 @@ class Augmentation:
     operations: tuple  # after the crop, in this order
     size: int  # side of a view, in pixels
     interpolation: str  # 'bilinear' or 'bicubic', of the crop's resize
-    mean: object  # --mean and --std
+    mean: object  # `mean` and `std`
     std: object
 
     @property
@@ -56,8 +56,8 @@ class Augmentation:
 
 
 def get_augmentation(args, name):
-    """The recipe `name` of AUGMENTATIONS under the options: --blur_prob in place of a blur's own probability, and
-    --crop_scale as the smallest crop of 'crop'."""
+    """The recipe `name` of AUGMENTATIONS under the options: `blur_prob` in place of a blur's own probability, and
+    `crop_scale` as the smallest crop of 'crop'."""
     crop, *operations = AUGMENTATIONS[name]
     if name == 'crop':
         crop = replace(crop, scale=(args.crop_scale, 1.0))

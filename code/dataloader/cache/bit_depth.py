@@ -47,14 +47,14 @@ def judged(grey, deep, white):
         low = min(low for _, low, _ in deep)
         what = f'images of more than 8 bits hold values from {low:g} to {top:g}'
         if top > 1.5 * limit:
-            return f'{what}, and {limit:g} is white already: --pixel_max={nice(top):g}'
+            return f'{what}, and {limit:g} is white already: `pixel_max={nice(top):g}`'
         if top < SMALL * limit:
-            return f'{what}, where {limit:g} is white: they are nearly black; --pixel_max={nice(top):g}'
+            return f'{what}, where {limit:g} is white: they are nearly black; `pixel_max={nice(top):g}`'
         if low < -SMALL * top:
             return f'{what}: what is below 0 is black; shift them in the files'
         return None
     if white:
-        return '--pixel_max has no effect: the images have 8 bits'
+        return '`pixel_max` has no effect: the images have 8 bits'
     if max(grey) < SMALL * 255:
         return f'the images use grey levels up to {max(grey):.0f} of 255: they are nearly black'
     return None

@@ -23,7 +23,7 @@ SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up 
 
 
 def hold_in_memory(store, where, wish, white, cache_path):
-    """A Memory of the store's images, where `wish` (--cache_images) says so; else None. where: the folder's path.
+    """A Memory of the store's images, where `wish` (`cache_images`) says so; else None. where: the folder's path.
 
     auto: all are of one size, up to SMALL_SIDE pixels, and fit. on: all are of one size. Raises UserError where `on`
     cannot be, WorkError naming the first image that cannot be read, and how many there are.
@@ -44,7 +44,7 @@ def hold_in_memory(store, where, wish, white, cache_path):
         raise WorkError(f'{errors[0]}{more}')
     if images is None:
         if wish == 'on':
-            raise UserError(f'--cache_images=on: the images of {shown(where)} differ in size; try --resize_cache=256')
+            raise UserError(f'`cache_images=on`: the images of {shown(where)} differ in size; try `resize_cache=256`')
         return None
     pixels = torch.from_numpy(images)
     cache_file.keep(path, {'mark': mark, 'content': pixels})

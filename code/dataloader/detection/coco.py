@@ -1,6 +1,9 @@
 """Boxes (and masks) in the format of COCO.
 
 annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or images/<split>*/
+
+Masks are drawn, and APs measured, by pycocotools. The table is read by json: pycocotools' COCO does the same, prints
+as it does, checks nothing, and is an extra that boxes without masks need for their AP alone.
 """
 
 import json
@@ -14,17 +17,17 @@ def coco_split(folder, split, masks):
     where it is not there, WorkError where it cannot be used."""
     files = sorted((folder / 'annotations').glob(f'instances_{split}*.json'))
     if not files:
-        raise UserError(f'--detection_path: there is no {folder}/annotations/instances_{split}*.json')
+        raise UserError(f'`detection_path`: there is no {folder}/annotations/instances_{split}*.json')
     if len(files) > 1:
         names = ' and '.join(path.name for path in files[:2])
         raise UserError(
-            f'--detection_path: {folder}/annotations has both {names}: which of them is {split}? Move one out'
+            f'`detection_path`: {folder}/annotations has both {names}: which of them is {split}? Move one out'
         )
     own = files[0].stem.removeprefix('instances_')
     places = [folder / own, folder / 'images' / own, folder / split, folder / 'images' / split, folder / 'images']
     images = next((place for place in places if place.is_dir()), None)
     if images is None:
-        raise UserError(f'--detection_path: the images of {files[0].name} are not in {folder}/{own}')
+        raise UserError(f'`detection_path`: the images of {files[0].name} are not in {folder}/{own}')
     try:
         table = json.loads(files[0].read_text(encoding='utf-8'))
         table = {key: table[key] for key in ('images', 'annotations', 'categories')}

@@ -97,11 +97,11 @@ def load_boxes(folder, masks, white=0.0):
         return splits
     if (folder / 'ImageSets/Main').is_dir():
         if masks:
-            raise UserError('--detector=mask_rcnn wants masks, which the VOC format has not: take faster_rcnn or COCO')
+            raise UserError('`detector=mask_rcnn` wants masks, which the VOC format has not: take faster_rcnn or COCO')
         numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
         found = zip(('train', 'val'), voc_lists(folder), strict=True)
         return {split: Boxes(*voc_split(folder, path, numbers), masks, white) for split, path in found}
-    raise UserError(f'--detection_path: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
+    raise UserError(f'`detection_path`: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 
 def mask_of(segmentation, height, width):

@@ -1,6 +1,9 @@
 """Boxes in the format of VOC.
 
 Annotations/*.xml, JPEGImages/, ImageSets/Main/{trainval and test, or train and val}.txt; no masks
+
+Not by torchvision.datasets.VOCDetection: it wants VOCdevkit/VOC<year> above these folders, one of six years, and .jpg,
+and gives the text of each element, unchecked; its reading would take the place of `annotation` alone.
 """
 
 import glob
@@ -42,7 +45,7 @@ def voc_lists(folder):
     for train, val in (('trainval', 'test'), ('train', 'val'), ('train', 'test')):
         if (lists / f'{train}.txt').is_file() and (lists / f'{val}.txt').is_file():
             return lists / f'{train}.txt', lists / f'{val}.txt'
-    raise UserError(f'--detection_path: {lists} has neither trainval.txt and test.txt nor train.txt and val.txt')
+    raise UserError(f'`detection_path`: {lists} has neither trainval.txt and test.txt nor train.txt and val.txt')
 
 
 def voc_split(folder, path, numbers):

@@ -24,11 +24,11 @@ from runtime.environment import cpu_count, give_freed_memory_back
 TO_END = 5.0  # seconds in which a worker is seen to have ended, after torch has failed to reach it
 CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
 PATIENCE = 45.0  # seconds in which none of them has done anything: they hang
-GO_ON = '--resume=auto goes on from the last checkpoint'
+GO_ON = '`resume=auto` goes on from the last checkpoint'
 DEATHS = {  # what helps, by the name of the signal that ended a process
-    'SIGKILL': 'as the system does where memory runs out: try a lower --num_workers',
-    'SIGBUS': 'as where /dev/shm is full: docker run --shm-size=8g, or a lower --num_workers (0 needs none)',
-    'SIGSEGV': 'a fault in a library that reads images: --num_workers=0 shows at which one',
+    'SIGKILL': 'as the system does where memory runs out: try a lower `num_workers`',
+    'SIGBUS': 'as where /dev/shm is full: docker run --shm-size=8g, or a lower `num_workers` (0 needs none)',
+    'SIGSEGV': 'a fault in a library that reads images: `num_workers=0` shows at which one',
 }
 
 
@@ -277,7 +277,7 @@ def together(images):
         if torch.utils.data.get_worker_info() and shutil.disk_usage('/dev/shm').free < wanted:
             raise WorkError(
                 f'/dev/shm has no room for a batch of {wanted / 1e6:.0f} MB: docker run --shm-size=8g, a '
-                'smaller --batch_size or --num_workers=0, which needs none'
+                'smaller `batch_size` or `num_workers=0`, which needs none'
             ) from None
         raise
 
@@ -287,5 +287,5 @@ def as_it_is(batch):
 
 
 def workers_for(wish):
-    """The number of processes that --num_workers means: -1 is one per core, shared by the processes of a machine."""
+    """The number of processes that `num_workers` means: -1 is one per core, shared by the processes of a machine."""
     return max(1, cpu_count() // local_world()) if wish < 0 else wish

@@ -51,7 +51,7 @@ def warn_of_idle(args, parts, train):
     }
     for name, reason in reasons.items():
         if reason and name in args.given and not rank():
-            complain('warning', f'--{name} has no effect: {reason}')
+            complain('warning', f'`{name}` has no effect: {reason}')
 
 
 def beside(root, parts):

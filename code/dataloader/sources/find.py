@@ -33,7 +33,7 @@ BELOW = re.compile(rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLIT
 
 
 def find(root, cache_path, progress):
-    """{'train': Part, 'val': Part, ...} of what --image_path names, the splits that are there; train always is.
+    """{'train': Part, 'val': Part, ...} of what `image_path` names, the splits that are there; train always is.
 
     progress: logger.progress. Raises UserError where there are no images, or the layout is none of the above.
     """
@@ -108,7 +108,7 @@ def check_no_splits_below(root, names):
         kinds = ' and '.join(shown(match[1]) for match in found.values())
         raise UserError(
             f'{shown(root)} has no splits itself, and folders called {kinds} lie below it: is {shown(root / above)} '
-            'meant? Name that as --image_path; to train on all of it as one set, call them otherwise'
+            'meant? Name that as `image_path`; to train on all of it as one set, call them otherwise'
         )
 
 
@@ -136,7 +136,7 @@ def check_is_no_class(root, places):
     if len(full) > 1:
         raise UserError(
             f'{shown(root)}: is {shown(train.name)} a class, as {full[0]} and {full[1]} beside it seem to be, or all '
-            'that is to be trained on? Call the class otherwise, or point --image_path at train'
+            'that is to be trained on? Call the class otherwise, or point `image_path` at train'
         )
 
 

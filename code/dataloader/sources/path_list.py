@@ -43,7 +43,7 @@ def lines_of(path):
     """The lines of a list that are not blank, as bytes: names are none of text's business."""
     content = path.read_bytes()
     if path.suffix.lower() in PACKS:
-        raise UserError(f'{shown(path)} is packed: unpack it, and point --image_path at the folder')
+        raise UserError(f'{shown(path)} is packed: unpack it, and point `image_path` at the folder')
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f'{shown(path)} is in UTF-16: save it as UTF-8')
     if b'\0' in content[:1000]:

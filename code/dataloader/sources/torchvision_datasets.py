@@ -37,7 +37,7 @@ def torchvision_splits(root, kind):
                 pixels, labels = data.data.transpose(0, 3, 1, 2), data.targets
         except (RuntimeError, OSError):
             raise WorkError(
-                f'{root / TORCHVISION[kind]} is incomplete or damaged: delete it and add --download=True'
+                f'{root / TORCHVISION[kind]} is incomplete or damaged: delete it and add `download=True`'
             ) from None
         names = Names(f'{name}/{i:05d}' for i in range(len(pixels)))
         store = Memory(names, torch.from_numpy(np.ascontiguousarray(pixels)))
@@ -50,7 +50,7 @@ def download(root):
     from torchvision import datasets
 
     if root.name not in TORCHVISION:
-        raise UserError(f'--download fetches cifar10, cifar100 or stl10: end --image_path in one of them, not {root}')
+        raise UserError(f'`download` fetches cifar10, cifar100 or stl10: end `image_path` in one of them, not {root}')
     say(f'fetching {root.name} into {root} (checked, and kept if it is there)')
     try:
         with contextlib.redirect_stdout(io.StringIO()):

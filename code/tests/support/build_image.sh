@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Build the Dockerfile's image without docker and without a registry of images, and train the demo in it as a user
 # without a name, as setup-docker.sh would: data/ alone is theirs.
-#     sudo code/tests/build_image.sh [options of buildah build, such as --volume /etc/ssl/certs:/etc/ssl/certs:ro]
+#     sudo code/tests/support/build_image.sh [options of buildah build, such as --volume /etc/ssl/certs:/etc/ssl/certs:ro]
 # Wants buildah and debootstrap, 25 GB in STORE (a new folder of /tmp by default) and some ten minutes. In place of
 # PyTorch's image it starts from Debian with torch from PyPI. Not shown: docker's own engine, a GPU in a container.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../../.."
 store=${STORE:-$(mktemp -d)}
 data=$(mktemp -d)
 chmod 755 "$store" # the user without a name goes through it

@@ -6,7 +6,7 @@ python3 one_step.py FILE          or under torchrun: rank 0 writes its loss, gra
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The README's line for several machines, tried on one: two network namespaces, each with a name and an address of its
 # own, train the demo together over a virtual cable; one process is killed on the way and torchrun starts all again.
-#     sudo tests/two_machines.sh [PYTHON]        in code/; wants iproute2; exit code 0 where the run ends well
+#     sudo tests/support/two_machines.sh [PYTHON]        in code/; wants iproute2; exit code 0 where the run ends well
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${1:-python3}
 folder=$(mktemp -d)
 pids=()
