@@ -596,7 +596,7 @@ def whole_ones(args, names):
 
 def find_checkpoint(args, training=False):
     """The file that --ckpt_name means: below --ckpt_path, or a path. A run folder means its newest checkpoint; of a run
-    that began with pretrained weights, unless it is for `training`, its best (verdict.best_epoch). Raises UserError."""
+    that began with pretrained weights, unless it is for `training`, its best (best_epoch). Raises UserError."""
     for path in (path_of(args.ckpt_path) / args.ckpt_name, path_of(args.ckpt_name)):
         path = path.resolve()  # what is written about a checkpoint lies beside it, not beside a link to it
         if path.is_file():

@@ -39,7 +39,7 @@ COMMANDS = {
         'read every image, describe the batches, save a picture of the two views',
     ),
     'pack': ('commands.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
-    'train': ('train', 'pretrain a backbone with SimSiam, or go on from --ckpt_name'),
+    'train': ('train', 'pretrain a backbone with SimSiam, or go on with a run (--resume)'),
     'evaluate': ('evaluate', f'how good --ckpt_name is: --protocol={", ".join(PROTOCOLS)}'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': (

@@ -131,7 +131,7 @@ class ViewOptions:
     warmup_augmentation: str = option('moco', ('moco', 'simclr'), used_by=TRAIN)
     """distortion during the warmup_epochs"""
     augment_on: str = option('device', ('device', 'worker'))
-    """device: a batch at a time; worker: torchvision's transforms, the slow reference"""
+    """device: our operations on a batch, on a CPU in the workers; worker: torchvision's transforms, slow"""
     views: int = option(2, between=(2, 16), aliases='num_crops')
     """views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)"""
     blur_prob: float = option(0.5, between=(0.0, 1.0))

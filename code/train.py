@@ -1,7 +1,8 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3).
 
-A signal, the time limit or an error ends a run between two steps, where its state is whole; it is saved on the way out
-(engine/conclude.py). What happens from the signal to the exit code is told in runtime/signals.py.
+A signal raises Stopped at once, but within a step or a save, which are finished first; of several ranks all stop after
+the same step. What is done is saved on the way out (engine/conclude.py). runtime/signals.py tells the way from the
+signal to the exit code.
 """
 
 import contextlib
@@ -124,7 +125,11 @@ def random_views(args, images, augmentation, state, dataset):
 
 
 def learning_rates(args, epochs):
-    """Of backbone, projector and predictor (constant, paper table 1 of section 4.2), after so many epochs and parts."""
+    """Learning rates of backbone, projector and predictor. epochs: those done, with the part of this one.
+
+    The predictor's is constant with fix_pred_lr (paper, section 4.2, table 1); the backbone's is 0 before
+    heads_epochs.
+    """
     top = args.learning_rate * args.batch_size / 256
     rate = learning_rate(epochs / args.max_epochs, args.warmup_epochs / args.max_epochs, top)
     of_backbone = rate * args.backbone_lr_scale if epochs >= args.heads_epochs else 0.0
@@ -175,7 +180,7 @@ def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=N
 
 
 def train_backbone(model, trained, freeze_bn_affine):
-    """Whether the backbone is trained, from now on; of BN that is frozen perhaps without scale and shift."""
+    """Train the backbone from now on, or not; with freeze_bn_affine never the scale and shift of its BN."""
     model.backbone.requires_grad_(trained)
     if freeze_bn_affine:
         for norm in model.frozen:

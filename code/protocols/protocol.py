@@ -32,9 +32,11 @@ class Outcome:
 class Protocol:
     """run: (args, model, splits, checkpoint) to Outcome; checkpoint: a dict of its path, run (a folder) and epoch.
 
-    splits: (args, own) to {'train', 'val'}, the images to work on, from those of the checkpoint's own set. Raises
-    UserError for what is missing (labels, a list, a folder, a package); `train` asks before it begins.
-    numbers: {key of the result: what people read}, in percent, in the order in which they are shown.
+    splits: (args, own) to {'train', 'val'}, the images to work on, from those of the checkpoint's own set (None in
+    `evaluate` where `path` is given). Raises UserError for what is missing (labels, a list, a folder, a package);
+    `train` asks before it begins.
+    numbers: {key of the result: what people read}, in percent, in the order in which they are shown. What is not in
+    percent goes into result['measures'], of the names of collapse_verdict.MEASURES, beside result['untrained'].
     smaller: the options to lower where memory is short. path: (args) to the --..._path of the images, None: the
     checkpoint's own. several_ranks: whether torchrun may run it. details: (args) to words for the result's file name.
     unused: options of evaluate that have no effect on it, beside those that are of another protocol alone (`only`).

@@ -299,7 +299,7 @@ def most(number, device):
 
 
 def gather(x, count=None):
-    """The rows of all processes' x, one after the other. count: of all rows, cut into keys.share; None: each has as
+    """The rows of all processes' x, one after the other. count: of all rows, cut into sampler.share; None: each has as
     many."""
     if world() == 1:
         return x
@@ -312,7 +312,7 @@ def gather(x, count=None):
 
 def place_of(count, whole=None):
     """Where this process's `count` images lie in a batch: (the first, of how many). whole: of how many, where they are
-    cut into keys.share; None: each has as many."""
+    cut into sampler.share; None: each has as many."""
     if whole is None:
         return rank() * count, world() * count
     return min(rank() * -(-whole // world()), whole - count), whole

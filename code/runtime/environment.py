@@ -23,7 +23,7 @@ def keep_freed_memory():
     """Tell glibc to keep what is freed for the next step, where it would give it back to the system.
 
     A CPU's batch is made of tensors of many megabytes, and to get their pages back one by one takes longer than to
-    work on them (measured in README.md, Performance). Elsewhere than on Linux with glibc this does nothing.
+    work on them (measured in bench/README.md). Elsewhere than on Linux with glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')

@@ -30,8 +30,8 @@ TIME, SAVE = 0.5, 0.25  # what they may wish beside a signal, by its number: the
 
 
 class Stopped(BaseException):
-    """Work that ended on a wish. number: the signal, 0 where the time is up. No Exception, for nothing on the way out
-    may take it for a failure."""
+    """Raised where the work was asked to stop. number: the signal, 0 where the time is up. A BaseException, so that no
+    `except Exception` swallows it."""
 
     def __init__(self, number, line=''):
         super().__init__(line or f'{name_of(number)}: stopped')
@@ -70,19 +70,19 @@ def note(number, _):
 
 
 def tell(*_):
-    """Raise Stopped of a signal that has come, unless it has to wait, or is heard."""
+    """Raise Stopped if a signal has come, unless it is deferred or has been raised to whoever saves and exits."""
     if NOTED['number'] and not NOTED['held'] and not NOTED['heard']:
         raise Stopped(NOTED['number'])
 
 
 def heard():
-    """From here on nothing raises Stopped again: it has reached who saves and ends."""
+    """From here on no signal raises Stopped: the code that saves and exits has control."""
     NOTED['heard'] = True
 
 
 def say_again(lost, otherwise):
-    """The handler of exceptions that Python drops, as those in a __del__, in which a signal may come as anywhere else:
-    Stopped is raised again a moment later."""
+    """sys.unraisablehook: Python drops an exception that is raised in a __del__, so a Stopped that was raised
+    there is raised again 20 ms later."""
     if isinstance(lost.exc_value, Stopped) and ALARM:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
     elif isinstance(lost.exc_value, Stopped):
@@ -93,20 +93,22 @@ def say_again(lost, otherwise):
 
 
 @contextlib.contextmanager
-def deferred(several=True):
-    """Within, a signal waits; at the end it raises Stopped. several: False changes nothing, for code that is deferred
-    only where several ranks have to stop at the same step."""
-    NOTED['held'] += several
+def deferred(active=True):
+    """Within, a signal waits; at the end it raises Stopped. active: False does nothing, for code that is deferred only
+    where several ranks have to stop at the same step."""
+    NOTED['held'] += active
     try:
         yield
     finally:
-        NOTED['held'] -= several
+        NOTED['held'] -= active
     tell()
 
 
 def check(step, last, deadline, due, device):
-    """Between two steps: raise Stopped where the time is up, or of several processes a signal has come to any. Returns
-    whether a checkpoint is `due`, of several processes to any: all save at the same step.
+    """Between two steps: raise Stopped where the run must stop now; else return whether it must save a checkpoint now.
+
+    It must stop where the time is up or a signal has come, on any of several ranks, and save where a checkpoint is
+    `due` on any: all do it at the same step.
 
     step: how many are done of the epoch; last: whether that is all. deadline: by time.monotonic(), 0 is none.
     Several processes all ask here, now and then, and on a GPU hear the answer when they ask again, but for an epoch's

@@ -361,7 +361,7 @@ def test_checkpoints_that_cannot_work(copied, tmp_path, capsys):
         (f'{RUN}0/loss_-0.1000_epoch_5', [], 1, 'is damaged or was not written by this project'),
         (f'{RUN}0/loss_-0.1000_epoch_6', [], 1, 'is damaged or was not written by this project'),
         ('empty', [], 2, 'holds no checkpoint yet'),
-        ('nothing', [], 2, 'no checkpoint nothing in .*; the newest there is --ckpt_name='),
+        ('nothing', [], 2, 'no checkpoint nothing in .*; the newest there is --(ckpt_name|resume)='),
     ):
         for command in ('train', 'evaluate', 'infer'):
             assert cli.main([command, f'--ckpt_name={name}', *own_paths(copied, 'ckpt', 'cache'), *options]) == code, (

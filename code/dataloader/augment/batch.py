@@ -5,7 +5,8 @@ import torch
 
 
 def on_chosen(x, chosen, operation, parameter):
-    """x with the chosen images put through `operation`, each with its parameter. chosen: N bool (numpy)."""
+    """x with the chosen images put through `operation`. chosen: N bool (numpy); parameter: N, one for each image of x.
+    operation(images, parameters) gets n x 3 x S x S and n x 1 x 1 x 1, and may overwrite the images."""
     rows = np.flatnonzero(chosen)
     if not len(rows):
         return x

@@ -1,15 +1,16 @@
 """The recipes of augmentation: which operations a view goes through, in this order, and how strong they are.
 
 A recipe is a RandomResizedCrop and the operations after it. To add a recipe, add a line to AUGMENTATIONS and its name
-to `augmentation` in config.py. To add an operation, write a class like RandomGrayscale (color.py) and put it in a
-recipe. It has
+to `augmentation` and `warmup_augmentation` in config.py. To add an operation, write a class like RandomGrayscale
+(color.py) and put it in a recipe. It has
 
     prob                  the share of the views that it changes; where that is 0 it is left out
     columns               how many numbers `sample` draws for a view
     sample(n, generator)  what is random of n views: n x columns float32, on the CPU, from the CPU's generator
     on_cpu(x, draws)      the views changed; x: N x 3 x S x S in [0, 1], may be overwritten; draws: of sample
     on_gpu(x, draws)      the same for all views at once, in new memory, with no step that depends on what was drawn
-    torchvision(v2)       the reference, of torchvision.transforms.v2, which is handed in: few need it imported
+    torchvision(v2)       the reference: a transform of torchvision.transforms.v2 (handed in: few need it imported) of a
+                          PIL image, whose values are 0 to 255
 """
 
 from dataclasses import dataclass, replace

@@ -75,7 +75,8 @@ class Images(torch.utils.data.Dataset):
             return crops.random_crops(image, self.views, recipe, generator, args.jpeg_shrink, args.pixel_max)
 
     def random_views(self, images, augmentation, generator, place=None, compiled=False):
-        """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views)."""
+        """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views). What
+        workers have distorted already (the device is a CPU, or `augment_on=worker`) is only normalised here."""
         if images.ndim == 5 and not self.crops_only:
             return vision.normalised(images, self.args)
         recipe = get_augmentation(self.args, augmentation)

@@ -35,7 +35,7 @@ BELOW = re.compile(rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLIT
 def find(root, cache_path, progress):
     """{'train': Part, 'val': Part, ...} of what `image_path` names, the splits that are there; train always is.
 
-    progress: logger.progress. Raises UserError where there are no images, or the layout is none of the above.
+    progress: messages.progress. Raises UserError where there are no images, or the layout is none of the above.
     """
     if archives := braced(root):
         return {'train': of_archives(archives, cache_path, progress)}
