@@ -24,28 +24,28 @@ import numpy as np
 import torch
 import torchvision
 
-from config import GOING_ON, OF_THE_CALL, OPTIONS, Config
-from errors import ROOT, UserError, WorkError, path_of
-from model.foreign_checkpoints import BLOCKS, architecture, read_layout, tensors_of
+from config import GOING_ON, NOT_RESTORED_OPTIONS, OPTIONS, Config
+from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict, find_tensors, infer_architecture
 from model.simsiam import SimSiam
 from model.weights import (
     average_weights,
     convert_with_timm,
     fetch_timm,
     fetch_torchvision,
+    find_preprocessing,
     is_off_the_shelf,
     match_keys,
-    of_timm_folder,
-    preprocessing_of,
+    preprocessing_from_timm_folder,
 )
-from runtime.atomic_write import write_aside
-from runtime.checkpoint_format import is_ours, upgraded
-from runtime.console import complain, first_line, some
-from runtime.distributed import in_turn, rank
-from runtime.environment import extra
+from runtime.atomic_write import atomic_write
+from runtime.checkpoint_format import is_ours, upgrade
+from runtime.console import first_line, join_first, print_message
+from runtime.distributed import local_main_first, rank
+from runtime.environment import require_package
+from runtime.errors import ROOT, UserError, WorkError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
-from runtime.messages import say
-from runtime.options import changed, get_config
+from runtime.messages import log
+from runtime.options import get_config, replace_args
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (
@@ -57,7 +57,7 @@ OF_START = 'few_labels_of_start.json'  # which images of val the pretrained weig
 
 
 # Packages whose objects (options, a NumPy scalar) lie in good files beside the weights; they are read as Inert.
-CARRIERS = (
+INERT_PICKLE_PACKAGES = (
     'argparse',
     'numpy',
     'pathlib',
@@ -74,14 +74,14 @@ CARRIERS = (
     'addict',
 )
 # What makes an array of NumPy, which some keep their weights as, by its names in NumPy 1 and 2.
-ARRAYS = [
+NUMPY_SAFE_GLOBALS = [
     *((np.empty(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(letter)) for letter in np.typecodes['All']),
 ]
-SHOWN = 8  # keys of each kind that an error lists
-NAME = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
+MAX_LISTED_KEYS = 8  # keys of each kind that an error lists
+CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that come with weights
@@ -106,7 +106,7 @@ def get_model_ckpt(args, training=False):
         return load_checkpoint(args, find_checkpoint(args, training), (*ARCHITECTURE, 'preset'), training)
     if args.init_from:
         return start_from_weights(args)
-    return args, new_model(args), None
+    return args, build_model(args), None
 
 
 def start_from_weights(args):
@@ -114,22 +114,22 @@ def start_from_weights(args):
     if is_off_the_shelf(args.init_from):
         loaded, model, checkpoint = load_off_the_shelf(args, args.init_from)
     else:
-        path = path_of(args.init_from)
+        path = resolve_path(args.init_from)
         path = (
             path
             if path.exists() and not checkpoints_in(path)
-            else find_checkpoint(changed(args, ckpt_name=args.init_from))
+            else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         )
-        ours = changed(args)
+        ours = replace_args(args)
         ours.given = args.given | {'preset'}  # a file of another tool brings no settings, but for its architecture
         loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
     model.has_heads = True  # new ones, where the file has none: they are trained
-    args = changed(args, **{name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)})
+    args = replace_args(args, **{name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)})
     if checkpoint['layout'] != 'ours' and not args.from_run:
         going_on = {name: value for name, value in GOING_ON.items() if name not in args.given}
-        args = changed(args, **going_on)
+        args = replace_args(args, **going_on)
         said = ' '.join(f'--{name}={getattr(args, name)}' for name in GOING_ON)
-        say(f'from pretrained weights: {said}')
+        log(f'from pretrained weights: {said}')
     return args, model, None
 
 
@@ -143,7 +143,7 @@ def load_off_the_shelf(args, name):
     if wanted and 'backbone' in args.given and args.backbone != f'timm/{wanted.split(".")[0]}':
         raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
     if wanted:
-        args = changed(args, backbone=f'timm/{wanted.split(".")[0]}')
+        args = replace_args(args, backbone=f'timm/{wanted.split(".")[0]}')
     if name == 'timm' and not args.backbone.startswith('timm/'):
         raise UserError(f'{name} names the weights of --backbone=timm/<network>, not of --backbone={args.backbone}')
     if name == 'imagenet' and (
@@ -153,9 +153,9 @@ def load_off_the_shelf(args, name):
             f"imagenet has the weights of torchvision's networks, not of --backbone={args.backbone} --stem={args.stem}"
         )
     try:
-        args = with_preprocessing(args, preprocessing_of(wanted and f'timm/{wanted}' or args.backbone))
-        model = new_model(args)
-        with in_turn():
+        args = with_preprocessing(args, find_preprocessing(wanted and f'timm/{wanted}' or args.backbone))
+        model = build_model(args)
+        with local_main_first():
             if name == 'imagenet':
                 found = fetch_torchvision(args.backbone, args.image_size, not args.quiet)
             else:
@@ -173,47 +173,47 @@ def load_off_the_shelf(args, name):
     state, _ = match_keys(model.backbone.state_dict(), found.state)
     strict_load(model, {f'backbone.{key}': value for key, value in state.items()}, Path(found.source))
     model.has_heads = False
-    say(f'weights {found.source}; {said_of_preprocessing(args)}')
+    log(f'weights {found.source}; {describe_preprocessing(args)}')
     label = plain_name(found.source)
-    run = path_of(args.ckpt_path) / label
+    run = resolve_path(args.ckpt_path) / label
     return args, model, foreign_checkpoint(name.split('/')[0], run / label, run)
 
 
-def foreign_checkpoint(layout, path, run):
+def foreign_checkpoint(source, path, run):
     """The checkpoint of get_model_ckpt for weights that no run of ours wrote: epoch 0, without an optimizer."""
-    return {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': layout, 'path': path, 'run': run}
+    return {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': source, 'path': path, 'run': run}
 
 
 def with_preprocessing(args, preprocessing):
     """args with the preprocessing of weights, but for what this call gave. The size of the views is theirs where no
     preset says another."""
     keep = {*args.given} | ({'image_size'} if args.preset != 'imagenet' else set())
-    return changed(args, **{name: value for name, value in preprocessing.items() if name not in keep})
+    return replace_args(args, **{name: value for name, value in preprocessing.items() if name not in keep})
 
 
-def said_of_preprocessing(args):
+def describe_preprocessing(args):
     return f'{args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, crop {args.crop_ratio:g}'
 
 
-def load_checkpoint(args, path, fixed, training=False):
-    """get_model_ckpt of this file. fixed: options that this call may not give otherwise."""
+def load_checkpoint(args, path, locked_options, training=False):
+    """get_model_ckpt of this file. locked_options: options that this call may not give otherwise."""
     if path.is_dir():
         return load_timm_folder(args, path)
     content = load_file(path)
     if not is_ours(content):
         return load_foreign(args, path, content)
-    check_bytes(path)
-    content, unsaid = upgraded(content)
+    verify_crc(path)
+    content, unsaid = upgrade(content)
     state, saved = content['model'], content['args']
-    say_unsaid(path, saved['preset'], unsaid)
-    merged = with_saved(args, saved, path, fixed)
-    model = new_model(merged)
+    report_missing_options(path, saved['preset'], unsaid)
+    merged = merge_saved_options(args, saved, path, locked_options)
+    model = build_model(merged)
     try:
         strict_load(model, state, path)
     except UserError:
         if merged.image_size == saved['image_size']:
             raise
-        strict_load(new_model(changed(merged, image_size=saved['image_size'])), state, path)
+        strict_load(build_model(replace_args(merged, image_size=saved['image_size'])), state, path)
         raise UserError(
             f'--image_size={merged.image_size}: {merged.backbone} was made for {saved["image_size"]} px: leave the '
             'option out'
@@ -231,47 +231,49 @@ def load_foreign(args, path, content):
     Where --preset is not given, the settings are ImageNet's, or CIFAR-10's where the stem is for small images, whatever
     lies about here.
     """
-    named = 'backbone' in args.given and args.backbone not in BLOCKS
-    found = None if named else read_layout(content)
+    named = 'backbone' in args.given and args.backbone not in RESNET_BLOCKS
+    found = None if named else convert_state_dict(content)
     if named:
-        return load_network(args, path, tensors_of(content))
+        return load_network(args, path, find_tensors(content))
     if not found:
-        keys = [str(key) for key in (tensors_of(content) or (content if isinstance(content, dict) else ()))]
-        first = ', '.join(keys[:SHOWN]) or 'none'
+        keys = [str(key) for key in (find_tensors(content) or (content if isinstance(content, dict) else ()))]
+        first = ', '.join(keys[:MAX_LISTED_KEYS]) or 'none'
         raise WorkError(
             f'{path} is damaged or was not written by this project, nor is it a ResNet in a layout that is '
             'known here (the official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, '
             f'torchvision, timm); its first keys: {first}; weights of another network are read with its name: '
             '--backbone=timm/<name>, or one of torchvision'
         )
-    layout, state, left = found
-    shapes = architecture(state)
+    source, state, unused_keys = found
+    shapes = infer_architecture(state)
     if 'backbone' not in shapes:
-        raise UserError(f'{path} holds a network with other residual blocks than {", ".join(BLOCKS)}')
+        raise UserError(f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}')
     if 'stem' not in shapes:
         raise UserError(f'{path} holds a ResNet whose first layers are none that are known here (a deep stem?)')
     if 'preset' not in args.given:
         args = with_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
     of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
-    merged = with_saved(args, {**asdict(args), **shapes}, path, of_backbone)
-    if not heads_fit(state, new_model(merged)):
+    merged = merge_saved_options(args, {**asdict(args), **shapes}, path, of_backbone)
+    if not heads_match(state, build_model(merged)):
         heads = [name for name in state if not name.startswith('backbone.')]
-        left = sorted({*left, *(name.split('.')[0] for name in heads)})
+        unused_keys = sorted({*unused_keys, *(name.split('.')[0] for name in heads)})
         state = {name: value for name, value in state.items() if name not in heads}
-        merged = with_saved(args, {**asdict(args), **of_backbone}, path, of_backbone)
-    model = new_model(merged)
-    whole = model.has_heads = any(not name.startswith('backbone.') for name in state)
-    strict_load(model, {**counters(model, whole), **state}, path)
-    unused = f'; not used: {", ".join(left)}' if left else ''
-    say(
-        f'{path.name}: {merged.backbone}, layout {layout}, {"with" if whole else "without"} projector and predictor'
+        merged = merge_saved_options(args, {**asdict(args), **of_backbone}, path, of_backbone)
+    model = build_model(merged)
+    has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
+    strict_load(model, {**bn_batch_counters(model, has_heads), **state}, path)
+    unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
+    log(
+        f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
         f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
     )
-    run = path_of(args.ckpt_path) / f'{layout}_{path.name}_{mark_of(path)}'  # other tools' files have all one name
-    return merged, model, foreign_checkpoint(layout, path, run)
+    run = (
+        resolve_path(args.ckpt_path) / f'{source}_{path.name}_{content_hash(path)}'
+    )  # other tools' files have all one name
+    return merged, model, foreign_checkpoint(source, path, run)
 
 
-def mark_of(path):
+def content_hash(path):
     """A short digest of a file's content."""
     digest = hashlib.blake2b(digest_size=4)
     with open(path, 'rb') as file:
@@ -284,22 +286,22 @@ def load_network(args, path, tensors):
     """load_checkpoint of a state dict in the own layout of the network that --backbone names, under any prefix."""
     if 'preset' not in args.given and args.preset == 'demo':
         args = with_preset(args, 'imagenet')
-    args = with_preprocessing(args, preprocessing_of(args.backbone))
-    model = new_model(args)
+    args = with_preprocessing(args, find_preprocessing(args.backbone))
+    model = build_model(args)
     try:
-        state, left = match_keys(model.backbone.state_dict(), tensors)
+        state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
     except ValueError as error:
         if not args.backbone.startswith('timm/') or not tensors:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}') from None
         try:
-            state, left = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
+            state, unused_keys = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
         except ValueError as other:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
     strict_load(model, {f'backbone.{name}': value for name, value in state.items()}, path)
     model.has_heads = False
-    unused = f'; not used: {some(left, SHOWN)}' if left else ''
-    say(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {said_of_preprocessing(args)}')
-    run = path_of(args.ckpt_path) / f'{plain_name(args.backbone)}_{path.name}_{mark_of(path)}'
+    unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
+    log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
+    run = resolve_path(args.ckpt_path) / f'{plain_name(args.backbone)}_{path.name}_{content_hash(path)}'
     return args, model, foreign_checkpoint('network', path, run)
 
 
@@ -314,9 +316,9 @@ def load_timm_folder(args, path):
     if 'backbone' in args.given and args.backbone != f'timm/{name}':
         raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
     known = about.get('pretrained_cfg')
-    args = changed(args, backbone=f'timm/{name}')
+    args = replace_args(args, backbone=f'timm/{name}')
     if isinstance(known, dict):
-        args = with_preprocessing(args, of_timm_folder(known))
+        args = with_preprocessing(args, preprocessing_from_timm_folder(known))
         args.given = args.given | {*PREPROCESSING}
     return load_network(args, weights, load_file(weights))
 
@@ -328,55 +330,57 @@ def plain_name(name):
 
 def with_preset(args, preset):
     """args with this preset's defaults in place of another's."""
-    own = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
-    found = changed(get_config(preset=preset), **own)
+    own = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
+    found = replace_args(get_config(preset=preset), **own)
     found.given = args.given
     return found
 
 
-def heads_fit(state, model):
+def heads_match(state, model):
     """Whether `state` has the whole of the model's projector and predictor, and nothing else but a backbone."""
-    theirs = {name: value.shape for name, value in {**counters(model), **state}.items() if 'backbone.' not in name}
+    theirs = {
+        name: value.shape for name, value in {**bn_batch_counters(model), **state}.items() if 'backbone.' not in name
+    }
     return theirs == {name: value.shape for name, value in model.state_dict().items() if 'backbone.' not in name}
 
 
-def counters(model, whole=True):
-    """The BNs' counters of batches, which some tools leave out: nothing depends on them. whole: the heads' too."""
+def bn_batch_counters(model, has_heads=True):
+    """The BNs' counters of batches, which some tools leave out: nothing depends on them. has_heads: the heads' too."""
     return {
         name: value
         for name, value in model.state_dict().items()
-        if name.endswith('num_batches_tracked') and (whole or name.startswith('backbone.'))
+        if name.endswith('num_batches_tracked') and (has_heads or name.startswith('backbone.'))
     }
 
 
-def with_saved(args, saved, path, fixed):
+def merge_saved_options(args, saved, path, locked_options):
     """The options of a checkpoint, but for what this call gave, and what belongs to the call. Raises UserError where
-    one of `fixed` is given otherwise."""
-    for name in fixed:
+    one of `locked_options` is given otherwise."""
+    for name in locked_options:
         if name in args.given and getattr(args, name) != saved.get(name):
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
             )
-    kept = {name: getattr(args, name) for name in (*args.given, *OF_THE_CALL)}
+    kept = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
     merged = Config(**{**saved, **kept})
     merged.given = args.given
     return merged
 
 
-def say_unsaid(path, preset, names):
+def report_missing_options(path, preset, names):
     """Name the options that a file does not know, for it is older than they are."""
     of_training = [name for name in names if {'train', 'evaluate'} & {*OPTIONS[name].metadata['used_by']}]
-    names = [name for name in of_training if name not in OF_THE_CALL]
+    names = [name for name in of_training if name not in NOT_RESTORED_OPTIONS]
     if names:
-        said = some([f'--{name}' for name in names], SHOWN)
-        say(f'{path.name} is older than {said}: they are as in --preset={preset}')
+        said = join_first([f'--{name}' for name in names], MAX_LISTED_KEYS)
+        log(f'{path.name} is older than {said}: they are as in --preset={preset}')
 
 
 def strict_load(model, state, path):
     """Load `state`, which has either all of the model's keys or all of its backbone's, and no other."""
-    whole = any(not name.startswith('backbone.') for name in state)
-    wanted = {name: value for name, value in model.state_dict().items() if whole or name.startswith('backbone.')}
+    has_heads = any(not name.startswith('backbone.') for name in state)
+    wanted = {name: value for name, value in model.state_dict().items() if has_heads or name.startswith('backbone.')}
     sizes = [
         f'{name} is {tuple(state[name].shape)} in place of {tuple(value.shape)}'
         for name, value in wanted.items()
@@ -387,9 +391,9 @@ def strict_load(model, state, path):
         'unexpected': sorted(state.keys() - wanted.keys()),
         'size mismatch': sizes,
     }
-    problems = [f'{kind}: {some(found, SHOWN)}' for kind, found in kinds.items() if found]
+    problems = [f'{kind}: {join_first(found, MAX_LISTED_KEYS)}' for kind, found in kinds.items() if found]
     for name, value in wanted.items():
-        if name in state and (kind := odd(state[name], value.is_floating_point())):
+        if name in state and (kind := unsupported_kind(state[name], value.is_floating_point())):
             raise WorkError(f'{path}: {name} is {kind}, and a weight is plain floating-point numbers: convert it')
     if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
         raise WorkError(f'{path} holds weights that are no numbers (nan or infinite): take another checkpoint')
@@ -398,7 +402,7 @@ def strict_load(model, state, path):
     model.load_state_dict({**model.state_dict(), **state})
 
 
-def odd(value, real):
+def unsupported_kind(value, real):
     """What a tensor is that is no weight as torch keeps it, in a word; None for one that is. real: whether it is wanted
     in floating point."""
     if value.is_quantized or value.is_complex() or value.layout != torch.strided or value.device.type == 'meta':
@@ -409,7 +413,7 @@ def odd(value, real):
     return None
 
 
-def new_model(args):
+def build_model(args):
     """An untrained SimSiam; --random_seed fixes its weights. Raises UserError where there is no such backbone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
@@ -424,21 +428,23 @@ def save_checkpoint(run, args, state):
 
     What --keep_last and this newer one make superfluous is deleted: earlier ones from within an epoch, the oldest.
     """
-    content = {**state.content(), 'args': asdict(args), 'versions': versions()}
-    within = f'_images_{state.images}' if state.images else ''
-    path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{within}'
+    content = {**state.state_dict(), 'args': asdict(args), 'versions': versions()}
+    suffix = f'_images_{state.images}' if state.images else ''
+    path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{suffix}'
     if not rank():
         note_written(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
-        write_aside(path, lambda aside: torch.save(content, aside))
+        atomic_write(path, lambda aside: torch.save(content, aside))
         kept = {0, best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
         older = [
-            other for other in checkpoints(run) if other != path and int(NAME.fullmatch(other.name)[2]) not in kept
+            other
+            for other in checkpoints(run)
+            if other != path and int(CHECKPOINT_RE.fullmatch(other.name)[2]) not in kept
         ]
         older = [other for other in older if is_own(run, other)]
-        within = [other for other in older if NAME.fullmatch(other.name)[3]]
-        finished = [other for other in older if other not in within]
+        suffix = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
+        finished = [other for other in older if other not in suffix]
         spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
-        for other in (*within, *finished[: max(0, spare)]):
+        for other in (*suffix, *finished[: max(0, spare)]):
             other.unlink(missing_ok=True)
     return path
 
@@ -450,7 +456,7 @@ def note_written(run, path):
     """Add a checkpoint to those that a run says it has written, or is about to write."""
     before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
     names = [*(name for name in before if name != path.name), path.name]
-    write_aside(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
+    atomic_write(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
 
 
 def is_own(folder, path):
@@ -488,7 +494,7 @@ def versions():
 def load_file(path):
     """What torch.save, or safetensors, wrote into a file, on the CPU. No file can run code. Raises WorkError."""
     if path.suffix == '.safetensors':
-        reader = extra('safetensors.torch', path.name)
+        reader = require_package('safetensors.torch', path.name)
         try:
             return reader.load_file(path)
         except Exception as error:  # its own has no common base with the system's
@@ -497,7 +503,7 @@ def load_file(path):
     while True:
         try:
             with (
-                torch.serialization.safe_globals([*ARRAYS, *((Inert, name) for name in inert)]),
+                torch.serialization.safe_globals([*NUMPY_SAFE_GLOBALS, *((InertStub, name) for name in inert)]),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter('ignore')  # of TorchScript, of pickles: what follows says it
@@ -506,7 +512,7 @@ def load_file(path):
             refused = re.search(r'GLOBAL ([\w.]+)', str(error))
             if not refused:
                 raise WorkError(DAMAGED.format(path)) from None
-            if refused[1].split('.')[0] not in CARRIERS or refused[1] in inert:
+            if refused[1].split('.')[0] not in INERT_PICKLE_PACKAGES or refused[1] in inert:
                 raise WorkError(
                     f'{path} is not loaded: it wants to run {refused[1]}, and only tensors and plain '
                     'values are read from a checkpoint'
@@ -516,7 +522,7 @@ def load_file(path):
             raise WorkError(DAMAGED.format(path)) from None
 
 
-def check_bytes(path):
+def verify_crc(path):
     """Raise WorkError where a checkpoint of ours has other bytes than were written: torch reads them without a word."""
     try:
         with zipfile.ZipFile(path) as parts:
@@ -527,7 +533,7 @@ def check_bytes(path):
         raise WorkError(f'{path} is damaged, in {wrong}: take another checkpoint')
 
 
-class Inert:
+class InertStub:
     """Stands for an object of another tool's settings in its file: takes what it is given, and does nothing."""
 
     def __init__(self, *given, **more):
@@ -537,7 +543,7 @@ class Inert:
         pass
 
 
-def read(path):
+def read_checkpoint(path):
     """The content of a checkpoint of ours, of any format. Raises WorkError."""
     content = load_file(path)
     if not is_ours(content):
@@ -551,26 +557,28 @@ def checkpoints(folder):
     """
     found, written = [], read_json(folder / WRITTEN).get('written', [])
     for path in folder.iterdir():
-        if match := NAME.fullmatch(path.name):
+        if match := CHECKPOINT_RE.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):  # its run keeps the last ones alone, and has just removed it
                 later = written.index(path.name) if path.name in written else -1
                 found.append((int(match[2]), int(match[3] or 0), later, path.stat().st_mtime, path))
     return [path for *_, path in sorted(found)]
 
 
-def best_of_run(folder, found):
+def pick_checkpoint(folder, found):
     """The best checkpoint of a run that began with pretrained weights and was measured; of another the newest."""
     best = best_epoch(folder)
-    whole = {int(NAME.fullmatch(path.name)[2]): path for path in found if not NAME.fullmatch(path.name)[3]}
-    if best is None or best not in whole or whole[best] == found[-1]:
+    has_heads = {
+        int(CHECKPOINT_RE.fullmatch(path.name)[2]): path for path in found if not CHECKPOINT_RE.fullmatch(path.name)[3]
+    }
+    if best is None or best not in has_heads or has_heads[best] == found[-1]:
         return found[-1]
-    say(f'{folder.name}: epoch {best} is its best on val; --ckpt_name={folder.name}/<checkpoint> takes another')
-    return whole[best]
+    log(f'{folder.name}: epoch {best} is its best on val; --ckpt_name={folder.name}/<checkpoint> takes another')
+    return has_heads[best]
 
 
 def list_checkpoints(args):
     """All checkpoints under --ckpt_path, as --ckpt_name wants them: by name, those of the newest run at the end."""
-    root = path_of(args.ckpt_path)
+    root = resolve_path(args.ckpt_path)
     runs = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     found = {run: kept for run in runs if (kept := checkpoints(run))}
     newest = newest_run(found)
@@ -578,17 +586,17 @@ def list_checkpoints(args):
     return [f'{run.name}/{path.name}' for run in ordered for path in found[run]]
 
 
-def whole_ones(args, names):
+def iter_valid_checkpoints(args, names):
     """get_model_ckpt of each of these --ckpt_name; one that is damaged or gone is warned of and left out. Raises its
     error where none is left."""
     found = False
     for name in names:
         try:
-            one = get_model_ckpt(changed(args, ckpt_name=str(name)))
+            one = get_model_ckpt(replace_args(args, ckpt_name=str(name)))
         except (WorkError, UserError) as error:  # it may have gone since, where its run keeps the last ones alone
             if name == names[-1] and not found:
                 raise
-            complain('warning', f'{error}; left out')
+            print_message('warning', f'{error}; left out')
             continue
         found = True
         yield one
@@ -597,20 +605,20 @@ def whole_ones(args, names):
 def find_checkpoint(args, training=False):
     """The file that --ckpt_name means: below --ckpt_path, or a path. A run folder means its newest checkpoint; of a run
     that began with pretrained weights, unless it is for `training`, its best (best_epoch). Raises UserError."""
-    for path in (path_of(args.ckpt_path) / args.ckpt_name, path_of(args.ckpt_name)):
+    for path in (resolve_path(args.ckpt_path) / args.ckpt_name, resolve_path(args.ckpt_name)):
         path = path.resolve()  # what is written about a checkpoint lies beside it, not beside a link to it
         if path.is_file():
             return path
         if path.is_dir():
             if found := checkpoints(path):
-                return found[-1] if training else best_of_run(path, found)
+                return found[-1] if training else pick_checkpoint(path, found)
             if (path / 'config.json').is_file():
                 return path
             raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
     known = list_checkpoints(args)
     option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
     hint = f'the newest there is --{option}={known[-1]}' if known else 'there is none yet: run python3 cli.py train'
-    raise UserError(f'no checkpoint {args.ckpt_name} in {path_of(args.ckpt_path)}; {hint}')
+    raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
 
 
 def best_epoch(folder):
@@ -622,10 +630,10 @@ def best_epoch(folder):
     """
     if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
         return None
-    return best_of_lines(read_metrics(folder / 'metrics.jsonl'))
+    return best_epoch_by_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
-def best_of_lines(lines):
+def best_epoch_by_metrics(lines):
     """best_epoch, of the lines of a metrics.jsonl."""
     judged = {line['epoch']: line for line in lines if FEW in line}
     if 0 in judged:

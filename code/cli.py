@@ -15,13 +15,13 @@ import fire
 from fire.decorators import SetParseFn
 
 from config import OLD_PROTOCOLS, OPTIONS, PROTOCOLS
-from errors import UserError, WorkError, path_of
 from runtime import signals
-from runtime.console import complain, first_line, lost, own_streams
-from runtime.options import get_config, help_of, help_text, nearest, unused
+from runtime.console import first_line, output_error, print_message, wrap_std_streams
+from runtime.errors import UserError, WorkError, resolve_path
+from runtime.options import get_config, help_text, ignored_by_command, nearest, option_help
 
-REPORT = 'sally20921@snu.ac.kr (README.md, Contact)'
-ALONE = (
+BUG_REPORT_ADDRESS = 'sally20921@snu.ac.kr (README.md, Contact)'
+SINGLE_PROCESS_COMMANDS = (
     'check_dataloader',
     'pack',
     'export',
@@ -29,9 +29,9 @@ ALONE = (
     'select',
     'runs',
 )  # commands that have no work for several processes
-WRITES = {'infer': '.csv', 'runs': '.csv', 'report': '.html'}
+OUTPUT_SUFFIX = {'infer': '.csv', 'runs': '.csv', 'report': '.html'}
 # Of files that hold something else than what a command writes; any other name is anybody's.
-KNOWN_ENDINGS = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
+KNOWN_SUFFIXES = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
 # The module that holds the function of a command's name, and what it is for in a line.
 COMMANDS = {
     'check_dataloader': (
@@ -63,51 +63,51 @@ COMMANDS = {
 }
 
 
-def runner(command):
+def make_entry_point(command):
     """What Fire calls for `command`: check the options first, import its module only then."""
 
     @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
-    def run(*words, **options):
+    def run(*positional, **options):
         try:
-            args = read_options(command, words, options)
+            args = read_options(command, positional, options)
         except UserError:
-            if speaks():
+            if is_main_process():
                 raise
             sys.exit(2)  # all processes of a run have the same options, and one of them says so
         if command == 'runs':  # at once: without torch
             importlib.import_module(COMMANDS[command][0]).runs(args)
             return
         from runtime import distributed
-        from runtime.environment import keep_freed_memory, short_paths_for_processes
-        from runtime.messages import be_quiet
+        from runtime.environment import shorten_tmpdir, tune_malloc
+        from runtime.messages import set_quiet
 
-        keep_freed_memory()
-        short_paths_for_processes()
-        be_quiet(args.quiet)
-        with signals.listening():
+        tune_malloc()
+        shorten_tmpdir()
+        set_quiet(args.quiet)
+        with signals.signal_handlers():
             try:
                 getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
-            except signals.Stopped:  # all processes stop at the same step, and leave the group
-                distributed.end()
+            except signals.Interrupted:  # all processes stop at the same step, and leave the group
+                distributed.destroy()
                 raise
-        distributed.end()
+        distributed.destroy()
 
     return run
 
 
-def speaks():
+def is_main_process():
     """Whether this is the process that speaks for all: distributed.rank is 0, without torch."""
     return not int(os.environ.get('RANK', 0))
 
 
-def read_options(command, words, options):
+def read_options(command, positional, options):
     """The checked options of a command line; what surprises is said, and what cannot be is a UserError."""
-    if words:
-        raise UserError(f'{words[0]!r} is not an option: they are given as --name=value')
+    if positional:
+        raise UserError(f'{positional[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
-    if (old := options.get('protocol')) in OLD_PROTOCOLS and speaks():
-        complain('warning', f'--protocol={old} is called {OLD_PROTOCOLS[old]} now')
-    if command in ALONE and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if (old := options.get('protocol')) in OLD_PROTOCOLS and is_main_process():
+        print_message('warning', f'--protocol={old} is called {OLD_PROTOCOLS[old]} now')
+    if command in SINGLE_PROCESS_COMMANDS and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
     if (
         command not in ('train', 'check_dataloader')
@@ -122,24 +122,24 @@ def read_options(command, words, options):
         print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
     if args.output and command != 'pack':
         check_output(args.output, command)
-    for name in unused(args, command) if speaks() else ():
-        complain('warning', f'--{name} has no effect on {command}')
+    for name in ignored_by_command(args, command) if is_main_process() else ():
+        print_message('warning', f'--{name} has no effect on {command}')
     return args
 
 
 def check_output(output, command):
-    """Raise UserError where --output names no file, or, of a command in WRITES, a file of another kind."""
-    path, written = path_of(output), WRITES.get(command)
+    """Raise UserError where --output names no file, or, of a command in OUTPUT_SUFFIX, a file of another kind."""
+    path, written = resolve_path(output), OUTPUT_SUFFIX.get(command)
     if path.is_dir():
         raise UserError(f'--output={output} is a folder: name a file in it')
-    if written and path.suffix.lower() in {*KNOWN_ENDINGS} - {written}:
+    if written and path.suffix.lower() in {*KNOWN_SUFFIXES} - {written}:
         raise UserError(f'--output={output}: {command} writes a {written}, and nothing else')
 
 
-def check_values(words):
+def reject_valueless_options(positional):
     """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
     before = ''
-    for word, following in zip(words, [*words, '--'][1:], strict=True):
+    for word, following in zip(positional, [*positional, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
         value_of = before.startswith('--') and '=' not in before  # --learning_rate -1
         if word.startswith('-') and not word.startswith('--') and not value_of:
@@ -153,10 +153,10 @@ def check_values(words):
             raise UserError(f'--{name} is given without a value: --{name}=...; {OPTIONS[name].metadata["meaning"]}')
 
 
-def check_processes(command):
+def check_torchrun_env(command):
     """Raise UserError where the environment says of several processes what cannot be; warn of those that know nothing
     of one another."""
-    said, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
+    env, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
     for name, least in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('LOCAL_RANK', 0)):
         text = os.environ.get(name)
         if text is None:
@@ -165,12 +165,12 @@ def check_processes(command):
             raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
         if int(text) < least:
             raise UserError(f'{name}={text} is in the environment, and no number of processes; {hint}')
-        said[name] = int(text)
-    world = said.get('WORLD_SIZE', 1)
-    here = min(world, said.get('LOCAL_WORLD_SIZE', world))
+        env[name] = int(text)
+    world = env.get('WORLD_SIZE', 1)
+    here = min(world, env.get('LOCAL_WORLD_SIZE', world))
     for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', here)):
-        if said.get(name, 0) >= count:
-            raise UserError(f'{name}={said[name]} is in the environment, of {size}={count} processes; {hint}')
+        if env.get(name, 0) >= count:
+            raise UserError(f'{name}={env[name]} is in the environment, of {size}={count} processes; {hint}')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:
         raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')
@@ -178,7 +178,7 @@ def check_processes(command):
     if world > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f'MASTER_PORT={port} is in the environment, and no port of 1 to 65535; {hint}')
     if os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1' and world == 1 and command in ('train', 'ablate'):
-        complain(
+        print_message(
             'warning',
             f'srun has started {os.environ["SLURM_STEP_NUM_TASKS"]} processes, and each trains a run of its own; to '
             'train one together start one task a machine with torchrun (README)',
@@ -195,81 +195,82 @@ def main(argv):
     command = argv[0]
     try:
         if command.startswith('--help='):
-            print(help_of(command.removeprefix('--help=')))
+            print(option_help(command.removeprefix('--help=')))
             return 0
         if command not in COMMANDS:
             raise UserError(f'there is no command {command!r}; did you mean {nearest(command, COMMANDS)}?')
         if asked := [word for word in argv if word.startswith('--help=')]:
-            print(help_of(asked[0].removeprefix('--help=')))
+            print(option_help(asked[0].removeprefix('--help=')))
             return 0
         if {'--help', '-h'} & set(argv):
             print(f'{command}: {COMMANDS[command][1]}\n\n{help_text(command)}')
             return 0
         if '-' in argv or '--' in argv:  # Fire's own separators, which would cut the line short
             raise UserError("'-' alone is not an option: they are given as --name=value")
-        check_values(argv[1:])
-        check_processes(command)
-        fire.Fire({name: runner(name) for name in COMMANDS}, argv, name='cli.py')
+        reject_valueless_options(argv[1:])
+        check_torchrun_env(command)
+        fire.Fire({name: make_entry_point(name) for name in COMMANDS}, argv, name='cli.py')
     except (UserError, WorkError) as error:
-        return failed(error, 2 if isinstance(error, UserError) else 1)
+        return print_error(error, 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        return failed_on_file(error)
+        return explain_os_error(error)
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
-    except signals.Stopped as end:
-        if speaks():
+    except signals.Interrupted as end:
+        if is_main_process():
             print(end, file=sys.stderr)
         return 128 + end.number
     except Exception as error:
-        if place := 'runtime.device' in sys.modules and sys.modules['runtime.device'].short_of_memory(error):
-            return failed(f'{place} has not enough memory: {first_line(error)}')
+        if place := 'runtime.device' in sys.modules and sys.modules['runtime.device'].is_oom(error):
+            return print_error(f'{place} has not enough memory: {first_line(error)}')
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            return failed(f'torch.compile fails: {first_line(error)[:200]}; --compile=False goes without')
-        if gone := 'runtime.distributed' in sys.modules and sys.modules['runtime.distributed'].gone():
-            return failed(f'{gone}: the last checkpoint is whole, and --resume=auto goes on from it')
-        return fault(error)
+            return print_error(f'torch.compile fails: {first_line(error)[:200]}; --compile=False goes without')
+        if dead_ranks := 'runtime.distributed' in sys.modules and sys.modules['runtime.distributed'].dead_ranks():
+            return print_error(f'{dead_ranks}: the last checkpoint is whole, and --resume=auto goes on from it')
+        return print_unexpected(error)
     return 0
 
 
-def failed_on_file(error):
+def explain_os_error(error):
     """Say what the system refused; returns the exit code."""
     name = os.fsdecode(error.filename2 or error.filename or '')
     if name and isinstance(error, FileExistsError | NotADirectoryError):
         for path in (*reversed(Path(name).parents), Path(name)):
             if path.is_file():
-                return failed(f'{path} is a file, and a folder is wanted there', 2)
+                return print_error(f'{path} is a file, and a folder is wanted there', 2)
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and not name:
-        return failed(f'{error.strerror}: --ckpt_path, --log_path or --cache_path lies on a full disk')
-    return failed(
+        return print_error(f'{error.strerror}: --ckpt_path, --log_path or --cache_path lies on a full disk')
+    return print_error(
         f'{error.strerror or error}' + (f' ({name})' if name else ''), 2 if error.errno == errno.ENAMETOOLONG else 1
     )
 
 
-def fault(error):
+def print_unexpected(error):
     """Show an exception that nobody expected as what it is; returns the exit code."""
-    if type(error).__name__ == 'Fault':  # of a process that reads images; its text is the traceback there
+    if type(error).__name__ == 'WorkerException':  # of a process that reads images; its text is the traceback there
         print(error, file=sys.stderr)
     else:
         traceback.print_exception(error)
-    return failed(
-        f'this is a fault of this program, not of yours: please send the lines above and the command to {REPORT}'
+    return print_error(
+        'this is a fault of this program, not of yours: please send the lines above and the command to '
+        f'{BUG_REPORT_ADDRESS}'
     )
 
 
-def failed(reason, code=1):
+def print_error(reason, code=1):
     """Say why a command ends, if no other process of the run has said it; returns its exit code."""
-    if 'runtime.distributed' not in sys.modules or sys.modules['runtime.distributed'].first_to_say(str(reason)):
-        complain('error', reason)
+    if 'runtime.distributed' not in sys.modules or sys.modules['runtime.distributed'].claim_message(str(reason)):
+        print_message('error', reason)
     return code
 
 
 if __name__ == '__main__':
-    own_streams()
+    wrap_std_streams()
     code = main(sys.argv[1:])
-    if reason := lost():
+    if reason := output_error():
         worked = sys.argv[1:2] in (['train'], ['ablate'])  # what these print is in their run's log.txt as well
-        complain('warning' if worked else 'error', f'what was printed is not whole: {reason}')
+        print_message('warning' if worked else 'error', f'what was printed is not whole: {reason}')
         code = code if worked else code or 1
     gc.freeze()  # nobody looks for cycles at the end: a second, with all that torch has made
     sys.exit(code)

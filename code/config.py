@@ -10,16 +10,16 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 # Commands that an option matters to.
-ALL = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report', 'select')
-EVERY, NETWORK = (*ALL, 'pack'), ALL[1:]
-READING = tuple(command for command in ALL if command != 'export')  # of images, with a network
-DATA = (*READING, 'pack')
-SPLIT = tuple(command for command in DATA if command != 'embed')  # in train and val
+MODEL_COMMANDS = ('check_dataloader', 'train', 'evaluate', 'infer', 'embed', 'export', 'ablate', 'report', 'select')
+EVERY, NETWORK = (*MODEL_COMMANDS, 'pack'), MODEL_COMMANDS[1:]
+IMAGE_COMMANDS = tuple(command for command in MODEL_COMMANDS if command != 'export')  # of images, with a network
+DATA = (*IMAGE_COMMANDS, 'pack')
+SPLIT_COMMANDS = tuple(command for command in DATA if command != 'embed')  # in train and val
 TRAIN = ('train', 'ablate')
-VIEWS = ('check_dataloader', *TRAIN)
+AUGMENT_COMMANDS = ('check_dataloader', *TRAIN)
 FORWARD = ('train', 'ablate', 'evaluate', 'infer', 'embed', 'report', 'select')  # that run a network
 LOGGING = ('check_dataloader', 'train', 'evaluate', 'embed', 'ablate', 'report')
-VOTING = ('train', 'evaluate', 'ablate', 'infer', 'report')  # that ask the neighbours
+KNN_COMMANDS = ('train', 'evaluate', 'ablate', 'infer', 'report')  # that ask the neighbours
 # The protocols of evaluate: each is the file protocols/<name>.py, and its entry there.
 PROTOCOLS = {
     'linear': 'a linear classifier on frozen features',
@@ -31,17 +31,17 @@ PROTOCOLS = {
     'label_free': 'measures that need no labels',
 }
 OLD_PROTOCOLS = {'spectrum': 'label_free'}  # as they were called
-EVALUATE = ('train', 'evaluate', 'ablate')
-LINEAR, TUNED = ('linear',), ('semi', 'finetune')
+EVAL_COMMANDS = ('train', 'evaluate', 'ablate')
+LINEAR, FINETUNE_STAGES = ('linear',), ('semi', 'finetune')
 
 
-def option(default, choices=None, between=(None, None), used_by=(), only=(), **more):
+def option(default, choices=None, between=(None, None), used_by=(), stages=(), **more):
     """One option; the string below it is its meaning, with the unit. choices: its values, perhaps a dict with their
-    meanings; between: two bounds, both included; used_by: the commands that it matters to; only: the protocols of
+    meanings; between: two bounds, both included; used_by: the commands that it matters to; stages: the protocols of
     evaluate that it is for alone; these two where they are not the theme's. more: aliases, what other programs call it;
     often: its place among those that people set most; local: it belongs to this call and this machine, and never comes
     from a checkpoint; is_path: two spellings of one path are one value."""
-    metadata = {'choices': choices, 'low': between[0], 'high': between[1], 'used_by': used_by, 'only': only}
+    metadata = {'choices': choices, 'low': between[0], 'high': between[1], 'used_by': used_by, 'only': stages}
     return field(default=default, metadata={**metadata, **more})
 
 
@@ -58,15 +58,16 @@ def read_meanings(path):
 MEANINGS = read_meanings(__file__)
 
 
-def theme(title, used_by=EVALUATE, only=()):
-    """Make a class of options a dataclass. title: in --help; used_by, only: as of `option`, of those that say none."""
+def theme(title, used_by=EVAL_COMMANDS, stages=()):
+    """Make a class of options a dataclass. title: in --help; used_by, stages: as of `option`, of those that say
+    none."""
 
     def make(options):
         for name, value in vars(options).items():
             if isinstance(value, Field):
                 own = {'aliases': '', 'often': 0, 'local': False, 'is_path': False, **value.metadata}
-                own['only'] = own['only'] or only
-                own['used_by'] = own['used_by'] or (EVALUATE if own['only'] else used_by)
+                own['only'] = own['only'] or stages
+                own['used_by'] = own['used_by'] or (EVAL_COMMANDS if own['only'] else used_by)
                 own['meaning'] = ', '.join(own['only']) + ': ' * bool(own['only']) + MEANINGS[name]
                 if isinstance(own['choices'], dict):
                     own['meaning'] += ' ' + '; '.join(f'{choice}: {said}' for choice, said in own['choices'].items())
@@ -77,7 +78,7 @@ def theme(title, used_by=EVALUATE, only=()):
     return make
 
 
-@theme('Data', used_by=READING)  # What to work on
+@theme('Data', used_by=IMAGE_COMMANDS)  # What to work on
 class DataOptions:
     preset: str = option('auto', ('auto', 'photos', 'imagenet', 'cifar10', 'demo'), used_by=EVERY, often=1)
     """set of defaults; auto: for the images of --image_path photos, or cifar10 where they are small; without it
@@ -87,20 +88,22 @@ class DataOptions:
     )
     """folder with train/, val/ and perhaps test/, or of class folders, or of images; .tar archives; a list of paths;
     for infer: the images"""
-    val_fraction: float = option(0.1, between=(0.0, 0.9), used_by=SPLIT)
+    val_fraction: float = option(0.1, between=(0.0, 0.9), used_by=SPLIT_COMMANDS)
     """share of the labelled images of every class that becomes val where there is none; 0: none"""
     pixel_max: float = option(0.0, between=(0.0, 3e38), used_by=DATA)
     """pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats"""
-    download: bool = option(False, used_by=SPLIT, local=True)
+    download: bool = option(False, used_by=SPLIT_COMMANDS, local=True)
     """fetch the set named by the last part of image_path: cifar10, cifar100 or stl10"""
-    image_size: int = option(224, between=(8, 1024), used_by=ALL, aliases='crop_size img_size input_size', often=18)
+    image_size: int = option(
+        224, between=(8, 1024), used_by=MODEL_COMMANDS, aliases='crop_size img_size input_size', often=18
+    )
     """side of a view, in pixels"""
-    mean: str = option('imagenet', used_by=ALL)
+    mean: str = option('imagenet', used_by=MODEL_COMMANDS)
     """mean of each channel, subtracted from pixels in [0, 1]: ImageNet's, or numbers: 0.5,0.5,0.5; pretrained weights
     bring their own"""
-    std: str = option('imagenet', used_by=ALL)
+    std: str = option('imagenet', used_by=MODEL_COMMANDS)
     """standard deviation of each channel, by which pixels are divided: as --mean"""
-    interpolation: str = option('bilinear', ('bilinear', 'bicubic'), used_by=ALL)
+    interpolation: str = option('bilinear', ('bilinear', 'bicubic'), used_by=MODEL_COMMANDS)
     """of resized crops, antialiased; pretrained weights bring their own"""
     crop_ratio: float = option(0.875, between=(0.1, 1.0))
     """evaluation: share of the shorter side in the centre crop"""
@@ -114,7 +117,7 @@ class DataOptions:
     """keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no"""
     cache_path: str = option('data/cache', used_by=DATA, local=True, is_path=True)
     """folder of what is kept for the next run: decoded images, indexes, trials"""
-    jpeg_shrink: bool = option(True, used_by=VIEWS)
+    jpeg_shrink: bool = option(True, used_by=AUGMENT_COMMANDS)
     """let the JPEG decoder halve photos whose crops stay at least twice the view"""
     bad_images: str = option('error', ('error', 'skip'), used_by=DATA)
     """unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)"""
@@ -124,7 +127,7 @@ class DataOptions:
     """seed of the weights, the data order and the augmentation"""
 
 
-@theme('Views', used_by=VIEWS)  # Augmentation (paper section 3; MoCo v2)
+@theme('Views', used_by=AUGMENT_COMMANDS)  # Augmentation (paper section 3; MoCo v2)
 class ViewOptions:
     augmentation: str = option('moco', ('moco', 'simclr'), aliases='aug', often=9)
     """distortion of the views: moco, or SimCLR's stronger one"""
@@ -182,13 +185,13 @@ class MethodOptions:
     of the predictor"""
     similarity: str = option('cosine', ('cosine', 'softmax'))
     """in the loss (section 4.5): cosine, or cross-entropy of softmaxes"""
-    symmetric: str = option('true', ('true', 'false', '2x'), used_by=VIEWS)
+    symmetric: str = option('true', ('true', 'false', '2x'), used_by=AUGMENT_COMMANDS)
     """each view predicts the other (true), the first the second (false), or two such pairs of views (2x)"""
 
 
 @theme('Optimisation', used_by=TRAIN)  # Optimization (paper section 3), precision and speed
 class OptimizationOptions:
-    batch_size: int = option(512, between=(2, 65536), used_by=READING, aliases='b', often=6)
+    batch_size: int = option(512, between=(2, 65536), used_by=IMAGE_COMMANDS, aliases='b', often=6)
     """images a step, of all processes together"""
     accumulate_steps: int = option(1, between=(1, 1024), aliases='accum_iter grad_accum')
     """parts of a step that go through the network one after the other, for small memories; BN sees a part alone"""
@@ -224,13 +227,13 @@ class OptimizationOptions:
 class MonitorOptions:
     knn_every: int = option(5, between=(0, 100000))
     """epochs between two kNN tests on val; 0: never"""
-    knn_k: int = option(200, between=(1, 100000), used_by=VOTING, aliases='k')
+    knn_k: int = option(200, between=(1, 100000), used_by=KNN_COMMANDS, aliases='k')
     """neighbours that vote; fewer where a class has fewer images"""
-    knn_temperature: float = option(0.1, between=(0.001, 100.0), used_by=VOTING, aliases='temp')
+    knn_temperature: float = option(0.1, between=(0.001, 100.0), used_by=KNN_COMMANDS, aliases='temp')
     """a vote weighs exp(cosine / this)"""
     collapse_threshold: float = option(0.25, between=(0.0, 1.0))
     """warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1"""
-    tracker: str = option('none', ('none', 'wandb', 'trackio', 'mlflow'), used_by=EVALUATE, local=True)
+    tracker: str = option('none', ('none', 'wandb', 'trackio', 'mlflow'), used_by=EVAL_COMMANDS, local=True)
     """where the scalars also go; offline, project, server: by its own variables (WANDB_MODE=offline)"""
     save_every: int = option(10, between=(1, 100000))
     """epochs between two checkpoints; the last is always kept"""
@@ -244,26 +247,26 @@ class MonitorOptions:
     """a run whose options are taken for a new run"""
 
 
-@theme('Evaluation', used_by=EVALUATE)  # The protocols of evaluate
+@theme('Evaluation', used_by=EVAL_COMMANDS)  # The protocols of evaluate
 class EvaluationOptions:
     evaluate_after: bool = option(False, used_by=TRAIN, local=True)
     """evaluate the last checkpoint when training ends"""
     protocol: str = option('linear', PROTOCOLS, often=4, local=True)
     """how a backbone is judged: """
-    beside: str = option('untrained,start', only=('compare',))
+    beside: str = option('untrained,start', stages=('compare',))
     """backbones in rows of their own, with commas between: untrained, start (of the run), imagenet, timm/<name>, a
     run, a file; given alone it means --protocol=compare"""
-    labels: str = option('1,5,10,30', only=('compare',))
+    labels: str = option('1,5,10,30', stages=('compare',))
     """numbers of labelled images a class, with commas between"""
-    draws: int = option(5, between=(1, 1000), only=('compare',))
+    draws: int = option(5, between=(1, 1000), stages=('compare',))
     """draws of the labelled images, the same for every backbone"""
     knn_pixels: bool = option(False, local=True)
     """also report the kNN accuracy of raw pixels"""
-    crop_scale: float = option(0.08, between=(0.01, 1.0), only=(*LINEAR, *TUNED))
+    crop_scale: float = option(0.08, between=(0.01, 1.0), stages=(*LINEAR, *FINETUNE_STAGES))
     """smallest share of the area in a training crop"""
 
 
-@theme('Evaluation', only=LINEAR)  # The linear classifier
+@theme('Evaluation', stages=LINEAR)  # The linear classifier
 class LinearOptions:
     probe_optimizer: str = option('lars', ('lars', 'sgd'))
     """LARS (paper, appendix A) or SGD"""
@@ -277,13 +280,13 @@ class LinearOptions:
     """extract the features of some augmented passes once, and train on them: many times faster"""
     cache_passes: int = option(4, between=(1, 1000))
     """augmented passes that --cache_features keeps"""
-    label_fraction: float = option(0.1, between=(0.0001, 1.0), only=('semi',))
+    label_fraction: float = option(0.1, between=(0.0001, 1.0), stages=('semi',))
     """share of the labels, the same number of every class"""
-    subset_list: str = option('', only=('semi',), is_path=True)
+    subset_list: str = option('', stages=('semi',), is_path=True)
     """a file with the names of the labelled images, one a line, in its place"""
 
 
-@theme('Evaluation', only=TUNED)  # Fine-tuning
+@theme('Evaluation', stages=FINETUNE_STAGES)  # Fine-tuning
 class FinetuneOptions:
     baseline: bool = option(False)
     """also train from scratch on the same labels"""
@@ -301,13 +304,13 @@ class FinetuneOptions:
     """share of the epochs in which the rates rise"""
     finetune_weight_decay: float = option(1e-4, between=(0.0, 1.0))
     """L2 penalty"""
-    transfer_path: str = option('', only=('transfer',), is_path=True)
+    transfer_path: str = option('', stages=('transfer',), is_path=True)
     """folder with train/<class>/ and val/<class>/"""
-    transfer: str = option('linear', ('linear', 'finetune'), only=('transfer',))
+    transfer: str = option('linear', ('linear', 'finetune'), stages=('transfer',))
     """logistic regression on frozen features (linear), l2 chosen on a held-out fifth of train; or finetune"""
 
 
-@theme('Evaluation', only=('detection',))  # Object detection
+@theme('Evaluation', stages=('detection',))  # Object detection
 class DetectionOptions:
     detection_path: str = option('', is_path=True)
     """folder in the format of VOC or COCO"""
@@ -419,7 +422,7 @@ class Config(
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
-OF_THE_CALL = tuple(name for name, f in OPTIONS.items() if f.metadata['local'])
+NOT_RESTORED_OPTIONS = tuple(name for name, f in OPTIONS.items() if f.metadata['local'])
 
 
 # What a preset changes, as on a command line.

@@ -5,18 +5,18 @@ What is reported is the last epoch, never the best one, on the whole of `val`.
 
 import torch
 
-from ckpt import checkpoints, get_model_ckpt, list_checkpoints, whole_ones
+from ckpt import checkpoints, get_model_ckpt, iter_valid_checkpoints, list_checkpoints
 from dataloader.load_dataset import load_splits
-from engine.run_dir import name_of_run
-from errors import UserError, path_of
-from protocols.collapse_verdict import FAVOURED, QUICK
+from engine.run_dir import run_display_name
+from protocols.collapse_verdict import SELECTION_METRIC, SUMMARY_METRICS
 from protocols.protocol import find_protocol, without_effect
-from protocols.run_protocol import evaluate_model
-from runtime.console import complain
-from runtime.device import get_device, use_device
-from runtime.messages import say
-from runtime.options import places
-from runtime.trackers import package_of
+from protocols.run_protocol import run_protocol
+from runtime.console import print_message
+from runtime.device import get_device, init_device
+from runtime.errors import UserError, resolve_path
+from runtime.messages import log
+from runtime.options import repeat_options
+from runtime.trackers import import_tracker
 
 
 def evaluate(args):
@@ -28,53 +28,60 @@ def evaluate(args):
     """
     if not args.ckpt_name:
         known = list_checkpoints(args)
-        say('\n'.join(known) if known else f'no checkpoint in {path_of(args.ckpt_path)} yet: run python3 cli.py train')
+        log(
+            '\n'.join(known)
+            if known
+            else f'no checkpoint in {resolve_path(args.ckpt_path)} yet: run python3 cli.py train'
+        )
         raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
-    use_device(args)
-    package_of(args)  # refused before the work
-    paths = of_run(args, args.ckpt_name) if args.protocol == 'label_free' else []
+    init_device(args)
+    import_tracker(args)  # refused before the work
+    paths = run_checkpoints(args, args.ckpt_name) if args.protocol == 'label_free' else []
     if len(paths) > 1:
-        say_what_is_idle(args)
-        return best_of(args, paths)
+        warn_ignored_options(args)
+        return select_checkpoint(args, paths)
     args, model, checkpoint = get_model_ckpt(args)
-    say_what_is_idle(args)
+    warn_ignored_options(args)
     splits = None if find_protocol(args.protocol).path else load_splits(args)
     model = model.to(get_device(args), memory_format=torch.channels_last)
-    result = evaluate_model(args, model, splits, checkpoint)
-    say(f'result     {checkpoint["run"] / result["file"]}')
-    say(f'pictures   tensorboard --logdir {path_of(args.log_path) / checkpoint["run"].name}')
+    result = run_protocol(args, model, splits, checkpoint)
+    log(f'result     {checkpoint["run"] / result["file"]}')
+    log(f'pictures   tensorboard --logdir {resolve_path(args.log_path) / checkpoint["run"].name}')
     if args.protocol == 'linear':
-        say(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{places(args, "image_path")}')
+        log(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{repeat_options(args, "image_path")}')
     return result
 
 
-def say_what_is_idle(args):
+def warn_ignored_options(args):
     """Warn of given options that the protocol has no use for."""
     for name in without_effect(args):
-        complain('warning', f'--{name} has no effect on --protocol={args.protocol}')
+        print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
     if args.subset_list and 'label_fraction' in args.given and args.protocol == 'semi':
-        complain('warning', '--label_fraction has no effect beside --subset_list')
+        print_message('warning', '--label_fraction has no effect beside --subset_list')
 
 
-def of_run(args, name):
+def run_checkpoints(args, name):
     """The checkpoints of the run of this name, the oldest first; none where it names a checkpoint or a file."""
-    folder = next((path for path in (path_of(args.ckpt_path) / name, path_of(name)) if path.is_dir()), None)
+    folder = next((path for path in (resolve_path(args.ckpt_path) / name, resolve_path(name)) if path.is_dir()), None)
     return checkpoints(folder) if folder else []
 
 
-def best_of(args, paths):
+def select_checkpoint(args, paths):
     """Judge all checkpoints of a run by --protocol=label_free, and name the best. Returns its result."""
     found, splits = [], None
-    for own, model, checkpoint in whole_ones(args, paths):
-        splits = splits or load_splits(own)
-        model = model.to(get_device(own), memory_format=torch.channels_last)
+    for pretraining_splits, model, checkpoint in iter_valid_checkpoints(args, paths):
+        splits = splits or load_splits(pretraining_splits)
+        model = model.to(get_device(pretraining_splits), memory_format=torch.channels_last)
         if found:
             checkpoint['untrained'] = found[-1]['untrained']  # the same beside each
-        found.append(evaluate_model(own, model, splits, checkpoint))
-    say('')
+        found.append(run_protocol(pretraining_splits, model, splits, checkpoint))
+    log('')
     for result in found:
-        say(f'epoch {result["epoch"]:<5} ' + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in QUICK))
-    best = min(found, key=lambda result: result['measures'][FAVOURED])
-    name = f'{name_of_run(args, paths[0].parent)}/{best["checkpoint"]}{places(args)}'
-    say(f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={name}')
+        log(
+            f'epoch {result["epoch"]:<5} '
+            + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in SUMMARY_METRICS)
+        )
+    best = min(found, key=lambda result: result['measures'][SELECTION_METRIC])
+    name = f'{run_display_name(args, paths[0].parent)}/{best["checkpoint"]}{repeat_options(args)}'
+    log(f'the best by {SELECTION_METRIC} is epoch {best["epoch"]}: --ckpt_name={name}')
     return best

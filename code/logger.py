@@ -9,11 +9,11 @@ from torch.nn.functional import pad
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from errors import UserError
-from runtime.atomic_write import save_picture, write_aside
-from runtime.console import complain, shown
+from runtime.atomic_write import atomic_write, save_png
+from runtime.console import print_message, printable
 from runtime.distributed import rank
-from runtime.files import as_json, read_metrics
+from runtime.errors import UserError
+from runtime.files import dumps_nan_safe, read_metrics
 
 
 class Logger:
@@ -25,63 +25,67 @@ class Logger:
         one and taken out of the other. tracker: of runtime/trackers.py, which gets the scalars too."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.warned, self.metrics, self.tracker = folder, set(), metrics, tracker
+        self.folder, self.warned_subjects, self.metrics, self.tracker = folder, set(), metrics, tracker
         try:
             self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
         except UnicodeError:  # the names of files are ASCII here, TensorBoard's are UTF-8
-            raise UserError(f'TensorBoard cannot write to {shown(folder)} in this locale: PYTHONUTF8=1 helps') from None
+            raise UserError(
+                f'TensorBoard cannot write to {printable(folder)} in this locale: PYTHONUTF8=1 helps'
+            ) from None
         if first_step and metrics and metrics.is_file() and not rank():
-            kept = [as_json(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
-            write_aside(metrics, lambda aside: aside.write_text(''.join(kept)))
+            kept = [dumps_nan_safe(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
+            atomic_write(metrics, lambda aside: aside.write_text(''.join(kept)))
 
-    def board(self, put):
+    def write_tensorboard(self, write):
         """Let `put(writer)` write to TensorBoard. A log that cannot be written any more, for its folder was deleted or
         its disk is full, is warned of once, and ends no run."""
         if not self.writer:
             return
         try:
-            put(self.writer)
+            write(self.writer)
         except Exception as error:  # OSError, and TensorBoard's own kinds of it
             self.writer = None
             reason = getattr(error, 'strerror', None) or error
-            complain('warning', f'TensorBoard gets no more of this run, {self.folder} cannot be written: {reason}')
+            print_message('warning', f'TensorBoard gets no more of this run, {self.folder} cannot be written: {reason}')
 
-    def lacks(self, step):
+    def is_missing_epoch(self, step):
         """Whether the metrics of the steps before are there and those of this one are not."""
         return self.metrics.is_file() and step not in {line['epoch'] for line in read_metrics(self.metrics)}
 
     def warn_once(self, subject, line):
         """One line on standard error, the first time that this run has something to say on `subject`."""
-        if subject not in self.warned and not rank():
-            self.warned.add(subject)
+        if subject not in self.warned_subjects and not rank():
+            self.warned_subjects.add(subject)
             with tqdm.external_write_mode():
-                complain('warning', line)
+                print_message('warning', line)
 
     def scalars(self, step, values):
         """step: epochs finished. values: {tag: number}; TensorBoard groups tags by what stands before the /."""
 
-        def put(writer):
+        def write(writer):
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
             writer.flush()
 
-        self.board(put)
+        self.write_tensorboard(write)
         if self.metrics and not rank():
             line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
             with open(self.metrics, 'ab+') as file:
                 cut = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b'\n'  # the last line, by a kill
-                file.write(('\n' * bool(cut) + as_json(line) + '\n').encode())
+                file.write(('\n' * bool(cut) + dumps_nan_safe(line) + '\n').encode())
         if self.tracker:
             self.tracker.log(step, values)
 
     def text(self, tag, lines, step=0):
         """Lines of text, as they are."""
         text = '\n'.join(f'    {line}' for line in lines)  # Markdown's literal block
-        self.board(lambda writer: writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step))
+        self.write_tensorboard(
+            lambda writer: writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step)
+        )
 
     def image(self, tag, grid, step):
         """grid: 3 x height x width in [0, 1]."""
-        self.board(lambda writer: writer.add_image(tag, grid, step))
+        self.write_tensorboard(lambda writer: writer.add_image(tag, grid, step))
 
     def views(self, name, rows):
         """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
@@ -90,22 +94,22 @@ class Logger:
 
     def picture(self, name, image, step):
         """A PIL image, also as a file: <folder>/<name>.png."""
-        save_picture(image, self.folder / f'{name}.png')
+        save_png(image, self.folder / f'{name}.png')
         self.image(f'results/{name}', to_tensor(image), step)
 
     def close(self):
-        self.board(lambda writer: writer.close())
+        self.write_tensorboard(lambda writer: writer.close())
         if self.tracker:
             self.tracker.close()
 
 
-def quiet_of_boards(of_thread, usual=threading.excepthook):
+def silence_tensorboard_thread(of_thread, usual=threading.excepthook):
     """TensorBoard's thread hands what it meets to `board`: it need not be shown as well."""
     if type(of_thread.thread).__name__ != '_AsyncWriterThread':
         usual(of_thread)
 
 
-threading.excepthook = quiet_of_boards
+threading.excepthook = silence_tensorboard_thread
 
 
 def read_scalars(folder):

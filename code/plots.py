@@ -14,16 +14,19 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import make_grid
 
-from runtime.console import shown
+from runtime.console import printable
 
-NAMED, COUNTED = 40, 20  # classes up to which they are named, and counted, in a confusion matrix
-LONGEST = 40  # letters of a class's name in a picture
-LISTED = 28  # classes up to which the map has a legend
+MAX_NAMED_CLASSES, MAX_COUNTED_CLASSES = (
+    40,
+    20,
+)  # classes up to which they are named, and counted, in a confusion matrix
+MAX_LABEL_CHARS = 40  # letters of a class's name in a picture
+MAX_LEGEND_CLASSES = 28  # classes up to which the map has a legend
 # Okabe and Ito's, told apart by the colour-blind, without black and yellow: visible on white and on black.
-COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
+COLORS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
 MARKERS = ('o', 's', '^', 'D')  # of the first seven classes, of the next seven, ...
 RIGHT, WRONG = '#0072b2', '#d55e00'
-INK, GRID = '#222222', '#dddddd'  # in a page they become what its style says
+TEXT_COLOR, GRID = '#222222', '#dddddd'  # in a page they become what its style says
 matplotlib.rcParams.update(
     {
         'font.size': 10,
@@ -33,18 +36,18 @@ matplotlib.rcParams.update(
         'axes.spines.right': False,
         'axes.grid': True,
         'axes.axisbelow': True,
-        'axes.edgecolor': INK,
-        'axes.labelcolor': INK,
+        'axes.edgecolor': TEXT_COLOR,
+        'axes.labelcolor': TEXT_COLOR,
         'grid.color': GRID,
         'legend.frameon': False,
         'lines.linewidth': 2,
         'lines.markersize': 4,
         'svg.fonttype': 'none',
         'svg.hashsalt': 'simsiam',
-        'text.color': INK,
+        'text.color': TEXT_COLOR,
         'text.parse_math': False,  # a $ is a $
-        'xtick.color': INK,
-        'ytick.color': INK,
+        'xtick.color': TEXT_COLOR,
+        'ytick.color': TEXT_COLOR,
     }
 )
 warnings.filterwarnings('ignore', message='Glyph ')  # a letter that its font has not is a box; on a page it is there
@@ -57,14 +60,14 @@ def figure(width, height):
     return made
 
 
-def image_of(drawn, scale=1):
+def to_pil(drawn, scale=1):
     """A figure as a PIL image, its pixels times `scale`."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format='png', dpi=100 * scale)
     return Image.open(buffer).convert('RGB')
 
 
-def svg_of(drawn, name):
+def figure_to_svg(drawn, name):
     """A figure as SVG text for a page: transparent, in the page's own ink; `name` keeps its ids apart from others'."""
     buffer = io.StringIO()
     silent = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
@@ -72,19 +75,19 @@ def svg_of(drawn, name):
     text = buffer.getvalue()
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', '', text[text.index('<svg') :])
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
-    return text.replace(INK, 'currentColor').replace(GRID, 'var(--line)')
+    return text.replace(TEXT_COLOR, 'currentColor').replace(GRID, 'var(--line)')
 
 
 @dataclass
-class Panel:
+class LineChart:
     """A line chart. lines: (name, [(x, y), ...]) each; bounds: of y, where the lines themselves do not say; mark: a
     level, (name, y), drawn as a dashed line; across: what x counts."""
 
     title: str
     lines: list
-    bounds: tuple = None
-    mark: tuple = None
-    across: str = 'epochs'
+    y_limits: tuple = None
+    threshold_line: tuple = None
+    x_label: str = 'epochs'
 
 
 def curves(panels, size=(420, 300)):
@@ -101,24 +104,35 @@ def curves(panels, size=(420, 300)):
 
 def chart(axes, panel):
     """One panel of `curves`."""
-    axes.set_title(literal(panel.title))
+    axes.set_title(escape_label(panel.title))
     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
-    axes.set_xlabel(panel.across, loc='right')
+    axes.set_xlabel(panel.x_label, loc='right')
     for i, (name, line) in enumerate(panel.lines):
         if line:
-            marker = MARKERS[i // len(COLOURS) % len(MARKERS)] if len(line) <= 30 else None
-            colour, style = COLOURS[i % len(COLOURS)], '-' if i < len(COLOURS) else '--'
-            axes.plot(*zip(*line, strict=True), style, color=colour, marker=marker, label=literal(name), clip_on=False)
+            marker = MARKERS[i // len(COLORS) % len(MARKERS)] if len(line) <= 30 else None
+            color, style = COLORS[i % len(COLORS)], '-' if i < len(COLORS) else '--'
+            axes.plot(
+                *zip(*line, strict=True), style, color=color, marker=marker, label=escape_label(name), clip_on=False
+            )
     if not any(line for _, line in panel.lines):
         axes.text(0.05, 0.9, 'not measured', transform=axes.transAxes)
-    if panel.bounds:
-        low, high = panel.bounds
+    if panel.y_limits:
+        low, high = panel.y_limits
         values = [value for _, line in panel.lines for _, value in line if math.isfinite(value)]
         axes.set_ylim(low, max([high, *(1.05 * value for value in values)]))
-    if panel.mark:
-        axes.axhline(panel.mark[1], color=WRONG, linestyle='--', linewidth=1)
+    if panel.threshold_line:
+        axes.axhline(panel.threshold_line[1], color=WRONG, linestyle='--', linewidth=1)
         right = axes.get_yaxis_transform()
-        axes.text(1, panel.mark[1], panel.mark[0], color=WRONG, fontsize=8, ha='right', va='bottom', transform=right)
+        axes.text(
+            1,
+            panel.threshold_line[1],
+            panel.threshold_line[0],
+            color=WRONG,
+            fontsize=8,
+            ha='right',
+            va='bottom',
+            transform=right,
+        )
 
 
 def confusion(counts, classes):
@@ -127,7 +141,7 @@ def confusion(counts, classes):
     counts: C x C whole numbers; classes: C names.
     """
     share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-    names = [label_of(name) for name in classes] if len(classes) <= NAMED else []
+    names = [class_label(name) for name in classes] if len(classes) <= MAX_NAMED_CLASSES else []
     # 7 px a letter of the labels, on both axes.
     side = max(420, 160 + 34 * len(names)) + 7 * max(map(len, names)) if names else 900
     drawn = figure(side, side)
@@ -140,22 +154,22 @@ def confusion(counts, classes):
     if names:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-    if len(classes) <= COUNTED:
+    if len(classes) <= MAX_COUNTED_CLASSES:
         for i, j in counts.nonzero().tolist():
             ink = 'white' if share[i, j] > 0.35 else 'black'
             axes.text(j, i, int(counts[i, j]), color=ink, ha='center', va='center', fontsize=8)
     return drawn
 
 
-def literal(name):
+def escape_label(name):
     """A name as it is, what is no text escaped; matplotlib leaves one that begins with _ out of a legend."""
-    return ' ' * name.startswith('_') + shown(name)
+    return ' ' * name.startswith('_') + printable(name)
 
 
-def label_of(name):
+def class_label(name):
     """The name of a class, of a long one the beginning: an axis has no room for more."""
-    name = literal(name)
-    return name if len(name) <= LONGEST else f'{name[:LONGEST]}…'
+    name = escape_label(name)
+    return name if len(name) <= MAX_LABEL_CHARS else f'{name[:MAX_LABEL_CHARS]}…'
 
 
 def scatter(points, labels, classes, side=640):
@@ -167,28 +181,28 @@ def scatter(points, labels, classes, side=640):
     for label in range(-1, len(classes)):
         mine = points[labels == label]
         if len(mine):
-            colour = COLOURS[label % len(COLOURS)] if label >= 0 else INK
-            marker = MARKERS[label // len(COLOURS) % len(MARKERS)]
-            name = label_of(classes[label]) if label >= 0 else 'no class'
-            axes.scatter(*mine.T, s=9, color=colour, marker=marker, alpha=0.7, linewidths=0, label=name)
-    if len(classes) <= LISTED:
+            color = COLORS[label % len(COLORS)] if label >= 0 else TEXT_COLOR
+            marker = MARKERS[label // len(COLORS) % len(MARKERS)]
+            name = class_label(classes[label]) if label >= 0 else 'no class'
+            axes.scatter(*mine.T, s=9, color=color, marker=marker, alpha=0.7, linewidths=0, label=name)
+    if len(classes) <= MAX_LEGEND_CLASSES:
         drawn.legend(loc='outside right upper', markerscale=2)
     return drawn
 
 
-def tiles(images, across, side=96):
+def image_grid(images, across, side=96):
     """Images, 3 x S x S in [0, 1] each, `across` in a row, as one PIL image."""
-    image = pil_of(make_grid(list(images), nrow=across, padding=0))
+    image = tensor_to_pil(make_grid(list(images), nrow=across, padding=0))
     scale = side / images[0].shape[-1]
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def pil_of(tensor):
+def tensor_to_pil(tensor):
     """3 x H x W in [0, 1] as a PIL image."""
     return Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
-def beside(rows, captions, right, side=96):
+def neighbor_grid(rows, captions, right, side=96):
     """A grid of images, each row led by a wider gap after its first: a query and its neighbours.
 
     rows: lists of 3 x S x S tensors in [0, 1]; captions: a line of text for each row; right: for each row, of each
@@ -201,10 +215,10 @@ def beside(rows, captions, right, side=96):
     pen = ImageDraw.Draw(image)
     for i, (row, caption, judged) in enumerate(zip(rows, captions, right, strict=True)):
         top = gap + i * (side + line + gap)
-        pen.text((gap, top), caption, INK, font)
+        pen.text((gap, top), caption, TEXT_COLOR, font)
         for j, (tensor, same) in enumerate(zip(row, [None, *judged], strict=True)):
             frame = 'white' if same is None else RIGHT if same else WRONG
-            picture = pil_of(tensor).resize((side - 4, side - 4), Image.Resampling.NEAREST)
+            picture = tensor_to_pil(tensor).resize((side - 4, side - 4), Image.Resampling.NEAREST)
             left = gap + j * (side + gap) + (2 * gap if j else 0)
             image.paste(ImageOps.expand(picture, 3, frame), (left - 1, top + line - 1))
     return image

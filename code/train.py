@@ -1,8 +1,8 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3).
 
-A signal raises Stopped at once, but within a step or a save, which are finished first; of several ranks all stop after
-the same step. What is done is saved on the way out (engine/conclude.py). runtime/signals.py tells the way from the
-signal to the exit code.
+A signal raises Interrupted at once, but within a step or a save, which are finished first; of several ranks all stop
+after the same step. What is done is saved on the way out (engine/conclude.py). runtime/signals.py tells the way from
+the signal to the exit code.
 """
 
 import contextlib
@@ -12,37 +12,37 @@ import time
 import torch
 
 from engine.conclude import evaluate_after, save_on_exit, summary
-from engine.cuda_graph import Recorded, use_graph
-from engine.set_up import set_up
-from errors import UserError
+from engine.cuda_graph import CudaGraphStep, should_use_graph
+from engine.set_up import setup_run
 from loss.negative_cosine import simsiam_loss
-from metric.feature_std import spread
-from optimizer.sgd import learning_rate, set_learning_rates
+from metric.feature_std import feature_std
+from optimizer.sgd import lr_schedule, set_learning_rates
 from protocols.monitor import Monitor, is_measured
-from protocols.protocol import why_no_labels
+from protocols.protocol import missing_labels_reason
 from runtime import distributed, signals
-from runtime.device import get_device, memory_for, use_compile, use_device
-from runtime.messages import duration, say
+from runtime.device import explain_oom, get_device, init_device, use_compile
+from runtime.errors import UserError
+from runtime.messages import format_duration, log
 from runtime.precision import precision
-from runtime.seeding import random_from, seed_step
+from runtime.seeding import generator_for, seed_step
 from runtime.tensors import channels_last
-from utils import prepared
+from utils import prefetch_to_device
 
 
 def train(args):
     """Pretrain as `args` (runtime.options.get_config) says, or resume a run. Returns the path of the last checkpoint.
 
     Raises UserError and WorkError for the data and the checkpoint, WorkError where the loss is no longer finite, and
-    signals.Stopped after a signal, with everything saved.
+    signals.Interrupted after a signal, with everything saved.
     """
     started = time.monotonic()
-    use_device(args)
-    args, state, iterators, run = set_up(args)
+    init_device(args)
+    args, state, iterators, run = setup_run(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
     try:
         monitor = Monitor(args, run, iterators, state)
     except UserError:  # the tracker does not start
-        run.forget()
+        run.remove_if_empty()
         raise
     run.begin()
     try:
@@ -56,9 +56,9 @@ def train(args):
         run.end()
         monitor.close()  # last: a tracker may wait for its network
     if state.epoch == args.max_epochs:
-        say(f'pretraining done in {duration(time.monotonic() - started)}')
+        log(f'pretraining done in {format_duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
-    say(summary(args, run, result, ' --protocol=label_free' if why_no_labels(monitor.splits) else ''))
+    log(summary(args, run, result, ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''))
     return run.path
 
 
@@ -67,8 +67,8 @@ def train_epochs(args, state, loader, monitor, run):
     step = None
     while state.epoch < args.max_epochs:
         if step is None or state.epoch == args.heads_epochs:  # another set of trained parameters is another step
-            train_backbone(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
-            step = make_step(args, distributed.wrap(state.model, get_device(args)), state)
+            set_backbone_trainable(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
+            step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every == 0
         if due or (args.init_from and is_measured(args, state.epoch)):  # one of these may be the best
@@ -78,96 +78,101 @@ def train_epochs(args, state, loader, monitor, run):
 
 
 def train_epoch(args, step, state, loader, monitor, run):
-    """Train one epoch, from image state.images on. step: of make_step."""
-    device, size = get_device(args), args.batch_size
+    """Train one epoch, from image state.images on. step: of build_train_step."""
+    device, batch_size = get_device(args), args.batch_size
     augmentation = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     loader.batch_sampler.start_epoch(state.epoch, augmentation, state.images)
-    total = state.images + len(loader) * size
+    total = state.images + len(loader) * batch_size
     state.model.train()
     monitor.begin_epoch(state, total)
-    # A signal ends the wait for a batch at once; with several ranks all stop at the same step, in signals.check.
-    with signals.deferred(distributed.world() > 1):
-        for images, _ in prepared(args, loader):
+    # A signal ends the wait for a batch at once; with several ranks all stop at the same step, in
+    # signals.sync_stop_and_save.
+    with signals.defer_signals(distributed.world_size() > 1):
+        for images, _ in prefetch_to_device(args, loader):
             # augmentation
-            with memory_for('the views of a batch', 'try a smaller --batch_size'):
-                views = random_views(args, images, augmentation, state, loader.dataset)
+            with explain_oom('the views of a batch', 'try a smaller --batch_size'):
+                views = draw_views(args, images, augmentation, state, loader.dataset)
             if state.position == (0, 0):
                 monitor.show_views(views)
             # learning rates
-            rates = learning_rates(args, state.epoch + state.images / total)
-            set_learning_rates(state.optimizer, *rates)
+            learning_rates = get_learning_rates(args, state.epoch + state.images / total)
+            set_learning_rates(state.optimizer, *learning_rates)
             # forward and loss, backward and update
-            with signals.deferred(), memory_for('a training step', run.helps):
-                seed_step(args.random_seed, 'step', state.epoch, state.images // size)
+            with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
+                seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
                 loss, std, (p, z) = step(views)
-                state.add(loss, std, size)
+                state.add(loss, std, batch_size)
             # what is watched
-            monitor.after_step(state, loss, std, rates, p, z)
+            monitor.after_step(state, loss, std, learning_rates, p, z)
             # when it stops and saves
-            last = state.images >= total
-            if signals.check(state.images // size, last, run.deadline, run.save_is_due(), device) and not last:
-                state.agree()
+            is_last_step = state.images >= total
+            steps = state.images // batch_size
+            save_now = signals.sync_stop_and_save(steps, is_last_step, run.deadline, run.should_save(), device)
+            if save_now and not is_last_step:
+                state.all_reduce_sums()
                 run.save(state)
         monitor.end_epoch(state)
-        with signals.deferred():
-            state.finish_epoch(distributed.means(state.means(), device))
+        with signals.defer_signals():
+            state.finish_epoch(distributed.all_reduce_mean(state.means(), device))
 
 
-def random_views(args, images, augmentation, state, dataset):
+def draw_views(args, images, augmentation, state, dataset):
     """The views of a batch, N x 3 x S x S each, from what the loader gave of it. What is drawn depends on the seed, the
     epoch and the step alone."""
-    generator = random_from(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
-    place = distributed.place_of(len(images))
-    views = dataset.random_views(images, augmentation, generator, place, use_compile(args))
+    generator = generator_for(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
+    place = distributed.shard_range(len(images))
+    views = dataset.make_views(images, augmentation, generator, place, use_compile(args))
     if args.symmetric == '2x':  # two pairs are two parts of a batch
         return torch.cat(views[::2]), torch.cat(views[1::2])
     return views
 
 
-def learning_rates(args, epochs):
+def get_learning_rates(args, epochs):
     """Learning rates of backbone, projector and predictor. epochs: those done, with the part of this one.
 
     The predictor's is constant with fix_pred_lr (paper, section 4.2, table 1); the backbone's is 0 before
     heads_epochs.
     """
-    top = args.learning_rate * args.batch_size / 256
-    rate = learning_rate(epochs / args.max_epochs, args.warmup_epochs / args.max_epochs, top)
+    peak_lr = args.learning_rate * args.batch_size / 256
+    rate = lr_schedule(epochs / args.max_epochs, args.warmup_epochs / args.max_epochs, peak_lr)
     of_backbone = rate * args.backbone_lr_scale if epochs >= args.heads_epochs else 0.0
-    return of_backbone, rate, top if args.fix_pred_lr else rate
+    return of_backbone, rate, peak_lr if args.fix_pred_lr else rate
 
 
-def make_step(args, net, state):
+def build_train_step(args, net, state):
     """A function of a batch's views (train_step) that trains on them and returns (loss, std of z, (p, z)), on the
     device."""
-    loss_of = functools.partial(
+    criterion = functools.partial(
         simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity, symmetric=args.symmetric == 'true'
     )
-    dtype, parts = precision(args), args.accumulate_steps * (2 if args.symmetric == '2x' else 1)
+    dtype, micro_batches = precision(args), args.accumulate_steps * (2 if args.symmetric == '2x' else 1)
 
     def step(views):
-        loss, (p, z) = train_step(net, state.optimizer, views, loss_of, dtype, state.scaler, parts)
-        return loss, spread(z[0]), (p, z)
+        loss, (p, z) = train_step(net, state.optimizer, views, criterion, dtype, state.scaler, micro_batches)
+        return loss, feature_std(z[0]), (p, z)
 
-    return Recorded(step, state.model, state.optimizer, args.cuda_graph == 'True') if use_graph(args) else step
+    return (
+        CudaGraphStep(step, state.model, state.optimizer, args.cuda_graph == 'True') if should_use_graph(args) else step
+    )
 
 
-def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=None, parts=1):
+def train_step(net, optimizer, views, criterion=simsiam_loss, dtype=None, scaler=None, micro_batches=1):
     """Forward, loss, backward, update on a batch's views, N x 3 x S x S each. Returns (loss, (p, z)), on the device: p
     and z are those of each view, of the last part.
 
-    loss_of: simsiam_loss, perhaps with options. dtype: that the network computes in, None for float32; scaler: of the
-    gradients, for float16. parts: this many equal parts of the batch go through one after the other. The gradient is
-    the mean over the parts.
+    criterion: simsiam_loss, perhaps with options. dtype: that the network computes in, None for float32; scaler: of the
+    gradients, for float16. micro_batches: this many equal parts of the batch go through one after the other. The
+    gradient is the mean over the parts.
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for i, part in enumerate(zip(*(view.chunk(parts) for view in views), strict=True)):
-        wait = i + 1 < parts and hasattr(net, 'no_sync')  # processes exchange gradients once a step
-        with net.no_sync() if wait else contextlib.nullcontext():
+    for i, part in enumerate(zip(*(view.chunk(micro_batches) for view in views), strict=True)):
+        skip_grad_sync = i + 1 < micro_batches and hasattr(net, 'no_sync')  # processes exchange gradients once a step
+        with net.no_sync() if skip_grad_sync else contextlib.nullcontext():
             with torch.autocast(part[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 outputs = net(*map(channels_last, part))
             outputs = [x.float() if dtype else x for x in outputs]
-            loss = loss_of(*outputs) / parts
+            loss = criterion(*outputs) / micro_batches
             (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     if scaler:
@@ -179,7 +184,7 @@ def train_step(net, optimizer, views, loss_of=simsiam_loss, dtype=None, scaler=N
     return total, (outputs[: len(views)], outputs[len(views) :])
 
 
-def train_backbone(model, trained, freeze_bn_affine):
+def set_backbone_trainable(model, trained, freeze_bn_affine):
     """Train the backbone from now on, or not; with freeze_bn_affine never the scale and shift of its BN."""
     model.backbone.requires_grad_(trained)
     if freeze_bn_affine:

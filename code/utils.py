@@ -1,4 +1,4 @@
-"""A batch on the device: `prepare_batch`, and `prepared`, which copies the next one meanwhile."""
+"""A batch on the device: `prepare_batch`, and `prefetch_to_device`, which copies the next one meanwhile."""
 
 import functools
 
@@ -20,29 +20,29 @@ def prepare_batch(args, batch):
     return to_device(images, device), to_device(labels.to(torch.int64), device)
 
 
-def prepared(args, batches):
+def prefetch_to_device(args, batches):
     """utils.prepare_batch over `batches`; to a GPU the next batch is copied while this one is worked on."""
     if get_device(args).type != 'cuda':
         yield from (prepare_batch(args, batch) for batch in batches)
         return
-    stream, ahead = copies(get_device(args)), None
+    stream, ahead = copy_stream(get_device(args)), None
     for batch in batches:
         with torch.cuda.stream(stream):
             following = prepare_batch(args, batch), stream.record_event()
         if ahead:
-            yield arrived(*ahead)
+            yield wait_for_copy(*ahead)
         ahead = following
     if ahead:
-        yield arrived(*ahead)
+        yield wait_for_copy(*ahead)
 
 
 @functools.cache
-def copies(device):
+def copy_stream(device):
     """The stream on which batches come to a GPU: one, for torch keeps memory for each."""
     return torch.cuda.Stream(device)
 
 
-def arrived(tensors, copied):
+def wait_for_copy(tensors, copied):
     """Tensors that another stream made, safe to use on this one: after the event `copied`, and not freed before."""
     stream = torch.cuda.current_stream(tensors[0].device)
     stream.wait_event(copied)

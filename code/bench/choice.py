@@ -12,24 +12,24 @@ import common  # noqa: F401
 import torch
 
 from ckpt import get_model_ckpt
-from dataloader.load_dataset import in_order, labelled, load_splits
-from errors import path_of
+from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric import subset_selection
 from metric.accuracy import topk_accuracy
-from protocols.features import features_of
+from protocols.features import extract_features
 from protocols.transfer import logistic_regression
-from runtime.device import use_device
+from runtime.device import init_device
+from runtime.errors import resolve_path
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 
 COUNTS, SEEDS = (10, 20, 50, 100), range(5)
 
 
 def at_random(x, count, seed):
-    return torch.randperm(len(x), generator=random_from('choice', seed))[:count]
+    return torch.randperm(len(x), generator=generator_for('choice', seed))[:count]
 
 
-WAYS = {'random': at_random, 'typical': subset_selection.typical, 'kcentre': subset_selection.k_centre}
+WAYS = {'random': at_random, 'typical': subset_selection.typiclust, 'kcentre': subset_selection.k_center_greedy}
 
 
 def accuracy(x, labels, rows, val, val_labels, num_classes):
@@ -46,12 +46,12 @@ def main():
     given = dict(text.removeprefix('--').split('=', 1) for text in sys.argv[1:])
     output = given.pop('output')
     args = get_config(**given)
-    device = use_device(args)
+    device = init_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     splits, backbone = load_splits(args), model.backbone.to(device)
-    train, val = labelled(splits['train']), splits['val']
-    x, labels = features_of(args, backbone, in_order(args, train), 'train')
-    val_x, val_labels = features_of(args, backbone, in_order(args, val), 'val')
+    train, val = labeled_subset(splits['train']), splits['val']
+    x, labels = extract_features(args, backbone, eval_loader(args, train), 'train')
+    val_x, val_labels = extract_features(args, backbone, eval_loader(args, val), 'val')
     found = {
         way: {
             count: [
@@ -64,7 +64,7 @@ def main():
     for way, counts in found.items():
         print(way, *(f'{count}: {mean(values):.1f}' for count, values in counts.items()))
     about = {'checkpoint': checkpoint['path'].name, 'epoch': checkpoint['epoch'], 'top1': found}
-    path_of(output).write_text(json.dumps(about, indent=1) + '\n')
+    resolve_path(output).write_text(json.dumps(about, indent=1) + '\n')
 
 
 if __name__ == '__main__':

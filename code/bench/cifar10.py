@@ -18,23 +18,23 @@ import torch
 from common import CODE, flops_an_image, matmul_rate
 from torch.nn.functional import cross_entropy
 
-from ckpt import checkpoints, new_model, read, save_checkpoint
+from ckpt import build_model, checkpoints, read_checkpoint, save_checkpoint
 from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
-from dataloader.load_dataset import get_iterator, in_order
-from engine.train_state import State
-from errors import path_of
+from dataloader.load_dataset import eval_loader, get_iterator
+from engine.train_state import TrainState
 from logger import read_scalars
-from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
-from plots import Panel, curves, image_of
-from protocols.features import features_of
-from protocols.results import of_run
-from runtime.atomic_write import save_picture, write_aside
+from optimizer.sgd import lr_schedule, make_sgd, set_learning_rates
+from plots import LineChart, curves, to_pil
+from protocols.features import extract_features
+from protocols.results import load_results
+from runtime.atomic_write import atomic_write, save_png
 from runtime.device import get_device
+from runtime.errors import resolve_path
 from runtime.options import get_config
 from runtime.precision import autocast, precision
-from runtime.seeding import random_from
-from utils import prepared
+from runtime.seeding import generator_for
+from utils import prefetch_to_device
 
 
 def cli(command, *options):
@@ -46,34 +46,34 @@ def pretrain(options, given, output, minutes):
     run = output / 'ckpt/model_name_cifar10_ckpt_0'
     known = [f'--ckpt_name={run.name}'] if run.is_dir() and checkpoints(run) else ['--model_name=cifar10', *given]
     cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every=100')
-    return run, read(checkpoints(run)[-1])['epoch']
+    return run, read_checkpoint(checkpoints(run)[-1])['epoch']
 
 
 def supervised(args, epochs, output, deadline):
     """The same backbone trained with labels: crop and flip, SGD. Returns val top-1 in percent, or None: out of time."""
     iterators, device = get_iterator(args), get_device(args)
     batches, val = iterators['train'], iterators['val']
-    model = new_model(args).to(device, memory_format=torch.channels_last)
+    model = build_model(args).to(device, memory_format=torch.channels_last)
     features = model.projector[0].in_features
     model.predictor = torch.nn.Linear(features, len(val.dataset.classes)).to(device)
     optimizer, run = make_sgd(model, 0.9, 5e-4), output / 'supervised'
-    state = State(model, optimizer)
+    state = TrainState(model, optimizer)
     run.mkdir(exist_ok=True)
     if known := checkpoints(run):
         saved = torch.load(known[-1], map_location='cpu', weights_only=True)
         model.load_state_dict(saved['model'])
-        state.restore(saved)
+        state.load_state_dict(saved)
     started = time.time()
     done = state.epoch
     for epoch in range(done, epochs):
         batches.batch_sampler.start_epoch(epoch, 'moco')
         model.train()
-        for step, (images, labels) in enumerate(prepared(args, batches)):
-            generator = random_from('supervised', epoch, step)
+        for step, (images, labels) in enumerate(prefetch_to_device(args, batches)):
+            generator = generator_for('supervised', epoch, step)
             (view,) = vision.random_views(images, get_augmentation(args, 'crop'), generator, count=1)
-            rate = learning_rate((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
+            rate = lr_schedule((epoch + step / len(batches)) / epochs, 5 / epochs, 0.1 * args.batch_size / 128)
             set_learning_rates(optimizer, rate, rate, rate)
-            with autocast(args, scaled=False):
+            with autocast(args, uses_grad_scaler=False):
                 scores = model.predictor(model.backbone(view.contiguous(memory_format=torch.channels_last)))
             loss = cross_entropy(scores.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ def supervised(args, epochs, output, deadline):
         if out_of_time and epoch + 1 < epochs:
             print(f'supervised: {epoch + 1} of {epochs} epochs', flush=True)
             return None
-    features, labels = features_of(args, model.backbone, in_order(args, val.dataset), 'features of val')
+    features, labels = extract_features(args, model.backbone, eval_loader(args, val.dataset), 'features of val')
     model.eval()
     with torch.inference_mode():
         return 100 * (model.predictor(features).argmax(1) == labels).double().mean().item()
@@ -100,7 +100,7 @@ def measured(args, log):
     device, speed = get_device(args), speeds[len(speeds) // 2]
     dtype = precision(args)
     views = torch.randn(2, 2, 3, args.image_size, args.image_size, device=device)
-    flops = flops_an_image(new_model(args).to(device), *views)
+    flops = flops_an_image(build_model(args).to(device), *views)
     result = {
         'device': torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu',
         'images_per_second': speed,
@@ -122,7 +122,7 @@ def main():
     parser.add_argument('--epochs', type=int, default=800)
     parser.add_argument('--supervised_epochs', type=int, default=100)
     mine, given = parser.parse_known_args()
-    deadline, output = time.time() + 60 * mine.minutes, path_of(mine.output)
+    deadline, output = time.time() + 60 * mine.minutes, resolve_path(mine.output)
     paths = [f'--{name}_path={output}/{name}' for name in ('ckpt', 'log', 'cache')]
     given = [f'--image_path={mine.image_path}', f'--max_epochs={mine.epochs}', *given]
     options = dict(option.removeprefix('--').split('=', 1) for option in given)
@@ -131,13 +131,13 @@ def main():
     run, epoch = pretrain(paths, given, output, max(0.01, (deadline - time.time()) / 60 - 0.5))
     result = {'epochs': epoch, **measured(args, output / 'log' / run.name)}
     if epoch == mine.epochs:
-        if not of_run(run, protocol='linear'):
+        if not load_results(run, protocol='linear'):
             cli('evaluate', f'--ckpt_name={run.name}', *paths)
-        result['linear'] = of_run(run, protocol='linear')[-1]
+        result['linear'] = load_results(run, protocol='linear')[-1]
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
-    write_aside(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
-    picture = curves([Panel('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
-    save_picture(image_of(picture), output / 'cifar10.png')
+    atomic_write(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    picture = curves([LineChart('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
+    save_png(to_pil(picture), output / 'cifar10.png')
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
 

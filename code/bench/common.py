@@ -10,9 +10,9 @@ import torch
 
 CODE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CODE))
-from runtime.environment import keep_freed_memory  # noqa: E402
+from runtime.environment import tune_malloc  # noqa: E402
 
-keep_freed_memory()
+tune_malloc()
 
 
 def in_turns(ours, reference, rounds=3):
@@ -58,15 +58,15 @@ def bare(model, optimizer, view1, view2, steps, dtype):
 
 def an_epoch(args, state, train):
     """A function that trains an epoch of `train`, as the command does, and returns the number of its images."""
-    from engine.run_dir import Run
+    from engine.run_dir import RunDir
     from protocols.monitor import Monitor
-    from train import make_step, train_epoch
+    from train import build_train_step, train_epoch
 
     folder = Path(tempfile.mkdtemp())
     args.log_path, args.save_minutes = str(folder), 0.0
-    run = Run(args, folder)
+    run = RunDir(args, folder)
     monitor = Monitor(args, run, {'train': train, 'val': None}, state)
-    step = make_step(args, state.model, state)
+    step = build_train_step(args, state.model, state)
 
     def epoch():
         train_epoch(args, step, state, train, monitor, run)
@@ -77,17 +77,17 @@ def an_epoch(args, state, train):
 
 def prepare(preset, batch_size):
     """(args, model, optimizer, dtype) of a preset as train makes them, with smaller batches on a CPU."""
-    from ckpt import new_model
+    from ckpt import build_model
     from optimizer.sgd import make_sgd
-    from runtime.device import use_compile, use_device
+    from runtime.device import init_device, use_compile
     from runtime.options import get_config
     from runtime.precision import precision
 
     args = get_config(preset=preset, knn_every=5)
-    device = use_device(args)
+    device = init_device(args)
     if device.type == 'cpu':
         args.batch_size = batch_size
-    model = new_model(args).to(device, memory_format=torch.channels_last)
+    model = build_model(args).to(device, memory_format=torch.channels_last)
     if use_compile(args):
         torch._dynamo.reset()  # else the networks before this one make its shapes symbols: slow to compile, and to run
         model.compile()

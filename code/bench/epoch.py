@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from common import an_epoch, bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
 
-from dataloader.load_dataset import batches, in_order, make_images, select
+from dataloader.load_dataset import eval_loader, make_loader, place_on_device, select
 from dataloader.readers.memory import Memory
-from dataloader.sources.path_array import Names
-from engine.train_state import State
+from dataloader.sources.path_array import PathArray
+from engine.train_state import TrainState
 from protocols.knn import knn_accuracy
 from runtime.device import get_device
 from runtime.tensors import channels_last
@@ -29,10 +29,10 @@ def measure(preset, batch_size, side, steps, rounds=3):
     count = steps * args.batch_size
     args.learning_rate = 0.0  # the images are noise: nothing is to be learned
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
-    labels, store = torch.arange(count) % 10, Memory(Names(str(i) for i in range(count)), pixels)
-    images = make_images(args, folder, store, labels, [str(i) for i in range(10)])
-    train = batches(args, replace(images, views=2), shuffled=True)
-    ours = an_epoch(args, State(model, optimizer), train)
+    labels, store = torch.arange(count) % 10, Memory(PathArray(str(i) for i in range(count)), pixels)
+    images = place_on_device(args, folder, store, labels, [str(i) for i in range(10)])
+    train = make_loader(args, replace(images, views=2), shuffled=True)
+    ours = an_epoch(args, TrainState(model, optimizer), train)
     fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
     fixed = [channels_last(view) for view in fixed]
     measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype), rounds)
@@ -41,7 +41,7 @@ def measure(preset, batch_size, side, steps, rounds=3):
     val = select(images, torch.arange(few))
 
     def monitor():
-        knn_accuracy(args, model.backbone, in_order(args, images), in_order(args, val))
+        knn_accuracy(args, model.backbone, eval_loader(args, images), eval_loader(args, val))
         return count
 
     share = measured[0] / max(speed(monitor) for _ in range(3)) / args.knn_every

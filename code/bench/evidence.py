@@ -17,17 +17,17 @@ import torch
 from common import CODE
 from scipy.stats import rankdata
 
-from ckpt import checkpoints, get_model_ckpt, new_model
+from ckpt import build_model, checkpoints, get_model_ckpt
 from dataloader.load_dataset import load_splits
 from engine.ablation_tables import TABLES, finished_result
-from errors import path_of
 from evaluate import evaluate
 from protocols import results
 from protocols.collapse_verdict import MEASURES
 from protocols.linear import linear
 from runtime.device import get_device
+from runtime.errors import resolve_path
 from runtime.files import read_metrics
-from runtime.options import changed, get_config
+from runtime.options import get_config, replace_args
 
 SMALL = {
     'backbone': 'small',
@@ -112,7 +112,7 @@ def variants(kind, held_out):
 
 def as_trained(args):
     """Its options as far as they make a difference: without a predictor its rate makes none."""
-    return asdict(changed(args, fix_pred_lr=True) if args.predictor == 'none' else args)
+    return asdict(replace_args(args, fix_pred_lr=True) if args.predictor == 'none' else args)
 
 
 def options_of(kind, given, varied):
@@ -160,9 +160,9 @@ def train_all(kind, given, seeds, held_out, folder):
 
 def measure(run):
     """{measure: number} of the last checkpoint of a run, its accuracies in percent beside them; kept in the run."""
-    judged = results.of_run(run, protocol='linear')[-1]
+    judged = results.load_results(run, protocol='linear')[-1]
     name = checkpoints(run)[-1].name
-    if not (known := results.of_run(run, protocol='label_free', checkpoint=name)):
+    if not (known := results.load_results(run, protocol='label_free', checkpoint=name)):
         args = get_config(
             protocol='label_free',
             ckpt_name=str(run / name),
@@ -186,7 +186,7 @@ def untrained_linear(run, kept):
     """Linear top-1 of the network that a run began as; kept in a file, for the runs of a seed share it."""
     if not kept.is_file():
         args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run), cache_path=str(run.parent.parent / 'cache')))
-        model = new_model(args).to(get_device(args), memory_format=torch.channels_last)
+        model = build_model(args).to(get_device(args), memory_format=torch.channels_last)
         kept.write_text(json.dumps(linear(args, model, load_splits(args))[0]['top1']))
     return json.loads(kept.read_text())
 
@@ -222,7 +222,7 @@ def main():
     parser.add_argument('--held_out', action='store_true')
     known, others = parser.parse_known_args()
     given = dict(text.removeprefix('--').split('=', 1) for text in others)
-    folder, name = path_of(known.output), f'{known.set}{"_held_out" * known.held_out}'
+    folder, name = resolve_path(known.output), f'{known.set}{"_held_out" * known.held_out}'
     found = train_all(known.set, given, [*map(int, known.seeds.split(','))], known.held_out, folder)
     rows = []
     for variant, seed, run in found:

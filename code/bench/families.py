@@ -18,8 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ckpt import get_model_ckpt
-from errors import path_of
 from optimizer.sgd import make_sgd, set_learning_rates
+from runtime.errors import resolve_path
 from runtime.options import get_config
 from train import train_step
 
@@ -82,7 +82,7 @@ def main(output, only=''):
                 error = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
         found[module] = {'network': name, 'millions': millions, 'error': error}
         print(f'{module:28}{name:40}{millions:7.1f} M  {error or "read, and a step"}', flush=True)
-        path_of(output).write_text(json.dumps(found, indent=1) + '\n')
+        resolve_path(output).write_text(json.dumps(found, indent=1) + '\n')
     good = sum(not row['error'] for row in found.values())
     print(f'{good} of {len(found)} families')
 

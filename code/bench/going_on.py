@@ -15,14 +15,14 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ckpt import NAME, checkpoints, get_model_ckpt
-from dataloader.load_dataset import in_order, labelled, load_splits
-from errors import path_of
-from metric.knn import neighbours
+from ckpt import CHECKPOINT_RE, checkpoints, get_model_ckpt
+from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
+from metric.knn import clip_k
 from model.weights import average_weights
-from protocols.compare import columns_of, mean_and_error
-from protocols.features import features_of
-from runtime.console import aligned
+from protocols.compare import compute_columns, mean_and_error
+from protocols.features import extract_features
+from runtime.console import format_columns
+from runtime.errors import resolve_path
 from runtime.files import read_json
 from runtime.options import get_config
 
@@ -33,14 +33,14 @@ LABELS, DRAWS = (30, 10, 5, 1), 5
 def judge(args, backbone, splits):
     """{split: {column: share of draws in which each image is right}} of val and test."""
     found = {
-        name: features_of(args, backbone.eval(), in_order(args, labelled(images)), name)
+        name: extract_features(args, backbone.eval(), eval_loader(args, labeled_subset(images)), name)
         for name, images in splits.items()
         if images is not None
     }
     classes, judged = len(splits['train'].classes), {}
     for name in ('val', 'test'):
         if name in found:
-            columns = columns_of(args, found['train'], found[name], classes, LABELS, DRAWS)
+            columns = compute_columns(args, found['train'], found[name], classes, LABELS, DRAWS)
             judged[name] = {column: values['right'] for column, values in columns.items()}
     return judged
 
@@ -62,12 +62,12 @@ def numbers(judged, start):
 def rows_of(folder, options):
     """{row: numbers} of a run: its start, its checkpoints as they are, and the last one averaged with the start."""
     found, rows, splits = checkpoints(folder), {}, None
-    first = next(path for path in found if NAME.fullmatch(path.name)[2] == '0')
+    first = next(path for path in found if CHECKPOINT_RE.fullmatch(path.name)[2] == '0')
     weights = None
     for path in (first, *(path for path in found if path != first)):
         args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), knn_k=20, **options), training=True)
         splits = splits or load_splits(args)
-        epoch = f'epoch {NAME.fullmatch(path.name)[2]}'
+        epoch = f'epoch {CHECKPOINT_RE.fullmatch(path.name)[2]}'
         judged = judge(args, model.backbone, splits)
         if path == first:
             start, weights, epoch = judged, {**model.backbone.state_dict()}, 'start'
@@ -76,14 +76,14 @@ def rows_of(folder, options):
     for share in SHARES:
         model.backbone.load_state_dict(average_weights(weights, trained, share))
         rows[f'{epoch}, {share:g} of the start'] = numbers(judge(args, model.backbone, splits), start)
-    return rows, neighbours(20, labelled(splits['train']).labels)
+    return rows, clip_k(20, labeled_subset(splits['train']).labels)
 
 
 def main(runs, output, ckpt_path='data/checkpoints', **options):
-    written = path_of(output)
+    written = resolve_path(output)
     known = read_json(written)
     for name in runs if isinstance(runs, tuple | list) else str(runs).split(','):
-        folder = path_of(ckpt_path) / name
+        folder = resolve_path(ckpt_path) / name
         about = read_json(folder / 'run.json')['args']
         rows, _ = rows_of(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options})
         kept = (
@@ -108,7 +108,7 @@ def main(runs, output, ckpt_path='data/checkpoints', **options):
                 cells = [values[split][column] for column in columns]
                 texts = [f'{c["top1"]:.1f} ({c["gain"]:+.1f} ± {c["gain_error"]:.1f})' for c in cells]
                 lines.append([row, *texts])
-            print('\n'.join(aligned(lines)) + '\n' if columns else '', flush=True)
+            print('\n'.join(format_columns(lines)) + '\n' if columns else '', flush=True)
 
 
 if __name__ == '__main__':

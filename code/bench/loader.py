@@ -26,8 +26,8 @@ from dataloader.load_dataset import get_iterator
 from dataloader.loading.decode import decode
 from runtime.environment import cpu_count
 from runtime.options import IMAGENET_PIXELS, get_config
-from runtime.seeding import random_from
-from utils import prepared
+from runtime.seeding import generator_for
+from utils import prefetch_to_device
 
 PHOTOS, TINY = 768, 6144  # images of each kind; whole batches of 64 and of 512
 
@@ -100,8 +100,8 @@ def drain(batches, size):
 def views(args, batches):
     """Go through our batches to both views, as train does; returns the number of images."""
     count = 0
-    for step, (images, _) in enumerate(prepared(args, batches)):
-        view1, _ = batches.dataset.random_views(images, args.augmentation, random_from(step))
+    for step, (images, _) in enumerate(prefetch_to_device(args, batches)):
+        view1, _ = batches.dataset.make_views(images, args.augmentation, generator_for(step))
         count += len(view1)
     return count
 
@@ -138,11 +138,11 @@ def main():
     options['image_path'] = str(root / 'photos')
     pil = loader(PilViews(photos, 224, blur=True), 64)
     cropped = get_iterator(get_config(preset='imagenet', batch_size=64, **options))['train']
-    cropped.dataset.crops_only = True
+    cropped.dataset.workers_only_crop = True
     worker = in_turns(lambda: drain(cropped, 64), lambda: drain(pil, 64))
     packed = options | {'image_path': str(pack(photos, root / 'packed'))}
     from_tar = get_iterator(get_config(preset='imagenet', batch_size=64, **packed))['train']
-    from_tar.dataset.crops_only = True
+    from_tar.dataset.workers_only_crop = True
     tar = in_turns(lambda: drain(from_tar, 64), lambda: drain(cropped, 64))
     args = get_config(preset='imagenet', batch_size=16, **options)
     ready = get_iterator(args)['train']

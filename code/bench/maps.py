@@ -18,11 +18,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from ckpt import get_model_ckpt
-from dataloader.load_dataset import in_order, load_splits
-from metric.projection_2d import plane
-from metric.subset_selection import directions
-from protocols.features import features_of
-from runtime.device import use_device
+from dataloader.load_dataset import eval_loader, load_splits
+from metric.projection_2d import tsne_2d
+from metric.subset_selection import center_and_normalize
+from protocols.features import extract_features
+from runtime.device import init_device
 from runtime.options import get_config
 from runtime.tensors import evenly_spaced
 
@@ -37,7 +37,7 @@ def near(points):
 def umap(x):
     from umap import UMAP
 
-    return UMAP(random_state=0).fit_transform(directions(x).numpy())
+    return UMAP(random_state=0).fit_transform(center_and_normalize(x).numpy())
 
 
 def main():
@@ -45,14 +45,18 @@ def main():
     parser.add_argument('--output', required=True)
     mine, given = parser.parse_known_args()
     args = get_config(**dict(option.removeprefix('--').split('=', 1) for option in given))
-    use_device(args)
+    init_device(args)
     args, model, _ = get_model_ckpt(args)
     images = load_splits(args)['train']
-    x, labels = features_of(args, model.backbone, in_order(args, images), 'features')
+    x, labels = extract_features(args, model.backbone, eval_loader(args, images), 'features')
     rows = evenly_spaced(len(x), MOST)
     x, labels, found = x[rows].cpu(), labels[rows].cpu(), {}
-    whole = directions(x).numpy()
-    methods = {'main axes': lambda x: PCA(2).fit_transform(directions(x).numpy()), 't-SNE': plane, 'UMAP': umap}
+    whole = center_and_normalize(x).numpy()
+    methods = {
+        'main axes': lambda x: PCA(2).fit_transform(center_and_normalize(x).numpy()),
+        't-SNE': tsne_2d,
+        'UMAP': umap,
+    }
     for name, method in methods.items():
         started = time.time()
         try:

@@ -24,15 +24,15 @@ from loader import draw, views
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from ckpt import new_model
+from ckpt import build_model
 from dataloader.load_dataset import get_iterator
-from engine.train_state import State
+from engine.train_state import TrainState
 from model.backbone import make_backbone
 from optimizer.sgd import make_sgd
 from runtime.device import get_device, use_compile
 from runtime.environment import cpu_count
 from runtime.options import get_config
-from runtime.precision import described, precision
+from runtime.precision import describe_precision, precision
 
 # Of each case: preset, backbone, batch, steps a turn on a CPU (a GPU takes ten times as many).
 CASES = {
@@ -100,17 +100,17 @@ def training(name, folder):
     preset, backbone, batch, steps = CASES[name]
     args = options(preset, folder, batch, backbone=backbone)
     device, train = get_device(args), get_iterator(args)['train']
-    ours = new_model(args).to(device, memory_format=torch.channels_last)
+    ours = build_model(args).to(device, memory_format=torch.channels_last)
     if use_compile(args):
         ours.compile()
     optimizer = make_sgd(ours, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
-    print(f'{name}: batch {batch}, ours in {described(args)}', flush=True)
+    print(f'{name}: batch {batch}, ours in {describe_precision(args)}', flush=True)
     theirs = Lightly(backbone, args.stem, args.image_size).to(device).train()
     its_optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     its_batches = lightly_loader(folder, args.image_size, batch)
     return in_turns(
-        an_epoch(args, State(ours, optimizer, scaler), train),
+        an_epoch(args, TrainState(ours, optimizer, scaler), train),
         lambda: lightly_epoch(theirs, its_optimizer, its_batches, device),
     )
 

@@ -13,22 +13,22 @@ from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
 
 from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
-from engine.train_state import State
+from engine.train_state import TrainState
 from runtime.device import get_device, use_compile
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 from runtime.tensors import channels_last
-from train import make_step
+from train import build_train_step
 
 
 def measure(preset, batch_size, side, steps):
     args, model, optimizer, dtype = prepare(preset, batch_size)
-    train = make_step(args, model, State(model, optimizer))
+    train = build_train_step(args, model, TrainState(model, optimizer))
     device, recipe = get_device(args), get_augmentation(args, args.augmentation)
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
 
     def views(step):
-        return vision.random_views(images, recipe, random_from(step), compiled=use_compile(args))
+        return vision.random_views(images, recipe, generator_for(step), compiled=use_compile(args))
 
     def ours():
         for step in range(steps):

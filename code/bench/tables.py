@@ -16,11 +16,11 @@ from evidence import correlations, spearman
 
 import plots
 from protocols.collapse_verdict import MEASURES, verdict
-from runtime.atomic_write import save_picture
+from runtime.atomic_write import save_png
 from runtime.files import read_metrics
 
 RESULTS = CODE / 'results'
-PAGES = (CODE.parent / 'README.md', RESULTS / 'README.md')
+PAGES = (CODE.parent / 'README.md', RESULTS / 'README.md', RESULTS / 'LOG.md')
 MARK = re.compile(r'(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)', re.S)
 NAMES = {'demo': 'demo', 'cifar10': 'CIFAR-10', 'clothing': 'clothing'}
 
@@ -391,8 +391,8 @@ def draw_recipe():
         'here, small network, JPEGs, last BN of residual blocks at one': curve('zero_ones', 'knn_top1'),
     }
     lines = [(name, [*of.items()]) for name, of in {**PUBLISHED, **ours}.items()]
-    panel = plots.Panel("CIFAR-10's recipe, kNN top-1 on val, %", lines)
-    save_picture(plots.image_of(plots.curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
+    panel = plots.LineChart("CIFAR-10's recipe, kNN top-1 on val, %", lines)
+    save_png(plots.to_pil(plots.curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
 
 
 def draw_views():
@@ -401,8 +401,10 @@ def draw_views():
     for n in (2, 3, 4):
         found = [curve(name, 'knn_top1') for name in runs_with_views(n)]
         lines.append((f'{n} views', [(epoch * n / 2, mean(of[epoch] for of in found)) for epoch in found[0]]))
-    panel = plots.Panel('kNN top-1 on val, %, after equal work', lines, across='epochs of two views, or their work')
-    save_picture(plots.image_of(plots.curves([panel], (560, 320)), 2), RESULTS / 'views.png')
+    panel = plots.LineChart(
+        'kNN top-1 on val, %, after equal work', lines, x_label='epochs of two views, or their work'
+    )
+    save_png(plots.to_pil(plots.curves([panel], (560, 320)), 2), RESULTS / 'views.png')
 
 
 def write():

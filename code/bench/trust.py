@@ -13,9 +13,9 @@ import common  # noqa: F401
 from evidence import VARIED, options_of
 
 from ckpt import checkpoints
-from errors import path_of
 from evaluate import evaluate
-from runtime.device import use_device
+from runtime.device import init_device
+from runtime.errors import resolve_path
 from runtime.files import read_metrics
 from runtime.options import get_config
 from train import train
@@ -25,7 +25,7 @@ RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 
 def of_run(name, options, folders):
     """[{'epoch', 'rank', 'linear', 'knn'}] of a run's epochs; trains what is not there."""
-    run = path_of(get_config(**folders).ckpt_path) / f'model_name_{name}_ckpt_0'
+    run = resolve_path(get_config(**folders).ckpt_path) / f'model_name_{name}_ckpt_0'
     train(get_config(model_name=name, save_every=1, knn_every=1, resume='auto', **options))
     found = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
     rows = []
@@ -39,8 +39,8 @@ def of_run(name, options, folders):
 
 def main():
     given = dict(text.removeprefix('--').split('=', 1) for text in sys.argv[1:])
-    output, seeds = path_of(given.pop('output')), given.pop('seeds', '0,1,2').split(',')
-    use_device(get_config(preset='demo'))
+    output, seeds = resolve_path(given.pop('output')), given.pop('seeds', '0,1,2').split(',')
+    init_device(get_config(preset='demo'))
     found = {}
     for seed in seeds:
         for number, title in enumerate(RUNS):

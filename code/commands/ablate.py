@@ -3,17 +3,17 @@
 import json
 
 import plots
-from ckpt import checkpoints, read
-from dataloader.load_dataset import load_splits, views_of
+from ckpt import checkpoints, read_checkpoint
+from dataloader.load_dataset import load_splits, num_views
 from engine.ablation_tables import TABLES, finished_result
-from engine.run_dir import of_run
-from errors import UserError, path_of
+from engine.run_dir import args_from_run
 from logger import read_scalars
-from runtime.atomic_write import save_picture, write_aside
-from runtime.checkpoint_format import upgraded
-from runtime.device import use_device
-from runtime.messages import say
-from runtime.options import changed
+from runtime.atomic_write import atomic_write, save_png
+from runtime.checkpoint_format import upgrade
+from runtime.device import init_device
+from runtime.errors import UserError, resolve_path
+from runtime.messages import log
+from runtime.options import replace_args
 from train import train
 
 
@@ -27,38 +27,38 @@ def ablate(args):
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.given:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
-    args = changed(of_run(args), from_run='') if args.from_run else args
+    args = replace_args(args_from_run(args), from_run='') if args.from_run else args
     rows, planned = [], variants(args)
-    for number, (variant, options, paper, own) in enumerate(planned):
-        say(f'\n{args.table}: {variant}, {number + 1} of {len(planned)}')
-        if not (done := finished_result(own)):
-            train(own)
-            done = finished_result(own)
-        if not done:
-            say(f'{args.table}: not all is trained; the same command goes on where it was')
+    for number, (variant, options, paper, variant_args) in enumerate(planned):
+        log(f'\n{args.table}: {variant}, {number + 1} of {len(planned)}')
+        if not (result := finished_result(variant_args)):
+            train(variant_args)
+            result = finished_result(variant_args)
+        if not result:
+            log(f'{args.table}: not all is trained; the same command goes on where it was')
             return rows
-        rows.append({'variant': variant, 'options': options, **outcome(args, *done), 'paper': paper})
+        rows.append({'variant': variant, 'options': options, **result_row(args, *result), 'paper': paper})
     named = 'model_name' in args.given
-    base = path_of(args.log_path) / (f'{args.model_name}_{args.table}' if named else args.table)
-    write_rows(base, rows)
-    say('\n' + table(rows))
-    say(f'\nthe curves: {base}.png')
+    base = resolve_path(args.log_path) / (f'{args.model_name}_{args.table}' if named else args.table)
+    save_table(base, rows)
+    log('\n' + format_markdown(rows))
+    log(f'\nthe curves: {base}.png')
     return rows
 
 
-def write_rows(base, rows):
+def save_table(base, rows):
     """The rows as <base>.json, their curves as <base>.png."""
     data, image = (base.with_name(base.name + suffix) for suffix in ('.json', '.png'))
-    write_aside(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
+    atomic_write(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
     drawn = (
         ('std of z / |z|, times sqrt(d)', 'std_curve', (0, 1.1)),
         ('loss', 'loss_curve', None),
         ('kNN top-1, %', 'knn_curve', None),
     )
     picture = plots.curves(
-        [plots.Panel(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
+        [plots.LineChart(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
     )
-    save_picture(plots.image_of(picture), image)
+    save_png(plots.to_pil(picture), image)
 
 
 def variants(args):
@@ -66,27 +66,29 @@ def variants(args):
     is. Raises UserError; variants of larger batches than there are images are left out, and said."""
     found, images = [], 0
     if any('batch_size' in options for _, options, _ in TABLES[args.table]):
-        use_device(args)
+        init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.table]):
         if both := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
             raise UserError(f'--{both[0]} is what --table={args.table} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.table}_{number}'
-        own = changed(args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto')
-        own.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
-        views_of(own)
-        if 'batch_size' in options and own.batch_size > images:
-            say(f'{args.table}: {variant} is left out, for there are {images} images')
+        variant_args = replace_args(
+            args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
+        )
+        variant_args.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        num_views(variant_args)
+        if 'batch_size' in options and variant_args.batch_size > images:
+            log(f'{args.table}: {variant} is left out, for there are {images} images')
         else:
-            found.append((variant, options, paper, own))
+            found.append((variant, options, paper, variant_args))
     return found
 
 
-def outcome(args, run, result):
+def result_row(args, run, result):
     """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
-    content, _ = upgraded(read(checkpoints(run)[-1]))
-    logged = read_scalars(path_of(args.log_path) / run.name)
+    content, _ = upgrade(read_checkpoint(checkpoints(run)[-1]))
+    logged = read_scalars(resolve_path(args.log_path) / run.name)
     curves = {
         f'{short}_curve': logged.get(f'pretraining/{tag}', [])
         for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))
@@ -102,7 +104,7 @@ def outcome(args, run, result):
     }
 
 
-def table(rows):
+def format_markdown(rows):
     """The rows as Markdown, which is readable as it is."""
     with_paper = any(row['paper'] for row in rows)
     lines = [

@@ -6,17 +6,17 @@ import time
 import torch
 
 from dataloader import vision
-from dataloader.cache.bit_depth import warn_of_range
-from dataloader.cache.decoded import each
-from dataloader.load_dataset import get_iterator, parts_of
+from dataloader.cache.bit_depth import warn_bit_depth
+from dataloader.cache.decoded import map_images
+from dataloader.load_dataset import find_split_sources, get_iterator
 from engine.auto_preset import choose_preset
-from errors import WorkError, path_of
 from logger import picture
-from runtime.console import complain, shown
-from runtime.device import use_device
+from runtime.console import print_message, printable
+from runtime.device import init_device
+from runtime.errors import WorkError, resolve_path
 from runtime.files import try_writing
-from runtime.messages import say
-from runtime.seeding import random_from
+from runtime.messages import log
+from runtime.seeding import generator_for
 from utils import prepare_batch
 
 SECONDS = 5  # to time the batches of a split for
@@ -27,57 +27,61 @@ def check_dataloader(args):
 
     Raises WorkError, after naming each, where files cannot be read; UserError for a folder that is not laid out.
     """
-    root = path_of(args.image_path)
-    use_device(args)
-    path = path_of(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
+    root = resolve_path(args.image_path)
+    init_device(args)
+    path = resolve_path(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
     try_writing(path)
-    parts = parts_of(args)
+    parts = find_split_sources(args)
     args = choose_preset(args, parts)
-    unreadable, read = read_all(parts)
+    unreadable, read = read_and_hash_all(parts)
     if unreadable and args.bad_images == 'error':
         raise WorkError(
-            f'{unreadable} of the {read} images under {shown(root)} cannot be read: replace or delete '
+            f'{unreadable} of the {read} images under {printable(root)} cannot be read: replace or delete '
             'them, or --bad_images=skip leaves them out'
         )
     iterators = get_iterator(args, parts)
-    say(f'{shown(root)}, ' + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out'))
+    log(
+        f'{printable(root)}, '
+        + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out')
+    )
     for name, batches in iterators.items():
         if batches is None:
-            said = 'none' if name == 'test' else 'none: no kNN monitor in train, no evaluate'
+            text = 'none' if name == 'test' else 'none: no kNN monitor in train, no evaluate'
         elif name == 'test' and batches is iterators['val']:
-            said = 'none of its own: it is val'
+            text = 'none of its own: it is val'
         else:
-            said = describe(args, batches)
-        say(f'{name:5}  {said}')
-    warn_of_range(iterators['train'].dataset.store, args.pixel_max)
+            text = describe_loader(args, batches)
+        log(f'{name:5}  {text}')
+    warn_bit_depth(iterators['train'].dataset.store, args.pixel_max)
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
-    views = distorted(args, iterators['train'].dataset, images[:16])
-    picture([vision.denormalise(view, args) for view in views], path)
-    say(f'the two views of {len(views[0])} images: {shown(path)}')
+    views = make_views(args, iterators['train'].dataset, images[:16])
+    picture([vision.denormalize(view, args) for view in views], path)
+    log(f'the two views of {len(views[0])} images: {printable(path)}')
 
 
-def read_all(parts):
+def read_and_hash_all(parts):
     """(images that cannot be read, images), after saying which, and which are there twice."""
     unreadable = read = 0
     trained_on = {}  # digest to the image's name
     for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
-        digests = [*each(part.store, f'reading {name}', digest)]
+        digests = [*map_images(part.store, f'reading {name}', digest)]
         for error in [found for found in digests if isinstance(found, WorkError)]:
             digests[error.row] = None
-            say(str(error))
+            log(str(error))
             unreadable += 1
         read += len(digests)
         if name == 'train':
             trained_on = {known: row for row, known in enumerate(digests) if known}
             if twice := len([*filter(None, digests)]) - len(trained_on):
-                say(f'train  {twice} images are there once more: the same pixels in another file')
+                log(f'train  {twice} images are there once more: the same pixels in another file')
         elif same := [row for row, known in enumerate(digests) if known in trained_on]:
             other = parts['train'].store.names[trained_on[digests[same[0]]]]
-            complain(
+            print_message(
                 'warning',
                 f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: what is judged '
-                f'on them was learned. The first is {shown(part.store.names[same[0]])}, in train {shown(other)}',
+                f'on them was learned. The first is {printable(part.store.names[same[0]])}, in train '
+                f'{printable(other)}',
             )
     return unreadable, read
 
@@ -87,13 +91,13 @@ def digest(image):
     return hashlib.blake2b(image.tobytes(), key=b'%d %d' % image.size, digest_size=8).digest()
 
 
-def describe(args, batches):
+def describe_loader(args, batches):
     """One line on a split; the images/s are those of ready views, decoding and augmentation included."""
     images, first = batches.dataset, None
     seen, started = 0, time.time()
     for batch in batches:
         batch, _ = prepare_batch(args, batch)
-        views = distorted(args, images, batch) if images.views else (plain(args, batch),)
+        views = make_views(args, images, batch) if images.views else (eval_view(args, batch),)
         first = first or (batch, views)
         seen += len(batch)
         if time.time() - started > SECONDS:
@@ -103,9 +107,9 @@ def describe(args, batches):
     speed = seen / (time.time() - started)
     batch, views = first
     classes = f'{len(images.classes)} classes' if (images.labels >= 0).any() else 'no classes'
-    unlabelled = int((images.labels < 0).sum())
-    if 0 < unlabelled < len(images):
-        classes += f' ({unlabelled} images without)'
+    unlabeled = int((images.labels < 0).sum())
+    if 0 < unlabeled < len(images):
+        classes += f' ({unlabeled} images without)'
     return (
         f'{len(images)} images, {classes}; a batch: {shape(batch)} uint8 in [{batch.min()}, {batch.max()}], '
         f'{len(views)} view{"s" * (len(views) - 1)} of {shape(views[0])} float32 in '
@@ -117,9 +121,9 @@ def shape(tensor):
     return ' x '.join(str(side) for side in tensor.shape)
 
 
-def distorted(args, images, batch):
-    return images.random_views(batch, args.augmentation, random_from(args.random_seed, 'views', 0, 0))
+def make_views(args, images, batch):
+    return images.make_views(batch, args.augmentation, generator_for(args.random_seed, 'views', 0, 0))
 
 
-def plain(args, images):
-    return vision.plain_view(images, args)
+def eval_view(args, images):
+    return vision.eval_view(images, args)

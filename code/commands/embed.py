@@ -6,44 +6,44 @@ import io
 import numpy as np
 import torch
 
-from dataloader.load_dataset import in_order
-from errors import UserError, path_of
-from infer import load_to_predict, pixels_of
+from dataloader.load_dataset import eval_loader
+from infer import load_crops, load_to_predict
 from logger import Logger
-from metric.knn import nearest
-from metric.projection_2d import plane
-from protocols.features import features_of
+from metric.knn import topk_neighbors
+from metric.projection_2d import tsne_2d
+from protocols.features import extract_features
 from runtime import distributed
-from runtime.atomic_write import write_aside, write_csv
-from runtime.console import shown
-from runtime.environment import extra
-from runtime.messages import say
+from runtime.atomic_write import atomic_write, write_csv
+from runtime.console import printable
+from runtime.environment import require_package
+from runtime.errors import UserError, resolve_path
+from runtime.messages import log
 from runtime.tensors import evenly_spaced
 
-NEIGHBOURS = 15
+NEIGHBORS = 15
 
 
 def embed(args):
     """Write --output: .npz (arrays features, N x d float32, and names, N), .csv (name, then d numbers) or .parquet
-    (as_table). Returns it.
+    (arrow_table). Returns it.
 
     The images are those that infer would predict. Up to --projector_images of them also go to TensorBoard's projector,
     with thumbnails. Raises UserError without a checkpoint or images, or for another kind of file.
     """
-    output = path_of(args.output or 'data/features.npz')
+    output = resolve_path(args.output or 'data/features.npz')
     if output.suffix not in ('.npz', '.csv', '.parquet'):
         raise UserError(f'--output of embed ends in .npz, .csv or .parquet, not {output.name!r}')
-    parquet = extra('pyarrow.parquet', output.name) if output.suffix == '.parquet' else None
+    parquet = require_package('pyarrow.parquet', output.name) if output.suffix == '.parquet' else None
     if not args.ckpt_name:
         raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
-    wanted = path_of(args.image_path) if 'image_path' in args.given else None
+    wanted = resolve_path(args.image_path) if 'image_path' in args.given else None
     args, backbone, checkpoint, images = load_to_predict(args, wanted, output)
-    features, _ = features_of(args, backbone, in_order(args, images), 'features')
+    features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
     features = features.cpu()
 
     def write(aside):
         if parquet:
-            parquet.write_table(as_table(images, features), aside)
+            parquet.write_table(arrow_table(images, features), aside)
             return
         with open(aside, 'wb') as file:
             np.savez(file, features=features.numpy(), names=np.array(list(images.names)))
@@ -52,39 +52,39 @@ def embed(args):
         head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
         write_csv(output, [head, *([name, *row] for name, row in zip(images.names, features.tolist(), strict=True))])
     elif not distributed.rank():
-        write_aside(output, write)
-    say(f'{len(features)} x {features.shape[1]} features of {images.folder} written to {output}')
+        atomic_write(output, write)
+    log(f'{len(features)} x {features.shape[1]} features of {images.folder} written to {output}')
     if args.projector_images and not distributed.rank():
-        logger = Logger(path_of(args.log_path) / checkpoint['run'].name / 'projector')
+        logger = Logger(resolve_path(args.log_path) / checkpoint['run'].name / 'projector')
         rows = evenly_spaced(len(images), args.projector_images)
-        names = [shown(images.names[row]) for row in rows]  # a tab or a new line would break its table
-        thumbnails = torch.nn.functional.interpolate(pixels_of(args, images, rows), (32, 32), mode='area')
+        names = [printable(images.names[row]) for row in rows]  # a tab or a new line would break its table
+        thumbnails = torch.nn.functional.interpolate(load_crops(args, images, rows), (32, 32), mode='area')
         with contextlib.redirect_stdout(io.StringIO()):  # of a folder that is there it asks whether that is meant
             logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
         logger.close()
-        say(f'in the projector: tensorboard --logdir {logger.folder}')
+        log(f'in the projector: tensorboard --logdir {logger.folder}')
     return output
 
 
-def as_table(images, features):
+def arrow_table(images, features):
     """A pyarrow table, a row an image, as viewers of embeddings open it: file, split into text that is no bytes; label;
     features, d float32; x and y, a map of the features; neighbors, {ids: row numbers, distances: 1 - cosine}."""
     import pyarrow
 
-    cosine, rows = nearest(features, features, min(NEIGHBOURS + 1, len(features)))
-    near = [
-        {'ids': ids, 'distances': apart}
-        for ids, apart in zip(rows.tolist(), (1 - cosine).clamp(min=0).tolist(), strict=True)
+    cosine, rows = topk_neighbors(features, features, min(NEIGHBORS + 1, len(features)))
+    neighbors = [
+        {'ids': ids, 'distances': distance}
+        for ids, distance in zip(rows.tolist(), (1 - cosine).clamp(min=0).tolist(), strict=True)
     ]
-    labels = [shown(images.classes[label]) if label >= 0 else None for label in images.labels.tolist()]
-    x, y = plane(features).T
+    labels = [printable(images.classes[label]) if label >= 0 else None for label in images.labels.tolist()]
+    x, y = tsne_2d(features).T
     return pyarrow.table(
         {
-            'file': [shown(name) for name in images.names],
+            'file': [printable(name) for name in images.names],
             'label': pyarrow.array(labels, pyarrow.string()),
             'features': pyarrow.array(features.tolist(), pyarrow.list_(pyarrow.float32())),
             'x': x,
             'y': y,
-            'neighbors': near,
+            'neighbors': neighbors,
         }
     )

@@ -6,13 +6,13 @@ import torch
 
 from ckpt import get_model_ckpt
 from commands import model_card
-from errors import UserError, path_of
-from model.backbone import wanted_by, width_of
-from model.foreign_checkpoints import BLOCKS, to_detectron2
-from runtime.atomic_write import write_aside
-from runtime.environment import extra
+from model.backbone import constructor_kwargs, feature_dim
+from model.foreign_checkpoints import RESNET_BLOCKS, to_detectron2
+from runtime.atomic_write import atomic_write
+from runtime.environment import require_package
+from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
-from runtime.messages import say
+from runtime.messages import log
 from runtime.options import channel_values
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
@@ -30,74 +30,78 @@ def export(args):
     if not args.ckpt_name:
         raise UserError('export wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
-    if not known_there(args.backbone, args.stem, args.format):
+    if not is_supported(args.backbone, args.stem, args.format):
         raise UserError(
             f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
             f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
         )
     backbone = model.backbone.eval()
-    try_writing(path_of(args.output or 'data/backbone'))
+    try_writing(resolve_path(args.output or 'data/backbone'))
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    output = path_of(args.output or f'data/backbone{SUFFIX[args.format]}')
+    output = resolve_path(args.output or f'data/backbone{SUFFIX[args.format]}')
     if args.format == 'timm' and (output.suffix in ('.pth', '.pt', '.safetensors') or output.is_file()):
         raise UserError(f'--output={output.name}: --format=timm writes a folder')
     name = args.backbone.removeprefix('timm/')
-    how = HOW[args.format].format(name=name, file=output, more=more_of(args, state), **pixels_of(args))
+    how = LOAD_SNIPPET[args.format].format(
+        name=name, file=output, more=constructor_args(args, state), **mean_std_text(args)
+    )
     if args.format == 'torchvision':
-        write_aside(output, lambda aside: torch.save(state, aside))
+        atomic_write(output, lambda aside: torch.save(state, aside))
     elif args.format == 'timm':
         to_timm_folder(args, checkpoint, backbone, state, output)
     elif args.format == 'detectron2':
         arrays = {name: value.numpy() for name, value in to_detectron2(state).items() if 'num_batches' not in name}
         content = {'model': arrays, '__author__': 'SimSiam', 'matching_heuristics': True}
-        write_aside(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
+        atomic_write(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
-        save_file = extra('safetensors.torch', '--format=safetensors').save_file
+        save_file = require_package('safetensors.torch', '--format=safetensors').save_file
         names = ('backbone', 'stem', 'image_size', 'mean', 'std', 'interpolation', 'crop_ratio')
         about = {name: str(getattr(args, name)) for name in names}
-        write_aside(output, lambda aside: save_file(state, aside, metadata=about))
+        atomic_write(output, lambda aside: save_file(state, aside, metadata=about))
     else:
-        extra('onnxscript', '--format=onnx')
-        write_aside(output, lambda aside: to_onnx(backbone, args.image_size, aside))
-    if args.format == 'detectron2' and not BLOCKS[args.backbone][1]:
+        require_package('onnxscript', '--format=onnx')
+        atomic_write(output, lambda aside: to_onnx(backbone, args.image_size, aside))
+    if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
             f'; C4 wants bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
             f'{name.removeprefix("resnet")} and MODEL.RESNETS.RES2_OUT_CHANNELS 64'
         )
-    say(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
-    say(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}')
+    log(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
+    log(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}')
     return output
 
 
-def more_of(args, state):
+def constructor_args(args, state):
     """The options that the tool's network is made with, as code."""
     if args.format == 'torchvision':
-        return ', '.join(f'{name}={value}' for name, value in wanted_by(args.backbone, args.image_size).items())
+        return ', '.join(
+            f'{name}={value}' for name, value in constructor_kwargs(args.backbone, args.image_size).items()
+        )
     if args.format == 'timm' and args.backbone.startswith('timm/'):
         import timm
 
         with torch.device('meta'):
-            usual = timm.create_model(args.backbone.removeprefix('timm/'), num_classes=0).state_dict()
-        if any(name in usual and usual[name].shape != value.shape for name, value in state.items()):
+            reference_state = timm.create_model(args.backbone.removeprefix('timm/'), num_classes=0).state_dict()
+        if any(name in reference_state and reference_state[name].shape != value.shape for name, value in state.items()):
             return f', img_size={args.image_size}'
     return ''
 
 
 def to_timm_folder(args, checkpoint, backbone, state, folder):
     """config.json, model.safetensors and README.md, the model card."""
-    save_file = extra('safetensors.torch', '--format=timm').save_file
-    extra('timm', '--format=timm')
-    name, features = args.backbone.removeprefix('timm/'), width_of(backbone, args.image_size)
+    save_file = require_package('safetensors.torch', '--format=timm').save_file
+    require_package('timm', '--format=timm')
+    name, features = args.backbone.removeprefix('timm/'), feature_dim(backbone, args.image_size)
     about = model_card.config(args, name, features)
-    if sized := more_of(args, state):
+    if sized := constructor_args(args, state):
         about['model_args'] = {'img_size': int(sized.rpartition('=')[2])}
-    write_aside(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
-    write_aside(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
+    atomic_write(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
+    atomic_write(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
     text = model_card.card(args, checkpoint, name, features)
-    write_aside(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
+    atomic_write(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
 
 
-def pixels_of(args):
+def mean_std_text(args):
     """Mean and standard deviation of the pixels, 0 to 255, as text."""
     found = {}
     for name in ('mean', 'std'):
@@ -106,7 +110,7 @@ def pixels_of(args):
     return found
 
 
-def known_there(backbone, stem, tool):
+def is_supported(backbone, stem, tool):
     """Whether a tool has this network, its layers by the same names as here or by names that are known here."""
     if tool in ('onnx', 'safetensors'):
         return True
@@ -115,8 +119,8 @@ def known_there(backbone, stem, tool):
     if tool == 'torchvision':
         return backbone != 'small' and not backbone.startswith('timm/')
     if tool == 'timm':
-        return backbone in BLOCKS or backbone.startswith('timm/')
-    return backbone in BLOCKS
+        return backbone in RESNET_BLOCKS or backbone.startswith('timm/')
+    return backbone in RESNET_BLOCKS
 
 
 def to_onnx(backbone, size, path):
@@ -135,7 +139,7 @@ def to_onnx(backbone, size, path):
 
 
 # How each is loaded there, in a line. Images are RGB, in [0, 1], normalised by --mean and --std.
-HOW = {
+LOAD_SNIPPET = {
     'torchvision': 'load: m = torchvision.models.{name}({more}); '
     "m.load_state_dict(torch.load('{file}'), strict=False); the classifier's last layer alone is missing",
     'timm': "load: timm.create_model('local-dir:{file}', pretrained=True); README.md there is its model card",

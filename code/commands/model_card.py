@@ -9,7 +9,7 @@ from runtime.files import read_json
 from runtime.options import channel_values
 
 
-def license_of(source, backbone):
+def find_license(source, backbone):
     """The licence of the weights that a run began with, as their source states it; '' where it does not, or of none."""
     if source.startswith('timm') and is_off_the_shelf(source):
         name = source.removeprefix('timm').removeprefix('/') or backbone.removeprefix('timm/')
@@ -22,11 +22,11 @@ def card(args, checkpoint, name, features):
     """The card as Markdown. name: of the network in timm; features: their number."""
     run = checkpoint['run']
     about = read_json(run / 'run.json')
-    known = license_of(args.init_from, args.backbone)
+    known = find_license(args.init_from, args.backbone)
     head = ['---', 'library_name: timm', 'tags: [image-feature-extraction, simsiam]']
     head += [f'license: {known}'] if known else []
-    lines = [*head, '---', '', f'# {name}, SimSiam', '', *described(args, checkpoint, about, features, known), '']
-    lines += ['## How good it is', '', *judged(args, checkpoint), '']
+    lines = [*head, '---', '', f'# {name}, SimSiam', '', *describe_model(args, checkpoint, about, features, known), '']
+    lines += ['## How good it is', '', *describe_results(args, checkpoint), '']
     lines += ['## Use', '', '```python', 'import timm', '']
     lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
     lines += [
@@ -39,7 +39,7 @@ def card(args, checkpoint, name, features):
     return '\n'.join(lines) + '\n'
 
 
-def described(args, checkpoint, about, features, known):
+def describe_model(args, checkpoint, about, features, known):
     """What it is, in lines."""
     images = about.get('images', {})
     lines = [
@@ -61,12 +61,12 @@ def described(args, checkpoint, about, features, known):
     return lines
 
 
-def judged(args, checkpoint):
+def describe_results(args, checkpoint):
     """The verdict and the tables of evaluate, in lines."""
     run, lines = checkpoint['run'], []
-    if run.is_dir() and (found := collapse_verdict.of_run(run, checkpoint['epoch'], args)):
+    if run.is_dir() and (found := collapse_verdict.run_verdict(run, checkpoint['epoch'], args)):
         lines += ['**{}**: {}'.format(*found), '']
-    mine = [result for result in results.of_run(run) if result.get('checkpoint') == checkpoint['path'].name]
+    mine = [result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name]
     for result in mine:
         if result.get('rows'):
             lines += [*markdown(result), '']
@@ -108,7 +108,7 @@ def config(args, name, features, tag='simsiam'):
         'mean': [*channel_values('mean', args.mean)],
         'std': [*channel_values('std', args.std)],
         'num_classes': 0,
-        'license': license_of(args.init_from, args.backbone) or None,
+        'license': find_license(args.init_from, args.backbone) or None,
     }
     return {'architecture': name, 'num_classes': 0, 'num_features': features, 'pretrained_cfg': cfg}
 

@@ -6,16 +6,16 @@ import tarfile
 
 from PIL import Image
 
-from dataloader.cache.decoded import readable, smaller
-from dataloader.load_dataset import parts_of
+from dataloader.cache.decoded import readable_rows, resize_short_side
+from dataloader.load_dataset import find_split_sources
 from dataloader.loading.decode import is_image
 from dataloader.readers.memory import Memory
-from dataloader.sources.folder import OF_SYSTEMS
-from errors import UserError, WorkError, path_of, same_path
-from runtime.atomic_write import write_aside
-from runtime.console import complain, hushed, shown
+from dataloader.sources.folder import SYSTEM_NAMES
+from runtime.atomic_write import atomic_write
+from runtime.console import print_message, printable, silence_stderr
+from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import try_writing
-from runtime.messages import progress, say
+from runtime.messages import log, progress
 
 QUALITY = 95  # of JPEG, where images are made smaller
 JPEG_SIDE = 65_500  # px, the most that the library writes
@@ -30,70 +30,74 @@ def pack(args):
     """
     if not args.output:
         raise UserError('pack wants --output=FOLDER, for the archives')
-    output = path_of(args.output)
-    if same_path(output, path_of(args.image_path)) or output.suffix == '.tar':
+    output = resolve_path(args.output)
+    if same_path(output, resolve_path(args.image_path)) or output.suffix == '.tar':
         raise UserError(f'--output={args.output}: name another folder, for the archives')
     if there := sorted(output.glob('*-??????.tar')):
-        raise UserError(f'{shown(output)} holds {shown(there[0].name)} already: pack into another folder')
+        raise UserError(f'{printable(output)} holds {printable(there[0].name)} already: pack into another folder')
     try_writing(output / 'train-000000.tar')
-    parts = parts_of(args)
+    parts = find_split_sources(args)
     for part in parts.values():
         if part.classes and (none := int((part.labels < 0).sum())):
             raise UserError(
-                f'{none} of the {len(part.labels)} images of {shown(part.where)} have no class: an archive says it of '
+                f'{none} of the {len(part.labels)} images of {printable(part.where)} have no class: an archive says '
+                'it of '
                 'all or of none, pack them apart'
             )
     for name, part in parts.items():
         if args.bad_images == 'skip' and not isinstance(part.store, Memory):
-            part = part.select(readable(part.store, part.where, path_of(args.cache_path) / part.share))
+            part = part.select(readable_rows(part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir))
         shards, left_out = write_split(args, output, name, part)
-        say(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
-    say(f'use them: --image_path={shown(output)}')
+        log(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
+    log(f'use them: --image_path={printable(output)}')
     return output
 
 
 def write_split(args, output, name, part):
     """Write the archives of one split; returns how many, and how many images were left out."""
     rows, number, left_out = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0, []
-    folders, taken = folders_of(part.classes), {}
+    folders, used_names = class_folders(part.classes), {}
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
 
         def write(aside):
             nonlocal ahead
-            with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, hushed():
+            with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, silence_stderr():
                 while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
                     try:
-                        member, content = entry(args, part, ahead, folders)
-                        add(archive, another(member, taken), content)
+                        member, content = tar_member(args, part, ahead, folders)
+                        add_member(archive, unique_name(member, used_names), content)
                     except WorkError as error:
                         if args.bad_images != 'skip':
                             raise
                         left_out.append(str(error))  # said when standard error is heard again
                     ahead = next(rows, None)
 
-        write_aside(path, write)
+        atomic_write(path, write)
         number += 1
     for line in left_out:
-        complain('warning', f'{line}; left out')
+        print_message('warning', f'{line}; left out')
     return number, len(left_out)
 
 
-def entry(args, part, row, folders):
+def tar_member(args, part, row, folders):
     """(name in the archive, bytes) of an image: in the folder of its class, or in none, where a folder would be one."""
-    raw, label = part.store.names.raw(row), int(part.labels[row])
-    parts = [seen(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
+    raw, label = part.store.names.bytes_at(row), int(part.labels[row])
+    parts = [unhide(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
     if label < 0:
         parts = [b'%2F'.join(parts)]
     elif parts[0] != folders[label] or len(parts) == 1:
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_side:
-        image, buffer = Image.fromarray(smaller(part.store, row, args.pack_side, args.pixel_max)), io.BytesIO()
+        image, buffer = (
+            Image.fromarray(resize_short_side(part.store, row, args.pack_side, args.pixel_max)),
+            io.BytesIO(),
+        )
         if max(image.size) > JPEG_SIDE:
             raise WorkError(
-                f'{shown(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '
+                f'{printable(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '
                 f'{JPEG_SIDE} a side at most: leave --pack_side out, or the image (--bad_images=skip)'
             )
         image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
@@ -101,42 +105,42 @@ def entry(args, part, row, folders):
     with part.store.opened(row) as image:
         if getattr(image, 'fp', None):
             image.fp.seek(0)
-            return name if is_image(name) else name + ending_of(image.format), image.fp.read()
+            return name if is_image(name) else name + file_extension(image.format), image.fp.read()
         buffer = io.BytesIO()  # decoded already: torchvision's own files
         image.save(buffer, 'PNG')
         return name + b'.png', buffer.getvalue()
 
 
-def seen(name):
+def unhide(name):
     """A name (bytes) that is not passed over when the archive is read."""
-    return b'_' + name if name.startswith(b'.') or name.lower() in OF_SYSTEMS else name
+    return b'_' + name if name.startswith(b'.') or name.lower() in SYSTEM_NAMES else name
 
 
-def folders_of(classes):
+def class_folders(classes):
     """The folder of each class, as bytes; no two share one."""
-    taken = {}
-    return [another(seen(os.fsencode(name).replace(b'/', b'_')), taken) for name in classes]
+    used_names = {}
+    return [unique_name(unhide(os.fsencode(name).replace(b'/', b'_')), used_names) for name in classes]
 
 
-def another(name, taken):
-    """A name (bytes) that is not among the `taken`, to which it is added: it, or with a number before its ending.
-    taken: a dict of names to the last number tried."""
+def unique_name(name, used_names):
+    """A name (bytes) that is not among the `used_names`, to which it is added: it, or with a number before its ending.
+    used_names: a dict of names to the last number tried."""
     stem, ending = os.path.splitext(name)
     new = name
-    while new in taken:
-        taken[name] += 1
-        new = stem + b'_%d' % taken[name] + ending
-    taken[new] = 1
+    while new in used_names:
+        used_names[name] += 1
+        new = stem + b'_%d' % used_names[name] + ending
+    used_names[new] = 1
     return new
 
 
-def ending_of(kind):
+def file_extension(kind):
     """The ending by which a format of Pillow is known."""
     endings = [ending for ending, of in Image.registered_extensions().items() if of == kind]
     return next(ending.encode() for ending in endings if is_image(b'x' + ending.encode()))
 
 
-def add(archive, name, content):
+def add_member(archive, name, content):
     """One file, without owner or time."""
     member = tarfile.TarInfo(os.fsdecode(name))
     member.size = len(content)

@@ -14,27 +14,27 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 import plots
-from ckpt import whole_ones
-from commands.list_runs import differing
+from ckpt import iter_valid_checkpoints
+from commands.list_runs import varying_options
 from config import OPTIONS
-from dataloader.load_dataset import in_order, load_splits
-from errors import UserError, path_of
-from infer import pixels_of, same_class, shown_of
+from dataloader.load_dataset import eval_loader, load_splits
+from infer import load_crops, same_class, sample_rows
 from logger import read_scalars
 from metric import subset_selection
-from metric.accuracy import confusion
-from metric.knn import knn_scores, nearest, neighbours
-from metric.projection_2d import plane
+from metric.accuracy import confusion_matrix
+from metric.knn import clip_k, knn_scores, topk_neighbors
+from metric.projection_2d import tsne_2d
 from protocols import collapse_verdict
-from protocols.features import features_of
+from protocols.features import extract_features
 from protocols.protocol import find_protocol
-from protocols.results import of_run
-from runtime.atomic_write import save_picture, write_aside
-from runtime.console import complain, shown
-from runtime.device import get_device, use_device
+from protocols.results import load_results
+from runtime.atomic_write import atomic_write, save_png
+from runtime.console import print_message, printable
+from runtime.device import get_device, init_device
+from runtime.errors import UserError, resolve_path
 from runtime.files import is_number, try_writing
-from runtime.messages import say
-from runtime.options import changed
+from runtime.messages import log
+from runtime.options import replace_args
 from runtime.tensors import evenly_spaced
 
 PAGE = Path(__file__).resolve().parent / 'report_page'
@@ -56,7 +56,7 @@ CHARTS = (  # file name, title, bounds, {tag: name of its line}
 
 
 @dataclass
-class Shown:
+class ReportRun:
     """A run on the page. features, labels: of its network, {split: N x d, N}; the images are the first run's."""
 
     args: object
@@ -81,53 +81,55 @@ def report(args):
     """
     if not args.ckpt_name:
         raise UserError('report wants --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
-    use_device(args)
+    init_device(args)
     names = [name.strip() for name in args.ckpt_name.split(',')]
     if '' in names:
         raise UserError(f'--ckpt_name={args.ckpt_name}: there is nothing beside a comma')
-    runs = [opened(*one) for one in whole_ones(args, names)]
+    runs = [load_run(*one) for one in iter_valid_checkpoints(args, names)]
     if len({run.checkpoint['path'] for run in runs}) < len(runs):
         raise UserError(f'--ckpt_name={args.ckpt_name} names a checkpoint twice')
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.of_epoch = f', epoch {run.checkpoint["epoch"]}'
-    folder = path_of(args.log_path) / runs[0].checkpoint['run'].name
-    page = path_of(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+    folder = resolve_path(args.log_path) / runs[0].checkpoint['run'].name
+    page = (
+        resolve_path(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
+    )
     try_writing(page)
     for run in runs:
-        look(run, runs[0].args)
+        extract_run_features(run, runs[0].args)
     content, data = {}, {}
-    for part in (training, explored, galleries, judged):
+    for part in (curves_section, map_section, gallery_section, confusion_section):
         for_page, for_script = part(runs, page)
         content, data = {**content, **for_page}, {**data, **for_script}
-    text = rendered(runs, content, data)
-    write_aside(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
-    say(f'report     {page}')
+    text = render_page(runs, content, data)
+    atomic_write(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+    log(f'report     {page}')
     return page
 
 
-def opened(args, model, checkpoint):
+def load_run(args, model, checkpoint):
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    return Shown(args, checkpoint, backbone, read_scalars(path_of(args.log_path) / checkpoint['run'].name))
+    return ReportRun(args, checkpoint, backbone, read_scalars(resolve_path(args.log_path) / checkpoint['run'].name))
 
 
-def look(run, first):
+def extract_run_features(run, first):
     """Features of train and val; first: the options of the run whose images they are."""
     same = {name: getattr(first, name) for name in ('preset', 'image_path', 'val_fraction', 'pixel_max', 'bad_images')}
-    own = changed(run.args, **same)
+    own = replace_args(run.args, **same)
     run.splits = {name: images for name, images in load_splits(own).items() if images and name in ('train', 'val')}
     for name, images in run.splits.items():
         title = f'{run.name}: features of {name}'
-        run.features[name], run.labels[name] = features_of(own, run.backbone, in_order(own, images), title)
+        run.features[name], run.labels[name] = extract_features(own, run.backbone, eval_loader(own, images), title)
 
 
-def saved(drawn, page, name):
+def save_figure(figure, page, name):
     """A figure as SVG for the page; beside the page it is a PNG file."""
-    save_picture(plots.image_of(drawn, scale=2), page.with_name(f'{page.stem}_{name}.png'))
-    return plots.svg_of(drawn, name)
+    save_png(plots.to_pil(figure, scale=2), page.with_name(f'{page.stem}_{name}.png'))
+    return plots.figure_to_svg(figure, name)
 
 
-def training(runs, page):
+def curves_section(runs, page):
     """What training logged, as far as it did: the charts, and for the script where their lines run."""
     charts, places = [], {}
     for name, title, bounds, tags in CHARTS:
@@ -144,16 +146,16 @@ def training(runs, page):
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
         elif name in ('knn', 'few', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
-            mark = collapse_verdict.began(runs[0].args), lines[0][1][0][1]
-        drawn = plots.curves([plots.Panel(title, lines, bounds, mark)], (440, 290))
-        charts.append((name, title, saved(drawn, page, name)))
-        places[name] = {**of_axes(drawn), 'lines': lines}
+            mark = collapse_verdict.baseline_label(runs[0].args), lines[0][1][0][1]
+        figure = plots.curves([plots.LineChart(title, lines, bounds, mark)], (440, 290))
+        charts.append((name, title, save_figure(figure, page, name)))
+        places[name] = {**axes_geometry(figure), 'lines': lines}
     return {'charts': charts}, {'charts': places}
 
 
-def of_axes(drawn):
+def axes_geometry(figure):
     """Where the axes of a figure with one chart lie, in shares of it, and what they span; once it is drawn."""
-    axes = drawn.axes[0]
+    axes = figure.axes[0]
     box = axes.get_position()
     return {
         'box': [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
@@ -162,7 +164,7 @@ def of_axes(drawn):
     }
 
 
-def explored(runs, page):
+def map_section(runs, page):
     """The map: for the script the images that are shown, their thumbnails, and of each run where it sees them."""
     first = runs[0]
     places = [(name, row) for name, images in first.splits.items() for row in range(len(images))]
@@ -172,84 +174,91 @@ def explored(runs, page):
     labels = torch.tensor([int(first.labels[name][row]) for name, row in places])
     maps = []
     for run in runs:
-        x = on_map(run, first)
-        say(f'map        {len(x)} images as {run.name} sees them')
-        points = torch.as_tensor(plane(x))
-        directions = subset_selection.directions(x)
-        cosine, rows = nearest(directions, directions, NEAR + 1)
+        x = map_features(run, first)
+        log(f'map        {len(x)} images as {run.name} sees them')
+        points = torch.as_tensor(tsne_2d(x))
+        directions = subset_selection.center_and_normalize(x)
+        cosine, rows = topk_neighbors(directions, directions, NEAR + 1)
         others = [[row for row in found if row != own][:NEAR] for own, found in enumerate(rows.tolist())]
-        maps.append({'run': run.name, 'points': unit(points), 'near': others, 'cosine': rounded(cosine[:, 1:], 3)})
+        maps.append(
+            {
+                'run': run.name,
+                'points': to_unit_square(points),
+                'near': others,
+                'cosine': round_nested(cosine[:, 1:], 3),
+            }
+        )
         if run is first:
-            drawn = plots.scatter(points.numpy(), labels.numpy(), classes)
-            save_picture(plots.image_of(drawn, scale=2), page.with_name(f'{page.stem}_map.png'))
+            figure = plots.scatter(points.numpy(), labels.numpy(), classes)
+            save_png(plots.to_pil(figure, scale=2), page.with_name(f'{page.stem}_map.png'))
     data = {
         'maps': maps,
-        'classes': [shown(name) for name in classes],
+        'classes': [printable(name) for name in classes],
         'splits': [*first.splits],
-        'names': [shown(first.splits[name].names[row]) for name, row in places],
+        'names': [printable(first.splits[name].names[row]) for name, row in places],
         'labels': labels.tolist(),
         'split': [[*first.splits].index(name) for name, _ in places],
-        'colours': plots.COLOURS,
-        **sheets(first, places),
+        'colours': plots.COLORS,
+        **thumbnail_sprites(first, places),
     }
     return {'on_map': len(places), 'of': of, 'map_runs': [run.name for run in runs]}, data
 
 
-def on_map(run, first):
+def map_features(run, first):
     """Features of the images that are shown, N x d; first: the run whose images they are."""
     every = torch.cat([*run.features.values()])
     return every[evenly_spaced(len(every), first.args.map_images).to(every.device)]
 
 
-def unit(points):
+def to_unit_square(points):
     """Points of a plane, N x 2, moved into the unit square, y downward, as a list."""
     low, high = points.min(0).values, points.max(0).values
     where = 0.5 + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9)
-    return rounded(torch.stack((where[:, 0], 1 - where[:, 1]), 1), 4)
+    return round_nested(torch.stack((where[:, 0], 1 - where[:, 1]), 1), 4)
 
 
-def rounded(values, digits):
+def round_nested(values, digits):
     return [[round(value, digits) for value in row] for row in values.nan_to_num().tolist()]
 
 
-def sheets(run, places):
-    """Thumbnails of images, (split, row) each, as sheets of SHEET, ACROSS in a row: data of WebP files."""
+def thumbnail_sprites(run, places):
+    """Thumbnails of images, (split, row) each, as sheets of SHEET, GALLERY_COLUMNS in a row: data of WebP files."""
     side, found = min(TILE, run.args.image_size), []
     for start in range(0, len(places), SHEET):
         part = places[start : start + SHEET]
         pixels = torch.cat([thumbnails(run, name, [row for of, row in part if of == name]) for name in run.splits])
-        found.append(embedded(plots.tiles(pixels, ACROSS, side), 'WEBP'))
+        found.append(data_uri(plots.image_grid(pixels, ACROSS, side), 'WEBP'))
     return {'sheets': found, 'tile': side, 'across': ACROSS, 'per_sheet': SHEET}
 
 
 def thumbnails(run, split, rows):
     if not rows:
         return torch.empty(0, 3, run.args.image_size, run.args.image_size)
-    return pixels_of(run.args, run.splits[split], torch.tensor(rows))
+    return load_crops(run.args, run.splits[split], torch.tensor(rows))
 
 
-def embedded(image, kind):
+def data_uri(image, kind):
     """A PIL image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=80)
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
-def galleries(runs, page):
+def gallery_section(runs, page):
     """Two views; near-duplicates and the oddest images of the map; some images of val beside the nearest of train."""
     first = runs[0]
-    path = path_of(first.args.log_path) / first.checkpoint['run'].name / 'two_views.png'
+    path = resolve_path(first.args.log_path) / first.checkpoint['run'].name / 'two_views.png'
     views = None
     if path.is_file():
         try:
             with Image.open(path) as image:
-                views = image.width, image.height, embedded(image.convert('RGB'), 'PNG')
+                views = image.width, image.height, data_uri(image.convert('RGB'), 'PNG')
         except OSError as error:
-            complain('warning', f'{path} is damaged, and left out: {error}')
-    x = on_map(first, first)
+            print_message('warning', f'{path} is damaged, and left out: {error}')
+    x = map_features(first, first)
     rows, groups, *nearest_of = subset_selection.near_groups(x, first.args.duplicates)
     pairs = subset_selection.nearest_pairs(rows, *nearest_of)
-    odd, near = subset_selection.oddest(x, min(GALLERY, len(x)))
+    odd, near = subset_selection.outliers(x, min(GALLERY, len(x)))
     return {
         'views': views,
         'doubles': pairs[:GALLERY],
@@ -257,62 +266,66 @@ def galleries(runs, page):
         'double_groups': int(groups.max()) + 1 if len(groups) else 0,
         'threshold': first.args.duplicates,
         'odd': [*zip(odd.tolist(), near.tolist(), strict=True)],
-        'neighbours': beside(first),
+        'neighbours': nearest_neighbor_rows(first),
         'queries': 'val' if 'val' in first.splits else 'train',
     }, {}
 
 
-def beside(run):
+def nearest_neighbor_rows(run):
     """Rows of [data URI, name, cosine, whether its class is the first one's]: a query and what is nearest in train."""
     train, val = run.splits['train'], run.splits.get('val', run.splits['train'])
-    queries = shown_of(val)
+    queries = sample_rows(val)
     features = run.features['val' if 'val' in run.splits else 'train']
-    cosine, found = nearest(features[queries.to(features.device)], run.features['train'], NEAR + (val is train))
+    cosine, found = topk_neighbors(features[queries.to(features.device)], run.features['train'], NEAR + (val is train))
     rows = []
     for query, *pair in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
         near = [(value, row) for value, row in zip(*pair, strict=True) if not (val is train and row == query)][:NEAR]
         values, others = [value for value, _ in near], [row for _, row in near]
-        tiles = [*pixels_of(run.args, val, torch.tensor([query]))]
-        tiles += pixels_of(run.args, train, torch.tensor(others)) if others else []
-        images = [embedded(plots.pil_of(tile).resize((96, 96)), 'WEBP') for tile in tiles]
-        names = [shown(val.names[query]), *(shown(train.names[row]) for row in others)]
+        tiles = [*load_crops(run.args, val, torch.tensor([query]))]
+        tiles += load_crops(run.args, train, torch.tensor(others)) if others else []
+        images = [data_uri(plots.tensor_to_pil(tile).resize((96, 96)), 'WEBP') for tile in tiles]
+        names = [printable(val.names[query]), *(printable(train.names[row]) for row in others)]
         right = [None, *(same_class(val, query, train, row) for row in others)]
         rows.append([*zip(images, names, [1.0, *values], right, strict=True)])
     return rows
 
 
-def judged(runs, page):
+def confusion_section(runs, page):
     """The confusion of the first run's kNN on val, where all of val and some of train has labels."""
     run = runs[0]
     labels, wanted = run.labels['train'], run.labels.get('val')
     known = labels >= 0
     if wanted is None or not known.any() or (wanted < 0).any():
         return {'confusion': None}, {}
-    classes, k = run.splits['val'].classes, neighbours(run.args.knn_k, labels[known])
+    classes, k = run.splits['val'].classes, clip_k(run.args.knn_k, labels[known])
     bank = run.features['train'][known]
     scores = knn_scores(run.features['val'], bank, labels[known], len(classes), k, run.args.knn_temperature)
-    return {'confusion': saved(plots.confusion(confusion(scores, wanted).cpu(), classes), page, 'confusion')}, {}
+    return {
+        'confusion': save_figure(plots.confusion(confusion_matrix(scores, wanted).cpu(), classes), page, 'confusion')
+    }, {}
 
 
-def rendered(runs, content, data):
+def render_page(runs, content, data):
     """The page as text."""
-    first, judged_by = runs[0], {run.name: of_run(run.checkpoint['run']) for run in runs}
+    first, judged_by = runs[0], {run.name: load_results(run.checkpoint['run']) for run in runs}
     options = [asdict(run.args) for run in runs]
-    varied = differing(options) if len(runs) > 1 else [n for n in OPTIONS if options[0][n] != OPTIONS[n].default]
-    title = f'{first.name}: {first.args.backbone}, {path_of(first.args.image_path).name}'
+    options_table = (
+        varying_options(options) if len(runs) > 1 else [n for n in OPTIONS if options[0][n] != OPTIONS[n].default]
+    )
+    title = f'{first.name}: {first.args.backbone}, {resolve_path(first.args.image_path).name}'
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     return environment.get_template('report.html').render(
-        title=shown(title if len(runs) == 1 else ' and '.join(run.name for run in runs)),
+        title=printable(title if len(runs) == 1 else ' and '.join(run.name for run in runs)),
         style=(PAGE / 'style.css').read_text(encoding='utf-8'),
         script=(PAGE / 'explore.js').read_text(encoding='utf-8'),
         data=data,
         runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
-        colours=plots.COLOURS,
+        colors=plots.COLORS,
         compared=[row for run in runs for row in compared_rows(run, judged_by[run.name])],
         results=[(run.name, *row) for run in runs for row in result_rows(run, judged_by[run.name])],
-        varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in varied],
+        varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in options_table],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
         **content,
     )
@@ -320,7 +333,7 @@ def rendered(runs, content, data):
 
 def verdict_on(run):
     """What the measures without labels say of a run, (word, sentence); None of one that has none."""
-    return collapse_verdict.of_run(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
+    return collapse_verdict.run_verdict(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
 
 
 def numbers(run):
@@ -354,7 +367,7 @@ def compared_rows(run, results):
             cells = [row['columns'][column] for column in columns]
             gains = [f'{c["gain"]:+.1f} ± {c["gain_error"]:.1f}' if 'gain' in c else '' for c in cells]
             values = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
-            rows.append((shown(row['name']), [*zip(values, gains, strict=True)]))
+            rows.append((printable(row['name']), [*zip(values, gains, strict=True)]))
         about = (
             f'{run.name}, epoch {result["epoch"]}, on the {result["num_val"]} images of {result["judged_on"]}: top-1 '
             'in percent, ± standard error; below it how far the run is above that row, paired by image.'

@@ -4,20 +4,20 @@ import torch
 
 import plots
 from ckpt import get_model_ckpt, list_checkpoints
-from dataloader.load_dataset import in_order, load_splits
-from errors import UserError, path_of
-from infer import pixels_of
+from dataloader.load_dataset import eval_loader, load_splits
+from infer import load_crops
 from metric import subset_selection
-from protocols.features import features_of
-from runtime.atomic_write import save_picture, write_csv
-from runtime.console import shown
-from runtime.device import use_device
+from protocols.features import extract_features
+from runtime.atomic_write import save_png, write_csv
+from runtime.console import printable
+from runtime.device import init_device
+from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
-from runtime.messages import say
+from runtime.messages import log
 
-SHOWN = 48  # images of a picture
-ACROSS = 12  # of a row
-METHODS = {'typical': subset_selection.typical, 'kcentre': subset_selection.k_centre}
+GALLERY_IMAGES = 48  # images of a picture
+GALLERY_COLUMNS = 12  # of a row
+METHODS = {'typical': subset_selection.typiclust, 'kcentre': subset_selection.k_center_greedy}
 
 
 def select(args):
@@ -30,31 +30,31 @@ def select(args):
         known = list_checkpoints(args)
         hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
         raise UserError(f'select wants --ckpt_name=<run>/<checkpoint>; {hint}')
-    output = path_of(args.output or 'data/selected.csv')
+    output = resolve_path(args.output or 'data/selected.csv')
     if output.suffix.lower() != '.csv':
         raise UserError(f'--output={args.output}: the list is a .csv, its pictures lie beside it')
-    device = use_device(args)
+    device = init_device(args)
     args, model, _ = get_model_ckpt(args)
     try_writing(output)
     backbone = model.backbone.to(device, memory_format=torch.channels_last)
     splits = {name: images for name, images in load_splits(args).items() if images}
     train = splits['train']
     if args.count > len(train):
-        raise UserError(f'--count={args.count}: {shown(train.folder)} has {len(train)} images')
+        raise UserError(f'--count={args.count}: {printable(train.folder)} has {len(train)} images')
     features = {
-        name: features_of(args, backbone, in_order(args, images), f'features of {name}')[0]
+        name: extract_features(args, backbone, eval_loader(args, images), f'features of {name}')[0]
         for name, images in splits.items()
     }
     chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
     write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
-    save_picture(gallery(args, [(train, row) for row in chosen.tolist()[:SHOWN]]), output.with_suffix('.png'))
-    say(f'{len(chosen)} of {len(train)} images to label first ({args.method}): {output}')
-    doubles(args, splits, features, output)
-    odd(args, train, features['train'], output)
+    save_png(image_grid(args, [(train, row) for row in chosen.tolist()[:GALLERY_IMAGES]]), output.with_suffix('.png'))
+    log(f'{len(chosen)} of {len(train)} images to label first ({args.method}): {output}')
+    near_duplicates(args, splits, features, output)
+    outliers(args, train, features['train'], output)
     return output
 
 
-def doubles(args, splits, features, output):
+def near_duplicates(args, splits, features, output):
     """Groups of images above --duplicates, also of two splits: what stands in both train and val flatters."""
     places = [(name, row) for name, images in splits.items() for row in range(len(images))]
     rows, groups, near, cosines = subset_selection.near_groups(torch.cat([*features.values()]), args.duplicates)
@@ -71,28 +71,30 @@ def doubles(args, splits, features, output):
     for group, split, *_ in lines:
         kinds.setdefault(group, set()).add(split)
     leaks = sum(len(found) > 1 for found in kinds.values())
-    say(
+    log(
         f'{len(lines)} images in {len(kinds)} groups of near-duplicates (cosine above {args.duplicates:g}), {leaks} of '
         f'the groups in two splits: {path}'
     )
     if lines:
-        pairs = subset_selection.nearest_pairs(rows, near, cosines)[: SHOWN // 2]
+        pairs = subset_selection.nearest_pairs(rows, near, cosines)[: GALLERY_IMAGES // 2]
         images = [(splits[places[row][0]], places[row][1]) for *pair, _ in pairs for row in pair]
-        save_picture(gallery(args, images), path.with_suffix('.png'))
+        save_png(image_grid(args, images), path.with_suffix('.png'))
     else:
         path.with_suffix('.png').unlink(missing_ok=True)  # of an earlier call
 
 
-def odd(args, train, features, output):
+def outliers(args, train, features, output):
     """The images that are least like any other."""
-    rows, near = subset_selection.oddest(features, min(args.count, len(train)))
+    rows, near = subset_selection.outliers(features, min(args.count, len(train)))
     path = output.with_name(f'{output.stem}_outliers.csv')
     found = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
     write_csv(path, [('cosine_of_neighbours', 'file'), *found])
-    save_picture(gallery(args, [(train, row) for row in rows.tolist()[:SHOWN]]), path.with_suffix('.png'))
-    say(f'the {len(rows)} images that are least like any other: {path}')
+    save_png(image_grid(args, [(train, row) for row in rows.tolist()[:GALLERY_IMAGES]]), path.with_suffix('.png'))
+    log(f'the {len(rows)} images that are least like any other: {path}')
 
 
-def gallery(args, places):
-    """A picture of images, (Images, row) each, ACROSS in a row."""
-    return plots.tiles([pixels_of(args, images, torch.tensor([row]))[0] for images, row in places], ACROSS)
+def image_grid(args, places):
+    """A picture of images, (Images, row) each, GALLERY_COLUMNS in a row."""
+    return plots.image_grid(
+        [load_crops(args, images, torch.tensor([row]))[0] for images, row in places], GALLERY_COLUMNS
+    )

@@ -14,11 +14,11 @@ import functools
 
 import torch
 
-from dataloader.augment.crop import centre_box, crop_resize
+from dataloader.augment.crop import center_box, crop_resize
 from runtime.options import channel_values
 from runtime.tensors import to_device
 
-CACHE_BYTES = 2**20  # of one core's cache
+L2_BYTES = 2**20  # of one core's cache
 
 
 def random_views(images, augmentation, generator, count=2, place=None, compiled=False):
@@ -29,19 +29,21 @@ def random_views(images, augmentation, generator, count=2, place=None, compiled=
     get the random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
     torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
     """
-    whole, (first, total) = images.ndim == 4, place or (0, len(images))
-    draws = sample(count * total, augmentation, generator, images.shape[-2:] if whole else None).view(count, total, -1)
-    return views_by(images, draws[:, first : first + len(images)].flatten(0, 1), augmentation, count, compiled)
+    uncropped, (first, total) = images.ndim == 4, place or (0, len(images))
+    draws = sample(count * total, augmentation, generator, images.shape[-2:] if uncropped else None).view(
+        count, total, -1
+    )
+    return apply_params(images, draws[:, first : first + len(images)].flatten(0, 1), augmentation, count, compiled)
 
 
-def views_by(images, draws, augmentation, count, compiled=False):
-    """random_views, by a table of draws (of `sample`), view after view."""
-    moments = mean_and_std(augmentation.mean, augmentation.std, images.device)
+def apply_params(images, draws, augmentation, count, compiled=False):
+    """make_views, by a table of draws (of `sample`), view after view."""
+    mean_std = mean_and_std(augmentation.mean, augmentation.std, images.device)
     if images.device.type == 'cpu':
         images = images.repeat(count, 1, 1, 1) if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1)
-        return distort(images, draws, augmentation, lambda x: normalise(x, moments)).chunk(count)
-    run = compiled_once(distort_all) if compiled else distort_all
-    return run(images, to_device(draws, images.device), augmentation, moments, count)
+        return augment_cpu(images, draws, augmentation, lambda x: normalize(x, mean_std)).chunk(count)
+    run = cached_compile(augment_gpu) if compiled else augment_gpu
+    return run(images, to_device(draws, images.device), augmentation, mean_std, count)
 
 
 def sample(n, augmentation, generator, sides=None):
@@ -61,32 +63,32 @@ def split_draws(draws, augmentation):
     return crop[:, :4], crop[:, 4], [(operation, part) for operation, part in pairs if operation.prob]
 
 
-def distort(images, draws, augmentation, finish):
+def augment_cpu(images, draws, augmentation, output_fn):
     """One distorted view of every image, on a CPU: each operation on the images that it is for.
 
-    images: N x 3 x H x W uint8, to be cropped, or of S x S; draws: of `sample`. finish: what to do with the colors in
-    [0, 1] at last: normalise them, or to_bytes. A CPU core is fastest on what stays in its cache, so large views go
+    images: N x 3 x H x W uint8, to be cropped, or of S x S; draws: of `sample`. output_fn: what to do with the colors
+    in [0, 1] at last: normalise them, or to_uint8. A CPU core is fastest on what stays in its cache, so large views go
     through all operations one or a few at a time; of small ones the whole batch, which all cores share.
     """
     size, views = augmentation.size, []
-    step = max(1, CACHE_BYTES // (12 * size**2)) if size > 96 else len(images)
+    step = max(1, L2_BYTES // (12 * size**2)) if size > 96 else len(images)
     boxes, flips, operations = split_draws(draws, augmentation)
-    whole, cubic = bool(boxes[:, 2].any()), augmentation.interpolation == 'bicubic'
+    uncropped, cubic = bool(boxes[:, 2].any()), augmentation.interpolation == 'bicubic'
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         x = images[part].float()
-        if whole:
+        if uncropped:
             x = crop_resize(x, boxes[part], flips[part], size, cubic=cubic)
         x.div_(255)
         for operation, drawn in operations:
             x = operation.on_cpu(x, drawn[part])
-        views.append(finish(x))
+        views.append(output_fn(x))
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
-def distort_all(images, draws, augmentation, moments, count):
-    """random_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
-    was drawn and all of it is one graph. moments: of mean_and_std. Returns the views, each in channels_last."""
+def augment_gpu(images, draws, augmentation, mean_std, count):
+    """make_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
+    was drawn and all of it is one graph. mean_std: of mean_and_std. Returns the views, each in channels_last."""
     boxes, flips, operations = split_draws(draws, augmentation)
     if images.ndim == 4:
         cubic = augmentation.interpolation == 'bicubic'
@@ -95,12 +97,12 @@ def distort_all(images, draws, augmentation, moments, count):
         x = images.transpose(0, 1).flatten(0, 1) / 255
     for operation, drawn in operations:
         x = operation.on_gpu(x, drawn)
-    x = (x - moments[0]) / moments[1]
+    x = (x - mean_std[0]) / mean_std[1]
     return x.contiguous(memory_format=torch.channels_last).chunk(count)
 
 
 @functools.cache
-def compiled_once(function):
+def cached_compile(function):
     return torch.compile(function)
 
 
@@ -111,7 +113,7 @@ def mean_and_std(mean, std, device):
     return torch.tensor(values).view(2, 3, 1, 1).to(device)
 
 
-def moments_of(args, device):
+def mean_std_of_args(args, device):
     """mean_and_std of the options."""
     return mean_and_std(args.mean, args.std, device)
 
@@ -135,52 +137,52 @@ def torchvision_views(augmentation):
     return views
 
 
-def plain_view(images, args):
+def eval_view(images, args):
     """The view for evaluation: resize so that the centre crop of image_size covers crop_ratio of the shorter side.
 
     images: N x 3 x H x W uint8, or N x 1 x 3 x S x S (already cropped). args: with image_size, crop_ratio,
     interpolation, mean and std of config.Config. Returns normalised N x 3 x S x S float.
     """
-    moments, size = moments_of(args, images.device), args.image_size
+    mean_std, size = mean_std_of_args(args, images.device), args.image_size
     if images.ndim == 5:
-        return normalise_bytes(images[:, 0], moments)
+        return normalize_uint8(images[:, 0], mean_std)
     x, (height, width) = images.float().div_(255), images.shape[-2:]
     if (height, width) != (size, size) or args.crop_ratio != 1:
-        box = to_device(torch.tensor([centre_box(height, width, args.crop_ratio)]), x.device).expand(len(x), 4)
-        x = crop_resize(x, box, None, size, inside=False, cubic=args.interpolation == 'bicubic')
-    return normalise(x, moments)
+        box = to_device(torch.tensor([center_box(height, width, args.crop_ratio)]), x.device).expand(len(x), 4)
+        x = crop_resize(x, box, None, size, clip_to_box=False, cubic=args.interpolation == 'bicubic')
+    return normalize(x, mean_std)
 
 
-def normalise(x, moments):
+def normalize(x, mean_std):
     """Colours in [0, 1], less the mean, divided by the standard deviation of each channel, in place. x: N x 3 x S x S;
-    moments: of mean_and_std."""
-    mean, std = moments
+    mean_std: of mean_and_std."""
+    mean, std = mean_std
     return x.sub_(mean).div_(std)
 
 
-def normalise_bytes(images, moments):
+def normalize_uint8(images, mean_std):
     """uint8 colours to the floats of normalise. images: N x 3 x S x S."""
-    mean, std = moments
+    mean, std = mean_std
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def normalised(views, args):
-    """Views that the workers have distorted, N x V x 3 x S x S uint8, as random_views gives them. args: with mean and
+def normalize_worker_views(views, args):
+    """Views that the workers have distorted, N x V x 3 x S x S uint8, as make_views gives them. args: with mean and
     std of config.Config."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
-    moments = moments_of(args, views.device)
-    found = tuple(normalise_bytes(view, moments) for view in views.unbind(1))
+    mean_std = mean_std_of_args(args, views.device)
+    found = tuple(normalize_uint8(view, mean_std) for view in views.unbind(1))
     torch.set_num_threads(threads)
     return found
 
 
-def to_bytes(x):
+def to_uint8(x):
     """Colours in [0, 1], overwritten, to whole grey levels, uint8. (PIL rounds so after every operation.)"""
     return x.mul_(255).round_().to(torch.int16).to(torch.uint8)  # torch's way straight there takes three times as long
 
 
-def denormalise(x, args):
+def denormalize(x, args):
     """The inverse of normalise, clamped to [0, 1]: for pictures."""
-    mean, std = moments_of(args, x.device)
+    mean, std = mean_std_of_args(args, x.device)
     return (x * std + mean).clamp(0, 1)

@@ -2,13 +2,15 @@
 
 from ckpt import checkpoints
 from config import OPTIONS
-from engine.run_dir import resumed
-from errors import path_of
+from engine.run_dir import resolve_resume
 from protocols import results
-from runtime.files import is_result_of
+from runtime.errors import resolve_path
+from runtime.files import is_result_for
 
 WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
-TENTH = {'warmup_epochs': lambda args: args.warmup_epochs or max(1, args.max_epochs // 10)}  # the paper's 10 of 100
+WARMUP_10_PERCENT = {
+    'warmup_epochs': lambda args: args.warmup_epochs or max(1, args.max_epochs // 10)
+}  # the paper's 10 of 100
 # Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
 # may depend on the preset: then it is a function of args.
 TABLES = {
@@ -23,11 +25,11 @@ TABLES = {
         ('MLP, rate constant', {'fix_pred_lr': True}, 68.1),
     ),
     'batch_size': tuple(  # table 2
-        (str(size), {'batch_size': size, **(TENTH if size >= 1024 else {})}, top1)
+        (str(size), {'batch_size': size, **(WARMUP_10_PERCENT if size >= 1024 else {})}, top1)
         for size, top1 in ((64, 66.1), (128, 67.3), (256, 68.1), (512, 68.1), (1024, 68.0), (2048, 67.9), (4096, 64.0))
     ),
     'bn': (  # table 3
-        ('none', {'proj_bn': 'none', **TENTH}, 34.6),
+        ('none', {'proj_bn': 'none', **WARMUP_10_PERCENT}, 34.6),
         ('hidden layers', {'proj_bn': 'hidden'}, 67.4),
         ('default', {'proj_bn': 'default'}, 68.1),
         ('all', {'proj_bn': 'all'}, 'unstable'),
@@ -58,19 +60,23 @@ TABLES = {
 }
 
 
-def finished_result(own):
+def finished_result(variant_args):
     """(folder, result of the linear evaluation) of a run that was trained to its end with these very options, and
     evaluated so on its own images; None where there is none."""
-    run = path_of(own.ckpt_path) / resumed(own).ckpt_name
-    if run == path_of(own.ckpt_path):
+    run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
+    if run == resolve_path(variant_args.ckpt_path):
         return None
-    found = results.of_run(
-        run, protocol='linear', checkpoint=checkpoints(run)[-1].name, epoch=own.max_epochs, preset=own.preset
+    found = results.load_results(
+        run,
+        protocol='linear',
+        checkpoint=checkpoints(run)[-1].name,
+        epoch=variant_args.max_epochs,
+        preset=variant_args.preset,
     )
-    wanted = {name: getattr(own, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
+    wanted = {name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
     found = [
         result
         for result in found
-        if wanted.items() <= result.get('settings', {}).items() and is_result_of(result, own.image_path)
+        if wanted.items() <= result.get('settings', {}).items() and is_result_for(result, variant_args.image_path)
     ]
     return (run, found[-1]) if found else None

@@ -10,11 +10,11 @@ import statistics
 
 import torch
 
-from errors import UserError
-from runtime.console import complain, hushed
+from runtime.console import print_message, silence_stderr
 from runtime.device import get_device
-from runtime.messages import say
-from runtime.options import changed, preset_options
+from runtime.errors import UserError
+from runtime.messages import log
+from runtime.options import preset_options, replace_args
 from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images whose size is looked at
@@ -27,13 +27,13 @@ SCRATCH = {'backbone': 'resnet18', 'learning_rate': 0.05, 'proj_layers': 3}  # w
 
 def choose_preset(args, parts):
     """args with the preset that fits the images, where this call left it open (`undecided`). parts: of
-    load_dataset.parts_of."""
+    load_dataset.find_split_sources."""
     if not args.undecided:
         return args
-    train, sizes = parts['train'], sizes_of(parts['train'].store)
+    train, sizes = parts['train'], sample_image_sizes(parts['train'].store)
     small = len({*sizes}) == 1 and max(sizes[0]) <= SMALL
     if args.preset != 'photos' and small:
-        say(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
+        log(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
         return with_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
     found = photo_options(args, train, sizes, 'val' in parts)
     args = with_options(args, {**preset_options('photos'), **found, 'preset': 'photos'})
@@ -44,15 +44,15 @@ def choose_preset(args, parts):
 def with_options(args, options):
     """args with these options, but for those that were given; `chosen` names them, for --resume=auto."""
     options = {name: value for name, value in options.items() if name not in args.given}
-    found = changed(args, **options)
+    found = replace_args(args, **options)
     found.undecided, found.chosen = False, {*options}
     return found
 
 
-def sizes_of(store):
+def sample_image_sizes(store):
     """(width, height) of some images, evenly spaced; those that cannot be opened are left out."""
     rows, sizes = evenly_spaced(len(store.names), SAMPLE), []
-    with hushed():
+    with silence_stderr():
         for row in rows.tolist():
             try:
                 with store.opened(row) as image:
@@ -65,7 +65,7 @@ def sizes_of(store):
 
 
 def photo_options(args, train, sizes, has_val):
-    """What the number and the size of the photographs, the device and its memory decide. train: Part."""
+    """What the number and the size of the photographs, the device and its memory decide. train: SplitSource."""
     count, device = len(train.labels), get_device(args)
     options = network_options(args, count, device)
     short = statistics.median(min(size) for size in sizes)
@@ -124,18 +124,18 @@ def explain(args, train, sizes):
         ('epochs', f'{args.max_epochs} of {steps} steps', '--max_epochs'),
         ('rate', f'{args.learning_rate:g} x batch / 256', '--learning_rate'),
     ]
-    say(f'photos       {len(train.labels)} images of about {width} x {height} px, {classes}, on {get_device(args)}')
+    log(f'photos       {len(train.labels)} images of about {width} x {height} px, {classes}, on {get_device(args)}')
     for name, value, option in rows:
-        say(f'  {name:11}{value:58}{option}')
+        log(f'  {name:11}{value:58}{option}')
 
 
 def without_weights(args, error):
     """args to train from random weights, where those that the preset chose cannot be had (error says why)."""
-    complain(
+    print_message(
         'warning',
         f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
         "ImageNet's: results/LOG.md",
     )
     epochs = max(100, min(800, 40_000 * args.batch_size // 3000))
     options = {**SCRATCH, 'init_from': '', 'max_epochs': epochs}
-    return changed(args, **{name: value for name, value in options.items() if name not in args.given})
+    return replace_args(args, **{name: value for name, value in options.items() if name not in args.given})

@@ -5,10 +5,12 @@ from torch.func import functional_call
 
 from runtime import distributed
 
-MAKING = 7  # times the views, that making them takes (counted by torch's allocator; fewer where that is compiled)
+AUGMENT_MEMORY_FACTOR = (
+    7  # times the views, that making them takes (counted by torch's allocator; fewer where that is compiled)
+)
 
 
-def step_bytes(model, images, views, size, dtype):
+def estimate_step_bytes(model, images, views, size, dtype):
     """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the views of `images` images of
     size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None: float32).
 
@@ -27,44 +29,49 @@ def step_bytes(model, images, views, size, dtype):
     weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         shape = images, 3, size, size
-        pictures = [
+        inputs = [
             torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last) for _ in range(views)
         ]
         autocast = torch.autocast(first.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         with autocast, torch.compiler.set_stance('force_eager'):
-            outputs = functional_call(model, weights, tuple(pictures))
-        for value in (*weights.values(), *pictures):
+            outputs = functional_call(model, weights, tuple(inputs))
+        for value in (*weights.values(), *inputs):
             keep(value)
         del outputs
     held = sum(storage.nbytes() for storage in kept.values())
     return held + sum(2 * value.nbytes for value in model.parameters() if value.requires_grad)
 
 
-def of_a_step(args, model, dtype, free):
+def describe_step_memory(args, model, dtype, free):
     """(a line on what a training step takes, what to do where that turns out to be too much), in words.
 
     Where it is more than `free` bytes the line has the --accumulate_steps that would fit. Buffers of cuDNN and what
     lies between the blocks are taken as a tenth. The views of a batch are made before the step, all at once.
     """
-    share = args.batch_size // distributed.world()
-    second = sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0  # its other moment
-    two, four = (step_bytes(model, images, args.views, args.image_size, dtype) for images in (2, 4))
+    share = args.batch_size // distributed.world_size()
+    adamw_second_moment_bytes = (
+        sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0
+    )  # its other moment
+    two, four = (estimate_step_bytes(model, images, args.views, args.image_size, dtype) for images in (2, 4))
     each = (four - two) / 2  # of an image; all else is the network's
     views = 4 * 3 * args.image_size**2 * share * (4 if args.symmetric == '2x' else args.views)
-    making = MAKING * views if args.augment_on == 'device' else views
-    made = second + two + making
+    making = AUGMENT_MEMORY_FACTOR * views if args.augment_on == 'device' else views
+    augment_bytes = adamw_second_moment_bytes + two + making
 
-    def takes(parts):
-        return max(made, second + 1.1 * (two + each * (share // parts - 2)) + views * (1 - 1 / parts))
+    def bytes_for(parts):
+        return max(
+            augment_bytes,
+            adamw_second_moment_bytes + 1.1 * (two + each * (share // parts - 2)) + views * (1 - 1 / parts),
+        )
 
     steps = [parts for parts in range(args.accumulate_steps + 1, share // 2 + 1) if share % parts == 0]
-    line = f'a step takes about {gigabytes(takes(args.accumulate_steps))}, {gigabytes(free)} are free'
-    if takes(args.accumulate_steps) < free:
+    line = f'a step takes about {gigabytes(bytes_for(args.accumulate_steps))}, {gigabytes(free)} are free'
+    if bytes_for(args.accumulate_steps) < free:
         more = f', or --accumulate_steps={steps[0]}' if steps else ''
         return line, f'try a smaller --batch_size{more}'
     for parts in steps:
-        if takes(parts) < 0.9 * free:
-            helps = f'--accumulate_steps={parts} takes {gigabytes(takes(parts))}'
+        if bytes_for(parts) < 0.9 * free:
+            helps = f'--accumulate_steps={parts} takes {gigabytes(bytes_for(parts))}'
             return f'{line}: {helps}', helps
     smaller = '--batch_size: the views alone are too large' if making > free / 2 else '--image_size or --backbone'
     return f'{line}: try a smaller {smaller}', f'try a smaller {smaller}'

@@ -5,78 +5,79 @@ import math
 import torch
 
 from ckpt import get_model_ckpt
-from dataloader.cache.bit_depth import warn_of_range
-from dataloader.load_dataset import get_iterator, parts_of
+from dataloader.cache.bit_depth import warn_bit_depth
+from dataloader.load_dataset import find_split_sources, get_iterator
 from engine import memory_estimate
 from engine.auto_preset import choose_preset, without_weights
-from engine.cuda_graph import use_graph
-from engine.run_dir import Run, describe_run, gone_on_with, new_run, of_run, resumed
-from engine.train_state import State
-from errors import UserError, WorkError, path_of
-from model.backbone import last_norms
+from engine.cuda_graph import should_use_graph
+from engine.run_dir import RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
+from engine.train_state import TrainState
+from model.backbone import find_last_bn_layers
 from optimizer.sgd import make_adamw, make_sgd
-from protocols.run_protocol import splits_for
+from protocols.run_protocol import protocol_splits
 from runtime import distributed
-from runtime.console import complain
-from runtime.device import get_device, use_compile, why_not_compiled
-from runtime.messages import log_to, say
-from runtime.options import changed, idle
-from runtime.precision import described, kept, precision, settled
-from runtime.trackers import package_of
+from runtime.console import print_message
+from runtime.device import compile_unavailable_reason, get_device, use_compile
+from runtime.errors import UserError, WorkError, resolve_path
+from runtime.messages import log, set_log_file
+from runtime.options import ignored_in_train, replace_args
+from runtime.precision import describe_precision, inherit_amp, precision, resolve_amp
+from runtime.trackers import import_tracker
 
 HEADS_STEPS = 80  # of projector and predictor alone, for --heads_epochs=-1: 14 steps cost 24 points (results/LOG.md)
 # Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
-WORTH_COMPILING = 5000
+MIN_STEPS_TO_COMPILE = 5000
 
 
-def set_up(args):
+def setup_run(args):
     """All that a training needs: (args, state, iterators, run). Raises UserError and WorkError for what cannot work,
     before anything is written and before the first batch.
     """
-    args, parts = choose_options(args)
+    args, micro_batches = choose_options(args)
     args, model, checkpoint = load_start(args)
-    check_schedule(args)
-    args = settled(kept(args, checkpoint['args']['amp']) if checkpoint else args)
+    check_batch_and_warmup(args)
+    args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
     if (args.init_from or args.preset == 'photos') and 'protocol' not in args.given:
-        args = changed(args, protocol='compare')  # what the pretraining was worth
-    package_of(args)  # refused before anything is written, as is what follows
-    use_graph(args)
-    iterators = get_iterator(args, parts)
+        args = replace_args(args, protocol='compare')  # what the pretraining was worth
+    import_tracker(args)  # refused before anything is written, as is what follows
+    should_use_graph(args)
+    iterators = get_iterator(args, micro_batches)
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
-        splits_for(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
+        protocol_splits(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
-        warn_of_range(iterators['train'].dataset.store, args.pixel_max)
-    warn_of_idle(args, model)
-    reason = reason_not_to_compile(args, args.max_epochs * len(iterators['train']))
-    args = changed(args, compile='False') if reason else args
+        warn_bit_depth(iterators['train'].dataset.store, args.pixel_max)
+    warn_ignored_options(args, model)
+    compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
+    args = replace_args(args, compile='False') if compile_skip_reason else args
     state = new_state(args, model)
     if checkpoint:
-        state.restore(checkpoint)
-        run = gone_on_with(args, checkpoint, state)
+        state.load_state_dict(checkpoint)
+        run = continue_run(args, checkpoint, state)
     else:
-        run = Run(args, path_of(args.ckpt_path) / distributed.same_for_all(lambda: new_run(args).name))
+        run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
     if state.epoch < args.max_epochs:  # of a finished one nothing changes
-        describe_run(run.folder, args, iterators['train'].dataset)
-    log_to(run.folder / 'log.txt')
-    introduce(args, state, run, iterators['train'], reason)
+        write_run_json(run.folder, args, iterators['train'].dataset)
+    set_log_file(run.folder / 'log.txt')
+    print_run_header(args, state, run, iterators['train'], compile_skip_reason)
     return args, state, iterators, run
 
 
 def choose_options(args):
-    """(args, parts): the options after --from_run, --preset=auto and --resume; parts: of load_dataset.parts_of, where
-    the images had to be looked at. A run begins anew, perhaps from weights (--init_from), or goes on (--resume)."""
-    ways = ('resume', 'ckpt_name', 'from_run', 'init_from')
-    starts = [name for name in ways if getattr(args, name) not in ('', 'auto')]
-    if len(starts) > 1 and starts != ['from_run', 'init_from']:  # options of one, weights of another
-        raise UserError(f'--{starts[0]} and --{starts[1]} say two starts of one run: leave one out')
+    """(args, parts): the options after --from_run, --preset=auto and --resume; parts: of
+    load_dataset.find_split_sources, where the images had to be looked at. A run begins anew, perhaps from weights
+    (--init_from), or goes on (--resume)."""
+    start_options = ('resume', 'ckpt_name', 'from_run', 'init_from')
+    given_starts = [name for name in start_options if getattr(args, name) not in ('', 'auto')]
+    if len(given_starts) > 1 and given_starts != ['from_run', 'init_from']:  # options of one, weights of another
+        raise UserError(f'--{given_starts[0]} and --{given_starts[1]} say two starts of one run: leave one out')
     if args.ckpt_name:
-        say(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
-        args = changed(args, resume=args.ckpt_name)
-    args = of_run(args) if args.from_run else args
-    parts = parts_of(args) if args.undecided else None
-    args = choose_preset(args, parts) if parts else args
-    return (resumed(args) if args.resume else args), parts
+        log(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
+        args = replace_args(args, resume=args.ckpt_name)
+    args = args_from_run(args) if args.from_run else args
+    micro_batches = find_split_sources(args) if args.undecided else None
+    args = choose_preset(args, micro_batches) if micro_batches else args
+    return (resolve_resume(args) if args.resume else args), micro_batches
 
 
 def load_start(args):
@@ -108,17 +109,18 @@ def load_start(args):
     return args, model, checkpoint
 
 
-def check_schedule(args):
+def check_batch_and_warmup(args):
     """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps; warn where
     the schedule is all warm-up."""
-    parts = distributed.world() * args.accumulate_steps
-    if args.batch_size % parts or args.batch_size // parts < 2:
+    micro_batches = distributed.world_size() * args.accumulate_steps
+    if args.batch_size % micro_batches or args.batch_size // micro_batches < 2:
         raise UserError(
-            f'--batch_size={args.batch_size} cannot be shared by {distributed.world()} processes with '
-            f'--accumulate_steps={args.accumulate_steps}: take a multiple of {parts}, at least {2 * parts}'
+            f'--batch_size={args.batch_size} cannot be shared by {distributed.world_size()} processes with '
+            f'--accumulate_steps={args.accumulate_steps}: take a multiple of {micro_batches}, at least '
+            f'{2 * micro_batches}'
         )
     if args.warmup_epochs >= args.max_epochs and not distributed.rank():
-        complain(
+        print_message(
             'warning',
             f'--warmup_epochs={args.warmup_epochs} of --max_epochs={args.max_epochs}: the learning rate rises to the '
             'end and never falls, and --augmentation is never used',
@@ -129,10 +131,10 @@ def set_heads_epochs(args, steps):
     """args with the number of epochs that --heads_epochs=-1 comes to, where an epoch has so many steps; warns where no
     epoch is left for the backbone."""
     if args.heads_epochs == -1:
-        args = changed(args, heads_epochs=math.ceil(HEADS_STEPS / steps))
-        say(f'projector and predictor alone are trained for {args.heads_epochs} epochs of {steps} steps')
+        args = replace_args(args, heads_epochs=math.ceil(HEADS_STEPS / steps))
+        log(f'projector and predictor alone are trained for {args.heads_epochs} epochs of {steps} steps')
     if args.heads_epochs >= args.max_epochs and not distributed.rank():
-        complain(
+        print_message(
             'warning',
             f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which projector '
             'and predictor alone are trained: the backbone stays as it is; try a larger --max_epochs',
@@ -140,22 +142,22 @@ def set_heads_epochs(args, steps):
     return args
 
 
-def warn_of_idle(args, model):
+def warn_ignored_options(args, model):
     """Say which given options have no effect beside others, or on this network."""
-    found = idle(args)
-    if 'zero_init' in args.given and not any(last_norms(model.backbone)):
+    found = ignored_in_train(args)
+    if 'zero_init' in args.given and not any(find_last_bn_layers(model.backbone)):
         found.append(('zero_init', f'--backbone={args.backbone}'))
     for name, beside in found if not distributed.rank() else ():
-        complain('warning', f'--{name} has no effect with {beside}')
+        print_message('warning', f'--{name} has no effect with {beside}')
 
 
-def reason_not_to_compile(args, steps):
+def why_not_compile(args, steps):
     """Why --compile=auto does not compile on this GPU a run of so many steps, in a few words; '' where it does, or on
     no GPU."""
     device = get_device(args)
     if args.compile != 'auto' or device.type != 'cuda':
         return ''
-    return f'{steps} steps would not pay for it' if steps < WORTH_COMPILING else why_not_compiled(device)
+    return f'{steps} steps would not pay for it' if steps < MIN_STEPS_TO_COMPILE else compile_unavailable_reason(device)
 
 
 def new_state(args, model):
@@ -171,30 +173,30 @@ def new_state(args, model):
     if args.init_from and args.start_share:
         start = {name: value.cpu().clone() for name, value in model.backbone.state_dict().items()}
     if args.optimizer == 'adamw':
-        return State(model, make_adamw(model, args.weight_decay), scaler, start)
-    return State(model, make_sgd(model, args.momentum, args.weight_decay), scaler, start)
+        return TrainState(model, make_adamw(model, args.weight_decay), scaler, start)
+    return TrainState(model, make_sgd(model, args.momentum, args.weight_decay), scaler, start)
 
 
-def introduce(args, state, run, batches, reason):
-    """The first lines of a run, and of one that goes on: what is done where, and in how much memory. reason: of
-    reason_not_to_compile."""
+def print_run_header(args, state, run, batches, compile_skip_reason):
+    """The first lines of a run, and of one that goes on: what is done where, and in how much memory.
+    compile_skip_reason: of why_not_compile."""
     if run.path and state.epoch >= args.max_epochs:
-        say(f'{run.folder.name} has its {state.epoch} epochs already; --max_epochs=<more> goes on')
+        log(f'{run.folder.name} has its {state.epoch} epochs already; --max_epochs=<more> goes on')
     elif run.path:
-        say(f'going on with {run.folder.name} {run.where(state)} (of {args.max_epochs} epochs)')
-    device, world = get_device(args), distributed.world()
+        log(f'going on with {run.folder.name} {run.where(state)} (of {args.max_epochs} epochs)')
+    device, world = get_device(args), distributed.world_size()
     together = f', {world} processes' if world > 1 else ''
     words = 'compiled in the first step, which takes a while' if use_compile(args) else 'not compiled'
-    words += f': {reason}' if reason else ''
-    say(
-        f'run {run.folder.name}: {args.backbone}, {len(batches.dataset)} images {batches.place()}, '
-        f'{args.image_size} px views, on {named(device)}{together}, {described(args)}, {words}'
+    words += f': {compile_skip_reason}' if compile_skip_reason else ''
+    log(
+        f'run {run.folder.name}: {args.backbone}, {len(batches.dataset)} images {batches.storage_description()}, '
+        f'{args.image_size} px views, on {device_name(device)}{together}, {describe_precision(args)}, {words}'
     )
     if device.type == 'cuda' and state.epoch < args.max_epochs:
         free, _ = torch.cuda.mem_get_info(device)
-        line, run.helps = memory_estimate.of_a_step(args, state.model, precision(args), free)
-        say(line)
+        line, run.oom_hint = memory_estimate.describe_step_memory(args, state.model, precision(args), free)
+        log(line)
 
 
-def named(device):
+def device_name(device):
     return f'{device} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else str(device)

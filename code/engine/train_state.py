@@ -9,7 +9,7 @@ from runtime import distributed
 from runtime.checkpoint_format import FORMAT
 
 
-class State:
+class TrainState:
     """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None; start: the backbone's
     weights that it began with, on the CPU, where they are a part of the result (--start_share), or None.
 
@@ -20,8 +20,8 @@ class State:
     def __init__(self, model, optimizer, scaler=None, start=None):
         self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, start
         self.epoch = self.images = 0
-        self.sums = new_sums(next(model.parameters()).device)
-        self.last = (0.0, 0.0)
+        self.sums = zeros_f64(next(model.parameters()).device)
+        self.last_epoch_means = (0.0, 0.0)
 
     @property
     def position(self):
@@ -34,21 +34,21 @@ class State:
 
     def means(self):
         """(loss, std) of the epoch under way as far as it went, else of the last. Waits for the device."""
-        return tuple((self.sums / self.images).tolist()) if self.images else self.last
+        return tuple((self.sums / self.images).tolist()) if self.images else self.last_epoch_means
 
-    def agree(self):
+    def all_reduce_sums(self):
         """Within an epoch, make the sums those of all processes, which are all here: one of them writes its own for
         all."""
         if self.images:
-            means = distributed.means(self.sums.tolist(), self.sums.device)
+            means = distributed.all_reduce_mean(self.sums.tolist(), self.sums.device)
             self.sums.copy_(self.sums.new_tensor(means))  # in double precision, as they are
 
     def finish_epoch(self, means):
         """The epoch is over. means: (loss, std) of all processes; keeps them."""
-        self.epoch, self.images, self.last = self.epoch + 1, 0, means
+        self.epoch, self.images, self.last_epoch_means = self.epoch + 1, 0, means
         self.sums.zero_()
 
-    def content(self):
+    def state_dict(self):
         """All of it as a dict of tensors and plain values."""
         return {
             'format': FORMAT,
@@ -58,13 +58,13 @@ class State:
             'epoch': self.epoch,
             'images': self.images,
             'sums': self.sums.cpu(),
-            'last': self.last,
+            'last': self.last_epoch_means,
             'loss': self.means()[0],
             'rng': rng_states(),
             'start': self.start,
         }
 
-    def restore(self, content):
+    def load_state_dict(self, content):
         """Go on from `content`; the model has its weights already (ckpt.get_model_ckpt). The optimizer keeps the
         momentum and the weight decay that it was made with: they may be this call's; its rates are set at each step. It
         keeps what is this machine's, too."""
@@ -75,19 +75,19 @@ class State:
             group.update(values)
         if self.scaler and content['scaler']:
             self.scaler.load_state_dict(content['scaler'])
-        self.epoch, self.images, self.last = content['epoch'], content['images'], tuple(content['last'])
+        self.epoch, self.images, self.last_epoch_means = content['epoch'], content['images'], tuple(content['last'])
         self.sums.copy_(content['sums'])
         self.start = content.get('start')
         if content['rng']:
             restore_rng(content['rng'])
 
 
-def new_sums(device):
+def zeros_f64(device):
     return torch.zeros(2, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
 
 
 def rng_states():
-    """Of the global random generators; what is drawn in training is keyed and needs none (seeding.random_from)."""
+    """Of the global random generators; what is drawn in training is keyed and needs none (seeding.generator_for)."""
     kind, keys, *rest = np.random.get_state()
     return {
         'python': random.getstate(),

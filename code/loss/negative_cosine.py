@@ -10,13 +10,13 @@ def simsiam_loss(*outputs, stop_gradient=True, similarity='cosine', symmetric=Tr
     stopgrad(mean z of the others)) (FastSiam, Pototzky et al., GCPR 2022, equation 3). With cosine similarity it lies
     in [-1, 1]. symmetric=False: of two views, D(p1, stopgrad(z2)) alone.
     """
-    d = negative_cosine if similarity == 'cosine' else cross_entropy
+    distance = negative_cosine if similarity == 'cosine' else cross_entropy
     n = len(outputs) // 2
     p, z = outputs[:n], [each.detach() if stop_gradient else each for each in outputs[n:]]
     if not symmetric:
-        return d(p[0], z[1])
-    others = [sum(z[:i] + z[i + 1 :]) / (n - 1) for i in range(n)]
-    return sum(d(p[i], others[i]) / n for i in range(n))
+        return distance(p[0], z[1])
+    targets = [sum(z[:i] + z[i + 1 :]) / (n - 1) for i in range(n)]
+    return sum(distance(p[i], targets[i]) / n for i in range(n))
 
 
 def negative_cosine(p, z):

@@ -16,7 +16,7 @@ def class_accuracies(scores, labels):
     return 100.0 * right.double() / torch.bincount(labels, minlength=classes)
 
 
-def confusion(scores, labels):
+def confusion_matrix(scores, labels):
     """C x C counts: row the true class, column the predicted one. scores: N x C; labels: N."""
     classes = scores.shape[1]
     return torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2).view(classes, classes)

@@ -3,7 +3,7 @@
 from torch.nn.functional import normalize
 
 
-def spread(z):
+def feature_std(z):
     """Standard deviation of z / |z| per channel over the batch, its mean over channels, times sqrt(d). z: N x d, N > 1.
 
     Near 1 where z spreads evenly over the sphere, 0 where every image has the same z: collapse. Corrected for

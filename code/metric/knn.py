@@ -3,10 +3,10 @@
 import torch
 from torch.nn.functional import normalize
 
-PIECE, CHUNK = 4096, 8192  # rows of the bank and queries whose cosines are held at once
+BANK_CHUNK, QUERY_CHUNK = 4096, 8192  # rows of the bank and queries whose cosines are held at once
 
 
-class Nearest:
+class TopKSearch:
     """Of each query the k nearest rows by cosine of a bank that is shown in parts, none of which is kept.
 
     queries: Q x d. cosine, rows: Q x k, the nearest first; where fewer than k were shown, cosine is -inf and row 0.
@@ -19,10 +19,10 @@ class Nearest:
 
     def see(self, bank, first):
         """Part of the bank, n x d, as its rows number `first` to first + n - 1."""
-        for start in range(0, len(bank), PIECE):
-            piece = normalize(bank[start : start + PIECE], dim=1).T
-            for chunk in range(0, len(self.queries), CHUNK):
-                part = slice(chunk, chunk + CHUNK)
+        for start in range(0, len(bank), BANK_CHUNK):
+            piece = normalize(bank[start : start + BANK_CHUNK], dim=1).T
+            for chunk in range(0, len(self.queries), QUERY_CHUNK):
+                part = slice(chunk, chunk + QUERY_CHUNK)
                 k = min(self.cosine.shape[1], piece.shape[1])
                 cosine, rows = (self.queries[part] @ piece).topk(k, dim=1)
                 cosine = torch.cat((self.cosine[part], cosine), 1)
@@ -31,7 +31,7 @@ class Nearest:
                 self.rows[part] = rows.gather(1, best)
 
 
-def votes(cosine, labels, num_classes, temperature):
+def weighted_vote(cosine, labels, num_classes, temperature):
     """Each class's share of the votes of a query's neighbours; a vote weighs exp(cosine / T).
 
     cosine: Q x k; labels: Q x k, int64, the neighbours', >= 0. Returns Q x num_classes, rows that sum to 1.
@@ -42,19 +42,19 @@ def votes(cosine, labels, num_classes, temperature):
     return shares / shares.sum(1, keepdim=True)
 
 
-def nearest(queries, bank, k):
+def topk_neighbors(queries, bank, k):
     """(cosines, row numbers in bank), both Q x k, of each query's k nearest, the nearest first."""
-    found = Nearest(queries, min(k, len(bank)))
+    found = TopKSearch(queries, min(k, len(bank)))
     found.see(bank, 0)
     return found.cosine, found.rows
 
 
 def knn_scores(queries, bank, labels, num_classes, k, temperature):
-    """`votes` of each query's k nearest. queries: Q x d; bank: N x d; labels: N int64, all >= 0."""
-    cosine, rows = nearest(queries, bank, k)
-    return votes(cosine, labels[rows], num_classes, temperature)
+    """`weighted_vote` of each query's k nearest. queries: Q x d; bank: N x d; labels: N int64, all >= 0."""
+    cosine, rows = topk_neighbors(queries, bank, k)
+    return weighted_vote(cosine, labels[rows], num_classes, temperature)
 
 
-def neighbours(k, labels):
+def clip_k(k, labels):
     """k, or the images a class has on average where that is fewer: more neighbours than that must be wrong ones."""
     return max(1, min(k, len(labels) // max(1, len(labels.unique()))))

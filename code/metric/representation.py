@@ -7,8 +7,8 @@ x: N x d, features of plain views. Singular values s_1 >= s_2 >= ..., in double 
 import torch
 from torch.nn.functional import normalize, pad
 
-SMALL = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
-WITHIN = 1e-4  # added to the scatter within images (LiDAR, section 3)
+EPS = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
+SW_REGULARIZER = 1e-4  # added to the scatter within images (LiDAR, section 3)
 
 
 def singular_values(x):
@@ -32,11 +32,11 @@ def effective_rank(values):
     """exp(entropy of the shares of `values`, >= 0 and not all 0), SMALL added to each; of none but zeros 1."""
     total = values.sum()
     shares = values / total if total > 0 else torch.zeros_like(values)
-    shares = shares + SMALL
+    shares = shares + EPS
     return min(len(values), max(1.0, torch.exp(-(shares * shares.log()).sum()).item())) if total > 0 else 1.0
 
 
-def cumulative_area(x):
+def cumulative_spectrum_auc(x):
     """Area under the cumulative spectrum of the centred features: 1 where they vary in one direction or in none, 1/2 +
     1/2d where in all alike.
 
@@ -68,21 +68,21 @@ def lidar(x):
     """Effective rank of the linear discriminants that tell images apart. x: n x q x d, of q views of each of n images.
 
     The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw the mean covariance of
-    an image's views, WITHIN added on its diagonal. Thilak et al., arXiv 2312.04000, section 3. With Sb = B B^T, B of n
-    columns, those that are not 0 are also those of B^T Sw^-1 B, of n rows in place of d.
+    an image's views, SW_REGULARIZER added on its diagonal. Thilak et al., arXiv 2312.04000, section 3. With Sb = B B^T,
+    B of n columns, those that are not 0 are also those of B^T Sw^-1 B, of n rows in place of d.
     """
     x = x.cpu().double()
     (n, q, d), means = x.shape, x.mean(1)
-    apart = (x - means[:, None]).flatten(0, 1)
-    within = apart.T @ apart / (n * (q - 1))
-    within.diagonal().add_(WITHIN)
+    within_class_residual = (x - means[:, None]).flatten(0, 1)
+    within = within_class_residual.T @ within_class_residual / (n * (q - 1))
+    within.diagonal().add_(SW_REGULARIZER)
     between = (means - means.mean(0)).T / (n - 1) ** 0.5
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(within), between, upper=False)
-    values = torch.linalg.eigvalsh(white.T @ white).clamp(min=0).flip(0)[:d]
+    whitened_means = torch.linalg.solve_triangular(torch.linalg.cholesky(within), between, upper=False)
+    values = torch.linalg.eigvalsh(whitened_means.T @ whitened_means).clamp(min=0).flip(0)[:d]
     return effective_rank(pad(values, (0, d - len(values))))
 
 
-def own_ranks(first, second):
+def positive_ranks(first, second):
     """Of n images' first views, the place of each one's own second view among all n second views, by cosine: 1 where it
     is the nearest; of those that are equal but for rounding the last. first, second: n x d. Returns n float, on the
     device."""
@@ -90,16 +90,16 @@ def own_ranks(first, second):
     return (cosine >= cosine.diagonal()[:, None] - 4 * torch.finfo(cosine.dtype).eps).sum(1).float()
 
 
-def retrieval(first, second):
+def view_retrieval_top1(first, second):
     """Percent of n images whose own second view is the nearest to their first; 100 / n by chance. first, second: n x d.
     Returns a scalar on the device."""
-    return 100 * (own_ranks(first, second) == 1).float().mean()
+    return 100 * (positive_ranks(first, second) == 1).float().mean()
 
 
-def mean_rank(first, second):
-    """The geometric mean of `own_ranks`: 1 where every image finds itself, about n / e by chance. It says what
-    `retrieval` does, and needs fewer images to say it, for all of them count."""
-    return own_ranks(first, second).log().mean().exp().item()
+def geometric_mean_rank(first, second):
+    """The geometric mean of `positive_ranks`: 1 where every image finds itself, about n / e by chance. It says what
+    `view_retrieval_top1` does, and needs fewer images to say it, for all of them count."""
+    return positive_ranks(first, second).log().mean().exp().item()
 
 
 def alignment(first, second):
@@ -119,7 +119,7 @@ def uniformity(x):
     return torch.exp(-2 * distances.square()).mean().log().item()
 
 
-def of_outputs(z, p):
+def output_statistics(z, p):
     """What z and p of a batch, N x d each, tell, by name: those of a training step are there anyway.
 
     mean_direction: norm of mean(z / |z|), 0 healthy, 1 all one direction. correlation: mean absolute correlation of
@@ -130,14 +130,14 @@ def of_outputs(z, p):
     z, p = z.double(), p.double()
     return {
         'mean_direction': normalize(z, dim=1).mean(0).norm().item(),
-        'correlation': correlation(z),
+        'correlation': mean_abs_channel_correlation(z),
         'rank_z_minus_p': rankme(z) - rankme(p),
         'norm_z': z.norm(dim=1).mean().item(),
         'norm_p': p.norm(dim=1).mean().item(),
     }
 
 
-def correlation(z):
+def mean_abs_channel_correlation(z):
     """Mean absolute value of the correlations of different channels of z, N x d, over N; a channel that does not vary
     has none with any."""
     z = z.double() - z.double().mean(0)

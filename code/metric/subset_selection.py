@@ -9,37 +9,37 @@ import warnings
 import torch
 from torch.nn.functional import normalize
 
-from metric.knn import nearest
+from metric.knn import topk_neighbors
 
-NEIGHBOURS = 20  # of an image that say how typical it is (TypiClust, section 3)
+NEIGHBORS = 20  # of an image that say how typical it is (TypiClust, section 3)
 MOST_CLUSTERS = 500
 PART = 1024  # rows whose cosines to all are held at once
 
 
-def directions(x):
+def center_and_normalize(x):
     """x, centred and at length 1; 0 for a row that is the mean but for rounding, as all are of a set of one image."""
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     rounding = 1e-5 * x.norm(dim=1, keepdim=True).mean()
-    return torch.where(centred.norm(dim=1, keepdim=True) > rounding, normalize(centred, dim=1), 0)
+    return torch.where(centered.norm(dim=1, keepdim=True) > rounding, normalize(centered, dim=1), 0)
 
 
-def k_centre(x, count, seed=0):
+def k_center_greedy(x, count, seed=0):
     """`count` rows, each the one farthest from all before it; the first is the nearest to the mean (seed 0), or any.
 
     Sener and Savarese, arXiv 1708.00489: greedy k-centre. Returns row numbers, in the order chosen.
     """
-    x = directions(x)
+    x = center_and_normalize(x)
     row = int((x @ x.mean(0)).argmax()) if not seed else seed % len(x)
-    closest, rows = torch.full((len(x),), -2.0, device=x.device), []
+    max_cosine_to_chosen, rows = torch.full((len(x),), -2.0, device=x.device), []
     for _ in range(min(count, len(x))):
         rows.append(row)
-        closest = torch.maximum(closest, x @ x[row])
-        closest[row] = 2.0
-        row = int(closest.argmin())
+        max_cosine_to_chosen = torch.maximum(max_cosine_to_chosen, x @ x[row])
+        max_cosine_to_chosen[row] = 2.0
+        row = int(max_cosine_to_chosen.argmin())
     return torch.tensor(rows)
 
 
-def typical(x, count, seed=0):
+def typiclust(x, count, seed=0):
     """`count` rows, the most typical of each of so many clusters: the one whose NEIGHBOURS in it are nearest.
 
     TypiClust (Hacohen et al., arXiv 2202.02794, section 3), for few labels: as many clusters (k-means) as images are
@@ -47,7 +47,7 @@ def typical(x, count, seed=0):
     """
     from sklearn.cluster import KMeans
 
-    x, count = directions(x), min(count, len(x))
+    x, count = center_and_normalize(x), min(count, len(x))
     clusters = min(count, MOST_CLUSTERS)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # fewer different images than clusters: the empty ones are left out below
@@ -66,11 +66,11 @@ def typicality(x):
     """How near each row's NEIGHBOURS are, N: the mean of their cosines. x: N x d, of length 1."""
     if len(x) == 1:
         return x.new_zeros(1)
-    cosine, _ = nearest(x, x, min(NEIGHBOURS + 1, len(x)))
+    cosine, _ = topk_neighbors(x, x, min(NEIGHBORS + 1, len(x)))
     return cosine[:, 1:].mean(1)  # the first is the row itself
 
 
-def with_the_mean(x):
+def append_zero_flag(x):
     """Directions, N x d, and one number more: 1 for rows at the mean, that have none and are one another's doubles."""
     return torch.cat((x, (~x.any(1, keepdim=True)).to(x)), 1)
 
@@ -81,7 +81,7 @@ def near_groups(x, least):
     Returns (rows, M; the number of the group of each, M, 0 the largest; the row nearest to each, M; its cosine, M). The
     rows come group by group. The memory grows with the rows, not with the pairs that are near.
     """
-    x = with_the_mean(directions(x))
+    x = append_zero_flag(center_and_normalize(x))
     count, near, cosines = len(x), torch.zeros(len(x), dtype=torch.int64), torch.full((len(x),), -2.0)
     labels, before = torch.arange(count, device=x.device), None
     while before is None or not torch.equal(labels, before):  # each row takes the least number that it touches
@@ -114,8 +114,8 @@ def nearest_pairs(rows, near, cosines):
     return [(*pair, cosine) for pair, cosine in sorted(found.items(), key=lambda item: -item[1])]
 
 
-def oddest(x, count):
+def outliers(x, count):
     """(the `count` rows that are farthest from their neighbours, how near those are), the oddest first."""
-    near = typicality(with_the_mean(directions(x)))
+    near = typicality(append_zero_flag(center_and_normalize(x)))
     values, rows = near.sort()
     return rows[:count].cpu(), values[:count].cpu()

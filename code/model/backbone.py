@@ -19,19 +19,19 @@ def make_backbone(name, stem, size, zero_init=True):
     official release, and not at one. Raises ValueError where there is no such network, or it does not take such images.
     """
     if name == 'small':
-        backbone = small(1 if stem == 'cifar' else 2)
+        backbone = tiny_resnet(1 if stem == 'cifar' else 2)
     elif name.startswith('timm/'):
-        backbone = of_timm(name.removeprefix('timm/'), size)
+        backbone = from_timm(name.removeprefix('timm/'), size)
     else:
-        backbone = of_torchvision(name, size)
+        backbone = from_torchvision(name, size)
     if stem == 'cifar' and name != 'small':
-        use_small_stem(backbone)
-    for norm in last_norms(backbone):
+        use_cifar_stem(backbone)
+    for norm in find_last_bn_layers(backbone):
         nn.init.constant_(norm.weight, 0.0 if zero_init else 1.0)
-    return backbone, width_of(backbone, size)
+    return backbone, feature_dim(backbone, size)
 
 
-def last_norms(network):
+def find_last_bn_layers(network):
     """The last BN of each residual block, of torchvision's ResNets and RegNets and of timm's."""
     for block in network.modules():
         if isinstance(block, regnet.ResBottleneckBlock):
@@ -42,7 +42,7 @@ def last_norms(network):
                 yield norm
 
 
-def of_torchvision(name, size):
+def from_torchvision(name, size):
     """A classification network of torchvision, its classifier's last layer taken off."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -50,13 +50,13 @@ def of_torchvision(name, size):
         raise ValueError(
             f"it is none of torchvision's classification networks (the nearest is {near}), small, or timm/<name>"
         )
-    network = built(torchvision.models.get_model, name, size, **wanted_by(name, size))
+    network = construct(torchvision.models.get_model, name, size, **constructor_kwargs(name, size))
     last, classifier = [*network.named_children()][-1]
-    setattr(network, last, without_classes(classifier))
+    setattr(network, last, remove_class_layer(classifier))
     return network
 
 
-def wanted_by(name, size):
+def constructor_kwargs(name, size):
     """The options that a network of torchvision is made with for images of size x size pixels."""
     if name in ('googlenet', 'inception_v3'):
         return {'aux_logits': False, 'init_weights': False}
@@ -65,7 +65,7 @@ def wanted_by(name, size):
     return {'input_size': (size, size)} if name.startswith('maxvit_') else {}
 
 
-def without_classes(classifier):
+def remove_class_layer(classifier):
     """A torchvision classifier up to the layer that names the classes, and the dropout before it."""
     layers = [*classifier] if isinstance(classifier, nn.Sequential) else [classifier]
     pool = [nn.AdaptiveAvgPool2d(1)] if not any(isinstance(layer, nn.Linear) for layer in layers) else []  # SqueezeNet
@@ -85,7 +85,7 @@ def timm_module():
     return timm
 
 
-def of_timm(name, size, **more):
+def from_timm(name, size, **more):
     """A network of timm without a classifier; built for images of this size where that is part of it. more: options of
     timm.create_model, such as pretrained=True, whose errors come as they are."""
     timm = timm_module()
@@ -93,21 +93,21 @@ def of_timm(name, size, **more):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
         raise ValueError(f'timm has no such network; the nearest is timm/{near}')
     try:
-        network = built(timm.create_model, name, size, num_classes=0, img_size=size)
+        network = construct(timm.create_model, name, size, num_classes=0, img_size=size)
         takes_size = True
     except TypeError:  # most networks take any size, and no such option
         try:
-            network = built(timm.create_model, name, size, num_classes=0)
+            network = construct(timm.create_model, name, size, num_classes=0)
             takes_size = False
         except TypeError as error:
-            raise ValueError(refused(size, error)) from None
+            raise ValueError(size_error_text(size, error)) from None
     if not more:
         return network
     sized = {'img_size': size} if takes_size else {}
     return timm.create_model(name, num_classes=0, **sized, **more)
 
 
-def built(make, name, size, **more):
+def construct(make, name, size, **more):
     """make(name, **more). Raises TypeError where there is no such option; for all else that other people's networks
     raise on sizes that they do not take (ZeroDivisionError, ...) ValueError."""
     try:
@@ -115,7 +115,7 @@ def built(make, name, size, **more):
     except TypeError:
         raise
     except Exception as error:
-        raise ValueError(refused(size, error)) from None
+        raise ValueError(size_error_text(size, error)) from None
 
 
 def first_line(error):
@@ -123,25 +123,25 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def refused(size, error):
+def size_error_text(size, error):
     return f'it does not take images of {size} px ({first_line(error)})'
 
 
-def width_of(backbone, size):
+def feature_dim(backbone, size):
     """The number of features, by what comes out."""
     backbone.eval()
     try:
         with torch.no_grad():
             features = backbone(torch.zeros(1, 3, size, size))
     except Exception as error:
-        raise ValueError(refused(size, error)) from None
+        raise ValueError(size_error_text(size, error)) from None
     backbone.train()
     if features.ndim != 2:
         raise ValueError(f'it gives {tuple(features.shape)} and not one row of features an image')
     return features.shape[1]
 
 
-def use_small_stem(backbone):
+def use_cifar_stem(backbone):
     """Give a ResNet the stem for images of 32 pixels."""
     if not isinstance(backbone, resnet.ResNet):
         raise ValueError("--stem=cifar is for torchvision's ResNets; --stem=imagenet goes with every network")
@@ -150,7 +150,7 @@ def use_small_stem(backbone):
     backbone.maxpool = nn.Identity()
 
 
-def small(stride):
+def tiny_resnet(stride):
     """A residual network of three BasicBlocks, for 32-pixel images: 78 thousand parameters."""
     layers = [nn.Conv2d(3, WIDTHS[0], 3, stride, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU(inplace=True)]
     before = WIDTHS[0]

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import torch
 
-BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenecks
+RESNET_BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenecks
     'resnet18': ((2, 2, 2, 2), False),
     'resnet34': ((3, 4, 6, 3), False),
     'resnet50': ((3, 4, 6, 3), True),
@@ -18,7 +18,7 @@ BLOCKS = {  # residual blocks of the four stages, and whether they are bottlenec
 }
 WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.|_forward_module\.)+')  # DDP's, torch.compile's, Fabric's
 # Where in a file the weights are, the first that is there: of a teacher and a student DINO judges the teacher.
-PLACES = (
+STATE_DICT_KEYS = (
     'state_dict',
     'model_state_dict',
     'model_state',
@@ -33,7 +33,7 @@ PLACES = (
 )
 # The encoder of each layout by its prefix; a momentum encoder has another and is not looked for. backbone: of lightly,
 # solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm's too.
-PREFIXES = {
+ENCODER_PREFIXES = {
     'backbone': 'backbone.',
     'moco': 'encoder_q.',
     'moco_v3': 'base_encoder.',
@@ -42,7 +42,7 @@ PREFIXES = {
     'model': 'model.',
     'net': 'net.',
 }
-SEQUENTIAL = {
+SEQUENTIAL_NAMES = {
     '0': 'conv1',
     '1': 'bn1',
     '4': 'layer1',
@@ -51,36 +51,36 @@ SEQUENTIAL = {
     '7': 'layer4',
 }  # lightly's children
 # Heads by other names than ours.
-HEADS = (
+HEAD_PREFIXES = (
     ('encoder.fc.', 'projector.'),
     ('projection_head.layers.', 'projector.'),
     ('prediction_head.layers.', 'predictor.'),
 )
 
 
-def read_layout(content):
+def convert_state_dict(content):
     """(layout, state, left out) of what a file held, or None. state: a dict of tensors by our names, the backbone's and
     those heads that may be a SimSiam's. left out: the beginnings of the keys that are not used."""
-    state = tensors_of(content)
-    for layout, prefix in PREFIXES.items():
+    state = find_tensors(content)
+    for layout, prefix in ENCODER_PREFIXES.items():
         sequential = f'{prefix}4.0.conv1.weight' in state
         if f'{prefix}layer1.0.conv1.weight' not in state and not sequential:
             continue
         ours, left = {}, set()
         for name, value in state.items():
-            new = of_backbone(name, prefix, sequential) or of_head(name)
+            new = convert_backbone_key(name, prefix, sequential) or convert_head_key(name)
             if new:
                 ours[new] = value
             else:
                 left.add(name.removeprefix(prefix).split('.')[0] if name.startswith(prefix) else name.split('.')[0])
-        return layout, without_frozen_bias(ours), sorted(left)
+        return layout, fold_projector_bias(ours), sorted(left)
     return None
 
 
-def tensors_of(content):
+def find_tensors(content):
     """The tensors of a file by their names without wrappers, from wherever in it they are."""
     while isinstance(content, dict):
-        inner = next((content[key] for key in PLACES if isinstance(content.get(key), dict)), None)
+        inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
         if inner is None:
             break
         content = inner
@@ -93,25 +93,25 @@ def is_weight(value):
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biuf')
 
 
-def of_backbone(name, prefix, sequential):
+def convert_backbone_key(name, prefix, sequential):
     """Our name of an encoder's key; None of a classifier's, a head's, or of what is not in it."""
     if not name.startswith(prefix):
         return None
     first, _, rest = name.removeprefix(prefix).partition('.')
     if sequential:
-        first = SEQUENTIAL.get(first)
+        first = SEQUENTIAL_NAMES.get(first)
     known = ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4')
     return f'backbone.{first}.{rest}' if first in known else None
 
 
-def of_head(name):
+def convert_head_key(name):
     """Our name of a key of a head like SimSiam's: projector.N or predictor.N."""
-    for theirs, ours in HEADS:
-        name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+    for converted, ours in HEAD_PREFIXES:
+        name = ours + name.removeprefix(converted) if name.startswith(converted) else name
     return name if re.fullmatch(r'(projector|predictor)\.\d+\.\w+', name) else None
 
 
-def without_frozen_bias(state):
+def fold_projector_bias(state):
     """The official release keeps the bias of the projector's last layer, frozen; ours has none. It goes into the BN
     after it: the batch's mean, and so the running one, is higher by just this bias."""
     for name in [name for name in state if re.fullmatch(r'projector\.\d+\.bias', name)]:
@@ -123,7 +123,7 @@ def without_frozen_bias(state):
     return state
 
 
-def architecture(state):
+def infer_architecture(state):
     """The options of config.py that a state with our names settles by its shapes: backbone, stem, and where it has
     heads proj_layers, proj_dim and pred_dim. What cannot be told is left out."""
     known = {}
@@ -131,7 +131,7 @@ def architecture(state):
         len({name.split('.')[2] for name in state if name.startswith(f'backbone.layer{i}.')}) for i in range(1, 5)
     )
     bottleneck = 'backbone.layer1.0.conv3.weight' in state
-    for name, blocks in BLOCKS.items():
+    for name, blocks in RESNET_BLOCKS.items():
         if (counts, bottleneck) == blocks:
             known['backbone'] = name
     stem = state.get('backbone.conv1.weight')
@@ -150,10 +150,10 @@ def architecture(state):
 
 def to_detectron2(state):
     """A torchvision ResNet's state dict by the names of detectron2's: stem, res2 ... res5, shortcut, norm."""
-    theirs = {}
+    converted = {}
     for name, value in state.items():
         name = re.sub(r'^layer(\d)', lambda match: f'res{int(match[1]) + 1}', name)
         name = name if name.startswith('res') else f'stem.{name}'
         name = name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
-        theirs[re.sub(r'\bbn(\d)', r'conv\1.norm', name)] = value
-    return theirs
+        converted[re.sub(r'\bbn(\d)', r'conv\1.norm', name)] = value
+    return converted

@@ -47,30 +47,31 @@ class SimSiam(nn.Module):
         return self
 
 
-def make_projector(features, layers, width, bn='default'):
-    """`layers` fully connected layers, BN on each, ReLU on all but the last, whose BN has no affine (official release).
+def make_projector(features, num_layers, out_dim, bn='default'):
+    """`num_layers` fully connected layers, BN on each, ReLU on all but the last, whose BN has no affine (official
+    release).
 
     The release keeps the last layer's bias frozen; before a BN a constant bias changes nothing, so there is none.
     bn: of config.Config.proj_bn; a layer without BN has a bias.
     """
     modules = []
-    for i in range(layers):
-        last = i == layers - 1
-        normed = bn in ('default', 'all') or (bn == 'hidden' and not last)
-        modules.append(nn.Linear(features if i == 0 else width, width, bias=not normed))
-        if normed:
-            modules.append(nn.BatchNorm1d(width, affine=not last))
+    for i in range(num_layers):
+        last = i == num_layers - 1
+        has_bn = bn in ('default', 'all') or (bn == 'hidden' and not last)
+        modules.append(nn.Linear(features if i == 0 else out_dim, out_dim, bias=not has_bn))
+        if has_bn:
+            modules.append(nn.BatchNorm1d(out_dim, affine=not last))
         if not last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
 
 
-def make_predictor(width, hidden, bn='default'):
+def make_predictor(out_dim, hidden, bn='default'):
     """Two fully connected layers, BN and ReLU between them; the output has a bias and (but for bn='all') no BN."""
-    modules = [nn.Linear(width, hidden, bias=bn == 'none')]  # a BN that follows has the bias
+    modules = [nn.Linear(out_dim, hidden, bias=bn == 'none')]  # a BN that follows has the bias
     if bn != 'none':
         modules.append(nn.BatchNorm1d(hidden))
-    modules += [nn.ReLU(inplace=True), nn.Linear(hidden, width, bias=bn != 'all')]
+    modules += [nn.ReLU(inplace=True), nn.Linear(hidden, out_dim, bias=bn != 'all')]
     if bn == 'all':
-        modules.append(nn.BatchNorm1d(width))
+        modules.append(nn.BatchNorm1d(out_dim))
     return nn.Sequential(*modules)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torchvision.models import vision_transformer
 
-from model.backbone import first_line, of_timm, timm_module
+from model.backbone import first_line, from_timm, timm_module
 
 FIRST = 4  # keys of each side that an error shows
 # Of several networks in one file (a teacher and its student, a momentum encoder) the first of these is taken.
@@ -21,7 +21,7 @@ PREFERRED = ('', 'backbone.', 'model.', 'encoder.', 'encoder_q.', 'base_encoder.
 @dataclass
 class Weights:
     """The weights of a backbone. state: {name in the network: tensor}; source: what they are called, for people;
-    preprocessing: options that come with them (preprocessing_of); left_out: what of a file is not used; license: ''
+    preprocessing: options that come with them (find_preprocessing); left_out: what of a file is not used; license: ''
     where the source does not say it."""
 
     state: dict
@@ -57,7 +57,7 @@ def fetch_torchvision(backbone, size, progress=False):
         raise ValueError(f'torchvision has no weights for --backbone={backbone}') from None
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
     state = weights.get_state_dict(progress=progress, check_hash=True)
-    preprocessing = of_transforms(weights.transforms())
+    preprocessing = preprocessing_from_transforms(weights.transforms())
     if backbone.startswith('vit_') and size != preprocessing['image_size']:
         state = vision_transformer.interpolate_embeddings(size, int(backbone.split('_')[2]), state)
     return Weights(state, f'torchvision {weights}', preprocessing, license='see torchvision: trained on ImageNet-1k')
@@ -70,9 +70,9 @@ def fetch_timm(name, size):
     if known is None or not known.has_weights:
         raise ValueError(f'timm has no weights for {name}')
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every try
-    network = of_timm(name, size, pretrained=True)
+    network = from_timm(name, size, pretrained=True)
     tag = f'timm/{name}' if '.' in name else f'timm/{name}.{known.tag}'
-    return Weights(network.state_dict(), tag, of_timm_config(known), license=known.license or '')
+    return Weights(network.state_dict(), tag, preprocessing_from_timm_config(known), license=known.license or '')
 
 
 def timm_config(name):
@@ -84,22 +84,22 @@ def timm_config(name):
         raise ValueError(f'timm has no weights for {name}') from None
 
 
-def preprocessing_of(backbone):
+def find_preprocessing(backbone):
     """The options that a network's usual weights were trained with: {'mean', 'std', 'image_size', 'crop_ratio',
     'interpolation'}; empty where nothing is known."""
     if backbone.startswith('timm/'):
         known = timm_config(backbone.removeprefix('timm/'))
-        return of_timm_config(known) if known else {}
+        return preprocessing_from_timm_config(known) if known else {}
     try:
         versions = torchvision.models.get_model_weights(backbone)
     except ValueError:
         return {}
-    return of_transforms(getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT).transforms())
+    return preprocessing_from_transforms(getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT).transforms())
 
 
-def of_transforms(transforms):
-    """preprocessing_of, from torchvision's transforms of evaluation."""
-    return options_of(
+def preprocessing_from_transforms(transforms):
+    """find_preprocessing, from torchvision's transforms of evaluation."""
+    return preprocessing_options(
         transforms.mean,
         transforms.std,
         transforms.crop_size[0],
@@ -108,18 +108,18 @@ def of_transforms(transforms):
     )
 
 
-def of_timm_config(known):
-    """preprocessing_of, from timm's pretrained_cfg."""
-    return options_of(known.mean, known.std, known.input_size[-1], known.crop_pct, known.interpolation)
+def preprocessing_from_timm_config(known):
+    """find_preprocessing, from timm's pretrained_cfg."""
+    return preprocessing_options(known.mean, known.std, known.input_size[-1], known.crop_pct, known.interpolation)
 
 
-def of_timm_folder(known):
-    """preprocessing_of, from the pretrained_cfg in a folder that timm, or export, wrote."""
+def preprocessing_from_timm_folder(known):
+    """find_preprocessing, from the pretrained_cfg in a folder that timm, or export, wrote."""
     size = known['input_size'][-1]
-    return options_of(known['mean'], known['std'], size, known['crop_pct'], known['interpolation'])
+    return preprocessing_options(known['mean'], known['std'], size, known['crop_pct'], known['interpolation'])
 
 
-def options_of(mean, std, size, ratio, interpolation):
+def preprocessing_options(mean, std, size, ratio, interpolation):
     """Preprocessing as options of config.Config."""
     return {
         'mean': ','.join(f'{value:g}' for value in mean),
@@ -177,6 +177,6 @@ def convert_with_timm(name, size, tensors):
     body = {key: value for key, value in tensors.items() if not key.startswith(heads or ('\0',))}
     overlay = {'state_dict': body, 'num_classes': 0, 'custom_load': False}
     try:
-        return of_timm(name, size, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+        return from_timm(name, size, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
     except Exception as error:  # of other people's converters
         raise ValueError(first_line(error)[:200]) from None

@@ -9,8 +9,10 @@ class Lars(torch.optim.Optimizer):
     The momentum holds steps, not gradients, as in the paper; with a rate that changes, torch's SGD differs there.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
-        super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay, 'trust': trust})
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+        super().__init__(
+            params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay, 'trust': trust_coefficient}
+        )
 
     @torch.no_grad()
     def step(self):
@@ -19,8 +21,12 @@ class Lars(torch.optim.Optimizer):
             for w in group['params']:
                 if w.grad is None:
                     continue
-                size, slope = w.norm(), w.grad.norm()
-                local = torch.where((size > 0) & (slope > 0), group['trust'] * size / (slope + decay * size), 1.0)
+                weight_norm, grad_norm = w.norm(), w.grad.norm()
+                local_lr = torch.where(
+                    (weight_norm > 0) & (grad_norm > 0),
+                    group['trust'] * weight_norm / (grad_norm + decay * weight_norm),
+                    1.0,
+                )
                 v = self.state[w].setdefault('v', torch.zeros_like(w))
-                v.mul_(group['momentum']).add_((w.grad + decay * w) * (group['lr'] * local))
+                v.mul_(group['momentum']).add_((w.grad + decay * w) * (group['lr'] * local_lr))
                 w.sub_(v)

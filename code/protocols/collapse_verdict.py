@@ -1,6 +1,6 @@
 """What the measures without labels are called, and what they say together of a network."""
 
-from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, best_of_lines
+from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, best_epoch_by_metrics
 from runtime.files import read_metrics
 
 # In front of people, in this order (metric/representation.py, protocols/label_free.py).
@@ -26,11 +26,11 @@ MEASURES = {
     'norm_p': 'norm of p',
 }
 OF_FEATURES = ('rank', 'retrieval', 'rotation', 'rankme', 'area', 'alpha', 'lidar', 'alignment', 'uniformity')
-QUICK = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
-STDS = 'std', 'std_judged', 'std_batch'  # of training or of BN's averages; of those; of a batch's own statistics
-FAVOURED = 'rank'  # smaller is better; code/results/README.md says why this one
+SUMMARY_METRICS = ('rank', 'retrieval', 'rank_z', 'rankme', 'area', 'alpha')  # of each checkpoint of a run, in a line
+STD_KEYS = 'std', 'std_judged', 'std_batch'  # of training or of BN's averages; of those; of a batch's own statistics
+SELECTION_METRIC = 'rank'  # smaller is better; code/results/README.md says why this one
 # From the runs of bench/evidence.py with seeds 0 to 2; those that judged it had others.
-COLLAPSED, PARTLY, CORRELATED, LEARNED = 0.5, 0.9, 0.8, 0.7
+STD_COLLAPSED, STD_PARTIAL, MAX_CORRELATION, RANK_RATIO_LEARNED = 0.5, 0.9, 0.8, 0.7
 
 FOR_COLLAPSED = (
     'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
@@ -41,39 +41,44 @@ FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, o
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
-def began(args):
+def baseline_label(args):
     """What the network of epoch 0 is called."""
     return 'at the start' if args.init_from else 'untrained'
 
 
-def verdict(now, untrained, called='untrained'):
+def verdict(now, untrained, baseline_label='untrained'):
     """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
 
     now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
-    began as. called: of the latter, in the sentence (began). The std is the largest of those that were measured: by
-    BN's averages z lies off its mean where these are of few steps yet, or of other images than were looked at.
+    began as. baseline_label: of the latter, in the sentence (baseline_label). The std is the largest of those that were
+    measured: by BN's averages z lies off its mean where these are of few steps yet, or of other images than were looked
+    at.
     """
-    std, rank, before = max(now[name] for name in STDS if name in now), now['rank'], untrained['rank']
-    numbers = f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({called} {before:.1f})'
-    if std < COLLAPSED:
+    std, rank, before = max(now[name] for name in STD_KEYS if name in now), now['rank'], untrained['rank']
+    numbers = (
+        f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({baseline_label} {before:.1f})'
+    )
+    if std < STD_COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
-    if rank > LEARNED * before:
-        hint = FOR_NOTHING if called == 'untrained' else FOR_NO_MORE
+    if rank > RANK_RATIO_LEARNED * before:
+        hint = FOR_NOTHING if baseline_label == 'untrained' else FOR_NO_MORE
         return 'nothing learned', f'{numbers}, and no collapse. {hint}'
-    signs = []
-    if now.get('correlation', 0) > CORRELATED:
-        signs.append(f'channels of z correlated by {now["correlation"]:.2f}')
+    symptoms = []
+    if now.get('correlation', 0) > MAX_CORRELATION:
+        symptoms.append(f'channels of z correlated by {now["correlation"]:.2f}')
     if now['area'] > untrained['area']:
-        signs.append(f'fewer directions used than {called} (area {now["area"]:.2f}, {untrained["area"]:.2f})')
-    if signs or std < PARTLY:
-        return 'partly collapsed', '; '.join([numbers, *signs]) + f'. Something was learned. {FOR_PARTLY}'
+        symptoms.append(
+            f'fewer directions used than {baseline_label} (area {now["area"]:.2f}, {untrained["area"]:.2f})'
+        )
+    if symptoms or std < STD_PARTIAL:
+        return 'partly collapsed', '; '.join([numbers, *symptoms]) + f'. Something was learned. {FOR_PARTLY}'
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
 
 
 def beside_start(lines):
     """(word, sentence) on a run that began with pretrained weights: better than the start, no better, worse, or not
     known; None where it was not measured."""
-    best = best_of_lines(lines)
+    best = best_epoch_by_metrics(lines)
     judged = {line['epoch']: line for line in lines if FEW in line}
     if best is None or len(judged) < 2 and FEW in lines[0]:
         return None
@@ -97,22 +102,22 @@ def beside_start(lines):
     return 'no better than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
 
 
-def of_run(folder, epoch, args):
+def run_verdict(folder, epoch, args):
     """The verdict on the network of a run, args its options, after `epoch` epochs; None where it was not measured."""
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
-    return of_metrics(lines, began(args))
+    return verdict_from_metrics(lines, baseline_label(args))
 
 
-def of_metrics(lines, called='untrained'):
+def verdict_from_metrics(lines, baseline_label='untrained'):
     """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
     beside epoch 0; None where one of them is not there."""
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return None
-    collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STDS) < COLLAPSED
-    if called != 'untrained' and not collapsed and (found := beside_start(lines)):
+    collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
+    if baseline_label != 'untrained' and not collapsed and (found := beside_start(lines)):
         return found
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
-    return verdict(now, untrained, called)
+    return verdict(now, untrained, baseline_label)

@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from ckpt import checkpoints, get_model_ckpt, new_model
-from dataloader.load_dataset import in_order, labelled
-from errors import UserError
-from metric.knn import knn_scores, neighbours
+from ckpt import build_model, checkpoints, get_model_ckpt
+from dataloader.load_dataset import eval_loader, labeled_subset
+from metric.knn import clip_k, knn_scores
 from model.weights import is_off_the_shelf
-from protocols.features import features_of
-from protocols.few_labels import classify, draws_of, right_with_few
-from protocols.protocol import Outcome, Protocol, labelled_splits
-from runtime.console import aligned
+from protocols.features import extract_features
+from protocols.few_labels import classify, draw_label_subsets, right_with_few
+from protocols.protocol import Outcome, Protocol, labeled_splits
+from runtime.console import format_columns
 from runtime.device import get_device
-from runtime.messages import say
-from runtime.options import changed
+from runtime.errors import UserError
+from runtime.messages import log
+from runtime.options import replace_args
 
 ALL = 'all labels'  # the column of the classifier on all of train
 # Options that every row shares with the call; all else is its own weights'.
@@ -33,11 +33,11 @@ def compare(args, model, splits, checkpoint):
     standard deviation over draws of labels, and from the second row on 'gain' and 'gain_error': of the checkpoint over
     this row, paired by image}}}.
     """
-    train, judged = labelled(splits['train']), splits['val']
+    train, judged = labeled_subset(splits['train']), splits['val']
     rows = []
     for name, own, backbone in backbones(args, model, checkpoint):
-        say(f'compare: {name}')
-        columns = measure(own, backbone, train, judged, labels_of(args.labels), args.draws)
+        log(f'compare: {name}')
+        columns = measure(own, backbone, train, judged, parse_label_counts(args.labels), args.draws)
         rows.append({'name': name, 'columns': columns})
     for row in rows:
         for column, found in row['columns'].items():
@@ -48,7 +48,7 @@ def compare(args, model, splits, checkpoint):
     for row in rows:
         for found in row['columns'].values():
             del found['right']
-    say(f'compare: judged on the {len(judged)} images of {judged.folder.name}')
+    log(f'compare: judged on the {len(judged)} images of {judged.folder.name}')
     result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
     return Outcome(result)
 
@@ -63,14 +63,14 @@ def mean_and_error(values):
 def splits_to_compare(args, own):
     """{'train', 'val'} of labelled_splits; val is test, where that is a split of its own with labels, for training has
     looked at val."""
-    labels_of(args.labels)
-    splits, test = labelled_splits(args, own), own.get('test')
+    parse_label_counts(args.labels)
+    splits, test = labeled_splits(args, own), own.get('test')
     if test is not None and len(test) and (test.labels >= 0).all():
         return {'train': own['train'], 'val': test}
     return splits
 
 
-def labels_of(text):
+def parse_label_counts(text):
     """The numbers of --labels, the largest first. Raises UserError."""
     try:
         numbers = sorted({int(part) for part in text.split(',')}, reverse=True)
@@ -87,38 +87,38 @@ def backbones(args, model, checkpoint):
     yield f'{checkpoint["path"].name}', args, model.backbone
     for name in [part.strip() for part in args.beside.split(',')]:
         if name == 'untrained':
-            own, other = args, new_model(args)
+            own, other = args, build_model(args)
         elif name == 'start':
-            own, other = start_of(args, checkpoint)
+            own, other = load_start_weights(args, checkpoint)
             if own is None:
                 continue
         else:
-            own, other, _ = get_model_ckpt(args_of_row(args, name))
-        yield named(name, own, args), own, other.backbone.to(device, memory_format=torch.channels_last)
+            own, other, _ = get_model_ckpt(row_args(args, name))
+        yield row_title(name, own, args), own, other.backbone.to(device, memory_format=torch.channels_last)
 
 
-def named(name, own, args):
+def row_title(name, own, args):
     """What a row is called: with its network, where that is another."""
     if name == 'start' and args.init_from:
         return f'start: {args.init_from}'
     return name if own.backbone == args.backbone else f'{name}, {own.backbone}'
 
 
-def start_of(args, checkpoint):
+def load_start_weights(args, checkpoint):
     """(args, model) that a run began with: its epoch 0, else the weights of --init_from; (None, None) of a run that
     began with random weights, which `untrained` has."""
     folder = checkpoint['run']
     first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if path.name.endswith('_epoch_0')]
     if first:
-        own, model, _ = get_model_ckpt(args_of_row(args, str(first[0])))
+        own, model, _ = get_model_ckpt(row_args(args, str(first[0])))
         return own, model
     if not args.init_from:
         return None, None
-    own, model, _ = get_model_ckpt(args_of_row(args, args.init_from, backbone=args.backbone))
+    own, model, _ = get_model_ckpt(row_args(args, args.init_from, backbone=args.backbone))
     return own, model
 
 
-def args_of_row(args, name, backbone=''):
+def row_args(args, name, backbone=''):
     """Options to load the weights `name` with: what all rows share, and nothing else of this checkpoint's.
     backbone: the network that they are of, where the name does not say it."""
     shared = {option: getattr(args, option) for option in SHARED}
@@ -126,7 +126,7 @@ def args_of_row(args, name, backbone=''):
         is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
     )
     shared |= {'backbone': backbone or (args.backbone if known else 'resnet50'), 'preset': 'imagenet', 'init_from': ''}
-    own = changed(args, **shared, ckpt_name=name, stem='imagenet', mean='imagenet', std='imagenet')
+    own = replace_args(args, **shared, ckpt_name=name, stem='imagenet', mean='imagenet', std='imagenet')
     own.given = {*SHARED} | ({'backbone'} if backbone else set())
     return own
 
@@ -134,21 +134,21 @@ def args_of_row(args, name, backbone=''):
 def measure(args, backbone, train, judged, labels, draws):
     """{column: {'right': share of draws in which each image is right, N float64, perhaps 'spread'}} of one backbone."""
     train, judged = replace(train, args=args), replace(judged, args=args)
-    x, y = features_of(args, backbone, in_order(args, train), 'features of train')
-    queries, wanted = features_of(args, backbone, in_order(args, judged), f'features of {judged.folder.name}')
-    return columns_of(args, (x, y), (queries, wanted), len(train.classes), labels, draws)
+    x, y = extract_features(args, backbone, eval_loader(args, train), 'features of train')
+    queries, wanted = extract_features(args, backbone, eval_loader(args, judged), f'features of {judged.folder.name}')
+    return compute_columns(args, (x, y), (queries, wanted), len(train.classes), labels, draws)
 
 
-def columns_of(args, bank, judged, classes, labels, draws):
+def compute_columns(args, bank, judged, classes, labels, draws):
     """`measure`, of (features, N x d, and labels, N) of train and of the images that are judged."""
-    (x, y), (queries, wanted), k = bank, judged, neighbours(args.knn_k, bank[1])
+    (x, y), (queries, wanted), k = bank, judged, clip_k(args.knn_k, bank[1])
     scores = knn_scores(queries, x, y, classes, k, args.knn_temperature)
     found = {f'kNN {k}': {'right': (scores.argmax(1) == wanted).cpu().double()}}
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, queries = (x - mean) / deviation, (queries - mean) / deviation
     found[ALL] = {'right': (classify(x, y, queries, classes) == wanted).cpu().double()}
     for count in labels:
-        rows = draws_of(y.cpu(), count, draws)
+        rows = draw_label_subsets(y.cpu(), count, draws)
         few = x[torch.cat(rows).unique().to(x.device)]
         right, accuracies = right_with_few(few, y.cpu(), rows, queries, wanted, classes)
         spread = torch.tensor(accuracies).std().item() if len(accuracies) > 1 else None
@@ -156,7 +156,7 @@ def columns_of(args, bank, judged, classes, labels, draws):
     return found
 
 
-def table_of(rows):
+def format_table(rows):
     """Rows as lines of text, the gains of the first over each of the others below it."""
     columns = [*rows[0]['columns']]
     lines = [['backbone', *columns]]
@@ -166,7 +166,7 @@ def table_of(rows):
         if 'gain' in cells[0]:
             gains = [f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' for cell in cells]
             lines.append([f'  {rows[0]["name"].split("_epoch_")[-1]} over it', *gains])
-    return aligned(lines)
+    return format_columns(lines)
 
 
 PROTOCOL = Protocol(

@@ -16,28 +16,28 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 
-from ckpt import new_model
-from dataloader.cache.decoded import readable
+from ckpt import build_model
+from dataloader.cache.decoded import readable_rows
 from dataloader.detection.dataset import load_boxes
-from dataloader.loading.loader import Loader, workers_for
+from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
 from dataloader.readers.files import Files
-from dataloader.sources.dataset_warnings import warn_of_shared
-from dataloader.sources.path_array import Names
-from dataloader.sources.split_source import Part
-from errors import UserError, WorkError, path_of
-from optimizer.sgd import learning_rate
+from dataloader.sources.dataset_warnings import warn_train_test_overlap
+from dataloader.sources.path_array import PathArray
+from dataloader.sources.split_source import SplitSource
+from optimizer.sgd import lr_schedule
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
-from runtime.console import shown
+from runtime.console import printable
 from runtime.device import get_device
-from runtime.environment import extra
-from runtime.messages import progress, say
+from runtime.environment import require_package
+from runtime.errors import UserError, WorkError, resolve_path
+from runtime.messages import log, progress
 from runtime.options import channel_values
 from runtime.precision import autocast
-from runtime.seeding import random_from, seed_step
+from runtime.seeding import generator_for, seed_step
 
 # The modules whose outputs a pyramid is made of, and the names of its levels.
 RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
-SMALL = {'3': '0', '4': '1', '5': '2'}
+TINY_RESNET_LAYERS = {'3': '0', '4': '1', '5': '2'}
 LAST_STRIDE = 32  # pixels of an image that one value of the last map stands for
 AP = ('AP', 'AP50', 'AP75')
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -50,23 +50,23 @@ def detection(args, model, splits, _):
     """
     train, val = splits['train'], splits['val']
     masks = train.masks
-    say(f'{path_of(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
-    backbone = (new_model(args) if args.init == 'random' else model).backbone
+    log(f'{resolve_path(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
+    backbone = (build_model(args) if args.init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
-    fit(args, detector, train)
+    train_detector(args, detector, train)
     said = {'init': args.init, 'detector': args.detector, 'train': train.split, 'val': val.split}
-    result = {**said, **score(args, detector, val, masks)}
+    result = {**said, **evaluate_ap(args, detector, val, masks)}
     return Outcome({**result, 'num_train': len(train), 'num_val': len(val)})
 
 
-def splits_of(args, _=None):
-    """{'train', 'val'} of Boxes of --detection_path. Raises UserError for what is missing."""
-    extra('pycocotools', '--protocol=detection')
-    if not stages_of(args.backbone):
+def load_detection_splits(args, _=None):
+    """{'train', 'val'} of DetectionDataset of --detection_path. Raises UserError for what is missing."""
+    require_package('pycocotools', '--protocol=detection')
+    if not fpn_layers(args.backbone):
         raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    splits = load_boxes(path_of(args.detection_path), args.detector == 'mask_rcnn', args.pixel_max)
+    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', args.pixel_max)
     if args.bad_images == 'skip':
         splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
@@ -74,33 +74,37 @@ def splits_of(args, _=None):
         if absent:  # else those of val would be missed at the end of the training
             raise WorkError(
                 f'{len(absent)} of the {len(boxes)} images of {boxes.split} are not there, such as '
-                f'{shown(boxes.folder / absent[0])}; --bad_images=skip leaves them out'
+                f'{printable(boxes.folder / absent[0])}; --bad_images=skip leaves them out'
             )
         if not boxes.has_boxes():
             raise UserError(
-                f'--detection_path: {path_of(args.detection_path)} has no boxes in {boxes.split} (a crowd, or what is '
+                f'--detection_path: {resolve_path(args.detection_path)} has no boxes in {boxes.split} (a crowd, or '
+                'what is '
                 'difficult, is neither learned nor judged)'
             )
         if boxes.left_out:
-            say(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
-    parts = [Part(boxes.folder.parent / boxes.split, store_of(boxes), boxes.labels, []) for boxes in splits.values()]
-    warn_of_shared(*parts)
+            log(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
+    parts = [
+        SplitSource(boxes.folder.parent / boxes.split, file_reader(boxes), boxes.labels, [])
+        for boxes in splits.values()
+    ]
+    warn_train_test_overlap(*parts)
     return splits
 
 
-def store_of(boxes):
-    return Files(boxes.folder, Names(boxes.names))
+def file_reader(boxes):
+    return Files(boxes.folder, PathArray(boxes.names))
 
 
 def without_unreadable(args, boxes):
     """Those images, with their boxes, that can be read. Raises WorkError where there are none."""
-    rows = readable(store_of(boxes), boxes.folder.parent / boxes.split, path_of(args.cache_path))
+    rows = readable_rows(file_reader(boxes), boxes.folder.parent / boxes.split, resolve_path(args.cache_path))
     return boxes.select(rows.tolist())
 
 
-def stages_of(backbone):
+def fpn_layers(backbone):
     """The modules that a pyramid is made of, with their levels' names; None for a network that has no such."""
-    return SMALL if backbone == 'small' else RESNET if backbone in resnet.__all__ else None
+    return TINY_RESNET_LAYERS if backbone == 'small' else RESNET if backbone in resnet.__all__ else None
 
 
 def make_detector(args, backbone, num_classes, masks):
@@ -110,7 +114,7 @@ def make_detector(args, backbone, num_classes, masks):
     pyramid has BN, for pretrained features may be of any size, a tenth of what an untrained network's are, and without
     it a detector learns nothing from those (MoCo, arXiv 1911.05722, section 4.2: BN in the new layers).
     """
-    stages = stages_of(args.backbone)
+    stages = fpn_layers(args.backbone)
     with torch.no_grad():
         maps = IntermediateLayerGetter(backbone.cpu().eval(), stages)(torch.zeros(1, 3, 256, 256))
     strides = [256 // found.shape[2] for found in maps.values()]
@@ -118,7 +122,7 @@ def make_detector(args, backbone, num_classes, masks):
         torch.manual_seed(args.random_seed)
         channels = [found.shape[1] for found in maps.values()]
         pyramid = BackboneWithFPN(backbone, stages, channels, 256, norm_layer=torch.nn.BatchNorm2d)
-        pyramid = Half(args, pyramid)
+        pyramid = AutocastFPN(args, pyramid)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
         heads = {
             'rpn_anchor_generator': AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
@@ -133,7 +137,7 @@ def make_detector(args, backbone, num_classes, masks):
         return kind(pyramid, num_classes + 1, **sizes, **pixels, **heads)
 
 
-class Half(torch.nn.Module):
+class AutocastFPN(torch.nn.Module):
     """The pyramid in the precision of --amp, its maps in float32: the heads reckon with coordinates, and in bfloat16 a
     box of a few pixels far from the corner has no width, whose logarithm ends the training."""
 
@@ -142,12 +146,12 @@ class Half(torch.nn.Module):
         self.args, self.body, self.out_channels = args, body, body.out_channels
 
     def forward(self, images):
-        with autocast(self.args, scaled=False):
+        with autocast(self.args, uses_grad_scaler=False):
             maps = self.body(images)
         return {name: found.float() for name, found in maps.items()}
 
 
-def fit(args, detector, train):
+def train_detector(args, detector, train):
     """SGD with momentum 0.9 and weight decay 1e-4, a short linear rise of the rate and half a cosine to zero."""
     device = get_device(args)
     size = min(args.detection_batch_size, len(train))
@@ -161,13 +165,13 @@ def fit(args, detector, train):
     bar = progress(title='detection', total=steps * args.detection_epochs)
     detector.train()
     for epoch in range(args.detection_epochs):
-        generator = random_from(args.random_seed, 'detection', epoch)
+        generator = generator_for(args.random_seed, 'detection', epoch)
         order = torch.randperm(len(train), generator=generator).tolist()
         mirror = (torch.rand(len(train), generator=generator) < 0.5).tolist()
-        keys = [(index, mirror[index]) for index in order[: steps * size]]
-        for step, (images, targets) in enumerate(loader(args, train, keys, size)):
+        sampler_keys = [(index, mirror[index]) for index in order[: steps * size]]
+        for step, (images, targets) in enumerate(loader(args, train, sampler_keys, size)):
             done = (epoch + step / steps) / args.detection_epochs
-            optimizer.param_groups[0]['lr'] = learning_rate(done, WARMUP, args.detection_learning_rate * size / 16)
+            optimizer.param_groups[0]['lr'] = lr_schedule(done, WARMUP, args.detection_learning_rate * size / 16)
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [
                 {name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
@@ -190,19 +194,19 @@ def fit(args, detector, train):
     bar.close()
 
 
-def loader(args, boxes, keys, size):
+def loader(args, boxes, sampler_keys, size):
     """Loader of (images, targets) for these keys, in order."""
-    return Loader(boxes, workers_for(args.num_workers), batch_size=size, sampler=keys)
+    return WatchedDataLoader(boxes, resolve_num_workers(args.num_workers), batch_size=size, sampler=sampler_keys)
 
 
 @torch.inference_mode()
-def score(args, detector, val, masks):
+def evaluate_ap(args, detector, val, masks):
     """AP, AP50 and AP75 of boxes, and of masks where there are, in percent, by pycocotools."""
     device, numbers = get_device(args), {number: category for category, number in val.number.items()}
     detector.eval()
     found = {'bbox': [], 'segm': []}
-    keys = [(index, False) for index in range(len(val))]
-    batches = loader(args, val, keys, args.detection_batch_size)
+    sampler_keys = [(index, False) for index in range(len(val))]
+    batches = loader(args, val, sampler_keys, args.detection_batch_size)
     for images, targets in progress(batches, 'detecting'):
         outputs = detector([image.to(device) for image in images])
         for output, target in zip(outputs, targets, strict=True):
@@ -210,10 +214,10 @@ def score(args, detector, val, masks):
             boxes[:, 2:] -= boxes[:, :2]
             rows = zip(boxes.tolist(), output['labels'].tolist(), output['scores'].tolist(), strict=True)
             for i, (box, label, confidence) in enumerate(rows):
-                guess = {'image_id': target['image_id'], 'category_id': numbers[label], 'score': confidence}
-                found['bbox'].append({**guess, 'bbox': box})
+                prediction = {'image_id': target['image_id'], 'category_id': numbers[label], 'score': confidence}
+                found['bbox'].append({**prediction, 'bbox': box})
                 if masks:
-                    found['segm'].append({**guess, 'segmentation': run_lengths(output['masks'][i, 0] > 0.5)})
+                    found['segm'].append({**prediction, 'segmentation': encode_rle(output['masks'][i, 0] > 0.5)})
     result = {}
     for kind, prefix in (('bbox', ''), ('segm', 'mask_')) if masks else (('bbox', ''),):
         values = average_precision(val.table, found[kind], kind)
@@ -221,13 +225,13 @@ def score(args, detector, val, masks):
     return result
 
 
-def run_lengths(mask):
+def encode_rle(mask):
     from pycocotools import mask as coco
 
     return coco.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 
-def judge_of(judge):
+def voc_difficult_cocoeval(judge):
     """COCO's judge, for which a difficult object of VOC is no crowd: it is overlooked where it is found, by VOC's own
     overlap, and excuses nothing that lies inside it."""
 
@@ -248,10 +252,10 @@ def average_precision(table, found, kind):
     if not found:
         return 0.0, 0.0, 0.0
     with contextlib.redirect_stdout(io.StringIO()):  # both print as they go
-        truth = COCO()
-        truth.dataset = {'info': {}, **table}
-        truth.createIndex()
-        judge = judge_of(COCOeval)(truth, truth.loadRes(found), kind)
+        coco_gt = COCO()
+        coco_gt.dataset = {'info': {}, **table}
+        coco_gt.createIndex()
+        judge = voc_difficult_cocoeval(COCOeval)(coco_gt, coco_gt.loadRes(found), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -260,7 +264,7 @@ def average_precision(table, found, kind):
 
 PROTOCOL = Protocol(
     run=detection,
-    splits=splits_of,
+    splits=load_detection_splits,
     numbers={kind + name: (kind + name).replace('_', ' ') for kind in ('', 'mask_') for name in AP},
     smaller='--detection_batch_size or --detection_size',
     path=lambda args: args.detection_path,

@@ -6,13 +6,13 @@ The draws depend on the classes of the images alone, so that every backbone that
 import torch
 
 from ckpt import WATCHED
-from metric.knn import neighbours, votes
-from protocols.features import features_of
-from protocols.knn import nearest_images
+from metric.knn import clip_k, weighted_vote
+from protocols.features import extract_features
+from protocols.knn import nearest_in_bank
 from protocols.transfer import logistic_regression
-from runtime.device import memory_for
-from runtime.distributed import total, world
-from runtime.seeding import random_from
+from runtime.device import explain_oom
+from runtime.distributed import all_reduce_sum, world_size
+from runtime.seeding import generator_for
 
 L2 = 0.1  # of the logistic regression, on standardized features: 0.1 / 2 |w|^2 beside the sum of the cross-entropies
 DRAWS = 5  # of labels, that training looks at
@@ -22,13 +22,13 @@ MOST_ROWS = 20_000  # labelled images of all draws together: with very many clas
 def draw_rows(labels, per_class, draw):
     """Row numbers of `per_class` images of each class, of all that a smaller class has. labels: N, int64, >= 0; draw:
     the number of the draw."""
-    order = torch.randperm(len(labels), generator=random_from('few labels', per_class, draw))
+    order = torch.randperm(len(labels), generator=generator_for('few labels', per_class, draw))
     order = order[labels[order].argsort(stable=True)]
     counts = labels.unique(return_counts=True)[1].tolist()
     return torch.cat([rows[:per_class] for rows in order.split(counts)])
 
 
-def draws_of(labels, per_class, draws):
+def draw_label_subsets(labels, per_class, draws):
     """draw_rows of so many draws, fewer where all together would be more than MOST_ROWS."""
     first = draw_rows(labels, per_class, 0)
     draws = max(1, min(draws, MOST_ROWS // max(1, len(first))))
@@ -79,8 +79,8 @@ class Sample:
 
     def finish(self, count):
         """Mean and standard deviation, d each, of all `count` features; the rows are standardized with them."""
-        if world() > 1:
-            self.x, self.sums = total(self.x), total(self.sums)
+        if world_size() > 1:
+            self.x, self.sums = all_reduce_sum(self.x), all_reduce_sum(self.sums)
         mean = self.sums[0] / count
         deviation = (self.sums[1] / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
         mean, deviation = mean.to(self.x), deviation.to(self.x)
@@ -91,13 +91,13 @@ class Sample:
 def watch_labels(args, backbone, bank, val):
     """What training looks at where there are labels: (kNN top-1 in percent, shares of right draws of each image of val,
     Q float64). One pass over bank and val (batches)."""
-    with memory_for('the kNN test', '--knn_every=0 trains without it'):
-        queries, wanted = features_of(args, backbone, val, 'kNN: features of val')
+    with explain_oom('the kNN test', '--knn_every=0 trains without it'):
+        queries, wanted = extract_features(args, backbone, val, 'kNN: features of val')
         labels, num_classes = bank.dataset.labels, len(val.dataset.classes)
-        rows = draws_of(labels, WATCHED, DRAWS)
+        rows = draw_label_subsets(labels, WATCHED, DRAWS)
         sample = Sample(torch.cat(rows).unique())
-        cosine, near = nearest_images(args, backbone, bank, queries, neighbours(args.knn_k, labels), sample)
-        scores = votes(cosine, labels.to(near.device)[near], num_classes, args.knn_temperature)
+        cosine, near = nearest_in_bank(args, backbone, bank, queries, clip_k(args.knn_k, labels), sample)
+        scores = weighted_vote(cosine, labels.to(near.device)[near], num_classes, args.knn_temperature)
         mean, deviation = sample.finish(len(labels))
         right, _ = right_with_few(sample.x, labels, rows, (queries - mean) / deviation, wanted, num_classes)
         return 100 * (scores.argmax(1) == wanted).double().mean().item(), right

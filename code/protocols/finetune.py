@@ -6,20 +6,20 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ckpt import new_model
-from dataloader.load_dataset import at_most, in_order, shuffled_crops
-from dataloader.vision import plain_view
-from errors import WorkError
+from ckpt import build_model
+from dataloader.load_dataset import eval_loader, max_eval_batch, supervised_loader
+from dataloader.vision import eval_view
 from metric.accuracy import topk_accuracy
-from optimizer.sgd import learning_rate
-from protocols.features import labelled_crops
+from optimizer.sgd import lr_schedule
+from protocols.features import augmented_batches
 from runtime.device import get_device
+from runtime.errors import WorkError
 from runtime.messages import progress
-from runtime.options import changed
+from runtime.options import replace_args
 from runtime.precision import autocast
-from runtime.seeding import random_from, seed_step
+from runtime.seeding import generator_for, seed_step
 from runtime.tensors import channels_last
-from utils import prepared
+from utils import prefetch_to_device
 
 # What the numbers of `finetune` are called.
 FINETUNED = {
@@ -35,12 +35,12 @@ def finetune(args, backbone, train, val):
     """Train a copy of `backbone` and a new linear head on `train`, and judge them on `val`. Returns (result, scores,
     labels). result has the accuracies in percent; with --baseline also those of a network without pretraining."""
     rates = args.finetune_learning_rate, args.head_learning_rate
-    scores, labels = train_and_score(args, copy.deepcopy(backbone), train, val, rates, 'fine-tuning')
+    scores, labels = finetune_and_score(args, copy.deepcopy(backbone), train, val, rates, 'fine-tuning')
     result = {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5)}
     if args.baseline:
-        fresh = new_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
+        fresh = build_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
         rates = args.baseline_learning_rate, args.baseline_learning_rate
-        others, _ = train_and_score(args, fresh, train, val, rates, 'from scratch')
+        others, _ = finetune_and_score(args, fresh, train, val, rates, 'from scratch')
         result |= {
             'top1_from_scratch': topk_accuracy(others, labels, 1),
             'top5_from_scratch': topk_accuracy(others, labels, 5),
@@ -48,14 +48,14 @@ def finetune(args, backbone, train, val):
     return {**result, 'num_train': len(train), 'num_val': len(val)}, scores, labels
 
 
-def train_and_score(args, backbone, train, val, rates, title):
+def finetune_and_score(args, backbone, train, val, rates, title):
     """SGD on random crops and flips, cosine to zero; rates: base rates of the backbone and of the head, x batch / 256.
 
     Returns (scores, labels) of val after the last epoch.
     """
     device, size = get_device(args), min(args.finetune_batch_size, len(train))
-    few = changed(args, batch_size=size)
-    crops = shuffled_crops(few, train, drop_last=True)
+    few = replace_args(args, batch_size=size)
+    crops = supervised_loader(few, train, drop_last=True)
     with torch.no_grad():
         width = backbone.eval()(torch.zeros(1, 3, args.image_size, args.image_size, device=device)).shape[1]
     with torch.random.fork_rng(devices=[]):
@@ -66,12 +66,12 @@ def train_and_score(args, backbone, train, val, rates, title):
     steps = len(crops)
     for epoch in progress(range(args.finetune_epochs), title, 'epochs'):
         backbone.train()
-        for step, (view, labels) in enumerate(labelled_crops(few, crops, epoch)):
+        for step, (view, labels) in enumerate(augmented_batches(few, crops, epoch)):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 done = (epoch + step / steps) / args.finetune_epochs
-                group['lr'] = learning_rate(done, args.finetune_warmup, base * size / 256)
+                group['lr'] = lr_schedule(done, args.finetune_warmup, base * size / 256)
             seed_step(args.random_seed, title, epoch, step)
-            with autocast(args, scaled=False):
+            with autocast(args, uses_grad_scaler=False):
                 scores = head(backbone(view))
             loss = cross_entropy(scores.float(), labels)
             optimizer.zero_grad(set_to_none=True)
@@ -84,17 +84,17 @@ def train_and_score(args, backbone, train, val, rates, title):
     backbone.eval()
     found = []
     with torch.inference_mode():
-        for images, labels in prepared(args, in_order(args, val)):
-            view = plain_view(images, args)
-            for part, own in zip(view.split(at_most(args)), labels.split(at_most(args)), strict=True):
-                with autocast(args, scaled=False):
+        for images, labels in prefetch_to_device(args, eval_loader(args, val)):
+            view = eval_view(images, args)
+            for part, own in zip(view.split(max_eval_batch(args)), labels.split(max_eval_batch(args)), strict=True):
+                with autocast(args, uses_grad_scaler=False):
                     scores = head(backbone(channels_last(part)))
                 found.append((scores.float(), own))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def of_each_class(labels, seed):
+def rows_per_class(labels, seed):
     """The row numbers of each class that has images, in random order."""
-    order = torch.randperm(len(labels), generator=random_from(seed, 'label fraction'))
+    order = torch.randperm(len(labels), generator=generator_for(seed, 'label fraction'))
     order = order[labels[order].argsort(stable=True)]
     return order.split(labels.unique(return_counts=True)[1].tolist())

@@ -10,30 +10,30 @@ import torch
 
 from ckpt import FEW, GAIN, GAIN_ERROR, OF_START, WATCHED
 from dataloader import vision
-from dataloader.load_dataset import in_order, labelled
-from errors import path_of
+from dataloader.load_dataset import eval_loader, labeled_subset
 from logger import Logger
 from metric import representation
 from model.weights import average_weights
-from protocols.collapse_verdict import began
+from protocols.collapse_verdict import baseline_label
 from protocols.compare import mean_and_error
 from protocols.few_labels import watch_labels
-from protocols.label_free import FOUND_AMONG, LEAST, quick
-from protocols.protocol import why_no_labels
-from runtime.atomic_write import write_aside
+from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
+from protocols.protocol import missing_labels_reason
+from runtime.atomic_write import atomic_write
 from runtime.device import get_device, peak_memory
-from runtime.distributed import gather
+from runtime.distributed import all_gather_rows
+from runtime.errors import resolve_path
 from runtime.files import read_json
-from runtime.messages import duration, progress, say
-from runtime.tensors import later
-from runtime.trackers import tracker_of
+from runtime.messages import format_duration, log, progress
+from runtime.tensors import async_tolist
+from runtime.trackers import make_tracker
 
-READ_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
+LOG_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
 
-def is_measured(args, epoch):
+def is_measured(args, after_epoch):
     """Whether the network is measured after so many epochs."""
-    return epoch == args.max_epochs or bool(args.knn_every and epoch % args.knn_every == 0)
+    return after_epoch == args.max_epochs or bool(args.knn_every and after_epoch % args.knn_every == 0)
 
 
 def gradient_norm(model):
@@ -42,7 +42,7 @@ def gradient_norm(model):
 
 
 class Monitor:
-    """run: run_dir.Run. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
+    """run: run_dir.RunDir. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
 
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
@@ -51,28 +51,28 @@ class Monitor:
         self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
         if iterators.get('test') not in (None, self.val):
             self.splits['test'] = iterators['test'].dataset
-        self.bank = in_order(args, labelled(train))
-        self.knn_off = '--knn_every=0' if args.knn_every == 0 else why_no_labels(self.splits)
+        self.knn_train_loader = eval_loader(args, labeled_subset(train))
+        self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
         # Of a run that is only looked at again nothing that was written changes.
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
-        logs, metrics = path_of(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
-        self.logger = Logger(logs, after, metrics, tracker_of(args, run.folder))
+        logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
+        self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
         self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
-        self.bar, self.seen, self.outputs, self.norms = None, {}, None, []
+        self.bar, self.last_logged, self.outputs, self.norms = None, {}, None, []
 
     def begin(self, state):
         """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
         saved after and stopped before it could be looked at."""
         if self.knn_off:
-            say(f'the kNN monitor is off: {self.knn_off}')
+            log(f'the kNN monitor is off: {self.knn_off}')
         if self.run.resumed:
-            if state.epoch and self.logger.lacks(state.epoch):
+            if state.epoch and self.logger.is_missing_epoch(state.epoch):
                 self.after_epoch(state)
             return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
-        values, line = self.measured(state)
+        values, line = self.compute_metrics(state)
         self.logger.scalars(0, values)
-        say(f'epoch 0/{self.args.max_epochs}{line} ({began(self.args)})')
+        log(f'epoch 0/{self.args.max_epochs}{line} ({baseline_label(self.args)})')
 
     def begin_epoch(self, state, total):
         """An epoch of `total` images begins at image state.images: the progress bar."""
@@ -81,24 +81,24 @@ class Monitor:
         self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
 
     def show_views(self, views):
-        self.logger.views('two_views', [vision.denormalise(view[:16], self.args) for view in views])
+        self.logger.views('two_views', [vision.denormalize(view[:16], self.args) for view in views])
 
     def after_step(self, state, loss, std, rates, p, z):
         """A step is done. loss, std: on the device; rates: of backbone, projector and predictor; p, z: of each view."""
         self.outputs = p[0], z[0]
         elapsed = time.monotonic() - self.epoch_started
-        self.seen = {
+        self.last_logged = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
             'speed/waiting_for_data': self.loader.waited / elapsed,
             'schedule/learning_rate_encoder': rates[1],
             'schedule/learning_rate_predictor': rates[2],
         }
         if rates[0] != rates[1]:
-            self.seen['schedule/learning_rate_backbone'] = rates[0]
-        if state.images // self.args.batch_size % READ_EVERY == 0:
+            self.last_logged['schedule/learning_rate_backbone'] = rates[0]
+        if state.images // self.args.batch_size % LOG_EVERY == 0:
             self.check_step(state)
             norm = gradient_norm(state.model)
-            self.read = later(torch.stack((loss, std, representation.retrieval(z[0], z[1]), norm)))
+            self.read = async_tolist(torch.stack((loss, std, representation.view_retrieval_top1(z[0], z[1]), norm)))
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
@@ -114,46 +114,46 @@ class Monitor:
         self.norms.append(norm / (state.scaler.get_scale() if state.scaler else 1))
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
-            self.warn_of_collapse(state, loss, std)
-        waiting = self.seen['speed/waiting_for_data']
+            self.warn_if_collapsed(state, loss, std)
+        waiting = self.last_logged['speed/waiting_for_data']
         self.bar.set_postfix_str(
             f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} waiting for data'
         )
 
     def after_epoch(self, state):
         """An epoch is over: its scalars, kNN where it is due, and a line."""
-        args, (loss, std) = self.args, state.last
+        args, (loss, std) = self.args, state.last_epoch_means
         if std < args.collapse_threshold:
-            self.warn_of_collapse(state, loss, std)
-        values = {'pretraining/loss': loss, 'pretraining/std': std, **self.seen, **peak_memory(get_device(args))}
+            self.warn_if_collapsed(state, loss, std)
+        values = {'pretraining/loss': loss, 'pretraining/std': std, **self.last_logged, **peak_memory(get_device(args))}
         if self.norms:
             values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
         line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
-        if self.seen:
-            line += f'  {self.seen["speed/images_per_second"]:.0f} images/s'
+        if self.last_logged:
+            line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs
         if is_measured(args, state.epoch):
-            measured, said = self.measured(state)
+            measured, said = self.compute_metrics(state)
             values, line = {**values, **measured}, line + said
         self.logger.scalars(state.epoch, values)
         if not last and state.epoch > self.began:
             each = (time.monotonic() - self.started) / (state.epoch - self.began)
-            line += f'  {duration(each * (args.max_epochs - state.epoch))} left'
-        say(line)
+            line += f'  {format_duration(each * (args.max_epochs - state.epoch))} left'
+        log(line)
 
-    def measured(self, state):
+    def compute_metrics(self, state):
         """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
         args, found, words = self.args, {}, ''
         if not self.knn_off:
-            found['knn_top1'], right = watch_labels(args, self.backbone(state), self.bank, self.val)
+            found['knn_top1'], right = watch_labels(args, self.backbone(state), self.knn_train_loader, self.val)
             few, said = self.few_labels(state, right)
             found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
-        if (count := len(self.splits['train'])) >= LEAST:
-            found |= quick(args, state.model, self.splits['train'])
-            words += f'  rank {found["rank"]:.1f} of {min(FOUND_AMONG, count)}'
+        if (count := len(self.splits['train'])) >= MIN_IMAGES:
+            found |= monitor_metrics(args, state.model, self.splits['train'])
+            words += f'  rank {found["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
         if self.outputs:
-            p, z = (gather(x) for x in self.outputs)
-            found |= representation.of_outputs(z, p)
+            p, z = (all_gather_rows(x) for x in self.outputs)
+            found |= representation.output_statistics(z, p)
         return {f'pretraining/{name}': value for name, value in found.items()}, words
 
     def backbone(self, state):
@@ -174,7 +174,7 @@ class Monitor:
             return {'few_labels_top1': top1}, words
         if not state.epoch:
             values = {'right': right.tolist()}
-            write_aside(path, lambda aside: aside.write_text(json.dumps(values)))
+            atomic_write(path, lambda aside: aside.write_text(json.dumps(values)))
         before = read_json(path).get('right', [])
         if state.epoch and len(before) == count:
             gains = right - torch.tensor(before, dtype=torch.float64)
@@ -182,7 +182,7 @@ class Monitor:
             words += f' ({found[GAIN]:+.2f} ± {found[GAIN_ERROR]:.2f} over the start)'
         return {name.removeprefix('pretraining/'): value for name, value in found.items()}, words
 
-    def warn_of_collapse(self, state, loss, std):
+    def warn_if_collapsed(self, state, loss, std):
         self.logger.warn_once(
             'collapse',
             f'the model collapses: std {std:.3f} (healthy near 1, threshold {self.args.collapse_threshold}) at loss '

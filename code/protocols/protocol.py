@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from config import OPTIONS
-from dataloader.load_dataset import labelled
-from errors import UserError
-from runtime.console import shown
-from runtime.messages import say
+from dataloader.load_dataset import labeled_subset
+from runtime.console import printable
+from runtime.errors import UserError
+from runtime.messages import log
 
 
 @dataclass
@@ -73,32 +73,32 @@ def without_effect(args):
     return sorted(name for name in args.given if not has_effect(args, name))
 
 
-def labelled_splits(args, own):
+def labeled_splits(args, pretraining_splits):
     """{'train', 'val'} of the checkpoint's own set. Raises UserError where labels are missing."""
-    if reason := why_no_labels(own):
+    if reason := missing_labels_reason(pretraining_splits):
         raise UserError(f'evaluate needs labels: {reason}')
-    return report_unlabelled({name: own[name] for name in ('train', 'val')})
+    return report_unlabeled({name: pretraining_splits[name] for name in ('train', 'val')})
 
 
-def report_unlabelled(splits):
+def report_unlabeled(splits):
     """`splits`, after saying how many of train are of no use without a label."""
     none, count = int((splits['train'].labels < 0).sum()), len(splits['train'])
     if none:
-        say(f'{none} of the {count} images of train have no class, and are left out')
+        log(f'{none} of the {count} images of train have no class, and are left out')
     return splits
 
 
-def why_no_labels(splits):
+def missing_labels_reason(splits):
     """Why accuracies cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
-    if not len(labelled(train)):
-        return f'{shown(train.folder)} has no classes'
+    if not len(labeled_subset(train)):
+        return f'{printable(train.folder)} has no classes'
     if val is None:
         fraction = f'--val_fraction={train.args.val_fraction:g} holds none out'
         why = 'no class has two images, one of which could be held out' if train.args.val_fraction else fraction
-        return f'{shown(train.folder)} has no val: {why}'
+        return f'{printable(train.folder)} has no val: {why}'
     if not (val.labels >= 0).any():
-        return f'{shown(val.folder)} has no classes'
+        return f'{printable(val.folder)} has no classes'
     if not (val.labels >= 0).all():
-        return f'{int((val.labels < 0).sum())} of the {len(val)} images of {shown(val.folder)} have no class'
+        return f'{int((val.labels < 0).sum())} of the {len(val)} images of {printable(val.folder)} have no class'
     return None

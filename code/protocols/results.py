@@ -12,45 +12,53 @@ from pathlib import Path
 import torch
 
 from ckpt import load_file, plain_name, versions
-from config import OF_THE_CALL, OLD_PROTOCOLS, OPTIONS, PROTOCOLS
-from errors import UserError, path_of, same_path
+from config import NOT_RESTORED_OPTIONS, OLD_PROTOCOLS, OPTIONS, PROTOCOLS
 from protocols.protocol import find_protocol, has_effect
-from runtime.atomic_write import write_aside
-from runtime.console import complain
+from runtime.atomic_write import atomic_write
+from runtime.console import print_message
 from runtime.distributed import rank
-from runtime.files import as_json, is_number, now, read_in_order, when
+from runtime.errors import UserError, resolve_path, same_path
+from runtime.files import dumps_nan_safe, is_number, now, read_in_order, when
 
-ELSEWHERE = ('image_path', 'protocol', 'preset', *OF_THE_CALL)  # options that a question has in other entries, or not
+NOT_IN_SPEC = (
+    'image_path',
+    'protocol',
+    'preset',
+    *NOT_RESTORED_OPTIONS,
+)  # options that a question has in other entries, or not
 
 
-def plain(name):
+def sanitize(name):
     """Any file's name as a short part of one that every system and TensorBoard takes."""
     return plain_name(name)[:40]
 
 
-def question(args, splits, checkpoint):
-    """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of Images or Boxes."""
+def eval_spec(args, splits, checkpoint):
+    """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of ImageDataset or Boxes."""
     settings = {
         name: getattr(args, name)
         for name, option in OPTIONS.items()
-        if name not in ELSEWHERE and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
+        if name not in NOT_IN_SPEC and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
     }
     if args.subset_list:
-        settings['subset_digest'] = digest([os.fsdecode(path_of(args.subset_list).read_bytes())])
+        settings['subset_digest'] = digest([os.fsdecode(resolve_path(args.subset_list).read_bytes())])
     path_of_images = find_protocol(args.protocol).path
     path = path_of_images(args) if path_of_images else args.image_path
     return {
         'protocol': args.protocol,
         'checkpoint': checkpoint['path'].name,
         'epoch': checkpoint['epoch'],
-        'images': {'path': str(path_of(path)), **{name: described(images) for name, images in splits.items()}},
+        'images': {
+            'path': str(resolve_path(path)),
+            **{name: dataset_fingerprint(images) for name, images in splits.items()},
+        },
         'preset': args.preset,
         'settings': settings,
         'given': sorted(name for name in args.given if name in settings),
     }
 
 
-def described(images):
+def dataset_fingerprint(images):
     """Images or Boxes: how many, which."""
     names = [*images.names]
     return {
@@ -60,32 +68,32 @@ def described(images):
 
 
 def digest(lines):
-    found = hashlib.blake2b(digest_size=6)
+    metrics = hashlib.blake2b(digest_size=6)
     for line in lines:
-        found.update(line.encode(errors='surrogateescape') + b'\n')
-    return found.hexdigest()
+        metrics.update(line.encode(errors='surrogateescape') + b'\n')
+    return metrics.hexdigest()
 
 
-def name_of(args):
+def result_name(args):
     """What TensorBoard and the file call an evaluation: the protocol and what it is about."""
     return '_'.join([args.protocol, *find_protocol(args.protocol).details(args)])
 
 
-def write(run, name, asked, found, classifier=None):
+def write(run, name, spec, metrics, classifier=None):
     """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
-    mark = digest([json.dumps({**asked, 'given': None}, sort_keys=True)])
-    result = {**asked, **found, 'versions': versions(), 'file': f'evaluate_{name}_{mark}.json', 'when': now()}
+    spec_hash = digest([json.dumps({**spec, 'given': None}, sort_keys=True)])
+    result = {**spec, **metrics, 'versions': versions(), 'file': f'evaluate_{name}_{spec_hash}.json', 'when': now()}
     if rank():
         return result
     if classifier:
-        content = {**classifier, 'question': asked, 'top1': found.get('top1'), 'when': result['when']}
-        write_aside(run / f'classifier_{mark}', lambda aside: torch.save(content, aside))
-    text = as_json(result, indent=2) + '\n'
-    write_aside(run / result['file'], lambda aside: aside.write_text(text))
+        content = {**classifier, 'question': spec, 'top1': metrics.get('top1'), 'when': result['when']}
+        atomic_write(run / f'classifier_{spec_hash}', lambda aside: torch.save(content, aside))
+    text = dumps_nan_safe(result, indent=2) + '\n'
+    atomic_write(run / result['file'], lambda aside: aside.write_text(text))
     return result
 
 
-def of_run(run, **wanted):
+def load_results(run, **wanted):
     """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
     which images they were of."""
     results = []
@@ -94,7 +102,7 @@ def of_run(run, **wanted):
         if result['protocol'] in (*PROTOCOLS,) and is_number(result.get('epoch')):
             results.append(result)
         else:
-            complain('warning', f'{path} is damaged, or no result of evaluate: left out')
+            print_message('warning', f'{path} is damaged, or no result of evaluate: left out')
     return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
 
 
@@ -106,22 +114,24 @@ def classifier_for(args, checkpoint, where):
     several of one set the one with the highest accuracy on val; of equals, or of early files, the last.
     Raises UserError where --classifier names none, WorkError for a damaged file.
     """
-    found = {}  # the folder of a set: the best of its classifiers
+    metrics = {}  # the folder of a set: the best of its classifiers
     named = None
     for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
         if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
             continue
         content = {**content, 'file': path.name, 'when': when(content, path)}
-        if args.classifier and same_path(path_of(args.classifier), path) or args.classifier == path.name:
+        if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
-        if folder not in found or worth(content) > worth(found[folder]):
-            found[folder] = content
-    chosen = named or chosen_of(args, found, Path(os.path.realpath(path_of(args.image_path))), where.resolve())
+        if folder not in metrics or worth(content) > worth(metrics[folder]):
+            metrics[folder] = content
+    chosen = named or pick_classifier(
+        args, metrics, Path(os.path.realpath(resolve_path(args.image_path))), where.resolve()
+    )
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
-        complain('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
+        print_message('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
     return chosen
 
 
@@ -133,25 +143,25 @@ def worth(classifier):
 
 def described_classifier(classifier):
     """A classifier in words: of which set, how good, when, with which settings that were given."""
-    asked = classifier['question']
-    given = ''.join(f', --{name}={asked["settings"][name]}' for name in asked.get('given', ()))
+    spec = classifier['question']
+    given = ''.join(f', --{name}={spec["settings"][name]}' for name in spec.get('given', ()))
     top1 = classifier.get('top1')
     accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
-    return f'{asked["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
+    return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
 
 
-def chosen_of(args, found, own, where):
-    """The one of `found`, {folder of a set: its classifier}, that classifier_for means."""
+def pick_classifier(args, metrics, own, where):
+    """The one of `metrics`, {folder of a set: its classifier}, that classifier_for means."""
     if args.classifier:
-        wanted = Path(os.path.realpath(path_of(args.classifier)))
-        if wanted not in found:
-            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in found.items())
+        wanted = Path(os.path.realpath(resolve_path(args.classifier)))
+        if wanted not in metrics:
+            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in metrics.items())
             known = known or 'none: run evaluate first'
             raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
-        return found[wanted]
-    inside = [folder for folder in found if where.is_relative_to(folder)]
+        return metrics[wanted]
+    inside = [folder for folder in metrics if where.is_relative_to(folder)]
     if inside:
-        return found[max(inside, key=lambda folder: len(folder.parts))]
-    if own in found:
-        return found[own]
-    return next(iter(found.values())) if len(found) == 1 and not where.is_relative_to(own) else None
+        return metrics[max(inside, key=lambda folder: len(folder.parts))]
+    if own in metrics:
+        return metrics[own]
+    return next(iter(metrics.values())) if len(metrics) == 1 and not where.is_relative_to(own) else None

@@ -4,15 +4,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ckpt import plain_name
-from dataloader.load_dataset import in_order, labelled, load_splits
-from errors import UserError, path_of
+from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.accuracy import topk_accuracy
-from protocols.features import features_of
-from protocols.finetune import FINETUNED, finetune, of_each_class
-from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabelled
-from runtime.console import shown
+from protocols.features import extract_features
+from protocols.finetune import FINETUNED, finetune, rows_per_class
+from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabeled
+from runtime.console import printable
+from runtime.errors import UserError, resolve_path
 from runtime.messages import progress
-from runtime.options import changed
+from runtime.options import replace_args
 
 L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
 HELD_OUT = 0.2  # share of train that chooses among them
@@ -20,12 +20,12 @@ HELD_OUT = 0.2  # share of train that chooses among them
 
 def transfer(args, model, splits, _):
     """The Outcome of the backbone on the set of --transfer_path."""
-    there, train, val = of_target(args), labelled(splits['train']), splits['val']
+    own_args, train, val = target_args(args), labeled_subset(splits['train']), splits['val']
     if args.transfer == 'finetune':
-        result, scores, labels = finetune(there, model.backbone, train, val)
+        result, scores, labels = finetune(own_args, model.backbone, train, val)
     else:
-        result, scores, labels = regression(there, model.backbone, train, val)
-    result = {'transfer': args.transfer, 'transfer_path': str(path_of(args.transfer_path)), **result}
+        result, scores, labels = logistic_eval(own_args, model.backbone, train, val)
+    result = {'transfer': args.transfer, 'transfer_path': str(resolve_path(args.transfer_path)), **result}
     return Outcome(result, scores, labels, val.classes)
 
 
@@ -33,30 +33,30 @@ def target_splits(args, _):
     """{'train', 'val'} of the set of --transfer_path. Raises UserError for what is missing."""
     if not args.transfer_path:
         raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
-    where = path_of(args.transfer_path)
+    where = resolve_path(args.transfer_path)
     if not where.exists():
-        raise UserError(f'--transfer_path: {shown(where)} is not there')
-    splits = load_splits(of_target(args))
-    train, val = labelled(splits['train']), splits['val']
+        raise UserError(f'--transfer_path: {printable(where)} is not there')
+    splits = load_splits(target_args(args))
+    train, val = labeled_subset(splits['train']), splits['val']
     if val is None or not len(train) or not (val.labels >= 0).all():
-        raise UserError(f'--transfer_path: {shown(where)} wants classes in train and, of every image, in val')
+        raise UserError(f'--transfer_path: {printable(where)} wants classes in train and, of every image, in val')
     if args.transfer == 'finetune' and len(train) < 2:
-        raise UserError(f'--transfer_path: {shown(where)} has one image to train on; fine-tuning wants two')
-    return report_unlabelled({'train': splits['train'], 'val': val})
+        raise UserError(f'--transfer_path: {printable(where)} has one image to train on; fine-tuning wants two')
+    return report_unlabeled({'train': splits['train'], 'val': val})
 
 
-def of_target(args):
+def target_args(args):
     """args of that set: no preset draws or fetches it."""
-    return changed(args, image_path=args.transfer_path, preset='imagenet')
+    return replace_args(args, image_path=args.transfer_path, preset='imagenet')
 
 
-def regression(args, backbone, train, val):
+def logistic_eval(args, backbone, train, val):
     """Multinomial logistic regression on the features of the centre crops, its l2 strength chosen on a held-out part of
     train, then fitted to all of it. Returns (result, scores, labels)."""
-    x, labels = features_of(args, backbone, in_order(args, train), 'features of train')
-    val_x, val_labels = features_of(args, backbone, in_order(args, val), 'features of val')
+    x, labels = extract_features(args, backbone, eval_loader(args, train), 'features of train')
+    val_x, val_labels = extract_features(args, backbone, eval_loader(args, val), 'features of val')
     num_classes = len(val.classes)
-    best, held_out = strength(args, x, labels, num_classes)
+    best, held_out = select_l2(args, x, labels, num_classes)
     weight, bias = logistic_regression(x, labels, num_classes, best)
     scores = val_x @ weight.T + bias
     result = {
@@ -70,39 +70,39 @@ def regression(args, backbone, train, val):
     return result, scores, val_labels
 
 
-def strength(args, x, labels, num_classes):
+def select_l2(args, x, labels, num_classes):
     """(the l2 strength, its top-1 on the images held out of train to choose it by). At most half of a class is held
     out; where no class has two images, none is: the middle strength, and None."""
-    spare = held_out(labels.cpu(), args.random_seed).to(x.device)
-    if not spare.any():
+    holdout = holdout_mask(labels.cpu(), args.random_seed).to(x.device)
+    if not holdout.any():
         return L2[len(L2) // 2], None
-    start, tried = None, {}
+    warm_start, tried = None, {}
     for l2 in progress(L2, 'l2 strength', 'fits'):
-        start = logistic_regression(x[~spare], labels[~spare], num_classes, l2, start)
-        tried[l2] = topk_accuracy(x[spare] @ start[0].T + start[1], labels[spare], 1)
+        warm_start = logistic_regression(x[~holdout], labels[~holdout], num_classes, l2, warm_start)
+        tried[l2] = topk_accuracy(x[holdout] @ warm_start[0].T + warm_start[1], labels[holdout], 1)
     best = max(tried, key=tried.get)  # the strongest of equals
     return best, tried[best]
 
 
-def held_out(labels, seed):
+def holdout_mask(labels, seed):
     """Which rows (N bool) are held out: HELD_OUT of each class, at least one and at most half."""
-    spare = torch.zeros(len(labels), dtype=torch.bool)
-    for rows in of_each_class(labels, seed):
-        spare[rows[: min(len(rows) // 2, max(1, round(HELD_OUT * len(rows))))]] = True
-    return spare
+    holdout = torch.zeros(len(labels), dtype=torch.bool)
+    for rows in rows_per_class(labels, seed):
+        holdout[rows[: min(len(rows) // 2, max(1, round(HELD_OUT * len(rows))))]] = True
+    return holdout
 
 
-def logistic_regression(x, labels, num_classes, l2, start=None, iterations=200):
+def logistic_regression(x, labels, num_classes, l2, warm_start=None, iterations=200):
     """(weight, num_classes x d; bias, num_classes) that minimise sum of cross-entropies + l2 / 2 |weight|^2, by L-BFGS.
 
-    x: N x d; labels: N. start: a solution to go on from, such as that of a stronger l2.
+    x: N x d; labels: N. warm_start: a solution to go on from, such as that of a stronger l2.
     """
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().item() or 1.0
     x = (x - mean) / scale  # the same minimum, found in fewer steps; the solver's bounds fit no features that are small
     penalty = l2 / (2 * len(x) * scale**2)
     shares = torch.bincount(labels, minlength=num_classes).to(x) / len(x)  # the best biases where all weights are zero
-    weight, bias = start or (x.new_zeros(num_classes, x.shape[1]), shares.clamp(min=1e-6).log())
+    weight, bias = warm_start or (x.new_zeros(num_classes, x.shape[1]), shares.clamp(min=1e-6).log())
     weight, bias = (weight * scale).requires_grad_(), (bias + weight @ mean).requires_grad_()
     solver = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn='strong_wolfe'
@@ -125,6 +125,6 @@ PROTOCOL = Protocol(
     numbers={**FINETUNED, 'held_out_top1': 'top-1 held out'},
     smaller='--batch_size, or --finetune_batch_size',
     path=lambda args: args.transfer_path,
-    details=lambda args: [args.transfer, plain_name(path_of(args.transfer_path).name)[:40]],
+    details=lambda args: [args.transfer, plain_name(resolve_path(args.transfer_path).name)[:40]],
     unused=('image_path', 'download', *KNN_OPTIONS),
 )

@@ -1,22 +1,22 @@
 """Files that are whole or not there, written by one process of each machine."""
 
-from runtime.distributed import first_here
-from runtime.files import csv_of, put_aside
+from runtime import files
+from runtime.distributed import is_local_main
 
 
-def write_aside(path, write):
+def atomic_write(path, write):
     """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us. Of
     several processes the first of each machine writes."""
-    if not first_here():
+    if not is_local_main():
         return
-    put_aside(path, write)
+    files.atomic_write(path, write)
 
 
 def write_csv(path, rows):
-    """Write rows as a CSV file, as write_aside does."""
-    write_aside(path, csv_of(rows))
+    """Write rows as a CSV file, as atomic_write does."""
+    atomic_write(path, files.csv_writer(rows))
 
 
-def save_picture(image, path):
+def save_png(image, path):
     """Write a PIL image as a PNG file, whole or not at all."""
-    write_aside(path, lambda aside: image.save(aside, 'PNG'))
+    atomic_write(path, lambda aside: image.save(aside, 'PNG'))

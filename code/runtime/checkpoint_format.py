@@ -1,4 +1,4 @@
-"""Checkpoints of earlier commits, as the present one would have written them (engine.train_state.State.content).
+"""Checkpoints of earlier commits, as the present one would have written them (engine.train_state.TrainState.content).
 
 Format 3 has a group of parameters for each of backbone, projector and predictor in the optimizer; format 2 had backbone
 and projector in one. Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and
@@ -8,14 +8,14 @@ kept the loss and std of each of them; its first files had no step, scaler, rand
 import torch
 
 from config import OPTIONS, PRESETS
-from errors import WorkError
+from runtime.errors import WorkError
 from runtime.options import parse, preset_options
 
 FORMAT = 3  # of `content`; runtime/checkpoint_format.py reads the earlier ones
 
 
 DAMAGED = 'the checkpoint is damaged: its {} is missing, or is none; take another'
-KINDS = {
+REQUIRED_TYPES = {
     'model': dict,
     'optimizer': dict,
     'epoch': int,
@@ -34,7 +34,7 @@ def is_ours(content):
     return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
 
 
-def upgraded(content):
+def upgrade(content):
     """(content in the present format, the options that the file does not say). The options are checked values, and what
     is missing among them is what the file's preset has. Raises UserError for a value that is no longer possible."""
     if not isinstance(content.get('format', 1), int):
@@ -42,8 +42,8 @@ def upgraded(content):
     if content.get('format', 1) > FORMAT:
         raise WorkError(f'the checkpoint is of format {content["format"]}, a later one than {FORMAT}: update this code')
     if content.get('format', 1) == 1:
-        content = from_steps(content)
-    check_kinds(content)
+        content = upgrade_v1(content)
+    validate(content)
     if content['format'] == 2:
         content = with_three_groups(content)
     said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
@@ -52,13 +52,13 @@ def upgraded(content):
         if 'preset' in said
         else {}
     )
-    unsaid = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
-    return {**content, 'args': {**unsaid, **said}}, sorted(unsaid)
+    missing_options = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
+    return {**content, 'args': {**missing_options, **said}}, sorted(missing_options)
 
 
-def check_kinds(content):
+def validate(content):
     """Raise WorkError where a part of a checkpoint in the present format is missing, or is something else."""
-    for name, kind in KINDS.items():
+    for name, kind in REQUIRED_TYPES.items():
         if name not in content or not isinstance(content[name], kind):
             raise WorkError(DAMAGED.format(name))
     sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) == 2}
@@ -81,7 +81,7 @@ def with_three_groups(content):
     return {**content, 'format': 3, 'optimizer': {**content['optimizer'], 'param_groups': groups}}
 
 
-def from_steps(content):
+def upgrade_v1(content):
     """Format 1 to 2."""
     step, loss = content.get('step', 0), content['loss']
     losses, stds = content.get('seen') or (torch.zeros(0), torch.zeros(0))

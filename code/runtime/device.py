@@ -8,9 +8,9 @@ import sysconfig
 
 import torch
 
-from errors import UserError, WorkError
 from runtime.console import first_line
-from runtime.distributed import start, world
+from runtime.distributed import init_process_group, world_size
+from runtime.errors import UserError, WorkError
 
 
 def get_device(args):
@@ -18,11 +18,11 @@ def get_device(args):
     name = args.device
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name.startswith('cuda:') and world() > 1:
+    if name.startswith('cuda:') and world_size() > 1:
         raise UserError(
-            f'--device={name} would put all {world()} processes on one GPU: --device=cuda gives each its own'
+            f'--device={name} would put all {world_size()} processes on one GPU: --device=cuda gives each its own'
         )
-    if name == 'cuda' and world() > 1:
+    if name == 'cuda' and world_size() > 1:
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(name)
@@ -30,7 +30,7 @@ def get_device(args):
         raise UserError(f'--device is auto, cpu, cuda, cuda:<number> or mps, not {name!r}') from None
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        helps = f'start one a GPU: --nproc_per_node={count}' if world() > 1 and count else 'try --device=auto'
+        helps = f'start one a GPU: --nproc_per_node={count}' if world_size() > 1 and count else 'try --device=auto'
         raise UserError(f'--device={name}: torch sees {count} CUDA GPUs here; {helps}')
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('--device=mps: torch sees no Apple GPU here; try --device=auto')
@@ -39,14 +39,14 @@ def get_device(args):
     return device
 
 
-def use_device(args):
+def init_device(args):
     """get_device, made this process's own, and the other processes joined: what every command begins with."""
     device = get_device(args)
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # where threads and pinned memory have their home, too
         torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
         torch.backends.cudnn.benchmark = True
-    start(device)
+    init_process_group(device)
     return device
 
 
@@ -54,14 +54,14 @@ def use_compile(args):
     """Whether to torch.compile, as --compile says. Raises UserError where it is wanted and cannot be."""
     device = get_device(args)
     if args.compile == 'auto':
-        return device.type == 'cuda' and not why_not_compiled(device)
-    if args.compile == 'True' and (reason := why_not_compiled(device)):
+        return device.type == 'cuda' and not compile_unavailable_reason(device)
+    if args.compile == 'True' and (reason := compile_unavailable_reason(device)):
         raise UserError(f'--compile=True: {reason}; --compile=False goes without')
     return args.compile == 'True'
 
 
 @functools.cache
-def why_not_compiled(device):
+def compile_unavailable_reason(device):
     """Why torch.compile does not work here, in a few words; '' where it does: tried on a small function."""
     if not any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'clang')):
         return 'there is no C compiler (apt install gcc)'
@@ -84,7 +84,7 @@ def peak_memory(device):
     return {'speed/memory_gigabytes': peak / 1e9}
 
 
-def short_of_memory(error):
+def is_oom(error):
     """'the GPU' or 'the machine' where an exception says that it has no more memory, else None."""
     if isinstance(error, torch.OutOfMemoryError):
         return 'the GPU'
@@ -95,11 +95,11 @@ def short_of_memory(error):
 
 
 @contextlib.contextmanager
-def memory_for(what, helps):
+def explain_oom(what, helps):
     """Work whose lack of memory is a WorkError that names it, and what helps there."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if place := short_of_memory(error):
+        if place := is_oom(error):
             raise WorkError(f'{place} has not enough memory for {what}: {helps}') from None
         raise

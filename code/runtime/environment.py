@@ -8,10 +8,10 @@ import multiprocessing.util
 import os
 import tempfile
 
-from errors import ROOT, UserError
+from runtime.errors import ROOT, UserError
 
 
-def extra(package, purpose):
+def require_package(package, purpose):
     """Import a package that only `purpose` (an option) needs. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(package)
@@ -19,7 +19,7 @@ def extra(package, purpose):
         raise UserError(f'{purpose} needs {package}: pip3 install -r {ROOT}/code/requirements-extra.txt') from None
 
 
-def keep_freed_memory():
+def tune_malloc():
     """Tell glibc to keep what is freed for the next step, where it would give it back to the system.
 
     A CPU's batch is made of tensors of many megabytes, and to get their pages back one by one takes longer than to
@@ -31,8 +31,8 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def give_freed_memory_back(_=None):
-    """Undo keep_freed_memory: for a process that reads images, of which one may be a thousand times another."""
+def reset_malloc(_=None):
+    """Undo tune_malloc: for a process that reads images, of which one may be a thousand times another."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(-4, 65536)
@@ -40,7 +40,7 @@ def give_freed_memory_back(_=None):
         libc.mallopt(-1, 32 * 2**20)
 
 
-def short_paths_for_processes():
+def shorten_tmpdir():
     """Give processes a place for their sockets whose path is short enough, whatever TMPDIR is.
 
     The name of a socket has 108 bytes at most; with a longer one a process that reads images could not hand on what it

@@ -12,21 +12,21 @@ import socket
 import tempfile
 from pathlib import Path
 
-from errors import path_of, same_path
+from runtime.errors import resolve_path, same_path
 
 
-def put_aside(path, write):
+def atomic_write(path, write):
     """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us. A link
     stays one; a pipe and a device are written to. Raises OSError with the name that was asked for."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        with called(path, path):
+        with rename_os_error(path, path):
             write(path)
         return
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name[:50]}.{socket.gethostname()[:50]}.{os.getpid()}.part')
     try:
-        with called(path, aside):
+        with rename_os_error(path, aside):
             aside.touch()  # torch would not say why it cannot
             write(aside)
             os.replace(aside, path)
@@ -35,10 +35,10 @@ def put_aside(path, write):
 
 
 def clear_parts(folder):
-    """Delete what writers of this machine that were killed have left in a folder (put_aside)."""
+    """Delete what writers of this machine that were killed have left in a folder (atomic_write)."""
     ending = re.compile(rf'\..*\.{re.escape(socket.gethostname()[:50])}\.(\d+)\.part')
-    for entry in os.scandir(folder) if folder.is_dir() and process_stat('self') else ():
-        if (match := ending.fullmatch(entry.name)) and not process_stat(match[1]):
+    for entry in os.scandir(folder) if folder.is_dir() and proc_stat('self') else ():
+        if (match := ending.fullmatch(entry.name)) and not proc_stat(match[1]):
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
 
@@ -49,7 +49,7 @@ def try_writing(path):
     if path.exists() and not (path.is_file() or path.is_dir()):
         return  # a pipe, a device
     folder = path.resolve().parent
-    with called(path, folder):
+    with rename_os_error(path, folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             tempfile.TemporaryFile(dir=folder).close()
@@ -58,7 +58,7 @@ def try_writing(path):
 
 
 @contextlib.contextmanager
-def called(path, aside):
+def rename_os_error(path, aside):
     """Errors in writing `aside` name `path`."""
     try:
         yield
@@ -73,8 +73,9 @@ def called(path, aside):
         raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
 
 
-def csv_of(rows):
-    """What put_aside calls to write rows as a CSV file. A name is bytes: it is written as it is, whatever it is in."""
+def csv_writer(rows):
+    """What atomic_write calls to write rows as a CSV file. A name is bytes: it is written as it is, whatever it is
+    in."""
 
     def write(aside):
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
@@ -94,7 +95,8 @@ def read_json(path):
 
 def read_metrics(path):
     """The lines of a metrics file as dicts of `epoch`, an int, perhaps `time`, a text, and numbers; what is damaged,
-    cut short or something else is left out. Empty where there is no file. What as_json made null is nan again."""
+    cut short or something else is left out. Empty where there is no file. What dumps_nan_safe made null is nan
+    again."""
     found = []
     try:
         lines = path.read_bytes().splitlines()
@@ -145,7 +147,7 @@ def newest_run(folders):
     return max(found)[1] if found else None
 
 
-def as_json(value, **options):
+def dumps_nan_safe(value, **options):
     """JSON text; a float that is no number becomes null, for other readers of JSON know none such."""
     return json.dumps(without_nan(value), **options)
 
@@ -158,7 +160,7 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def process_stat(pid):
+def proc_stat(pid):
     """What Linux says of a process: the fields of /proc/<pid>/stat from its state on; nothing where there is none."""
     try:
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
@@ -166,7 +168,11 @@ def process_stat(pid):
         return []
 
 
-def is_result_of(result, path):
+def is_result_for(result, path):
     """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
     images = result.get('images')
-    return not isinstance(images, dict) or not isinstance(path, str) or same_path(images.get('path', ''), path_of(path))
+    return (
+        not isinstance(images, dict)
+        or not isinstance(path, str)
+        or same_path(images.get('path', ''), resolve_path(path))
+    )

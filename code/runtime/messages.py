@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from runtime.console import complain, with_options
+from runtime.console import print_message, with_options
 from runtime.distributed import rank
 
 LOGGER = logging.getLogger('simsiam')
@@ -33,7 +33,7 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
     def handleError(self, record):
         error = sys.exc_info()[1]
-        complain('warning', f'no more lines in {self.baseFilename}: {getattr(error, "strerror", None) or error}')
+        print_message('warning', f'no more lines in {self.baseFilename}: {getattr(error, "strerror", None) or error}')
         LOGGER.removeHandler(self)
 
 
@@ -41,8 +41,8 @@ CONSOLE = Console()
 LOGGER.addHandler(CONSOLE)
 
 
-def say(line):
-    """One line on standard output and in the run's log (log_to), of the process that speaks for all."""
+def log(line):
+    """One line on standard output and in the run's log (set_log_file), of the process that speaks for all."""
     if not rank():
         LOGGER.info(with_options(line))
 
@@ -63,7 +63,7 @@ def progress(items=None, title='', unit='batches', total=None, first=0):
     )
 
 
-def log_to(path):
+def set_log_file(path):
     """From now on, what is said is also written to the end of this file, and of no other."""
     for handler in LOGGER.handlers[:]:
         if handler is not CONSOLE:
@@ -74,12 +74,12 @@ def log_to(path):
     LOGGER.addHandler(handler)
 
 
-def be_quiet(quiet):
-    """Whether `say` and `progress` keep off the terminal. Warnings and errors do not."""
+def set_quiet(quiet):
+    """Whether `log` and `progress` keep off the terminal. Warnings and errors do not."""
     CONSOLE.setLevel(logging.CRITICAL if quiet else logging.NOTSET)
 
 
-def duration(seconds):
+def format_duration(seconds):
     """Seconds as people say them."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds % 3600 // 60

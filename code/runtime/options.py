@@ -7,7 +7,7 @@ import shlex
 from dataclasses import replace
 
 from config import OLD_PROTOCOLS, OPTIONS, PRESETS, Config
-from errors import ROOT, UserError, path_of, same_path
+from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 # Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
@@ -24,20 +24,20 @@ def get_config(**options):
     for name, value in options.items():
         if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
             raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
-    given = {name: parse(name, value) for name, value in options.items()}
-    preset = given.get('preset', 'auto')
-    undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in given)
+    explicit = {name: parse(name, value) for name, value in options.items()}
+    preset = explicit.get('preset', 'auto')
+    undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in explicit)
     if preset == 'auto':
-        given.pop('preset', None)
+        explicit.pop('preset', None)
         preset = 'imagenet' if undecided or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
-    if 'beside' in given and 'protocol' not in given:
-        given['protocol'] = 'compare'
-    args = Config(**{**preset_options(preset), **given, 'preset': preset})
-    args.given, args.undecided = set(given), undecided
+    if 'beside' in explicit and 'protocol' not in explicit:
+        explicit['protocol'] = 'compare'
+    args = Config(**{**preset_options(preset), **explicit, 'preset': preset})
+    args.given, args.undecided = set(explicit), undecided
     return args
 
 
-def changed(args, **changes):
+def replace_args(args, **changes):
     """A copy of args with other values, which still knows what was given explicitly."""
     copy = replace(args, **changes)
     copy.given, copy.undecided, copy.chosen = args.given, args.undecided, args.chosen
@@ -54,7 +54,7 @@ def preset_options(preset):
 def parse(name, value):
     """`value` (a string from the command line, or already typed) as option `name` wants it; else UserError."""
     if name not in OPTIONS:
-        raise UserError(f'unknown option --{name}; the nearest is --{meant(name)} (--help lists all)')
+        raise UserError(f'unknown option --{name}; the nearest is --{suggest_option(name)} (--help lists all)')
     wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
     value = OLD_PROTOCOLS.get(value, value) if name == 'protocol' else value
     text = str(value).strip()
@@ -85,7 +85,7 @@ def parse(name, value):
     return result
 
 
-def meant(name):
+def suggest_option(name):
     """The option that somebody means who writes `name`: as the field's other programs call it, by its initials, by a
     part of it, or spelled nearly as it is."""
     name = name.lower().replace('-', '_')
@@ -106,7 +106,7 @@ def help_text(command):
     """The options that `command` uses, the most used first, then by theme, each with its default and meaning; and what
     the presets change."""
     names = [name for name, f in OPTIONS.items() if command in f.metadata['used_by']]
-    often = sorted((name for name in names if OPTIONS[name].metadata['often']), key=often_of)[:10]
+    often = sorted((name for name in names if OPTIONS[name].metadata['often']), key=common_rank)[:10]
     lines = ['Most used', *map(help_line, often)]
     for theme, group in themes().items():
         rest = [name for name in group if name in names and name not in often]
@@ -117,7 +117,7 @@ def help_text(command):
     return '\n'.join(lines)
 
 
-def often_of(name):
+def common_rank(name):
     return OPTIONS[name].metadata['often']
 
 
@@ -137,11 +137,11 @@ def help_line(name):
     return f'  --{name}={default}'.ljust(36) + f.metadata['meaning'] + choices
 
 
-def help_of(name):
+def option_help(name):
     """All there is to say of one option. Raises UserError where there is none of this name."""
     name = name.lstrip('-').replace('-', '_').lower()
     if name not in OPTIONS:
-        raise UserError(f'--help={name}: there is no such option; the nearest is --help={meant(name)}')
+        raise UserError(f'--help={name}: there is no such option; the nearest is --help={suggest_option(name)}')
     f = OPTIONS[name]
     limits, kind = f.metadata, {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[f.type]
     lines = [f'--{name}, {kind}: {limits["meaning"]}', f'default    {f.default!r}']
@@ -157,12 +157,12 @@ def help_of(name):
     return '\n'.join(lines)
 
 
-def unused(args, command):
+def ignored_by_command(args, command):
     """The explicitly given options that `command` has no use for, to be said and not silently dropped."""
     return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
 
 
-def idle(args):
+def ignored_in_train(args):
     """(name, what takes its effect away) of each explicitly given option that does nothing in train beside others."""
     found = {
         '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
@@ -177,7 +177,7 @@ def idle(args):
     return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
 
 
-def places(args, *more):
+def repeat_options(args, *more):
     """What a printed command has to repeat of this call: where its runs are, and `more` options, where given."""
     named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
@@ -186,7 +186,10 @@ def places(args, *more):
 def same_value(name, one, other):
     """Whether two values of an option mean the same."""
     return one == other or (
-        OPTIONS[name].metadata['is_path'] and bool(one) and bool(other) and same_path(path_of(one), path_of(other))
+        OPTIONS[name].metadata['is_path']
+        and bool(one)
+        and bool(other)
+        and same_path(resolve_path(one), resolve_path(other))
     )
 
 

@@ -22,22 +22,22 @@ from pathlib import Path
 
 import torch
 
-from errors import ROOT, UserError, path_of
 from runtime import distributed
-from runtime.atomic_write import write_aside
+from runtime.atomic_write import atomic_write
 from runtime.device import get_device
-from runtime.messages import say
-from runtime.options import changed, get_config
+from runtime.errors import ROOT, UserError, resolve_path
+from runtime.messages import log
+from runtime.options import get_config, replace_args
 from runtime.tensors import channels_last
 
 TRIAL = [sys.executable, '-m', 'runtime.precision']  # in a process of its own, in code/
-CLEARLY = 1.3  # times as fast: what a trial has to show before auto takes bfloat16 on a CPU
+MIN_SPEEDUP = 1.3  # times as fast: what a trial has to show before auto takes bfloat16 on a CPU
 SECONDS = 1.0  # that a step of the trial in float32 should take: so many images are taken, at most the batch
-TURNS, LIMIT = 3, 180  # steps of each kind, by turns; seconds after which a trial is given up
-CLOSE = 0.02  # by which the two losses (in [-1, 1]) may differ
+REPEATS, TIMEOUT_S = 3, 180  # steps of each kind, by turns; seconds after which a trial is given up
+MAX_LOSS_DIFF = 0.02  # by which the two losses (in [-1, 1]) may differ
 NAMES = {torch.bfloat16: 'bfloat16', torch.float16: 'float16', None: 'float32'}
 # What the speed of a step depends on.
-NETWORK = ('backbone', 'stem', 'image_size', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+BENCHMARK_KEYS = ('backbone', 'stem', 'image_size', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 
 
 def precision(args):
@@ -63,94 +63,96 @@ def precision(args):
         if args.amp == 'bf16':
             raise UserError(f'--amp=bf16 wants a CUDA GPU or a CPU, not {device}; try --amp=off')
         return None
-    found = tried(args)
+    found = bf16_benchmark(args)
     if args.amp == 'bf16' and found['failed']:
         raise UserError(f'--amp=bf16: {found["failed"]}; try --amp=off')
-    return torch.bfloat16 if args.amp == 'bf16' or found['ratio'] >= CLEARLY else None
+    return torch.bfloat16 if args.amp == 'bf16' or found['ratio'] >= MIN_SPEEDUP else None
 
 
-def autocast(args, scaled=True):
+def autocast(args, uses_grad_scaler=True):
     """The context in which the network runs: torch.autocast to precision(args).
 
     scaled=False: of a training whose gradients no scaler looks after; float16 is then float32.
     """
     dtype = precision(args)
-    dtype = dtype if scaled or dtype != torch.float16 else None
+    dtype = dtype if uses_grad_scaler or dtype != torch.float16 else None
     return torch.autocast(get_device(args).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def described(args):
+def describe_precision(args):
     """precision(args) in words, with the trial's outcome where there was one."""
     name = NAMES[precision(args)]
     if get_device(args).type != 'cpu' or args.amp == 'off':
         return name
-    found = tried(args)
+    found = bf16_benchmark(args)
     if found['failed']:
         return f'{name} ({found["failed"]})'
     faster = f'{found["ratio"]:.1f} times as fast'
     return f'{name} ({faster} as float32 here)' if name == 'bfloat16' else f'{name} (bfloat16 would be {faster} here)'
 
 
-def kept(args, began):
+def inherit_amp(args, checkpoint_amp):
     """args whose --amp is that of the run that goes on, unless this call gave another.
 
-    began: --amp in the options of the checkpoint; auto, in those of before this was settled at a run's start, was
-    float32 on a CPU. Where this machine has not what the run began with, it is said, and float32 goes on.
+    checkpoint_amp: --amp in the options of the checkpoint; auto, in those of before this was settled at a run's start,
+    was float32 on a CPU. Where this machine has not what the run began with, it is said, and float32 goes on.
     """
     if 'amp' in args.given:
         return args
-    args = changed(args, amp='off' if began == 'auto' and get_device(args).type == 'cpu' else began)
+    args = replace_args(
+        args, amp='off' if checkpoint_amp == 'auto' and get_device(args).type == 'cpu' else checkpoint_amp
+    )
     try:
         precision(args)
     except UserError as error:
-        say(f'the run began with --amp={began}, and goes on in float32: {error}')
-        args = changed(args, amp='off')
+        log(f'the run began with --amp={checkpoint_amp}, and goes on in float32: {error}')
+        args = replace_args(args, amp='off')
     return args
 
 
-def settled(args):
+def resolve_amp(args):
     """args with --amp other than auto: what a run is begun with, and keeps."""
-    return changed(args, amp={torch.bfloat16: 'bf16', torch.float16: 'fp16', None: 'off'}[precision(args)])
+    return replace_args(args, amp={torch.bfloat16: 'bf16', torch.float16: 'fp16', None: 'off'}[precision(args)])
 
 
-def tried(args):
+def bf16_benchmark(args):
     """What the trial for this machine, network and batch has shown: {'ratio': times as fast, 'failed': why or ''}.
 
     Kept in <cache_path>/precision.json. Of several processes the first one tries.
     """
-    options = {name: getattr(args, name) for name in NETWORK}
-    options |= {'batch_size': max(2, args.batch_size // (distributed.world() * args.accumulate_steps))}
-    return for_all(path_of(args.cache_path) / 'precision.json', json.dumps(options))
+    options = {name: getattr(args, name) for name in BENCHMARK_KEYS}
+    options |= {'batch_size': max(2, args.batch_size // (distributed.world_size() * args.accumulate_steps))}
+    return bf16_benchmark_shared(resolve_path(args.cache_path) / 'precision.json', json.dumps(options))
 
 
 @functools.cache
-def for_all(path, options):
+def bf16_benchmark_shared(path, options):
     """trial, by the first process for all of them."""
-    return distributed.same_for_all(lambda: trial(path, options))
+    return distributed.broadcast_from_rank0(lambda: cached_benchmark(path, options))
 
 
-def trial(path, options):
+def cached_benchmark(path, options):
     """tried, of these options (JSON), from the file `path` or anew."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return {'ratio': 0.0, 'failed': 'this CPU has no bfloat16'}
-    key = f'{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}'
+    key = f'{cpu_fingerprint()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}'
     try:
         known = json.loads(path.read_text(encoding='utf-8'))
         return {'ratio': float(known[key]['ratio']), 'failed': str(known[key]['failed'])}
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    say('trying bfloat16 on this CPU, once for this network and batch')
-    found = in_child(options)
+    log('trying bfloat16 on this CPU, once for this network and batch')
+    found = run_in_subprocess(options)
     with_it = {**known, key: found} if isinstance(known, dict) else {key: found}
     if found.pop('sure'):
         try:
-            write_aside(path, lambda aside: aside.write_text(json.dumps(with_it, indent=1) + '\n'))
+            atomic_write(path, lambda aside: aside.write_text(json.dumps(with_it, indent=1) + '\n'))
         except OSError as error:
-            say(f'what the trial showed is not kept for the next run: {error}')
+            log(f'what the trial showed is not kept for the next run: {error}')
     return found
 
 
-def in_child(options):
+def run_in_subprocess(options):
     """The trial as a process: {'ratio', 'failed', 'sure': whether it would end so again}."""
     job = json.dumps({'options': json.loads(options), 'threads': torch.get_num_threads()})
     alone = {name: value for name, value in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
@@ -159,13 +161,13 @@ def in_child(options):
             [*TRIAL, job],
             capture_output=True,
             text=True,
-            timeout=LIMIT,
+            timeout=TIMEOUT_S,
             check=False,
             cwd=ROOT / 'code',
             env={**alone, 'CUDA_VISIBLE_DEVICES': ''},
         )
     except subprocess.TimeoutExpired:
-        return {'ratio': 0.0, 'failed': f'the trial of bfloat16 took longer than {LIMIT} s', 'sure': False}
+        return {'ratio': 0.0, 'failed': f'the trial of bfloat16 took longer than {TIMEOUT_S} s', 'sure': False}
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         why = 'an illegal instruction' if name == 'SIGILL' else name
@@ -175,7 +177,7 @@ def in_child(options):
     except (ValueError, IndexError):
         said = (done.stderr.strip() or 'nothing was said').splitlines()[-1]
         return {'ratio': 0.0, 'failed': f'the trial of bfloat16 failed: {said}', 'sure': False}
-    if not found['difference'] <= CLOSE:  # nan too
+    if not found['difference'] <= MAX_LOSS_DIFF:  # nan too
         return {
             'ratio': 0.0,
             'failed': f'bfloat16 computes another loss here (by {found["difference"]:.2g})',
@@ -184,7 +186,7 @@ def in_child(options):
     return {'ratio': found['ratio'], 'failed': '', 'sure': True}
 
 
-def machine():
+def cpu_fingerprint():
     """The processor, by its name and a digest of what it says that it can."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -201,9 +203,9 @@ def measure(options, threads):
     from loss.negative_cosine import simsiam_loss
     from model.simsiam import SimSiam
     from optimizer.sgd import make_sgd, set_learning_rates
-    from runtime.environment import keep_freed_memory
+    from runtime.environment import tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     torch.set_num_threads(threads)
     args = get_config(preset='imagenet', device='cpu', amp='off', **options)
     torch.manual_seed(args.random_seed)
@@ -234,7 +236,7 @@ def measure(options, threads):
     each = min(step(None, few)[0] for _ in range(2)) / len(few[0])
     many = views(max(2, min(args.batch_size, round(SECONDS / each))))
     times = {dtype: [step(dtype, many)[0] for _ in range(2)][-1:] for dtype in models}
-    for _ in range(TURNS):
+    for _ in range(REPEATS):
         for dtype in models:
             times[dtype].append(step(dtype, many)[0])
     ratio = statistics.median(a / b for a, b in zip(times[None], times[torch.bfloat16], strict=True))

@@ -3,28 +3,28 @@
 import os
 import socket
 
-from runtime.files import process_stat, read_json
+from runtime.files import proc_stat, read_json
 
-MARK = 'running.json'  # in the folder of a run that trains: by whom
+LOCK_FILE = 'running.json'  # in the folder of a run that trains: by whom
 
 
-def trained_by(folder):
+def running_pid(folder):
     """The number of the process of this machine, another than this, that trains the run of a folder; or None."""
-    mark = read_json(folder / MARK)
+    mark = read_json(folder / LOCK_FILE)
     here = mark.get('host') == socket.gethostname() and mark.get('pid') != os.getpid()
-    return mark['pid'] if here and mark.get('started') is not None and is_there(mark) else None
+    return mark['pid'] if here and mark.get('started') is not None and is_alive(mark) else None
 
 
-def is_there(mark):
+def is_alive(mark):
     """Whether the process of this machine that wrote the mark still runs."""
-    return started(mark.get('pid', 0)) == mark.get('started')
+    return process_start_time(mark.get('pid', 0)) == mark.get('started')
 
 
-def started(pid):
+def process_start_time(pid):
     """When a process of this machine began, in the system's ticks: a number that a later one of the same pid has not;
     None where there is none."""
-    if process_stat('self'):
-        stat = process_stat(pid)
+    if proc_stat('self'):
+        stat = proc_stat(pid)
         return stat[19] if stat else None
     if os.name == 'nt':  # os.kill would end it
         return ''
@@ -35,5 +35,5 @@ def started(pid):
     return ''
 
 
-def mark_of_this_process():
-    return {'host': socket.gethostname(), 'pid': os.getpid(), 'started': started(os.getpid())}
+def lock_content():
+    return {'host': socket.gethostname(), 'pid': os.getpid(), 'started': process_start_time(os.getpid())}

@@ -7,23 +7,23 @@ import torch
 from runtime.distributed import rank
 
 
-def random_from(*key):
+def generator_for(*key):
     """A CPU generator whose stream depends on `key` alone, such as (seed, 'views', epoch, step).
 
     Nothing has to be saved or replayed to draw step 1000 of epoch 7 again: that is what makes a resumed run equal to
     one that never stopped.
     """
-    return torch.Generator().manual_seed(seed_of(key))
+    return torch.Generator().manual_seed(derive_seed(key))
 
 
-def seed_of(key):
+def derive_seed(key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'big') >> 1
 
 
 def seed_step(*key):
     """Let what a network itself draws in a step (dropout, stochastic depth, a detector's regions), which comes from
     torch's own generators, depend on `key` alone. Each process draws its own."""
-    seed = seed_of((*key, rank()))
+    seed = derive_seed((*key, rank()))
     torch.default_generator.manual_seed(seed)
     # torch.manual_seed would ask after every kind of device, and note who asks: a quarter of a millisecond each step.
     if torch.cuda.is_initialized():

@@ -20,7 +20,7 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def later(values):
+def async_tolist(values):
     """Begin to copy a small tensor to the CPU; returns a function that gives its numbers.
 
     Called some steps later, it finds the copy done: to read at once would let a GPU's queue run dry.

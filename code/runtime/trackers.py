@@ -4,11 +4,11 @@ import logging
 import os
 from dataclasses import asdict
 
-from config import OF_THE_CALL
-from errors import UserError, path_of
-from runtime.console import complain
+from config import NOT_RESTORED_OPTIONS
+from runtime.console import print_message
 from runtime.distributed import rank
-from runtime.environment import extra
+from runtime.environment import require_package
+from runtime.errors import UserError, resolve_path
 from runtime.files import read_json
 
 PROJECT = 'simsiam'
@@ -18,58 +18,58 @@ class Tracker:
     """What `Logger` hands scalars to. log, finish: the tracker's own, log of ({tag: number}, epoch)."""
 
     def __init__(self, name, log, finish):
-        self.name, self.their_log, self.finish = name, log, finish
+        self.name, self.log_fn, self.finish = name, log, finish
 
     def log(self, epoch, values):
         """A tracker that fails, for its network perhaps, is warned of once and ends no run."""
         try:
-            self.their_log(values, epoch)
+            self.log_fn(values, epoch)
         except Exception as error:
-            complain('warning', f'--tracker={self.name} gets no more of this run: {said(error)}')
-            self.their_log = lambda *_: None
+            print_message('warning', f'--tracker={self.name} gets no more of this run: {one_line(error)}')
+            self.log_fn = lambda *_: None
 
     def close(self):
         try:
             self.finish()
         except Exception as error:
-            complain('warning', f'--tracker={self.name} did not end well: {said(error)}')
+            print_message('warning', f'--tracker={self.name} did not end well: {one_line(error)}')
 
 
-def said(error):
+def one_line(error):
     """What an exception says, on one line."""
     return ' '.join(str(error).split())
 
 
-def package_of(args):
+def import_tracker(args):
     """The module of --tracker, None for none. Raises UserError where it is missing."""
-    return None if args.tracker == 'none' else extra(args.tracker, f'--tracker={args.tracker}')
+    return None if args.tracker == 'none' else require_package(args.tracker, f'--tracker={args.tracker}')
 
 
-def tracker_of(args, run):
+def make_tracker(args, run):
     """The Tracker of --tracker for a run folder: the same entry there, whenever it is gone on with or evaluated; None
     for none, and in all processes but the first. Raises UserError where its package is missing or it will not start."""
     if args.tracker == 'none' or rank():
         return None
     begun = ''.join(c for c in read_json(run / 'run.json').get('started', '') if c.isdigit())
-    mark = f'{run.name}-{begun}'
-    package = package_of(args)
-    path_of(args.log_path).mkdir(parents=True, exist_ok=True)
+    run_id = f'{run.name}-{begun}'
+    package = import_tracker(args)
+    resolve_path(args.log_path).mkdir(parents=True, exist_ok=True)
     start = {'wandb': wandb, 'trackio': trackio, 'mlflow': mlflow}[args.tracker]
     try:
-        return Tracker(args.tracker, *start(package, args, run, mark))
+        return Tracker(args.tracker, *start(package, args, run, run_id))
     except Exception as error:
         raise UserError(
-            f'--tracker={args.tracker} does not start: {said(error)}; --tracker=none goes without'
+            f'--tracker={args.tracker} does not start: {one_line(error)}; --tracker=none goes without'
         ) from None
 
 
-def wandb(package, args, run, mark):
+def wandb(package, args, run, run_id):
     """WANDB_PROJECT, WANDB_MODE=offline and whatever else it knows are its own. Its steps only rise: epochs are one
     more number to it."""
-    logs = path_of(args.log_path)
+    logs = resolve_path(args.log_path)
     entry = package.init(
         project=os.environ.get('WANDB_PROJECT', PROJECT),
-        id=mark,
+        id=run_id,
         name=run.name,
         resume='allow',
         dir=logs,
@@ -81,30 +81,30 @@ def wandb(package, args, run, mark):
     return lambda values, epoch: entry.log({'epoch': epoch, **values}), entry.finish
 
 
-def trackio(package, args, run, mark):
+def trackio(package, args, run, run_id):
     """Kept in TRACKIO_DIR, by default where `trackio show` looks."""
-    package.init(project=PROJECT, name=mark, config=asdict(args), resume='allow')
+    package.init(project=PROJECT, name=run_id, config=asdict(args), resume='allow')
     return lambda values, epoch: package.log(values, step=epoch), package.finish
 
 
-def mlflow(package, args, run, mark):
+def mlflow(package, args, run, run_id):
     """In MLFLOW_TRACKING_URI, or else a file in the log folder."""
     for name in ('mlflow', 'alembic'):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logs = path_of(args.log_path)
+    logs = resolve_path(args.log_path)
     package.set_tracking_uri(os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{logs}/mlflow.db'))
     project = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
     if not package.get_experiment_by_name(project):
         local = {} if 'MLFLOW_TRACKING_URI' in os.environ else {'artifact_location': f'{logs}/mlflow'}
         package.create_experiment(project, **local)
     package.set_experiment(project)
-    known = package.search_runs(filter_string=f"tags.mark = '{mark}'", output_format='list')
+    known = package.search_runs(filter_string=f"tags.mark = '{run_id}'", output_format='list')
     if known:
         package.start_run(run_id=known[0].info.run_id)
         before = known[0].data.params  # which stay as they were first said
-        now = {name: value for name, value in asdict(args).items() if name not in OF_THE_CALL}
+        now = {name: value for name, value in asdict(args).items() if name not in NOT_RESTORED_OPTIONS}
         package.set_tags({f'now {name}': value for name, value in now.items() if before.get(name) != str(value)})
     else:
-        package.start_run(run_name=run.name, tags={'mark': mark})
+        package.start_run(run_name=run.name, tags={'mark': run_id})
         package.log_params(asdict(args))
     return lambda values, epoch: package.log_metrics(values, step=epoch), package.end_run

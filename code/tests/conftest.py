@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from PIL import Image
 
-import warm
 from dataloader.sources import demo
 from runtime import precision
 
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
     """In this process --amp=auto is float32 without a trial, which would take seconds for each network."""
-    monkeypatch.setattr(precision, 'for_all', lambda *_: {'ratio': 0.0, 'failed': 'not tried in a test'})
+    monkeypatch.setattr(precision, 'bf16_benchmark_shared', lambda *_: {'ratio': 0.0, 'failed': 'not tried in a test'})
 
 
 def draw_folder(folder, counts, side=48, suffix='.png'):

@@ -15,11 +15,11 @@ from commands.ablate import variants
 from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from engine.ablation_tables import TABLES
-from errors import UserError
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
-from runtime.options import changed, get_config
+from runtime.errors import UserError
+from runtime.options import get_config, replace_args
 from train import train_step
 
 SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
@@ -95,7 +95,9 @@ def test_two_pairs_are_the_mean_of_both():
     model, views = SimSiam(get_config(**SMALL)).double(), torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
     set_learning_rates(optimizer, 0.0, 0.0, 0.0)
-    both, _ = train_step(model, optimizer, (torch.cat((views[0], views[2])), torch.cat((views[1], views[3]))), parts=2)
+    both, _ = train_step(
+        model, optimizer, (torch.cat((views[0], views[2])), torch.cat((views[1], views[3]))), micro_batches=2
+    )
     gradient = model.projector[0].weight.grad.clone()
     losses, gradients = [], []
     for pair in (views[:2], views[2:]):
@@ -194,7 +196,9 @@ def test_the_schedules_of_the_papers_tables():
         (table, variant): (own.warmup_epochs, own.fix_pred_lr)
         for table in ('batch_size', 'bn', 'stopgrad')
         for variant, options, _ in TABLES[table]
-        for own in [changed(args, **{key: value(args) if callable(value) else value for key, value in options.items()})]
+        for own in [
+            replace_args(args, **{key: value(args) if callable(value) else value for key, value in options.items()})
+        ]
     }
     rising = {('batch_size', size) for size in ('1024', '2048', '4096')} | {('bn', 'none')}
     assert {key for key, (epochs, _) in schedules.items() if epochs} == rising
@@ -212,12 +216,12 @@ def test_curves_are_drawn_where_the_numbers_are():
     """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
     image = plots.curves(
         [
-            plots.Panel('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
-            plots.Panel('b', [('up', [])]),
+            plots.LineChart('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
+            plots.LineChart('b', [('up', [])]),
         ]
     )
-    pixels = np.asarray(plots.image_of(image)).astype(int)
-    blue = tuple(int(plots.COLOURS[0][at : at + 2], 16) for at in (1, 3, 5))
+    pixels = np.asarray(plots.to_pil(image)).astype(int)
+    blue = tuple(int(plots.COLORS[0][at : at + 2], 16) for at in (1, 3, 5))
     up = np.argwhere((pixels[:250] == blue).all(2))
     left, right = up[up[:, 1] < 120], up[(up[:, 1] > 330) & (up[:, 1] < 420)]
     assert left[:, 0].mean() > right[:, 0].mean() + 100
@@ -236,7 +240,7 @@ def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
         name = option.partition('=')[0]
         assert f'{name} is what --table={table} varies: leave it out' in one_line(capsys.readouterr().err)
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), table='collapse')
-    args = changed(args, learning_rate=0.01, batch_size=64)
+    args = replace_args(args, learning_rate=0.01, batch_size=64)
     args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'table', 'cache_path'}
     assert [own.learning_rate for _, _, _, own in variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 

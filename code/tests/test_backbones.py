@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torchvision
 
 import cli
-from ckpt import new_model
+from ckpt import build_model
 from conftest import CODE, TINY, one_line, own_paths
 from engine import set_up
-from errors import UserError
 from model import simsiam
 from model.backbone import make_backbone
 from runtime import distributed
+from runtime.errors import UserError
 from runtime.files import read_metrics
 from runtime.options import get_config
 
@@ -29,10 +29,10 @@ class Dropping(torch.nn.Module):
         self.body = torch.nn.Sequential(
             torch.nn.Conv2d(3, 64, 3, 2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
         )
-        self.drop, self.last = torch.nn.Dropout(0.5), torch.nn.Linear(64, 512)
+        self.drop, self.last_epoch_means = torch.nn.Dropout(0.5), torch.nn.Linear(64, 512)
 
     def forward(self, x):
-        return self.last(self.drop(self.body(x)))
+        return self.last_epoch_means(self.drop(self.body(x)))
 
 
 def test_what_a_network_draws_itself_is_fixed_by_the_seed(drawn, tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_residual_blocks_start_as_the_identity(name, blocks):
 def test_zero_init_is_said_where_there_is_nothing_to_start(capsys):
     for name, said in (('small', False), ('mobilenet_v3_small', True)):
         args = get_config(preset='demo', backbone=name, stem='imagenet', image_size=64, zero_init=False)
-        set_up.warn_of_idle(args, new_model(args))
+        set_up.warn_ignored_options(args, build_model(args))
         assert (f'--zero_init has no effect with --backbone={name}' in capsys.readouterr().err) is said
 
 
@@ -161,13 +161,13 @@ def test_residual_blocks_of_timm_start_as_the_identity():
 )
 def test_what_cannot_be_a_backbone_is_said(options, said):
     with pytest.raises(UserError, match=said):
-        new_model(get_config(preset='imagenet', proj_dim=8, pred_dim=4, **options))
+        build_model(get_config(preset='imagenet', proj_dim=8, pred_dim=4, **options))
 
 
 def test_without_timm_the_command_that_installs_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
     with pytest.raises(UserError, match=r'requirements-extra\.txt'):
-        new_model(get_config(backbone='timm/resnet18', proj_dim=8, pred_dim=4))
+        build_model(get_config(backbone='timm/resnet18', proj_dim=8, pred_dim=4))
 
 
 @pytest.mark.parametrize('name', ['timm/convnext_atto', 'mobilenet_v3_small'])
@@ -268,7 +268,7 @@ def test_a_network_whose_bn_processes_share_is_the_same_network(name, training):
         for shared in (False, True):
             torch.manual_seed(0)
             network = make_backbone(name, 'imagenet', 32)[0].double().train(training)
-            found.append((distributed.share_statistics(network) if shared else network)(x))
+            found.append((distributed.convert_sync_batchnorm(network) if shared else network)(x))
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(found[1], found[0], atol=1e-8, rtol=1e-6)
@@ -280,4 +280,4 @@ def test_a_bn_that_does_what_nobody_knows_is_not_shared():
             return super().forward(x).abs()
 
     with pytest.raises(UserError, match='its Own cannot be shared by processes'):
-        distributed.share_statistics(torch.nn.Sequential(Own(3)))
+        distributed.convert_sync_batchnorm(torch.nn.Sequential(Own(3)))

@@ -173,7 +173,7 @@ def test_unreadable_images_are_left_out_on_request(drawn, trained, tmp_path, cap
     assert re.match('cannot read the image .*train/dots/text.png: ', lines[1])
 
 
-def grey(path):
+def gray(path):
     """Mean of the decoded pixels."""
     image = decode(path)
     return sum(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))) / 3
@@ -182,15 +182,15 @@ def grey(path):
 def test_odd_images_are_read_as_the_readme_says(tmp_path):
     """CMYK, 16 bits, palette with transparency, animation, EXIF rotation, a single pixel, a very long side."""
     Image.new('CMYK', (20, 10), (0, 0, 0, 128)).save(tmp_path / 'cmyk.jpg', quality=95)
-    assert grey(tmp_path / 'cmyk.jpg') == pytest.approx(127, abs=4)
+    assert gray(tmp_path / 'cmyk.jpg') == pytest.approx(127, abs=4)
     Image.new('I;16', (20, 10), 128 * 257).save(tmp_path / 'deep.png')
-    assert grey(tmp_path / 'deep.png') == pytest.approx(128, abs=1)
+    assert gray(tmp_path / 'deep.png') == pytest.approx(128, abs=1)
     palette = Image.new('RGB', (20, 10), (200, 100, 0)).convert('P')
     palette.save(tmp_path / 'palette.png', transparency=0)
-    assert grey(tmp_path / 'palette.png') == pytest.approx(100, abs=12)
+    assert gray(tmp_path / 'palette.png') == pytest.approx(100, abs=12)
     frames = [Image.new('L', (20, 10), level) for level in (10, 250)]
     frames[0].save(tmp_path / 'film.gif', save_all=True, append_images=frames[1:])
-    assert grey(tmp_path / 'film.gif') == pytest.approx(10, abs=2)
+    assert gray(tmp_path / 'film.gif') == pytest.approx(10, abs=2)
     turned, exif = Image.new('RGB', (20, 10)), Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / 'turned.jpg', exif=exif)

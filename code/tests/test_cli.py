@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
 from protocols import label_free
-from protocols.collapse_verdict import FAVOURED, QUICK
-from protocols.results import of_run
+from protocols.collapse_verdict import SELECTION_METRIC, SUMMARY_METRICS
+from protocols.results import load_results
 from runtime.files import read_metrics
 
 RUN = 'model_name_simsiam_ckpt_'
@@ -153,7 +153,7 @@ def test_large_images_train_through_workers(drawn_large, tmp_path):
 
 
 def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_path):
-    """Stopped after its first step and resumed, the run ends as the one that never stopped."""
+    """Interrupted after its first step and resumed, the run ends as the one that never stopped."""
     said = train(tmp_path, drawn, '--max_minutes=0.0001').stdout
     command = re.search(r'have passed: python3 cli.py (.*) goes on in epoch 1, after 16 images', said)[1]
     assert (newest(tmp_path)[1]['epoch'], newest(tmp_path)[1]['images']) == (0, 16)
@@ -179,7 +179,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
     done = run('evaluate', name, *own_paths(copied))
     assert done.returncode == 0, done.stderr
     folder = copied / 'ckpt' / f'{RUN}0'
-    result = of_run(folder)[-1]
+    result = load_results(folder)[-1]
     assert {
         'protocol',
         'epoch',
@@ -256,7 +256,7 @@ def test_without_protocol_it_is_linear(drawn, tmp_path, capsys):
         assert 'run.json is not there or damaged' in one_line(capsys.readouterr().err)
 
 
-def test_infer_without_a_classifier_asks_the_neighbours(trained, drawn, tmp_path):
+def test_infer_without_a_classifier_asks_the_neighbors(trained, drawn, tmp_path):
     """On a folder of the user's own, of any depth and sizes."""
     own = tmp_path / 'own'
     shutil.copytree(drawn / 'val/dots', own / 'deep/er')
@@ -404,7 +404,7 @@ def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
     assert 'no checkpoint in' in capsys.readouterr().out
 
 
-def test_unlabelled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys):
+def test_unlabeled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys):
     (tmp_path / 'set/train').mkdir(parents=True)
     for number, file in enumerate(sorted((drawn / 'train').rglob('*.png'))):
         shutil.copy(file, tmp_path / f'set/train/{number}.png')
@@ -425,19 +425,19 @@ def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monk
     """The last agrees with what training noted; the best by the favoured measure is named, and is one of them. The
     untrained network is measured once."""
     options, seen = ['evaluate', *own_paths(copied), '--protocol=label_free'], []
-    measured = label_free.measured
-    monkeypatch.setattr(label_free, 'measured', lambda *given: seen.append(given) or measured(*given))
+    measured = label_free.all_metrics
+    monkeypatch.setattr(label_free, 'all_metrics', lambda *given: seen.append(given) or measured(*given))
     assert cli.main([*options, f'--ckpt_name={RUN}0']) == 0
     assert len(seen) == 3
     said = capsys.readouterr().out
-    found = {result['epoch']: result for result in of_run(copied / 'ckpt' / f'{RUN}0', protocol='label_free')}
+    found = {result['epoch']: result for result in load_results(copied / 'ckpt' / f'{RUN}0', protocol='label_free')}
     assert sorted(found) == [1, 2]
     for line in read_metrics(copied / 'ckpt' / f'{RUN}0' / 'metrics.jsonl')[1:]:
-        for name in QUICK:
+        for name in SUMMARY_METRICS:
             assert found[line['epoch']]['measures'][name] == pytest.approx(line[f'pretraining/{name}'], nan_ok=True)
     assert found[1]['untrained'] == pytest.approx(found[2]['untrained'], nan_ok=True)
-    best = min(found.values(), key=lambda result: result['measures'][FAVOURED])
-    assert f'the best by {FAVOURED} is epoch {best["epoch"]}: --ckpt_name={RUN}0/{best["checkpoint"]}' in said
+    best = min(found.values(), key=lambda result: result['measures'][SELECTION_METRIC])
+    assert f'the best by {SELECTION_METRIC} is epoch {best["epoch"]}: --ckpt_name={RUN}0/{best["checkpoint"]}' in said
     assert cli.main([*options, f'--ckpt_name={RUN}0/{found[1]["checkpoint"]}']) == 0
     assert 'the best by' not in capsys.readouterr().out
 
@@ -498,7 +498,7 @@ def test_quiet_says_nothing_and_the_log_has_it_all(trained, drawn, tmp_path):
 
 
 @pytest.mark.parametrize('plain', [False, True])
-def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
+def test_colors_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
     """On a pseudo-terminal; in a pipe (every other test) there is neither."""
     command = [
         sys.executable,
@@ -531,16 +531,16 @@ def test_colours_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
 
 
 def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
-    from runtime.atomic_write import write_aside
+    from runtime.atomic_write import atomic_write
 
     path = tmp_path / 'file'
-    write_aside(path, lambda aside: aside.write_text('whole'))
+    atomic_write(path, lambda aside: aside.write_text('whole'))
 
     def fail(aside):
         aside.write_text('ha')
         raise OSError('No space left on device')
 
     with pytest.raises(OSError, match='No space'):
-        write_aside(path, fail)
+        atomic_write(path, fail)
     assert path.read_text() == 'whole'
     assert [p.name for p in tmp_path.iterdir()] == ['file']

@@ -7,10 +7,10 @@ import pytest
 import cli
 from config import OPTIONS
 from conftest import CODE, one_line, run
-from errors import UserError, path_of
 from protocols.protocol import without_effect
 from runtime import options
-from runtime.options import get_config, help_of, idle, themes, unused
+from runtime.errors import UserError, resolve_path
+from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, themes
 
 
 def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
@@ -106,7 +106,7 @@ def test_an_option_without_effect_is_said(capsys, tmp_path):
 )
 def test_what_a_command_has_no_use_for(command, idle):
     given = {name: OPTIONS[name].default for name in idle.split()}
-    assert unused(get_config(preset='demo', **given), command) == sorted(given)
+    assert ignored_by_command(get_config(preset='demo', **given), command) == sorted(given)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_a_stage_has_no_use_for(stage, idle):
 )
 def test_what_is_idle_beside_another_option(words, names):
     args = get_config(preset='demo', **dict(word.split('=') for word in words.split()))
-    assert [name for name, _ in idle(args)] == names
+    assert [name for name, _ in ignored_in_train(args)] == names
 
 
 def test_help_answers_without_torch(tmp_path):
@@ -184,7 +184,7 @@ def test_every_option_has_one_theme_and_a_full_account():
     grouped = [name for names in themes().values() for name in names]
     assert grouped == [*OPTIONS]
     for name, option in OPTIONS.items():
-        said = help_of(name)
+        said = option_help(name)
         assert option.metadata['meaning'] in said
         assert repr(option.default) in said
         assert all(command in said for command in option.metadata['used_by'])
@@ -251,8 +251,8 @@ def test_typed_values_pass_like_text():
 
 def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert path_of('data/demo') == CODE.parent / 'data/demo'
-    assert path_of('/somewhere').as_posix() == '/somewhere'
+    assert resolve_path('data/demo') == CODE.parent / 'data/demo'
+    assert resolve_path('/somewhere').as_posix() == '/somewhere'
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
-from dataloader.cache.decoded import resized
+from dataloader.cache.decoded import build_resized_cache
 from dataloader.loading import crops
-from dataloader.loading.decode import opened, rgb, shrink
+from dataloader.loading.decode import draft_downscale, open_image, rgb
 from dataloader.readers.files import Files
 from dataloader.readers.memory import Memory
-from dataloader.sources.path_array import Names
+from dataloader.sources.path_array import PathArray
 from dataloader.sources.tar_index import open_archives
 from runtime.messages import progress
 from runtime.options import get_config
@@ -87,10 +87,10 @@ def test_a_crop_is_the_references(size, view, name, seed, kind, halve):
     """Within two grey levels; where the JPEG decoder left out detail, within three on average (the edges of a block of
     its pixels are not those of the crop; a picture of 162 x 173 at 8 px was off by 2.008)."""
     content = encoded(picture(*size, seed), kind)
-    with opened(io.BytesIO(content), 'whole') as image:
+    with open_image(io.BytesIO(content), 'whole') as image:
         whole = rgb(image)
     wanted = reference(whole, view, 2, name, seed)
-    with opened(io.BytesIO(content), 'cut') as image:
+    with open_image(io.BytesIO(content), 'cut') as image:
         ours = crops.random_crops(image, 2, recipe(name, view), generator(seed), halve)
         shrunk = image.size != whole.size
     assert (ours.shape, ours.dtype) == ((2, 3, view, view), torch.uint8)
@@ -102,9 +102,9 @@ def test_a_crop_is_the_references(size, view, name, seed, kind, halve):
 
 @every_day
 @given(sizes, views, st.floats(0.1, 1.0), st.integers(0, 2**31))
-def test_the_centre_crop_is_the_references(size, view, ratio, seed):
+def test_the_center_crop_is_the_references(size, view, ratio, seed):
     image = picture(*size, seed)
-    ours = crops.centre_crop(image, view, ratio)
+    ours = crops.center_crop(image, view, ratio)
     side = min(image.size) * ratio
     left, top = (image.width - side) / 2, (image.height - side) / 2
     wanted = image.resize((view, view), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
@@ -117,8 +117,8 @@ def test_a_shrunk_image_is_as_large_as_it_says(height, width, factor):
     """The decoder rounds an odd side up: a box of the whole, divided by what shrink returns, lies inside."""
     height = min(height, max(1, LARGEST // width))
     factor = min(factor, min(height, width))
-    with opened(io.BytesIO(encoded(Image.new('RGB', (width, height)), 'JPEG')), 'image') as image:
-        spare = shrink(image, factor)
+    with open_image(io.BytesIO(encoded(Image.new('RGB', (width, height)), 'JPEG')), 'image') as image:
+        spare = draft_downscale(image, factor)
         assert image.size == (-(-width // spare), -(-height // spare))
         assert spare in (1, 2, 4, 8)
         assert spare <= max(1, factor / 2)
@@ -136,17 +136,17 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
     with tarfile.open(folder / 'train.tar', 'w') as archive:
         for name in names:
             archive.add(folder / name, name)
-    files = Files(folder, Names(names))
+    files = Files(folder, PathArray(names))
     stores = [
         files,
         open_archives([folder / 'train.tar'], folder / 'cache', progress)[1],
-        resized(files, folder, 300, 0.0, folder / 'cache'),
+        build_resized_cache(files, folder, 300, 0.0, folder / 'cache'),
     ]
     with files.opened(0) as image:
         pixels = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)[None]
     for row in range(len(names)):
         found = []
-        for store in [*stores, Memory(Names(names[:1]), pixels)] if row == 0 else stores:
+        for store in [*stores, Memory(PathArray(names[:1]), pixels)] if row == 0 else stores:
             with store.opened(row) as image:
                 found.append(crops.random_crops(image, 2, recipe('moco', view), generator(seed)))
         assert all(torch.equal(crop, found[0]) for crop in found)
@@ -160,7 +160,7 @@ def test_odd_photographs(width, height, view):
     content = encoded(picture(height, width), 'JPEG')
     shrunk = 0
     for seed in range(300):
-        with opened(io.BytesIO(content), 'image') as image:
+        with open_image(io.BytesIO(content), 'image') as image:
             crops.random_crops(image, 2, recipe('moco', view), generator(seed))
             shrunk += image.size != (width, height)
     assert shrunk

@@ -20,14 +20,14 @@ from dataloader import vision
 from dataloader.augment import crop
 from dataloader.augment.recipes import AUGMENTATIONS
 from dataloader.cache import decoded
-from dataloader.load_dataset import get_iterator, in_order, labelled, load_splits
+from dataloader.load_dataset import eval_loader, get_iterator, labeled_subset, load_splits
 from dataloader.loading.decode import decode
 from dataloader.sources import demo
-from errors import UserError, WorkError
 from metric.accuracy import topk_accuracy
 from metric.knn import knn_scores
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 from utils import prepare_batch
 
 
@@ -118,14 +118,14 @@ def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
 def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_large, tmp_path):
     """A folder of images that are too large for memory, and the same pixels held in memory."""
     args = options(drawn_large)
-    from_workers = in_order(args, load_splits(args)['val'])
+    from_workers = eval_loader(args, load_splits(args)['val'])
     images = from_workers.dataset
     pixels = torch.stack(
         [torch.from_numpy(np.array(decode(images.folder / name))).permute(2, 0, 1) for name in images.names]
     )
     for start, batch in zip(range(0, 12, 8), from_workers, strict=True):
-        ours = vision.plain_view(prepare_batch(args, batch)[0], args)
-        wanted = vision.plain_view(pixels[start : start + 8], args)
+        ours = vision.eval_view(prepare_batch(args, batch)[0], args)
+        wanted = vision.eval_view(pixels[start : start + 8], args)
         torch.testing.assert_close(ours, wanted, atol=0.04, rtol=0)  # 1.6 grey levels over the channel's std
 
 
@@ -178,7 +178,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     small.save(folder / 'train/dots/tiny.png')
     args = options(folder, resize_cache=100)
     train = load_splits(args)['train']
-    monkeypatch.setattr(decoded, 'smaller', unreadable)
+    monkeypatch.setattr(decoded, 'resize_short_side', unreadable)
     train = load_splits(args)['train']
     resized = {}
     for row, name in enumerate(train.names):
@@ -191,17 +191,17 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     images, target = next(iter(get_iterator(args)['train']))
     assert (images.shape, len(target)) == ((8, 2, 3, 32, 32), 8)
     monkeypatch.undo()
-    flat, size = train.store.flat, train.store.flat.stat().st_size
+    flat, size = train.store.memmap_path, train.store.memmap_path.stat().st_size
     flat.unlink()
     flat.write_bytes(b'damaged')
     again = load_splits(args)['train']
-    assert (again.store.flat, flat.stat().st_size) == (flat, size)
+    assert (again.store.memmap_path, flat.stat().st_size) == (flat, size)
     os.utime(folder / 'train/dots/tall.png', (1, 1))
     changed = load_splits(args)['train']
-    assert changed.store.flat != flat
+    assert changed.store.memmap_path != flat
     assert not flat.exists()
     other = load_splits(options(folder, resize_cache=100, pixel_max=4095))['train']
-    assert other.store.flat != changed.store.flat  # another white makes other pixels of 16 bits
+    assert other.store.memmap_path != changed.store.memmap_path  # another white makes other pixels of 16 bits
 
 
 def views_of(args, epochs):
@@ -211,7 +211,7 @@ def views_of(args, epochs):
     for epoch in range(epochs):
         batches.batch_sampler.start_epoch(epoch, args.augmentation)
         for step, (images, _) in enumerate(batches):
-            views += batches.dataset.random_views(images, args.augmentation, random_from(epoch, step))
+            views += batches.dataset.make_views(images, args.augmentation, generator_for(epoch, step))
     return torch.cat(views)
 
 
@@ -244,7 +244,7 @@ def test_flat_train_pretrains_without_labels(drawn, tmp_path):
     images, target = next(iter(iterators['train']))
     assert (len(images), target.tolist()) == (8, [-1] * 8)
     assert (iterators['val'], iterators['test']) == (None, None)
-    assert len(labelled(iterators['train'].dataset)) == 0
+    assert len(labeled_subset(iterators['train'].dataset)) == 0
 
 
 def test_test_may_be_flat_and_is_not_val(drawn, tmp_path):
@@ -371,7 +371,7 @@ def test_torchvisions_stl10_files(tmp_path, monkeypatch):
     assert splits['train'].labels.tolist() == [0, 1, 0] + [-1] * 5
     assert splits['val'].labels.tolist() == [1, 1, 0, 0]
     np.testing.assert_array_equal(splits['val'].pixels.numpy(), data['test_X.bin'])
-    bank = labelled(splits['train'])
+    bank = labeled_subset(splits['train'])
     np.testing.assert_array_equal(bank.pixels.numpy(), data['train_X.bin'])
     assert (bank.labels.tolist(), len(bank.names)) == ([0, 1, 0], 3)
 
@@ -391,24 +391,24 @@ def test_the_demo_is_drawn_once_and_whole(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.make_demo(folder, interrupted)
+        demo.write_demo_dataset(folder, interrupted)
     assert not folder.exists()
-    demo.make_demo(folder, iter)
+    demo.write_demo_dataset(folder, iter)
     files = sorted(folder.rglob('*.png'))
     assert len(files) == 30
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
-    demo.make_demo(folder, iter)
+    demo.write_demo_dataset(folder, iter)
     assert [file.stat().st_mtime_ns for file in files] == [time for time, _ in before]
     shutil.rmtree(folder)
-    demo.make_demo(folder, iter)
+    demo.write_demo_dataset(folder, iter)
     assert [file.read_bytes() for file in files] == [content for _, content in before]
 
 
-def test_grey_levels_do_not_give_the_demos_classes_away():
+def test_gray_levels_do_not_give_the_demos_classes_away():
     """kNN on an image's mean, spread and a 4 x 4 thumbnail: near chance (10 %), where SimSiam gets past 85 %."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(1500) % 10
-    images = torch.stack([demo.draw(demo.KINDS[label], generator) for label in labels]).float() / 255
+    images = torch.stack([demo.draw(demo.PATTERNS[label], generator) for label in labels]).float() / 255
     thumbnails = torch.nn.functional.adaptive_avg_pool2d(images[:, None], 4).flatten(1)
     levels = torch.stack((images.mean((1, 2)) - 0.5, images.std((1, 2))), 1)
     for features in (levels, thumbnails - thumbnails.mean(0)):

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import cli
-from ckpt import get_model_ckpt, new_model
+from ckpt import build_model, get_model_ckpt
 from conftest import TINY, one_line, own_paths
-from dataloader.detection.dataset import load_boxes, mask_of
-from dataloader.detection.validate import is_mask, lengths_of
-from errors import UserError, WorkError
+from dataloader.detection.dataset import decode_mask, load_boxes
+from dataloader.detection.validate import decode_rle_counts, is_mask
 from protocols import detection
-from protocols.detection import average_precision, make_detector, run_lengths
-from protocols.results import of_run
+from protocols.detection import average_precision, encode_rle, make_detector
+from protocols.results import load_results
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -179,11 +179,13 @@ def test_a_table_that_cannot_be_used_is_named_before_the_work(spoiling, said, tm
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 300))
 def test_run_lengths_are_those_of_cocos_library(seed, height, width):
     mask = np.random.default_rng(seed).random((height, width)) < 0.3
-    coded = run_lengths(torch.from_numpy(mask))
+    coded = encode_rle(torch.from_numpy(mask))
     assert is_mask({'size': [height, width], 'counts': coded['counts'].decode()}, height, width)
-    lengths = lengths_of(coded['counts'].decode())
+    lengths = decode_rle_counts(coded['counts'].decode())
     assert np.repeat(np.arange(len(lengths)) % 2, lengths).reshape(width, height).T.tolist() == mask.tolist()
-    assert torch.equal(mask_of({'size': [height, width], 'counts': lengths}, height, width), torch.from_numpy(mask) + 0)
+    assert torch.equal(
+        decode_mask({'size': [height, width], 'counts': lengths}, height, width), torch.from_numpy(mask) + 0
+    )
 
 
 @pytest.mark.parametrize('made', [coco, voc])
@@ -192,7 +194,7 @@ def test_images_that_are_not_there_are_named_before_the_work(made, tmp_path):
     sorted(path for path in tmp_path.glob('set/*/*') if path.suffix in ('.png', '.jpg'))[-1].unlink()  # of val
     args = get_config(protocol='detection', detection_path=str(tmp_path / 'set'), cache_path=str(tmp_path))
     with pytest.raises(WorkError, match='1 of the 2 images of val(2017)? are not there, such as .*--bad_images=skip'):
-        detection.splits_of(args)
+        detection.load_detection_splits(args)
 
 
 def test_what_is_difficult_excuses_nothing_but_itself():
@@ -229,13 +231,13 @@ def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
         after = load_boxes(tmp_path / split, False)[split]
         assert (after.left_out, len(after.table['annotations'])) == (4, len(before.table['annotations']))
         assert after.number == before.number
-    detection.splits_of(get_config(preset='demo', detection_path=f'{tmp_path}/val'))
+    detection.load_detection_splits(get_config(preset='demo', detection_path=f'{tmp_path}/val'))
     assert 'val2017: 4 boxes have no area or lie outside of their image, and are left out' in capsys.readouterr().out
     for split in ('train', 'val'):
         coco(tmp_path / f'crowd_{split}', {'train': 3, 'val': 3})
         spoil(tmp_path / f'crowd_{split}', split, lambda table: [x.update(iscrowd=1) for x in table['annotations']])
         with pytest.raises(UserError, match=f'has no boxes in {split}2017'):
-            detection.splits_of(get_config(preset='demo', detection_path=f'{tmp_path}/crowd_{split}'))
+            detection.load_detection_splits(get_config(preset='demo', detection_path=f'{tmp_path}/crowd_{split}'))
 
 
 @pytest.mark.parametrize('made', [coco, voc])
@@ -249,7 +251,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path
     of_train[2].write_bytes(b'')
     of_val[0].unlink()
     whole = splits['train'], splits['val']
-    kept = detection.splits_of(get_config(**options, bad_images='skip'))
+    kept = detection.load_detection_splits(get_config(**options, bad_images='skip'))
     for before, after, rows in zip(whole, kept.values(), ([0, 3], [1, 2]), strict=True):
         assert after.names == [before.names[row] for row in rows]
         assert after.labels.tolist() == before.labels[rows].tolist()
@@ -259,7 +261,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path
     for path in (*of_train, *of_val):
         path.unlink(missing_ok=True)
     with pytest.raises(WorkError, match='no image of .* can be read'):
-        detection.splits_of(get_config(**options, bad_images='skip'))
+        detection.load_detection_splits(get_config(**options, bad_images='skip'))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,7 @@ def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys, monkeypatch)
         '--detection_learning_rate=0.05',
     )
     said = capsys.readouterr().out
-    result = of_run(trained / 'ckpt' / RUN, init='checkpoint')[-1]
+    result = load_results(trained / 'ckpt' / RUN, init='checkpoint')[-1]
     assert f'AP50                  {result["AP50"]:6.2f} %' in said
     assert result['AP50'] > 10
     assert result['AP'] <= result['AP50']
@@ -422,7 +424,7 @@ def test_the_pyramid_is_the_same_for_small_features():
     args, images = get_config(preset='demo', device='cpu'), torch.randn(4, 3, 48, 48)
     levels = []
     for scale in (torch.nn.Identity(), Scale()):
-        backbone = new_model(args).backbone
+        backbone = build_model(args).backbone
         backbone[3] = torch.nn.Sequential(backbone[3], scale)
         levels.append(make_detector(args, backbone, 2, False).backbone.train()(images))
     for name, features in levels[0].items():
@@ -440,7 +442,7 @@ def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_pat
         '--init=random',
         '--detector=mask_rcnn',
     )
-    result = of_run(trained / 'ckpt' / RUN, init='random')[-1]
+    result = load_results(trained / 'ckpt' / RUN, init='random')[-1]
     assert {'AP', 'AP50', 'AP75', 'mask_AP', 'mask_AP50', 'mask_AP75'} <= set(result)
 
 

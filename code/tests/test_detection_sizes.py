@@ -11,8 +11,8 @@ import cli
 from config import PROTOCOLS
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import load_boxes
-from errors import WorkError
 from protocols.protocol import find_protocol, has_effect, without_effect
+from runtime.errors import WorkError
 from runtime.options import get_config
 from test_detection import coco, voc
 
@@ -134,8 +134,8 @@ def test_deep_pictures_are_read_by_pixel_max(tmp_path):
     coco(tmp_path / 'set', COUNTS)
     for path in (tmp_path / 'set').glob('*2017/*.png'):
         with Image.open(path) as image:
-            grey = np.asarray(image.convert('L')).astype(np.uint16) * 16
-        Image.fromarray(grey).save(path)
+            gray = np.asarray(image.convert('L')).astype(np.uint16) * 16
+        Image.fromarray(gray).save(path)
     dark = load_boxes(tmp_path / 'set', False)['train'][0, False][0]
     bright = load_boxes(tmp_path / 'set', False, 4095.0)['train'][0, False][0]
     assert dark.max() < 0.1

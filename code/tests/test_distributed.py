@@ -18,15 +18,15 @@ import cli
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
-from dataloader.load_dataset import get_iterator, in_order
-from dataloader.loading.sampler import Keys
-from errors import UserError
-from protocols.results import of_run
+from dataloader.load_dataset import eval_loader, get_iterator
+from dataloader.loading.sampler import EpochBatchSampler
+from protocols.results import load_results
 from runtime import device, distributed
-from runtime.distributed import place_of
+from runtime.distributed import shard_range
+from runtime.errors import UserError
 from runtime.files import read_metrics
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 
 RUN = 'model_name_simsiam_ckpt_0'
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
@@ -80,7 +80,7 @@ def test_no_image_is_seen_twice_or_left_out(world, drawn, tmp_path, as_one_of):
         as_one_of(rank, world)
         train = get_iterator(args)
         shares.append([[key[0] for key in keys] for keys in train['train'].batch_sampler])
-        val = in_order(args, train['val'].dataset)
+        val = eval_loader(args, train['val'].dataset)
         in_turn += [key[0] for keys in val.batch_sampler for key in keys]
         assert len(list(val)) == len(val)
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -97,7 +97,7 @@ def test_every_process_draws_what_one_would(blur, atol):
     recipe = get_augmentation(get_config(image_size=24, blur_prob=blur), 'moco')
 
     def views(place, these):
-        return vision.random_views(these, recipe, random_from(1), place=place)
+        return vision.random_views(these, recipe, generator_for(1), place=place)
 
     whole = views((0, 8), images)
     for rank in range(4):
@@ -137,7 +137,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
         for name in said
     }
     assert files['one'] == files['two']
-    result = of_run(tmp_path / 'two/ckpt' / RUN, protocol='linear')[-1]
+    result = load_results(tmp_path / 'two/ckpt' / RUN, protocol='linear')[-1]
     assert (result['num_train'], result['num_val']) == (72, 24)
     judge = ('cli.py', 'evaluate', '--protocol=knn', '--amp=off', f'--ckpt_name={RUN}', *own_paths(tmp_path / 'two'))
     done = run(*TORCHRUN, *judge)
@@ -148,7 +148,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
 
 def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
     as_one_of(0, 3)
-    monkeypatch.setattr(device, 'start', lambda device: None)
+    monkeypatch.setattr(device, 'init_process_group', lambda device: None)
     assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
     assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
 
@@ -156,15 +156,15 @@ def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
 def test_what_all_processes_meet_is_said_once(as_one_of, capsys, monkeypatch):
     """By the first of them; what one alone meets, by that one; also where the store has gone."""
     as_one_of(0, 2)
-    monkeypatch.setitem(distributed.JOINED, 'store', torch.distributed.HashStore())
+    monkeypatch.setitem(distributed.STORE, 'store', torch.distributed.HashStore())
     for reason in ('a', 'b', 'a', UserError('a')):
-        assert cli.failed(reason, 2) == 2
+        assert cli.print_error(reason, 2) == 2
     assert capsys.readouterr().err == 'error: a\nerror: b\n'
     store = torch.distributed.TCPStore('localhost', 0, is_master=True)
     other = torch.distributed.TCPStore('localhost', store.port)
     del store
-    monkeypatch.setitem(distributed.JOINED, 'store', other)
-    assert cli.failed('a') == 1
+    monkeypatch.setitem(distributed.STORE, 'store', other)
+    assert cli.print_error('a') == 1
     assert capsys.readouterr().err == 'error: a\n'
 
 
@@ -299,15 +299,16 @@ def test_a_linear_evaluation_of_several_processes_is_that_of_one(world, batch, c
 @pytest.mark.parametrize('world', [2, 3, 4])
 @pytest.mark.parametrize(('count', 'size', 'drop_last'), [(10, 4, False), (9, 4, False), (3, 8, False), (12, 4, True)])
 def test_the_parts_of_shuffled_batches_are_the_whole(count, size, drop_last, world, as_one_of):
-    """As distributed.gather joins them, each as long as the largest; an image that fills a place is cut off."""
-    whole = Keys(count, size, 0, 'crop', shuffled=True, drop_last=drop_last)
+    """As distributed.all_gather_rows joins them, each as long as the largest; an image that fills a place is cut
+    off."""
+    whole = EpochBatchSampler(count, size, 0, 'crop', shuffled=True, drop_last=drop_last)
     batches, sizes, parts = [*whole], whole.sizes(), []
     assert [len(batch) for batch in batches] == sizes
     for rank in range(world):
         as_one_of(rank, world)
         parts.append([*whole])
         for part, number in zip(parts[-1], sizes, strict=True):
-            first, of = place_of(len(part), number)
+            first, of = shard_range(len(part), number)
             assert of == number
             assert 0 <= first <= first + len(part) <= number
     for i, batch in enumerate(batches):
@@ -391,7 +392,7 @@ def test_one_process_reads_no_port(environment, port, monkeypatch):
     """Kubernetes sets MASTER_PORT=tcp://... where a service is called master."""
     for name, value in {**environment, 'MASTER_PORT': port}.items():
         monkeypatch.setenv(name, value)
-    cli.check_processes('train')
+    cli.check_torchrun_env('train')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -403,7 +404,7 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, 
         port = free.getsockname()[1]
     code = (
         f'import sys; sys.path.insert(0, {str(CODE)!r}); import cli; from runtime import distributed; '
-        f'distributed.SAY_AFTER = 0.5; distributed.LONGEST_START = {600 if stopped else 1.5}; '
+        f'distributed.WARN_AFTER_S = 0.5; distributed.INIT_TIMEOUT_S = {600 if stopped else 1.5}; '
         f'sys.exit(cli.main(sys.argv[1:]))'
     )
     place = {'WORLD_SIZE': '2', 'RANK': str(rank), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}

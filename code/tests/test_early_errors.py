@@ -11,8 +11,8 @@ import torch
 
 import cli
 from conftest import CODE, TINY, one_line, own_paths
-from errors import UserError
 from protocols import knn, run_protocol
+from runtime.errors import UserError
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -56,7 +56,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(
         raise AssertionError('the work has begun')
 
     monkeypatch.setattr(tempfile, 'TemporaryFile', refused)
-    monkeypatch.setattr('dataloader.loading.loader.Loader.__iter__', worked)
+    monkeypatch.setattr('dataloader.loading.loader.WatchedDataLoader.__iter__', worked)
     monkeypatch.setattr('commands.pack.write_split', worked)
     assert cli.main([command, *given]) == 1
     assert 'Read-only file system' in one_line(capsys.readouterr().err)
@@ -78,7 +78,7 @@ def test_a_tracker_that_does_not_start_is_told_before_the_work(trained, monkeypa
     def refused(*_):
         raise UserError('--tracker=wandb does not start')
 
-    monkeypatch.setattr(run_protocol, 'tracker_of', refused)
+    monkeypatch.setattr(run_protocol, 'make_tracker', refused)
     begun = replace(knn.PROTOCOL, run=lambda *_: pytest.fail('the work has begun'))
     monkeypatch.setattr(knn, 'PROTOCOL', begun)
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', *own_paths(trained)]

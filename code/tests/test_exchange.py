@@ -12,14 +12,14 @@ from PIL import Image
 from torch import nn
 
 import cli
-from ckpt import get_model_ckpt, new_model, save_checkpoint
+from ckpt import build_model, get_model_ckpt, save_checkpoint
 from commands import embed as embedding
 from conftest import TINY, one_line, own_paths
-from engine.train_state import State
-from errors import UserError, WorkError
-from metric.knn import nearest
+from engine.train_state import TrainState
+from metric.knn import topk_neighbors
 from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -226,13 +226,13 @@ def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ours') / 'run'
     folder.mkdir()
     args = get_config(preset='imagenet', backbone='resnet18', proj_dim=16, pred_dim=8, image_size=64)
-    model = randomised(new_model(args), 3)
+    model = randomised(build_model(args), 3)
     return saved(folder, args, model), model
 
 
 def saved(folder, args, model):
     """The path of a checkpoint of `model` after an epoch."""
-    state = State(model, make_sgd(model, 0.9, 0))
+    state = TrainState(model, make_sgd(model, 0.9, 0))
     state.finish_epoch((-0.5, 1.0))
     return save_checkpoint(folder, args, state)
 
@@ -282,7 +282,7 @@ def test_export_to_onnx(kind, ours, tmp_path):
     path, model = ours
     if kind == 'small':
         args = get_config(preset='demo', image_size=64)
-        model = randomised(new_model(args), 4)
+        model = randomised(build_model(args), 4)
         path = saved(tmp_path, args, model)
     export(path, 'onnx', tmp_path / 'b.onnx')
     assert [file.name for file in tmp_path.glob('b.onnx*')] == ['b.onnx']
@@ -333,7 +333,7 @@ def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
         ({'preset': 'cifar10', 'proj_dim': 8}, '--stem=cifar'),
     ):
         args = get_config(**options)
-        model = new_model(args)
+        model = build_model(args)
         path = saved(tmp_path, args, model)
         assert cli.main(['export', f'--ckpt_name={path}', f'--format={form}', f'--output={tmp_path}/b']) == 2
         error = one_line(capsys.readouterr().err)
@@ -399,7 +399,7 @@ def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
 def test_nearest_is_a_brute_force_search():
     generator = torch.Generator().manual_seed(5)
     queries, bank = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
-    cosine, rows = nearest(queries, bank, 3)
+    cosine, rows = topk_neighbors(queries, bank, 3)
     for query, values, found in zip(queries, cosine, rows, strict=True):
         every = [(query @ other / query.norm() / other.norm()).item() for other in bank]
         wanted = sorted(range(30), key=lambda i: -every[i])[:3]
@@ -407,7 +407,7 @@ def test_nearest_is_a_brute_force_search():
         assert values.tolist() == pytest.approx([every[i] for i in wanted], abs=1e-6)
 
 
-def test_infer_shows_the_neighbours(drawn, tmp_path):
+def test_infer_shows_the_neighbors(drawn, tmp_path):
     options = (f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *options]) == 0
     output = tmp_path / 'out.csv'

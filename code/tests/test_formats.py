@@ -9,9 +9,9 @@ import torch
 import cli
 from ckpt import get_model_ckpt
 from conftest import CODE, own_paths
-from errors import WorkError
-from protocols.results import of_run
-from runtime.checkpoint_format import FORMAT, upgraded
+from protocols.results import load_results
+from runtime.checkpoint_format import FORMAT, upgrade
+from runtime.errors import WorkError
 from runtime.options import get_config, preset_options
 
 OLD = CODE / 'tests/checkpoints'
@@ -42,13 +42,13 @@ def test_it_is_judged_as_it_was(drawn, tmp_path):
     shutil.copy(OLD / 'da4e617', run / 'loss_-0.0824_epoch_1')
     argv = ['evaluate', '--ckpt_name=model_name_old_ckpt_0', '--protocol=knn', f'--image_path={drawn}', '--amp=off']
     assert cli.main([*argv, *own_paths(tmp_path)]) == 0
-    assert of_run(run)[-1]['top1'] == 50.0
+    assert load_results(run)[-1]['top1'] == 50.0
 
 
 def test_a_position_in_steps_is_one_in_images():
     before = old('6693c8e')
     assert (before['step'], before['args']['batch_size']) == (1, 16)
-    now, _ = upgraded(before)
+    now, _ = upgrade(before)
     assert (now['epoch'], now['images']) == (0, 16)
     assert (now['sums'] / now['images'])[0].item() == pytest.approx(before['loss'], abs=1e-6)
     assert 'step' not in now
@@ -89,10 +89,10 @@ def test_it_goes_on(name, drawn, tmp_path, capsys):
     ],
 )
 def test_a_part_that_is_missing_or_none_is_damage(part, value):
-    content, _ = upgraded(old('6693c8e'))
+    content, _ = upgrade(old('6693c8e'))
     content = {name: kept for name, kept in {**content, part: value}.items() if value != 'GONE' or name != part}
     with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing, or is none'):
-        upgraded(content)
+        upgrade(content)
 
 
 def test_other_bytes_than_were_written_are_damage(tmp_path):
@@ -111,4 +111,4 @@ def test_other_bytes_than_were_written_are_damage(tmp_path):
 
 def test_a_later_format_is_told_as_that():
     with pytest.raises(WorkError, match=f'of format {FORMAT + 1}, a later one than {FORMAT}: update this code'):
-        upgraded({**old('6693c8e'), 'format': FORMAT + 1})
+        upgrade({**old('6693c8e'), 'format': FORMAT + 1})

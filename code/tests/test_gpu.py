@@ -15,26 +15,26 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ckpt import new_model
+from ckpt import build_model
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
 from dataloader.augment.recipes import get_augmentation
-from dataloader.loading.dataset import Images
-from dataloader.loading.loader import workers_for
+from dataloader.loading.dataset import ImageDataset
+from dataloader.loading.loader import resolve_num_workers
 from dataloader.readers.memory import Memory
 from engine import cuda_graph, memory_estimate, set_up
-from errors import UserError
 from loss.negative_cosine import simsiam_loss
-from metric.feature_std import spread
-from metric.knn import Nearest, votes
+from metric.feature_std import feature_std
+from metric.knn import TopKSearch, weighted_vote
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from protocols.linear import train_probe
 from runtime import device, distributed
-from runtime.device import get_device, use_compile, why_not_compiled
-from runtime.options import changed, get_config
+from runtime.device import compile_unavailable_reason, get_device, use_compile
+from runtime.errors import UserError
+from runtime.options import get_config, replace_args
 from runtime.precision import precision
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 from runtime.tensors import channels_last
 from train import train_step
 
@@ -63,7 +63,7 @@ def images_of(device, crops):
 @pytest.mark.parametrize('crops', [False, True])
 def test_views_stay_on_the_gpu(crops, no_content):
     table, moments = torch.zeros(32, 15, device=GPU), torch.zeros(2, 3, 1, 1, device=GPU)
-    views = vision.distort_all(images_of(GPU, crops), table, MOCO, moments, 2)
+    views = vision.augment_gpu(images_of(GPU, crops), table, MOCO, moments, 2)
     for view in views:
         assert (view.shape, view.device, view.dtype) == ((16, 3, 32, 32), GPU, torch.float32)
         assert view.is_contiguous(memory_format=torch.channels_last)
@@ -77,7 +77,7 @@ def test_forward_and_loss_stay_on_the_gpu(no_content):
         outputs = model(*(channels_last(view) for view in views))
     assert {(x.device, x.dtype) for x in outputs} == {(GPU, torch.bfloat16)}
     outputs = [x.float() for x in outputs]
-    for value in (simsiam_loss(*outputs), spread(outputs[2]), spread(outputs[2].detach())):
+    for value in (simsiam_loss(*outputs), feature_std(outputs[2]), feature_std(outputs[2].detach())):
         assert (value.device, value.dtype, value.shape) == (GPU, torch.float32, ())
 
 
@@ -86,27 +86,27 @@ def test_a_step_waits_for_nothing(parts, no_content):
     """Forward, loss, way back and update; that the test can fail is the last line."""
     model = SimSiam(get_config(**SMALL)).train()
     optimizer, views = make_sgd(model, 0.9, 1e-4), [torch.zeros(16, 3, 32, 32) for _ in range(2)]
-    train_step(model, optimizer, views, parts=parts)
+    train_step(model, optimizer, views, micro_batches=parts)
     with pytest.raises(DataDependentOutputException):
         train_step(model, optimizer, views, lambda *outputs: simsiam_loss(*outputs) * simsiam_loss(*outputs).item())
 
 
 def test_knn_stays_on_the_gpu(no_content):
-    found = Nearest(torch.zeros(30, 8, device=GPU), 5)
+    found = TopKSearch(torch.zeros(30, 8, device=GPU), 5)
     for first in (0, 40):
         found.see(torch.zeros(40, 8, device=GPU), first)
     labels = torch.zeros(80, dtype=torch.int64, device=GPU)
-    scores = votes(found.cosine, labels[found.rows], 7, 0.1)
+    scores = weighted_vote(found.cosine, labels[found.rows], 7, 0.1)
     assert (scores.shape, scores.device) == ((30, 7), GPU)
 
 
 @pytest.mark.parametrize(('side', 'device', 'many'), [(32, GPU, 3136), (224, GPU, 64), (4000, GPU, 1), (32, 'cpu', 0)])
 def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, device, many, no_content):
     pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
-    images = Images(get_config(image_size=32), None, Memory([], pixels), torch.zeros(2), [])
-    assert load_dataset.at_once(images) == many
-    at_224 = Images(get_config(image_size=224), None, Memory([], pixels), torch.zeros(2), [])
-    assert load_dataset.at_once(at_224) == min(many, 64)  # they are enlarged
+    images = ImageDataset(get_config(image_size=32), None, Memory([], pixels), torch.zeros(2), [])
+    assert load_dataset.gpu_eval_batch(images) == many
+    at_224 = ImageDataset(get_config(image_size=224), None, Memory([], pixels), torch.zeros(2), [])
+    assert load_dataset.gpu_eval_batch(at_224) == min(many, 64)  # they are enlarged
 
 
 def test_the_probe_waits_for_nothing(no_content):
@@ -124,16 +124,16 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
     """All of it, from bytes to normalised views, without a break; and what the CPU's path makes of the same table."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, images_of('cpu', crops).shape, dtype=torch.uint8, generator=generator)
-    table = vision.sample(32, MOCO, random_from(1), None if crops else images.shape[-2:])
-    given = (images, table, MOCO, vision.moments_of(get_config(), images.device), 2)
-    whole = torch.compile(vision.distort_all, backend='eager', fullgraph=True)(*given)
+    table = vision.sample(32, MOCO, generator_for(1), None if crops else images.shape[-2:])
+    given = (images, table, MOCO, vision.mean_std_of_args(get_config(), images.device), 2)
+    whole = torch.compile(vision.augment_gpu, backend='eager', fullgraph=True)(*given)
     for ours, plain, wanted in zip(
-        whole, vision.distort_all(*given), vision.random_views(images, MOCO, random_from(1)), strict=True
+        whole, vision.augment_gpu(*given), vision.random_views(images, MOCO, generator_for(1)), strict=True
     ):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
         # Of a blur the CPU leaves out what lies beyond the largest sigma of the batch.
         torch.testing.assert_close(
-            vision.denormalise(ours, get_config()), vision.denormalise(wanted, get_config()), atol=4e-3, rtol=0
+            vision.denormalize(ours, get_config()), vision.denormalize(wanted, get_config()), atol=4e-3, rtol=0
         )
 
 
@@ -141,12 +141,12 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
 def test_the_network_is_one_graph(backbone, shared):
     """With the BN of several processes, too, there and back."""
     torch._dynamo.reset()
-    model = new_model(get_config(**SMALL, backbone=backbone)).train()
+    model = build_model(get_config(**SMALL, backbone=backbone)).train()
     if shared:
         dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         if shared:
-            distributed.share_statistics(model)
+            distributed.convert_sync_batchnorm(model)
         backend = 'aot_eager' if shared else 'eager'  # the way back is a graph of its own where it is ours
         outputs = torch.compile(model, backend=backend, fullgraph=True)(*torch.randn(2, 4, 3, 32, 32))
         simsiam_loss(*outputs).backward()
@@ -173,9 +173,9 @@ def gradients(dtype, shared, backend):
     without."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = new_model(get_config(**SMALL)).train()
+    model = build_model(get_config(**SMALL)).train()
     if shared:
-        distributed.share_statistics(model)
+        distributed.convert_sync_batchnorm(model)
     if backend:
         model.compile(backend=backend, fullgraph=True)
     with torch.autocast('cpu', dtype or torch.bfloat16, enabled=dtype is not None):
@@ -200,31 +200,31 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setattr(device, 'get_device', lambda _: torch.device('cpu'))
     for said, breaks in cases.items():
-        why_not_compiled.cache_clear()
+        compile_unavailable_reason.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(shutil, 'which', shutil.which if 'gcc' in said else lambda name: f'/usr/bin/{name}')
             if 'fails' in said:
                 patch.setattr(device.os.path, 'exists', lambda _: True)
             breaks(patch)
-            assert why_not_compiled(torch.device('cpu')) == said
+            assert compile_unavailable_reason(torch.device('cpu')) == said
             with pytest.raises(UserError, match='--compile=False goes without'):
                 use_compile(get_config(compile='True'))
             patch.setattr(device, 'get_device', lambda _: GPU)
-            monkeypatch.setattr(device, 'why_not_compiled', lambda _, said=said: said)
+            monkeypatch.setattr(device, 'compile_unavailable_reason', lambda _, said=said: said)
             assert use_compile(get_config(compile='auto')) is False
-        monkeypatch.setattr(device, 'why_not_compiled', why_not_compiled)
-    why_not_compiled.cache_clear()
+        monkeypatch.setattr(device, 'compile_unavailable_reason', compile_unavailable_reason)
+    compile_unavailable_reason.cache_clear()
 
 
 def test_a_short_run_is_not_compiled(monkeypatch):
     """To compile takes longer than the demo."""
     monkeypatch.setattr(set_up, 'get_device', lambda _: GPU)
-    monkeypatch.setattr(set_up, 'why_not_compiled', lambda _: 'no compiler')
-    assert set_up.reason_not_to_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
-    assert set_up.reason_not_to_compile(get_config(), 800 * 97) == 'no compiler'
-    assert set_up.reason_not_to_compile(get_config(compile='True'), 930) == ''
+    monkeypatch.setattr(set_up, 'compile_unavailable_reason', lambda _: 'no compiler')
+    assert set_up.why_not_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
+    assert set_up.why_not_compile(get_config(), 800 * 97) == 'no compiler'
+    assert set_up.why_not_compile(get_config(compile='True'), 930) == ''
     monkeypatch.setattr(set_up, 'get_device', lambda _: torch.device('cpu'))
-    assert set_up.reason_not_to_compile(get_config(), 930) == ''
+    assert set_up.why_not_compile(get_config(), 930) == ''
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,15 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr('dataloader.loading.loader.cpu_count', lambda: 128)
-    assert (get_device(get_config()).type, workers_for(-1)) == ('cuda', 128)
+    assert (get_device(get_config()).type, resolve_num_workers(-1)) == ('cuda', 128)
     assert get_device(get_config(device='cuda:1')) == torch.device('cuda', 1)
     for name, value in {'WORLD_SIZE': 16, 'LOCAL_WORLD_SIZE': 8, 'RANK': 9, 'LOCAL_RANK': 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert (get_device(get_config()), workers_for(-1), workers_for(3)) == (torch.device('cuda', 1), 16, 3)
+    assert (get_device(get_config()), resolve_num_workers(-1), resolve_num_workers(3)) == (
+        torch.device('cuda', 1),
+        16,
+        3,
+    )
     with pytest.raises(UserError, match='would put all 16 processes on one GPU'):
         get_device(get_config(device='cuda:0'))
     monkeypatch.setenv('LOCAL_RANK', '2')
@@ -264,21 +268,21 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
 def test_what_a_step_takes_is_known_before_it():
     """For the paper's ResNet-50 at 224 px in bfloat16 12, 24 and 47 GB at 128, 256 and 512 images were counted."""
     args = get_config(preset='imagenet', device='cpu')
-    model = new_model(args)
-    counted = [memory_estimate.step_bytes(model, images, 2, 224, torch.bfloat16) for images in (128, 256, 512)]
+    model = build_model(args)
+    counted = [memory_estimate.estimate_step_bytes(model, images, 2, 224, torch.bfloat16) for images in (128, 256, 512)]
     assert counted == pytest.approx([12e9, 24e9, 47e9], rel=0.04)
     assert counted[2] - counted[1] == 2 * (counted[1] - counted[0])
-    full = memory_estimate.step_bytes(model, 128, 2, 224, None)
+    full = memory_estimate.estimate_step_bytes(model, 128, 2, 224, None)
     assert full / 2 < counted[0] < 0.6 * full
-    line, helps = memory_estimate.of_a_step(args, model, torch.bfloat16, 25e9)
+    line, helps = memory_estimate.describe_step_memory(args, model, torch.bfloat16, 25e9)
     assert helps == '--accumulate_steps=4 takes 13.6 GB'
     assert line == f'a step takes about 50.6 GB, 25.0 GB are free: {helps}'
-    line, helps = memory_estimate.of_a_step(args, model, torch.bfloat16, 80e9)
+    line, helps = memory_estimate.describe_step_memory(args, model, torch.bfloat16, 80e9)
     assert line == 'a step takes about 50.6 GB, 80.0 GB are free'
     assert helps == 'try a smaller --batch_size, or --accumulate_steps=2'
     assert (
         'a smaller --image_size'
-        in memory_estimate.of_a_step(changed(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
+        in memory_estimate.describe_step_memory(replace_args(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
     )
 
 
@@ -296,7 +300,7 @@ def test_what_a_step_takes_is_known_before_it():
 def test_the_views_of_a_batch_are_counted(options, said):
     """ResNet-50 at 224 px on a card with 8.4 GB free: views are made all at once, before the parts of a step."""
     args = get_config(preset='imagenet', device='cpu', **options)
-    line, helps = memory_estimate.of_a_step(args, new_model(args), torch.bfloat16, 6e9)
+    line, helps = memory_estimate.describe_step_memory(args, build_model(args), torch.bfloat16, 6e9)
     assert said in line
     assert said in helps
 
@@ -327,7 +331,7 @@ def plainly(step, *_):
 
 
 def recorded(*given):
-    return cuda_graph.Recorded(*given, always=True)
+    return cuda_graph.CudaGraphStep(*given, force=True)
 
 
 def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
@@ -336,7 +340,7 @@ def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
     monkeypatch.setattr(torch.cuda, 'graph', broken_graph)
     found, step = losses_of(12, rising, recorded)
-    assert (step.graph, step.off) == (None, True)
+    assert (step.graph, step.disabled) == (None, True)
     assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
     assert capsys.readouterr().err.splitlines() == [
         'warning: a step cannot be recorded as a CUDA graph, and is launched as before: not here'
@@ -398,12 +402,14 @@ def test_a_replayed_step_is_the_step_at_other_rates():
 @pytest.mark.usefixtures('on_tape')
 def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
     """As with rates that are part of the record; and what was tried leaves no trace."""
-    with_rates = cuda_graph.Recorded.with_rates
+    with_rates = cuda_graph.CudaGraphStep.run_with_tensor_lr
     monkeypatch.setattr(
-        cuda_graph.Recorded, 'with_rates', lambda self, rates: self.keep(self.views) or with_rates(self, rates)
+        cuda_graph.CudaGraphStep,
+        'run_with_tensor_lr',
+        lambda self, rates: self.copy_inputs(self.views) or with_rates(self, rates),
     )
     found, step = losses_of(12, rising, recorded)
-    assert (step.graph, step.off) == (None, True)
+    assert (step.graph, step.disabled) == (None, True)
     assert 'replayed it does something else' in capsys.readouterr().err
     assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
 
@@ -413,18 +419,18 @@ def broken_graph(*_, **__):
 
 
 def test_a_graph_is_made_where_it_can_be(monkeypatch):
-    assert not cuda_graph.use_graph(get_config(device='cpu'))
+    assert not cuda_graph.should_use_graph(get_config(device='cpu'))
     with pytest.raises(UserError, match='--cuda_graph=True: it wants a CUDA GPU; --cuda_graph=False goes without'):
-        cuda_graph.use_graph(get_config(device='cpu', cuda_graph='True'))
+        cuda_graph.should_use_graph(get_config(device='cpu', cuda_graph='True'))
     monkeypatch.setattr(cuda_graph, 'get_device', lambda _: GPU)
     monkeypatch.setattr(cuda_graph, 'precision', lambda args: {'fp16': torch.float16}.get(args.amp))
-    assert cuda_graph.use_graph(get_config(cuda_graph='True'))
-    assert not cuda_graph.use_graph(get_config(cuda_graph='False'))
+    assert cuda_graph.should_use_graph(get_config(cuda_graph='True'))
+    assert not cuda_graph.should_use_graph(get_config(cuda_graph='False'))
     for options, said in (({'amp': 'fp16'}, 'float16'), ({}, 'several processes')):
         monkeypatch.setenv('WORLD_SIZE', '1' if options else '2')
-        assert not cuda_graph.use_graph(get_config(**options))
+        assert not cuda_graph.should_use_graph(get_config(**options))
         with pytest.raises(UserError, match=said):
-            cuda_graph.use_graph(get_config(cuda_graph='True', **options))
+            cuda_graph.should_use_graph(get_config(cuda_graph='True', **options))
 
 
 @needs_gpu
@@ -443,10 +449,10 @@ def test_a_recorded_step_is_the_step(compiled, monkeypatch):
 def test_views_on_a_gpu_are_the_cpus():
     images = torch.randint(0, 256, (16, 3, 40, 48), dtype=torch.uint8)
     for compiled in (False, use_compile(get_config())):
-        ours = vision.random_views(images.cuda(), MOCO, random_from(1), compiled=compiled)
-        for view, wanted in zip(ours, vision.random_views(images, MOCO, random_from(1)), strict=True):
+        ours = vision.random_views(images.cuda(), MOCO, generator_for(1), compiled=compiled)
+        for view, wanted in zip(ours, vision.random_views(images, MOCO, generator_for(1)), strict=True):
             assert (
-                vision.denormalise(view, get_config()).cpu() - vision.denormalise(wanted, get_config())
+                vision.denormalize(view, get_config()).cpu() - vision.denormalize(wanted, get_config())
             ).abs().max() < 0.01
 
 
@@ -456,7 +462,7 @@ def test_bn_shared_by_nccl_is_bn(compiled):
     """One process among itself, in float32: what NCCL sums in a step, in one compiled graph or not, is what it was."""
 
     def shared(step, model, _):
-        distributed.share_statistics(model)
+        distributed.convert_sync_batchnorm(model)
         if compiled:
             model.compile(fullgraph=True)
         return step
@@ -476,14 +482,14 @@ def test_bn_shared_by_nccl_is_bn(compiled):
 def test_a_step_takes_the_memory_that_is_told(dtype):
     """The paper's ResNet-50 at 224 px, not compiled; what is said has a tenth more."""
     args = get_config(preset='imagenet')
-    model = new_model(args).cuda().to(memory_format=torch.channels_last).train()
+    model = build_model(args).cuda().to(memory_format=torch.channels_last).train()
     optimizer, views = make_sgd(model, 0.9, 1e-4), torch.randn(2, 32, 3, 224, 224, device=GPU)
     views = [channels_last(view) for view in views]
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
         train_step(model, optimizer, views, dtype=dtype)
     assert torch.cuda.max_memory_allocated() == pytest.approx(
-        memory_estimate.step_bytes(model, 32, 2, 224, dtype), rel=0.12
+        memory_estimate.estimate_step_bytes(model, 32, 2, 224, dtype), rel=0.12
     )
 
 

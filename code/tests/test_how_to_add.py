@@ -13,7 +13,7 @@ from conftest import CODE, TINY, own_paths
 RUN = 'model_name_simsiam_ckpt_0'
 TOY = '''"""Which share of val has the class of the image before it: a toy."""
 
-from protocols.protocol import Outcome, Protocol, labelled_splits
+from protocols.protocol import Outcome, Protocol, labeled_splits
 
 
 def toy(args, model, splits, checkpoint):
@@ -22,7 +22,7 @@ def toy(args, model, splits, checkpoint):
     return Outcome({'same': share, 'num_train': len(splits['train']), 'num_val': len(labels)})
 
 
-PROTOCOL = Protocol(toy, labelled_splits, numbers={'same': 'as before'}, smaller='--batch_size', unused=('knn_k',))
+PROTOCOL = Protocol(toy, labeled_splits, numbers={'same': 'as before'}, smaller='--batch_size', unused=('knn_k',))
 '''
 
 

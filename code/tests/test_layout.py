@@ -18,13 +18,13 @@ from torchvision.datasets import ImageFolder
 import cli
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from dataloader.cache import decoded
-from dataloader.load_dataset import get_iterator, load_splits, load_whole
-from dataloader.loading.decode import endings
+from dataloader.load_dataset import get_iterator, load_splits, load_unlabeled
+from dataloader.loading.decode import extensions
 from dataloader.readers.files import Files
 from dataloader.sources import find
 from dataloader.sources.folder import scan
-from errors import UserError, WorkError
-from protocols.protocol import why_no_labels
+from protocols.protocol import missing_labels_reason
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 
 
@@ -39,9 +39,9 @@ def options(folder, **more):
     return get_config(**given | more)
 
 
-def picture(path, colour='teal', size=(48, 48)):
+def picture(path, color='teal', size=(48, 48)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', size, colour).save(path, 'PNG')
+    Image.new('RGB', size, color).save(path, 'PNG')
     return path
 
 
@@ -78,7 +78,7 @@ def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b'')
     theirs = ImageFolder(root / 'train')
-    part = find.find(root, root / 'cache', lambda names, *_: names)['train']
+    part = find.find_splits(root, root / 'cache', lambda names, *_: names)['train']
     assert part.classes == theirs.classes
     ours = dict(zip(part.store.names, part.labels.tolist(), strict=True))
     wanted = {os.path.relpath(path, root / 'train'): label for path, label in theirs.samples}
@@ -185,7 +185,7 @@ def test_lists(drawn, tmp_path, capsys):
         shutil.copy(files[0], tmp_path / name)
     lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', 'there.png']
     (tmp_path / 'mine.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
-    part = find.whole(tmp_path / 'mine.txt', tmp_path, None)
+    part = find.single_source(tmp_path / 'mine.txt', tmp_path, None)
     assert part.classes == ['checks', 'dots', 'stripes']
     assert [part.classes[label] if label >= 0 else '' for label in part.labels.tolist()] == [
         *(file.parent.name for file in files),
@@ -263,8 +263,8 @@ def test_folders_of_systems_are_no_classes_and_are_not_trained_on(where, name, d
 
 
 def test_what_counts_as_an_image_is_pillows_list(tmp_path):
-    assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= endings()
-    assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & endings()
+    assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= extensions()
+    assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & extensions()
 
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.JPE', '.jp2', '.pnm', '.avif', '.webp', '.tga', '.ppm', '.JPG'])
@@ -435,7 +435,7 @@ def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path)
     (tmp_path / 'set/0.png').write_bytes(b'no image')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoded, 'decode_all', None)
-        assert not load_splits(options(tmp_path / 'set'))['train'].in_memory()
+        assert not load_splits(options(tmp_path / 'set'))['train'].is_in_memory()
 
 
 def test_folders_deeper_than_pythons_stack_and_names_as_long_as_there_are(tmp_path):
@@ -482,9 +482,9 @@ def test_an_unreadable_name_is_one_line(drawn, tmp_path):
 def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_path):
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
     args = options(folder, resize_cache=100, cache_path=str(tmp_path / 'cache [1] *'))
-    old = load_splits(args)['train'].store.flat
+    old = load_splits(args)['train'].store.memmap_path
     os.utime(folder / 'train/dots/000.jpg', (1, 1))
-    new = load_splits(args)['train'].store.flat
+    new = load_splits(args)['train'].store.memmap_path
     assert new != old
     assert not old.exists()
     assert sum(path.suffix == '.bin' for path in old.parent.iterdir()) == 2  # of train and of val
@@ -504,7 +504,7 @@ from dataloader.sources import find
 from dataloader.cache import decoded
 os.setuid(65534)
 try:
-    find.find(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)
+    find.find_splits(Path({str(folder)!r}), Path('/nowhere'), lambda names, *_: names)
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -522,7 +522,7 @@ def test_a_place_with_no_images_says_what_is_there(tmp_path):
 
 def test_one_file_is_a_set_for_infer(drawn):
     path = next((drawn / 'val').rglob('*.png'))
-    images = load_whole(options(drawn), path)
+    images = load_unlabeled(options(drawn), path)
     assert list(images.names) == [path.name]
 
 
@@ -539,7 +539,7 @@ def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_pat
             for number in range(40000 // classes):
                 os.link(tmp_path / 'one', folder / f'{number}.jpg')
         started = time.process_time()
-        part = find.find(tmp_path / str(classes), tmp_path, lambda names, *_: names)['train']
+        part = find.find_splits(tmp_path / str(classes), tmp_path, lambda names, *_: names)['train']
         taken[classes] = time.process_time() - started
         assert part.labels.bincount().tolist() == [40000 // classes] * classes
         shutil.rmtree(tmp_path / str(classes))
@@ -549,7 +549,7 @@ def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_pat
 def test_a_name_list_is_small_and_right():
     rng = random.Random(0)
     names = [''.join(rng.choice('abc/é\udce9') for _ in range(rng.randint(1, 12))) for _ in range(500)]
-    kept = find.Names(names)
+    kept = find.PathArray(names)
     assert list(kept) == names
     assert [kept[-1], kept[3]] == [names[-1], names[3]]
     rows = torch.tensor([4, 4, 0, 499])
@@ -677,9 +677,9 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
     """As mv leaves them, or a copy that keeps times (rsync -t, unzip)."""
     side = 48 if kept == 'in memory' else 120
     files = [tmp_path / f'set/train/{name}/1.bmp' for name in 'ab']
-    for file, colour in zip(files, ('red', 'blue'), strict=True):
+    for file, color in zip(files, ('red', 'blue'), strict=True):
         file.parent.mkdir(parents=True)
-        Image.new('RGB', (side, side), colour).save(file)
+        Image.new('RGB', (side, side), color).save(file)
     more = {'resize_cache': 32} if kept == 'resized' else {}
 
     def red():
@@ -707,8 +707,8 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
         files[1].rename(files[0])
         (tmp_path / 'x').rename(files[1])
     else:
-        for file, colour in zip(files, ('blue', 'red'), strict=True):
-            Image.new('RGB', (side, side), colour).save(file)
+        for file, color in zip(files, ('blue', 'red'), strict=True):
+            Image.new('RGB', (side, side), color).save(file)
     packed()
     assert red() == [False, True]
 
@@ -717,7 +717,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
 def test_why_nothing_is_held_out(fraction, tmp_path):
     for name in 'abcdefgh':
         picture(tmp_path / f'set/{name}/1.png')
-    said = why_no_labels(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
+    said = missing_labels_reason(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
     why = 'no class has two images, one of which could be held out' if fraction else '--val_fraction=0 holds none out'
     assert said == f'{tmp_path}/set has no val: {why}'
 
@@ -762,5 +762,5 @@ def test_a_file_that_is_made_anew_stays_with_who_reads_it(drawn_large, tmp_path)
     os.utime(folder / 'train/dots/000.jpg', (1, 1))
     os.utime(folder / 'val/dots/000.jpg', (1, 1))
     second = load_splits(options(folder, resize_cache=40))
-    assert first['train'].dataset.store.flat != second['train'].store.flat
+    assert first['train'].dataset.store.memmap_path != second['train'].store.memmap_path
     assert sum(len(labels) for _, labels in first['val']) == 12

@@ -9,7 +9,7 @@ import pytest
 import cli
 from conftest import own_paths
 from dataloader.load_dataset import load_splits
-from protocols.detection import splits_of
+from protocols.detection import load_detection_splits
 from runtime.options import get_config
 from test_detection import voc
 from test_layout import options, picture
@@ -131,11 +131,11 @@ def test_files_of_two_splits_are_said(made, shared, photos, capsys):
 def test_an_image_in_both_lists_of_a_detection_set_is_said(tmp_path, capsys):
     voc(tmp_path / 'set', {'train': 3, 'val': 3})
     asked = get_config(preset='demo', detection_path=f'{tmp_path}/set')
-    splits_of(asked)
+    load_detection_splits(asked)
     assert 'was learned' not in capsys.readouterr().err
     with open(tmp_path / 'set/ImageSets/Main/val.txt', 'a') as file:
         file.write('train_001\n')
-    splits_of(asked)
+    load_detection_splits(asked)
     assert '1 of the 4 images of ' in capsys.readouterr().err
 
 

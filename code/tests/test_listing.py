@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 import cli
 from commands import list_runs
 from conftest import CODE, TINY, Python, one_line, own_paths, wait_for
-from infer import in_one_cell
+from infer import join_names
 from logger import Logger
 from protocols import collapse_verdict, results
 from runtime import console, run_lock
-from runtime.files import as_json, read_metrics
+from runtime.files import dumps_nan_safe, read_metrics
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_'
@@ -36,7 +36,7 @@ def made(root, name, epoch=3, mark=None, **options):
     lines = [{'epoch': i, 'pretraining/loss': -0.1 * i, 'pretraining/rank': 100.0 - i} for i in range(epoch + 1)]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     if mark:
-        (folder / list_runs.MARK).write_text(json.dumps(mark))
+        (folder / list_runs.LOCK_FILE).write_text(json.dumps(mark))
     return folder
 
 
@@ -45,7 +45,7 @@ def rows(root, *options):
 
 
 def test_what_each_run_is(tmp_path, capsys):
-    here = run_lock.mark_of_this_process()
+    here = run_lock.lock_content()
     made(tmp_path, 'a')
     made(tmp_path, 'b', epoch=1, learning_rate=0.5)
     made(tmp_path, 'c', epoch=1, mark=here)
@@ -91,7 +91,7 @@ DAMAGED = (
 )
 
 
-@pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', list_runs.MARK])
+@pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', list_runs.LOCK_FILE])
 def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, capsys):
     whole = made(tmp_path, 'whole', epoch=2)
     (whole / 'evaluate_linear_1.json').write_text('{"protocol": "linear", "epoch": 2, "top1": 50.0}')
@@ -105,8 +105,8 @@ def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, caps
         assert len(found) == len(DAMAGED) + 2
         assert {**found['whole'], 'options': ''} == {**alone, 'options': ''}
     for folder in (tmp_path / 'ckpt').iterdir():
-        results.of_run(folder, protocol='linear')
-        collapse_verdict.of_metrics(read_metrics(folder / 'metrics.jsonl'))
+        results.load_results(folder, protocol='linear')
+        collapse_verdict.verdict_from_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
 def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
@@ -207,7 +207,7 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
     epoch = int(row['epoch'].split('/')[0])
     began = json.loads((folder / 'run.json').read_text())['started']
     assert cli.main(['train', *options, f'--max_epochs={epoch + 1}', f'--resume={folder.name}']) == 0
-    assert not (folder / list_runs.MARK).exists()
+    assert not (folder / list_runs.LOCK_FILE).exists()
     about = json.loads((folder / 'run.json').read_text())
     assert (about['args']['max_epochs'], about['started']) == (epoch + 1, began)
     (row,) = rows(tmp_path).values()
@@ -249,7 +249,7 @@ def test_json_that_any_reader_takes(value):
             return len(one) == len(other) and all(map(same, one, other))
         return one == other if not isinstance(one, float) or math.isfinite(one) else other is None
 
-    assert same(value, json.loads(as_json(value), parse_constant=refuse))
+    assert same(value, json.loads(dumps_nan_safe(value), parse_constant=refuse))
 
 
 @pytest.mark.parametrize('before', ['', '{"epoch": 0}\n', '{"epoch": 0}\n{"epoch": 1, "pretrai', '{"epo'])
@@ -269,7 +269,7 @@ def test_a_line_that_was_cut_takes_none_with_it(before, tmp_path):
 def test_names_in_one_cell_come_back(names):
     """infer's top5, whatever the classes are called; a class has a name, so one alone is not empty."""
     if names != ['']:
-        cell = io.StringIO(in_one_cell(names), newline='')
+        cell = io.StringIO(join_names(names), newline='')
         assert next(csv.reader(cell, delimiter=';')) == names
 
 
@@ -309,9 +309,11 @@ def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize('name', ['run', 'ナイキ_ckpt_0', '가방', 'e\u0301te\u0301', '照片\n照片', '', '🙂'])
 def test_columns_stand_below_one_another(name):
     """In cells of a terminal, of which a wide letter takes two and an accent of its own none."""
-    lines = console.aligned([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
+    lines = console.format_columns([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
     assert len(lines) == 3
-    places = [console.cells(line[: line.rindex(last)]) for line, last in zip(lines, ('epoch', '7', '12'), strict=True)]
+    places = [
+        console.display_width(line[: line.rindex(last)]) for line, last in zip(lines, ('epoch', '7', '12'), strict=True)
+    ]
     assert places == [22, 22, 22]
     for width in (5, 11, 30):
-        assert all(console.cells(console.cut(line, width)) <= width for line in lines)
+        assert all(console.display_width(console.truncate(line, width)) <= width for line in lines)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from metric import knn
-from metric.accuracy import confusion, topk_accuracy
-from metric.feature_std import spread
-from metric.knn import knn_scores, neighbours
+from metric.accuracy import confusion_matrix, topk_accuracy
+from metric.feature_std import feature_std
+from metric.knn import clip_k, knn_scores
 
 
 def cosine(a, b):
@@ -21,7 +21,7 @@ def test_votes_are_shares_whatever_the_temperature(temperature, far):
     """Against double precision and the plain formula, with neighbours that are all `far` from the query; the nearest
     alone votes where the temperature is small."""
     cosine = (torch.tensor([[1.0, 0.99, 0.6], [0.7, 0.6, 0.6]], dtype=torch.float64) - far).clamp(min=-1)
-    shares = knn.votes(cosine.float(), torch.tensor([[2, 0, 0], [1, 2, 2]]), 3, temperature)
+    shares = knn.weighted_vote(cosine.float(), torch.tensor([[2, 0, 0], [1, 2, 2]]), 3, temperature)
     weight = torch.exp((cosine - cosine[:, :1]) / temperature)
     weight = weight / weight.sum(1, keepdim=True)
     wanted = torch.stack(
@@ -32,8 +32,8 @@ def test_votes_are_shares_whatever_the_temperature(temperature, far):
 
 @pytest.mark.parametrize(('k', 'temperature', 'piece'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
 def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
-    monkeypatch.setattr(knn, 'PIECE', piece)
-    monkeypatch.setattr(knn, 'CHUNK', 10)
+    monkeypatch.setattr(knn, 'BANK_CHUNK', piece)
+    monkeypatch.setattr(knn, 'QUERY_CHUNK', 10)
     generator = torch.Generator().manual_seed(1)
     queries, bank = torch.randn(23, 6, generator=generator), torch.randn(60, 6, generator=generator)
     labels = torch.randint(4, (60,), generator=generator)
@@ -58,9 +58,9 @@ def test_knn_of_the_bank_itself():
     assert torch.isfinite(scores).all()
 
 
-def test_neighbours_are_fewer_where_classes_are_small():
+def test_neighbors_are_fewer_where_classes_are_small():
     labels = torch.arange(30) % 3
-    assert (neighbours(200, labels), neighbours(4, labels), neighbours(200, labels[:2])) == (10, 4, 1)
+    assert (clip_k(200, labels), clip_k(4, labels), clip_k(200, labels[:2])) == (10, 4, 1)
 
 
 @pytest.mark.parametrize('k', [1, 2, 5, 9])
@@ -79,7 +79,7 @@ def test_confusion_is_a_brute_force_count():
     counts = [[0] * 5 for _ in range(5)]
     for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
         counts[label][row.index(max(row))] += 1
-    assert confusion(scores, labels).tolist() == counts
+    assert confusion_matrix(scores, labels).tolist() == counts
 
 
 def test_spread_is_one_on_the_sphere_and_zero_in_collapse():
@@ -89,6 +89,6 @@ def test_spread_is_one_on_the_sphere_and_zero_in_collapse():
     for channel in zip(*unit, strict=True):
         mean = sum(channel) / 50
         by_hand += math.sqrt(sum((x - mean) ** 2 for x in channel) / 49) / 16
-    assert spread(z[:50]).item() == pytest.approx(by_hand * 4)
-    assert spread(z).item() == pytest.approx(1, abs=0.01)
-    assert spread(z[:1].expand(50, -1) * torch.arange(1, 51)[:, None]).item() == pytest.approx(0, abs=1e-7)
+    assert feature_std(z[:50]).item() == pytest.approx(by_hand * 4)
+    assert feature_std(z).item() == pytest.approx(1, abs=0.01)
+    assert feature_std(z[:1].expand(50, -1) * torch.arange(1, 51)[:, None]).item() == pytest.approx(0, abs=1e-7)

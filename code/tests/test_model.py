@@ -10,12 +10,12 @@ from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
 from dataloader.sources import demo
 from loss.negative_cosine import negative_cosine, simsiam_loss
-from metric.feature_std import spread
+from metric.feature_std import feature_std
 from model.backbone import make_backbone
 from model.simsiam import SimSiam
-from optimizer.sgd import learning_rate, make_sgd, set_learning_rates
+from optimizer.sgd import lr_schedule, make_sgd, set_learning_rates
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 from SOTA_SSL_Models import SimSiam as SimSiamOfTheReadme
 
 SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
@@ -212,15 +212,15 @@ def test_the_readmes_import():
 def pretrain(stop_gradient, steps=150, n=512):
     """(loss, std) of every step of one short run on the demo's drawings, with stop-gradient or without."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.stack([demo.draw(demo.KINDS[i % 10], generator) for i in range(n)])
+    images = torch.stack([demo.draw(demo.PATTERNS[i % 10], generator) for i in range(n)])
     recipe = get_augmentation(get_config(image_size=8, blur_prob=0.0), 'moco')
     images = images[:, None, ::3, ::3].expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', stem='imagenet', proj_dim=64, pred_dim=16))
     optimizer, history = make_sgd(model, 0.9, 5e-4), []
     for step in range(steps):
-        view1, view2 = vision.random_views(images, recipe, random_from(step))
-        rate = learning_rate(step / steps, 0, 0.2)
+        view1, view2 = vision.random_views(images, recipe, generator_for(step))
+        rate = lr_schedule(step / steps, 0, 0.2)
         set_learning_rates(optimizer, rate, rate, 0.2 if stop_gradient else rate)
         p1, p2, z1, z2 = model(view1, view2)
         if stop_gradient:
@@ -230,7 +230,7 @@ def pretrain(stop_gradient, steps=150, n=512):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        history.append((loss.item(), spread(z1.detach()).item()))
+        history.append((loss.item(), feature_std(z1.detach()).item()))
     return history
 
 

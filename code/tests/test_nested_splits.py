@@ -10,8 +10,8 @@ from PIL import Image
 
 import cli
 from conftest import TINY, draw_folder, one_line, own_paths
-from dataloader.load_dataset import load_splits, parts_of
-from errors import UserError, WorkError
+from dataloader.load_dataset import find_split_sources, load_splits
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -53,7 +53,7 @@ def test_imagenet_as_kaggle_packs_it_is_understood_at_its_root(below, drawn, tmp
 
 def test_kaggles_val_without_its_table_has_no_classes(drawn, tmp_path, capsys):
     root = kaggle(tmp_path / 'kaggle', drawn, table=False)
-    parts = parts_of(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
+    parts = find_split_sources(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
     assert (parts['val'].labels == -1).all()
     assert 'LOC_val_solution.csv, which is not there' in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_a_damaged_table_of_kaggle_is_failed_work(text, drawn, tmp_path):
     root = kaggle(tmp_path / 'kaggle', drawn)
     (root / 'LOC_val_solution.csv').write_text(text)
     with pytest.raises(WorkError, match='LOC_val_solution.csv is damaged, or not of these images'):
-        parts_of(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
+        find_split_sources(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
 
 
 # Where folders called train and val lie below a folder that has no splits itself; what it is told to mean.
@@ -94,7 +94,9 @@ def test_splits_below_a_plain_folder_are_asked_about(case, drawn, tmp_path, caps
 def test_folders_that_are_called_otherwise_are_classes_as_before(folders, drawn, tmp_path):
     for folder in folders:
         shutil.copytree(drawn / 'val/checks', tmp_path / 'root' / folder)
-    parts = parts_of(get_config(preset='demo', image_path=str(tmp_path / 'root'), cache_path=str(tmp_path / 'cache')))
+    parts = find_split_sources(
+        get_config(preset='demo', image_path=str(tmp_path / 'root'), cache_path=str(tmp_path / 'cache'))
+    )
     assert len(parts['train'].labels) + len(parts['val'].labels) == 8 * len(folders)
 
 
@@ -137,7 +139,9 @@ def test_names_of_shards_are_unique_where_they_are_written(kind, drawn, tmp_path
     assert len(names) == len({*names}) == 24
     assert all(('val-0' in name) == marked for name in names)
     if 'classes' in kind:
-        parts = parts_of(get_config(preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path / 'c')))
+        parts = find_split_sources(
+            get_config(preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path / 'c'))
+        )
         assert parts['val'].classes == ['a', 'b']
         assert {name.split('/')[0] for name in names} == {'a', 'b'}
     assert 'val-{000000..000002}.tar' in capsys.readouterr().out
@@ -163,23 +167,23 @@ def test_a_picture_that_cannot_be_a_jpeg_is_named_itself(tmp_path, capsys):
 
 def test_what_fails_in_an_item_is_not_the_disk(tmp_path):
     """A RuntimeError of what is written is not told as a full disk."""
-    from runtime.files import put_aside
+    from runtime.files import atomic_write
 
     def write(aside):
         raise RuntimeError('unsupported operator')
 
     with pytest.raises(RuntimeError, match='unsupported operator'):
-        put_aside(tmp_path / 'x', write)
+        atomic_write(tmp_path / 'x', write)
 
     def full(aside):
         raise RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0')
 
     with pytest.raises(OSError, match='is the disk full'):
-        put_aside(tmp_path / 'x', full)
+        atomic_write(tmp_path / 'x', full)
 
 
 def test_splits_that_are_asked_about_are_bad_use(tmp_path, drawn):
     shutil.copytree(drawn, tmp_path / 'root/set')
     shutil.copytree(drawn / 'val', tmp_path / 'root/more')
     with pytest.raises(UserError, match='folders called .* lie below'):
-        parts_of(get_config(preset='demo', image_path=str(tmp_path / 'root')))
+        find_split_sources(get_config(preset='demo', image_path=str(tmp_path / 'root')))

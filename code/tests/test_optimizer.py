@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.simsiam import SimSiam
-from optimizer.sgd import learning_rate, make_adamw, make_sgd, set_learning_rates
+from optimizer.sgd import lr_schedule, make_adamw, make_sgd, set_learning_rates
 from runtime.options import get_config
 
 
@@ -12,13 +12,13 @@ def test_the_cosine_is_torchs():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     for step in range(51):
-        assert learning_rate(step / 50, 0, 0.3) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        assert lr_schedule(step / 50, 0, 0.3) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
 
 
 def test_warmup_rises_linearly_and_then_the_cosine_takes_over():
-    rates = [learning_rate(epoch / 10, 0.2, 1.0) for epoch in range(11)]
+    rates = [lr_schedule(epoch / 10, 0.2, 1.0) for epoch in range(11)]
     assert rates[:3] == pytest.approx([0, 0.5, 1])
     assert rates[6] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(0)

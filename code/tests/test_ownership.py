@@ -13,9 +13,9 @@ import ckpt
 import cli
 from ckpt import WRITTEN, checkpoints, get_model_ckpt, note_written
 from conftest import TINY, own_paths
-from errors import same_path
 from protocols.results import classifier_for
 from runtime import files
+from runtime.errors import same_path
 from runtime.files import read_json
 from runtime.options import get_config, same_value
 
@@ -156,9 +156,9 @@ def test_runs_shows_the_last_result_whatever_the_files_times(times, judged, tmp_
     last = found[-1][1]['top1']
     assert cli.main(['runs', f'--ckpt_path={folder}/ckpt']) == 0
     assert re.search(rf'{last:.2f}\s*$', capsys.readouterr().out.strip().splitlines()[-1].rstrip() + ' ', re.M) or True
-    from commands.list_runs import options_of, row_of
+    from commands.list_runs import read_run_options, run_row
 
-    assert row_of(folder / 'ckpt' / RUN, options_of(folder / 'ckpt' / RUN))['linear'] == f'{last:.2f}'
+    assert run_row(folder / 'ckpt' / RUN, read_run_options(folder / 'ckpt' / RUN))['linear'] == f'{last:.2f}'
 
 
 def test_the_newest_run_is_the_one_that_says_so(tmp_path):
@@ -177,8 +177,8 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
         if path.name.endswith('_epoch_2'):
             raise KeyboardInterrupt
 
-    before = ckpt.write_aside
-    monkeypatch.setattr(ckpt, 'write_aside', killed_after)
+    before = ckpt.atomic_write
+    monkeypatch.setattr(ckpt, 'atomic_write', killed_after)
     with contextlib.suppress(KeyboardInterrupt):
         train(tmp_path, drawn, '--save_every=1', '--max_epochs=3')
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from PIL import Image
 import cli
 from config import GOING_ON
 from conftest import draw_folder, own_paths
-from dataloader.load_dataset import parts_of
+from dataloader.load_dataset import find_split_sources
 from engine import auto_preset
 from runtime.files import read_json
 from runtime.options import get_config
@@ -17,7 +17,7 @@ from runtime.options import get_config
 
 def choose(folder, **options):
     args = get_config(image_path=str(folder), device='cpu', **options)
-    return auto_preset.choose_preset(args, parts_of(args) if args.undecided else None)
+    return auto_preset.choose_preset(args, find_split_sources(args) if args.undecided else None)
 
 
 @pytest.fixture(scope='session')

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from conftest import TINY, own_paths, run
-from dataloader.cache.bit_depth import judged, looked_at
+from dataloader.cache.bit_depth import bit_depth_warning, sample_levels
 from dataloader.loading.decode import decode
 from dataloader.readers.files import Files
-from dataloader.sources.path_array import Names
-from errors import WorkError
+from dataloader.sources.path_array import PathArray
+from runtime.errors import WorkError
 
 # Of each mode: how to make a picture of it, the value that --pixel_max names (0: none), the grey level of it in RGB.
 DEEP = [
@@ -40,25 +40,25 @@ DEEP = [
 ]
 
 
-@pytest.mark.parametrize(('kind', 'value', 'white', 'grey'), DEEP)
-def test_more_than_eight_bits(kind, value, white, grey, tmp_path):
+@pytest.mark.parametrize(('kind', 'value', 'white', 'gray'), DEEP)
+def test_more_than_eight_bits(kind, value, white, gray, tmp_path):
     Image.fromarray(np.full((6, 8), value, kind)).save(tmp_path / 'deep.tiff')
     image = decode(tmp_path / 'deep.tiff', white=white)
     assert (image.mode, image.size) == ('RGB', (8, 6))
-    assert np.unique(np.asarray(image)).tolist() == [grey]
+    assert np.unique(np.asarray(image)).tolist() == [gray]
 
 
 @pytest.mark.parametrize(
-    ('value', 'white', 'grey'), [(0, 0, 0), (65535, 0, 255), (2**31 + 5, 0, 255), (2**31, 2**32 - 1, 128)]
+    ('value', 'white', 'gray'), [(0, 0, 0), (65535, 0, 255), (2**31 + 5, 0, 255), (2**31, 2**32 - 1, 128)]
 )
-def test_unsigned_32_bits(value, white, grey, tmp_path):
+def test_unsigned_32_bits(value, white, gray, tmp_path):
     """Which Pillow reads, as signed ones, and does not write."""
     tags = {256: 4, 257: 4, 258: 32, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 4, 279: 64}
     entries = b''.join(struct.pack('<HHII', tag, 4, 1, number) for tag, number in tags.items())
     head = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
     (tmp_path / 'deep.tiff').write_bytes(head + entries + bytes(4) + 16 * struct.pack('<I', value))
-    assert np.unique(np.asarray(decode(tmp_path / 'deep.tiff', white=white))).tolist() == [grey]
-    _, deep = looked_at(Files(tmp_path, Names(['deep.tiff'])), [0], white)
+    assert np.unique(np.asarray(decode(tmp_path / 'deep.tiff', white=white))).tolist() == [gray]
+    _, deep = sample_levels(Files(tmp_path, PathArray(['deep.tiff'])), [0], white)
     assert deep == [('I', value, value)]
 
 
@@ -103,7 +103,7 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('grey', 'deep', 'white', 'said'),
+    ('gray', 'deep', 'white', 'said'),
     [
         ([250.0], [], 0, None),
         ([63.0], [], 0, 'grey levels up to 63 of 255'),
@@ -118,8 +118,8 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
         ([250.0], [], 4095, '`pixel_max` has no effect: the images have 8 bits'),
     ],
 )
-def test_what_is_said_of_a_range(grey, deep, white, said):
-    line = judged(grey, deep, white)
+def test_what_is_said_of_a_range(gray, deep, white, said):
+    line = bit_depth_warning(gray, deep, white)
     assert line is None if said is None else re.search(said, line)
 
 

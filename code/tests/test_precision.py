@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ckpt import new_model
+from ckpt import build_model
 from conftest import TINY, own_paths, run
-from errors import UserError
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import precision
+from runtime.errors import UserError
 from runtime.options import get_config
 from runtime.tensors import channels_last
 from test_cli import newest, same
@@ -37,9 +37,9 @@ ENDS = {
 @pytest.fixture
 def child(monkeypatch, tmp_path):
     """Sets what the trial's process runs, counts how often it ran, and lets it decide."""
-    monkeypatch.setattr(precision, 'for_all', precision.trial)
+    monkeypatch.setattr(precision, 'bf16_benchmark_shared', precision.cached_benchmark)
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
-    monkeypatch.setattr(precision, 'LIMIT', 3)
+    monkeypatch.setattr(precision, 'TIMEOUT_S', 3)
     script, count = tmp_path / 'child.py', tmp_path / 'count'
     monkeypatch.setattr(precision, 'TRIAL', [sys.executable, str(script)])
 
@@ -54,14 +54,14 @@ def child(monkeypatch, tmp_path):
 def test_what_the_trial_comes_to(name, child, tmp_path, monkeypatch):
     code, dtype, said, remembered = ENDS[name]
     if name == 'too long':
-        monkeypatch.setattr(precision, 'LIMIT', 1)
+        monkeypatch.setattr(precision, 'TIMEOUT_S', 1)
     times = child(code)
     args = get_config(preset='demo', device='cpu', cache_path=str(tmp_path / 'cache'))
     assert precision.precision(args) == dtype
     assert times() == 1
-    assert said in precision.described(args)
+    assert said in precision.describe_precision(args)
     assert (times() == 1) == remembered
-    assert precision.settled(args).amp == ('bf16' if dtype else 'off')
+    assert precision.resolve_amp(args).amp == ('bf16' if dtype else 'off')
 
 
 def test_bf16_that_would_end_the_process_is_refused(child, tmp_path):
@@ -77,7 +77,7 @@ def test_another_network_batch_or_machine_is_tried_anew(child, monkeypatch, tmp_
     for changes, count in (({}, 1), ({'random_seed': 1}, 1), ({'batch_size': 32}, 2), ({'proj_dim': 64}, 3)):
         precision.precision(get_config(**known, **changes))
         assert times() == count
-    monkeypatch.setattr(precision, 'machine', lambda: 'another')
+    monkeypatch.setattr(precision, 'cpu_fingerprint', lambda: 'another')
     precision.precision(get_config(**known))
     assert times() == 4
     (tmp_path / 'precision.json').write_text('{"damaged"')
@@ -88,18 +88,20 @@ def test_another_network_batch_or_machine_is_tried_anew(child, monkeypatch, tmp_
 def test_a_run_keeps_its_precision(child, capsys, tmp_path):
     child(ENDS['faster'][0])
     args = get_config(preset='demo', device='cpu', cache_path=str(tmp_path))
-    assert precision.kept(args, 'off').amp == 'off'
-    assert precision.kept(args, 'bf16').amp == 'bf16'
-    assert precision.kept(args, 'auto').amp == 'off'  # of before this was settled at a run's start
-    assert precision.kept(get_config(preset='demo', device='cpu', amp='off'), 'bf16').amp == 'off'
+    assert precision.inherit_amp(args, 'off').amp == 'off'
+    assert precision.inherit_amp(args, 'bf16').amp == 'bf16'
+    assert precision.inherit_amp(args, 'auto').amp == 'off'  # of before this was settled at a run's start
+    assert precision.inherit_amp(get_config(preset='demo', device='cpu', amp='off'), 'bf16').amp == 'off'
     assert capsys.readouterr().out == 'trying bfloat16 on this CPU, once for this network and batch\n'
-    assert precision.kept(args, 'fp16').amp == 'off'
+    assert precision.inherit_amp(args, 'fp16').amp == 'off'
     assert 'the run began with --amp=fp16, and goes on in float32' in capsys.readouterr().out
 
 
 @needs_bf16
 def test_the_trial_itself():
-    found = precision.in_child(json.dumps({'backbone': 'small', 'image_size': 16, 'proj_dim': 32, 'batch_size': 8}))
+    found = precision.run_in_subprocess(
+        json.dumps({'backbone': 'small', 'image_size': 16, 'proj_dim': 32, 'batch_size': 8})
+    )
     assert not found['failed']
     assert found['ratio'] > 0
 
@@ -110,7 +112,7 @@ def test_bfloat16_is_close_to_float32():
     generator, losses, features = torch.Generator().manual_seed(0), {}, {}
     views = [channels_last(torch.randn(32, 3, 32, 32, generator=generator)) for _ in range(2)]
     for dtype in (None, torch.bfloat16):
-        model = new_model(args).to(memory_format=torch.channels_last)
+        model = build_model(args).to(memory_format=torch.channels_last)
         optimizer = make_sgd(model, 0.9, 0.0)
         set_learning_rates(optimizer, 0.05, 0.05, 0.05)
         losses[dtype] = [train_step(model, optimizer, views, dtype=dtype)[0] for _ in range(5)]

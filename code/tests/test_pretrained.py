@@ -9,13 +9,13 @@ from torch import nn
 
 import ckpt
 import cli
-from ckpt import FEW, GAIN, GAIN_ERROR, checkpoints, get_model_ckpt, new_model
+from ckpt import FEW, GAIN, GAIN_ERROR, build_model, checkpoints, get_model_ckpt
 from config import GOING_ON
 from conftest import CODE, own_paths
 from engine import set_up
-from errors import UserError
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
+from runtime.errors import UserError
 from runtime.files import read_json, read_metrics
 from runtime.options import get_config
 from test_distributed import TORCHRUN, begin
@@ -178,7 +178,7 @@ def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == best
     assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
-    found = collapse_verdict.of_run(folder, 3, args)
+    found = collapse_verdict.run_verdict(folder, 3, args)
     assert found[0] == word
     assert ('Keep the start' in found[1]) == (best == 0)
     _, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN), training=True)
@@ -196,13 +196,13 @@ def test_without_labels_the_start_is_taken(run, tmp_path):
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == 0
-    assert collapse_verdict.of_run(folder, 3, args)[0] == 'not known to be better than the start'
+    assert collapse_verdict.run_verdict(folder, 3, args)[0] == 'not known to be better than the start'
 
 
 def test_a_collapsed_run_is_called_that():
     lines = lines_of([1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    assert collapse_verdict.of_metrics(lines, 'at the start')[0] == 'collapsed'
+    assert collapse_verdict.verdict_from_metrics(lines, 'at the start')[0] == 'collapsed'
 
 
 def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_errors_of_a_row_and_of_a_gain():
 
 def test_draws_have_as_many_of_each_class_and_differ(drawn):
     labels = torch.tensor([0] * 30 + [1] * 12 + [2] * 2)
-    draws = few_labels.draws_of(labels, 10, 5)
+    draws = few_labels.draw_label_subsets(labels, 10, 5)
     assert len(draws) == 5
     for rows in draws:
         assert torch.bincount(labels[rows]).tolist() == [10, 10, 2]
@@ -279,13 +279,13 @@ def test_draws_have_as_many_of_each_class_and_differ(drawn):
     assert len({tuple(rows.tolist()) for rows in draws}) == 5
     assert torch.equal(draws[3], few_labels.draw_rows(labels, 10, 3))
     many = torch.arange(1000).repeat(30)
-    assert len(few_labels.draws_of(many, 10, 5)) == 2  # MOST_ROWS
+    assert len(few_labels.draw_label_subsets(many, 10, 5)) == 2  # MOST_ROWS
 
 
 @pytest.mark.parametrize('text', ['', '0', 'ten', '1,,5', '-1,5', '1.5'])
 def test_numbers_of_labels_that_are_none(text):
     with pytest.raises(UserError, match='--labels has numbers of labels a class'):
-        compare.labels_of(text)
+        compare.parse_label_counts(text)
 
 
 def test_two_processes_measure_what_one_does(drawn, pretrained, tmp_path):
@@ -311,11 +311,11 @@ def test_two_processes_measure_what_one_does(drawn, pretrained, tmp_path):
 
 def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
     """The monitor's streaming pass over the bank, and compare with all features at once."""
-    from dataloader.load_dataset import in_order, load_splits
+    from dataloader.load_dataset import eval_loader, load_splits
 
     args = get_config(preset='demo', image_path=str(drawn), image_size=16, device='cpu', knn_k=5)
-    splits, backbone = load_splits(args), new_model(args).backbone
-    bank, val = (in_order(args, splits[name]) for name in ('train', 'val'))
+    splits, backbone = load_splits(args), build_model(args).backbone
+    bank, val = (eval_loader(args, splits[name]) for name in ('train', 'val'))
     top1, right = few_labels.watch_labels(args, backbone, bank, val)
     found = compare.measure(args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS)
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
@@ -323,7 +323,7 @@ def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
     assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} a class']['right'].mean().item(), abs=0.02)
 
 
-def test_labelled_test_images_are_judged_and_val_is_not(run, drawn, tmp_path):
+def test_labeled_test_images_are_judged_and_val_is_not(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'set')
     shutil.copytree(drawn / 'val', tmp_path / 'set/test')
     shutil.rmtree(next((tmp_path / 'set/test').iterdir()))

@@ -16,18 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cli
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.augment.recipes import get_augmentation
-from dataloader.load_dataset import load_splits, select, shuffled_crops
+from dataloader.load_dataset import load_splits, select, supervised_loader
 from dataloader.readers.memory import Memory
-from dataloader.sources.path_array import Names
-from errors import UserError
+from dataloader.sources.path_array import PathArray
 from optimizer.lars import Lars
 from protocols import finetune
-from protocols.linear import cached_features, in_steps, train_probe
-from protocols.results import of_run
-from protocols.semi import balanced, few_of, listed
-from protocols.transfer import held_out, logistic_regression, regression
+from protocols.linear import cache_features, rebatch, train_probe
+from protocols.results import load_results
+from protocols.semi import class_balanced_rows, labeled_fraction, rows_from_list
+from protocols.transfer import holdout_mask, logistic_eval, logistic_regression
+from runtime.errors import UserError
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -58,11 +58,11 @@ def test_lars_is_its_papers():
 def clusters(count, seed):
     """Features of ten overlapping classes, as a backbone gives them: not negative, of unlike scales."""
     generator = torch.Generator().manual_seed(7)
-    centres, scales = torch.randn(10, 32, generator=generator), 0.2 + torch.rand(32, generator=generator)
+    centers, scales = torch.randn(10, 32, generator=generator), 0.2 + torch.rand(32, generator=generator)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)
     noise = torch.randn(count, 32, generator=generator)
-    return (0.75 * centres[labels] + 1.6 * noise).clamp(min=-1).add(1) * scales / 4, labels
+    return (0.75 * centers[labels] + 1.6 * noise).clamp(min=-1).add(1) * scales / 4, labels
 
 
 def accuracy(weight, bias, x, labels):
@@ -125,15 +125,15 @@ def test_a_step_is_of_the_given_size_whatever_the_batches():
     for weight, bias in found[1:]:
         torch.testing.assert_close(weight, found[0][0])
         torch.testing.assert_close(bias, found[0][1])
-    assert [len(part) for part, _ in in_steps([(x, labels)], 300)] == [300, 300, 300, 100]
+    assert [len(part) for part, _ in rebatch([(x, labels)], 300)] == [300, 300, 300, 100]
 
 
 def test_kept_features_are_those_of_the_first_passes(drawn):
     args = get_config(
         preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2, crop_scale=0.3
     )
-    crops = shuffled_crops(args, load_splits(args)['train'], drop_last=False)
-    pairs_of = cached_features(args, torch.nn.Flatten(), crops, 50)
+    crops = supervised_loader(args, load_splits(args)['train'], drop_last=False)
+    pairs_of = cache_features(args, torch.nn.Flatten(), crops, 50)
     sums = [torch.cat([x.sum(1) for x, _ in pairs_of(epoch)]).sort().values for epoch in range(4)]
     torch.testing.assert_close(sums[0], sums[2])
     torch.testing.assert_close(sums[1], sums[3])
@@ -142,11 +142,11 @@ def test_kept_features_are_those_of_the_first_passes(drawn):
 
 def test_the_labels_are_balanced_and_fixed_by_the_seed():
     labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 3)
-    rows = balanced(labels, 0.1, 0)
+    rows = class_balanced_rows(labels, 0.1, 0)
     assert torch.bincount(labels[rows]).tolist() == [39, 38, 3]  # what the small class lacks, the others give
-    assert torch.equal(rows, balanced(labels, 0.1, 0))
-    assert not torch.equal(rows, balanced(labels, 0.1, 1))
-    assert torch.bincount(labels[balanced(labels, 0.0001, 0)]).tolist() == [1, 1, 1]
+    assert torch.equal(rows, class_balanced_rows(labels, 0.1, 0))
+    assert not torch.equal(rows, class_balanced_rows(labels, 0.1, 1))
+    assert torch.bincount(labels[class_balanced_rows(labels, 0.0001, 0)]).tolist() == [1, 1, 1]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -154,7 +154,7 @@ def test_the_labels_are_balanced_and_fixed_by_the_seed():
 def test_few_labels_of_classes_of_any_size(counts, fraction, seed):
     """As many as the fraction says, one of each class or more; none has two more than another that has some left."""
     labels = torch.cat([torch.full((count,), 2 * number) for number, count in enumerate(counts)])  # with gaps
-    rows = balanced(labels, fraction, seed)
+    rows = class_balanced_rows(labels, fraction, seed)
     found = [int((labels[rows] == 2 * number).sum()) for number in range(len(counts))]
     assert len(rows.unique()) == sum(found) == max(len(counts), round(fraction * len(labels)))
     assert all(1 <= some <= count for some, count in zip(found, counts, strict=True))
@@ -165,7 +165,7 @@ def test_few_labels_of_classes_of_any_size(counts, fraction, seed):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
 def test_what_is_held_out_leaves_every_class_some(counts):
     labels = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
-    spare = held_out(labels, 0)
+    spare = holdout_mask(labels, 0)
     for number, count in enumerate(counts):
         some = int(spare[labels == number].sum())
         assert some <= count // 2
@@ -175,8 +175,8 @@ def test_what_is_held_out_leaves_every_class_some(counts):
 def test_transfer_with_one_image_a_class(drawn, tmp_path):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path))
     train = load_splits(args)['train']
-    one = select(train, balanced(train.labels, 0.0001, 0))
-    result, _, _ = regression(args, torch.nn.Flatten(), one, load_splits(args)['val'])
+    one = select(train, class_balanced_rows(train.labels, 0.0001, 0))
+    result, _, _ = logistic_eval(args, torch.nn.Flatten(), one, load_splits(args)['val'])
     assert (result['num_train'], result['held_out_top1']) == (3, None)
     assert result['top1'] > 20
 
@@ -184,14 +184,17 @@ def test_transfer_with_one_image_a_class(drawn, tmp_path):
 def test_a_subset_list_as_it_is_published(drawn, tmp_path):
     """One `n02105855_2933.JPEG` a line; names that several classes have want their class."""
     images = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path)))['train']
-    names = Names(name.replace('/', '/x_' + name.split('/')[0]) for name in images.names)
+    names = PathArray(name.replace('/', '/x_' + name.split('/')[0]) for name in images.names)
     unique = replace(images, store=Memory(names, images.pixels))
     path = tmp_path / '1percent.txt'
     path.write_text('x_dots003.png\nx_checks000.png\n\n')
     args = get_config(subset_list=str(path))
-    assert [unique.names[row] for row in listed(args, unique)] == ['checks/x_checks000.png', 'dots/x_dots003.png']
+    assert [unique.names[row] for row in rows_from_list(args, unique)] == [
+        'checks/x_checks000.png',
+        'dots/x_dots003.png',
+    ]
     path.write_text('dots/003.png\nchecks/003.png\n')
-    assert [images.names[row] for row in listed(args, images)] == ['checks/003.png', 'dots/003.png']
+    assert [images.names[row] for row in rows_from_list(args, images)] == ['checks/003.png', 'dots/003.png']
     for text, said in (
         ('003.png', "3 images .* named '003.png': write <class>/003.png"),
         ('', 'names no image'),
@@ -199,10 +202,10 @@ def test_a_subset_list_as_it_is_published(drawn, tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=said):
-            listed(args, images)
+            rows_from_list(args, images)
     path.unlink()
     with pytest.raises(UserError, match='cannot be read'):
-        listed(args, images)
+        rows_from_list(args, images)
 
 
 @pytest.fixture(scope='module')
@@ -248,7 +251,7 @@ def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, t
     options = [option.format(other=other) for option in options]
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
     said = capsys.readouterr().out
-    result = of_run(trained / 'ckpt' / RUN)[-1]
+    result = load_results(trained / 'ckpt' / RUN)[-1]
     assert result['file'].startswith(f'evaluate_{name}_')
     assert {key for key, value in result.items() if isinstance(value, float)} == keys | {'seconds', 'mean_per_class'}
     assert (result['epoch'], result['protocol']) == (2, name.split('_')[0])
@@ -273,7 +276,7 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
         '--finetune_learning_rate=2',
     )
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 0
-    result = of_run(trained / 'ckpt' / RUN)[-1]
+    result = load_results(trained / 'ckpt' / RUN)[-1]
     assert result['top1'] > 70  # of three classes
     assert next((trained / 'ckpt' / RUN).glob('loss_*')).read_bytes() == before
 
@@ -281,7 +284,7 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
 @pytest.mark.parametrize('scale', [0.05, 0.5])
 def test_the_smallest_crop_is_an_option(scale):
     recipe = get_augmentation(get_config(crop_scale=scale), 'crop')
-    crops = recipe.crop.sample(3000, 96, 96, random_from('crops'))
+    crops = recipe.crop.sample(3000, 96, 96, generator_for('crops'))
     area = crops[:, 2] * crops[:, 3] / 96**2
     assert scale - 0.02 < area.min() < scale + 0.05
     assert area.max() > 0.95
@@ -338,7 +341,7 @@ def test_a_list_of_labels_as_people_write_it(content, rows, said, drawn, tmp_pat
     path = tmp_path / 'list.txt'
     path.write_bytes(content)
     args = get_config(preset='demo', image_path=str(drawn), subset_list=str(path), protocol='semi')
-    assert len(few_of(args, load_splits(args)['train'])) == rows
+    assert len(labeled_fraction(args, load_splits(args)['train'])) == rows
     assert said in capsys.readouterr().err
 
 
@@ -350,10 +353,10 @@ def test_labels_of_one_image_are_too_few_and_names_may_be_bytes(drawn, tmp_path)
     path = tmp_path / 'list.txt'
     args = get_config(preset='demo', image_path=str(folder), subset_list=str(path), cache_path=str(tmp_path))
     path.write_bytes(b'caf\xe9.png\nchecks/000.png')
-    assert len(few_of(args, load_splits(args)['train'])) == 2
+    assert len(labeled_fraction(args, load_splits(args)['train'])) == 2
     path.write_bytes(b'caf\xe9.png')
     with pytest.raises(UserError, match='the labels are of one image; fine-tuning wants two'):
-        few_of(args, load_splits(args)['train'])
+        labeled_fraction(args, load_splits(args)['train'])
 
 
 def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):

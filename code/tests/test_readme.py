@@ -24,7 +24,8 @@ from loss.negative_cosine import simsiam_loss
 
 ROOT = CODE.parent
 README = (ROOT / 'README.md').read_text()
-PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted(CODE.glob('**/README.md')))}
+BESIDE = (CODE / 'TUTORIAL.md',)
+PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted(CODE.glob('**/README.md')), *BESIDE)}
 SHELL = [block for page in PAGES.values() for block in re.findall(r'^```sh\n(.*?)^```$', page, re.M | re.S)]
 PYTHON = re.findall(r'^```python\n(.*?)^```$', README, re.M | re.S)
 STANDS_IN = (
@@ -39,7 +40,7 @@ STANDS_IN = (
     'srun',
     'scontrol',
 )
-TOP = ('make', 'sudo', 'cd code', '#!')  # a block that begins so runs at the top, any other in code/
+TOP = ('make', 'sudo', 'cd code')  # a block that begins so runs at the top, any other in code/
 # Options of other programs and of the benchmarks, and two that stand for any or a mistyped one.
 OF_OTHERS = {
     'neighbors',
@@ -103,9 +104,8 @@ def first_command(block):
     return re.sub(r'\W+', '_', next(line for line in block.splitlines() if not line.startswith(('#', 'RUN='))))[:60]
 
 
-@pytest.mark.parametrize('block', SHELL, ids=first_command)
-def test_commands(block, clone):
-    folder = clone if block.startswith(TOP) else clone / 'code'
+def run_shell(block, clone, folder):
+    """What is said by shell commands that end well, in `folder`, with the stand-ins in the path."""
     python = warm.started()
     environment = {
         warm.WARM: os.environ[warm.WARM],
@@ -130,10 +130,35 @@ def test_commands(block, clone):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'Traceback' not in done.stderr
     assert 'has no effect' not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize('block', SHELL, ids=first_command)
+def test_commands(block, clone):
+    done = run_shell(block, clone, clone if block.startswith(TOP) else clone / 'code')
     if 'make train' in block:
         (clone / 'made').write_text(done.stdout)
     for name in re.findall(r'# (data/\S+\.\w+)', block):
         assert (clone / name.rstrip(',')).is_file()
+
+
+RECIPES = {
+    'demo.sh': (),
+    'photos.sh': ('../data/photos',),
+    'cifar10.sh': ('--download=False', '--image_path=data/cifar10-jpeg'),
+    'imagenet.sh': ('../data/photos',),
+    'slurm.sh': ('data/photos',),
+    'keep_training.sh': ('--preset=imagenet', '--image_path=data/photos', '--model_name=kept'),
+}
+
+
+def test_every_recipe_is_tried():
+    assert set(RECIPES) == {path.name for path in (CODE / 'recipes').iterdir()}
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes(name, clone):
+    run_shell(f'recipes/{name} {" ".join(RECIPES[name])}', clone, clone / 'code')
 
 
 def test_make_train_learns_and_prints_what_the_page_shows(clone):
@@ -141,7 +166,7 @@ def test_make_train_learns_and_prints_what_the_page_shows(clone):
     if not (clone / 'made').is_file():
         pytest.skip('make train was not among the tests that ran')
     said = (clone / 'made').read_text()
-    shown = README.split('What `make train` ends with', 1)[1].split('```', 2)[1]
+    shown = README.split('`make train` ends with', 1)[1].split('```', 2)[1]
     for line in shown.strip().splitlines():
         assert line.strip().split('...')[0][:8] in said, line
     kNN, untrained, pixels = (
@@ -196,4 +221,4 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_the_first_page_is_read_in_five_minutes():
-    assert len(README.splitlines()) <= 250
+    assert len(README.splitlines()) <= 200

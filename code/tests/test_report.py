@@ -16,9 +16,9 @@ import plots
 from commands import report
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
-from metric.projection_2d import plane
+from metric.projection_2d import tsne_2d
 from runtime.files import read_metrics
-from runtime.options import changed, get_config
+from runtime.options import get_config, replace_args
 
 RUN, OTHER = 'model_name_simsiam_ckpt_0', 'model_name_other_ckpt_0'
 ODD = 'a</script><b onclick="x">&$'  # a class that would be mark-up
@@ -141,7 +141,7 @@ def test_nothing_is_wider_than_the_window(page, show, width, scheme):
     tab = show(page, width, color_scheme=scheme)
     assert tab.evaluate('document.documentElement.scrollWidth') == width
     ink, paper = (tab.evaluate(f'getComputedStyle(document.body).{name}') for name in ('color', 'backgroundColor'))
-    brightness = [sum(map(int, re.findall(r'\d+', colour)[:3])) for colour in (ink, paper)]
+    brightness = [sum(map(int, re.findall(r'\d+', color)[:3])) for color in (ink, paper)]
     assert (brightness[0] < brightness[1]) == (scheme == 'light')
     assert abs(brightness[0] - brightness[1]) > 400
 
@@ -168,7 +168,7 @@ def apart(tab, data):
     return int((torch.cdist(points, points) + 9 * torch.eye(len(points))).min(1).values.argmax())
 
 
-def test_pointing_shows_an_image_and_a_click_its_neighbours(page, show):
+def test_pointing_shows_an_image_and_a_click_its_neighbors(page, show):
     tab, data = show(page), data_of(page.read_text())
     row = apart(tab, data)
     tab.mouse.move(*place_of(tab, row))
@@ -365,35 +365,35 @@ def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_is_no_point():
-    made = plots.curves([plots.Panel('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.Panel('b', [('none', [])])])
-    assert 'not measured' in plots.svg_of(made, 'x')
+    made = plots.curves([plots.LineChart('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.LineChart('b', [('none', [])])])
+    assert 'not measured' in plots.figure_to_svg(made, 'x')
 
 
-def test_neighbours_of_another_class_are_framed_in_orange():
-    image = np.asarray(plots.beside([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
-    right, wrong = (np.argwhere((image == colour).all(2))[:, 1] for colour in ((0, 114, 178), (213, 94, 0)))
+def test_neighbors_of_another_class_are_framed_in_orange():
+    image = np.asarray(plots.neighbor_grid([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
+    right, wrong = (np.argwhere((image == color).all(2))[:, 1] for color in ((0, 114, 178), (213, 94, 0)))
     assert 50 < right.min() < right.max() < wrong.min()
 
 
-def test_a_plane_keeps_neighbours_together():
+def test_a_plane_keeps_neighbors_together():
     """Thirty groups in 32 dimensions: two main axes lay them over one another."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(30, 32, generator=generator)
-    x = (centres[:, None] + 0.2 * torch.randn(30, 12, 32, generator=generator)).reshape(-1, 32)
-    points = plane(x)
+    centers = torch.randn(30, 32, generator=generator)
+    x = (centers[:, None] + 0.2 * torch.randn(30, 12, 32, generator=generator)).reshape(-1, 32)
+    points = tsne_2d(x)
     axes = PCA(2).fit_transform(x)
     assert trustworthiness(x, points, n_neighbors=10) > trustworthiness(x, axes, n_neighbors=10) + 0.05
-    np.testing.assert_array_equal(plane(x), points)
+    np.testing.assert_array_equal(tsne_2d(x), points)
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 9, 10, 11])
 def test_a_plane_of_few(count):
-    points = plane(torch.randn(count, 7))
+    points = tsne_2d(torch.randn(count, 7))
     assert points.shape == (count, 2)
     assert np.isfinite(points).all()
 
 
-def test_without_val_no_image_is_its_own_neighbour(tmp_path):
+def test_without_val_no_image_is_its_own_neighbor(tmp_path):
     """Not where it has a double either; and one image alone has none."""
     folder = draw_folder(tmp_path / 'set', {'train': 4})
     for path in [*folder.glob('train/*/*')]:
@@ -401,16 +401,16 @@ def test_without_val_no_image_is_its_own_neighbour(tmp_path):
     args = get_config(preset='demo', image_path=str(folder), cache_path=str(tmp_path), val_fraction=0.0)
     train = load_splits(args)['train']
     features = torch.eye(12).repeat_interleave(2, 0)  # a double lies behind its own
-    run = report.Shown(args, {}, None, {}, {'train': train}, {'train': features})
-    for query, *others in report.beside(run):
+    run = report.ReportRun(args, {}, None, {}, {'train': train}, {'train': features})
+    for query, *others in report.nearest_neighbor_rows(run):
         assert query[1] not in [name for _, name, _, _ in others]
         assert others[0][2] == pytest.approx(1)
     alone = tmp_path / 'alone/train/one'
     alone.mkdir(parents=True)
     shutil.copy(next(folder.glob('train/*/*')), alone)
-    train = load_splits(changed(args, image_path=str(tmp_path / 'alone')))['train']
-    run = report.Shown(args, {}, None, {}, {'train': train}, {'train': torch.ones(1, 3)})
-    assert [len(row) for row in report.beside(run)] == [1]
+    train = load_splits(replace_args(args, image_path=str(tmp_path / 'alone')))['train']
+    run = report.ReportRun(args, {}, None, {}, {'train': train}, {'train': torch.ones(1, 3)})
+    assert [len(row) for row in report.nearest_neighbor_rows(run)] == [1]
 
 
 def test_report_without_a_name(capsys):
@@ -424,10 +424,10 @@ def test_names_of_classes_in_pictures(name):
     for drawn in (
         plots.confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
         plots.scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
-        plots.curves([plots.Panel(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
+        plots.curves([plots.LineChart(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
     ):
-        assert np.asarray(plots.image_of(drawn)).std() > 1
-        assert '<svg' in plots.svg_of(drawn, 'x')
+        assert np.asarray(plots.to_pil(drawn)).std() > 1
+        assert '<svg' in plots.figure_to_svg(drawn, 'x')
 
 
 @pytest.mark.parametrize('letters', [3, 24, 40, 200])
@@ -442,7 +442,7 @@ def test_a_confusion_has_room_for_the_names_of_classes(letters):
 
 
 def test_a_line_stays_in_its_chart():
-    panel = plots.Panel('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
+    panel = plots.LineChart('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
     (axes,) = plots.curves([panel]).axes
     assert axes.get_ylim()[1] > 1.414
 

@@ -11,9 +11,9 @@ import cli
 from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
-from dataloader.sources.path_array import Names
+from dataloader.sources.path_array import PathArray
 from protocols.protocol import has_effect
-from protocols.results import ELSEWHERE, of_run, question, write
+from protocols.results import NOT_IN_SPEC, eval_spec, load_results, write
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -74,13 +74,13 @@ def test_a_classifier_labels_its_own_classes(copied, drawn, other, tmp_path, cap
     argv = ['infer', f'--ckpt_name={RUN}', f'--classifier={tmp_path}', *own_paths(copied, 'ckpt', 'cache')]
     assert cli.main(argv) == 2
     assert 'the sets that this checkpoint has one of are' in one_line(capsys.readouterr().err)
-    files = [result['images']['path'] for result in of_run(copied / 'ckpt' / RUN, protocol='linear')]
+    files = [result['images']['path'] for result in load_results(copied / 'ckpt' / RUN, protocol='linear')]
     assert sorted(files) == sorted(map(str, (drawn, other)))  # asked again, a question has its file again
 
 
 def test_what_a_result_says(copied, drawn, capsys):
     evaluate(copied, '--protocol=knn', '--knn_k=7')
-    (result,) = of_run(copied / 'ckpt' / RUN)
+    (result,) = load_results(copied / 'ckpt' / RUN)
     assert result['checkpoint'] == next((copied / 'ckpt' / RUN).glob('loss_*')).name
     assert (result['epoch'], result['preset'], result['settings']['image_size']) == (2, 'demo', 16)
     assert (result['images']['train']['number'], result['images']['val']['number']) == (72, 24)
@@ -96,7 +96,7 @@ def test_two_lists_of_labels_are_two_questions(copied, drawn, tmp_path):
         kinds = ('checks', 'dots', 'stripes')
         (tmp_path / name).write_text(''.join(f'{kind}/{i:03d}.png\n' for kind in kinds for i in range(count)))
         evaluate(copied, '--protocol=semi', f'--subset_list={tmp_path / name}', '--finetune_epochs=1')
-    assert sorted(result['num_train'] for result in of_run(copied / 'ckpt' / RUN)) == [3, 9]
+    assert sorted(result['num_train'] for result in load_results(copied / 'ckpt' / RUN)) == [3, 9]
 
 
 def test_no_two_questions_share_a_file(drawn, tmp_path):
@@ -108,14 +108,14 @@ def test_no_two_questions_share_a_file(drawn, tmp_path):
     files = set()
 
     def ask(args, splits=splits, checkpoint=checkpoint):
-        write(tmp_path / 'run', 'linear', question(args, splits, checkpoint), {'top1': 0.0})
+        write(tmp_path / 'run', 'linear', eval_spec(args, splits, checkpoint), {'top1': 0.0})
         found = {path.name for path in (tmp_path / 'run').iterdir()}
         assert len(found) == len(files) + 1, 'shares a file with another question'
         files.update(found)
 
     ask(args)
     for name, option in OPTIONS.items():
-        if name in ELSEWHERE or 'evaluate' not in option.metadata['used_by'] or not has_effect(args, name):
+        if name in NOT_IN_SPEC or 'evaluate' not in option.metadata['used_by'] or not has_effect(args, name):
             continue
         changed = get_config(preset='demo', image_path=str(drawn), cache_path=cache)
         now = getattr(args, name)
@@ -125,6 +125,6 @@ def test_no_two_questions_share_a_file(drawn, tmp_path):
     fewer = load_splits(args)
     fewer['val'].labels = fewer['val'].labels.roll(1)
     ask(args, {'train': splits['train'], 'val': fewer['val']})
-    fewer['val'].store.names = Names(f'{name}_' for name in fewer['val'].names)
+    fewer['val'].store.names = PathArray(f'{name}_' for name in fewer['val'].names)
     ask(args, {'train': splits['train'], 'val': fewer['val']})
     assert torch.is_tensor(fewer['val'].labels)

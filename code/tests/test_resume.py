@@ -25,7 +25,7 @@ from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import signals
 from runtime.files import read_metrics
 from runtime.options import get_config
-from runtime.run_lock import MARK, mark_of_this_process, started
+from runtime.run_lock import LOCK_FILE, lock_content, process_start_time
 from test_cli import same
 from train import train_step
 
@@ -127,16 +127,17 @@ def test_stopped_among_worker_processes(drawn_large, tmp_path):
 def test_a_second_signal_ends_at_once():
     """After a second; what comes sooner is the same wish again: a shell and a batch system send it twice."""
     code = (
-        'import os, signal, sys, time\nfrom runtime import signals\nwith signals.listening(), signals.deferred():\n'
+        'import os, signal, sys, time\nfrom runtime import signals\n'
+        'with signals.signal_handlers(), signals.defer_signals():\n'
         '    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n'
-        '    print(signals.NOTED["number"], flush=True)\n    time.sleep(1.1)\n'
+        '    print(signals.STATE["number"], flush=True)\n    time.sleep(1.1)\n'
         '    os.kill(os.getpid(), signal.SIGINT)\n    print("not reached")\n'
     )
     done = subprocess.run([sys.executable, '-c', code], cwd=CODE, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ('15\n', -signal.SIGINT)
     before = signal.getsignal(signal.SIGTERM)
-    with signals.listening():
-        assert signal.getsignal(signal.SIGTERM) == signals.note
+    with signals.signal_handlers():
+        assert signal.getsignal(signal.SIGTERM) == signals.handle_signal
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -257,8 +258,8 @@ def test_a_run_that_is_trained_is_not_trained_twice(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
     folder, other = tmp_path / 'ckpt' / RUN, subprocess.Popen(['sleep', '60'])
     try:
-        mark = {**mark_of_this_process(), 'pid': other.pid, 'started': started(other.pid)}
-        (folder / MARK).write_text(json.dumps(mark))
+        mark = {**lock_content(), 'pid': other.pid, 'started': process_start_time(other.pid)}
+        (folder / LOCK_FILE).write_text(json.dumps(mark))
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         for option in (f'--resume={RUN}', f'--ckpt_name={RUN}'):
             capsys.readouterr()
@@ -327,7 +328,7 @@ def test_parts_of_a_step_have_the_mean_of_their_gradients():
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
     set_learning_rates(optimizer, 0.0, 0.0, 0.0)
-    loss, _ = train_step(model, optimizer, (view1, view2), parts=3)
+    loss, _ = train_step(model, optimizer, (view1, view2), micro_batches=3)
     losses = [simsiam_loss(*other(view1[i : i + 2], view2[i : i + 2])) for i in (0, 2, 4)]
     (sum(losses) / 3).backward()
     assert loss.item() == pytest.approx(sum(losses).item() / 3, abs=1e-12)

@@ -13,7 +13,7 @@ from PIL import Image
 import cli
 from conftest import TINY, one_line, own_paths
 from metric import subset_selection
-from metric.projection_2d import plane
+from metric.projection_2d import tsne_2d
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -21,12 +21,12 @@ RUN = 'model_name_simsiam_ckpt_0'
 def clusters(sizes, d=8, spread=0.05, seed=0):
     """(x, the cluster of each row): tight groups around far directions."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.linalg.qr(torch.randn(d, d, generator=generator))[0][: len(sizes)]
+    centers = torch.linalg.qr(torch.randn(d, d, generator=generator))[0][: len(sizes)]
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return centres[labels] + spread * torch.randn(len(labels), d, generator=generator), labels
+    return centers[labels] + spread * torch.randn(len(labels), d, generator=generator), labels
 
 
-@pytest.mark.parametrize('way', [subset_selection.typical, subset_selection.k_centre])
+@pytest.mark.parametrize('way', [subset_selection.typiclust, subset_selection.k_center_greedy])
 def test_every_cluster_gets_one_before_any_gets_two(way):
     x, labels = clusters([40, 30, 20, 5])
     rows = way(x, 4)
@@ -35,11 +35,11 @@ def test_every_cluster_gets_one_before_any_gets_two(way):
 
 def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
     x, labels = clusters([60, 20])
-    first, second = subset_selection.typical(x, 2).tolist()
+    first, second = subset_selection.typiclust(x, 2).tolist()
     assert labels[first] == 0
-    of_first = subset_selection.directions(x)[labels == 0]
+    of_first = subset_selection.center_and_normalize(x)[labels == 0]
     middle = of_first @ of_first.mean(0)
-    assert (middle > (subset_selection.directions(x)[first] @ of_first.mean(0))).sum() < 15
+    assert (middle > (subset_selection.center_and_normalize(x)[first] @ of_first.mean(0))).sum() < 15
 
 
 @settings(max_examples=25, deadline=None)
@@ -47,7 +47,7 @@ def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
     st.integers(2, 40),
     st.integers(1, 60),
     st.integers(0, 50),
-    st.sampled_from([subset_selection.typical, subset_selection.k_centre]),
+    st.sampled_from([subset_selection.typiclust, subset_selection.k_center_greedy]),
 )
 def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
     x = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
@@ -56,9 +56,9 @@ def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
     assert all(0 <= row < n for row in rows)
 
 
-def test_k_centre_takes_the_farthest():
+def test_k_center_takes_the_farthest():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
-    rows, directions = subset_selection.k_centre(x, 10).tolist(), subset_selection.directions(x)
+    rows, directions = subset_selection.k_center_greedy(x, 10).tolist(), subset_selection.center_and_normalize(x)
     for i in range(1, 10):
         near = (directions @ directions[rows[:i]].T).amax(1)
         assert near[rows[i]] == pytest.approx(near.min().item(), abs=1e-6)
@@ -68,7 +68,7 @@ def test_k_centre_takes_the_farthest():
 @given(st.integers(2, 60), st.integers(0, 50), st.floats(-0.5, 0.9))
 def test_groups_are_those_that_chains_of_pairs_join(n, seed, least):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    d = subset_selection.directions(x)
+    d = subset_selection.center_and_normalize(x)
     joined = [{i, *(j for j in range(n) if i != j and d[i] @ d[j] > least)} for i in range(n)]
     wanted = []
     for row in joined:  # merge what touches
@@ -94,7 +94,7 @@ def test_frames_of_a_fixed_camera_are_a_line_each():
 
 def test_the_odd_one_is_found():
     x, _ = clusters([30, 30, 1])
-    rows, near = subset_selection.oddest(x, 3)
+    rows, near = subset_selection.outliers(x, 3)
     assert rows[0] == 60
     assert near.tolist() == sorted(near.tolist())
 
@@ -109,8 +109,8 @@ def test_one_image_again_and_again_is_double(count):
     assert len(subset_selection.near_groups(apart, 0.99)[0]) == count
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert plane(x).shape == (count, 2)
-        assert sorted(subset_selection.typical(x, count).tolist()) == [*range(count)]
+        assert tsne_2d(x).shape == (count, 2)
+        assert sorted(subset_selection.typiclust(x, count).tolist()) == [*range(count)]
 
 
 def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeypatch):
@@ -152,5 +152,5 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
 
 def test_images_that_are_all_alike_are_not_odd():
     """Nor are those that lie at the mean of the others."""
-    _, near = subset_selection.oddest(torch.ones(6, 4), 3)
+    _, near = subset_selection.outliers(torch.ones(6, 4), 3)
     assert near.tolist() == pytest.approx([1.0, 1.0, 1.0])

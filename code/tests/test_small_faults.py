@@ -13,12 +13,12 @@ import torch
 import cli
 from ckpt import versions
 from conftest import TINY, own_paths
-from dataloader.load_dataset import load_splits, parts_of
+from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading import loader
-from engine.run_dir import name_of_run
-from errors import ROOT, UserError
-from metric.accuracy import class_accuracies, confusion
+from engine.run_dir import run_display_name
+from metric.accuracy import class_accuracies, confusion_matrix
 from runtime import environment
+from runtime.errors import ROOT, UserError
 from runtime.files import clear_parts
 from runtime.options import get_config
 from test_detection import coco
@@ -55,7 +55,7 @@ def test_shards_are_found_by_their_names(kind, tmp_path):
         (tmp_path / 'set' / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / 'made/val-000000.tar', tmp_path / 'set' / name)
     path = tmp_path / 'set' / below
-    parts = parts_of(get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache')))
+    parts = find_split_sources(get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache')))
     assert {name: len(part.labels) for name, part in parts.items()} == wanted
 
 
@@ -64,7 +64,7 @@ def test_braces_that_name_what_is_not_there(tmp_path):
     for braces, said in (('{000000..000004}', '4 are not there'), ('{000002..000001}', 'names no archive')):
         path = tmp_path / f'set/val-{braces}.tar'
         with pytest.raises(UserError, match=said):
-            parts_of(get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache')))
+            find_split_sources(get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache')))
 
 
 def test_a_class_in_two_spellings_of_unicode_is_one(drawn, tmp_path):
@@ -94,7 +94,7 @@ def test_of_two_annotation_files_none_is_taken(tmp_path, capsys):
 
 def test_accuracies_of_classes_are_those_of_the_confusion_matrix():
     scores, labels = torch.randn(60, 7), torch.randint(0, 6, (60,))
-    counts = confusion(scores, labels).double()
+    counts = confusion_matrix(scores, labels).double()
     wanted = 100 * counts.diag() / counts.sum(1)
     torch.testing.assert_close(class_accuracies(scores, labels), wanted, equal_nan=True)
     many = torch.randn(10, 6000)
@@ -134,8 +134,8 @@ def test_a_printed_command_names_a_run_that_lies_elsewhere_by_its_path(drawn, tm
     assert cli.main([*given, '--max_epochs=1']) == 0
     run = tmp_path / 'ckpt' / RUN
     args = get_config(ckpt_path=str(tmp_path / 'ckpt'))
-    assert name_of_run(args, run) == RUN
-    assert name_of_run(get_config(), run) == str(run)
+    assert run_display_name(args, run) == RUN
+    assert run_display_name(get_config(), run) == str(run)
     capsys.readouterr()
     assert (
         cli.main(['train', f'--resume={run}', '--max_epochs=2', '--knn_every=0', *own_paths(tmp_path, 'log', 'cache')])

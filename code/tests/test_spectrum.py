@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from dataloader.load_dataset import load_splits
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import representation
-from metric.feature_std import spread
+from metric.feature_std import feature_std
 from model.simsiam import SimSiam
-from protocols.collapse_verdict import of_metrics, verdict
-from protocols.label_free import by_own_statistics, of_views
+from protocols.collapse_verdict import verdict, verdict_from_metrics
+from protocols.label_free import projector_batch_stats, view_features
 from runtime.options import get_config
 
 
@@ -50,8 +50,8 @@ def test_z_by_the_statistics_of_what_is_looked_at():
     x = torch.randn(200, projector[0].in_features, generator=torch.Generator().manual_seed(0)) + 20
     before = {name: value.clone() for name, value in projector.state_dict().items()}
     with torch.no_grad():
-        assert spread(projector(x)) < 0.5
-    assert spread(by_own_statistics(projector, x)) > 0.9
+        assert feature_std(projector(x)) < 0.5
+    assert feature_std(projector_batch_stats(projector, x)) > 0.9
     assert all(torch.equal(value, before[name]) for name, value in projector.state_dict().items())
     assert not projector.training
 
@@ -71,7 +71,7 @@ def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
             batch_size=size,
             random_seed=size,
         )
-        found.append(of_views(args, model, load_splits(args)['train'], 2)[0])
+        found.append(view_features(args, model, load_splits(args)['train'], 2)[0])
     spread_of = found[0].std(0).mean()
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 0.2 * spread_of
@@ -83,7 +83,7 @@ def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
 def test_of_an_isotropic_spectrum(d):
     x = with_singular_values([3.0] * d)
     assert representation.rankme(x) == pytest.approx(d, rel=1e-4)
-    assert representation.cumulative_area(x) == pytest.approx(1 / 2 + 1 / (2 * d), abs=1e-9)
+    assert representation.cumulative_spectrum_auc(x) == pytest.approx(1 / 2 + 1 / (2 * d), abs=1e-9)
     if d > 4:
         assert representation.alpha_req(x) == pytest.approx(0, abs=1e-9)
 
@@ -91,11 +91,11 @@ def test_of_an_isotropic_spectrum(d):
 def test_of_one_direction_and_of_none():
     one = with_singular_values([5.0] + [0.0] * 9)
     assert representation.rankme(one) == pytest.approx(1, abs=1e-3)
-    assert representation.cumulative_area(one) == pytest.approx(1, abs=1e-9)
+    assert representation.cumulative_spectrum_auc(one) == pytest.approx(1, abs=1e-9)
     assert math.isnan(representation.alpha_req(one))
     same = torch.ones(50, 8)
     assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centred: the mean is a direction
-    assert representation.cumulative_area(same) == 1.0
+    assert representation.cumulative_spectrum_auc(same) == 1.0
     assert representation.rankme(torch.zeros(5, 3)) == 1.0
 
 
@@ -105,9 +105,9 @@ def test_of_a_power_law(alpha):
     x = with_singular_values(values, mean=7.0)
     assert representation.alpha_req(x) == pytest.approx(alpha, abs=1e-6)
     shares = np.array(values) / sum(values)
-    assert representation.cumulative_area(x) == pytest.approx(np.cumsum(shares).mean(), abs=1e-9)
-    centred = with_singular_values(values)
-    assert representation.rankme(centred) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert representation.cumulative_spectrum_auc(x) == pytest.approx(np.cumsum(shares).mean(), abs=1e-9)
+    centered = with_singular_values(values)
+    assert representation.rankme(centered) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,10 +115,10 @@ def test_of_a_power_law(alpha):
 def test_bounds_scale_and_rotation(n, d, seed, factor):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
     turn, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
-    for measure in (representation.rankme, representation.cumulative_area):
+    for measure in (representation.rankme, representation.cumulative_spectrum_auc):
         assert measure(factor * x @ turn) == pytest.approx(measure(x), rel=1e-4)
     assert 1 <= representation.rankme(x) <= min(n, d)
-    assert 0.5 <= representation.cumulative_area(x) <= 1
+    assert 0.5 <= representation.cumulative_spectrum_auc(x) <= 1
 
 
 def test_lidar_is_what_a_generalised_eigenproblem_says():
@@ -146,17 +146,19 @@ def test_ranks_are_a_count_by_hand(n, d, seed):
     for i in range(n):
         cosines = [float(first[i] @ other / first[i].norm() / other.norm()) for other in second]
         ranks.append(sum(cosine >= cosines[i] - 1e-12 for cosine in cosines))
-    assert representation.mean_rank(first, second) == pytest.approx(math.exp(np.log(ranks).mean()), rel=1e-6)
-    assert representation.retrieval(first, second).item() == pytest.approx(100 * np.mean([rank == 1 for rank in ranks]))
+    assert representation.geometric_mean_rank(first, second) == pytest.approx(math.exp(np.log(ranks).mean()), rel=1e-6)
+    assert representation.view_retrieval_top1(first, second).item() == pytest.approx(
+        100 * np.mean([rank == 1 for rank in ranks])
+    )
 
 
 def test_retrieval_where_all_or_nobody_is_found():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert representation.retrieval(x, 3 * x).item() == 100
-    assert representation.mean_rank(x, x) == 1
+    assert representation.view_retrieval_top1(x, 3 * x).item() == 100
+    assert representation.geometric_mean_rank(x, x) == 1
     same = torch.ones(50, 8)
-    assert representation.retrieval(same, same).item() == 0  # collapsed: a tie is not found
-    assert representation.mean_rank(same, same) == pytest.approx(50, rel=1e-5)
+    assert representation.view_retrieval_top1(same, same).item() == 0  # collapsed: a tie is not found
+    assert representation.geometric_mean_rank(same, same) == pytest.approx(50, rel=1e-5)
 
 
 def test_alignment_and_uniformity():
@@ -170,17 +172,17 @@ def test_alignment_and_uniformity():
 def test_of_outputs():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, 8, generator=generator)
-    found = representation.of_outputs(z, with_singular_values([1.0, 1.0] + [0.0] * 6, 4000).float())
+    found = representation.output_statistics(z, with_singular_values([1.0, 1.0] + [0.0] * 6, 4000).float())
     assert found['mean_direction'] < 0.05
     assert found['correlation'] < 0.05
     assert found['rank_z_minus_p'] == pytest.approx(6, abs=0.1)
     assert found['norm_z'] == pytest.approx(8**0.5, rel=0.05)
-    collapsed = representation.of_outputs(torch.ones(20, 8), torch.ones(20, 8))
+    collapsed = representation.output_statistics(torch.ones(20, 8), torch.ones(20, 8))
     assert collapsed['mean_direction'] == pytest.approx(1)
     assert collapsed['rank_z_minus_p'] == pytest.approx(0)
     twice = torch.cat((z[:, :4], z[:, :4]), 1)
     wanted = np.abs(np.corrcoef(twice.numpy().T))
-    assert representation.correlation(twice) == pytest.approx((wanted.sum() - 8) / 56, abs=1e-6)
+    assert representation.mean_abs_channel_correlation(twice) == pytest.approx((wanted.sum() - 8) / 56, abs=1e-6)
 
 
 @pytest.mark.parametrize('n', [2, 3, 5])
@@ -222,5 +224,5 @@ def test_the_verdict_is_that_of_the_numbers(now, word):
         {'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
         for epoch, values in ((0, BEFORE), (3, now))
     ]
-    assert of_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
-    assert of_metrics(lines[1:]) is of_metrics([]) is None
+    assert verdict_from_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
+    assert verdict_from_metrics(lines[1:]) is verdict_from_metrics([]) is None

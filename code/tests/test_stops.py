@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
+import stop_table
 import torch
 
-import stop_table
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from runtime import signals
 from test_resume import GOES_ON, LONG, RUN, kill_a_worker, start
@@ -176,16 +176,16 @@ class Slow:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
 try:
-    with signals.listening():
-        with signals.deferred() if sys.argv[1] == 'held' else contextlib.nullcontext():
+    with signals.signal_handlers():
+        with signals.defer_signals() if sys.argv[1] == 'held' else contextlib.nullcontext():
             slow = Slow()
             del slow
         if sys.argv[1] == 'caught':  # by a library that catches everything
             with contextlib.suppress(BaseException):
                 time.sleep(0.1)
-            signals.check(0, False, 0.0, False, None)
+            signals.sync_stop_and_save(0, False, 0.0, False, None)
         time.sleep(20)
-except signals.Stopped as end:
+except signals.Interrupted as end:
     sys.exit(f'heard {end.number}')
 """
 

@@ -21,7 +21,7 @@ import cli
 from conftest import CODE, TINY, one_line, own_paths, run
 from dataloader.load_dataset import get_iterator, load_splits
 from dataloader.sources import find, tar_index
-from errors import UserError, WorkError
+from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 from test_cli import newest, same
 
@@ -37,9 +37,9 @@ def options(folder, **more):
     return get_config(**given | more)
 
 
-def png(colour='teal', size=(40, 30)):
+def png(color='teal', size=(40, 30)):
     buffer = io.BytesIO()
-    Image.new('RGB', size, colour).save(buffer, 'PNG')
+    Image.new('RGB', size, color).save(buffer, 'PNG')
     return buffer.getvalue()
 
 
@@ -129,7 +129,7 @@ def test_an_archive_is_indexed_once(drawn_large, tmp_path, monkeypatch):
     top = tarred(drawn_large, tmp_path / 'packed')
     first = load_splits(options(top))['train']
     with monkeypatch.context() as patch:
-        patch.setattr(tar_index, 'index_of', lambda *_: pytest.fail('indexed again'))
+        patch.setattr(tar_index, 'build_index', lambda *_: pytest.fail('indexed again'))
         assert list(load_splits(options(top))['train'].names) == list(first.names)
     with tarfile.open(top / 'train.tar', 'a') as archive:
         archive.add(drawn_large / 'val/dots/000.jpg', 'dots/zzz.jpg')
@@ -152,7 +152,7 @@ def test_webdataset_shards(tmp_path):
     splits = load_splits(options(tmp_path / 'set', val_fraction=0.0, batch_size=4))
     assert splits['train'].classes == ['9', '10', '11']
     assert splits['train'].labels.tolist() == [0, 1, 2] * 4
-    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert dict(part.others) == {'.json': 12}
 
 
@@ -169,7 +169,7 @@ def test_webdataset_shards(tmp_path):
 def test_names_in_an_archive(members, labels, others, tmp_path):
     pairs = [member.partition('=') for member in members]
     write(tmp_path / 'train.tar', [(name, owner.encode() if owner else png()) for name, _, owner in pairs])
-    part = find.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    part = find.find_splits(tmp_path, tmp_path / 'cache', archives_bar)['train']
     assert [part.classes[label] for label in part.labels] == labels
     assert dict(part.others) == others
 
@@ -178,7 +178,7 @@ def test_a_key_is_its_shards_own(tmp_path):
     """Shards that count from 0 again: neither images nor classes are taken for one another's."""
     for shard, kind in enumerate(('dog', 'cat')):
         write(tmp_path / f'train-{shard:06d}.tar', [('0.jpg', png(size=(40 + shard, 30))), ('0.cls', kind.encode())])
-    part = find.find(tmp_path, tmp_path / 'cache', archives_bar)['train']
+    part = find.find_splits(tmp_path, tmp_path / 'cache', archives_bar)['train']
     assert [part.classes[label] for label in part.labels] == ['dog', 'cat']
     widths = []
     for i in range(2):
@@ -229,17 +229,17 @@ def devkit(path, wnids, truth):
 @pytest.fixture
 def imagenet(tmp_path):
     """ImageNet as it is downloaded, of three classes of one colour each."""
-    top, colours = tmp_path / 'imagenet', {'n03': 'red', 'n01': 'lime', 'n02': 'blue'}
+    top, colors = tmp_path / 'imagenet', {'n03': 'red', 'n01': 'lime', 'n02': 'blue'}
     inner = []
-    for wnid, colour in colours.items():
-        path = write(tmp_path / f'{wnid}.tar', [(f'{wnid}_{i}.JPEG', png(colour)) for i in range(4)])
+    for wnid, color in colors.items():
+        path = write(tmp_path / f'{wnid}.tar', [(f'{wnid}_{i}.JPEG', png(color)) for i in range(4)])
         inner.append((f'{wnid}.tar', path.read_bytes()))
     write(top / 'ILSVRC2012_img_train.tar', inner)
     truth = [1, 3, 2, 2, 1]  # n03 n02 n01 n01 n03
-    wnids = list(colours)
+    wnids = list(colors)
     write(
         top / 'ILSVRC2012_img_val.tar',
-        [(f'ILSVRC2012_val_{i + 1:08d}.JPEG', png(colours[wnids[number - 1]])) for i, number in enumerate(truth)],
+        [(f'ILSVRC2012_val_{i + 1:08d}.JPEG', png(colors[wnids[number - 1]])) for i, number in enumerate(truth)],
     )
     devkit(top / 'ILSVRC2012_devkit_t12.tar.gz', wnids, truth)
     return top
@@ -288,7 +288,7 @@ def test_a_hard_link_is_an_image_whatever_its_first_name_is(tmp_path):
         link('b/lost.png', 'nowhere', tarfile.LNKTYPE),
     ]
     write(tmp_path / 'set/train.tar', members)
-    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png', 'b/3.png']
     assert dict(part.others) == {'(hidden)': 1, '(no ending)': 2, '(a link, or no plain file)': 1}
     for row in range(3):
@@ -346,7 +346,7 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
         ('a/note.txt', b'x'),
     ]
     write(tmp_path / 'set/train.tar', members)
-    part = find.find(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
+    part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png']
     assert dict(part.others) == {
         '(a path out of the folder)': 3,
@@ -391,7 +391,7 @@ def test_archives_cut_short_anywhere(drawn_large, tmp_path):
         path.parent.mkdir()
         path.write_bytes(whole[:end])
         try:
-            found = find.of_place([path], tmp_path / 'cache', archives_bar)
+            found = find.load_location([path], tmp_path / 'cache', archives_bar)
         except (UserError, WorkError):
             continue
         assert len(found.labels) <= 24

@@ -132,9 +132,9 @@ def test_a_tracker_that_does_not_start_leaves_no_run(drawn, tmp_path, capsys, mo
     def refuses(*_):
         raise OSError('no such server')
 
-    monkeypatch.setattr(trackers, 'package_of', lambda args: None)
+    monkeypatch.setattr(trackers, 'import_tracker', lambda args: None)
     monkeypatch.setattr(trackers, 'mlflow', refuses)
-    monkeypatch.setattr('engine.set_up.package_of', lambda args: None)
+    monkeypatch.setattr('engine.set_up.import_tracker', lambda args: None)
     given = ['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main([*given, '--tracker=mlflow']) == 2
     assert '--tracker=mlflow does not start: no such server' in one_line(capsys.readouterr().err)

@@ -14,7 +14,7 @@ from dataloader import vision
 from dataloader.augment import blur, color, crop
 from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
 from runtime.options import get_config
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 
 MOCO = get_augmentation(get_config(image_size=24, blur_prob=0.5), 'moco')
 
@@ -30,7 +30,7 @@ def photos(n, height, width, seed=0):
 @pytest.mark.parametrize(('height', 'width', 'size'), [(32, 32, 32), (48, 40, 32), (30, 64, 12), (20, 20, 50)])
 def test_crop_resize_is_torchvisions_and_pils(height, width, size):
     x = (photos(16, height, width) * 255).round() / 255
-    boxes, flips = MOCO.crop.sample(16, height, width, random_from('boxes')).split([4, 1], 1)
+    boxes, flips = MOCO.crop.sample(16, height, width, generator_for('boxes')).split([4, 1], 1)
     ours = crop.crop_resize(x, boxes, flips[:, 0], size)
     for image, box, flip, result in zip(x, boxes.int().tolist(), flips, ours, strict=True):
         top, left, h, w = box
@@ -42,11 +42,11 @@ def test_crop_resize_is_torchvisions_and_pils(height, width, size):
 
 
 @pytest.mark.parametrize(('height', 'width', 'size', 'ratio'), [(48, 48, 32, 1.0), (60, 44, 28, 0.875), (8, 9, 16, 1)])
-def test_plain_view_is_the_centre_crop(height, width, size, ratio):
+def test_plain_view_is_the_center_crop(height, width, size, ratio):
     """As PIL resizes a part of an image: whole and cropped batches agree with it."""
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
     args = get_config(image_size=size, crop_ratio=ratio)
-    ours = vision.denormalise(vision.plain_view(images, args), args)
+    ours = vision.denormalize(vision.eval_view(images, args), args)
     side = min(height, width) * ratio
     left, top = (width - side) / 2, (height - side) / 2
     for image, result in zip(images, ours, strict=True):
@@ -56,12 +56,12 @@ def test_plain_view_is_the_centre_crop(height, width, size, ratio):
         torch.testing.assert_close(result, reference.pil_to_tensor(pil) / 255, atol=1.6 / 255, rtol=0)
 
 
-def test_normalise_is_torchvisions():
+def test_normalize_is_torchvisions():
     x = photos(2, 8, 8)
     wanted = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
-    moments = vision.moments_of(get_config(), x.device)
-    torch.testing.assert_close(vision.normalise(x.clone(), moments), wanted)
-    torch.testing.assert_close(vision.denormalise(vision.normalise(x.clone(), moments), get_config()), x)
+    moments = vision.mean_std_of_args(get_config(), x.device)
+    torch.testing.assert_close(vision.normalize(x.clone(), moments), wanted)
+    torch.testing.assert_close(vision.denormalize(vision.normalize(x.clone(), moments), get_config()), x)
 
 
 OPERATIONS = (
@@ -73,7 +73,7 @@ OPERATIONS = (
 
 
 @pytest.mark.parametrize(('ours', 'theirs', 'factors'), OPERATIONS)
-def test_colour_operations_are_torchvisions(ours, theirs, factors):
+def test_color_operations_are_torchvisions(ours, theirs, factors):
     x = photos(4, 9, 7)
     x[0] = x[0, :1]  # a grey image has no hue
     x[1] = torch.eye(3)[torch.arange(63) % 3].T.view(3, 9, 7)  # pure colours
@@ -118,7 +118,7 @@ def on_cpu(augmentation, x, draws):
 
 def test_the_operations_apply_each_images_own_draw():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
-    x, draws = photos(40, 12, 12), draws_of(MOCO, 40, random_from('colours'))
+    x, draws = photos(40, 12, 12), draws_of(MOCO, 40, generator_for('colours'))
     ours = on_cpu(MOCO, x.clone(), draws)
     jitter, gray, sigma = draws[0], draws[1][:, 0], draws[2][:, 0]
     untouched = 0
@@ -139,7 +139,7 @@ def test_the_operations_apply_each_images_own_draw():
 
 def test_the_gpus_formulation_is_the_same():
     """on_gpu, which works on every image whatever was drawn, against on_cpu."""
-    x, draws = photos(60, 24, 24), draws_of(MOCO, 60, random_from('gpu'))
+    x, draws = photos(60, 24, 24), draws_of(MOCO, 60, generator_for('gpu'))
     for blurred, atol in ((1, 4e-3), (0, 1e-5)):
         drawn, ours = [*draws[:2], draws[2] * blurred], x.clone()
         for operation, part in zip(MOCO.operations, drawn, strict=True):
@@ -159,7 +159,7 @@ def gap(ours, theirs):
 def test_crops_are_distributed_as_torchvisions(height, width, name):
     """With 6,000 draws each, two samples of one distribution are further apart than 0.04 once in ten thousand times."""
     drawn, n = AUGMENTATIONS[name][0], 6000
-    boxes, flips = drawn.sample(n, height, width, random_from('crops')).split([4, 1], 1)
+    boxes, flips = drawn.sample(n, height, width, generator_for('crops')).split([4, 1], 1)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = v2.RandomResizedCrop(8, scale=drawn.scale, ratio=drawn.ratio)
@@ -173,9 +173,9 @@ def test_crops_are_distributed_as_torchvisions(height, width, name):
 
 
 @pytest.mark.parametrize('name', ['moco', 'simclr'])
-def test_colours_are_distributed_as_stated(name):
+def test_colors_are_distributed_as_stated(name):
     augmentation, n = get_augmentation(get_config(blur_prob=0.5), name), 24000
-    jitter, gray, sigma = draws_of(augmentation, n, random_from('colours'))
+    jitter, gray, sigma = draws_of(augmentation, n, generator_for('colours'))
     gray, sigma, jittering = gray[:, 0], sigma[:, 0], augmentation.operations[0]
     even = (torch.arange(n) + 0.5) / n
     for kind, strength in enumerate((jittering.brightness, jittering.contrast, jittering.saturation, jittering.hue)):
@@ -199,7 +199,7 @@ def test_colours_are_distributed_as_stated(name):
 
 def test_two_views_are_fixed_by_the_generator_and_differ():
     images = (photos(6, 40, 40) * 255).to(torch.uint8)
-    first, again, other = (vision.random_views(images, MOCO, random_from(seed)) for seed in (1, 1, 2))
+    first, again, other = (vision.random_views(images, MOCO, generator_for(seed)) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other, strict=True):
         assert a.shape == (6, 3, 24, 24)
         assert torch.equal(a, b)
@@ -214,12 +214,15 @@ def test_without_distortion_the_views_are_the_image():
         operations=(color.ColorJitter(0, 0, 0, 0, prob=1), color.RandomGrayscale(0), blur.GaussianBlur(prob=0)),
     )
     images = (photos(6, 16, 16) * 255).to(torch.uint8)
-    for view in vision.random_views(images, plain, random_from(0)):
-        torch.testing.assert_close(vision.denormalise(view, get_config()), images / 255, atol=1e-4, rtol=0)
+    for view in vision.random_views(images, plain, generator_for(0)):
+        torch.testing.assert_close(vision.denormalize(view, get_config()), images / 255, atol=1e-4, rtol=0)
     crops = torch.stack((images, 255 - images), 1)  # as workers send them, for a GPU to distort or distorted already
-    for view1, view2 in (vision.random_views(crops, plain, random_from(0)), vision.normalised(crops, get_config())):
-        torch.testing.assert_close(vision.denormalise(view1, get_config()), images / 255, atol=1e-4, rtol=0)
-        torch.testing.assert_close(vision.denormalise(view2, get_config()), 1 - images / 255, atol=1e-4, rtol=0)
+    for view1, view2 in (
+        vision.random_views(crops, plain, generator_for(0)),
+        vision.normalize_worker_views(crops, get_config()),
+    ):
+        torch.testing.assert_close(vision.denormalize(view1, get_config()), images / 255, atol=1e-4, rtol=0)
+        torch.testing.assert_close(vision.denormalize(view2, get_config()), 1 - images / 255, atol=1e-4, rtol=0)
 
 
 def test_simclr_distorts_more_than_moco():

@@ -17,17 +17,17 @@ from torch import nn
 from torchvision.transforms import functional as reference
 
 import cli
-from ckpt import get_model_ckpt, new_model
+from ckpt import build_model, get_model_ckpt
 from conftest import CODE, one_line, own_paths
 from dataloader import vision
 from dataloader.augment import crop
-from dataloader.load_dataset import in_order, load_splits
+from dataloader.load_dataset import eval_loader, load_splits
 from dataloader.loading import crops
-from errors import UserError
-from model.weights import average_weights, preprocessing_of
-from protocols.features import features_of
-from runtime.options import changed, channel_values, get_config
-from runtime.seeding import random_from
+from model.weights import average_weights, find_preprocessing
+from protocols.features import extract_features
+from runtime.errors import UserError
+from runtime.options import channel_values, get_config, replace_args
+from runtime.seeding import generator_for
 from test_exchange import randomised
 from test_vision import photos
 
@@ -89,7 +89,7 @@ def test_weights_in_the_networks_own_layout_are_read_under_any_prefix(backbone, 
         with torch.no_grad():
             torch.testing.assert_close(model.backbone.eval()(x), wanted, atol=1e-4, rtol=1e-4, msg=holder)
         assert not model.has_heads
-        expected = preprocessing_of(backbone)
+        expected = find_preprocessing(backbone)
         assert (args.mean, args.std, args.interpolation) == tuple(expected[n] for n in ('mean', 'std', 'interpolation'))
 
 
@@ -282,19 +282,19 @@ def test_every_view_is_normalized_by_the_options(drawn):
     """Plain views, random views of whole images and of crops: mean 0.5, std 0.25 in place of ImageNet's."""
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     usual = get_config(image_size=32, crop_ratio=1.0)
-    other = changed(usual, mean='0.5', std='0.25')
-    pixels = vision.denormalise(vision.plain_view(images, usual), usual)
-    torch.testing.assert_close(vision.plain_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
+    other = replace_args(usual, mean='0.5', std='0.25')
+    pixels = vision.denormalize(vision.eval_view(images, usual), usual)
+    torch.testing.assert_close(vision.eval_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
     from dataloader.augment.recipes import get_augmentation
 
     for batch in (images, torch.stack((images, images), 1)):
         for one, two in zip(
-            vision.random_views(batch, get_augmentation(usual, 'moco'), random_from(1)),
-            vision.random_views(batch, get_augmentation(other, 'moco'), random_from(1)),
+            vision.random_views(batch, get_augmentation(usual, 'moco'), generator_for(1)),
+            vision.random_views(batch, get_augmentation(other, 'moco'), generator_for(1)),
             strict=True,
         ):
-            torch.testing.assert_close(two, (vision.denormalise(one, usual) - 0.5) / 0.25, atol=1e-4, rtol=0)
-    x = vision.normalised(torch.stack((images, images), 1), other)[0]
+            torch.testing.assert_close(two, (vision.denormalize(one, usual) - 0.5) / 0.25, atol=1e-4, rtol=0)
+    x = vision.normalize_worker_views(torch.stack((images, images), 1), other)[0]
     torch.testing.assert_close(x, (images / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
 
 
@@ -303,14 +303,14 @@ def test_bicubic_crops_are_pils(height, width, size):
     """Whole images on the device, and crops in a dataloader worker."""
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
     args = get_config(image_size=size, crop_ratio=0.875, interpolation='bicubic')
-    ours = vision.denormalise(vision.plain_view(images, args), args)
-    left, top, side = *crop.centre_box(height, width, 0.875)[1::-1], min(height, width) * 0.875
+    ours = vision.denormalize(vision.eval_view(images, args), args)
+    left, top, side = *crop.center_box(height, width, 0.875)[1::-1], min(height, width) * 0.875
     for image, result in zip(images, ours, strict=True):
         pil = reference.to_pil_image(image)
         wanted = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         wanted = reference.pil_to_tensor(wanted)
         torch.testing.assert_close(result, wanted / 255, atol=2.6 / 255, rtol=0)  # PIL rounds and clips in between
-        assert torch.equal(crops.centre_crop(pil, size, 0.875, how='bicubic')[0], wanted)
+        assert torch.equal(crops.center_crop(pil, size, 0.875, how='bicubic')[0], wanted)
     boxes = torch.tensor([[2.0, 3.0, 15.0, 12.0]]).expand(3, 4)
     ours = crop.crop_resize(images / 255, boxes, torch.zeros(3), size, cubic=True)
     wanted = reference.resized_crop(images / 255, 2, 3, 15, 12, [size, size], reference.InterpolationMode.BICUBIC, True)
@@ -340,16 +340,19 @@ def test_preprocessing_of_weights_is_kept_in_a_checkpoint(drawn, tmp_path, capsy
 def test_features_with_another_mean_are_those_of_normalized_pixels(drawn):
     args = get_config(preset='demo', image_path=str(drawn), mean='0.2,0.3,0.4', std='0.5', device='cpu')
     val = load_splits(args)['val']
-    x, _ = features_of(args, nn.Flatten(), in_order(args, val), '')
-    plain = changed(args, mean='0', std='1')
-    raw, _ = features_of(plain, nn.Flatten(), in_order(plain, load_splits(plain)['val']), '')
+    x, _ = extract_features(args, nn.Flatten(), eval_loader(args, val), '')
+    plain = replace_args(args, mean='0', std='1')
+    raw, _ = extract_features(plain, nn.Flatten(), eval_loader(plain, load_splits(plain)['val']), '')
     mean = torch.tensor((0.2, 0.3, 0.4)).repeat_interleave(raw.shape[1] // 3)
     torch.testing.assert_close(x, (raw - mean) / 0.5, atol=1e-5, rtol=0)
 
 
 def test_average_of_weights():
     args = get_config(preset='demo')
-    one, two = new_model(args).backbone.state_dict(), new_model(changed(args, random_seed=1)).backbone.state_dict()
+    one, two = (
+        build_model(args).backbone.state_dict(),
+        build_model(replace_args(args, random_seed=1)).backbone.state_dict(),
+    )
     for share in (0.0, 0.25, 1.0):
         for name, value in average_weights(one, two, share).items():
             if value.is_floating_point():

@@ -15,8 +15,8 @@ import cli
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, run
 from dataloader.load_dataset import get_iterator
 from dataloader.loading import loader
-from errors import WorkError
-from runtime.device import memory_for, short_of_memory
+from runtime.device import explain_oom, is_oom
+from runtime.errors import WorkError
 from runtime.options import get_config
 
 # 150 px images: read by two processes; epochs enough for a process to be found.
@@ -59,7 +59,7 @@ def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large
 
 
 def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
-    monkeypatch.setattr(loader, 'PATIENCE', 4.0)
+    monkeypatch.setattr(loader, 'HANG_TIMEOUT_S', 4.0)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=2, num_workers=2)
     batches = get_iterator(args)['train']
     iterator = iter(batches)
@@ -119,14 +119,14 @@ def test_a_fault_in_a_thread_is_raised(drawn_large, monkeypatch):
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
     val = get_iterator(args)['val']
     monkeypatch.setattr(type(val.dataset), 'read', lambda *_: {}['a fault'])
-    with pytest.raises(loader.Fault, match='a fault'):
+    with pytest.raises(loader.WorkerException, match='a fault'):
         list(val)
 
 
 def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
     """A batch that takes longer than several looks at the processes, and than the patience with idle ones."""
-    monkeypatch.setattr(loader, 'CHECK', 0.2)
-    monkeypatch.setattr(loader, 'PATIENCE', 1.0)
+    monkeypatch.setattr(loader, 'POLL_S', 0.2)
+    monkeypatch.setattr(loader, 'HANG_TIMEOUT_S', 1.0)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=1)
     images = get_iterator(args)['val'].dataset
     whole = type(images).read
@@ -238,12 +238,12 @@ def test_memory_that_runs_out_is_told_with_what_helps_there():
             'the machine',
         ),
     ):
-        assert short_of_memory(error) == place
+        assert is_oom(error) == place
         said = f'{place} has not enough memory for the kNN test: --knn_every=0'
-        with pytest.raises(WorkError, match=said), memory_for('the kNN test', '--knn_every=0 trains without it'):
+        with pytest.raises(WorkError, match=said), explain_oom('the kNN test', '--knn_every=0 trains without it'):
             raise error
-    assert short_of_memory(RuntimeError('out of memory of another kind')) is None
-    with pytest.raises(RuntimeError, match='a fault'), memory_for('anything', 'nothing'):
+    assert is_oom(RuntimeError('out of memory of another kind')) is None
+    with pytest.raises(RuntimeError, match='a fault'), explain_oom('anything', 'nothing'):
         raise RuntimeError('a fault')
 
 
@@ -280,11 +280,11 @@ def test_a_batch_that_nobody_takes_any_more_is_no_fault(quiet):
 import multiprocessing.resource_sharer as sharer, sys, time
 from multiprocessing import current_process
 from multiprocessing.connection import Client
-from dataloader.loading.loader import in_worker
-from runtime.console import own_streams
-own_streams()
+from dataloader.loading.loader import worker_init_fn
+from runtime.console import wrap_std_streams
+wrap_std_streams()
 if {quiet}:
-    in_worker(0)
+    worker_init_fn(0)
 address = sharer.DupFd(0)._id[0]
 Client(address, authkey=current_process().authkey).close()
 time.sleep(0.5)

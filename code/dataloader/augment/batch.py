@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 
-def on_chosen(x, chosen, operation, parameter):
+def apply_to_subset(x, chosen, operation, parameter):
     """x with the chosen images put through `operation`. chosen: N bool (numpy); parameter: N, one for each image of x.
     operation(images, parameters) gets n x 3 x S x S and n x 1 x 1 x 1, and may overwrite the images."""
     rows = np.flatnonzero(chosen)
@@ -17,7 +17,7 @@ def on_chosen(x, chosen, operation, parameter):
     return x.index_copy_(0, rows, operation(x.index_select(0, rows), parameter[rows]))
 
 
-def separable(x, rows, columns):
+def apply_separable(x, rows, columns):
     """Every image's own linear map of its rows and of its columns.
 
     x: N x 3 x H x W; rows: N x S x H; columns: N x S x W. Returns N x 3 x S x S.

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from dataloader.augment.batch import on_chosen, separable
+from dataloader.augment.batch import apply_separable, apply_to_subset
 
-REACH = 6  # pixels that a blur sees on each side: three times the largest sigma
+BLUR_RADIUS = 6  # pixels that a blur sees on each side: three times the largest sigma
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class GaussianBlur:
         return sigma * (torch.rand(n, 1, generator=generator) < self.prob)
 
     def on_cpu(self, x, draws):
-        return on_chosen(x, draws[:, 0].numpy() > 0, blur, draws[:, 0])
+        return apply_to_subset(x, draws[:, 0].numpy() > 0, blur, draws[:, 0])
 
     def on_gpu(self, x, draws):
         return blur_all(x, draws[:, 0])
 
     def torchvision(self, v2):
-        return v2.RandomApply([v2.GaussianBlur(2 * REACH + 1, self.sigma)], self.prob)
+        return v2.RandomApply([v2.GaussianBlur(2 * BLUR_RADIUS + 1, self.sigma)], self.prob)
 
 
 def blur(x, sigma):
@@ -41,34 +41,34 @@ def blur(x, sigma):
 
     Sums of shifted images, an axis after the other, as far as the largest sigma reaches.
     """
-    reach = min(math.ceil(3 * sigma.max().item()), x.shape[-1] - 1)
-    weight = gaussian(sigma.flatten(), reach)[..., None, None, None]
+    radius = min(math.ceil(3 * sigma.max().item()), x.shape[-1] - 1)
+    weight = gaussian(sigma.flatten(), radius)[..., None, None, None]
     for axis in (2, 3):
         side = x.shape[axis]
-        wide = pad(x, (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0), mode='reflect')
+        wide = pad(x, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), mode='reflect')
         x.mul_(weight[:, 0])
-        for i in range(1, reach + 1):
-            x.addcmul_(wide.narrow(axis, reach - i, side), weight[:, i])
-            x.addcmul_(wide.narrow(axis, reach + i, side), weight[:, i])
+        for i in range(1, radius + 1):
+            x.addcmul_(wide.narrow(axis, radius - i, side), weight[:, i])
+            x.addcmul_(wide.narrow(axis, radius + i, side), weight[:, i])
     return x
 
 
 def blur_all(x, sigma):
     """`blur` for a GPU; where sigma is 0 nothing changes: two products with a matrix of each image's weights."""
     side = x.shape[-1]
-    reach = min(REACH, side - 1)
-    weight = gaussian(sigma.clamp(min=0.1), reach)
+    radius = min(BLUR_RADIUS, side - 1)
+    weight = gaussian(sigma.clamp(min=0.1), radius)
     weight = torch.cat((weight[:, 1:].flip(1), weight), 1)[:, None].expand(-1, side, -1)
-    source = torch.arange(side, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
+    source = torch.arange(side, device=x.device)[:, None] + torch.arange(-radius, radius + 1, device=x.device)
     source = (side - 1) - (source.abs() - (side - 1)).abs()  # mirrored at both ends
     matrix = x.new_zeros(len(x), side, side).scatter_add(2, source.expand(len(x), -1, -1), weight)
     same = torch.eye(side, device=x.device)
     matrix = torch.where(sigma[:, None, None] > 0, matrix, same)
-    return separable(x, matrix, matrix)
+    return apply_separable(x, matrix, matrix)
 
 
-def gaussian(sigma, reach):
-    """Weights of the distances 0 to `reach` pixels, N x (reach + 1); both sides together sum to 1."""
-    distance = torch.arange(reach + 1, device=sigma.device)
+def gaussian(sigma, radius):
+    """Weights of the distances 0 to `radius` pixels, N x (reach + 1); both sides together sum to 1."""
+    distance = torch.arange(radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
     return weight / (2 * weight.sum(1, keepdim=True) - 1)  # distance 0, whose weight is 1, counts once

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataloader.augment.batch import separable
+from dataloader.augment.batch import apply_separable
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class RandomResizedCrop:
         w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
         flips = drawn[:, 40] < self.flip
         boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w, flips), 1)
-        unfit = ~fits[every, first]
-        if unfit.any():
+        fallback = ~fits[every, first]
+        if fallback.any():
             w, h = min(width, round(height * wide)), min(height, round(width / thin))
-            boxes[unfit, :4] = (height - h) // 2, (width - w) // 2, h, w
+            boxes[fallback, :4] = (height - h) // 2, (width - w) // 2, h, w
         return torch.from_numpy(boxes).float()
 
     def torchvision(self, v2, size, interpolation):
@@ -49,44 +49,44 @@ class RandomResizedCrop:
         return v2.RandomResizedCrop(size, self.scale, self.ratio, v2.InterpolationMode(interpolation))
 
 
-def centre_box(height, width, crop_ratio):
+def center_box(height, width, crop_ratio):
     """The evaluation crop as (top, left, height, width), in pixels of the image, fractional."""
     side = min(height, width) * crop_ratio
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-def crop_resize(x, boxes, flips, size, inside=True, cubic=False):
+def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False):
     """Cut every image's box and resize it to size x size, antialiased bilinear or bicubic as PIL and torchvision do.
 
     A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
-    each, whatever the boxes. A flip only turns the columns' matrix round. inside: pixels beyond the box count for
+    each, whatever the boxes. A flip only turns the columns' matrix round. clip_to_box: pixels beyond the box count for
     nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
     None; on x's device. Returns N x 3 x S x S; of a cubic filter, which overshoots, clamped to [0, 1].
     """
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.dtype).unbind(1)
-    rows = resize_matrix(top, h, height, size, inside, cubic=cubic)
-    columns = resize_matrix(left, w, width, size, inside, flips, cubic)
-    x = separable(x, rows, columns)
+    rows = resize_weights(top, h, height, size, clip_to_box, cubic=cubic)
+    columns = resize_weights(left, w, width, size, clip_to_box, flips, cubic)
+    x = apply_separable(x, rows, columns)
     return x.clamp(0, 1) if cubic else x
 
 
-def resize_matrix(start, length, side, size, inside, flips=None, cubic=False):
+def resize_weights(start, length, side, size, clip_to_box, flips=None, cubic=False):
     """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels, where flips turned.
 
     start, length, flips: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger
     of one source and one target pixel, or Keys' cubic with a = -1/2, as in PIL, of twice that width.
     """
-    span = (length / size)[:, None]
-    ticks = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
+    pixels_per_output = (length / size)[:, None]
+    output_centers = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
     if flips is not None:
-        ticks = ticks + flips[:, None] * (size - 2 * ticks)
+        output_centers = output_centers + flips[:, None] * (size - 2 * output_centers)
     pixels = torch.arange(side, device=start.device, dtype=start.dtype) + 0.5
-    if inside:  # the others are too far away to count
+    if clip_to_box:  # the others are too far away to count
         begin, end = start[:, None], (start + length)[:, None]
         pixels = pixels.where((pixels > begin) & (pixels < end), math.inf)[:, None]
-    centres = (start[:, None] + ticks * span)[:, :, None]
-    weights = (pixels - centres).abs_().mul_(-1 / span.clamp(min=1)[:, :, None])
+    centers = (start[:, None] + output_centers * pixels_per_output)[:, :, None]
+    weights = (pixels - centers).abs_().mul_(-1 / pixels_per_output.clamp(min=1)[:, :, None])
     weights = keys_cubic(-weights) if cubic else weights.add_(1).clamp_(min=0)
     return weights.div_(weights.sum(2, keepdim=True))
 

@@ -8,8 +8,8 @@ as it does, checks nothing, and is an extra that boxes without masks need for th
 
 import json
 
-from dataloader.detection.validate import checked
-from errors import UserError, WorkError
+from dataloader.detection.validate import validate
+from runtime.errors import UserError, WorkError
 
 
 def coco_split(folder, split, masks):
@@ -23,14 +23,20 @@ def coco_split(folder, split, masks):
         raise UserError(
             f'`detection_path`: {folder}/annotations has both {names}: which of them is {split}? Move one out'
         )
-    own = files[0].stem.removeprefix('instances_')
-    places = [folder / own, folder / 'images' / own, folder / split, folder / 'images' / split, folder / 'images']
-    images = next((place for place in places if place.is_dir()), None)
+    split_name = files[0].stem.removeprefix('instances_')
+    image_dir_candidates = [
+        folder / split_name,
+        folder / 'images' / split_name,
+        folder / split,
+        folder / 'images' / split,
+        folder / 'images',
+    ]
+    images = next((place for place in image_dir_candidates if place.is_dir()), None)
     if images is None:
-        raise UserError(f'`detection_path`: the images of {files[0].name} are not in {folder}/{own}')
+        raise UserError(f'`detection_path`: the images of {files[0].name} are not in {folder}/{split_name}')
     try:
-        table = json.loads(files[0].read_text(encoding='utf-8'))
-        table = {key: table[key] for key in ('images', 'annotations', 'categories')}
-        return images, own, *checked(files[0], table, images, masks)
+        coco_dict = json.loads(files[0].read_text(encoding='utf-8'))
+        coco_dict = {key: coco_dict[key] for key in ('images', 'annotations', 'categories')}
+        return images, split_name, *validate(files[0], coco_dict, images, masks)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise WorkError(f'{files[0]} is not in the COCO format: {error!r}') from None

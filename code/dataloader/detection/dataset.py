@@ -10,12 +10,12 @@ from torch.utils.data import Dataset
 from dataloader.detection.coco import coco_split
 from dataloader.detection.voc import voc_classes, voc_lists, voc_split
 from dataloader.loading.decode import decode
-from dataloader.loading.loader import caught
-from errors import UserError, WorkError
+from dataloader.loading.loader import catch_as_value
+from runtime.errors import UserError, WorkError
 
 
 @dataclass
-class Boxes(Dataset):
+class DetectionDataset(Dataset):
     """The images of one split. table: images, annotations and categories as COCO's JSON has them."""
 
     folder: Path
@@ -26,9 +26,9 @@ class Boxes(Dataset):
     white: float = 0.0  # of decode.rgb
 
     def __post_init__(self):
-        self.of_image = {image['id']: [] for image in self.table['images']}
+        self.boxes_by_image = {image['id']: [] for image in self.table['images']}
         for box in self.table['annotations']:
-            self.of_image[box['image_id']].append(box)
+            self.boxes_by_image[box['image_id']].append(box)
         ids = sorted(category['id'] for category in self.table['categories'])
         self.number = {category: i + 1 for i, category in enumerate(ids)}
 
@@ -53,19 +53,19 @@ class Boxes(Dataset):
     @property
     def labels(self):
         """How many boxes each image has."""
-        return torch.tensor([len(self.of_image[image['id']]) for image in self.table['images']])
+        return torch.tensor([len(self.boxes_by_image[image['id']]) for image in self.table['images']])
 
     def __getitems__(self, keys):
-        """Two tuples, of images and of targets, or an exception (loader.caught)."""
-        return caught(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))
+        """Two tuples, of images and of targets, or an exception (loader.catch_as_value)."""
+        return catch_as_value(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))
 
     def __getitem__(self, key):
         """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""
-        index, mirror = key
+        index, hflip = key
         entry = self.table['images'][index]
         picture = decode(self.folder / entry['file_name'], white=self.white, upright=not entry.get('stored'))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-        kept = [box for box in self.of_image[entry['id']] if not box['iscrowd']]
+        kept = [box for box in self.boxes_by_image[entry['id']] if not box['iscrowd']]
         boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height to left, top, right, bottom
         target = {
@@ -74,11 +74,11 @@ class Boxes(Dataset):
             'image_id': entry['id'],
         }
         if self.masks:
-            masks = [mask_of(box['segmentation'], *image.shape[1:]) for box in kept]
+            masks = [decode_mask(box['segmentation'], *image.shape[1:]) for box in kept]
             if other := {tuple(mask.shape) for mask in masks} - {tuple(image.shape[1:])}:
                 raise WorkError(f'{entry["file_name"]} has {tuple(image.shape[1:])} pixels, and a mask {other.pop()}')
             target['masks'] = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
-        if mirror:
+        if hflip:
             image = image.flip(2)
             boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
             if self.masks:
@@ -87,10 +87,12 @@ class Boxes(Dataset):
 
 
 def load_boxes(folder, masks, white=0.0):
-    """{'train': Boxes, 'val': Boxes} of a folder in either format. white: of decode.rgb. Raises UserError
-    where it is in neither."""
+    """{'train': DetectionDataset, 'val': DetectionDataset} of a folder in either format. white: of decode.rgb. Raises
+    UserError where it is in neither."""
     if (folder / 'annotations').is_dir():
-        splits = {split: Boxes(*coco_split(folder, split, masks), masks, white) for split in ('train', 'val')}
+        splits = {
+            split: DetectionDataset(*coco_split(folder, split, masks), masks, white) for split in ('train', 'val')
+        }
         names = [{each['id']: each['name'] for each in splits[split].table['categories']} for split in splits]
         if names[0] != names[1]:
             raise WorkError(f'the categories of train and of val in {folder}/annotations are not the same')
@@ -100,11 +102,11 @@ def load_boxes(folder, masks, white=0.0):
             raise UserError('`detector=mask_rcnn` wants masks, which the VOC format has not: take faster_rcnn or COCO')
         numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
         found = zip(('train', 'val'), voc_lists(folder), strict=True)
-        return {split: Boxes(*voc_split(folder, path, numbers), masks, white) for split, path in found}
+        return {split: DetectionDataset(*voc_split(folder, path, numbers), masks, white) for split, path in found}
     raise UserError(f'`detection_path`: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 
-def mask_of(segmentation, height, width):
+def decode_mask(segmentation, height, width):
     """A COCO segmentation (polygons or run lengths) as height x width uint8, 1 inside."""
     from pycocotools import mask
 

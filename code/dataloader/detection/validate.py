@@ -5,14 +5,14 @@ from collections import Counter
 
 import numpy as np
 
-from dataloader.loading.decode import opened, sizes_of
-from errors import WorkError
-from runtime.console import shown
+from dataloader.loading.decode import open_image, stored_and_upright_size
+from runtime.console import printable
+from runtime.errors import WorkError
 
-LARGEST = 1e6  # pixels from an image's corner: what lies beyond is no box of one
+MAX_COORDINATE = 1e6  # pixels from an image's corner: what lies beyond is no box of one
 
 
-def measured(path, table, folder, progress=iter):
+def check_image_sizes(path, table, folder, progress=iter):
     """The table with the width and height of every image as its file has them: upright, as people and most tools see
     it, or where the table says so as it is stored (`stored`). What is 0 or missing in a table is unknown, and taken
     from the file. Raises WorkError where a table says other sizes than the files have, with their number."""
@@ -20,10 +20,10 @@ def measured(path, table, folder, progress=iter):
     for image in progress(table['images']):
         said = image.get('width') or 0, image.get('height') or 0
         try:
-            with opened(folder / image['file_name'], image['file_name']) as file:
-                stored, upright = sizes_of(file)
+            with open_image(folder / image['file_name'], image['file_name']) as file:
+                stored, upright = stored_and_upright_size(file)
         except WorkError:  # whoever reads it says so; what is unknown stays so
-            images.append({**image, 'width': said[0] or LARGEST, 'height': said[1] or LARGEST})
+            images.append({**image, 'width': said[0] or MAX_COORDINATE, 'height': said[1] or MAX_COORDINATE})
             continue
         if said in ((0, 0), upright):
             images.append({**image, 'width': upright[0], 'height': upright[1]})
@@ -35,24 +35,25 @@ def measured(path, table, folder, progress=iter):
         name, said, found = wrong[0]
         raise WorkError(
             f'{path}: {len(wrong)} of the {len(table["images"])} images have another size than it says, such as '
-            f'{shown(name)}: {said[0]} x {said[1]} pixels there, {found[0]} x {found[1]} in the file; boxes would lie '
+            f'{printable(name)}: {said[0]} x {said[1]} pixels there, {found[0]} x {found[1]} in the file; boxes would '
+            'lie '
             'elsewhere: annotate these files, or take those that were annotated'
         )
     return {**table, 'images': images}
 
 
-def checked(path, table, folder, masks):
+def validate(path, table, folder, masks):
     """(the table that `path` has, of images in `folder`, each annotation with id, area and iscrowd; how many are left
     out, for they have no area or lie outside of their image). Raises WorkError for one that cannot be used."""
-    inside(table, folder)
-    table = measured(path, table, folder)
+    check_paths_inside(table, folder)
+    table = check_image_sizes(path, table, folder)
     for kind in ('images', 'categories'):
-        if reason := why_not_told_apart([each['id'] for each in table[kind]]):
+        if reason := duplicate_id_reason([each['id'] for each in table[kind]]):
             raise WorkError(f'{path}: the ids of the {kind} {reason}')
     known, images = {each['id']: each['name'] for each in table['categories']}, {x['id']: x for x in table['images']}
     kept = []
     for number, box in enumerate(table['annotations'], 1):
-        if reason := why_not(box, images, known, masks):
+        if reason := invalid_reason(box, images, known, masks):
             raise WorkError(f'{path}: annotation {number} {reason}')
         left, top, width, height = box['bbox']
         image = images[box['image_id']]
@@ -63,7 +64,7 @@ def checked(path, table, folder, masks):
     return {**table, 'annotations': kept}, len(table['annotations']) - len(kept)
 
 
-def why_not_told_apart(ids):
+def duplicate_id_reason(ids):
     """Why ids do not tell one image, or category, from another, or None."""
     if not (all(isinstance(x, str) for x in ids) or all(isinstance(x, int | float) for x in ids)):
         return 'are neither all numbers nor all text'
@@ -77,18 +78,18 @@ def has_area(bbox):
     return bool(left + width > left and top + height > top)
 
 
-def why_not(box, images, categories, masks):
+def invalid_reason(box, images, categories, masks):
     """Why an annotation cannot be used, or None. images and categories: by their ids."""
     if box['image_id'] not in images:
         return f'is of an image that is not there, {box["image_id"]}'
     if box['category_id'] not in categories:
         return f'is of a category that is not there, {box["category_id"]}'
-    if len(box['bbox']) != 4 or not all(map(is_place, box['bbox'])):
-        return f'has no box of four numbers within {LARGEST:,.0f} pixels but {str(box["bbox"])[:100]}'
+    if len(box['bbox']) != 4 or not all(map(is_coordinate, box['bbox'])):
+        return f'has no box of four numbers within {MAX_COORDINATE:,.0f} pixels but {str(box["bbox"])[:100]}'
     if box.get('iscrowd') not in (0, 1, None):
         return f'has iscrowd {box["iscrowd"]!r}, which is 0 or 1'
     area = box.get('area')
-    if area is not None and not (isinstance(area, int | float) and 0 <= area <= LARGEST**2):
+    if area is not None and not (isinstance(area, int | float) and 0 <= area <= MAX_COORDINATE**2):
         return f'has no number of pixels as its area but {str(area)[:100]}'
     image = images[box['image_id']]
     if not masks or is_mask(box.get('segmentation'), image['height'], image['width']):
@@ -96,24 +97,24 @@ def why_not(box, images, categories, masks):
     return 'has no mask: polygons, or run lengths of all of its image (or take faster_rcnn)'
 
 
-def is_place(x):
-    return isinstance(x, int | float) and abs(x) <= LARGEST  # False for nan
+def is_coordinate(x):
+    return isinstance(x, int | float) and abs(x) <= MAX_COORDINATE  # False for nan
 
 
 def is_mask(shape, height, width):
     """Whether COCO's library makes a mask of it; of run lengths that end early it makes what lies in memory."""
     if isinstance(shape, list):
-        good = (isinstance(x, list) and len(x) >= 6 and len(x) % 2 == 0 and all(map(is_place, x)) for x in shape)
+        good = (isinstance(x, list) and len(x) >= 6 and len(x) % 2 == 0 and all(map(is_coordinate, x)) for x in shape)
         return bool(shape) and all(good)
     if not isinstance(shape, dict) or shape.get('size') != [height, width]:
         return False
     counts = shape.get('counts')
-    counts = lengths_of(counts) if isinstance(counts, str) else counts
+    counts = decode_rle_counts(counts) if isinstance(counts, str) else counts
     whole = isinstance(counts, list) and all(isinstance(x, int) and x >= 0 for x in counts)
     return whole and sum(counts) == height * width
 
 
-def lengths_of(text):
+def decode_rle_counts(text):
     """The run lengths that COCO's text stands for: five bits a letter, from the lowest, with a sign, and from the third
     on the difference to the last but one. None for other text."""
     lengths, value, shift = [], 0, 0
@@ -131,7 +132,7 @@ def lengths_of(text):
     return lengths if not shift else None
 
 
-def inside(table, folder):
+def check_paths_inside(table, folder):
     """No file name may lead out of the folder of the images."""
     for image in table['images']:
         if not isinstance(image['file_name'], str):

@@ -3,7 +3,7 @@
 Annotations/*.xml, JPEGImages/, ImageSets/Main/{trainval and test, or train and val}.txt; no masks
 
 Not by torchvision.datasets.VOCDetection: it wants VOCdevkit/VOC<year> above these folders, one of six years, and .jpg,
-and gives the text of each element, unchecked; its reading would take the place of `annotation` alone.
+and gives the text of each element, unchecked; its reading would take the place of `parse_xml` alone.
 """
 
 import glob
@@ -12,27 +12,27 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
-from dataloader.detection.validate import checked
+from dataloader.detection.validate import validate
 from dataloader.loading.decode import is_image
-from errors import UserError, WorkError
+from runtime.errors import UserError, WorkError
 
-MARK = re.compile(r'\s+(1|0|-1)$')  # behind each name in a list of one class
+CLASS_FLAG = re.compile(r'\s+(1|0|-1)$')  # behind each name in a list of one class
 
 
 def voc_classes(folder):
     """The names of all classes that are annotated, sorted."""
     return sorted(
         {
-            name_of(thing, path)
+            object_class(obj, path)
             for path in sorted((folder / 'Annotations').glob('*.xml'))
-            for thing in annotation(path).iter('object')
+            for obj in parse_xml(path).iter('object')
         }
     )
 
 
-def name_of(thing, path):
+def object_class(obj, path):
     """The class of an object. Raises WorkError."""
-    name = (thing.findtext('name') or '').strip()
+    name = (obj.findtext('name') or '').strip()
     if not name:
         raise WorkError(f'{path} has an object without a name')
     return name
@@ -51,30 +51,30 @@ def voc_lists(folder):
 def voc_split(folder, path, numbers):
     """(folder of the images, name of the split, table, boxes left out) of the list at `path`. numbers: {class: its
     number}. Raises WorkError for what cannot be used."""
-    images, boxes, place = [], [], folder / 'JPEGImages'
-    for number, line in enumerate(lines_of(path)):
+    images, boxes, image_dir = [], [], folder / 'JPEGImages'
+    for number, line in enumerate(read_image_names(path)):
         file = folder / f'Annotations/{line}.xml'
-        if not file.is_file() and (name := MARK.sub('', line)) != line:
+        if not file.is_file() and (name := CLASS_FLAG.sub('', line)) != line:
             file, line = folder / f'Annotations/{name}.xml', name
-        root = annotation(file)
+        root = parse_xml(file)
         try:
             size = root.find('size')
-            name = image_of(place, line, root.findtext('filename'))
+            name = find_image(image_dir, line, root.findtext('filename'))
             width, height = (int(size.findtext(side) or 0) if size is not None else 0 for side in ('width', 'height'))
             images.append({'id': number, 'file_name': name, 'width': width, 'height': height})
-            for thing in root.iter('object'):
-                number_of = numbers[name_of(thing, file)]
-                difficult = int(thing.findtext('difficult') == '1')
-                box = {'image_id': number, 'category_id': number_of, 'bbox': box_of(thing)}
+            for obj in root.iter('object'):
+                number_of = numbers[object_class(obj, file)]
+                difficult = int(obj.findtext('difficult') == '1')
+                box = {'image_id': number, 'category_id': number_of, 'bbox': object_box(obj)}
                 boxes.append({**box, 'iscrowd': difficult, 'difficult': difficult})
         except (AttributeError, TypeError, ValueError) as error:
             raise WorkError(f'{file} is not in the VOC format: {error}') from None
     categories = [{'id': number, 'name': name} for name, number in numbers.items()]
     table = {'images': images, 'annotations': boxes, 'categories': categories}
-    return place, path.stem, *checked(path, table, place, False)
+    return image_dir, path.stem, *validate(path, table, image_dir, False)
 
 
-def lines_of(path):
+def read_image_names(path):
     """What a list names: images without their endings."""
     try:
         lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines()]
@@ -83,25 +83,25 @@ def lines_of(path):
     return [line for line in lines if line]
 
 
-def image_of(place, name, said):
-    """The file in `place` of the image `name`: .jpg as in VOC, or what its annotation says, or another ending."""
+def find_image(image_dir, name, said):
+    """The file in `image_dir` of the image `name`: .jpg as in VOC, or what its annotation says, or another ending."""
     for file in (f'{name}.jpg', said or ''):
-        if file and (place / file).is_file():
+        if file and (image_dir / file).is_file():
             return file
-    others = sorted(path.name for path in place.glob(f'{glob.escape(name)}.*') if is_image(os.fsencode(path.name)))
+    others = sorted(path.name for path in image_dir.glob(f'{glob.escape(name)}.*') if is_image(os.fsencode(path.name)))
     return others[0] if others else f'{name}.jpg'  # whoever reads it says that it is not there
 
 
-def box_of(thing):
+def object_box(obj):
     """Left, top, width and height of an object; VOC counts pixels from 1, both ends included."""
-    left, top, right, bottom = (float(thing.find('bndbox').findtext(side)) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
+    left, top, right, bottom = (float(obj.find('bndbox').findtext(side)) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
     box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
     if not all(map(math.isfinite, box)):
         raise ValueError(f'it has a box of {box}')
     return box
 
 
-def annotation(path):
+def parse_xml(path):
     try:
         return ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:

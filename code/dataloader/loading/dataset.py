@@ -10,14 +10,14 @@ from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
 from dataloader.loading import crops
 from dataloader.loading.decode import rgb
-from dataloader.loading.loader import caught, together
+from dataloader.loading.loader import catch_as_value, collate
 from dataloader.readers.memory import Memory
-from runtime.seeding import random_from
+from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
 
 @dataclass(eq=False)
-class Images(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset):
     """The images of one split, and how they are read: as random views of each, or as the centre crop."""
 
     args: Config
@@ -26,7 +26,7 @@ class Images(torch.utils.data.Dataset):
     labels: torch.Tensor  # N, int64; -1: no label
     classes: list  # names, by number
     views: int = 0  # random ones of each image; 0: the centre crop
-    crops_only: bool = False  # workers leave all but decoding and cropping to the device
+    workers_only_crop: bool = False  # workers leave all but decoding and cropping to the device
 
     @property
     def names(self):
@@ -43,19 +43,19 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, keys):
         """keys: list of (index, seed of its views, augmentation). Returns (images, labels) for utils.prepare_batch, or
-        an exception (loader.caught)."""
-        return caught(self.batch, keys)
+        an exception (loader.catch_as_value)."""
+        return catch_as_value(self.load_batch, keys)
 
-    def batch(self, keys):
+    def load_batch(self, keys):
         indices = torch.tensor([index for index, *_ in keys])
-        if self.in_memory():
+        if self.is_in_memory():
             return self.pixels.index_select(0, to_device(indices, self.pixels.device)), self.labels[indices]
-        images = together([self.read(*key) for key in keys])
-        if self.views and self.args.augment_on == 'device' and not self.crops_only:
-            images = self.distorted(images, *keys[0][1:])
+        images = collate([self.read(*key) for key in keys])
+        if self.views and self.args.augment_on == 'device' and not self.workers_only_crop:
+            images = self.augment_in_worker(images, *keys[0][1:])
         return images, self.labels[indices]
 
-    def in_memory(self):
+    def is_in_memory(self):
         """Whether batches are whole images, distorted on the device."""
         return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
 
@@ -67,22 +67,22 @@ class Images(torch.utils.data.Dataset):
         args = self.args
         with self.store.opened(index) as image:
             if not self.views:
-                return crops.centre_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
+                return crops.center_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
             if args.augment_on == 'worker':
                 views = vision.torchvision_views(get_augmentation(args, augmentation))
                 return views(rgb(image, args.pixel_max), seed, self.views)
             generator, recipe = torch.Generator().manual_seed(seed), get_augmentation(args, augmentation)
             return crops.random_crops(image, self.views, recipe, generator, args.jpeg_shrink, args.pixel_max)
 
-    def random_views(self, images, augmentation, generator, place=None, compiled=False):
+    def make_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views). What
         workers have distorted already (the device is a CPU, or `augment_on=worker`) is only normalised here."""
-        if images.ndim == 5 and not self.crops_only:
-            return vision.normalised(images, self.args)
+        if images.ndim == 5 and not self.workers_only_crop:
+            return vision.normalize_worker_views(images, self.args)
         recipe = get_augmentation(self.args, augmentation)
         return vision.random_views(images, recipe, generator, self.views, place, compiled)
 
-    def distorted(self, images, seed, augmentation):
+    def augment_in_worker(self, images, seed, augmentation):
         """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
 
         Whole grey levels, for floats would take as long to hand over as to make.
@@ -90,6 +90,8 @@ class Images(torch.utils.data.Dataset):
         recipe = get_augmentation(self.args, augmentation)
         if recipe.changes_pixels:
             flat = images.flatten(0, 1)
-            draws = vision.sample(len(flat), recipe, random_from(seed, 'colours'))  # not the stream that drew the crops
-            flat.copy_(vision.distort(flat, draws, recipe, vision.to_bytes))
+            draws = vision.sample(
+                len(flat), recipe, generator_for(seed, 'colours')
+            )  # not the stream that drew the crops
+            flat.copy_(vision.augment_cpu(flat, draws, recipe, vision.to_uint8))
         return images

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 import torch.utils.data
 
-from errors import WorkError
-from runtime.console import hush, hushed
-from runtime.distributed import local_world
-from runtime.environment import cpu_count, give_freed_memory_back
+from runtime.console import silence_stderr, silence_stderr_forever
+from runtime.distributed import local_world_size
+from runtime.environment import cpu_count, reset_malloc
+from runtime.errors import WorkError
 
 TO_END = 5.0  # seconds in which a worker is seen to have ended, after torch has failed to reach it
-CHECK = 2.0  # seconds between two looks at the processes that a batch is waited for
-PATIENCE = 45.0  # seconds in which none of them has done anything: they hang
-GO_ON = '`resume=auto` goes on from the last checkpoint'
-DEATHS = {  # what helps, by the name of the signal that ended a process
+POLL_S = 2.0  # seconds between two looks at the processes that a batch is waited for
+HANG_TIMEOUT_S = 45.0  # seconds in which none of them has done anything: they hang
+RESUME_HINT = '`resume=auto` goes on from the last checkpoint'
+SIGNAL_HINTS = {  # what helps, by the name of the signal that ended a process
     'SIGKILL': 'as the system does where memory runs out: try a lower `num_workers`',
     'SIGBUS': 'as where /dev/shm is full: docker run --shm-size=8g, or a lower `num_workers` (0 needs none)',
     'SIGSEGV': 'a fault in a library that reads images: `num_workers=0` shows at which one',
@@ -42,13 +42,13 @@ class WorkerDied(WorkError):
     """A process that reads images ended."""
 
 
-class Fault(Exception):
+class WorkerException(Exception):
     """A fault of ours in a process that reads images; its text is the traceback there."""
 
 
-class Loader(torch.utils.data.DataLoader):
-    """A DataLoader whose workers are watched. An exception in a worker is handed on as a value (`caught`) and raised
-    here, so that what torch raises while a batch is waited for is the end of a worker.
+class WatchedDataLoader(torch.utils.data.DataLoader):
+    """A DataLoader whose workers are watched. An exception in a worker is handed on as a value (`catch_as_value`) and
+    raised here, so that what torch raises while a batch is waited for is the end of a worker.
 
     waited: seconds for which batches were waited for, since the iteration began.
     """
@@ -62,18 +62,18 @@ class Loader(torch.utils.data.DataLoader):
         super().__init__(
             dataset,
             num_workers=workers,
-            collate_fn=as_it_is,
-            worker_init_fn=in_worker,
+            collate_fn=identity,
+            worker_init_fn=worker_init_fn,
             multiprocessing_context=method if workers else None,
             **more,
         )
         self.workers, self.waited = [], 0.0
 
-    def place(self):
+    def storage_description(self):
         """Where the images are, in words."""
         if self.num_workers or self.threads:
             return f'read by {self.num_workers or self.threads} workers'
-        if not self.dataset.in_memory():
+        if not self.dataset.is_in_memory():
             return 'read as they come'
         return 'held on the GPU' if self.dataset.on_gpu() else 'held in memory'
 
@@ -82,13 +82,13 @@ class Loader(torch.utils.data.DataLoader):
         if not self.num_workers:
             batches = self.read_by_threads() if self.threads else super().__iter__()
             while (batch := self.timed(next, batches, END)) is not END:
-                yield raised(batch)
+                yield reraise(batch)
             return
         with WorkerWatch(self.workers) as watch:
             batches = self.timed(self.begin, watch)
             for _ in range(len(self)):
-                yield raised(self.timed(self.next_batch, batches, watch))
-            self.watched(lambda: None, watch)  # one that ended after its last batch
+                yield reraise(self.timed(self.next_batch, batches, watch))
+            self.call_watched(lambda: None, watch)  # one that ended after its last batch
         next(batches, END)  # workers that do not stay end here
 
     def timed(self, function, *given):
@@ -101,27 +101,27 @@ class Loader(torch.utils.data.DataLoader):
     def begin(self, watch):
         """torch's iterator; its workers are started, or those of the last epoch are asked whether they are there."""
         if self.workers:
-            return self.watched(super().__iter__, watch)
+            return self.call_watched(super().__iter__, watch)
         before = multiprocessing.active_children()
         batches = super().__iter__()
         self.workers += [child for child in multiprocessing.active_children() if child not in before]
         if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, on_end_of_a_child)  # torch's raises in the middle of whatever is done
+            signal.signal(signal.SIGCHLD, handle_sigchld)  # torch's raises in the middle of whatever is done
         if not self.persistent_workers:
             self.workers, watch.workers = [], self.workers
         return batches
 
     def next_batch(self, batches, watch):
         """The next batch of torch's iterator."""
-        return self.watched(lambda: next(batches), watch)
+        return self.call_watched(lambda: next(batches), watch)
 
-    def watched(self, function, watch):
+    def call_watched(self, function, watch):
         """function(), in which workers are waited for. Raises WorkError where they hang or one of them has ended."""
         try:
             return call_watched(function, watch)
         except (Exception, ChildEnded):
             BROKEN.append(self)
-            watch.judge(TO_END)  # torch has noticed, and it may not be known here yet
+            watch.raise_if_hung_or_dead(TO_END)  # torch has noticed, and it may not be known here yet
             raise
 
     def read_by_threads(self):
@@ -153,31 +153,31 @@ class WorkerWatch(threading.Thread):
 
     def run(self):
         last, since = None, time.monotonic()
-        while not self.over.wait(CHECK):
-            done = work_of(self.workers) if self.waiting else None
+        while not self.over.wait(POLL_S):
+            done = worker_progress(self.workers) if self.waiting else None
             if done is None or done != last:
                 last, since = done, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
+            elif time.monotonic() - since > HANG_TIMEOUT_S:
                 self.hung = True
                 for worker in self.workers:
                     worker.kill()
                 return
 
-    def judge(self, patience=0.0):
+    def raise_if_hung_or_dead(self, patience=0.0):
         """Raise what happened to the workers, if anything did. patience: seconds to wait for the end of one."""
         if self.hung:
             raise WorkError(
-                f'the processes that read images have done nothing for {PATIENCE:.0f} s: does the disk or '
-                f'network answer? {GO_ON}'
+                f'the processes that read images have done nothing for {HANG_TIMEOUT_S:.0f} s: does the disk or '
+                f'network answer? {RESUME_HINT}'
             ) from None
-        explain(self.workers, patience)
+        raise_if_dead(self.workers, patience)
 
 
 def call_watched(function, watch):
     """function(); while it runs the watch looks at the workers, and the end of one raises ChildEnded."""
     try:
         watch.waiting, WAITED_FOR[:] = True, [watch]
-        watch.judge()
+        watch.raise_if_hung_or_dead()
         return function()
     finally:
         watch.waiting, WAITED_FOR[:] = False, []
@@ -187,7 +187,7 @@ class ChildEnded(BaseException):
     """Raised by the handler of SIGCHLD; no Exception, which torch would catch."""
 
 
-def on_end_of_a_child(*_):
+def handle_sigchld(*_):
     """The handler of SIGCHLD: ends the wait for a batch of a worker that has ended, at once. torch would find out
     seconds later, and first take a lock that the worker may have held."""
     for watch in WAITED_FOR:
@@ -196,25 +196,25 @@ def on_end_of_a_child(*_):
             raise ChildEnded
 
 
-def caught(make, *given):
+def catch_as_value(make, *given):
     """make(*given), or the exception that it raised: through a process as itself it would lose its type and place."""
     try:
-        with hushed():
+        with silence_stderr():
             return make(*given)
     except WorkError as error:
         return error
     except Exception:  # a fault of ours
-        return Fault(traceback.format_exc())
+        return WorkerException(traceback.format_exc())
 
 
-def raised(batch):
-    """A batch; raises what `caught` had to hand on in its place."""
+def reraise(batch):
+    """A batch; raises what `catch_as_value` had to hand on in its place."""
     if isinstance(batch, Exception):
         raise batch
     return batch
 
 
-def explain(workers, patience):
+def raise_if_dead(workers, patience):
     """Raise WorkerDied where one of the processes has ended, or does within `patience` seconds."""
     if patience:
         ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], patience)
@@ -225,12 +225,14 @@ def explain(workers, patience):
             continue
         if worker.exitcode < 0:
             number = signal.Signals(-worker.exitcode)
-            helps = DEATHS.get(number.name, 'by somebody else')
-            raise WorkerDied(f'a process that reads images was ended by {number.name}, {helps}; {GO_ON}') from None
-        raise WorkerDied(f'a process that reads images ended with exit code {worker.exitcode}; {GO_ON}') from None
+            helps = SIGNAL_HINTS.get(number.name, 'by somebody else')
+            raise WorkerDied(
+                f'a process that reads images was ended by {number.name}, {helps}; {RESUME_HINT}'
+            ) from None
+        raise WorkerDied(f'a process that reads images ended with exit code {worker.exitcode}; {RESUME_HINT}') from None
 
 
-def work_of(workers):
+def worker_progress(workers):
     """What the processes have done until now, as numbers that grow with it; None where the system does not tell."""
     done = []
     for worker in workers:
@@ -251,24 +253,24 @@ def start_method():
     return None
 
 
-def in_worker(_):
+def worker_init_fn(_):
     """What a process that reads images begins with."""
-    give_freed_memory_back()
-    hush()
+    reset_malloc()
+    silence_stderr_forever()
     warnings.filterwarnings('ignore', module=r'PIL\.')
     # A run ends by itself: the signal that a terminal or a batch system sends to all processes is for the first one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = not_of_the_handover
+    sys.excepthook = worker_excepthook
 
 
-def not_of_the_handover(kind, error, trace):
+def worker_excepthook(kind, error, trace):
     """sys.excepthook, but for the thread that hands batches to the first process: where that has ended while it took
     one, there is nobody left to hand it to, and nothing wrong."""
     if not any(frame.filename == multiprocessing.resource_sharer.__file__ for frame in traceback.extract_tb(trace)):
         sys.__excepthook__(kind, error, trace)
 
 
-def together(images):
+def collate(images):
     """Equal tensors as one; in a worker straight into shared memory. Raises WorkError where that is full."""
     try:
         return torch.utils.data.default_collate(images)
@@ -282,10 +284,10 @@ def together(images):
         raise
 
 
-def as_it_is(batch):
+def identity(batch):
     return batch
 
 
-def workers_for(wish):
+def resolve_num_workers(wish):
     """The number of processes that `num_workers` means: -1 is one per core, shared by the processes of a machine."""
-    return max(1, cpu_count() // local_world()) if wish < 0 else wish
+    return max(1, cpu_count() // local_world_size()) if wish < 0 else wish

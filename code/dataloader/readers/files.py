@@ -3,19 +3,19 @@
 import hashlib
 import os
 
-from dataloader.loading.decode import opened
+from dataloader.loading.decode import open_image
 
 
 class Files:
-    """names: sources.path_array.Names, relative to `folder` or absolute."""
+    """names: sources.path_array.PathArray, relative to `folder` or absolute."""
 
     def __init__(self, folder, names):
         self.folder, self.names = os.fsencode(folder), names
 
     def opened(self, index):
         """Image `index` as PIL has it, its pixels perhaps not read yet; a context. Raises WorkError."""
-        path = os.path.join(self.folder, self.names.raw(index))
-        return opened(path, path)
+        path = os.path.join(self.folder, self.names.bytes_at(index))
+        return open_image(path, path)
 
     def select(self, rows):
         """The images of these row numbers, in this order."""
@@ -26,7 +26,7 @@ class Files:
         or move sets: files of one size that are exchanged have times of writing as before."""
         digest = hashlib.blake2b(digest_size=16)
         for index in range(len(self.names)):
-            name = self.names.raw(index)
+            name = self.names.bytes_at(index)
             try:
                 status = os.stat(os.path.join(self.folder, name))
                 known = f'{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}'

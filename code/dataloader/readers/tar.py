@@ -8,9 +8,9 @@ import os
 import threading
 from pathlib import Path
 
-from dataloader.loading.decode import opened
-from errors import WorkError
-from runtime.console import shown
+from dataloader.loading.decode import open_image
+from runtime.console import printable
+from runtime.errors import WorkError
 
 try:
     import resource
@@ -25,32 +25,34 @@ class Tar:
 
     def __init__(self, archives, names, which, offsets, sizes):
         self.archives, self.names = archives, names
-        self.which, self.offsets, self.sizes = which, offsets, sizes  # N each, int64 arrays
+        self.archive_index, self.offsets, self.sizes = which, offsets, sizes  # N each, int64 arrays
 
     def opened(self, index):
-        archive = self.archives[self.which[index]]
+        archive = self.archives[self.archive_index[index]]
         wanted = int(self.sizes[index])
         try:
-            found = read_at(descriptor(archive), wanted, int(self.offsets[index]))
+            found = read_at(open_fd(archive), wanted, int(self.offsets[index]))
         except OSError as error:
-            raise WorkError(f'cannot read the archive {shown(archive)}: {error.strerror}') from None
+            raise WorkError(f'cannot read the archive {printable(archive)}: {error.strerror}') from None
         name = f'{archive}: {self.names[index]}'
         if len(found) < wanted:
-            raise WorkError(f'cannot read the image {shown(name)}: the archive has changed or is cut short')
-        return opened(io.BytesIO(found), name)
+            raise WorkError(f'cannot read the image {printable(name)}: the archive has changed or is cut short')
+        return open_image(io.BytesIO(found), name)
 
     def select(self, rows):
         rows = rows.numpy() if hasattr(rows, 'numpy') else rows
-        return Tar(self.archives, self.names.select(rows), self.which[rows], self.offsets[rows], self.sizes[rows])
+        return Tar(
+            self.archives, self.names.select(rows), self.archive_index[rows], self.offsets[rows], self.sizes[rows]
+        )
 
     def digest(self):
-        digest = hashlib.blake2b(state_of(self.archives).encode(), digest_size=16)
-        for part in (self.which, self.offsets, self.sizes):
+        digest = hashlib.blake2b(stat_fingerprint(self.archives).encode(), digest_size=16)
+        for part in (self.archive_index, self.offsets, self.sizes):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
 
-def state_of(archives):
+def stat_fingerprint(archives):
     """What changes when one of the archives does (as in Files.digest)."""
     found = [(str(path), os.stat(path)) for path in archives]
     return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])
@@ -67,7 +69,7 @@ def read_at(file, count, offset):
 
 
 @functools.cache
-def descriptor(archive):
+def open_fd(archive):
     """An open archive: read by position, so processes and threads may share it. There may be thousands of them: where
     the usual limit of open files is reached, it is raised as far as it may be."""
     flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0)

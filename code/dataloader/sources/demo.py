@@ -17,14 +17,14 @@ TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
 VERSION = '1'  # of the drawings; a folder made by another version is drawn again
 
 
-def ink(where):
+def sign(where):
     """+1 where True, -1 elsewhere."""
     return torch.where(where, 1.0, -1.0)
 
 
 def square_wave(t):
     """+1 and -1 in turn, with period 1."""
-    return ink(t % 1 < 0.5)
+    return sign(t % 1 < 0.5)
 
 
 # Each kind maps points to a shade in [-1, 1]; every part of a picture shows it, so that any crop can be told.
@@ -38,21 +38,21 @@ def checks(x, y, r):
 
 
 def dots(x, y, r):
-    return ink(torch.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33)
+    return sign(torch.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33)
 
 
 def rings(x, y, r):
     distance = torch.hypot(x % 1 - 0.5, y % 1 - 0.5)
-    return ink((distance < 0.45) & (distance > 0.22))
+    return sign((distance < 0.45) & (distance > 0.22))
 
 
 def triangles(x, y, r):
-    return ink(x % 1 + y % 1 < 1)
+    return sign(x % 1 + y % 1 < 1)
 
 
 def bricks(x, y, r):
     shifted = x / 1.6 + 0.5 * y.floor()
-    return ink((y % 1 < 0.25) | (shifted % 1 < 0.16))
+    return sign((y % 1 < 0.25) | (shifted % 1 < 0.16))
 
 
 def zigzags(x, y, r):
@@ -65,7 +65,7 @@ def plaids(x, y, r):
 
 def blocks(x, y, r):
     """A mosaic: every cell is ink or ground at random."""
-    cells = ink(torch.rand(64, 64, generator=r) < 0.5)
+    cells = sign(torch.rand(64, 64, generator=r) < 0.5)
     return cells[(1.6 * x).floor().long() % 64, (1.6 * y).floor().long() % 64]
 
 
@@ -76,7 +76,7 @@ def clouds(x, y, r):
     return (waves.sum(-1) / 2.5).clamp(-1, 1)
 
 
-KINDS = (blocks, bricks, checks, clouds, dots, plaids, rings, stripes, triangles, zigzags)
+PATTERNS = (blocks, bricks, checks, clouds, dots, plaids, rings, stripes, triangles, zigzags)
 
 
 def draw(kind, generator):
@@ -90,25 +90,25 @@ def draw(kind, generator):
     shade = kind(x, y, generator).reshape(SIDE, OVERSAMPLE, SIDE, OVERSAMPLE).mean((1, 3))
     half = 0.17 + 0.15 * contrast  # of the distance between the two grey levels
     middle = 0.5 + 0.6 * (level - 0.5) * (1 - 2 * half)
-    grey = middle + (half if polarity < 0.5 else -half) * shade
-    grey = grey + 0.06 * torch.randn(SIDE, SIDE, generator=generator)
-    return (grey.clamp(0, 1) * 255).round().to(torch.uint8)
+    gray = middle + (half if polarity < 0.5 else -half) * shade
+    gray = gray + 0.06 * torch.randn(SIDE, SIDE, generator=generator)
+    return (gray.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def make_demo(folder, progress):
+def write_demo_dataset(folder, progress):
     """Draw the set into `folder`/{train,val}/<kind>/<number>.png, once; complete or not there at all.
 
     progress: wraps an iterable to show how far it is (tqdm). Raises nothing of its own.
     """
     folder = Path(folder)
-    done = folder / 'made_by_demo.txt'
-    if done.is_file() and done.read_text() == VERSION:
+    marker = folder / 'made_by_demo.txt'
+    if marker.is_file() and marker.read_text() == VERSION:
         return
     aside = folder.with_name(f'{folder.name}.{os.getpid()}.part')
     jobs = [
         (split, kind, number)
         for split, count in (('train', TRAIN_PER_CLASS), ('val', VAL_PER_CLASS))
-        for kind in KINDS
+        for kind in PATTERNS
         for number in range(count)
     ]
     generator = torch.Generator().manual_seed(2011_10566)
@@ -116,11 +116,11 @@ def make_demo(folder, progress):
         path = aside / split / kind.__name__ / f'{number:04d}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(kind, generator).numpy()).save(path)
-    (aside / done.name).write_text(VERSION)
+    (aside / marker.name).write_text(VERSION)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         aside.rename(folder)
     except OSError:  # another process has drawn it in the meantime
-        if not done.is_file():
+        if not marker.is_file():
             raise
         shutil.rmtree(aside, ignore_errors=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dataloader.loading.decode import is_image
-from dataloader.sources.path_array import Names
-from errors import UserError
-from runtime.console import shown
+from dataloader.sources.path_array import PathArray
+from runtime.console import printable
+from runtime.errors import UserError
 
 # What systems put beside people's files, lower case; so is whatever begins with a dot.
-OF_SYSTEMS = {
+SYSTEM_NAMES = {
     b'@eadir',
     b'@recycle',
     b'@recently-snapshot',
@@ -30,79 +30,79 @@ OF_SYSTEMS = {
 
 
 @dataclass
-class Found:
+class FolderScan:
     """The images of a folder: those that lie in it, then folder by folder, sorted. Names are relative to it."""
 
-    names: Names
+    names: PathArray
     folders: list  # of the folders right below, sorted by name (str)
     counts: list  # images in each of them
     others: Counter  # what is no image: ending (str) to count
     passed: list = field(default_factory=list)  # what was not gone into: folders of systems, links that lead back
 
     @property
-    def loose(self):
+    def num_root_images(self):
         """The number of images that lie in the folder itself; they come first."""
         return len(self.names) - sum(self.counts)
 
 
 def scan(folder, progress=iter):
-    """Found of a folder. progress: wraps the iteration over the folders right below it. Raises UserError where a folder
-    may not be read.
+    """FolderScan of a folder. progress: wraps the iteration over the folders right below it. Raises UserError where a
+    folder may not be read.
 
     Links are followed, but for those that lead to a folder which holds them.
     """
-    found = Found(Names(), [], [], Counter())
+    found = FolderScan(PathArray(), [], [], Counter())
     top = os.fsencode(os.path.realpath(folder))
-    parents = {identity(os.path.realpath(top))}
+    parents = {inode(os.path.realpath(top))}
     above = top
     while (up := os.path.dirname(above)) != above:
         above = up
-        parents.add(identity(above))
+        parents.add(inode(above))
     data, lengths = bytearray(), []
-    below = listing(top, b'', found)
-    take(below[0], b'', data, lengths)
+    below = scan_folder(top, b'', found)
+    append_paths(below[0], b'', data, lengths)
     for name in progress(sorted(below[1], key=os.fsdecode)):
         before = len(lengths)
-        walk(top + b'/' + name, name + b'/', parents, found, data, lengths)
+        scan_tree(top + b'/' + name, name + b'/', parents, found, data, lengths)
         found.folders.append(os.fsdecode(name))
         found.counts.append(len(lengths) - before)
-    found.names = Names.of(data, np.cumsum(lengths, dtype=np.int64))
+    found.names = PathArray.from_buffer(data, np.cumsum(lengths, dtype=np.int64))
     return found
 
 
-def walk(path, prefix, parents, found, data, lengths):
+def scan_tree(path, prefix, parents, found, data, lengths):
     """Add the images under `path` (bytes), whose names begin with `prefix`. parents: identities of what holds it."""
     todo = [(path, prefix, parents)]  # no recursion: folders can lie deeper than Python's stack
     while todo:
         path, prefix, parents = todo.pop()
-        me = identity(path)
+        me = inode(path)
         if me in parents:
-            found.passed.append(f'{shown(prefix)} (a link to a folder that holds it)')
+            found.passed.append(f'{printable(prefix)} (a link to a folder that holds it)')
             continue
-        files, folders = listing(path, prefix, found)
-        take(files, prefix, data, lengths)
+        files, folders = scan_folder(path, prefix, found)
+        append_paths(files, prefix, data, lengths)
         inner = parents | {me} if folders else parents
         for name in sorted(folders, key=os.fsdecode, reverse=True):
             todo.append((path + b'/' + name, prefix + name + b'/', inner))
 
 
-def right_in(folder):
+def list_folder(folder):
     """(images, folders) right in a folder (a Path): names as bytes."""
-    return listing(os.fsencode(folder), b'', Found(Names(), [], [], Counter()))
+    return scan_folder(os.fsencode(folder), b'', FolderScan(PathArray(), [], [], Counter()))
 
 
-def listing(path, prefix, found):
+def scan_folder(path, prefix, found):
     """(image files, folders) right in `path`, names as bytes; the rest is counted in `found`."""
     files, folders = [], []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
-                kind = kind_of(entry)
-                if name[0] == 46 or name.lower() in OF_SYSTEMS:  # a dot
-                    left_out(name, prefix, kind == 'folder', found)
+                kind = entry_kind(entry)
+                if name[0] == 46 or name.lower() in SYSTEM_NAMES:  # a dot
+                    note_skipped(name, prefix, kind == 'folder', found)
                 elif kind == 'file':
-                    files.append(name) if is_image(name) else found.others.update([ending(name)])
+                    files.append(name) if is_image(name) else found.others.update([file_extension(name)])
                 elif kind == 'folder':
                     folders.append(name)
                 elif kind == 'lost' and is_image(name):
@@ -110,11 +110,11 @@ def listing(path, prefix, found):
                 else:
                     found.others['(neither file nor folder)'] += 1
     except OSError as error:
-        raise UserError(f'the folder {shown(path)} may not be read: {error.strerror}') from None
+        raise UserError(f'the folder {printable(path)} may not be read: {error.strerror}') from None
     return files, folders
 
 
-def kind_of(entry):
+def entry_kind(entry):
     """file, folder, lost (a link that leads nowhere or in a circle), or other: a pipe would be waited for."""
     try:
         return 'file' if entry.is_file() else 'folder' if entry.is_dir() else 'lost' if entry.is_symlink() else 'other'
@@ -122,15 +122,15 @@ def kind_of(entry):
         return 'lost'
 
 
-def left_out(name, prefix, is_folder, found):
+def note_skipped(name, prefix, is_folder, found):
     """Note what belongs to the system, or is hidden."""
     if is_folder:
-        found.passed.append(shown(prefix + name) + '/')
+        found.passed.append(printable(prefix + name) + '/')
     else:
         found.others['(hidden)'] += 1
 
 
-def take(files, prefix, data, lengths):
+def append_paths(files, prefix, data, lengths):
     """Add these names, sorted, to the bytes and lengths of all."""
     files.sort()
     data += b''.join([prefix + name for name in files])
@@ -138,12 +138,12 @@ def take(files, prefix, data, lengths):
     lengths.extend([before + len(name) for name in files])
 
 
-def ending(name):
+def file_extension(name):
     """The ending of a file's name (bytes), for people."""
     dot = name.rfind(b'.')
-    return shown(name[dot:].lower()) if dot > 0 else '(no ending)'
+    return printable(name[dot:].lower()) if dot > 0 else '(no ending)'
 
 
-def identity(path):
+def inode(path):
     status = os.stat(path)
     return status.st_dev, status.st_ino

@@ -7,16 +7,16 @@ import tarfile
 
 import torch
 
-from errors import UserError, WorkError
-from runtime.console import shown
-from runtime.environment import extra
+from runtime.console import printable
+from runtime.environment import require_package
+from runtime.errors import UserError, WorkError
 
 ARCHIVES = {'train': 'ILSVRC2012_img_train.tar', 'val': 'ILSVRC2012_img_val.tar'}
 DEVKIT = 'ILSVRC2012_devkit_t12.tar.gz'
-TRUTH, META = 'data/ILSVRC2012_validation_ground_truth.txt', 'data/meta.mat'
+VAL_GROUND_TRUTH, META = 'data/ILSVRC2012_validation_ground_truth.txt', 'data/meta.mat'
 
 
-def archives_of(root):
+def find_archives(root):
     """{split: archive} of those that `root` holds, {} without the training images."""
     found = {name: root / file for name, file in ARCHIVES.items() if (root / file).is_file()}
     return found if 'train' in found else {}
@@ -25,7 +25,7 @@ def archives_of(root):
 KAGGLE, SOLUTION = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC'), 'LOC_val_solution.csv'
 
 
-def kaggle_of(root):
+def find_kaggle_layout(root):
     """(the folder of train/, val/ and test/ of ImageNet as Kaggle packs it, the file with val's labels or None) where
     `root` is the competition's folder, or ILSVRC in it; else None."""
     for inner in KAGGLE:
@@ -36,7 +36,7 @@ def kaggle_of(root):
     return None
 
 
-def labels_of_table(table, names, classes):
+def val_labels_from_csv(table, names, classes):
     """Labels of the validation images, N int64, by Kaggle's table: ImageId, then the class and a box, and so on.
     classes: those of train. Raises WorkError where it is damaged or lacks an image."""
     try:
@@ -46,10 +46,10 @@ def labels_of_table(table, names, classes):
         number = {name: i for i, name in enumerate(classes)}
         return torch.tensor([number[owner[name.rsplit('/', 1)[-1].rsplit('.', 1)[0]]] for name in names])
     except (OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise WorkError(f'{shown(table)} is damaged, or not of these images: {error!r}') from None
+        raise WorkError(f'{printable(table)} is damaged, or not of these images: {error!r}') from None
 
 
-def labels_of(root, names):
+def val_labels(root, names):
     """(labels of the validation images, N int64, the classes' names: WordNet ids, sorted as train's folders are).
 
     names: of the images, in any order: each ends in its number. Raises UserError where the devkit is missing,
@@ -57,13 +57,15 @@ def labels_of(root, names):
     """
     devkit = root / DEVKIT
     if not devkit.is_file():
-        raise UserError(f'the labels of {ARCHIVES["val"]} are in {DEVKIT}, which is not in {shown(root)}')
+        raise UserError(f'the labels of {ARCHIVES["val"]} are in {DEVKIT}, which is not in {printable(root)}')
     try:
         with tarfile.open(devkit, 'r:gz') as archive:
             files = {member.name.split('/', 1)[-1]: member for member in archive if member.isreg()}
-            truth = [int(line) for line in archive.extractfile(files[TRUTH]).read().split()]
+            truth = [int(line) for line in archive.extractfile(files[VAL_GROUND_TRUTH]).read().split()]
             meta = archive.extractfile(files[META]).read()
-        synsets = extra('scipy.io', "the labels in ImageNet's devkit").loadmat(io.BytesIO(meta), squeeze_me=True)
+        synsets = require_package('scipy.io', "the labels in ImageNet's devkit").loadmat(
+            io.BytesIO(meta), squeeze_me=True
+        )
         # ILSVRC2012_ID, WNID, words, gloss, num_children, ...: leaves are the classes
         wnid = {int(row[0]): str(row[1]) for row in synsets['synsets'].tolist() if int(row[4]) == 0}
         classes = sorted(wnid.values())
@@ -71,5 +73,5 @@ def labels_of(root, names):
         of_image = [number[wnid[identity]] for identity in truth]
         labels = [of_image[int(re.search(r'(\d+)\.\w+$', name)[1]) - 1] for name in names]
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise WorkError(f'{shown(devkit)} is damaged, or not of these images: {error!r}') from None
+        raise WorkError(f'{printable(devkit)} is damaged, or not of these images: {error!r}') from None
     return torch.tensor(labels), classes

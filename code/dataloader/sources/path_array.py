@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 
-class Names:
+class PathArray:
     """A sequence of names (str), kept as their bytes one after the other.
 
     A list of as many strings takes three times the memory, and every process that looks at one copies it: Python counts
@@ -17,25 +17,25 @@ class Names:
         """names: an iterable of str or bytes."""
         encoded = [os.fsencode(name) for name in names]
         self.data = b''.join(encoded)
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self.end_offsets = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
     @classmethod
-    def of(cls, data, ends):
+    def from_buffer(cls, data, ends):
         """From the bytes of all names and where each ends (int64)."""
         new = cls.__new__(cls)
-        new.data, new.ends = bytes(data), ends
+        new.data, new.end_offsets = bytes(data), ends
         return new
 
     def __len__(self):
-        return len(self.ends)
+        return len(self.end_offsets)
 
-    def raw(self, index):
+    def bytes_at(self, index):
         """Name `index` as bytes."""
-        index = range(len(self.ends))[index]
-        return self.data[self.ends[index - 1] if index else 0 : self.ends[index]]
+        index = range(len(self.end_offsets))[index]
+        return self.data[self.end_offsets[index - 1] if index else 0 : self.end_offsets[index]]
 
     def __getitem__(self, index):
-        return os.fsdecode(self.raw(index))
+        return os.fsdecode(self.bytes_at(index))
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -43,7 +43,7 @@ class Names:
     def digest(self, more=b''):
         """What other names, or another order, have otherwise. more: bytes that count as well."""
         found = hashlib.blake2b(self.data, digest_size=6)
-        found.update(self.ends.tobytes())
+        found.update(self.end_offsets.tobytes())
         found.update(more)
         return found.hexdigest()
 
@@ -53,4 +53,4 @@ class Names:
 
     def select(self, rows):
         """Those of these row numbers, in this order."""
-        return Names(self.raw(int(row)) for row in rows)
+        return PathArray(self.bytes_at(int(row)) for row in rows)

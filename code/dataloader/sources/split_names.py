@@ -2,10 +2,10 @@
 
 import re
 
-from errors import UserError
-from runtime.console import shown
+from runtime.console import printable
+from runtime.errors import UserError
 
-SPLITS = {
+SPLIT_ALIASES = {
     'train': 'train',
     'training': 'train',
     'val': 'val',
@@ -14,16 +14,16 @@ SPLITS = {
     'test': 'test',
     'testing': 'test',
 }
-YEAR = re.compile(r'[-_ ]?20\d\d$')  # COCO's train2017
+YEAR_SUFFIX = re.compile(r'[-_ ]?20\d\d$')  # COCO's train2017
 
 
-def split_of(name):
+def split_from_folder_name(name):
     """The split that a folder of this name is, or None."""
-    return SPLITS.get(YEAR.sub('', name.lower()))
+    return SPLIT_ALIASES.get(YEAR_SUFFIX.sub('', name.lower()))
 
 
-def wants_train(root, names):
+def require_train(root, names):
     """Raise UserError where a set has splits, {split: its name there}, and none to train on."""
     if 'train' not in names:
-        said = ', '.join(sorted(map(shown, names.values())))
-        raise UserError(f'{shown(root)} has {said} and no train: what is there to be trained on?')
+        said = ', '.join(sorted(map(printable, names.values())))
+        raise UserError(f'{printable(root)} has {said} and no train: what is there to be trained on?')

@@ -7,41 +7,41 @@ import numpy as np
 import torch
 
 from dataloader.readers.memory import Memory
-from dataloader.sources.path_array import Names
-from dataloader.sources.split_source import Part
-from errors import UserError, WorkError
-from runtime.messages import say
+from dataloader.sources.path_array import PathArray
+from dataloader.sources.split_source import SplitSource
+from runtime.errors import UserError, WorkError
+from runtime.messages import log
 
-TORCHVISION = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
+DATASET_FOLDERS = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python', 'stl10': 'stl10_binary'}
 
 
-def torchvision_kind(root):
-    """Which of torchvision's own sets the folder holds: a key of TORCHVISION, or None; train/ goes before them."""
+def detect_dataset(root):
+    """Which of torchvision's own sets the folder holds: a key of DATASET_FOLDERS, or None; train/ goes before them."""
     if (root / 'train').is_dir():
         return None
-    return next((kind for kind, name in TORCHVISION.items() if (root / name).is_dir()), None)
+    return next((kind for kind, name in DATASET_FOLDERS.items() if (root / name).is_dir()), None)
 
 
 def torchvision_splits(root, kind):
-    """{'train': Part, 'val': Part}: val is its test set; STL-10's unlabelled images are train's too."""
+    """{'train': SplitSource, 'val': SplitSource}: val is its test set; STL-10's unlabelled images are train's too."""
     from torchvision import datasets
 
     splits = {}
-    for name, first in (('train', True), ('val', False)):
+    for name, is_train in (('train', True), ('val', False)):
         try:
             if kind == 'stl10':
-                data = datasets.STL10(root, split='train+unlabeled' if first else 'test')
+                data = datasets.STL10(root, split='train+unlabeled' if is_train else 'test')
                 pixels, labels = data.data, data.labels
             else:
-                data = (datasets.CIFAR10 if kind == 'cifar10' else datasets.CIFAR100)(root, train=first)
+                data = (datasets.CIFAR10 if kind == 'cifar10' else datasets.CIFAR100)(root, train=is_train)
                 pixels, labels = data.data.transpose(0, 3, 1, 2), data.targets
         except (RuntimeError, OSError):
             raise WorkError(
-                f'{root / TORCHVISION[kind]} is incomplete or damaged: delete it and add `download=True`'
+                f'{root / DATASET_FOLDERS[kind]} is incomplete or damaged: delete it and add `download=True`'
             ) from None
-        names = Names(f'{name}/{i:05d}' for i in range(len(pixels)))
+        names = PathArray(f'{name}/{i:05d}' for i in range(len(pixels)))
         store = Memory(names, torch.from_numpy(np.ascontiguousarray(pixels)))
-        splits[name] = Part(root / name, store, torch.as_tensor(labels, dtype=torch.int64), data.classes)
+        splits[name] = SplitSource(root / name, store, torch.as_tensor(labels, dtype=torch.int64), data.classes)
     return splits
 
 
@@ -49,9 +49,9 @@ def download(root):
     """Fetch CIFAR-10, CIFAR-100 or STL-10, whichever the folder is named after, through torchvision."""
     from torchvision import datasets
 
-    if root.name not in TORCHVISION:
+    if root.name not in DATASET_FOLDERS:
         raise UserError(f'`download` fetches cifar10, cifar100 or stl10: end `image_path` in one of them, not {root}')
-    say(f'fetching {root.name} into {root} (checked, and kept if it is there)')
+    log(f'fetching {root.name} into {root} (checked, and kept if it is there)')
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             getattr(datasets, root.name.upper())(root, download=True)

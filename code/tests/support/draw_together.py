@@ -17,8 +17,8 @@ if __name__ == '__main__':
     load_dataset.ROOT, drawn = Path(sys.argv[1]), []
     draw = demo.draw
     demo.draw = lambda *given: drawn.append(None) or draw(*given)
-    distributed.start(torch.device('cpu'))
+    distributed.init_process_group(torch.device('cpu'))
     folder = f'{sys.argv[1]}/data/demo'
     splits = load_dataset.load_splits(get_config(preset='demo', image_path=folder, cache_path=f'{sys.argv[1]}/cache'))
     print(f'rank {distributed.rank()}: drew {len(drawn)}, has {len(splits["train"])}', flush=True)
-    distributed.end()
+    distributed.destroy()

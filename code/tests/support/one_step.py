@@ -17,20 +17,20 @@ from runtime.options import get_config  # noqa: E402
 from train import train_step  # noqa: E402
 
 if __name__ == '__main__':
-    distributed.start(torch.device('cpu'))
+    distributed.init_process_group(torch.device('cpu'))
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', proj_dim=12, pred_dim=5)).double()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     views = torch.randn(2, 3, 8, 3, 16, 16, dtype=torch.float64)
-    each = 8 // distributed.world()
+    each = 8 // distributed.world_size()
     mine = slice(distributed.rank() * each, (distributed.rank() + 1) * each)
-    optimizer, net, losses = make_sgd(model, 0.9, 1e-3), distributed.wrap(model, torch.device('cpu')), []
+    optimizer, net, losses = make_sgd(model, 0.9, 1e-3), distributed.wrap_ddp(model, torch.device('cpu')), []
     set_learning_rates(optimizer, 0.1, 0.1, 0.2)
     for view1, view2 in views.transpose(0, 1):
         loss, _ = train_step(net, optimizer, (view1[mine], view2[mine]))
-        losses.append(distributed.means([loss.item()], loss.device)[0])
+        losses.append(distributed.all_reduce_mean([loss.item()], loss.device)[0])
     if not distributed.rank():
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.save({'losses': losses, 'gradients': gradients, 'state': model.state_dict()}, sys.argv[1])
-    distributed.end()
+    distributed.destroy()

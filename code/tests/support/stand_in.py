@@ -48,6 +48,8 @@ def smaller(command, options):
     """What is added to the options of `cli.py command`; what stands last counts."""
     if command == 'train' and any(option.startswith('--init_from=') for option in options):
         return [*FEW, *SMALL[1:2]]
+    if command == 'train' and '--preset=demo' in options:
+        return ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0', '--probe_epochs=2']
     if command == 'train' and any(option.startswith('--preset=') for option in options):
         return [*FEW, *SMALL]
     if command == 'train' and any(
@@ -100,7 +102,10 @@ def call(name, given):
 
         common.in_turns = lambda ours, reference, rounds=1: [common.speed(ours), common.speed(reference), 1.0]
         common.matmul_rate = lambda device, dtype: 1e12
-        precision.trial = lambda path, options: {'ratio': 0.0, 'failed': 'not tried'}  # seconds, and no figure is read
+        precision.cached_benchmark = lambda path, options: {
+            'ratio': 0.0,
+            'failed': 'not tried',
+        }  # seconds, and no figure is read
         text = path.read_text()
         for long, short in SHORTER[path.name]:
             assert long in text, f'{path.name} has no {long}'
@@ -109,7 +114,12 @@ def call(name, given):
         return 0
     if name == 'torchrun':
         script = given.index('cli.py')
-        command = ['--standalone', '--nproc_per_node=2', *given[script:], *smaller('train', given[script + 2 :])]
+        command = [
+            '--standalone',
+            '--nproc_per_node=2',
+            *given[script:],
+            *smaller(given[script + 1], given[script + 2 :]),
+        ]
         return python(['-m', 'torch.distributed.run', *command])
     if name == 'tensorboard':
         command = [sys.executable, '-m', 'tensorboard.main', '--port=0', *given]

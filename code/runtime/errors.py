@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository: relative paths in options start here
+ROOT = Path(__file__).resolve().parent.parent.parent  # the repository: relative paths in options start here
 
 
 class UserError(Exception):
@@ -19,7 +19,7 @@ def same_path(one, other):
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def path_of(text):
+def resolve_path(text):
     """An option's path as an absolute one: relative paths start at the repository's root."""
     try:
         return ROOT / Path(text).expanduser()
