@@ -24,7 +24,7 @@ from runtime.options import ignored_in_train, replace_args
 from runtime.precision import describe_precision, inherit_amp, precision, resolve_amp
 from runtime.trackers import import_tracker
 
-HEADS_STEPS = 80  # of projector and predictor alone, for --heads_epochs=-1: 14 steps cost 24 points (results/LOG.md)
+HEADS_STEPS = 80  # of projector and predictor alone, for --heads_epochs=-1; two epochs of the runs in results/LOG.md
 # Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
 MIN_STEPS_TO_COMPILE = 5000
 

@@ -26,7 +26,12 @@ ROOT = CODE.parent
 README = (ROOT / 'README.md').read_text()
 BESIDE = (CODE / 'TUTORIAL.md',)
 PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted(CODE.glob('**/README.md')), *BESIDE)}
-SHELL = [block for page in PAGES.values() for block in re.findall(r'^```sh\n(.*?)^```$', page, re.M | re.S)]
+SHELL = [
+    block
+    for path, page in PAGES.items()
+    if path not in BESIDE
+    for block in re.findall(r'^```sh\n(.*?)^```$', page, re.M | re.S)
+]
 PYTHON = re.findall(r'^```python\n(.*?)^```$', README, re.M | re.S)
 STANDS_IN = (
     'python3',
@@ -218,6 +223,18 @@ def test_every_link_leads_somewhere(page):
             continue
         assert not path or (page.parent / path).exists(), link
         assert path or heading in headings, link
+
+
+def commands_in(text):
+    """The commands of a page's blocks for the shell, without comments."""
+    lines = '\n'.join(re.findall(r'^```sh\n(.*?)^```$', text, re.M | re.S)).splitlines()
+    return {line.partition('#')[0].strip() for line in lines} - {''}
+
+
+def test_every_command_of_the_tutorial_is_one_of_the_readme():
+    """Which are run, in this order."""
+    assert commands_in(PAGES[CODE / 'TUTORIAL.md']) <= commands_in(README)
+    assert len(commands_in(PAGES[CODE / 'TUTORIAL.md'])) > 8
 
 
 def test_the_first_page_is_read_in_five_minutes():
