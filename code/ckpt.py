@@ -1,8 +1,8 @@
 """Checkpoints: <ckpt_path>/<run>/loss_<loss>_epoch_<n>, where <run> is a folder of engine/run_dir.py.
 
-A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it): State.content, with
-every option of the run (args) and the versions of torch and of this code. runtime/checkpoint_format.py reads earlier
-ones.
+A checkpoint is a dict of tensors and plain values (torch.load with weights_only=True reads it):
+TrainState.state_dict, with every option of the run (args) and the versions of torch and of this code.
+runtime/checkpoint_format.py reads earlier ones.
 """
 
 import contextlib
@@ -441,10 +441,10 @@ def save_checkpoint(run, args, state):
             if other != path and int(CHECKPOINT_RE.fullmatch(other.name)[2]) not in kept
         ]
         older = [other for other in older if is_own(run, other)]
-        suffix = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
-        finished = [other for other in older if other not in suffix]
+        within_epoch = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
+        finished = [other for other in older if other not in within_epoch]
         spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
-        for other in (*suffix, *finished[: max(0, spare)]):
+        for other in (*within_epoch, *finished[: max(0, spare)]):
             other.unlink(missing_ok=True)
     return path
 

@@ -136,10 +136,10 @@ def check_output(output, command):
         raise UserError(f'--output={output}: {command} writes a {written}, and nothing else')
 
 
-def reject_valueless_options(positional):
+def reject_valueless_options(words):
     """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
     before = ''
-    for word, following in zip(positional, [*positional, '--'][1:], strict=True):
+    for word, following in zip(words, [*words, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
         value_of = before.startswith('--') and '=' not in before  # --learning_rate -1
         if word.startswith('-') and not word.startswith('--') and not value_of:

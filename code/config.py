@@ -35,13 +35,13 @@ EVAL_COMMANDS = ('train', 'evaluate', 'ablate')
 LINEAR, FINETUNE_STAGES = ('linear',), ('semi', 'finetune')
 
 
-def option(default, choices=None, between=(None, None), used_by=(), stages=(), **more):
+def option(default, choices=None, between=(None, None), used_by=(), only=(), **more):
     """One option; the string below it is its meaning, with the unit. choices: its values, perhaps a dict with their
-    meanings; between: two bounds, both included; used_by: the commands that it matters to; stages: the protocols of
+    meanings; between: two bounds, both included; used_by: the commands that it matters to; only: the protocols of
     evaluate that it is for alone; these two where they are not the theme's. more: aliases, what other programs call it;
     often: its place among those that people set most; local: it belongs to this call and this machine, and never comes
     from a checkpoint; is_path: two spellings of one path are one value."""
-    metadata = {'choices': choices, 'low': between[0], 'high': between[1], 'used_by': used_by, 'only': stages}
+    metadata = {'choices': choices, 'low': between[0], 'high': between[1], 'used_by': used_by, 'only': only}
     return field(default=default, metadata={**metadata, **more})
 
 
@@ -58,15 +58,15 @@ def read_meanings(path):
 MEANINGS = read_meanings(__file__)
 
 
-def theme(title, used_by=EVAL_COMMANDS, stages=()):
-    """Make a class of options a dataclass. title: in --help; used_by, stages: as of `option`, of those that say
+def theme(title, used_by=EVAL_COMMANDS, only=()):
+    """Make a class of options a dataclass. title: in --help; used_by, only: as of `option`, of those that say
     none."""
 
     def make(options):
         for name, value in vars(options).items():
             if isinstance(value, Field):
                 own = {'aliases': '', 'often': 0, 'local': False, 'is_path': False, **value.metadata}
-                own['only'] = own['only'] or stages
+                own['only'] = own['only'] or only
                 own['used_by'] = own['used_by'] or (EVAL_COMMANDS if own['only'] else used_by)
                 own['meaning'] = ', '.join(own['only']) + ': ' * bool(own['only']) + MEANINGS[name]
                 if isinstance(own['choices'], dict):
@@ -253,20 +253,20 @@ class EvaluationOptions:
     """evaluate the last checkpoint when training ends"""
     protocol: str = option('linear', PROTOCOLS, often=4, local=True)
     """how a backbone is judged: """
-    beside: str = option('untrained,start', stages=('compare',))
+    beside: str = option('untrained,start', only=('compare',))
     """backbones in rows of their own, with commas between: untrained, start (of the run), imagenet, timm/<name>, a
     run, a file; given alone it means --protocol=compare"""
-    labels: str = option('1,5,10,30', stages=('compare',))
+    labels: str = option('1,5,10,30', only=('compare',))
     """numbers of labelled images a class, with commas between"""
-    draws: int = option(5, between=(1, 1000), stages=('compare',))
+    draws: int = option(5, between=(1, 1000), only=('compare',))
     """draws of the labelled images, the same for every backbone"""
     knn_pixels: bool = option(False, local=True)
     """also report the kNN accuracy of raw pixels"""
-    crop_scale: float = option(0.08, between=(0.01, 1.0), stages=(*LINEAR, *FINETUNE_STAGES))
+    crop_scale: float = option(0.08, between=(0.01, 1.0), only=(*LINEAR, *FINETUNE_STAGES))
     """smallest share of the area in a training crop"""
 
 
-@theme('Evaluation', stages=LINEAR)  # The linear classifier
+@theme('Evaluation', only=LINEAR)  # The linear classifier
 class LinearOptions:
     probe_optimizer: str = option('lars', ('lars', 'sgd'))
     """LARS (paper, appendix A) or SGD"""
@@ -280,13 +280,13 @@ class LinearOptions:
     """extract the features of some augmented passes once, and train on them: many times faster"""
     cache_passes: int = option(4, between=(1, 1000))
     """augmented passes that --cache_features keeps"""
-    label_fraction: float = option(0.1, between=(0.0001, 1.0), stages=('semi',))
+    label_fraction: float = option(0.1, between=(0.0001, 1.0), only=('semi',))
     """share of the labels, the same number of every class"""
-    subset_list: str = option('', stages=('semi',), is_path=True)
+    subset_list: str = option('', only=('semi',), is_path=True)
     """a file with the names of the labelled images, one a line, in its place"""
 
 
-@theme('Evaluation', stages=FINETUNE_STAGES)  # Fine-tuning
+@theme('Evaluation', only=FINETUNE_STAGES)  # Fine-tuning
 class FinetuneOptions:
     baseline: bool = option(False)
     """also train from scratch on the same labels"""
@@ -304,13 +304,13 @@ class FinetuneOptions:
     """share of the epochs in which the rates rise"""
     finetune_weight_decay: float = option(1e-4, between=(0.0, 1.0))
     """L2 penalty"""
-    transfer_path: str = option('', stages=('transfer',), is_path=True)
+    transfer_path: str = option('', only=('transfer',), is_path=True)
     """folder with train/<class>/ and val/<class>/"""
-    transfer: str = option('linear', ('linear', 'finetune'), stages=('transfer',))
+    transfer: str = option('linear', ('linear', 'finetune'), only=('transfer',))
     """logistic regression on frozen features (linear), l2 chosen on a held-out fifth of train; or finetune"""
 
 
-@theme('Evaluation', stages=('detection',))  # Object detection
+@theme('Evaluation', only=('detection',))  # Object detection
 class DetectionOptions:
     detection_path: str = option('', is_path=True)
     """folder in the format of VOC or COCO"""

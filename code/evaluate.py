@@ -69,12 +69,12 @@ def run_checkpoints(args, name):
 def select_checkpoint(args, paths):
     """Judge all checkpoints of a run by --protocol=label_free, and name the best. Returns its result."""
     found, splits = [], None
-    for pretraining_splits, model, checkpoint in iter_valid_checkpoints(args, paths):
-        splits = splits or load_splits(pretraining_splits)
-        model = model.to(get_device(pretraining_splits), memory_format=torch.channels_last)
+    for own_args, model, checkpoint in iter_valid_checkpoints(args, paths):
+        splits = splits or load_splits(own_args)
+        model = model.to(get_device(own_args), memory_format=torch.channels_last)
         if found:
             checkpoint['untrained'] = found[-1]['untrained']  # the same beside each
-        found.append(run_protocol(pretraining_splits, model, splits, checkpoint))
+        found.append(run_protocol(own_args, model, splits, checkpoint))
     log('')
     for result in found:
         log(

@@ -33,7 +33,7 @@ def setup_run(args):
     """All that a training needs: (args, state, iterators, run). Raises UserError and WorkError for what cannot work,
     before anything is written and before the first batch.
     """
-    args, micro_batches = choose_options(args)
+    args, sources = choose_options(args)
     args, model, checkpoint = load_start(args)
     check_batch_and_warmup(args)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
@@ -41,7 +41,7 @@ def setup_run(args):
         args = replace_args(args, protocol='compare')  # what the pretraining was worth
     import_tracker(args)  # refused before anything is written, as is what follows
     should_use_graph(args)
-    iterators = get_iterator(args, micro_batches)
+    iterators = get_iterator(args, sources)
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         protocol_splits(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
@@ -64,7 +64,7 @@ def setup_run(args):
 
 
 def choose_options(args):
-    """(args, parts): the options after --from_run, --preset=auto and --resume; parts: of
+    """(args, sources): the options after --from_run, --preset=auto and --resume; sources: of
     load_dataset.find_split_sources, where the images had to be looked at. A run begins anew, perhaps from weights
     (--init_from), or goes on (--resume)."""
     start_options = ('resume', 'ckpt_name', 'from_run', 'init_from')
@@ -75,9 +75,9 @@ def choose_options(args):
         log(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
         args = replace_args(args, resume=args.ckpt_name)
     args = args_from_run(args) if args.from_run else args
-    micro_batches = find_split_sources(args) if args.undecided else None
-    args = choose_preset(args, micro_batches) if micro_batches else args
-    return (resolve_resume(args) if args.resume else args), micro_batches
+    sources = find_split_sources(args) if args.undecided else None
+    args = choose_preset(args, sources) if sources else args
+    return (resolve_resume(args) if args.resume else args), sources
 
 
 def load_start(args):

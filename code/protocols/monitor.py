@@ -31,9 +31,9 @@ from runtime.trackers import make_tracker
 LOG_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
 
 
-def is_measured(args, after_epoch):
+def is_measured(args, epoch):
     """Whether the network is measured after so many epochs."""
-    return after_epoch == args.max_epochs or bool(args.knn_every and after_epoch % args.knn_every == 0)
+    return epoch == args.max_epochs or bool(args.knn_every and epoch % args.knn_every == 0)
 
 
 def gradient_norm(model):

@@ -59,7 +59,7 @@ def eval_spec(args, splits, checkpoint):
 
 
 def dataset_fingerprint(images):
-    """Images or Boxes: how many, which."""
+    """How many images, of an ImageDataset or DetectionDataset, and which."""
     names = [*images.names]
     return {
         'number': len(images),
@@ -68,10 +68,10 @@ def dataset_fingerprint(images):
 
 
 def digest(lines):
-    metrics = hashlib.blake2b(digest_size=6)
+    hashed = hashlib.blake2b(digest_size=6)
     for line in lines:
-        metrics.update(line.encode(errors='surrogateescape') + b'\n')
-    return metrics.hexdigest()
+        hashed.update(line.encode(errors='surrogateescape') + b'\n')
+    return hashed.hexdigest()
 
 
 def result_name(args):
@@ -114,7 +114,7 @@ def classifier_for(args, checkpoint, where):
     several of one set the one with the highest accuracy on val; of equals, or of early files, the last.
     Raises UserError where --classifier names none, WorkError for a damaged file.
     """
-    metrics = {}  # the folder of a set: the best of its classifiers
+    by_folder = {}  # the folder of a set: the best of its classifiers
     named = None
     for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
@@ -124,10 +124,10 @@ def classifier_for(args, checkpoint, where):
         if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
-        if folder not in metrics or worth(content) > worth(metrics[folder]):
-            metrics[folder] = content
+        if folder not in by_folder or worth(content) > worth(by_folder[folder]):
+            by_folder[folder] = content
     chosen = named or pick_classifier(
-        args, metrics, Path(os.path.realpath(resolve_path(args.image_path))), where.resolve()
+        args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), where.resolve()
     )
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
@@ -150,18 +150,18 @@ def described_classifier(classifier):
     return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
 
 
-def pick_classifier(args, metrics, own, where):
-    """The one of `metrics`, {folder of a set: its classifier}, that classifier_for means."""
+def pick_classifier(args, by_folder, own, where):
+    """The one of `by_folder`, {folder of a set: its classifier}, that classifier_for means."""
     if args.classifier:
         wanted = Path(os.path.realpath(resolve_path(args.classifier)))
-        if wanted not in metrics:
-            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in metrics.items())
+        if wanted not in by_folder:
+            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in by_folder.items())
             known = known or 'none: run evaluate first'
             raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
-        return metrics[wanted]
-    inside = [folder for folder in metrics if where.is_relative_to(folder)]
+        return by_folder[wanted]
+    inside = [folder for folder in by_folder if where.is_relative_to(folder)]
     if inside:
-        return metrics[max(inside, key=lambda folder: len(folder.parts))]
-    if own in metrics:
-        return metrics[own]
-    return next(iter(metrics.values())) if len(metrics) == 1 and not where.is_relative_to(own) else None
+        return by_folder[max(inside, key=lambda folder: len(folder.parts))]
+    if own in by_folder:
+        return by_folder[own]
+    return next(iter(by_folder.values())) if len(by_folder) == 1 and not where.is_relative_to(own) else None

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier commits, as the present one would have written them (engine.train_state.TrainState.content).
+"""Checkpoints of earlier commits, as the present one would have written them (train_state.TrainState.state_dict).
 
 Format 3 has a group of parameters for each of backbone, projector and predictor in the optimizer; format 2 had backbone
 and projector in one. Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and

@@ -28,7 +28,7 @@ NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
 ALARM = tuple(getattr(signal, name) for name in ('SIGALRM',) if hasattr(signal, name))
 REPEAT_WINDOW_S = 1.0  # seconds
-STATE = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: of check, by the last answer
+STATE = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: in the last exchange of the ranks
 ASK_EVERY = 10  # steps after which several processes ask one another
 CODE_TIME_UP, SAVE = 0.5, 0.25  # what they may wish beside a signal, by its number: the time is up, a checkpoint is due
 
@@ -113,7 +113,7 @@ def sync_stop_and_save(step, last, deadline, save_is_due, device):
     now.
 
     It must stop where the time is up or a signal has come, on any of several ranks, and save where a checkpoint is
-    `save_is_due` on any: all do it at the same step.
+    due on any: all do it at the same step.
 
     step: how many are done of the epoch; last: whether that is all. deadline: by time.monotonic(), 0 is none.
     Several processes all ask here, now and then, and on a GPU hear the answer when they ask again, but for an epoch's

@@ -68,7 +68,7 @@ def blur_all(x, sigma):
 
 
 def gaussian(sigma, radius):
-    """Weights of the distances 0 to `radius` pixels, N x (reach + 1); both sides together sum to 1."""
+    """Weights of the distances 0 to `radius` pixels, N x (radius + 1); both sides together sum to 1."""
     distance = torch.arange(radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
     return weight / (2 * weight.sum(1, keepdim=True) - 1)  # distance 0, whose weight is 1, counts once

@@ -77,8 +77,8 @@ def build_index(paths, progress):
     names = PathArray(told_apart([(name, archive_index) for _, name, archive_index, *_ in entries], paths))
     owners = [class_from_cls_file(name, archive, classes) for _, name, archive, *_ in entries]
     known = sorted({*owners} - {None}, key=lambda name: (not name.isdecimal(), name.isdecimal() and int(name), name))
-    archive_index = {name: i for i, name in enumerate(known)} | {None: -1}
-    labels = [archive_index[owner] for owner in owners]
+    class_to_idx = {name: i for i, name in enumerate(known)} | {None: -1}
+    labels = [class_to_idx[owner] for owner in owners]
     which, offsets, sizes = (torch.tensor([entry[i] for entry in entries], dtype=torch.int64) for i in (2, 3, 4))
     return {
         'names': torch.frombuffer(bytearray(names.data or b'\0'), dtype=torch.uint8)[: len(names.data)],
