@@ -78,7 +78,7 @@ def augment_cpu(images, draws, augmentation, output_fn):
         part = slice(start, start + step)
         x = images[part].float()
         if uncropped:
-            x = crop_resize(x, boxes[part], flips[part], size, cubic=cubic)
+            x = crop_resize(x, boxes[part], flips[part], size, cubic=cubic, white=255)
         x.div_(255)
         for operation, drawn in operations:
             x = operation.on_cpu(x, drawn[part])

@@ -225,6 +225,28 @@ def test_without_distortion_the_views_are_the_image():
         torch.testing.assert_close(vision.denormalize(view2, get_config()), 1 - images / 255, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize('name', ['moco', 'simclr', 'crop'])
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+def test_views_of_whole_images_are_those_of_the_gpu_and_of_the_crops(interpolation, name):
+    """The three ways to a view: whole images on a CPU, on a GPU (its operations, here on the CPU), and crops by
+    torchvision's resize, as a dataloader worker cuts them."""
+    images = (photos(12, 40, 48) * 255).round().to(torch.uint8)
+    augmentation = get_augmentation(get_config(image_size=24, interpolation=interpolation, blur_prob=0.5), name)
+    draws = vision.sample(24, augmentation, generator_for('ways'), (40, 48))
+    ours = torch.cat(vision.apply_params(images, draws, augmentation, 2))
+    mean_std = vision.mean_and_std('imagenet', 'imagenet', images.device)
+    other = torch.cat(vision.augment_gpu(images, draws, augmentation, mean_std, 2))
+    torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
+    cut = torch.empty(24, 3, 24, 24)
+    for i, (top, left, height, width, flip) in enumerate(draws[:, :5].int().tolist()):
+        how = reference.InterpolationMode(interpolation)
+        x = reference.resized_crop(images[i % 12], top, left, height, width, [24, 24], how, True).float()
+        cut[i] = x.flip(2) if flip else x
+    draws[:, :5] = 0  # cropped already
+    workers = vision.augment_cpu(cut, draws, augmentation, lambda x: vision.normalize(x, mean_std))
+    assert (workers - ours).abs().mean() < 0.03
+
+
 def test_simclr_distorts_more_than_moco():
     moco, simclr = AUGMENTATIONS['moco'], AUGMENTATIONS['simclr']
     assert simclr[0].scale[0] < moco[0].scale[0]

@@ -55,20 +55,21 @@ def center_box(height, width, crop_ratio):
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False):
+def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False, white=1.0):
     """Cut every image's box and resize it to size x size, antialiased bilinear or bicubic as PIL and torchvision do.
 
     A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
     each, whatever the boxes. A flip only turns the columns' matrix round. clip_to_box: pixels beyond the box count for
     nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
-    None; on x's device. Returns N x 3 x S x S; of a cubic filter, which overshoots, clamped to [0, 1].
+    None; on x's device; white: the largest value of x. Returns N x 3 x S x S; of a cubic filter, which overshoots, clamped to
+    [0, white].
     """
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.dtype).unbind(1)
     rows = resize_weights(top, h, height, size, clip_to_box, cubic=cubic)
     columns = resize_weights(left, w, width, size, clip_to_box, flips, cubic)
     x = apply_separable(x, rows, columns)
-    return x.clamp(0, 1) if cubic else x
+    return x.clamp(0, white) if cubic else x
 
 
 def resize_weights(start, length, side, size, clip_to_box, flips=None, cubic=False):
