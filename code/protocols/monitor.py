@@ -77,7 +77,7 @@ class Monitor:
     def begin_epoch(self, state, total):
         """An epoch of `total` images begins at image state.images: the progress bar."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
-        self.bar = progress(title=title, unit='images', total=total, first=state.images)
+        self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
         self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
 
     def show_views(self, views):
@@ -95,7 +95,7 @@ class Monitor:
         }
         if rates[0] != rates[1]:
             self.last_logged['schedule/learning_rate_backbone'] = rates[0]
-        if state.images // self.args.batch_size % LOG_EVERY == 0:
+        if state.images // self.args.batch_size % LOG_EVERY == 0 or state.images >= self.total:
             self.check_step(state)
             norm = gradient_norm(state.model)
             self.read = async_tolist(torch.stack((loss, std, representation.view_retrieval_top1(z[0], z[1]), norm)))
