@@ -9,7 +9,7 @@ ARGS ?=
 .PHONY: train test check lint
 
 train: .venv/installed
-	cd code && ../.venv/bin/python cli.py train --evaluate_after=True --knn_pixels=True $(ARGS)
+	cd code && ../.venv/bin/python cli.py train --evaluate_after=True --knn_raw_pixels=True $(ARGS)
 
 test: lint
 	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests

@@ -426,7 +426,8 @@ def build_model(args):
 def save_checkpoint(run, args, state):
     """Write a checkpoint of `state` into the folder `run`, whole or not at all; return its path.
 
-    What --keep_last and this newer one make superfluous is deleted: earlier ones from within an epoch, the oldest.
+    What --keep_checkpoints and this newer one make superfluous is deleted: earlier ones from within an epoch, the
+    oldest.
     """
     content = {**state.state_dict(), 'args': asdict(args), 'versions': versions()}
     suffix = f'_images_{state.images}' if state.images else ''
@@ -443,7 +444,7 @@ def save_checkpoint(run, args, state):
         older = [other for other in older if is_own(run, other)]
         within_epoch = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
         finished = [other for other in older if other not in within_epoch]
-        spare = len(finished) - args.keep_last + (not state.images) if args.keep_last else 0
+        spare = len(finished) - args.keep_checkpoints + (not state.images) if args.keep_checkpoints else 0
         for other in (*within_epoch, *finished[: max(0, spare)]):
             other.unlink(missing_ok=True)
     return path

@@ -14,11 +14,11 @@ from pathlib import Path
 import fire
 from fire.decorators import SetParseFn
 
-from config import OLD_PROTOCOLS, OPTIONS, PROTOCOLS
+from config import OPTIONS, PROTOCOLS, RENAMED_OPTIONS
 from runtime import signals
 from runtime.console import first_line, output_error, print_message, wrap_std_streams
 from runtime.errors import UserError, WorkError, resolve_path
-from runtime.options import get_config, help_text, ignored_by_command, nearest, option_help
+from runtime.options import get_config, help_text, ignored_by_command, nearest, option_help, renaming_notes
 
 BUG_REPORT_ADDRESS = 'sally20921@snu.ac.kr (README.md, Contact)'
 SINGLE_PROCESS_COMMANDS = (
@@ -44,7 +44,7 @@ COMMANDS = {
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': (
         'commands.ablate',
-        "the paper's ablations: the variants of --table one after the other, ours beside the paper's",
+        "the paper's ablations: the variants of --ablation one after the other, ours beside the paper's",
     ),
     'report': ('commands.report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
     'select': (
@@ -105,8 +105,8 @@ def read_options(command, positional, options):
     if positional:
         raise UserError(f'{positional[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
-    if (old := options.get('protocol')) in OLD_PROTOCOLS and is_main_process():
-        print_message('warning', f'--protocol={old} is called {OLD_PROTOCOLS[old]} now')
+    for line in renaming_notes(options) if is_main_process() else ():
+        print_message('warning', line)
     if command in SINGLE_PROCESS_COMMANDS and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
     if (
@@ -141,6 +141,7 @@ def reject_valueless_options(words):
     before = ''
     for word, following in zip(words, [*words, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
+        name = RENAMED_OPTIONS.get(name, name)
         value_of = before.startswith('--') and '=' not in before  # --learning_rate -1
         if word.startswith('-') and not word.startswith('--') and not value_of:
             raise UserError(f'{word!r} is not an option: they are given as --name=value')

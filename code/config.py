@@ -30,7 +30,29 @@ PROTOCOLS = {
     'detection': 'object detection on --detection_path',
     'label_free': 'measures that need no labels',
 }
-OLD_PROTOCOLS = {'spectrum': 'label_free'}  # as they were called
+# Options and values as they were called; they go on working, in a checkpoint too.
+RENAMED_OPTIONS = {
+    'pixel_max': 'white_level',
+    'jpeg_shrink': 'jpeg_draft',
+    'resize_cache': 'cache_short_side',
+    'bad_images': 'on_unreadable',
+    'views': 'num_views',
+    'augment_on': 'augment_backend',
+    'accumulate_steps': 'grad_accum_steps',
+    'symmetric': 'loss_symmetry',
+    'knn_pixels': 'knn_raw_pixels',
+    'cache_passes': 'cache_epochs',
+    'save_every': 'save_every_epochs',
+    'save_minutes': 'save_every_minutes',
+    'keep_last': 'keep_checkpoints',
+    'table': 'ablation',
+    'count': 'num_select',
+    'method': 'select_method',
+    'map_images': 'report_max_images',
+    'pack_side': 'pack_short_side',
+    'init': 'detector_init',
+}
+RENAMED_VALUES = {'protocol': {'spectrum': 'label_free'}, 'select_method': {'kcentre': 'kcenter'}}
 EVAL_COMMANDS = ('train', 'evaluate', 'ablate')
 LINEAR, FINETUNE_STAGES = ('linear',), ('semi', 'finetune')
 
@@ -90,7 +112,7 @@ class DataOptions:
     for infer: the images"""
     val_fraction: float = option(0.1, between=(0.0, 0.9), used_by=SPLIT_COMMANDS)
     """share of the labelled images of every class that becomes val where there is none; 0: none"""
-    pixel_max: float = option(0.0, between=(0.0, 3e38), used_by=DATA)
+    white_level: float = option(0.0, between=(0.0, 3e38), used_by=DATA)
     """pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats"""
     download: bool = option(False, used_by=SPLIT_COMMANDS, local=True)
     """fetch the set named by the last part of image_path: cifar10, cifar100 or stl10"""
@@ -113,13 +135,13 @@ class DataOptions:
     """auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps"""
     cache_images: str = option('auto', ('auto', 'on', 'off'))
     """hold decoded images in memory: auto (one size, up to 96 px and 4 GiB), on (one size), off"""
-    resize_cache: int = option(0, between=(0, 4096))
+    cache_short_side: int = option(0, between=(0, 4096))
     """keep larger images on disk, decoded, with this shorter side in pixels: finer detail is lost; 0: no"""
     cache_path: str = option('data/cache', used_by=DATA, local=True, is_path=True)
     """folder of what is kept for the next run: decoded images, indexes, trials"""
-    jpeg_shrink: bool = option(True, used_by=AUGMENT_COMMANDS)
+    jpeg_draft: bool = option(True, used_by=AUGMENT_COMMANDS)
     """let the JPEG decoder halve photos whose crops stay at least twice the view"""
-    bad_images: str = option('error', ('error', 'skip'), used_by=DATA)
+    on_unreadable: str = option('error', ('error', 'skip'), used_by=DATA)
     """unreadable images: error stops, skip leaves them out and names them in a file (reads all, once)"""
     quiet: bool = option(False, used_by=EVERY, local=True)
     """say nothing but warnings and errors, show no bars; the log file of a run has it all"""
@@ -133,9 +155,9 @@ class ViewOptions:
     """distortion of the views: moco, or SimCLR's stronger one"""
     warmup_augmentation: str = option('moco', ('moco', 'simclr'), used_by=TRAIN)
     """distortion during the warmup_epochs"""
-    augment_on: str = option('device', ('device', 'worker'))
+    augment_backend: str = option('device', ('device', 'worker'))
     """device: our operations on a batch, on a CPU in the workers; worker: torchvision's transforms, slow"""
-    views: int = option(2, between=(2, 16), aliases='num_crops')
+    num_views: int = option(2, between=(2, 16), aliases='num_crops')
     """views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)"""
     blur_prob: float = option(0.5, between=(0.0, 1.0))
     """share of views that are blurred"""
@@ -185,7 +207,7 @@ class MethodOptions:
     of the predictor"""
     similarity: str = option('cosine', ('cosine', 'softmax'))
     """in the loss (section 4.5): cosine, or cross-entropy of softmaxes"""
-    symmetric: str = option('true', ('true', 'false', '2x'), used_by=AUGMENT_COMMANDS)
+    loss_symmetry: str = option('true', ('true', 'false', '2x'), used_by=AUGMENT_COMMANDS)
     """each view predicts the other (true), the first the second (false), or two such pairs of views (2x)"""
 
 
@@ -193,7 +215,7 @@ class MethodOptions:
 class OptimizationOptions:
     batch_size: int = option(512, between=(2, 65536), used_by=IMAGE_COMMANDS, aliases='b', often=6)
     """images a step, of all processes together"""
-    accumulate_steps: int = option(1, between=(1, 1024), aliases='accum_iter grad_accum')
+    grad_accum_steps: int = option(1, between=(1, 1024), aliases='accum_iter grad_accum')
     """parts of a step that go through the network one after the other, for small memories; BN sees a part alone"""
     max_epochs: int = option(100, between=(1, 100000), aliases='e epochs', often=7)
     """passes over the training images"""
@@ -235,11 +257,11 @@ class MonitorOptions:
     """warn when std(z / |z|) x sqrt(proj_dim) falls under this; healthy is near 1"""
     tracker: str = option('none', ('none', 'wandb', 'trackio', 'mlflow'), used_by=EVAL_COMMANDS, local=True)
     """where the scalars also go; offline, project, server: by its own variables (WANDB_MODE=offline)"""
-    save_every: int = option(10, between=(1, 100000))
+    save_every_epochs: int = option(10, between=(1, 100000))
     """epochs between two checkpoints; the last is always kept"""
-    save_minutes: float = option(15.0, between=(0.0, 1e6), local=True)
+    save_every_minutes: float = option(15.0, between=(0.0, 1e6), local=True)
     """minutes after which a checkpoint is saved within an epoch too; 0: never"""
-    keep_last: int = option(0, between=(0, 100000), local=True)
+    keep_checkpoints: int = option(0, between=(0, 100000), local=True)
     """checkpoints of a run that are kept, the older ones are deleted; 0: all"""
     resume: str = option('', often=10, local=True)
     """go on with a run, or from one of its checkpoints; auto: with the newest run of these options, or start it"""
@@ -260,7 +282,7 @@ class EvaluationOptions:
     """numbers of labelled images a class, with commas between"""
     draws: int = option(5, between=(1, 1000), only=('compare',))
     """draws of the labelled images, the same for every backbone"""
-    knn_pixels: bool = option(False, local=True)
+    knn_raw_pixels: bool = option(False, local=True)
     """also report the kNN accuracy of raw pixels"""
     crop_scale: float = option(0.08, between=(0.01, 1.0), only=(*LINEAR, *FINETUNE_STAGES))
     """smallest share of the area in a training crop"""
@@ -278,7 +300,7 @@ class LinearOptions:
     """base learning rate, x batch / 256; 0: 0.02 (lars), 30 (sgd)"""
     cache_features: bool = option(False)
     """extract the features of some augmented passes once, and train on them: many times faster"""
-    cache_passes: int = option(4, between=(1, 1000))
+    cache_epochs: int = option(4, between=(1, 1000))
     """augmented passes that --cache_features keeps"""
     label_fraction: float = option(0.1, between=(0.0001, 1.0), only=('semi',))
     """share of the labels, the same number of every class"""
@@ -316,7 +338,7 @@ class DetectionOptions:
     """folder in the format of VOC or COCO"""
     detector: str = option('faster_rcnn', ('faster_rcnn', 'mask_rcnn'))
     """torchvision detector, with a feature pyramid"""
-    init: str = option('checkpoint', ('checkpoint', 'random'))
+    detector_init: str = option('checkpoint', ('checkpoint', 'random'))
     """start from the checkpoint, or random: the baseline"""
     detection_epochs: int = option(12, between=(1, 1000))
     """epochs"""
@@ -353,7 +375,7 @@ class FileOptions:
     'What a command makes', used_by=('infer', 'embed', 'export', 'pack', 'select', 'report', 'runs')
 )  # What single commands make
 class CommandOptions:
-    table: str = option(
+    ablation: str = option(
         'stopgrad',
         ('stopgrad', 'predictor', 'batch_size', 'bn', 'similarity', 'symmetric', 'collapse'),
         used_by=('ablate',),
@@ -373,15 +395,15 @@ class CommandOptions:
     """runs: the column that they are sorted by, the best first"""
     diff: str = option('', used_by=('runs',), often=15, local=True)
     """runs: two runs whose options are compared, RUN1,RUN2"""
-    count: int = option(100, between=(1, 10**6), used_by=('select',), often=13, local=True)
+    num_select: int = option(100, between=(1, 10**6), used_by=('select',), often=13, local=True)
     """select: images to label first"""
-    method: str = option('typical', ('typical', 'kcentre'), used_by=('select',), local=True)
+    select_method: str = option('typical', ('typical', 'kcenter'), used_by=('select',), local=True)
     """select: the most typical of as many clusters, or each the farthest from all before"""
     duplicates: float = option(0.99, between=(-1.0, 1.0), used_by=('select', 'report'), local=True)
     """cosine above which two images count as double"""
-    map_images: int = option(3000, between=(10, 20000), used_by=('report',))
+    report_max_images: int = option(3000, between=(10, 20000), used_by=('report',))
     """report: images on the map, with thumbnails in the page"""
-    pack_side: int = option(0, between=(0, 4096), used_by=('pack',))
+    pack_short_side: int = option(0, between=(0, 4096), used_by=('pack',))
     """pack: shorter side of the packed images, in pixels, as JPEG; 0: the files as they are"""
     shard_megabytes: float = option(1000.0, between=(0.001, 1e6), used_by=('pack',))
     """pack: size at which the next archive begins"""

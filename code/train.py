@@ -70,7 +70,7 @@ def train_epochs(args, state, loader, monitor, run):
             set_backbone_trainable(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
             step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state)
         train_epoch(args, step, state, loader, monitor, run)
-        due = state.epoch == args.max_epochs or state.epoch % args.save_every == 0
+        due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
         if due or (args.init_from and is_measured(args, state.epoch)):  # one of these may be the best
             run.save(state)
         monitor.after_epoch(state)
@@ -122,7 +122,7 @@ def draw_views(args, images, augmentation, state, dataset):
     generator = generator_for(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
     place = distributed.shard_range(len(images))
     views = dataset.make_views(images, augmentation, generator, place, use_compile(args))
-    if args.symmetric == '2x':  # two pairs are two parts of a batch
+    if args.loss_symmetry == '2x':  # two pairs are two parts of a batch
         return torch.cat(views[::2]), torch.cat(views[1::2])
     return views
 
@@ -143,9 +143,12 @@ def build_train_step(args, net, state):
     """A function of a batch's views (train_step) that trains on them and returns (loss, std of z, (p, z)), on the
     device."""
     criterion = functools.partial(
-        simsiam_loss, stop_gradient=args.stop_gradient, similarity=args.similarity, symmetric=args.symmetric == 'true'
+        simsiam_loss,
+        stop_gradient=args.stop_gradient,
+        similarity=args.similarity,
+        symmetric=args.loss_symmetry == 'true',
     )
-    dtype, micro_batches = precision(args), args.accumulate_steps * (2 if args.symmetric == '2x' else 1)
+    dtype, micro_batches = precision(args), args.grad_accum_steps * (2 if args.loss_symmetry == '2x' else 1)
 
     def step(views):
         loss, (p, z) = train_step(net, state.optimizer, views, criterion, dtype, state.scaler, micro_batches)

@@ -29,7 +29,7 @@ def at_random(x, count, seed):
     return torch.randperm(len(x), generator=generator_for('choice', seed))[:count]
 
 
-WAYS = {'random': at_random, 'typical': subset_selection.typiclust, 'kcentre': subset_selection.k_center_greedy}
+WAYS = {'random': at_random, 'typical': subset_selection.typiclust, 'kcenter': subset_selection.k_center_greedy}
 
 
 def accuracy(x, labels, rows, val, val_labels, num_classes):

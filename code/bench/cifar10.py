@@ -45,7 +45,7 @@ def pretrain(options, given, output, minutes):
     """Train until done or out of time. Returns the run folder and its last epoch."""
     run = output / 'ckpt/model_name_cifar10_ckpt_0'
     known = [f'--ckpt_name={run.name}'] if run.is_dir() and checkpoints(run) else ['--model_name=cifar10', *given]
-    cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every=100')
+    cli('train', '--preset=cifar10', *known, *options, f'--max_minutes={minutes}', '--save_every_epochs=100')
     return run, read_checkpoint(checkpoints(run)[-1])['epoch']
 
 

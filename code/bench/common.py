@@ -63,7 +63,7 @@ def an_epoch(args, state, train):
     from train import build_train_step, train_epoch
 
     folder = Path(tempfile.mkdtemp())
-    args.log_path, args.save_minutes = str(folder), 0.0
+    args.log_path, args.save_every_minutes = str(folder), 0.0
     run = RunDir(args, folder)
     monitor = Monitor(args, run, {'train': train, 'val': None}, state)
     step = build_train_step(args, state.model, state)

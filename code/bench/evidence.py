@@ -39,7 +39,7 @@ SMALL = {
     'probe_optimizer': 'sgd',
     'probe_epochs': 100,
     'cache_features': True,
-    'cache_passes': 2,
+    'cache_epochs': 2,
     'num_workers': 0,
 }
 SETS = {
@@ -50,7 +50,7 @@ SETS = {
         **SMALL,
         'batch_size': 64,
         'image_size': 64,
-        'resize_cache': 72,
+        'cache_short_side': 72,
         'max_epochs': 10,
     },
 }
@@ -85,7 +85,7 @@ HELD_OUT = {
     },
     'cifar10': {
         'a': {'rate': 4, 'decay': 4},
-        'b': {'symmetric': 'false', 'epochs': 2},
+        'b': {'loss_symmetry': 'false', 'epochs': 2},
         'c': {'proj_bn': 'all'},
         'd': {'predictor': 'none', 'rate': 0.25},
     },

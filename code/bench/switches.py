@@ -26,15 +26,15 @@ SWITCHES = {
     '--compile=True': ['--compile=True'],
     '--cuda_graph=False': ['--cuda_graph=False'],
     '--cache_images=off': ['--cache_images=off'],
-    '--augment_on=worker': ['--augment_on=worker'],
-    '--accumulate_steps=2': ['--accumulate_steps=2'],
+    '--augment_backend=worker': ['--augment_backend=worker'],
+    '--grad_accum_steps=2': ['--grad_accum_steps=2'],
 }
 
 
 def train(folder, *options):
     """One run; returns (images/s, peak gigabytes or None, loss) of its last epoch."""
     paths = [f'--{name}_path={folder}/{name}' for name in ('ckpt', 'log')]
-    command = [sys.executable, 'cli.py', 'train', '--knn_every=0', '--save_every=1', *options, *paths]
+    command = [sys.executable, 'cli.py', 'train', '--knn_every=0', '--save_every_epochs=1', *options, *paths]
     subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
     (log,) = (folder / 'log').iterdir()
     last = {tag: values[-1][1] for tag, values in read_scalars(log).items()}

@@ -26,7 +26,7 @@ RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 def of_run(name, options, folders):
     """[{'epoch', 'rank', 'linear', 'knn'}] of a run's epochs; trains what is not there."""
     run = resolve_path(get_config(**folders).ckpt_path) / f'model_name_{name}_ckpt_0'
-    train(get_config(model_name=name, save_every=1, knn_every=1, resume='auto', **options))
+    train(get_config(model_name=name, save_every_epochs=1, knn_every=1, resume='auto', **options))
     found = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
     rows = []
     for path in checkpoints(run):

@@ -18,7 +18,7 @@ from train import train
 
 
 def ablate(args):
-    """Train and evaluate every variant of --table; the rows that result. Started again it goes on where it was.
+    """Train and evaluate every variant of --ablation; the rows that result. Started again it goes on where it was.
 
     Each variant is a run of its own, model_name_<model_name>_<table>_<number>_ckpt_0. Writes <table>.json and .png in
     the log folder (<model_name>_<table> where --model_name is given). Where --max_minutes end a variant, it says how to
@@ -30,16 +30,16 @@ def ablate(args):
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
     rows, planned = [], variants(args)
     for number, (variant, options, paper, variant_args) in enumerate(planned):
-        log(f'\n{args.table}: {variant}, {number + 1} of {len(planned)}')
+        log(f'\n{args.ablation}: {variant}, {number + 1} of {len(planned)}')
         if not (result := finished_result(variant_args)):
             train(variant_args)
             result = finished_result(variant_args)
         if not result:
-            log(f'{args.table}: not all is trained; the same command goes on where it was')
+            log(f'{args.ablation}: not all is trained; the same command goes on where it was')
             return rows
         rows.append({'variant': variant, 'options': options, **result_row(args, *result), 'paper': paper})
     named = 'model_name' in args.given
-    base = resolve_path(args.log_path) / (f'{args.model_name}_{args.table}' if named else args.table)
+    base = resolve_path(args.log_path) / (f'{args.model_name}_{args.ablation}' if named else args.ablation)
     save_table(base, rows)
     log('\n' + format_markdown(rows))
     log(f'\nthe curves: {base}.png')
@@ -62,24 +62,24 @@ def save_table(base, rows):
 
 
 def variants(args):
-    """[(variant, options, the paper's top-1, its args)] of --table: what cannot be trained is known before the first
+    """[(variant, options, the paper's top-1, its args)] of --ablation: what cannot be trained is known before the first
     is. Raises UserError; variants of larger batches than there are images are left out, and said."""
     found, images = [], 0
-    if any('batch_size' in options for _, options, _ in TABLES[args.table]):
+    if any('batch_size' in options for _, options, _ in TABLES[args.ablation]):
         init_device(args)
         images = len(load_splits(args)['train'])
-    for number, (variant, options, paper) in enumerate(TABLES[args.table]):
+    for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
         if both := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
-            raise UserError(f'--{both[0]} is what --table={args.table} varies: leave it out')
+            raise UserError(f'--{both[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
-        name = f'{args.model_name}_{args.table}_{number}'
+        name = f'{args.model_name}_{args.ablation}_{number}'
         variant_args = replace_args(
             args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
         )
         variant_args.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
-            log(f'{args.table}: {variant} is left out, for there are {images} images')
+            log(f'{args.ablation}: {variant} is left out, for there are {images} images')
         else:
             found.append((variant, options, paper, variant_args))
     return found

@@ -34,10 +34,10 @@ def check_dataloader(args):
     parts = find_split_sources(args)
     args = choose_preset(args, parts)
     unreadable, read = read_and_hash_all(parts)
-    if unreadable and args.bad_images == 'error':
+    if unreadable and args.on_unreadable == 'error':
         raise WorkError(
             f'{unreadable} of the {read} images under {printable(root)} cannot be read: replace or delete '
-            'them, or --bad_images=skip leaves them out'
+            'them, or --on_unreadable=skip leaves them out'
         )
     iterators = get_iterator(args, parts)
     log(
@@ -52,7 +52,7 @@ def check_dataloader(args):
         else:
             text = describe_loader(args, batches)
         log(f'{name:5}  {text}')
-    warn_bit_depth(iterators['train'].dataset.store, args.pixel_max)
+    warn_bit_depth(iterators['train'].dataset.store, args.white_level)
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = make_views(args, iterators['train'].dataset, images[:16])

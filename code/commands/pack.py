@@ -24,9 +24,9 @@ JPEG_SIDE = 65_500  # px, the most that the library writes
 def pack(args):
     """Write --output/<split>-000000.tar, ...: a folder in it is a class. Returns --output.
 
-    The files go in as they are, or with --pack_side with this shorter side in pixels, as JPEG. The same images give the
-    same bytes. Raises UserError where --output holds archives already, WorkError for an image that cannot be read
-    where it has to be.
+    The files go in as they are, or with --pack_short_side with this shorter side in pixels, as JPEG. The same images
+    give the same bytes. Raises UserError where --output holds archives already, WorkError for an image that cannot be
+    read where it has to be.
     """
     if not args.output:
         raise UserError('pack wants --output=FOLDER, for the archives')
@@ -45,7 +45,7 @@ def pack(args):
                 'all or of none, pack them apart'
             )
     for name, part in parts.items():
-        if args.bad_images == 'skip' and not isinstance(part.store, Memory):
+        if args.on_unreadable == 'skip' and not isinstance(part.store, Memory):
             part = part.select(readable_rows(part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir))
         shards, left_out = write_split(args, output, name, part)
         log(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
@@ -69,7 +69,7 @@ def write_split(args, output, name, part):
                         member, content = tar_member(args, part, ahead, folders)
                         add_member(archive, unique_name(member, used_names), content)
                     except WorkError as error:
-                        if args.bad_images != 'skip':
+                        if args.on_unreadable != 'skip':
                             raise
                         left_out.append(str(error))  # said when standard error is heard again
                     ahead = next(rows, None)
@@ -90,15 +90,15 @@ def tar_member(args, part, row, folders):
     elif parts[0] != folders[label] or len(parts) == 1:
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
-    if args.pack_side:
+    if args.pack_short_side:
         image, buffer = (
-            Image.fromarray(resize_short_side(part.store, row, args.pack_side, args.pixel_max)),
+            Image.fromarray(resize_short_side(part.store, row, args.pack_short_side, args.white_level)),
             io.BytesIO(),
         )
         if max(image.size) > JPEG_SIDE:
             raise WorkError(
                 f'{printable(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '
-                f'{JPEG_SIDE} a side at most: leave --pack_side out, or the image (--bad_images=skip)'
+                f'{JPEG_SIDE} a side at most: leave --pack_short_side out, or the image (--on_unreadable=skip)'
             )
         image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
         return name if name.lower().endswith((b'.jpg', b'.jpeg')) else name + b'.jpg', buffer.getvalue()

@@ -115,7 +115,9 @@ def load_run(args, model, checkpoint):
 
 def extract_run_features(run, first):
     """Features of train and val; first: the options of the run whose images they are."""
-    same = {name: getattr(first, name) for name in ('preset', 'image_path', 'val_fraction', 'pixel_max', 'bad_images')}
+    same = {
+        name: getattr(first, name) for name in ('preset', 'image_path', 'val_fraction', 'white_level', 'on_unreadable')
+    }
     own = replace_args(run.args, **same)
     run.splits = {name: images for name, images in load_splits(own).items() if images and name in ('train', 'val')}
     for name, images in run.splits.items():
@@ -169,7 +171,7 @@ def map_section(runs, page):
     first = runs[0]
     places = [(name, row) for name, images in first.splits.items() for row in range(len(images))]
     of = len(places)
-    places = [places[row] for row in evenly_spaced(of, first.args.map_images).tolist()]
+    places = [places[row] for row in evenly_spaced(of, first.args.report_max_images).tolist()]
     classes = first.splits['train'].classes
     labels = torch.tensor([int(first.labels[name][row]) for name, row in places])
     maps = []
@@ -207,7 +209,7 @@ def map_section(runs, page):
 def map_features(run, first):
     """Features of the images that are shown, N x d; first: the run whose images they are."""
     every = torch.cat([*run.features.values()])
-    return every[evenly_spaced(len(every), first.args.map_images).to(every.device)]
+    return every[evenly_spaced(len(every), first.args.report_max_images).to(every.device)]
 
 
 def to_unit_square(points):

@@ -17,14 +17,14 @@ from runtime.messages import log
 
 GALLERY_IMAGES = 48  # images of a picture
 GALLERY_COLUMNS = 12  # of a row
-METHODS = {'typical': subset_selection.typiclust, 'kcentre': subset_selection.k_center_greedy}
+METHODS = {'typical': subset_selection.typiclust, 'kcenter': subset_selection.k_center_greedy}
 
 
 def select(args):
     """Write --output, the images of train to label first, and beside it the near-duplicates of all splits and the
     oddest images of train, each as CSV and as a picture. Returns the path of the first.
 
-    Raises UserError without a checkpoint, or where fewer images than --count are there.
+    Raises UserError without a checkpoint, or where fewer images than --num_select are there.
     """
     if not args.ckpt_name:
         known = list_checkpoints(args)
@@ -39,16 +39,16 @@ def select(args):
     backbone = model.backbone.to(device, memory_format=torch.channels_last)
     splits = {name: images for name, images in load_splits(args).items() if images}
     train = splits['train']
-    if args.count > len(train):
-        raise UserError(f'--count={args.count}: {printable(train.folder)} has {len(train)} images')
+    if args.num_select > len(train):
+        raise UserError(f'--num_select={args.num_select}: {printable(train.folder)} has {len(train)} images')
     features = {
         name: extract_features(args, backbone, eval_loader(args, images), f'features of {name}')[0]
         for name, images in splits.items()
     }
-    chosen = METHODS[args.method](features['train'], args.count, args.random_seed)
+    chosen = METHODS[args.select_method](features['train'], args.num_select, args.random_seed)
     write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
     save_png(image_grid(args, [(train, row) for row in chosen.tolist()[:GALLERY_IMAGES]]), output.with_suffix('.png'))
-    log(f'{len(chosen)} of {len(train)} images to label first ({args.method}): {output}')
+    log(f'{len(chosen)} of {len(train)} images to label first ({args.select_method}): {output}')
     near_duplicates(args, splits, features, output)
     outliers(args, train, features['train'], output)
     return output
@@ -85,7 +85,7 @@ def near_duplicates(args, splits, features, output):
 
 def outliers(args, train, features, output):
     """The images that are least like any other."""
-    rows, near = subset_selection.outliers(features, min(args.count, len(train)))
+    rows, near = subset_selection.outliers(features, min(args.num_select, len(train)))
     path = output.with_name(f'{output.stem}_outliers.csv')
     found = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
     write_csv(path, [('cosine_of_neighbours', 'file'), *found])

@@ -66,9 +66,11 @@ def get_iterator(args, parts=None):
 
 def num_views(args):
     """Random views of an image that a training step takes. Raises UserError for what makes no sense together."""
-    if args.views > 2 and args.symmetric != 'true':
-        raise UserError(f'`symmetric={args.symmetric}` is for two views, not `views={args.views}`: leave one out')
-    return 4 if args.symmetric == '2x' else args.views
+    if args.num_views > 2 and args.loss_symmetry != 'true':
+        raise UserError(
+            f'`loss_symmetry={args.loss_symmetry}` is for two views, not `num_views={args.num_views}`: leave one out'
+        )
+    return 4 if args.loss_symmetry == '2x' else args.num_views
 
 
 def eval_loader(args, images):
@@ -81,7 +83,7 @@ def supervised_loader(args, images, drop_last, for_frozen_backbone=False):
     for_frozen_backbone: they go through a network that is not trained, so many at once as `gpu_eval_batch` says where
     nothing is dropped.
     """
-    args = replace(args, augmentation='crop', blur_prob=0.0, augment_on='device')
+    args = replace(args, augmentation='crop', blur_prob=0.0, augment_backend='device')
     if (
         for_frozen_backbone and not drop_last and world_size() == 1
     ):  # of several each may have another GPU, and all have one batch
@@ -215,7 +217,7 @@ def load_unlabeled(args, path):
 def build_dataset(args, part, labels, classes):
     """The ImageDataset of a SplitSource: held in memory, made smaller on disk, or read when they are needed."""
     store, where, kept = part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir
-    if args.bad_images == 'skip' and not isinstance(store, Memory):
+    if args.on_unreadable == 'skip' and not isinstance(store, Memory):
         rows = decoded.readable_rows(store, where, kept)
         lost = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
         if lost and not rank():
@@ -225,9 +227,9 @@ def build_dataset(args, part, labels, classes):
             )
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if not isinstance(store, Memory):
-        held = decoded.decode_to_memory(store, where, args.cache_images, args.pixel_max, kept)
-        if held is None and args.resize_cache:
-            held = decoded.build_resized_cache(store, where, args.resize_cache, args.pixel_max, kept)
+        held = decoded.decode_to_memory(store, where, args.cache_images, args.white_level, kept)
+        if held is None and args.cache_short_side:
+            held = decoded.build_resized_cache(store, where, args.cache_short_side, args.white_level, kept)
         store = held or store
     return place_on_device(args, where, store, labels, classes)
 
@@ -235,13 +237,18 @@ def build_dataset(args, part, labels, classes):
 def place_on_device(args, folder, store, labels, classes):
     """Images of a store; pixels in memory go to the GPU where they fit."""
     device = get_device(args)
-    if isinstance(store, Memory) and device.type == 'cuda' and args.augment_on == 'device':
+    if isinstance(store, Memory) and device.type == 'cuda' and args.augment_backend == 'device':
         free, _ = torch.cuda.mem_get_info(device)
         if store.pixels.nbytes < free / 4:
             store = Memory(store.names, store.pixels.to(device))
     labels = torch.as_tensor(labels, dtype=torch.int64)
     return ImageDataset(
-        args, folder, store, labels, classes, workers_only_crop=device.type != 'cpu' and args.augment_on == 'device'
+        args,
+        folder,
+        store,
+        labels,
+        classes,
+        workers_only_crop=device.type != 'cpu' and args.augment_backend == 'device',
     )
 
 

@@ -39,9 +39,9 @@ TABLES = {
         ('cross-entropy', {'similarity': 'softmax'}, 63.2),
     ),
     'symmetric': (  # section 4.6
-        ('symmetric', {'symmetric': 'true'}, 68.1),
-        ('asymmetric', {'symmetric': 'false'}, 64.8),
-        ('asymmetric, 2 pairs', {'symmetric': '2x'}, 67.3),
+        ('symmetric', {'loss_symmetry': 'true'}, 68.1),
+        ('asymmetric', {'loss_symmetry': 'false'}, 64.8),
+        ('asymmetric, 2 pairs', {'loss_symmetry': '2x'}, 67.3),
     ),
     'collapse': (  # not the paper's: what goes wrong and what helps (README.md, When it collapses)
         ('as it is', {}, ''),

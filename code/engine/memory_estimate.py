@@ -45,17 +45,17 @@ def estimate_step_bytes(model, images, views, size, dtype):
 def describe_step_memory(args, model, dtype, free):
     """(a line on what a training step takes, what to do where that turns out to be too much), in words.
 
-    Where it is more than `free` bytes the line has the --accumulate_steps that would fit. Buffers of cuDNN and what
+    Where it is more than `free` bytes the line has the --grad_accum_steps that would fit. Buffers of cuDNN and what
     lies between the blocks are taken as a tenth. The views of a batch are made before the step, all at once.
     """
     share = args.batch_size // distributed.world_size()
     adamw_second_moment_bytes = (
         sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0
     )  # its other moment
-    two, four = (estimate_step_bytes(model, images, args.views, args.image_size, dtype) for images in (2, 4))
+    two, four = (estimate_step_bytes(model, images, args.num_views, args.image_size, dtype) for images in (2, 4))
     each = (four - two) / 2  # of an image; all else is the network's
-    views = 4 * 3 * args.image_size**2 * share * (4 if args.symmetric == '2x' else args.views)
-    making = AUGMENT_MEMORY_FACTOR * views if args.augment_on == 'device' else views
+    views = 4 * 3 * args.image_size**2 * share * (4 if args.loss_symmetry == '2x' else args.num_views)
+    making = AUGMENT_MEMORY_FACTOR * views if args.augment_backend == 'device' else views
     augment_bytes = adamw_second_moment_bytes + two + making
 
     def bytes_for(parts):
@@ -64,14 +64,14 @@ def describe_step_memory(args, model, dtype, free):
             adamw_second_moment_bytes + 1.1 * (two + each * (share // parts - 2)) + views * (1 - 1 / parts),
         )
 
-    steps = [parts for parts in range(args.accumulate_steps + 1, share // 2 + 1) if share % parts == 0]
-    line = f'a step takes about {gigabytes(bytes_for(args.accumulate_steps))}, {gigabytes(free)} are free'
-    if bytes_for(args.accumulate_steps) < free:
-        more = f', or --accumulate_steps={steps[0]}' if steps else ''
+    steps = [parts for parts in range(args.grad_accum_steps + 1, share // 2 + 1) if share % parts == 0]
+    line = f'a step takes about {gigabytes(bytes_for(args.grad_accum_steps))}, {gigabytes(free)} are free'
+    if bytes_for(args.grad_accum_steps) < free:
+        more = f', or --grad_accum_steps={steps[0]}' if steps else ''
         return line, f'try a smaller --batch_size{more}'
     for parts in steps:
         if bytes_for(parts) < 0.9 * free:
-            helps = f'--accumulate_steps={parts} takes {gigabytes(bytes_for(parts))}'
+            helps = f'--grad_accum_steps={parts} takes {gigabytes(bytes_for(parts))}'
             return f'{line}: {helps}', helps
     smaller = '--batch_size: the views alone are too large' if making > free / 2 else '--image_size or --backbone'
     return f'{line}: try a smaller {smaller}', f'try a smaller {smaller}'

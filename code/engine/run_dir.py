@@ -33,7 +33,7 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import clear_parts, newest_run, now, read_json
 from runtime.messages import log
-from runtime.options import parse, replace_args, same_value
+from runtime.options import current_names, parse, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
 
@@ -82,18 +82,18 @@ class RunDir:
 
     def prune(self):
         """Of a run that began with pretrained weights, delete the checkpoints that were kept to be measured alone: all
-        that are neither the start, the best, the last nor those of --save_every."""
+        that are neither the start, the best, the last nor those of --save_every_epochs."""
         if not self.args.init_from or rank():
             return
         best, found = best_epoch(self.folder), checkpoints(self.folder)
         for path in [path for path in found[:-1] if is_own(self.folder, path)]:
             epoch = int(CHECKPOINT_RE.fullmatch(path.name)[2])
-            if epoch not in (0, best) and epoch % self.args.save_every:
+            if epoch not in (0, best) and epoch % self.args.save_every_epochs:
                 path.unlink(missing_ok=True)
 
     def should_save(self):
-        """Whether --save_minutes have passed."""
-        minutes = self.args.save_minutes
+        """Whether --save_every_minutes have passed."""
+        minutes = self.args.save_every_minutes
         return bool(minutes) and time.monotonic() - self.saved_at > 60 * minutes
 
     def check_finite(self, state, loss):
@@ -228,7 +228,7 @@ def args_from_run(args):
         saved = {**json.loads(path.read_text(encoding='utf-8'))['args']}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
-    saved = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
+    saved = {name: parse(name, value) for name, value in current_names(saved).items() if name in OPTIONS}
     if 'preset' in args.given and args.preset != saved.get('preset', args.preset):
         raise UserError(
             f'--preset={args.preset}: the options of --from_run={args.from_run} are those of '

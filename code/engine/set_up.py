@@ -46,7 +46,7 @@ def setup_run(args):
     if args.evaluate_after:
         protocol_splits(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
     if not distributed.rank():
-        warn_bit_depth(iterators['train'].dataset.store, args.pixel_max)
+        warn_bit_depth(iterators['train'].dataset.store, args.white_level)
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
     args = replace_args(args, compile='False') if compile_skip_reason else args
@@ -110,13 +110,13 @@ def load_start(args):
 
 
 def check_batch_and_warmup(args):
-    """Raise UserError where the batch cannot be cut into equal parts for processes and --accumulate_steps; warn where
+    """Raise UserError where the batch cannot be cut into equal parts for processes and --grad_accum_steps; warn where
     the schedule is all warm-up."""
-    micro_batches = distributed.world_size() * args.accumulate_steps
+    micro_batches = distributed.world_size() * args.grad_accum_steps
     if args.batch_size % micro_batches or args.batch_size // micro_batches < 2:
         raise UserError(
             f'--batch_size={args.batch_size} cannot be shared by {distributed.world_size()} processes with '
-            f'--accumulate_steps={args.accumulate_steps}: take a multiple of {micro_batches}, at least '
+            f'--grad_accum_steps={args.grad_accum_steps}: take a multiple of {micro_batches}, at least '
             f'{2 * micro_batches}'
         )
     if args.warmup_epochs >= args.max_epochs and not distributed.rank():

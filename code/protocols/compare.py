@@ -23,7 +23,7 @@ from runtime.options import replace_args
 
 ALL = 'all labels'  # the column of the classifier on all of train
 # Options that every row shares with the call; all else is its own weights'.
-SHARED = ('image_path', 'val_fraction', 'pixel_max', 'bad_images', 'batch_size', 'image_size', 'knn_k')
+SHARED = ('image_path', 'val_fraction', 'white_level', 'on_unreadable', 'batch_size', 'image_size', 'knn_k')
 
 
 def compare(args, model, splits, checkpoint):
@@ -170,5 +170,5 @@ def format_table(rows):
 
 
 PROTOCOL = Protocol(
-    compare, splits_to_compare, numbers={}, smaller='--batch_size', several_ranks=True, unused=('knn_pixels',)
+    compare, splits_to_compare, numbers={}, smaller='--batch_size', several_ranks=True, unused=('knn_raw_pixels',)
 )

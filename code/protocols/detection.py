@@ -46,15 +46,15 @@ WARMUP = 0.05  # share of the steps in which the learning rate rises
 def detection(args, model, splits, _):
     """Train a detector on --detection_path and judge it: AP, AP50 and AP75 in percent.
 
-    The backbone starts from `model`, or with --init=random untrained; all of it is trained, its BN included.
+    The backbone starts from `model`, or with --detector_init=random untrained; all of it is trained, its BN included.
     """
     train, val = splits['train'], splits['val']
     masks = train.masks
     log(f'{resolve_path(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
-    backbone = (build_model(args) if args.init == 'random' else model).backbone
+    backbone = (build_model(args) if args.detector_init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
     train_detector(args, detector, train)
-    said = {'init': args.init, 'detector': args.detector, 'train': train.split, 'val': val.split}
+    said = {'init': args.detector_init, 'detector': args.detector, 'train': train.split, 'val': val.split}
     result = {**said, **evaluate_ap(args, detector, val, masks)}
     return Outcome({**result, 'num_train': len(train), 'num_val': len(val)})
 
@@ -66,15 +66,15 @@ def load_detection_splits(args, _=None):
         raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', args.pixel_max)
-    if args.bad_images == 'skip':
+    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', args.white_level)
+    if args.on_unreadable == 'skip':
         splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
         absent = [name for name in boxes.names if not (boxes.folder / name).is_file()]
         if absent:  # else those of val would be missed at the end of the training
             raise WorkError(
                 f'{len(absent)} of the {len(boxes)} images of {boxes.split} are not there, such as '
-                f'{printable(boxes.folder / absent[0])}; --bad_images=skip leaves them out'
+                f'{printable(boxes.folder / absent[0])}; --on_unreadable=skip leaves them out'
             )
         if not boxes.has_boxes():
             raise UserError(
@@ -268,9 +268,9 @@ PROTOCOL = Protocol(
     numbers={kind + name: (kind + name).replace('_', ' ') for kind in ('', 'mask_') for name in AP},
     smaller='--detection_batch_size or --detection_size',
     path=lambda args: args.detection_path,
-    details=lambda args: [args.init],
+    details=lambda args: [args.detector_init],
     unused=(
         *('image_path', 'val_fraction', 'download', 'image_size', 'interpolation', 'crop_ratio', 'cache_images'),
-        *('resize_cache', 'batch_size', *KNN_OPTIONS),
+        *('cache_short_side', 'batch_size', *KNN_OPTIONS),
     ),
 )

@@ -36,10 +36,11 @@ def knn(args, model, splits, _):
 
 
 def untrained_baselines(args, bank, val):
-    """What kNN gives without any training: {'knn_top1_untrained': percent, and with --knn_pixels 'knn_top1_pixels'}."""
+    """What kNN gives without any training: {'knn_top1_untrained': percent, and with --knn_raw_pixels
+    'knn_top1_pixels'}."""
     untrained = build_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
     found = {'knn_top1_untrained': knn_accuracy(args, untrained, bank, val)}
-    if args.knn_pixels:
+    if args.knn_raw_pixels:
         found['knn_top1_pixels'] = knn_accuracy(args, torch.nn.Flatten(), bank, val)
     return found
 

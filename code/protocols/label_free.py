@@ -123,7 +123,7 @@ def evenly_spaced_subset(images, count):
 def view_features(args, model, images, views):
     """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode. The views
     are the same wherever the images are held, and whoever distorts them."""
-    args = replace(args, augmentation='moco', random_seed=SEED, augment_on='device')
+    args = replace(args, augmentation='moco', random_seed=SEED, augment_backend='device')
     found = make_loader(args, replace(images, args=args, views=views, workers_only_crop=True), shuffled=False)
     recipe = get_augmentation(args, 'moco')
     count = len(images)

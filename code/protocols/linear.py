@@ -23,7 +23,7 @@ def linear(args, model, splits, _):
     """The Outcome of a linear classifier on the frozen backbone, and of kNN.
 
     Training sees a random resized crop and a flip of each image, anew in every epoch, or with --cache_features those of
-    --cache_passes epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
+    --cache_epochs epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
     """
     train, val = labeled_subset(splits['train']), splits['val']
     backbone, num_classes = model.backbone.eval(), len(val.classes)
@@ -47,7 +47,7 @@ def linear(args, model, splits, _):
         'top5': topk_accuracy(scores, val_labels, 5),
         'knn_top1': topk_accuracy(votes, val_labels, 1),
         **untrained_baselines(args, bank, val_loader),
-        'features': f'{args.cache_passes} passes, kept' if args.cache_features else 'new crops in every epoch',
+        'features': f'{args.cache_epochs} passes, kept' if args.cache_features else 'new crops in every epoch',
         'optimizer': args.probe_optimizer,
         'num_train': len(train),
         'num_val': len(val_labels),
@@ -96,13 +96,13 @@ def rebatch(pairs, size):
 
 
 def cache_features(args, backbone, crops, size):
-    """pairs_of for train_probe, from the features of --cache_passes epochs that are extracted here, once.
+    """pairs_of for train_probe, from the features of --cache_epochs epochs that are extracted here, once.
 
     On a GPU they are kept in half precision, and there, where all passes take less than a quarter of its memory;
     else in the CPU's memory.
     """
     passes, count = [], len(crops.dataset)
-    for epoch in progress(range(args.cache_passes), 'features', 'passes'):
+    for epoch in progress(range(args.cache_epochs), 'features', 'passes'):
         passes.append(concat_into_buffer(to_half(args, augmented_features(args, backbone, crops, epoch), count), count))
 
     def epoch_features(epoch):
@@ -122,13 +122,13 @@ def to_half(args, pairs, count):
             yield x, labels
             continue
         room, half = torch.cuda.get_device_properties(x.device).total_memory / 4, x.half()
-        yield (half if args.cache_passes * count * half[0].nbytes < room else half.cpu()), labels
+        yield (half if args.cache_epochs * count * half[0].nbytes < room else half.cpu()), labels
 
 
 PROTOCOL = Protocol(
     run=linear,
     splits=labeled_splits,
     numbers={**TOP, 'knn_top1': 'kNN top-1', **REFERENCES},
-    smaller='--batch_size, or --cache_passes',
+    smaller='--batch_size, or --cache_epochs',
     several_ranks=True,
 )

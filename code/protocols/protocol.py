@@ -53,7 +53,7 @@ class Protocol:
 
 
 TOP = {'top1': 'top-1', 'top5': 'top-5', 'mean_per_class': 'mean over classes'}
-KNN_OPTIONS = ('knn_k', 'knn_temperature', 'knn_pixels')
+KNN_OPTIONS = ('knn_k', 'knn_temperature', 'knn_raw_pixels')
 
 
 def find_protocol(name):

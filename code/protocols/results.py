@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from ckpt import load_file, plain_name, versions
-from config import NOT_RESTORED_OPTIONS, OLD_PROTOCOLS, OPTIONS, PROTOCOLS
+from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import dumps_nan_safe, is_number, now, read_in_order, when
+from runtime.options import current_names
 
 NOT_IN_SPEC = (
     'image_path',
@@ -98,7 +99,9 @@ def load_results(run, **wanted):
     which images they were of."""
     results = []
     for path, result in read_in_order(run.glob('evaluate_*.json')):
-        result['protocol'] = OLD_PROTOCOLS.get(str(result.get('protocol')), result.get('protocol'))
+        result['protocol'] = RENAMED_VALUES['protocol'].get(str(result.get('protocol')), result.get('protocol'))
+        if isinstance(result.get('settings'), dict):
+            result['settings'] = current_names(result['settings'])
         if result['protocol'] in (*PROTOCOLS,) and is_number(result.get('epoch')):
             results.append(result)
         else:

@@ -9,7 +9,7 @@ import torch
 
 from config import OPTIONS, PRESETS
 from runtime.errors import WorkError
-from runtime.options import parse, preset_options
+from runtime.options import current_names, parse, preset_options
 
 FORMAT = 3  # of `content`; runtime/checkpoint_format.py reads the earlier ones
 
@@ -46,7 +46,8 @@ def upgrade(content):
     validate(content)
     if content['format'] == 2:
         content = with_three_groups(content)
-    said = {name: parse(name, value) for name, value in content['args'].items() if name in OPTIONS}
+    saved = current_names(content['args'])
+    said = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
     preset = (
         {'preset': said['preset'], **(preset_options(said['preset']) if said['preset'] in PRESETS else {})}
         if 'preset' in said

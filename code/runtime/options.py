@@ -6,7 +6,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from config import OLD_PROTOCOLS, OPTIONS, PRESETS, Config
+from config import OPTIONS, PRESETS, RENAMED_OPTIONS, RENAMED_VALUES, Config
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
@@ -21,6 +21,12 @@ def get_config(**options):
     preset depends on the images (engine/auto_preset.py), and `chosen`, the names that were set for them.
     Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
     """
+    renamed = [name for name in options if RENAMED_OPTIONS.get(name) in options]
+    if renamed:
+        raise UserError(
+            f'--{renamed[0]} is called --{RENAMED_OPTIONS[renamed[0]]} now, and both are given: leave one out'
+        )
+    options = current_names(options)
     for name, value in options.items():
         if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
             raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
@@ -35,6 +41,24 @@ def get_config(**options):
     args = Config(**{**preset_options(preset), **explicit, 'preset': preset})
     args.given, args.undecided = set(explicit), undecided
     return args
+
+
+def current_names(options):
+    """{option: value} under the names of today (config.RENAMED_OPTIONS); an option that stands there under both names
+    has the newer one's value."""
+    renamed = {RENAMED_OPTIONS[name]: value for name, value in options.items() if name in RENAMED_OPTIONS}
+    return {**renamed, **{name: value for name, value in options.items() if name not in RENAMED_OPTIONS}}
+
+
+def renaming_notes(options):
+    """A line on each option, and each value, of a command line that is called otherwise now."""
+    names = [f'--{old} is called --{new} now' for old, new in RENAMED_OPTIONS.items() if old in options]
+    values = [
+        f'--{name}={value} is called --{name}={RENAMED_VALUES[name][value]} now'
+        for name, value in current_names(options).items()
+        if str(value) in RENAMED_VALUES.get(name, ())
+    ]
+    return names + values
 
 
 def replace_args(args, **changes):
@@ -56,7 +80,7 @@ def parse(name, value):
     if name not in OPTIONS:
         raise UserError(f'unknown option --{name}; the nearest is --{suggest_option(name)} (--help lists all)')
     wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
-    value = OLD_PROTOCOLS.get(value, value) if name == 'protocol' else value
+    value = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     text = str(value).strip()
     try:
         if wanted is bool:
@@ -169,7 +193,9 @@ def ignored_in_train(args):
         '--predictor=none': ('pred_dim', 'fix_pred_lr') if args.predictor == 'none' else (),
         '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
         '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
-        '--augment_on=worker': ('cache_images',) if args.augment_on == 'worker' and args.cache_images == 'on' else (),
+        '--augment_backend=worker': ('cache_images',)
+        if args.augment_backend == 'worker' and args.cache_images == 'on'
+        else (),
         '--init_from': ('zero_init',) if args.init_from else (),
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),

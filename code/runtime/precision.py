@@ -121,7 +121,7 @@ def bf16_benchmark(args):
     Kept in <cache_path>/precision.json. Of several processes the first one tries.
     """
     options = {name: getattr(args, name) for name in BENCHMARK_KEYS}
-    options |= {'batch_size': max(2, args.batch_size // (distributed.world_size() * args.accumulate_steps))}
+    options |= {'batch_size': max(2, args.batch_size // (distributed.world_size() * args.grad_accum_steps))}
     return bf16_benchmark_shared(resolve_path(args.cache_path) / 'precision.json', json.dumps(options))
 
 

@@ -31,7 +31,7 @@ TINY = (
     '--pred_dim=8',
     '--max_epochs=2',
     '--probe_epochs=20',
-    '--cache_passes=1',
+    '--cache_epochs=1',
     '--amp=off',
 )
 

@@ -112,7 +112,7 @@ def test_every_variant_is_made_of_options():
         for _, options, _ in rows:
             args = get_config(preset='demo')
             get_config(**{name: value(args) if callable(value) else value for name, value in options.items()})
-    assert set(TABLES) == set(OPTIONS['table'].metadata['choices'])
+    assert set(TABLES) == set(OPTIONS['ablation'].metadata['choices'])
 
 
 @pytest.mark.parametrize('table', ['stopgrad', 'symmetric'])
@@ -123,7 +123,7 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
         '--knn_every=1',
         f'--image_path={drawn}',
         *own_paths(tmp_path),
-        f'--table={table}',
+        f'--ablation={table}',
     )
     assert cli.main(['ablate', *options]) == 0
     said = capsys.readouterr().out
@@ -153,8 +153,8 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
 
 def test_a_variant_that_is_not_trained_to_its_end_is_gone_on_with(drawn, tmp_path, capsys):
     """Whatever was measured of it meanwhile, and whatever of its end on other images."""
-    options = ['ablate', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path), '--table=similarity']
-    options = [*options, '--save_every=1']
+    options = ['ablate', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path), '--ablation=similarity']
+    options = [*options, '--save_every_epochs=1']
     assert cli.main([*options, '--max_minutes=0.00001']) == 0
     assert 'not all is trained; the same command goes on' in capsys.readouterr().out
     assert not (tmp_path / 'log/similarity.json').exists()
@@ -178,7 +178,7 @@ def test_a_table_of_a_runs_options(drawn, tmp_path):
     paths = own_paths(tmp_path)
     given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', '--proj_dim=24', *paths]
     assert cli.main(given) == 0
-    options = ['ablate', '--from_run=model_name_simsiam_ckpt_0', '--model_name=own', '--table=similarity', *paths]
+    options = ['ablate', '--from_run=model_name_simsiam_ckpt_0', '--model_name=own', '--ablation=similarity', *paths]
     for _ in range(2):
         assert cli.main(options) == 0
     assert {path.name for path in (tmp_path / 'log').glob('*.json')} == {'own_similarity.json'}
@@ -235,21 +235,28 @@ def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
         ('batch_size', '--batch_size=8'),
         ('collapse', '--augmentation=simclr'),
     ):
-        given = ['ablate', f'--table={table}', option, '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
+        given = [
+            'ablate',
+            f'--ablation={table}',
+            option,
+            '--preset=demo',
+            f'--image_path={drawn}',
+            *own_paths(tmp_path),
+        ]
         assert cli.main(given) == 2
         name = option.partition('=')[0]
-        assert f'{name} is what --table={table} varies: leave it out' in one_line(capsys.readouterr().err)
-    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), table='collapse')
+        assert f'{name} is what --ablation={table} varies: leave it out' in one_line(capsys.readouterr().err)
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='collapse')
     args = replace_args(args, learning_rate=0.01, batch_size=64)
-    args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'table', 'cache_path'}
+    args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
     assert [own.learning_rate for _, _, _, own in variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 
 def test_variants_that_cannot_be_trained_are_known_before_the_first_is(drawn, tmp_path, capsys):
-    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), table='batch_size')
+    args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='batch_size')
     assert [own.batch_size for _, _, _, own in variants(args)] == [64]  # of 72 images
     assert capsys.readouterr().out.count('is left out, for there are 72 images') == 6
-    options = ['--table=symmetric', '--views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
+    options = ['--ablation=symmetric', '--num_views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(['ablate', *options]) == 2
-    assert '--symmetric=false is for two views, not --views=3' in one_line(capsys.readouterr().err)
+    assert '--loss_symmetry=false is for two views, not --num_views=3' in one_line(capsys.readouterr().err)
     assert not (tmp_path / 'ckpt').exists()

@@ -159,7 +159,7 @@ def test_unreadable_images_are_left_out_on_request(drawn, trained, tmp_path, cap
     (case.images / 'train/dots/text.png').write_bytes(b'text')
     (case.images / 'train/checks/empty.jpg').write_bytes(b'')
     (case.images / 'val/dots/half.jpg').write_bytes(encoded('JPEG', 150)[:3000])
-    assert case.train('--bad_images=skip', '--evaluate_after=True', '--probe_epochs=3') == 0
+    assert case.train('--on_unreadable=skip', '--evaluate_after=True', '--probe_epochs=3') == 0
     said = capsys.readouterr().out
     assert re.search('2 of 74 images of .*train cannot be read and are left out; they are named in ', said)
     assert re.search('1 of 25 images of .*val cannot be read', said)

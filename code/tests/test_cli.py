@@ -60,7 +60,7 @@ def read_rows(path):
 def trained(drawn, tmp_path_factory):
     """(folder, what the command printed): two epochs on the drawn set, every one saved. To be read only."""
     folder = tmp_path_factory.mktemp('trained')
-    return folder, train(folder, drawn, '--save_every=1', '--knn_every=1').stdout
+    return folder, train(folder, drawn, '--save_every_epochs=1', '--knn_every=1').stdout
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
 
 def test_the_same_command_gives_the_same_run_beside_the_first(trained, drawn, tmp_path):
     shutil.copytree(trained[0], tmp_path / 'again')
-    train(tmp_path / 'again', drawn, '--save_every=1', '--knn_every=1')
+    train(tmp_path / 'again', drawn, '--save_every_epochs=1', '--knn_every=1')
     path, content = newest(tmp_path / 'again', 1)
     before, first = newest(trained[0])
     assert path.name == before.name
@@ -445,9 +445,9 @@ def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monk
 def test_adamw_trains_and_goes_on_as_if_it_had_not_stopped(drawn, tmp_path, capsys):
     options = ['--optimizer=adamw', '--learning_rate=0.01']
     train(tmp_path / 'whole', drawn, *options)
-    train(tmp_path / 'parts', drawn, *options, '--save_every=1', '--max_minutes=0.0000001')
+    train(tmp_path / 'parts', drawn, *options, '--save_every_epochs=1', '--max_minutes=0.0000001')
     while newest(tmp_path / 'parts')[1]['epoch'] < 2:
-        train(tmp_path / 'parts', drawn, *options, '--resume=auto', '--save_every=1', '--max_minutes=0')
+        train(tmp_path / 'parts', drawn, *options, '--resume=auto', '--save_every_epochs=1', '--max_minutes=0')
     one, other = newest(tmp_path / 'whole')[1], newest(tmp_path / 'parts')[1]
     assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
     assert cli.main(['train', *TINY, f'--resume={RUN}0', '--optimizer=sgd', *own_paths(tmp_path / 'whole')]) == 2
@@ -455,11 +455,11 @@ def test_adamw_trains_and_goes_on_as_if_it_had_not_stopped(drawn, tmp_path, caps
 
 
 def test_more_views_than_two_train(drawn, tmp_path, capsys):
-    done = train(tmp_path, drawn, '--views=4', '--accumulate_steps=2')
+    done = train(tmp_path, drawn, '--num_views=4', '--grad_accum_steps=2')
     assert re.search(r'epoch 2/2  loss -0\.\d+', done.stdout)
-    assert newest(tmp_path)[1]['args']['views'] == 4
-    assert cli.main(['train', '--preset=demo', '--views=3', '--symmetric=2x', *own_paths(tmp_path)]) == 2
-    assert '--symmetric=2x is for two views' in one_line(capsys.readouterr().err)
+    assert newest(tmp_path)[1]['args']['num_views'] == 4
+    assert cli.main(['train', '--preset=demo', '--num_views=3', '--loss_symmetry=2x', *own_paths(tmp_path)]) == 2
+    assert '--loss_symmetry=2x is for two views' in one_line(capsys.readouterr().err)
 
 
 def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):

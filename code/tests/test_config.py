@@ -3,14 +3,17 @@
 import re
 
 import pytest
+import torch
 
 import cli
-from config import OPTIONS
-from conftest import CODE, one_line, run
+from ckpt import get_model_ckpt, read_checkpoint
+from config import OPTIONS, RENAMED_OPTIONS
+from conftest import CODE, TINY, one_line, own_paths, run
 from protocols.protocol import without_effect
 from runtime import options
+from runtime.checkpoint_format import upgrade
 from runtime.errors import UserError, resolve_path
-from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, themes
+from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, parse, themes
 
 
 def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
@@ -96,11 +99,11 @@ def test_an_option_without_effect_is_said(capsys, tmp_path):
 @pytest.mark.parametrize(
     ('command', 'idle'),
     [
-        ('export', 'batch_size num_workers crop_ratio knn_k image_path bad_images device log_path resize_cache'),
+        ('export', 'batch_size num_workers crop_ratio knn_k image_path on_unreadable device log_path cache_short_side'),
         ('check_dataloader', 'backbone proj_dim predictor knn_k learning_rate amp'),
         ('select', 'knn_temperature log_path augmentation'),
-        ('embed', 'val_fraction download knn_k count'),
-        ('infer', 'log_path views protocol'),
+        ('embed', 'val_fraction download knn_k num_select'),
+        ('infer', 'log_path num_views protocol'),
         ('pack', 'device amp backbone'),
     ],
 )
@@ -113,7 +116,7 @@ def test_what_a_command_has_no_use_for(command, idle):
     ('stage', 'idle'),
     [
         ('--protocol=knn', 'probe_epochs label_fraction detection_size crop_scale'),
-        ('--protocol=linear', 'transfer_path finetune_epochs init baseline'),
+        ('--protocol=linear', 'transfer_path finetune_epochs detector_init baseline'),
         ('--protocol=semi', 'probe_epochs transfer detector'),
         ('--protocol=transfer', 'probe_learning_rate finetune_epochs label_fraction'),
         ('--protocol=transfer --transfer=finetune', 'probe_epochs label_fraction detection_epochs'),
@@ -135,8 +138,8 @@ def test_what_a_stage_has_no_use_for(stage, idle):
         ('predictor=fixed fix_pred_lr=False', ['fix_pred_lr']),
         ('warmup_augmentation=simclr', ['warmup_augmentation']),
         ('warmup_augmentation=simclr warmup_epochs=1', []),
-        ('augment_on=worker cache_images=on', ['cache_images']),
-        ('augment_on=worker cache_images=off', []),
+        ('augment_backend=worker cache_images=on', ['cache_images']),
+        ('augment_backend=worker cache_images=off', []),
         ('knn_every=0 knn_k=5', ['knn_k']),
         ('init_from=x zero_init=False', ['zero_init']),
         ('zero_init=False', []),
@@ -281,4 +284,32 @@ def test_a_protocol_by_its_old_name_is_taken_and_the_new_one_said(tmp_path, caps
     assert get_config(preset='demo', protocol='spectrum').protocol == 'label_free'
     given = ['evaluate', '--protocol=spectrum', '--ckpt_name=none', f'--ckpt_path={tmp_path}']
     assert cli.main(given) == 2
-    assert '--protocol=spectrum is called label_free now' in capsys.readouterr().err
+    assert '--protocol=spectrum is called --protocol=label_free now' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('old', 'new'), RENAMED_OPTIONS.items())
+def test_an_option_by_its_old_name_is_taken_and_the_new_one_said(old, new, tmp_path, capsys):
+    """On a command line, in the options of a run and in a checkpoint; both names at once are refused."""
+    limits, kind = OPTIONS[new].metadata, OPTIONS[new].type
+    value = limits['choices'][-1] if limits['choices'] else limits['low'] or (True if kind is bool else 1)
+    args = get_config(preset='demo', **{old: value})
+    assert getattr(args, new) == parse(new, value)
+    assert new in args.given
+    assert cli.main(['evaluate', f'--{old}={value}', '--ckpt_name=none', f'--ckpt_path={tmp_path}']) == 2
+    assert f'--{old} is called --{new} now' in capsys.readouterr().err
+    assert cli.main(['evaluate', f'--{old}={value}', f'--{new}={value}']) == 2
+    assert 'leave one out' in capsys.readouterr().err
+    assert old not in OPTIONS
+
+
+def test_a_checkpoint_with_the_old_names_of_options_is_read(drawn, tmp_path):
+    options = ['--max_epochs=1', '--save_every_epochs=7', '--blur_prob=0.25', f'--image_path={drawn}']
+    assert cli.main(['train', *TINY, *options, *own_paths(tmp_path)]) == 0
+    (path,) = (tmp_path / 'ckpt').glob('*/loss_*')
+    content = torch.load(path, weights_only=True)
+    back = {new: old for old, new in RENAMED_OPTIONS.items()}
+    content['args'] = {back.get(name, name): value for name, value in content['args'].items()}
+    torch.save(content, path)
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(path)))
+    assert (args.blur_prob, args.save_every_epochs) == (0.25, 7)
+    assert upgrade(read_checkpoint(path))[0]['args']['save_every_epochs'] == 7

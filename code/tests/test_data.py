@@ -165,7 +165,7 @@ def test_cache_images_off_and_on(drawn, drawn_large, tmp_path):
     assert load_splits(options(drawn_large, cache_images='on'))['train'].pixels.shape == (24, 3, 150, 150)
     folder = copy_of(drawn, tmp_path)
     Image.new('RGB', (60, 20)).save(folder / 'train/dots/odd.png')
-    with pytest.raises(UserError, match='differ in size; try `resize_cache=256`'):
+    with pytest.raises(UserError, match='differ in size; try `cache_short_side=256`'):
         load_splits(options(folder, cache_images='on'))
 
 
@@ -176,7 +176,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     tall.save(folder / 'train/dots/tall.png')
     small = Image.effect_noise((70, 90), 60).convert('RGB')
     small.save(folder / 'train/dots/tiny.png')
-    args = options(folder, resize_cache=100)
+    args = options(folder, cache_short_side=100)
     train = load_splits(args)['train']
     monkeypatch.setattr(decoded, 'resize_short_side', unreadable)
     train = load_splits(args)['train']
@@ -200,7 +200,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     changed = load_splits(args)['train']
     assert changed.store.memmap_path != flat
     assert not flat.exists()
-    other = load_splits(options(folder, resize_cache=100, pixel_max=4095))['train']
+    other = load_splits(options(folder, cache_short_side=100, white_level=4095))['train']
     assert other.store.memmap_path != changed.store.memmap_path  # another white makes other pixels of 16 bits
 
 
@@ -220,8 +220,8 @@ def test_device_and_worker_views_are_of_one_distribution(size, drawn, drawn_larg
     """Torchvision's transforms against ours on the same images: mean, contrast, colourfulness and detail of a view."""
     folder, epochs = (drawn, 14) if size == 'small' else (drawn_large, 42)
     ours = views_of(options(folder, blur_prob=0.5), epochs)
-    theirs = views_of(options(folder, blur_prob=0.5, augment_on='worker'), epochs)
-    again = views_of(options(folder, blur_prob=0.5, augment_on='worker', num_workers=2), 1)
+    theirs = views_of(options(folder, blur_prob=0.5, augment_backend='worker'), epochs)
+    again = views_of(options(folder, blur_prob=0.5, augment_backend='worker', num_workers=2), 1)
     assert torch.equal(again, theirs[: len(again)])
     assert ours.shape == theirs.shape
     for measure in (
@@ -331,7 +331,7 @@ def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
         np.testing.assert_array_equal(splits[split].pixels.numpy(), wanted)
         assert splits[split].labels.tolist() == [0, 1, 2] * (len(wanted) // 3)
     assert splits['train'].classes == ['a', 'b', 'c']
-    packed = pack(options(tmp_path / kind, bad_images='skip', output=str(tmp_path / 'packed')))
+    packed = pack(options(tmp_path / kind, on_unreadable='skip', output=str(tmp_path / 'packed')))
     again = load_splits(options(packed))
     assert [len(again[name]) for name in ('train', 'val')] == [len(splits['train']), 6]
     archive = Path(shutil.make_archive(tmp_path / 'served', 'gztar', folder.parent, folder.name))

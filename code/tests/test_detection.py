@@ -193,7 +193,9 @@ def test_images_that_are_not_there_are_named_before_the_work(made, tmp_path):
     made(tmp_path / 'set', {'train': 3, 'val': 2})
     sorted(path for path in tmp_path.glob('set/*/*') if path.suffix in ('.png', '.jpg'))[-1].unlink()  # of val
     args = get_config(protocol='detection', detection_path=str(tmp_path / 'set'), cache_path=str(tmp_path))
-    with pytest.raises(WorkError, match='1 of the 2 images of val(2017)? are not there, such as .*--bad_images=skip'):
+    with pytest.raises(
+        WorkError, match='1 of the 2 images of val(2017)? are not there, such as .*--on_unreadable=skip'
+    ):
         detection.load_detection_splits(args)
 
 
@@ -251,7 +253,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path
     of_train[2].write_bytes(b'')
     of_val[0].unlink()
     whole = splits['train'], splits['val']
-    kept = detection.load_detection_splits(get_config(**options, bad_images='skip'))
+    kept = detection.load_detection_splits(get_config(**options, on_unreadable='skip'))
     for before, after, rows in zip(whole, kept.values(), ([0, 3], [1, 2]), strict=True):
         assert after.names == [before.names[row] for row in rows]
         assert after.labels.tolist() == before.labels[rows].tolist()
@@ -261,7 +263,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path
     for path in (*of_train, *of_val):
         path.unlink(missing_ok=True)
     with pytest.raises(WorkError, match='no image of .* can be read'):
-        detection.load_detection_splits(get_config(**options, bad_images='skip'))
+        detection.load_detection_splits(get_config(**options, on_unreadable='skip'))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +441,7 @@ def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_pat
         f'--detection_path={folder}',
         '--detection_epochs=1',
         '--detection_batch_size=2',
-        '--init=random',
+        '--detector_init=random',
         '--detector=mask_rcnn',
     )
     result = load_results(trained / 'ckpt' / RUN, init='random')[-1]

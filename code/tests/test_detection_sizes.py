@@ -161,7 +161,7 @@ def test_options_without_effect_are_said_and_are_no_settings(protocol):
     assert without_effect(args) == sorted(unused)
 
 
-CHANGES = {'knn_k': '3', 'knn_temperature': '5', 'knn_pixels': 'True', 'val_fraction': '0.5', 'batch_size': '4'}
+CHANGES = {'knn_k': '3', 'knn_temperature': '5', 'knn_raw_pixels': 'True', 'val_fraction': '0.5', 'batch_size': '4'}
 
 
 @pytest.mark.parametrize('protocol', ['semi', 'transfer', 'label_free'])

@@ -190,8 +190,8 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
         '--max_epochs=4',
         '--knn_every=0',
         f'--image_path={drawn}',
-        '--save_every=1',
-        '--keep_last=2',
+        '--save_every_epochs=1',
+        '--keep_checkpoints=2',
         '--resume=auto',
     ]
     whole = run(*TORCHRUN, 'cli.py', 'train', *options, *own_paths(tmp_path / 'whole'))
@@ -223,10 +223,10 @@ def test_an_epoch_that_two_processes_go_on_with_has_both_ones_loss(drawn, tmp_pa
     """One of them writes the checkpoint: what the other has seen of the epoch is in it, where the time was up as where
     a checkpoint was due."""
     options = [*TINY, '--batch_size=8', '--max_epochs=4', '--knn_every=0', f'--image_path={drawn}', '--resume=auto']
-    train = [*TORCHRUN, 'cli.py', 'train', *options, '--save_every=1000']
+    train = [*TORCHRUN, 'cli.py', 'train', *options, '--save_every_epochs=1000']
     paths = {name: own_paths(tmp_path / name) for name in ('whole', 'stopped', 'killed')}
     assert run(*train, *paths['stopped'], '--max_minutes=0.00001').returncode == 0
-    process = begin(*train, *paths['killed'], '--save_minutes=0.0000001')
+    process = begin(*train, *paths['killed'], '--save_every_minutes=0.0000001')
     wait_for(lambda: list((tmp_path / 'killed/ckpt' / RUN).glob('loss_*_images_*')))
     for number in [*workers_of(process.pid).values(), process.pid]:
         os.kill(number, signal.SIGKILL)
@@ -246,7 +246,14 @@ def test_an_epoch_that_two_processes_go_on_with_has_both_ones_loss(drawn, tmp_pa
 
 def test_one_process_of_a_machine_prepares_and_the_others_read(drawn_large, tmp_path):
     """Into an empty cache, and a set that is drawn: all processes want it at once."""
-    options = (*TINY, '--max_epochs=1', '--batch_size=8', '--resize_cache=64', '--num_workers=1', '--bad_images=skip')
+    options = (
+        *TINY,
+        '--max_epochs=1',
+        '--batch_size=8',
+        '--cache_short_side=64',
+        '--num_workers=1',
+        '--on_unreadable=skip',
+    )
     done = run(*TORCHRUN, 'cli.py', 'train', *options, f'--image_path={drawn_large}', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
     assert 'kNN' in done.stdout

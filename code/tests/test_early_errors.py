@@ -29,9 +29,9 @@ COMMANDS = {
     'evaluate': ['--protocol=knn'],
     'infer': ['--output={out}/x.csv'],
     'embed': ['--output={out}/x.npz', '--projector_images=0'],
-    'select': ['--output={out}/x.csv', '--count=2'],
+    'select': ['--output={out}/x.csv', '--num_select=2'],
     'export': ['--output={out}/x.safetensors', '--format=safetensors'],
-    'report': ['--output={out}/x.html', '--map_images=10'],
+    'report': ['--output={out}/x.html', '--report_max_images=10'],
     'pack': ['--output={out}'],
     'check_dataloader': [],
 }

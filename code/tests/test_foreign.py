@@ -322,7 +322,7 @@ def test_features_that_are_no_numbers_are_no_result(protocol, drawn, tmp_path, c
     given += [f'--image_path={drawn}'] if protocol != 'transfer' else []
     given += ['--amp=off', '--num_workers=0', *own_paths(tmp_path)]
     if protocol == 'linear':
-        given += ['--probe_epochs=2', '--cache_passes=1']
+        given += ['--probe_epochs=2', '--cache_epochs=1']
     if protocol == 'transfer':
         given += [f'--transfer_path={drawn}']
     assert cli.main(['evaluate', *given]) == 1

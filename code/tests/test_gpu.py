@@ -275,11 +275,11 @@ def test_what_a_step_takes_is_known_before_it():
     full = memory_estimate.estimate_step_bytes(model, 128, 2, 224, None)
     assert full / 2 < counted[0] < 0.6 * full
     line, helps = memory_estimate.describe_step_memory(args, model, torch.bfloat16, 25e9)
-    assert helps == '--accumulate_steps=4 takes 13.6 GB'
+    assert helps == '--grad_accum_steps=4 takes 13.6 GB'
     assert line == f'a step takes about 50.6 GB, 25.0 GB are free: {helps}'
     line, helps = memory_estimate.describe_step_memory(args, model, torch.bfloat16, 80e9)
     assert line == 'a step takes about 50.6 GB, 80.0 GB are free'
-    assert helps == 'try a smaller --batch_size, or --accumulate_steps=2'
+    assert helps == 'try a smaller --batch_size, or --grad_accum_steps=2'
     assert (
         'a smaller --image_size'
         in memory_estimate.describe_step_memory(replace_args(args, batch_size=4), model, torch.bfloat16, 1e8)[0]
@@ -289,12 +289,12 @@ def test_what_a_step_takes_is_known_before_it():
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
-        ({}, '--accumulate_steps=16 takes 5.0 GB'),
-        ({'views': 4}, 'the views alone are too large'),  # seven times 1.2 GB
-        ({'symmetric': '2x'}, 'the views alone are too large'),
-        ({'views': 4, 'augment_on': 'worker'}, '--accumulate_steps=32 takes 4.9 GB'),
-        ({'views': 4, 'accumulate_steps': 16}, 'the views alone are too large'),
-        ({'batch_size': 510}, '--accumulate_steps=15 takes'),  # 8 would cut no equal parts
+        ({}, '--grad_accum_steps=16 takes 5.0 GB'),
+        ({'num_views': 4}, 'the views alone are too large'),  # seven times 1.2 GB
+        ({'loss_symmetry': '2x'}, 'the views alone are too large'),
+        ({'num_views': 4, 'augment_backend': 'worker'}, '--grad_accum_steps=32 takes 4.9 GB'),
+        ({'num_views': 4, 'grad_accum_steps': 16}, 'the views alone are too large'),
+        ({'batch_size': 510}, '--grad_accum_steps=15 takes'),  # 8 would cut no equal parts
     ],
 )
 def test_the_views_of_a_batch_are_counted(options, said):
@@ -499,10 +499,10 @@ def test_a_step_takes_the_memory_that_is_told(dtype):
     [
         ('--cuda_graph=True',),
         ('--compile=False', '--amp=fp16'),
-        ('--accumulate_steps=2', '--amp=off'),
-        ('--views=4', '--optimizer=adamw', '--learning_rate=0.001'),
-        ('--symmetric=2x', '--cuda_graph=True'),
-        ('--augment_on=worker', '--num_workers=2'),
+        ('--grad_accum_steps=2', '--amp=off'),
+        ('--num_views=4', '--optimizer=adamw', '--learning_rate=0.001'),
+        ('--loss_symmetry=2x', '--cuda_graph=True'),
+        ('--augment_backend=worker', '--num_workers=2'),
         ('--cache_images=off', '--num_workers=2', '--compile=True'),
     ],
 )

@@ -119,13 +119,13 @@ def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
 
 def test_options_that_do_nothing_to_these_images_are_said(drawn, tmp_path, capsys):
     """A share for val where there is val; smaller files of what is held in memory. Where they do something, not."""
-    load_splits(options(drawn, val_fraction=0.2, resize_cache=20, jpeg_shrink=True))
+    load_splits(options(drawn, val_fraction=0.2, cache_short_side=20, jpeg_draft=True))
     said = capsys.readouterr().err
     assert re.search(r'--val_fraction has no effect: \S+val is val', said)
-    for name in ('resize_cache', 'jpeg_shrink'):
+    for name in ('cache_short_side', 'jpeg_draft'):
         assert f'--{name} has no effect: images this small are held in memory' in said
     mine = shutil.copytree(drawn / 'train', tmp_path / 'mine')
-    load_splits(options(mine, val_fraction=0.2, resize_cache=20, cache_images='off'))
+    load_splits(options(mine, val_fraction=0.2, cache_short_side=20, cache_images='off'))
     load_splits(options(drawn))
     assert 'has no effect' not in capsys.readouterr().err
 
@@ -342,7 +342,7 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_image(target, drawn, tmp_pat
     (folder / 'train/dots/lost.png').symlink_to(target)
     with pytest.raises(WorkError, match='cannot read the image .*lost.png: (No such file|Too many levels)'):
         load_splits(options(folder))
-    train = load_splits(options(folder, bad_images='skip'))['train']
+    train = load_splits(options(folder, on_unreadable='skip'))['train']
     assert len(train) == 72
     assert '1 of 73 images' in capsys.readouterr().out
 
@@ -373,7 +373,14 @@ def test_names_are_bytes(drawn, tmp_path):
     paths = own_paths(tmp_path)
     for command in (
         ['check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}'],
-        ['train', *TINY, f'--image_path={folder}', '--evaluate_after=True', '--bad_images=skip', '--resize_cache=32'],
+        [
+            'train',
+            *TINY,
+            f'--image_path={folder}',
+            '--evaluate_after=True',
+            '--on_unreadable=skip',
+            '--cache_short_side=32',
+        ],
         ['infer', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', '--neighbours=3'],
         ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.npz', '--projector_images=40'],
         ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/features.csv'],
@@ -391,7 +398,7 @@ def test_names_are_bytes(drawn, tmp_path):
     assert list(packed['train'].names) == list(load_splits(options(folder))['train'].names)
 
 
-@pytest.mark.parametrize('more', [{'resize_cache': 64}, {'bad_images': 'skip'}, {'cache_images': 'on'}])
+@pytest.mark.parametrize('more', [{'cache_short_side': 64}, {'on_unreadable': 'skip'}, {'cache_images': 'on'}])
 def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
     """train and the val held out of the same folder: neither takes the other's file for its own."""
     for number in range(24):
@@ -399,14 +406,14 @@ def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
     more = {'val_fraction': 0.25, **more}
     splits = load_splits(options(tmp_path / 'set', val_fraction=0.25, cache_images='off'))
     bad = [*splits['train'].store.names][:2] + [*splits['val'].store.names][:1]
-    if 'bad_images' in more:
+    if 'on_unreadable' in more:
         for name in bad:
             (tmp_path / 'set' / name).write_bytes(b'no image')
     found = [load_splits(options(tmp_path / 'set', **more)) for _ in range(2)]
-    wanted = (16, 5) if 'bad_images' in more else (18, 6)
+    wanted = (16, 5) if 'on_unreadable' in more else (18, 6)
     assert all((len(splits['train']), len(splits['val'])) == wanted for splits in found)
     named = [path.read_text() for path in (tmp_path / 'set.cache').rglob('*.txt')]
-    assert sorted(text.count('set/') for text in named) == ([1, 2] if 'bad_images' in more else [])
+    assert sorted(text.count('set/') for text in named) == ([1, 2] if 'on_unreadable' in more else [])
     for splits in found:
         splits['train'].read(0, 1, 'moco')
 
@@ -425,7 +432,7 @@ def test_an_image_that_can_be_read_again_is_no_longer_left_out(tmp_path, monkeyp
     monkeypatch.setattr(Files, 'opened', fails)
     for left, wanted in (({'2.png', '4.png'}, 4), ({'4.png'}, 5), ({'4.png'}, 5), (set(), 6), (set(), 6)):
         failing.intersection_update(left)
-        assert len(load_splits(options(tmp_path / 'set', bad_images='skip'))['train']) == wanted
+        assert len(load_splits(options(tmp_path / 'set', on_unreadable='skip'))['train']) == wanted
 
 
 def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path):
@@ -481,7 +488,7 @@ def test_an_unreadable_name_is_one_line(drawn, tmp_path):
 
 def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_path):
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
-    args = options(folder, resize_cache=100, cache_path=str(tmp_path / 'cache [1] *'))
+    args = options(folder, cache_short_side=100, cache_path=str(tmp_path / 'cache [1] *'))
     old = load_splits(args)['train'].store.memmap_path
     os.utime(folder / 'train/dots/000.jpg', (1, 1))
     new = load_splits(args)['train'].store.memmap_path
@@ -680,7 +687,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
     for file, color in zip(files, ('red', 'blue'), strict=True):
         file.parent.mkdir(parents=True)
         Image.new('RGB', (side, side), color).save(file)
-    more = {'resize_cache': 32} if kept == 'resized' else {}
+    more = {'cache_short_side': 32} if kept == 'resized' else {}
 
     def red():
         for path in (*files, tmp_path / 'tars/train.tar'):
@@ -748,7 +755,7 @@ def test_splits_never_share_a_cache_file(name, drawn_large, tmp_path):
         (tmp_path / folder / f'train/dots/{folder[-1]}.jpg').write_text('damaged')
     for _ in range(2):
         for folder in (name, other):
-            given = options(tmp_path / folder, resize_cache=40, bad_images='skip', cache_path=str(cache))
+            given = options(tmp_path / folder, cache_short_side=40, on_unreadable='skip', cache_path=str(cache))
             splits = load_splits(given)
             assert (len(splits['train']), len(splits['val'])) == (24, 12)
     assert len(list(cache.glob('*.bin'))) == 4
@@ -758,9 +765,9 @@ def test_splits_never_share_a_cache_file(name, drawn_large, tmp_path):
 def test_a_file_that_is_made_anew_stays_with_who_reads_it(drawn_large, tmp_path):
     """Another command on the same images, after one has changed: its workers may open the old file no more."""
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
-    first = get_iterator(options(folder, resize_cache=40, num_workers=1))
+    first = get_iterator(options(folder, cache_short_side=40, num_workers=1))
     os.utime(folder / 'train/dots/000.jpg', (1, 1))
     os.utime(folder / 'val/dots/000.jpg', (1, 1))
-    second = load_splits(options(folder, resize_cache=40))
+    second = load_splits(options(folder, cache_short_side=40))
     assert first['train'].dataset.store.memmap_path != second['train'].store.memmap_path
     assert sum(len(labels) for _, labels in first['val']) == 12

@@ -192,7 +192,7 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
         '--max_epochs=400',
         f'--image_path={drawn}',
         *own_paths(tmp_path),
-        '--save_every=1',
+        '--save_every_epochs=1',
         '--knn_every=0',
     ]
     process = Python('cli.py', 'train', *options)

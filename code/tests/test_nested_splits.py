@@ -151,12 +151,12 @@ def test_a_picture_that_cannot_be_a_jpeg_is_named_itself(tmp_path, capsys):
     """70,000 x 100 px with a shorter side of 256: wider than the library writes."""
     draw_folder(tmp_path / 'set', {'train': 3})
     Image.new('L', (70_000, 100)).save(tmp_path / 'set/train/checks/wide.png')
-    given = ['pack', f'--image_path={tmp_path}/set', '--pack_side=256', f'--cache_path={tmp_path}/cache']
+    given = ['pack', f'--image_path={tmp_path}/set', '--pack_short_side=256', f'--cache_path={tmp_path}/cache']
     assert cli.main([*given, f'--output={tmp_path}/one']) == 1
     error = one_line(capsys.readouterr().err)
     assert 'checks/wide.png would have' in error
     assert '65500 a side' in error.replace(',', '')
-    assert cli.main([*given, f'--output={tmp_path}/two', '--bad_images=skip']) == 0
+    assert cli.main([*given, f'--output={tmp_path}/two', '--on_unreadable=skip']) == 0
     names = []
     for path in (tmp_path / 'two').iterdir():
         with tarfile.open(path) as archive:

@@ -31,7 +31,7 @@ def two_runs(drawn, tmp_path_factory):
     """Checkpoints of two runs copied into one folder that is no run folder, one of them from within an epoch."""
     folder = tmp_path_factory.mktemp('two')
     for name, seed in (('one', 0), ('two', 1)):
-        assert train(folder / name, drawn, f'--random_seed={seed}', '--save_every=1', '--max_epochs=2') == 0
+        assert train(folder / name, drawn, f'--random_seed={seed}', '--save_every_epochs=1', '--max_epochs=2') == 0
     assert train(folder / 'three', drawn, '--random_seed=2', '--max_minutes=0.0001', '--max_epochs=2') == 0
     collected = folder / 'collected'
     collected.mkdir()
@@ -40,7 +40,7 @@ def two_runs(drawn, tmp_path_factory):
     return collected
 
 
-@pytest.mark.parametrize('options', [[], ['--keep_last=1']])
+@pytest.mark.parametrize('options', [[], ['--keep_checkpoints=1']])
 def test_a_checkpoint_outside_its_run_goes_on_as_a_new_run_and_nothing_is_deleted(
     options, two_runs, drawn, tmp_path, capsys
 ):
@@ -58,26 +58,29 @@ def test_a_checkpoint_outside_its_run_goes_on_as_a_new_run_and_nothing_is_delete
 
 
 def test_what_was_copied_into_a_run_folder_is_not_deleted(two_runs, drawn, tmp_path):
-    """--keep_last, and the rule that a newer checkpoint replaces one from within an epoch, know the run's own."""
+    """--keep_checkpoints, and the rule that a newer checkpoint replaces one from within an epoch, know whose it is."""
     assert train(tmp_path, drawn, '--max_epochs=1', '--random_seed=3') == 0
     run = tmp_path / 'ckpt' / RUN
     copied = [
         shutil.copy(path, run) for path in two_runs.iterdir() if '_epoch_0' in path.name or '_epoch_1' in path.name
     ]
     assert copied
-    given = ['--max_epochs=4', '--save_every=1', '--keep_last=1', '--random_seed=3', f'--resume={RUN}']
+    given = ['--max_epochs=4', '--save_every_epochs=1', '--keep_checkpoints=1', '--random_seed=3', f'--resume={RUN}']
     assert cli.main(['train', *given, '--knn_every=0', *own_paths(tmp_path)]) in (0, 2)
     assert all(os.path.exists(path) for path in copied)
     own = {path.name for path in checkpoints(run)} - {os.path.basename(path) for path in copied}
     assert own == {name for name in read_json(run / WRITTEN)['written'] if (run / name).exists()}
-    assert [name[-8:] for name in own] == ['_epoch_4']  # of its own the last alone, as --keep_last says
+    assert [name[-8:] for name in own] == ['_epoch_4']  # of its own the last alone, as --keep_checkpoints says
 
 
 def test_a_run_of_before_ownership_was_kept_goes_on_in_its_folder(drawn, tmp_path):
-    assert train(tmp_path, drawn, '--max_epochs=2', '--save_every=1') == 0
+    assert train(tmp_path, drawn, '--max_epochs=2', '--save_every_epochs=1') == 0
     run = tmp_path / 'ckpt' / RUN
     (run / WRITTEN).unlink()
-    assert train(tmp_path, drawn, '--max_epochs=4', '--save_every=1', '--keep_last=1', f'--resume={RUN}') == 0
+    assert (
+        train(tmp_path, drawn, '--max_epochs=4', '--save_every_epochs=1', '--keep_checkpoints=1', f'--resume={RUN}')
+        == 0
+    )
     assert [path.name.partition('_epoch_')[2] for path in checkpoints(run)] == ['4']
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
@@ -180,11 +183,11 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
     before = ckpt.atomic_write
     monkeypatch.setattr(ckpt, 'atomic_write', killed_after)
     with contextlib.suppress(KeyboardInterrupt):
-        train(tmp_path, drawn, '--save_every=1', '--max_epochs=3')
+        train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3')
     monkeypatch.undo()
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
     assert ckpt.is_own(path.parent, path)
-    assert train(tmp_path, drawn, '--save_every=1', '--max_epochs=3', '--resume=auto') == 0
+    assert train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3', '--resume=auto') == 0
     assert f'going on with {RUN} after epoch 2' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]
 

@@ -16,7 +16,7 @@ from dataloader.readers.files import Files
 from dataloader.sources.path_array import PathArray
 from runtime.errors import WorkError
 
-# Of each mode: how to make a picture of it, the value that --pixel_max names (0: none), the grey level of it in RGB.
+# Of each mode: how to make a picture of it, the value that --white_level names (0: none), the grey level of it in RGB.
 DEEP = [
     (np.uint16, 65535, 0, 255),
     (np.uint16, 32768, 0, 128),
@@ -95,10 +95,10 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
         assert done.returncode == 0, done.stderr
         assert re.search(
             r'warning: images of more than 8 bits hold values from \d+ to 409\d, where 65535 is white: '
-            r'they are nearly black; --pixel_max=4095',
+            r'they are nearly black; --white_level=4095',
             done.stderr,
         )
-        done = run(*first, *command, '--pixel_max=4095')
+        done = run(*first, *command, '--white_level=4095')
         assert 'bits' not in done.stderr
 
 
@@ -110,12 +110,12 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
         ([1.0, 0.0], [], 0, 'grey levels up to 1 of 255'),
         ([], [], 0, None),
         ([255.0], [('I', 0, 60000)], 0, None),
-        ([4.0], [('I', 0, 1023)], 0, '`pixel_max=1023`'),
-        ([255.0], [('F', 0, 255)], 0, '1 is white already: `pixel_max=255`'),
-        ([255.0], [('F', 0, 3e6)], 0, '`pixel_max=3e\\+06`'),
+        ([4.0], [('I', 0, 1023)], 0, '`white_level=1023`'),
+        ([255.0], [('F', 0, 255)], 0, '1 is white already: `white_level=255`'),
+        ([255.0], [('F', 0, 3e6)], 0, '`white_level=3e\\+06`'),
         ([255.0], [('I', -1000, 3000)], 4095, 'below 0 is black'),
-        ([10.0], [('F', 0, 0.01)], 0, '`pixel_max=0.01`'),
-        ([250.0], [], 4095, '`pixel_max` has no effect: the images have 8 bits'),
+        ([10.0], [('F', 0, 0.01)], 0, '`white_level=0.01`'),
+        ([250.0], [], 4095, '`white_level` has no effect: the images have 8 bits'),
     ],
 )
 def test_what_is_said_of_a_range(gray, deep, white, said):
@@ -191,7 +191,7 @@ def test_libraries_below_python_print_nothing(tmp_path):
             'train',
             *TINY,
             '--max_epochs=1',
-            '--bad_images=skip',
+            '--on_unreadable=skip',
             f'--num_workers={workers}',
             '--cache_images=off',
             *command,

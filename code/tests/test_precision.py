@@ -124,7 +124,7 @@ def test_bfloat16_is_close_to_float32():
 
 @needs_bf16
 def test_resume_in_bfloat16_is_equal_to_the_bit(drawn, tmp_path):
-    common = [*TINY, '--amp=bf16', f'--image_path={drawn}', '--knn_every=0', '--save_every=1', '--max_epochs=3']
+    common = [*TINY, '--amp=bf16', f'--image_path={drawn}', '--knn_every=0', '--save_every_epochs=1', '--max_epochs=3']
     cache = own_paths(tmp_path, 'cache')
     assert run('train', *common, *cache, *own_paths(tmp_path / 'whole', 'ckpt', 'log')).returncode == 0
     parts = [*cache, *own_paths(tmp_path / 'parts', 'ckpt', 'log')]

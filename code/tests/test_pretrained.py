@@ -55,7 +55,7 @@ def state_of(folder, epoch, run=RUN):
 @pytest.fixture(scope='module')
 def run(drawn, pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
-    assert train(folder, drawn, pretrained, '--max_epochs=3', '--heads_epochs=1', '--save_every=1') == 0
+    assert train(folder, drawn, pretrained, '--max_epochs=3', '--heads_epochs=1', '--save_every_epochs=1') == 0
     return folder
 
 
@@ -126,7 +126,13 @@ def test_a_run_too_short_for_its_backbone_is_told_so_and_can_go_on(drawn, pretra
 
 def test_a_run_goes_on_to_the_bit_over_the_end_of_the_heads_epochs(run, drawn, pretrained, tmp_path):
     for minutes in ('0.0001', '0'):
-        given = ['--max_epochs=3', '--heads_epochs=1', '--save_every=1', '--resume=auto', f'--max_minutes={minutes}']
+        given = [
+            '--max_epochs=3',
+            '--heads_epochs=1',
+            '--save_every_epochs=1',
+            '--resume=auto',
+            f'--max_minutes={minutes}',
+        ]
         assert train(tmp_path, drawn, pretrained, *given) == 0
     whole, gone_on = state_of(run, 3), state_of(tmp_path, 3)
     assert all(torch.equal(value, gone_on['model'][name]) for name, value in whole['model'].items())
@@ -206,7 +212,7 @@ def test_a_collapsed_run_is_called_that():
 
 
 def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
-    """Epoch 1 is made the best; of the others --keep_last and --save_every decide."""
+    """Epoch 1 is made the best; of the others --keep_checkpoints and --save_every_epochs decide."""
     shares = iter((0.5, 0.9, 0.6, 0.6, 0.6))
 
     def watch_labels(args, backbone, bank, val):
@@ -215,14 +221,14 @@ def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_
         return 50.0, right
 
     monkeypatch.setattr('protocols.monitor.watch_labels', watch_labels)
-    assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_last=1', '--save_every=1') == 0
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_checkpoints=1', '--save_every_epochs=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']
     assert ckpt.best_epoch(tmp_path / 'ckpt' / RUN) == 1
 
 
 def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
-    given = ['train', *SMALL, '--max_epochs=2', '--save_every=1', f'--image_path={drawn}', *own_paths(tmp_path)]
+    given = ['train', *SMALL, '--max_epochs=2', '--save_every_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0
     folder = tmp_path / 'ckpt' / RUN
     assert ckpt.best_epoch(folder) is None

@@ -130,7 +130,7 @@ def test_a_step_is_of_the_given_size_whatever_the_batches():
 
 def test_kept_features_are_those_of_the_first_passes(drawn):
     args = get_config(
-        preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_passes=2, crop_scale=0.3
+        preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_epochs=2, crop_scale=0.3
     )
     crops = supervised_loader(args, load_splits(args)['train'], drop_last=False)
     pairs_of = cache_features(args, torch.nn.Flatten(), crops, 50)
@@ -227,7 +227,7 @@ FEW = ('--finetune_epochs=3', '--finetune_batch_size=16')
             ('--protocol=linear', '--cache_features=False', '--probe_epochs=3', '--probe_optimizer=lars'),
             {'top1', 'top5', 'knn_top1', 'knn_top1_untrained'},
         ),
-        ('knn', ('--protocol=knn', '--knn_pixels=True'), {'top1', 'top5', 'knn_top1_untrained', 'knn_top1_pixels'}),
+        ('knn', ('--protocol=knn', '--knn_raw_pixels=True'), {'top1', 'top5', 'knn_top1_untrained', 'knn_top1_pixels'}),
         (
             'semi_0.3',
             ('--protocol=semi', '--label_fraction=0.3', '--baseline=True', *FEW),

@@ -452,7 +452,7 @@ def test_what_was_measured_before_training_is_not_the_checkpoints(drawn, tmp_pat
     options = [
         *TINY,
         '--max_epochs=7',
-        '--save_every=1',
+        '--save_every_epochs=1',
         '--knn_every=5',
         f'--image_path={drawn}',
         *own_paths(tmp_path),

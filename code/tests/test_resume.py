@@ -32,7 +32,14 @@ from train import train_step
 RUN = 'model_name_simsiam_ckpt_0'
 GOES_ON = rf'python3 cli.py train --resume={RUN} --ckpt_path=\S+ --log_path=\S+ goes on'  # as own_paths has them
 # 30 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
-LONG = (*TINY, '--batch_size=8', '--max_epochs=30', '--knn_every=0', '--save_every=1000', '--save_minutes=0.0001')
+LONG = (
+    *TINY,
+    '--batch_size=8',
+    '--max_epochs=30',
+    '--knn_every=0',
+    '--save_every_epochs=1000',
+    '--save_every_minutes=0.0001',
+)
 
 
 def start(folder, images, *options):
@@ -189,7 +196,7 @@ def test_other_images_than_the_run_began_with_are_said(drawn, tmp_path, capsys):
 
 def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys):
     """What its run did after it stays; the new one has the whole history, and ends as the old one did."""
-    assert short(tmp_path, drawn, '--max_epochs=3', '--save_every=1', '--model_name=first', '--knn_every=1') == 0
+    assert short(tmp_path, drawn, '--max_epochs=3', '--save_every_epochs=1', '--model_name=first', '--knn_every=1') == 0
     first, second = (tmp_path / 'ckpt' / f'model_name_first_ckpt_{number}' for number in (0, 1))
     before = {path.name: path.read_bytes() for path in first.iterdir()}
     older = next(first.glob('*_epoch_1'))
@@ -243,7 +250,7 @@ def test_a_finished_run_without_its_metrics_stays_finished(drawn, tmp_path, caps
 
 
 def test_an_older_checkpoint_that_has_its_epochs_leaves_its_run_alone(drawn, tmp_path):
-    assert short(tmp_path, drawn, '--max_epochs=2', '--knn_every=1', '--save_every=1') == 0
+    assert short(tmp_path, drawn, '--max_epochs=2', '--knn_every=1', '--save_every_epochs=1') == 0
     folder = tmp_path / 'ckpt' / RUN
     older = next(folder.glob('*_epoch_1'))
     before = (folder / 'metrics.jsonl').read_bytes()
@@ -290,7 +297,17 @@ def test_a_checkpoint_that_goes_while_others_are_looked_for(tmp_path):
 
 
 def test_keep_last_prunes_the_oldest(drawn, tmp_path):
-    assert short(tmp_path, drawn, '--max_epochs=5', '--save_every=1', '--keep_last=2', '--save_minutes=0.00001') == 0
+    assert (
+        short(
+            tmp_path,
+            drawn,
+            '--max_epochs=5',
+            '--save_every_epochs=1',
+            '--keep_checkpoints=2',
+            '--save_every_minutes=0.00001',
+        )
+        == 0
+    )
     names = sorted(path.name.split('_epoch_')[1] for path in (tmp_path / 'ckpt' / RUN).glob('loss_*'))
     assert names == ['4', '5']
 

@@ -123,7 +123,7 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
     paths = own_paths(tmp_path, 'ckpt', 'cache')
     assert cli.main(['train', *TINY, '--max_epochs=1', f'--image_path={folder}', *own_paths(tmp_path)]) == 0
     options = [f'--ckpt_name={RUN}', *paths, f'--output={tmp_path}/out/chosen.csv', '--duplicates=0.9999']
-    assert cli.main(['select', *options, '--count=7']) == 0
+    assert cli.main(['select', *options, '--num_select=7']) == 0
     said = capsys.readouterr().out
     with open(tmp_path / 'out/chosen.csv', newline='') as file:
         rows = list(csv.reader(file))
@@ -142,10 +142,10 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
             assert picture.width > 100
     none = [torch.zeros(0, dtype=torch.int64)] * 3
     monkeypatch.setattr(subset_selection, 'near_groups', lambda *_: (*none, torch.zeros(0)))
-    assert cli.main(['select', *options, '--count=7']) == 0  # now there are none: nor an old picture of some
+    assert cli.main(['select', *options, '--num_select=7']) == 0  # now there are none: nor an old picture of some
     assert not (tmp_path / 'out/chosen_duplicates.png').exists()
-    assert cli.main(['select', *options, '--count=100000']) == 2
-    assert '--count=100000' in one_line(capsys.readouterr().err)
+    assert cli.main(['select', *options, '--num_select=100000']) == 2
+    assert '--num_select=100000' in one_line(capsys.readouterr().err)
     assert cli.main(['select', *paths]) == 2
     assert 'the newest is --ckpt_name=' in one_line(capsys.readouterr().err)
 

@@ -150,7 +150,7 @@ def test_a_class_that_lost_all_its_images_is_named(drawn, tmp_path, capsys):
     for path in (tmp_path / 'set/train/dots').iterdir():
         path.write_bytes(b'x')
     args = get_config(
-        preset='demo', image_path=str(tmp_path / 'set'), bad_images='skip', cache_path=str(tmp_path / 'c')
+        preset='demo', image_path=str(tmp_path / 'set'), on_unreadable='skip', cache_path=str(tmp_path / 'c')
     )
     load_splits(args)
     assert 'no image of the class dots can be read' in capsys.readouterr().err

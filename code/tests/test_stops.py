@@ -122,7 +122,7 @@ def test_an_output_on_a_full_disk_ends_nothing(drawn, tmp_path):
 
 def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):
     """What was done since the last checkpoint is saved on the way out, and said where the run goes on."""
-    process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400', '--save_minutes=0')
+    process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400', '--save_every_minutes=0')
     log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
     while time.time() < end and not (log.exists() and 'epoch 2/400' in log.read_text()):
         time.sleep(0.01)
@@ -132,7 +132,7 @@ def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):
     assert torch.load(path, weights_only=True)['epoch'] >= 2
 
 
-@pytest.mark.parametrize('options', [('--batch_size=16',), ('--batch_size=5',), ('--accumulate_steps=2',)])
+@pytest.mark.parametrize('options', [('--batch_size=16',), ('--batch_size=5',), ('--grad_accum_steps=2',)])
 def test_a_run_goes_on_with_another_batch(options, drawn, tmp_path):
     """A position is counted in images: another batch goes on where the last one was, and no image is seen twice."""
     small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
@@ -157,8 +157,8 @@ def test_a_run_goes_on_with_fewer_images(drawn, tmp_path):
 
 
 def test_minutes_between_saves_go_on_across_epochs(drawn, tmp_path):
-    """Epochs shorter than --save_minutes: it fires all the same."""
-    process = start(tmp_path, drawn, '--save_minutes=0.02', '--max_epochs=4000')  # 1.2 s; an epoch takes some 0.1
+    """Epochs shorter than --save_every_minutes: it fires all the same."""
+    process = start(tmp_path, drawn, '--save_every_minutes=0.02', '--max_epochs=4000')  # 1.2 s; an epoch takes some 0.1
     end = time.time() + 60
     while time.time() < end and not list((tmp_path / 'ckpt' / RUN).glob('loss_*_images_*')):
         assert process.poll() is None

@@ -116,10 +116,10 @@ def test_a_circle_is_found(tmp_path):
 
 
 def test_the_dataloader_names_settings_and_no_option_of_the_command_line():
-    """`pixel_max`, not --pixel_max; console.with_options writes the dashes where a command says it."""
+    """`white_level`, not --white_level; console.with_options writes the dashes where a command says it."""
     named = {
         path.name for path in (CODE / 'dataloader').rglob('*.py') for name in OPTIONS if f'--{name}' in path.read_text()
     }
     assert not named
-    line = 'of a/b`c: try `batch_size=64`, a lower `num_workers`; --views=2 `not one'
-    assert with_options(line) == 'of a/b`c: try --batch_size=64, a lower --num_workers; --views=2 `not one'
+    line = 'of a/b`c: try `batch_size=64`, a lower `num_workers`; --num_views=2 `not one'
+    assert with_options(line) == 'of a/b`c: try --batch_size=64, a lower --num_workers; --num_views=2 `not one'

@@ -113,7 +113,7 @@ def test_training_and_resume_as_with_files(drawn_large, tmp_path):
             f'--image_path={images}',
             '--batch_size=8',
             '--knn_every=0',
-            '--save_every=1',
+            '--save_every_epochs=1',
             '--max_epochs=3',
             *own_paths(tmp_path / name),
         ]
@@ -447,7 +447,7 @@ def test_what_is_packed_is_what_was_there(names, classes, side, tmp_path):
     (tmp_path / 'set/list.txt').write_text('\n'.join(lines))
     path = tmp_path / 'set/list.txt'
     given = [f'--image_path={path}', f'--output={tmp_path}/packed', *own_paths(tmp_path, 'cache')]
-    assert cli.main(['pack', *given, '--val_fraction=0', *([f'--pack_side={side}'] if side else [])]) == 0
+    assert cli.main(['pack', *given, '--val_fraction=0', *([f'--pack_short_side={side}'] if side else [])]) == 0
     before, after = (load_splits(options(at, val_fraction=0.0))['train'] for at in (path, tmp_path / 'packed'))
     assert len({*after.store.names}) == len(after) == len(before) == len(names)
     assert after.classes == before.classes
@@ -489,7 +489,7 @@ def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
             'pack',
             f'--image_path={drawn_large}',
             f'--output={tmp_path}/{name}',
-            '--pack_side=64',
+            '--pack_short_side=64',
             *own_paths(tmp_path, 'cache'),
         )
         assert done.returncode == 0, done.stderr
@@ -505,12 +505,12 @@ def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
 def test_pack_names_a_damaged_image_or_leaves_it_out(drawn_large, tmp_path):
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
     (folder / 'train/dots/000.jpg').write_bytes(b'text')
-    command = ['pack', f'--image_path={folder}', '--pack_side=64', *own_paths(tmp_path, 'cache')]
+    command = ['pack', f'--image_path={folder}', '--pack_short_side=64', *own_paths(tmp_path, 'cache')]
     done = run(*command, f'--output={tmp_path}/one')
     assert done.returncode == 1
     assert 'dots/000.jpg: it is no image that Pillow can read' in one_line(done.stderr)
     assert not list((tmp_path / 'one').glob('*'))
-    done = run(*command, f'--output={tmp_path}/two', '--bad_images=skip')
+    done = run(*command, f'--output={tmp_path}/two', '--on_unreadable=skip')
     assert done.returncode == 0
     assert 'train  23 images' in done.stdout
 

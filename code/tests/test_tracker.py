@@ -80,7 +80,7 @@ def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
     pytest.importorskip(name)  # trackio looks at where to write when it is imported
     options = (f'--tracker={name}', '--knn_every=1', '--resume=auto', f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, *options, '--max_minutes=0.00001']) == 0
-    assert cli.main(['train', *TINY, *options[:2], *options[3:], f'--resume={RUN}', '--save_every=7']) == 0
+    assert cli.main(['train', *TINY, *options[:2], *options[3:], f'--resume={RUN}', '--save_every_epochs=7']) == 0
     time.sleep(1.1)  # wandb calls its folders by the second in which an entry is opened
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', f'--tracker={name}', *own_paths(tmp_path)]) == 0
     read = {'wandb': in_wandb, 'trackio': in_trackio, 'mlflow': in_mlflow}[name]
@@ -96,7 +96,7 @@ def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
     if name == 'mlflow':
         with sqlite3.connect(tmp_path / 'log/mlflow.db') as data:
             tags = dict(data.execute("select key, value from tags where key like 'now %'"))
-        assert tags == {'now save_every': '7'}
+        assert tags == {'now save_every_epochs': '7'}
     result = json.loads(next((tmp_path / 'ckpt' / RUN).glob('evaluate_linear_*.json')).read_text())
     assert found[2]['results/linear_top1'] == pytest.approx(result['top1'])
 

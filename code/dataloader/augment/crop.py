@@ -61,8 +61,8 @@ def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False, white=1.0)
     A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
     each, whatever the boxes. A flip only turns the columns' matrix round. clip_to_box: pixels beyond the box count for
     nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
-    None; on x's device; white: the largest value of x. Returns N x 3 x S x S; of a cubic filter, which overshoots, clamped to
-    [0, white].
+    None; on x's device; white: the largest value of x. Returns N x 3 x S x S; of a cubic filter, which overshoots,
+    clamped to [0, white].
     """
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.dtype).unbind(1)

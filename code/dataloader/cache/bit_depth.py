@@ -47,14 +47,14 @@ def bit_depth_warning(gray, high_bit_depth, white):
         low = min(low for _, low, _ in high_bit_depth)
         what = f'images of more than 8 bits hold values from {low:g} to {top:g}'
         if top > 1.5 * limit:
-            return f'{what}, and {limit:g} is white already: `pixel_max={next_bit_depth_max(top):g}`'
+            return f'{what}, and {limit:g} is white already: `white_level={next_bit_depth_max(top):g}`'
         if top < MIN_RANGE_SHARE * limit:
-            return f'{what}, where {limit:g} is white: they are nearly black; `pixel_max={next_bit_depth_max(top):g}`'
+            return f'{what}, where {limit:g} is white: they are nearly black; `white_level={next_bit_depth_max(top):g}`'
         if low < -MIN_RANGE_SHARE * top:
             return f'{what}: what is below 0 is black; shift them in the files'
         return None
     if white:
-        return '`pixel_max` has no effect: the images have 8 bits'
+        return '`white_level` has no effect: the images have 8 bits'
     if max(gray) < MIN_RANGE_SHARE * 255:
         return f'the images use grey levels up to {max(gray):.0f} of 255: they are nearly black'
     return None

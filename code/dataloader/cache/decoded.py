@@ -48,7 +48,7 @@ def decode_to_memory(store, where, policy, white_level, cache_path):
     if images is None:
         if policy == 'on':
             raise UserError(
-                f'`cache_images=on`: the images of {printable(where)} differ in size; try `resize_cache=256`'
+                f'`cache_images=on`: the images of {printable(where)} differ in size; try `cache_short_side=256`'
             )
         return None
     pixels = torch.from_numpy(images)

@@ -51,13 +51,13 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.is_in_memory():
             return self.pixels.index_select(0, to_device(indices, self.pixels.device)), self.labels[indices]
         images = collate([self.read(*key) for key in keys])
-        if self.views and self.args.augment_on == 'device' and not self.workers_only_crop:
+        if self.views and self.args.augment_backend == 'device' and not self.workers_only_crop:
             images = self.augment_in_worker(images, *keys[0][1:])
         return images, self.labels[indices]
 
     def is_in_memory(self):
         """Whether batches are whole images, distorted on the device."""
-        return self.pixels is not None and not (self.views and self.args.augment_on == 'worker')
+        return self.pixels is not None and not (self.views and self.args.augment_backend == 'worker')
 
     def on_gpu(self):
         return self.pixels is not None and self.pixels.is_cuda
@@ -67,16 +67,16 @@ class ImageDataset(torch.utils.data.Dataset):
         args = self.args
         with self.store.opened(index) as image:
             if not self.views:
-                return crops.center_crop(image, args.image_size, args.crop_ratio, args.pixel_max, args.interpolation)
-            if args.augment_on == 'worker':
+                return crops.center_crop(image, args.image_size, args.crop_ratio, args.white_level, args.interpolation)
+            if args.augment_backend == 'worker':
                 views = vision.torchvision_views(get_augmentation(args, augmentation))
-                return views(rgb(image, args.pixel_max), seed, self.views)
+                return views(rgb(image, args.white_level), seed, self.views)
             generator, recipe = torch.Generator().manual_seed(seed), get_augmentation(args, augmentation)
-            return crops.random_crops(image, self.views, recipe, generator, args.jpeg_shrink, args.pixel_max)
+            return crops.random_crops(image, self.views, recipe, generator, args.jpeg_draft, args.white_level)
 
     def make_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views). What
-        workers have distorted already (the device is a CPU, or `augment_on=worker`) is only normalised here."""
+        workers have distorted already (the device is a CPU, or `augment_backend=worker`) is only normalised here."""
         if images.ndim == 5 and not self.workers_only_crop:
             return vision.normalize_worker_views(images, self.args)
         recipe = get_augmentation(self.args, augmentation)

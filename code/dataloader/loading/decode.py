@@ -26,7 +26,7 @@ logging.getLogger('PIL').addHandler(logging.NullHandler())  # it also says those
 # Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
 UNSUPPORTED_FORMATS = ('MPEG', 'EPS')
 SAMPLE_FORMAT = 339  # TIFF's tag: 1 or none for unsigned numbers
-WHITE_LEVEL = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless `pixel_max` says another
+WHITE_LEVEL = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless `white_level` says another
 
 
 @functools.cache

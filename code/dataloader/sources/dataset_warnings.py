@@ -47,8 +47,8 @@ def warn_ignored_data_options(args, parts, train):
     """Say which given options do nothing to these images."""
     held = train.pixels is not None and 'images this small are held in memory'
     reasons = {
-        'resize_cache': held,
-        'jpeg_shrink': held,
+        'cache_short_side': held,
+        'jpeg_draft': held,
         'val_fraction': 'val' in parts and not parts['val'].cache_subdir and f'{printable(parts["val"].where)} is val',
     }
     for name, reason in reasons.items():

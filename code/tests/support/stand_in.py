@@ -22,11 +22,11 @@ SMALL = [
     '--proj_dim=32',
     '--pred_dim=8',
     '--probe_epochs=2',
-    '--cache_passes=1',
+    '--cache_epochs=1',
 ]
 TUNE = ['--finetune_epochs=1']
 JUDGE = {
-    'linear': ['--probe_epochs=2', '--cache_passes=1'],
+    'linear': ['--probe_epochs=2', '--cache_epochs=1'],
     'semi': TUNE,
     'transfer': TUNE,
     'detection': ['--detection_epochs=1', '--detection_size=64', '--detection_batch_size=2'],
@@ -59,7 +59,7 @@ def smaller(command, options):
     if command == 'train':
         return (
             ['--max_epochs=5', '--probe_epochs=30']
-            if options == ['--evaluate_after=True', '--knn_pixels=True']
+            if options == ['--evaluate_after=True', '--knn_raw_pixels=True']
             else ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0', '--model_name=demo']
         )
     if command == 'ablate':

@@ -29,7 +29,7 @@ for i in 1 2; do
         hostname "$1" && mount --bind "$2/hosts" /etc/hosts && shift 2 && exec "$@"' - "machine$i" "$folder" \
         "$python" -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d \
         --rdzv_endpoint=machine1:29400 --max-restarts=3 cli.py train --preset=demo --max_epochs=3 --knn_every=0 \
-        --save_minutes=0.05 --resume=auto --ckpt_path="$folder/ckpt" --log_path="$folder/log" \
+        --save_every_minutes=0.05 --resume=auto --ckpt_path="$folder/ckpt" --log_path="$folder/log" \
         --cache_path="$folder/cache" >"$folder/machine$i.txt" 2>&1 &
     pids+=($!)
 done
