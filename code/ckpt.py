@@ -28,6 +28,7 @@ from config import GOING_ON, NOT_RESTORED_OPTIONS, OPTIONS, Config
 from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict, find_tensors, infer_architecture
 from model.simsiam import SimSiam
 from model.weights import (
+    adapt_channels,
     average_weights,
     convert_with_timm,
     fetch_timm,
@@ -45,7 +46,7 @@ from runtime.environment import require_package
 from runtime.errors import ROOT, UserError, WorkError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log
-from runtime.options import get_config, replace_args
+from runtime.options import channel_values, get_config, replace_args
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (
@@ -100,10 +101,22 @@ def get_model_ckpt(args, training=False):
     contradicts its architecture, WorkError where the file is damaged, holds other weights than it says, or cannot be
     fetched.
     """
+    found = find_model(args, training)
+    for name in ('mean', 'std'):
+        if len(channel_values(name, getattr(found[0], name))) not in (1, found[0].num_channels):
+            raise UserError(
+                f'--{name}={getattr(found[0], name)} is not one number for all of {found[0].num_channels} channels nor '
+                'one for each'
+            )
+    return found
+
+
+def find_model(args, training):
+    """get_model_ckpt, without a look at what it gives."""
     if args.ckpt_name and is_off_the_shelf(args.ckpt_name):
         return load_off_the_shelf(args, args.ckpt_name)
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args, training), (*ARCHITECTURE, 'preset'), training)
+        return load_checkpoint(args, find_checkpoint(args, training), (*ARCHITECTURE, 'preset', 'channels'), training)
     if args.init_from:
         return start_from_weights(args)
     return args, build_model(args), None
@@ -121,10 +134,16 @@ def start_from_weights(args):
             else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         )
         ours = replace_args(args)
-        ours.given = args.given | {'preset'}  # a file of another tool brings no settings, but for its architecture
+        ours.given = args.given | {
+            'preset',
+            'channels',
+        }  # a file of another tool brings no settings, but for its architecture
         loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
     model.has_heads = True  # new ones, where the file has none: they are trained
-    args = replace_args(args, **{name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)})
+    taken = {name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)}
+    if len(channel_values('mean', taken['mean'])) not in (1, args.num_channels):  # of other channels
+        taken |= {'mean': args.mean, 'std': args.std}
+    args = replace_args(args, **taken)
     if checkpoint['layout'] != 'ours' and not args.from_run:
         going_on = {name: value for name, value in GOING_ON.items() if name not in args.given}
         args = replace_args(args, **going_on)
@@ -171,7 +190,8 @@ def load_off_the_shelf(args, name):
             f'there is a network and name the file: --{option}=FILE --backbone={args.backbone}'
         ) from None
     state, _ = match_keys(model.backbone.state_dict(), found.state)
-    strict_load(model, {f'backbone.{key}': value for key, value in state.items()}, Path(found.source))
+    state = adapt_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
+    strict_load(model, state, Path(found.source))
     model.has_heads = False
     log(f'weights {found.source}; {describe_preprocessing(args)}')
     label = plain_name(found.source)
@@ -188,6 +208,9 @@ def with_preprocessing(args, preprocessing):
     """args with the preprocessing of weights, but for what this call gave. The size of the views is theirs where no
     preset says another."""
     keep = {*args.given} | ({'image_size'} if args.preset != 'imagenet' else set())
+    keep -= {name for name in ('mean', 'std') if getattr(args, name) == 'weights'}
+    if args.num_channels != 3:
+        keep |= {'mean', 'std'}
     return replace_args(args, **{name: value for name, value in preprocessing.items() if name not in keep})
 
 
@@ -208,6 +231,8 @@ def load_checkpoint(args, path, locked_options, training=False):
     report_missing_options(path, saved['preset'], unsaid)
     merged = merge_saved_options(args, saved, path, locked_options)
     model = build_model(merged)
+    if args.init_from:
+        state = adapt_to_channels(model, state)
     try:
         strict_load(model, state, path)
     except UserError:
@@ -261,7 +286,7 @@ def load_foreign(args, path, content):
         merged = merge_saved_options(args, {**asdict(args), **of_backbone}, path, of_backbone)
     model = build_model(merged)
     has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
-    strict_load(model, {**bn_batch_counters(model, has_heads), **state}, path)
+    strict_load(model, adapt_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
     unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
     log(
         f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
@@ -297,7 +322,8 @@ def load_network(args, path, tensors):
             state, unused_keys = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
         except ValueError as other:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
-    strict_load(model, {f'backbone.{name}': value for name, value in state.items()}, path)
+    state = adapt_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
+    strict_load(model, state, path)
     model.has_heads = False
     unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
     log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
@@ -321,6 +347,17 @@ def load_timm_folder(args, path):
         args = with_preprocessing(args, preprocessing_from_timm_folder(known))
         args.given = args.given | {*PREPROCESSING}
     return load_network(args, weights, load_file(weights))
+
+
+def adapt_to_channels(model, state):
+    """`state` with its first layer, for three channels, adapted to those of the model; says so."""
+    adapted = adapt_channels(model.state_dict(), state)
+    if changed := [name for name, value in adapted.items() if value is not state[name]]:
+        log(
+            f'{changed[0]} of 3 channels is adapted to {adapted[changed[0]].shape[1]}: repeated and scaled, or summed '
+            "(timm's rule)"
+        )
+    return adapted
 
 
 def plain_name(name):

@@ -112,18 +112,27 @@ class DataOptions:
     for infer: the images"""
     val_fraction: float = option(0.1, between=(0.0, 0.9), used_by=SPLIT_COMMANDS)
     """share of the labelled images of every class that becomes val where there is none; 0: none"""
-    white_level: float = option(0.0, between=(0.0, 3e38), used_by=DATA)
-    """pixels of more than 8 bits: the value that is white; 0: 65535 for integers, 1 for floats"""
+    channels: str = option('auto', used_by=(*NETWORK, 'check_dataloader'), aliases='in_chans in_channels bands')
+    """of the images. auto: as the first images have them, of gray ones three that are the same; rgb: red, green and
+    blue; 1,3,4: these, in this order; 1-5: all of five"""
+    white_level: str = option('type', used_by=DATA)
+    """pixels of more than 8 bits: the value that is white, or two, black and white. type: 65535 for integers, 1 for
+    floats; auto: measured on some images"""
+    exif: str = option('apply', ('apply', 'ignore'), used_by=DATA, aliases='exif_transpose')
+    """orientation of photographs. apply: turned upright, as their EXIF says; ignore: as they are stored"""
+    npy_axes: str = option('auto', ('auto', 'hwc', 'chw'), used_by=DATA)
+    """order of the axes in .npy files: height, width, channels or channels, height, width; auto: by their lengths"""
     download: bool = option(False, used_by=SPLIT_COMMANDS, local=True)
     """fetch the set named by the last part of image_path: cifar10, cifar100 or stl10"""
     image_size: int = option(
         224, between=(8, 1024), used_by=MODEL_COMMANDS, aliases='crop_size img_size input_size', often=18
     )
     """side of a view, in pixels"""
-    mean: str = option('imagenet', used_by=MODEL_COMMANDS)
-    """mean of each channel, subtracted from pixels in [0, 1]: ImageNet's, or numbers: 0.5,0.5,0.5; pretrained weights
-    bring their own"""
-    std: str = option('imagenet', used_by=MODEL_COMMANDS)
+    mean: str = option('auto', used_by=MODEL_COMMANDS)
+    """mean of each channel, subtracted from pixels in [0, 1]: numbers (0.5,0.5,0.5), imagenet, weights (what the
+    pretrained weights were trained with), dataset (measured on some images of train); auto: the weights', else
+    imagenet for red, green and blue of 8 bits, else dataset"""
+    std: str = option('auto', used_by=MODEL_COMMANDS)
     """standard deviation of each channel, by which pixels are divided: as --mean"""
     interpolation: str = option('bilinear', ('bilinear', 'bicubic'), used_by=MODEL_COMMANDS)
     """of resized crops, antialiased; pretrained weights bring their own"""
@@ -157,6 +166,9 @@ class ViewOptions:
     """distortion during the warmup_epochs"""
     augment_backend: str = option('device', ('device', 'worker'))
     """device: our operations on a batch, on a CPU in the workers; worker: torchvision's transforms, slow"""
+    jitter: str = option('image', ('image', 'channel'))
+    """of brightness and contrast. image: of all channels alike, of red, green and blue also saturation and hue;
+    channel: a gain and an offset for each"""
     num_views: int = option(2, between=(2, 16), aliases='num_crops')
     """views of an image a step; above 2 each is compared with the mean z of the others (FastSiam)"""
     blur_prob: float = option(0.5, between=(0.0, 1.0))
@@ -441,6 +453,14 @@ class Config(
     """
 
     given, undecided, chosen = frozenset(), False, frozenset()
+
+    @property
+    def num_channels(self):
+        """How many channels an image has (runtime.options.channel_numbers)."""
+        if self.channels in ('auto', 'rgb'):
+            return 3
+        first, _, last = self.channels.partition('-')
+        return int(last) - int(first) + 1 if last else first.count(',') + 1
 
 
 OPTIONS = {f.name: f for f in fields(Config)}

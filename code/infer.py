@@ -152,7 +152,7 @@ def load_crops(args, images, rows):
     whole, found = replace(images, views=0), []
     for part in rows.split(256):
         pixels, _ = prepare_batch(args, whole.load_batch([(row, 0, '') for row in part.tolist()]))
-        found.append(vision.denormalize(vision.eval_view(pixels, args), args).cpu())
+        found.append(vision.to_picture(vision.eval_view(pixels, args), args).cpu())
     return torch.cat(found)
 
 

@@ -3,12 +3,21 @@
 import hashlib
 import time
 
+import numpy as np
 import torch
 
 from dataloader import vision
-from dataloader.cache.bit_depth import warn_bit_depth
 from dataloader.cache.decoded import map_images
 from dataloader.load_dataset import find_split_sources, get_iterator
+from dataloader.loading.crops import to_float
+from dataloader.loading.decode import level_range
+from dataloader.loading.pixel_settings import (
+    find_pixel_format,
+    resolve_mean_std,
+    resolve_pixels,
+    sample_pixels,
+    warn_pixel_range,
+)
 from engine.auto_preset import choose_preset
 from logger import picture
 from runtime.console import print_message, printable
@@ -16,6 +25,7 @@ from runtime.device import init_device
 from runtime.errors import WorkError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
+from runtime.options import channel_numbers
 from runtime.seeding import generator_for
 from utils import prepare_batch
 
@@ -33,7 +43,8 @@ def check_dataloader(args):
     try_writing(path)
     parts = find_split_sources(args)
     args = choose_preset(args, parts)
-    unreadable, read = read_and_hash_all(parts)
+    args = resolve_mean_std(resolve_pixels(args, parts['train'].store), parts['train'].store)
+    unreadable, read = read_and_hash_all(args, parts)
     if unreadable and args.on_unreadable == 'error':
         raise WorkError(
             f'{unreadable} of the {read} images under {printable(root)} cannot be read: replace or delete '
@@ -52,20 +63,23 @@ def check_dataloader(args):
         else:
             text = describe_loader(args, batches)
         log(f'{name:5}  {text}')
-    warn_bit_depth(iterators['train'].dataset.store, args.white_level)
+    for line in describe_channels(args, iterators['train'].dataset):
+        log(line)
+    warn_pixel_range(args, iterators['train'].dataset)
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = make_views(args, iterators['train'].dataset, images[:16])
-    picture([vision.denormalize(view, args) for view in views], path)
+    picture([vision.to_picture(view, args) for view in views], path)
     log(f'the two views of {len(views[0])} images: {printable(path)}')
 
 
-def read_and_hash_all(parts):
+def read_and_hash_all(args, parts):
     """(images that cannot be read, images), after saying which, and which are there twice."""
     unreadable = read = 0
     trained_on = {}  # digest to the image's name
     for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
-        digests = [*map_images(part.store, f'reading {name}', digest)]
+        pixel_format = find_pixel_format(args, part.store)
+        digests = [*map_images(part.store, f'reading {name}', digest, pixel_format)]
         for error in [found for found in digests if isinstance(found, WorkError)]:
             digests[error.row] = None
             log(str(error))
@@ -86,9 +100,9 @@ def read_and_hash_all(parts):
     return unreadable, read
 
 
-def digest(image):
-    """What two images have in common that have the same pixels: 8 bytes."""
-    return hashlib.blake2b(image.tobytes(), key=b'%d %d' % image.size, digest_size=8).digest()
+def digest(pixels):
+    """What two images, C x H x W, have in common that have the same pixels: 8 bytes."""
+    return hashlib.blake2b(pixels.tobytes(), key=b'%d %d %d' % pixels.shape, digest_size=8).digest()
 
 
 def describe_loader(args, batches):
@@ -110,11 +124,32 @@ def describe_loader(args, batches):
     unlabeled = int((images.labels < 0).sum())
     if 0 < unlabeled < len(images):
         classes += f' ({unlabeled} images without)'
+    dtype = str(batch.dtype).removeprefix('torch.')
+    low, high = (end.item() for end in to_float(batch).aminmax())
     return (
-        f'{len(images)} images, {classes}; a batch: {shape(batch)} uint8 in [{batch.min()}, {batch.max()}], '
+        f'{len(images)} images, {classes}; a batch: {shape(batch)} {dtype} in [{low:g}, {high:g}], '
         f'{len(views)} view{"s" * (len(views) - 1)} of {shape(views[0])} float32 in '
         f'[{views[0].min():.2f}, {views[0].max():.2f}]; {speed:.0f} images/s'
     )
+
+
+def describe_channels(args, images):
+    """A line on each channel of images that are not red, green and blue of 8 bits: its range, its mean in the levels'
+    range, and the share of its values at the ends."""
+    if images.pixel_format.is_rgb8:
+        return []
+    parts = [*sample_pixels(args, images.store, images.pixel_format)]
+    black, white = level_range(images.pixel_format.levels, images.pixel_format.dtype)
+    lines = []
+    for number, values in enumerate(np.concatenate(parts, 1) if parts else ()):
+        channel = (channel_numbers(args.channels) or (1, 2, 3))[number]
+        lines.append(
+            f'channel {channel}: {values.min():g} to {values.max():g}, mean '
+            f'{(values.mean() - black) / (white - black):.4f} between black ({black:g}) and white ({white:g}); '
+            f'{(values <= black).mean():.2%} at black or below, '
+            f'{(values >= white).mean():.2%} at white or above'
+        )
+    return lines
 
 
 def shape(tensor):

@@ -13,7 +13,7 @@ from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import channel_values
+from runtime.options import one_a_channel
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
 
@@ -35,6 +35,11 @@ def export(args):
             f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
             f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
         )
+    if args.format in ('torchvision', 'detectron2') and args.num_channels != 3:
+        raise UserError(
+            f'--format={args.format} is for three channels, and this backbone takes --channels={args.channels}; '
+            'try timm, onnx or safetensors'
+        )
     backbone = model.backbone.eval()
     try_writing(resolve_path(args.output or 'data/backbone'))
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
@@ -55,12 +60,22 @@ def export(args):
         atomic_write(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
-        names = ('backbone', 'stem', 'image_size', 'mean', 'std', 'interpolation', 'crop_ratio')
+        names = (
+            'backbone',
+            'stem',
+            'image_size',
+            'mean',
+            'std',
+            'interpolation',
+            'crop_ratio',
+            'channels',
+            'white_level',
+        )
         about = {name: str(getattr(args, name)) for name in names}
         atomic_write(output, lambda aside: save_file(state, aside, metadata=about))
     else:
         require_package('onnxscript', '--format=onnx')
-        atomic_write(output, lambda aside: to_onnx(backbone, args.image_size, aside))
+        atomic_write(output, lambda aside: to_onnx(backbone, args.num_channels, args.image_size, aside))
     if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
             f'; C4 wants bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
@@ -81,7 +96,9 @@ def constructor_args(args, state):
         import timm
 
         with torch.device('meta'):
-            reference_state = timm.create_model(args.backbone.removeprefix('timm/'), num_classes=0).state_dict()
+            reference_state = timm.create_model(
+                args.backbone.removeprefix('timm/'), num_classes=0, in_chans=args.num_channels
+            ).state_dict()
         if any(name in reference_state and reference_state[name].shape != value.shape for name, value in state.items()):
             return f', img_size={args.image_size}'
     return ''
@@ -91,10 +108,14 @@ def to_timm_folder(args, checkpoint, backbone, state, folder):
     """config.json, model.safetensors and README.md, the model card."""
     save_file = require_package('safetensors.torch', '--format=timm').save_file
     require_package('timm', '--format=timm')
-    name, features = args.backbone.removeprefix('timm/'), feature_dim(backbone, args.image_size)
+    name, features = (
+        args.backbone.removeprefix('timm/'),
+        feature_dim(backbone, args.image_size, args.num_channels),
+    )
     about = model_card.config(args, name, features)
-    if sized := constructor_args(args, state):
-        about['model_args'] = {'img_size': int(sized.rpartition('=')[2])}
+    model_args = {'img_size': args.image_size} if constructor_args(args, state) else {}
+    model_args |= {'in_chans': args.num_channels} if args.num_channels != 3 else {}
+    about |= {'model_args': model_args} if model_args else {}
     atomic_write(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
     atomic_write(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
     text = model_card.card(args, checkpoint, name, features)
@@ -105,7 +126,7 @@ def mean_std_text(args):
     """Mean and standard deviation of the pixels, 0 to 255, as text."""
     found = {}
     for name in ('mean', 'std'):
-        values = channel_values(name, getattr(args, name))
+        values = one_a_channel(name, getattr(args, name), args.num_channels)
         found[name] = ', '.join(f'{255 * value:.3f}' for value in values)
     return found
 
@@ -123,9 +144,9 @@ def is_supported(backbone, stem, tool):
     return backbone in RESNET_BLOCKS
 
 
-def to_onnx(backbone, size, path):
+def to_onnx(backbone, channels, size, path):
     """One file, weights inside; the batch is of any size."""
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, channels, size, size)
     program = torch.onnx.export(
         backbone,
         (example,),

@@ -6,7 +6,7 @@ import shlex
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from runtime.files import read_json
-from runtime.options import channel_values
+from runtime.options import channel_numbers, one_a_channel
 
 
 def find_license(source, backbone):
@@ -58,6 +58,8 @@ def describe_model(args, checkpoint, about, features, known):
         lines.append(f'- command: `python3 {shlex.join(about["command"])}`')
     if commit := about.get('versions', {}).get('commit'):
         lines.append(f'- code: commit {commit}, torch {about["versions"].get("torch")}')
+    if channel_numbers(args.channels):
+        lines.append(f'- channels {args.channels}, each from black to white at white_level {args.white_level}')
     return lines
 
 
@@ -101,12 +103,12 @@ def config(args, name, features, tag='simsiam'):
         **kept,
         'tag': tag,
         'custom_load': False,
-        'input_size': [3, args.image_size, args.image_size],
+        'input_size': [args.num_channels, args.image_size, args.image_size],
         'interpolation': args.interpolation,
         'crop_pct': args.crop_ratio,
         'crop_mode': 'center',
-        'mean': [*channel_values('mean', args.mean)],
-        'std': [*channel_values('std', args.std)],
+        'mean': one_a_channel('mean', args.mean, args.num_channels),
+        'std': one_a_channel('std', args.std, args.num_channels),
         'num_classes': 0,
         'license': find_license(args.init_from, args.backbone) or None,
     }

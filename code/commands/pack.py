@@ -91,10 +91,7 @@ def tar_member(args, part, row, folders):
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_short_side:
-        image, buffer = (
-            Image.fromarray(resize_short_side(part.store, row, args.pack_short_side, args.white_level)),
-            io.BytesIO(),
-        )
+        image, buffer = Image.fromarray(resize_short_side(part.store, row, args.pack_short_side)), io.BytesIO()
         if max(image.size) > JPEG_SIDE:
             raise WorkError(
                 f'{printable(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '

@@ -116,7 +116,8 @@ def load_run(args, model, checkpoint):
 def extract_run_features(run, first):
     """Features of train and val; first: the options of the run whose images they are."""
     same = {
-        name: getattr(first, name) for name in ('preset', 'image_path', 'val_fraction', 'white_level', 'on_unreadable')
+        name: getattr(first, name)
+        for name in ('preset', 'image_path', 'val_fraction', 'white_level', 'exif', 'on_unreadable')
     }
     own = replace_args(run.args, **same)
     run.splits = {name: images for name, images in load_splits(own).items() if images and name in ('train', 'val')}

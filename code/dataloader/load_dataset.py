@@ -19,8 +19,11 @@ from dataclasses import replace
 import torch
 
 from dataloader.cache import decoded
+from dataloader.loading.crops import RGB8
 from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
+from dataloader.loading.pixel_format import format_from_options
+from dataloader.loading.pixel_settings import find_pixel_format
 from dataloader.loading.sampler import EpochBatchSampler
 from dataloader.readers.memory import Memory
 from dataloader.sources import dataset_warnings, demo, find
@@ -33,6 +36,7 @@ from runtime.distributed import local_main_first, rank, world_size
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 from runtime.files import clear_parts
 from runtime.messages import log, progress
+from runtime.options import channel_numbers
 
 EVAL_PIXELS_PER_FORWARD = (
     64 * 224**2
@@ -217,8 +221,11 @@ def load_unlabeled(args, path):
 def build_dataset(args, part, labels, classes):
     """The ImageDataset of a SplitSource: held in memory, made smaller on disk, or read when they are needed."""
     store, where, kept = part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir
+    pixel_format, picked = find_pixel_format(args, store), channel_numbers(args.channels)
+    if args.augment_backend == 'worker' and not (pixel_format.is_rgb8 and not picked):
+        raise UserError('`augment_backend=worker` is for red, green and blue of 8 bits: leave it out')
     if args.on_unreadable == 'skip' and not isinstance(store, Memory):
-        rows = decoded.readable_rows(store, where, kept)
+        rows = decoded.readable_rows(store, where, kept, pixel_format)
         lost = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
         if lost and not rank():
             names = join_first([printable(classes[label]) for label in sorted(lost)])
@@ -226,18 +233,23 @@ def build_dataset(args, part, labels, classes):
                 'warning', f'{printable(where)}: no image of the class {names} can be read: it is there no more'
             )
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
+    if isinstance(store, Memory) and picked:  # of torchvision's files: red, green and blue
+        if max(picked) > 3:
+            raise UserError(f'{printable(where)} has 3 channels, and `channels={args.channels}` are wanted')
+        store = Memory(store.names, store.pixels[:, [channel - 1 for channel in picked]], is_rgb8=False)
+        pixel_format = format_from_options(args).decoded()
     if not isinstance(store, Memory):
-        held = decoded.decode_to_memory(store, where, args.cache_images, args.white_level, kept)
+        held = decoded.decode_to_memory(store, where, args.cache_images, pixel_format, kept)
         if held is None and args.cache_short_side:
-            held = decoded.build_resized_cache(store, where, args.cache_short_side, args.white_level, kept)
-        store = held or store
-    return place_on_device(args, where, store, labels, classes)
+            held = decoded.build_resized_cache(store, where, args.cache_short_side, pixel_format, kept)
+        store, pixel_format = (held, pixel_format.decoded()) if held else (store, pixel_format)
+    return place_on_device(args, where, store, labels, classes, pixel_format)
 
 
-def place_on_device(args, folder, store, labels, classes):
+def place_on_device(args, folder, store, labels, classes, pixel_format=RGB8):
     """Images of a store; pixels in memory go to the GPU where they fit."""
     device = get_device(args)
-    if isinstance(store, Memory) and device.type == 'cuda' and args.augment_backend == 'device':
+    if isinstance(store, Memory) and store.is_rgb8 and device.type == 'cuda' and args.augment_backend == 'device':
         free, _ = torch.cuda.mem_get_info(device)
         if store.pixels.nbytes < free / 4:
             store = Memory(store.names, store.pixels.to(device))
@@ -248,6 +260,7 @@ def place_on_device(args, folder, store, labels, classes):
         store,
         labels,
         classes,
+        pixel_format=pixel_format,
         workers_only_crop=device.type != 'cpu' and args.augment_backend == 'device',
     )
 

@@ -15,7 +15,8 @@ import functools
 import torch
 
 from dataloader.augment.crop import center_box, crop_resize
-from runtime.options import channel_values
+from dataloader.loading.decode import level_range
+from runtime.options import channel_values, pixel_levels
 from runtime.tensors import to_device
 
 L2_BYTES = 2**20  # of one core's cache
@@ -76,10 +77,10 @@ def augment_cpu(images, draws, augmentation, output_fn):
     uncropped, cubic = bool(boxes[:, 2].any()), augmentation.interpolation == 'bicubic'
     for start in range(0, len(images), step):
         part = slice(start, start + step)
-        x = images[part].float()
         if uncropped:
-            x = crop_resize(x, boxes[part], flips[part], size, cubic=cubic, white=255)
-        x.div_(255)
+            x = crop_resize(images[part].float(), boxes[part], flips[part], size, cubic=cubic, white=255).div_(255)
+        else:
+            x = to_unit(images[part], augmentation.levels)
         for operation, drawn in operations:
             x = operation.on_cpu(x, drawn[part])
         views.append(output_fn(x))
@@ -94,7 +95,7 @@ def augment_gpu(images, draws, augmentation, mean_std, count):
         cubic = augmentation.interpolation == 'bicubic'
         x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, augmentation.size, cubic=cubic)
     else:
-        x = images.transpose(0, 1).flatten(0, 1) / 255
+        x = to_unit(images.transpose(0, 1).flatten(0, 1), augmentation.levels)
     for operation, drawn in operations:
         x = operation.on_gpu(x, drawn)
     x = (x - mean_std[0]) / mean_std[1]
@@ -108,9 +109,9 @@ def cached_compile(function):
 
 @functools.cache
 def mean_and_std(mean, std, device):
-    """`mean` and `std`, 2 x 3 x 1 x 1, on the device: copied there once."""
-    values = channel_values('mean', mean), channel_values('std', std)
-    return torch.tensor(values).view(2, 3, 1, 1).to(device)
+    """`mean` and `std`, 2 x C x 1 x 1 (C is 1 where a number is for all channels), on the device: copied there once."""
+    values = [torch.tensor(channel_values(*each)) for each in (('mean', mean), ('std', std))]
+    return torch.stack(torch.broadcast_tensors(*values)).view(2, -1, 1, 1).to(device)
 
 
 def mean_std_of_args(args, device):
@@ -140,12 +141,12 @@ def torchvision_views(augmentation):
 def eval_view(images, args):
     """The view for evaluation: resize so that the centre crop of image_size covers crop_ratio of the shorter side.
 
-    images: N x 3 x H x W uint8, or N x 1 x 3 x S x S (already cropped). args: with image_size, crop_ratio,
-    interpolation, mean and std of config.Config. Returns normalised N x 3 x S x S float.
+    images: N x 3 x H x W uint8, or N x 1 x C x S x S of any type (already cropped). args: with image_size, crop_ratio,
+    interpolation, mean, std and white_level of config.Config. Returns normalised N x C x S x S float.
     """
     mean_std, size = mean_std_of_args(args, images.device), args.image_size
     if images.ndim == 5:
-        return normalize_uint8(images[:, 0], mean_std)
+        return normalize_pixels(images[:, 0], mean_std, pixel_levels(args.white_level))
     x, (height, width) = images.float().div_(255), images.shape[-2:]
     if (height, width) != (size, size) or args.crop_ratio != 1:
         box = to_device(torch.tensor([center_box(height, width, args.crop_ratio)]), x.device).expand(len(x), 4)
@@ -160,19 +161,30 @@ def normalize(x, mean_std):
     return x.sub_(mean).div_(std)
 
 
-def normalize_uint8(images, mean_std):
-    """uint8 colours to the floats of normalise. images: N x 3 x S x S."""
+def to_unit(images, levels):
+    """Pixels of any type as floats in [0, 1]: 0 is black, 1 is white (decode.level_range), what lies beyond is cut."""
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    black, white = level_range(levels, str(images.dtype).removeprefix('torch.'))
+    values = images.double() if images.dtype in (torch.int32, torch.uint32) else images.float()
+    return (values - black).div_(white - black).clamp_(0, 1).float()
+
+
+def normalize_pixels(images, mean_std, levels):
+    """Pixels of any type to the floats of normalize. images: N x C x S x S; levels: of to_unit."""
     mean, std = mean_std
+    if images.dtype != torch.uint8:
+        return normalize(to_unit(images, levels), mean_std)
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def normalize_worker_views(views, args):
-    """Views that the workers have distorted, N x V x 3 x S x S uint8, as make_views gives them. args: with mean and
-    std of config.Config."""
+    """Views that the workers have distorted, N x V x C x S x S, uint8 or floats in [0, 1], as make_views gives them.
+    args: with mean and std of config.Config."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
     mean_std = mean_std_of_args(args, views.device)
-    found = tuple(normalize_uint8(view, mean_std) for view in views.unbind(1))
+    found = tuple(normalize_pixels(view, mean_std, (0.0, 1.0)) for view in views.unbind(1))
     torch.set_num_threads(threads)
     return found
 
@@ -183,6 +195,20 @@ def to_uint8(x):
 
 
 def denormalize(x, args):
-    """The inverse of normalise, clamped to [0, 1]: for pictures."""
+    """The inverse of normalize, clamped to [0, 1]."""
     mean, std = mean_std_of_args(args, x.device)
     return (x * std + mean).clamp(0, 1)
+
+
+def to_picture(x, args):
+    """Normalized views as red, green and blue in [0, 1], for people: N x C x S x S to N x 3 x S x S.
+
+    Of channels that are no colours the first three, from 2.5 standard deviations below the mean to as many above: the
+    pixels of an instrument may use a small part of their range. Of two the third is black, one is gray.
+    """
+    if args.channels in ('auto', 'rgb'):
+        return denormalize(x, args)
+    x = (x[:, :3] / 5 + 0.5).clamp(0, 1)
+    if x.shape[1] == 1:
+        return x.expand(-1, 3, -1, -1)
+    return torch.cat((x, torch.zeros_like(x[:, :1])), 1) if x.shape[1] == 2 else x

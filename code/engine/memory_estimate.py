@@ -10,7 +10,7 @@ AUGMENT_MEMORY_FACTOR = (
 )
 
 
-def estimate_step_bytes(model, images, views, size, dtype):
+def estimate_step_bytes(model, images, views, size, dtype, channels=3):
     """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the views of `images` images of
     size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None: float32).
 
@@ -28,7 +28,7 @@ def estimate_step_bytes(model, images, views, size, dtype):
     mode, (first, *_) = FakeTensorMode(), model.parameters()
     weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        shape = images, 3, size, size
+        shape = images, channels, size, size
         inputs = [
             torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last) for _ in range(views)
         ]
@@ -52,9 +52,12 @@ def describe_step_memory(args, model, dtype, free):
     adamw_second_moment_bytes = (
         sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0
     )  # its other moment
-    two, four = (estimate_step_bytes(model, images, args.num_views, args.image_size, dtype) for images in (2, 4))
+    channels = args.num_channels
+    two, four = (
+        estimate_step_bytes(model, images, args.num_views, args.image_size, dtype, channels) for images in (2, 4)
+    )
     each = (four - two) / 2  # of an image; all else is the network's
-    views = 4 * 3 * args.image_size**2 * share * (4 if args.loss_symmetry == '2x' else args.num_views)
+    views = 4 * channels * args.image_size**2 * share * (4 if args.loss_symmetry == '2x' else args.num_views)
     making = AUGMENT_MEMORY_FACTOR * views if args.augment_backend == 'device' else views
     augment_bytes = adamw_second_moment_bytes + two + making
 

@@ -238,6 +238,11 @@ def args_from_run(args):
     return replace_args(args, **{**saved, **kept})
 
 
+def is_unresolved(args, name):
+    """Whether an option of the pixels is a word that only the images, or the weights, turn into numbers."""
+    return getattr(args, name) in ('auto', 'dataset', 'weights')
+
+
 def resolve_resume(args):
     """args with the --ckpt_name that --resume means.
 
@@ -248,6 +253,7 @@ def resolve_resume(args):
         return replace_args(args, ckpt_name=args.resume)
     brought = {*ARCHITECTURE, *PREPROCESSING, *GOING_ON}  # by the weights, not by the defaults
     from_weights = (brought - args.given if args.init_from else set()) | {*args.chosen}
+    from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
     from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run's has become a number
     for run in reversed(list_run_dirs(args)):
         found = checkpoints(run)

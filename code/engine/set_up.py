@@ -5,8 +5,8 @@ import math
 import torch
 
 from ckpt import get_model_ckpt
-from dataloader.cache.bit_depth import warn_bit_depth
 from dataloader.load_dataset import find_split_sources, get_iterator
+from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
 from engine.auto_preset import choose_preset, without_weights
 from engine.cuda_graph import should_use_graph
@@ -34,7 +34,12 @@ def setup_run(args):
     before anything is written and before the first batch.
     """
     args, sources = choose_options(args)
+    if not args.ckpt_name:
+        sources = sources or find_split_sources(args)
+        args = resolve_pixels(args, sources['train'].store)
     args, model, checkpoint = load_start(args)
+    if not checkpoint:
+        args = resolve_mean_std(args, sources['train'].store)
     check_batch_and_warmup(args)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
     if (args.init_from or args.preset == 'photos') and 'protocol' not in args.given:
@@ -45,8 +50,7 @@ def setup_run(args):
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         protocol_splits(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
-    if not distributed.rank():
-        warn_bit_depth(iterators['train'].dataset.store, args.white_level)
+    warn_pixel_range(args, iterators['train'].dataset)
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
     args = replace_args(args, compile='False') if compile_skip_reason else args

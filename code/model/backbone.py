@@ -10,25 +10,28 @@ from torchvision.models import regnet, resnet
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
-def make_backbone(name, stem, size, zero_init=True):
-    """(backbone, its number of features d). backbone: N x 3 x size x size float to N x d.
+def make_backbone(name, stem, size, zero_init=True, channels=3):
+    """(backbone, its number of features d). backbone: N x C x size x size float to N x d.
 
     name: small, a classification network of torchvision (resnet50, convnext_tiny, vit_b_16, ...) or timm/<name>. stem:
     'imagenet', the network as it is, or of a ResNet 'cifar', 3 x 3 stride 1 without max-pool (paper, appendix D); small
     has 3 x 3 for both, with stride 2 or 1. zero_init: the last BN of every residual block starts at zero, as in the
-    official release, and not at one. Raises ValueError where there is no such network, or it does not take such images.
+    official release, and not at one. channels: C, of the images.
+    Raises ValueError where there is no such network, or it does not take such images.
     """
     if name == 'small':
-        backbone = tiny_resnet(1 if stem == 'cifar' else 2)
+        backbone = tiny_resnet(1 if stem == 'cifar' else 2, channels)
     elif name.startswith('timm/'):
-        backbone = from_timm(name.removeprefix('timm/'), size)
+        backbone = from_timm(name.removeprefix('timm/'), size, channels)
     else:
         backbone = from_torchvision(name, size)
+        if channels != 3:
+            set_input_channels(backbone, channels)
     if stem == 'cifar' and name != 'small':
-        use_cifar_stem(backbone)
+        use_cifar_stem(backbone, channels)
     for norm in find_last_bn_layers(backbone):
         nn.init.constant_(norm.weight, 0.0 if zero_init else 1.0)
-    return backbone, feature_dim(backbone, size)
+    return backbone, feature_dim(backbone, size, channels)
 
 
 def find_last_bn_layers(network):
@@ -54,6 +57,17 @@ def from_torchvision(name, size):
     last, classifier = [*network.named_children()][-1]
     setattr(network, last, remove_class_layer(classifier))
     return network
+
+
+def set_input_channels(network, channels):
+    """Give a network's first convolution, for three channels, weights for another number, drawn anew. Raises
+    ValueError where there is none."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or first.in_channels != 3 or first.groups != 1:
+        raise ValueError(f'its first layer cannot be given {channels} channels')
+    first.in_channels = channels
+    first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, channels, *first.kernel_size))
+    nn.init.kaiming_normal_(first.weight, mode='fan_out', nonlinearity='relu')
 
 
 def constructor_kwargs(name, size):
@@ -85,26 +99,27 @@ def timm_module():
     return timm
 
 
-def from_timm(name, size, **more):
+def from_timm(name, size, channels=3, **more):
     """A network of timm without a classifier; built for images of this size where that is part of it. more: options of
     timm.create_model, such as pretrained=True, whose errors come as they are."""
     timm = timm_module()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
         raise ValueError(f'timm has no such network; the nearest is timm/{near}')
+    inputs = {} if channels == 3 else {'in_chans': channels}
     try:
-        network = construct(timm.create_model, name, size, num_classes=0, img_size=size)
+        network = construct(timm.create_model, name, size, num_classes=0, img_size=size, **inputs)
         takes_size = True
     except TypeError:  # most networks take any size, and no such option
         try:
-            network = construct(timm.create_model, name, size, num_classes=0)
+            network = construct(timm.create_model, name, size, num_classes=0, **inputs)
             takes_size = False
         except TypeError as error:
             raise ValueError(size_error_text(size, error)) from None
     if not more:
         return network
     sized = {'img_size': size} if takes_size else {}
-    return timm.create_model(name, num_classes=0, **sized, **more)
+    return timm.create_model(name, num_classes=0, **sized, **inputs, **more)
 
 
 def construct(make, name, size, **more):
@@ -127,12 +142,12 @@ def size_error_text(size, error):
     return f'it does not take images of {size} px ({first_line(error)})'
 
 
-def feature_dim(backbone, size):
+def feature_dim(backbone, size, channels=3):
     """The number of features, by what comes out."""
     backbone.eval()
     try:
         with torch.no_grad():
-            features = backbone(torch.zeros(1, 3, size, size))
+            features = backbone(torch.zeros(1, channels, size, size))
     except Exception as error:
         raise ValueError(size_error_text(size, error)) from None
     backbone.train()
@@ -141,18 +156,22 @@ def feature_dim(backbone, size):
     return features.shape[1]
 
 
-def use_cifar_stem(backbone):
+def use_cifar_stem(backbone, channels=3):
     """Give a ResNet the stem for images of 32 pixels."""
     if not isinstance(backbone, resnet.ResNet):
         raise ValueError("--stem=cifar is for torchvision's ResNets; --stem=imagenet goes with every network")
-    backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    backbone.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode='fan_out', nonlinearity='relu')
     backbone.maxpool = nn.Identity()
 
 
-def tiny_resnet(stride):
+def tiny_resnet(stride, channels=3):
     """A residual network of three BasicBlocks, for 32-pixel images: 78 thousand parameters."""
-    layers = [nn.Conv2d(3, WIDTHS[0], 3, stride, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU(inplace=True)]
+    layers = [
+        nn.Conv2d(channels, WIDTHS[0], 3, stride, 1, bias=False),
+        nn.BatchNorm2d(WIDTHS[0]),
+        nn.ReLU(inplace=True),
+    ]
     before = WIDTHS[0]
     for width in WIDTHS:
         down = None

@@ -8,9 +8,10 @@ from model.backbone import make_backbone
 class SimSiam(nn.Module):
     """backbone f, projector (with f: the paper's encoder) and predictor h.
 
-    args: anything with the attributes backbone, stem, image_size, zero_init, proj_layers, proj_dim, pred_dim, proj_bn
-    and predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone). has_heads:
-    whether projector and predictor belong to the backbone; with weights of other tools there may be none that do.
+    args: anything with the attributes backbone, stem, image_size, num_channels, zero_init, proj_layers, proj_dim,
+    pred_dim, proj_bn and predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone).
+    has_heads: whether projector and predictor belong to the backbone; with weights of other tools there may be none
+    that do.
     """
 
     has_heads = True
@@ -18,7 +19,9 @@ class SimSiam(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.frozen = []  # BN layers that stay in eval mode (freeze_bn)
-        self.backbone, features = make_backbone(args.backbone, args.stem, args.image_size, args.zero_init)
+        self.backbone, features = make_backbone(
+            args.backbone, args.stem, args.image_size, args.zero_init, args.num_channels
+        )
         self.projector = make_projector(features, args.proj_layers, args.proj_dim, args.proj_bn)
         self.predictor = make_predictor(args.proj_dim, args.pred_dim, args.proj_bn)
         if args.predictor == 'none':

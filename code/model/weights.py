@@ -142,7 +142,7 @@ def match_keys(network, tensors):
     fitting = [
         prefix
         for prefix in prefixes
-        if all(prefix + name in tensors and tensors[prefix + name].shape == network[name].shape for name in needed)
+        if all(prefix + name in tensors and fits(tensors[prefix + name], network[name]) for name in needed)
     ]
     if not fitting:
         raise ValueError(
@@ -154,6 +154,41 @@ def match_keys(network, tensors):
     used = {prefix + name for name in network}
     left = {key.removeprefix(prefix).split('.')[0] for key in tensors if key not in used}
     return state, sorted(left)
+
+
+def fits(value, wanted):
+    """Whether a tensor of a file has the shape of the network's, or that of a first layer for three channels."""
+    return value.shape == wanted.shape or is_for_three(value, wanted)
+
+
+def is_for_three(value, wanted):
+    """Whether both are convolutions that differ in their input channels alone, and the first has three."""
+    shapes = value.shape, wanted.shape
+    return (
+        all(len(each) == 4 for each in shapes)
+        and value.shape[1] == 3 != wanted.shape[1]
+        and all(value.shape[axis] == wanted.shape[axis] for axis in (0, 2, 3))
+    )
+
+
+def adapt_channels(network, state):
+    """State dict `state` with its first layer for three channels made one for those of the network (its state dict)."""
+    return {
+        name: adapt_first_layer(value, network[name].shape[1])
+        if name in network and is_for_three(value, network[name])
+        else value
+        for name, value in state.items()
+    }
+
+
+def adapt_first_layer(weight, channels):
+    """A convolution's weights for `channels` input channels from those for three, D x 3 x K x K: of one the sum over
+    the three; of more they are repeated, times 3 / channels, so that the outputs stay as large. (timm's rule,
+    adapt_input_conv.)"""
+    weight = weight.float()
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
 
 
 def first(names):

@@ -23,7 +23,8 @@ from runtime.options import replace_args
 
 ALL = 'all labels'  # the column of the classifier on all of train
 # Options that every row shares with the call; all else is its own weights'.
-SHARED = ('image_path', 'val_fraction', 'white_level', 'on_unreadable', 'batch_size', 'image_size', 'knn_k')
+SHARED = ('image_path', 'val_fraction', 'channels', 'white_level', 'exif', 'npy_axes', 'on_unreadable')
+SHARED += ('batch_size', 'image_size', 'knn_k')
 
 
 def compare(args, model, splits, checkpoint):
@@ -126,7 +127,9 @@ def row_args(args, name, backbone=''):
         is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
     )
     shared |= {'backbone': backbone or (args.backbone if known else 'resnet50'), 'preset': 'imagenet', 'init_from': ''}
-    own = replace_args(args, **shared, ckpt_name=name, stem='imagenet', mean='imagenet', std='imagenet')
+    if args.num_channels == 3:
+        shared |= {'mean': 'imagenet', 'std': 'imagenet'}
+    own = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
     own.given = {*SHARED} | ({'backbone'} if backbone else set())
     return own
 

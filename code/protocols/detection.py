@@ -31,7 +31,7 @@ from runtime.device import get_device
 from runtime.environment import require_package
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log, progress
-from runtime.options import channel_values
+from runtime.options import channel_numbers, one_a_channel, pixel_levels
 from runtime.precision import autocast
 from runtime.seeding import generator_for, seed_step
 
@@ -62,11 +62,15 @@ def detection(args, model, splits, _):
 def load_detection_splits(args, _=None):
     """{'train', 'val'} of DetectionDataset of --detection_path. Raises UserError for what is missing."""
     require_package('pycocotools', '--protocol=detection')
+    if channel_numbers(args.channels):
+        raise UserError(
+            f'--protocol=detection is for red, green and blue, and this backbone takes --channels={args.channels}'
+        )
     if not fpn_layers(args.backbone):
         raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', args.white_level)
+    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', pixel_levels(args.white_level))
     if args.on_unreadable == 'skip':
         splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
@@ -133,7 +137,7 @@ def make_detector(args, backbone, num_classes, masks):
         kind = MaskRCNN if masks else FasterRCNN
         size = args.detection_size
         sizes = {'min_size': size, 'max_size': round(size * 5 / 3)}
-        pixels = {f'image_{name}': [*channel_values(name, getattr(args, name))] for name in ('mean', 'std')}
+        pixels = {f'image_{name}': one_a_channel(name, getattr(args, name), 3) for name in ('mean', 'std')}
         return kind(pyramid, num_classes + 1, **sizes, **pixels, **heads)
 
 

@@ -66,7 +66,7 @@ def iter_features(args, backbone, batches, title):
                 yield features.float(), part
         if not any_batch:  # there are more processes than images
             side, device = args.image_size, get_device(args)
-            none = torch.zeros(1, 3, side, side, device=device)
+            none = torch.zeros(1, args.num_channels, side, side, device=device)
             yield backbone(none)[:0].float(), torch.zeros(0, device=device).long()
 
 

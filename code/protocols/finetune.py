@@ -56,8 +56,9 @@ def finetune_and_score(args, backbone, train, val, rates, title):
     device, size = get_device(args), min(args.finetune_batch_size, len(train))
     few = replace_args(args, batch_size=size)
     crops = supervised_loader(few, train, drop_last=True)
+    sides = args.num_channels, args.image_size, args.image_size
     with torch.no_grad():
-        width = backbone.eval()(torch.zeros(1, 3, args.image_size, args.image_size, device=device)).shape[1]
+        width = backbone.eval()(torch.zeros(1, *sides, device=device)).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
         head = nn.Linear(width, len(val.classes)).to(device)

@@ -137,7 +137,7 @@ def view_features(args, model, images, views):
                 vision.apply_params(pixels, draws[:, done : done + len(pixels)].flatten(0, 1), recipe, views)
             )
             done += len(pixels)
-        side = torch.zeros(1, 3, args.image_size, args.image_size, device=get_device(args))
+        side = torch.zeros(1, args.num_channels, args.image_size, args.image_size, device=get_device(args))
         yield tuple(x[:0] for x in encode_views([side] * views))  # there may be more processes than images
 
     def encode_views(pictures):

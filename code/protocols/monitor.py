@@ -81,7 +81,7 @@ class Monitor:
         self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
 
     def show_views(self, views):
-        self.logger.views('two_views', [vision.denormalize(view[:16], self.args) for view in views])
+        self.logger.views('two_views', [vision.to_picture(view[:16], self.args) for view in views])
 
     def after_step(self, state, loss, std, rates, p, z):
         """A step is done. loss, std: on the device; rates: of backbone, projector and predictor; p, z: of each view."""

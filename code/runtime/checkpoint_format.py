@@ -11,6 +11,8 @@ from config import OPTIONS, PRESETS
 from runtime.errors import WorkError
 from runtime.options import current_names, parse, preset_options
 
+# What a run did before there were options for it.
+BEFORE = {'channels': 'rgb', 'exif': 'ignore', 'npy_axes': 'auto', 'jitter': 'image'}
 FORMAT = 3  # of `content`; runtime/checkpoint_format.py reads the earlier ones
 
 
@@ -53,6 +55,8 @@ def upgrade(content):
         if 'preset' in said
         else {}
     )
+    for name, value in BEFORE.items():
+        said.setdefault(name, value)
     missing_options = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
     return {**content, 'args': {**missing_options, **said}}, sorted(missing_options)
 

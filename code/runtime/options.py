@@ -10,6 +10,7 @@ from config import OPTIONS, PRESETS, RENAMED_OPTIONS, RENAMED_VALUES, Config
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # of --mean and --std
 # Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
 IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
@@ -102,6 +103,11 @@ def parse(name, value):
         raise UserError(f'--{name} must lie between {low} and {high}, not {text}: {limits["meaning"]}')
     if name in IMAGENET_PIXELS:
         channel_values(name, result)
+    if name == 'channels':
+        channel_numbers(result)
+    if name == 'white_level':
+        result = 'type' if result in ('0', '0.0') else result  # as it was called
+        pixel_levels(result)
     if name == 'model_name' and not (result.replace('-', '').replace('_', '').replace('.', '').isalnum()):
         raise UserError(f'--model_name names a folder: letters, digits, "-", "_" and "." only, not {text!r}')
     if name == 'model_name' and len(result.encode()) > 200:
@@ -220,18 +226,60 @@ def same_value(name, one, other):
 
 
 def channel_values(name, text):
-    """The values of --mean or --std (`name`), a number a channel. Raises UserError for what is neither `imagenet` nor
-    three numbers, or one for all."""
-    if text.strip() == 'imagenet':
+    """The values of --mean or --std (`name`), a number a channel, or one for all; ImageNet's where `text` is a word
+    that is not resolved yet. Raises UserError for what is neither of the words nor numbers."""
+    if text.strip() in PIXEL_WORDS:
         return IMAGENET_PIXELS[name]
     try:
         values = tuple(float(part) for part in text.strip('()[] ').split(','))
     except ValueError:
         values = ()
-    values = values * 3 if len(values) == 1 else values
-    low = 0.0 if name == 'mean' else 1e-3
-    if len(values) != 3 or not all(low <= value <= 1 for value in values):
+    low = 0.0 if name == 'mean' else 1e-6
+    if not values or not all(low <= value <= 1 for value in values):
         raise UserError(
-            f'--{name} is imagenet, or three numbers between {low:g} and 1, such as --{name}=0.5,0.5,0.5, not {text!r}'
+            f'--{name} is {", ".join(PIXEL_WORDS)}, or numbers between {low:g} and 1, one a channel or one for all, '
+            f'such as --{name}=0.5,0.5,0.5, not {text!r}'
         )
     return values
+
+
+def one_a_channel(name, text, count):
+    """channel_values as a list of `count` numbers."""
+    values = channel_values(name, text)
+    return [*(values * count if len(values) == 1 else values)]
+
+
+def channel_numbers(text):
+    """The numbers of --channels, from 1 on; () where they are red, green and blue, or not known yet. Raises
+    UserError."""
+    if text in ('auto', 'rgb'):
+        return ()
+    try:
+        ends = [int(part) for part in text.split('-')]
+        numbers = (*range(ends[0], ends[1] + 1),) if len(ends) == 2 else (*map(int, text.split(',')),)
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or len(numbers) > 4096:
+        raise UserError(
+            f'--channels is auto, rgb, or numbers from 1 on: --channels=1,3,4 picks three, 1-5 is all of five; not '
+            f'{text!r}'
+        )
+    return numbers
+
+
+def pixel_levels(text):
+    """(black, white) of --white_level; None where they are those of the type, or are to be measured. Raises
+    UserError."""
+    if text in ('type', 'auto'):
+        return None
+    try:
+        values = [float(part) for part in text.split(',')]
+    except ValueError:
+        values = []
+    values = [0.0, *values] if len(values) == 1 else values
+    if len(values) != 2 or not all(map(math.isfinite, values)) or values[0] >= values[1]:
+        raise UserError(
+            f'--white_level is type, auto, a number above 0, or two, black and white: --white_level=-1024,3071; not '
+            f'{text!r}'
+        )
+    return tuple(values)

@@ -37,7 +37,17 @@ REPEATS, TIMEOUT_S = 3, 180  # steps of each kind, by turns; seconds after which
 MAX_LOSS_DIFF = 0.02  # by which the two losses (in [-1, 1]) may differ
 NAMES = {torch.bfloat16: 'bfloat16', torch.float16: 'float16', None: 'float32'}
 # What the speed of a step depends on.
-BENCHMARK_KEYS = ('backbone', 'stem', 'image_size', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+BENCHMARK_KEYS = (
+    'backbone',
+    'stem',
+    'image_size',
+    'channels',
+    'proj_layers',
+    'proj_dim',
+    'pred_dim',
+    'predictor',
+    'proj_bn',
+)
 
 
 def precision(args):
@@ -229,7 +239,8 @@ def measure(options, threads):
 
     def views(count):
         side = args.image_size
-        return [channels_last(torch.randn(count, 3, side, side, generator=generator)) for _ in range(2)]
+        shape = count, args.num_channels, side, side
+        return [channels_last(torch.randn(shape, generator=generator)) for _ in range(2)]
 
     few = views(min(4, args.batch_size))
     difference = abs(step(None, few)[1] - step(torch.bfloat16, few)[1])

@@ -130,14 +130,14 @@ def test_a_size_that_is_unknown_is_the_files(unknown, tmp_path):
         assert [image['width'] for image in boxes.table['images']] == [96] * 3
 
 
-def test_deep_pictures_are_read_by_pixel_max(tmp_path):
+def test_images_of_16_bits_are_read_by_white_level(tmp_path):
     coco(tmp_path / 'set', COUNTS)
     for path in (tmp_path / 'set').glob('*2017/*.png'):
         with Image.open(path) as image:
             gray = np.asarray(image.convert('L')).astype(np.uint16) * 16
         Image.fromarray(gray).save(path)
     dark = load_boxes(tmp_path / 'set', False)['train'][0, False][0]
-    bright = load_boxes(tmp_path / 'set', False, 4095.0)['train'][0, False][0]
+    bright = load_boxes(tmp_path / 'set', False, (0.0, 4095.0))['train'][0, False][0]
     assert dark.max() < 0.1
     assert bright.mean() > 0.3
 

@@ -671,11 +671,11 @@ def test_a_class_may_not_be_called_train(drawn, tmp_path, capsys):
 def test_a_folder_that_is_no_class_is_said(drawn, tmp_path, capsys):
     shutil.copytree(drawn / 'train', tmp_path / 'set')
     (tmp_path / 'set/phone').mkdir()
-    (tmp_path / 'set/phone/1.heic').write_text('x')
+    (tmp_path / 'set/phone/1.raw').write_text('x')
     assert len(load_splits(options(tmp_path / 'set'))['train'].classes) == 3
     said = capsys.readouterr().out
     assert 'set: no class is phone, with no images that Pillow can open' in said
-    assert 'train  no images for Pillow, and not read: 1 .heic' in said
+    assert 'train  no images for Pillow, and not read: 1 .raw' in said
 
 
 @pytest.mark.parametrize('how', ['exchanged', 'written'])

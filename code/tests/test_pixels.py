@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import TINY, own_paths, run
-from dataloader.cache.bit_depth import bit_depth_warning, sample_levels
-from dataloader.loading.decode import decode
-from dataloader.readers.files import Files
-from dataloader.sources.path_array import PathArray
+from dataloader.loading.arrays import read_channels
+from dataloader.loading.decode import decode, open_image
+from dataloader.loading.pixel_settings import range_warning
 from runtime.errors import WorkError
 
 # Of each mode: how to make a picture of it, the value that --white_level names (0: none), the grey level of it in RGB.
@@ -43,7 +42,7 @@ DEEP = [
 @pytest.mark.parametrize(('kind', 'value', 'white', 'gray'), DEEP)
 def test_more_than_eight_bits(kind, value, white, gray, tmp_path):
     Image.fromarray(np.full((6, 8), value, kind)).save(tmp_path / 'deep.tiff')
-    image = decode(tmp_path / 'deep.tiff', white=white)
+    image = decode(tmp_path / 'deep.tiff', levels=(0, white) if white else None)
     assert (image.mode, image.size) == ('RGB', (8, 6))
     assert np.unique(np.asarray(image)).tolist() == [gray]
 
@@ -57,9 +56,12 @@ def test_unsigned_32_bits(value, white, gray, tmp_path):
     entries = b''.join(struct.pack('<HHII', tag, 4, 1, number) for tag, number in tags.items())
     head = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
     (tmp_path / 'deep.tiff').write_bytes(head + entries + bytes(4) + 16 * struct.pack('<I', value))
-    assert np.unique(np.asarray(decode(tmp_path / 'deep.tiff', white=white))).tolist() == [gray]
-    _, deep = sample_levels(Files(tmp_path, PathArray(['deep.tiff'])), [0], white)
-    assert deep == [('I', value, value)]
+    assert np.unique(np.asarray(decode(tmp_path / 'deep.tiff', levels=(0, white) if white else None))).tolist() == [
+        gray
+    ]
+    with open_image(tmp_path / 'deep.tiff', 'deep.tiff') as image:
+        pixels = read_channels(image)
+    assert (pixels.dtype, *np.unique(pixels)) == (np.uint32, value)
 
 
 @pytest.mark.parametrize('mode', ['I;16B', 'I;16'])
@@ -103,23 +105,22 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('gray', 'deep', 'white', 'said'),
+    ('dtype', 'low', 'top', 'levels', 'said'),
     [
-        ([250.0], [], 0, None),
-        ([63.0], [], 0, 'grey levels up to 63 of 255'),
-        ([1.0, 0.0], [], 0, 'grey levels up to 1 of 255'),
-        ([], [], 0, None),
-        ([255.0], [('I', 0, 60000)], 0, None),
-        ([4.0], [('I', 0, 1023)], 0, '`white_level=1023`'),
-        ([255.0], [('F', 0, 255)], 0, '1 is white already: `white_level=255`'),
-        ([255.0], [('F', 0, 3e6)], 0, '`white_level=3e\\+06`'),
-        ([255.0], [('I', -1000, 3000)], 4095, 'below 0 is black'),
-        ([10.0], [('F', 0, 0.01)], 0, '`white_level=0.01`'),
-        ([250.0], [], 4095, '`white_level` has no effect: the images have 8 bits'),
+        ('uint8', 0, 250.0, None, None),
+        ('uint8', 0, 63.0, None, 'grey levels up to 63 of 255'),
+        ('uint16', 0, 60000, None, None),
+        ('uint16', 0, 1023, None, '`white_level=1023`'),
+        ('float32', 0, 255, None, '1 is white already: `white_level=255`'),
+        ('float32', 0, 3e6, None, '`white_level=3e\\+06`'),
+        ('int16', -1000, 3000, (0, 4095), 'below 0 is black; `white_level=-1000,3000`'),
+        ('int16', -1000, 3000, (-1024, 3071), None),
+        ('float32', 0, 0.01, None, '`white_level=0.01`'),
+        ('uint8', 0, 250.0, (0, 4095), '`white_level` has no effect: the images have 8 bits'),
     ],
 )
-def test_what_is_said_of_a_range(gray, deep, white, said):
-    line = bit_depth_warning(gray, deep, white)
+def test_what_is_said_of_a_range(dtype, low, top, levels, said):
+    line = range_warning(dtype, low, top, levels)
     assert line is None if said is None else re.search(said, line)
 
 

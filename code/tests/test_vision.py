@@ -237,10 +237,10 @@ def test_views_of_whole_images_are_those_of_the_gpu_and_of_the_crops(interpolati
     mean_std = vision.mean_and_std('imagenet', 'imagenet', images.device)
     other = torch.cat(vision.augment_gpu(images, draws, augmentation, mean_std, 2))
     torch.testing.assert_close(ours, other, atol=2e-2, rtol=0)
-    cut = torch.empty(24, 3, 24, 24)
+    cut = torch.empty(24, 3, 24, 24, dtype=torch.uint8)
     for i, (top, left, height, width, flip) in enumerate(draws[:, :5].int().tolist()):
         how = reference.InterpolationMode(interpolation)
-        x = reference.resized_crop(images[i % 12], top, left, height, width, [24, 24], how, True).float()
+        x = reference.resized_crop(images[i % 12], top, left, height, width, [24, 24], how, True)
         cut[i] = x.flip(2) if flip else x
     draws[:, :5] = 0  # cropped already
     workers = vision.augment_cpu(cut, draws, augmentation, lambda x: vision.normalize(x, mean_std))

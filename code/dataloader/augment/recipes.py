@@ -16,8 +16,10 @@ to `augmentation` and `warmup_augmentation` in config.py. To add an operation, w
 from dataclasses import dataclass, replace
 
 from dataloader.augment.blur import GaussianBlur
+from dataloader.augment.channels import ChannelJitter, IntensityJitter
 from dataloader.augment.color import ColorJitter, RandomGrayscale
 from dataloader.augment.crop import RandomResizedCrop
+from runtime.options import channel_numbers, pixel_levels
 
 AUGMENTATIONS = {
     # MoCo v2 (arXiv 2003.04297), the paper's (section 3).
@@ -49,6 +51,7 @@ class Augmentation:
     interpolation: str  # 'bilinear' or 'bicubic', of the crop's resize
     mean: object  # `mean` and `std`
     std: object
+    levels: tuple | None = None  # of decode.level_range
 
     @property
     def changes_pixels(self):
@@ -66,4 +69,33 @@ def get_augmentation(args, name):
         replace(operation, prob=args.blur_prob) if isinstance(operation, GaussianBlur) else operation
         for operation in operations
     )
-    return Augmentation(crop, operations, args.image_size, args.interpolation, args.mean, args.std)
+    channels = channel_numbers(args.channels)
+    if channels or args.jitter == 'channel':
+        operations = without_colors(operations, len(channels) or 3, args.jitter == 'channel')
+    levels = pixel_levels(args.white_level)
+    return Augmentation(crop, operations, args.image_size, args.interpolation, args.mean, args.std, levels)
+
+
+def without_colors(operations, channels, of_each_channel):
+    """The operations for images whose channels are not red, green and blue, or that are jittered channel by channel:
+    of ColorJitter brightness and contrast alone, or a gain and an offset for each channel; no hue, saturation and
+    grayscale."""
+    found = []
+    for operation in operations:
+        if isinstance(operation, ColorJitter) and of_each_channel:
+            offset = operation.brightness / 4  # of the range; not tried
+            found.append(ChannelJitter(operation.contrast, offset, channels, operation.prob))
+        elif isinstance(operation, ColorJitter):
+            found.append(IntensityJitter(operation.brightness, operation.contrast, operation.prob))
+        elif not isinstance(operation, RandomGrayscale):
+            found.append(operation)
+    return tuple(found)
+
+
+def describe_augmentation(args):
+    """What becomes of an augmentation's colours where channels are none, in a line; '' where they are."""
+    if args.jitter == 'channel':
+        return 'augmentation: a gain and an offset for each channel (`jitter=channel`); no hue, saturation, grayscale'
+    if channel_numbers(args.channels):
+        return 'augmentation: brightness and contrast of all channels alike; no hue, saturation, grayscale'
+    return ''

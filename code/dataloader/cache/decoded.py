@@ -8,9 +8,12 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from dataloader.cache import cache_file
-from dataloader.loading.decode import draft_downscale, rgb
+from dataloader.loading.crops import RGB8, from_float, to_float
+from dataloader.loading.decode import draft_downscale, exif_transpose_method, rgb, stored_and_upright_size
+from dataloader.loading.pixel_format import to_array
 from dataloader.readers.memmap import MemmapReader
 from dataloader.readers.memory import Memory
 from runtime.atomic_write import atomic_write
@@ -22,7 +25,7 @@ from runtime.messages import log, progress
 SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up to this side (px), sets up to this size
 
 
-def decode_to_memory(store, where, policy, white_level, cache_path):
+def decode_to_memory(store, where, policy, pixel_format, cache_path):
     """A Memory of the store's images, where `policy` (`cache_images`) says so; else None. where: the folder's path.
 
     auto: all are of one size, up to SMALL_SIDE pixels, and fit. on: all are of one size. Raises UserError where `on`
@@ -31,17 +34,18 @@ def decode_to_memory(store, where, policy, white_level, cache_path):
     if policy == 'off':
         return None
     width, height = first_image_size(store)
-    small = max(width, height) <= SMALL_SIDE and len(store.names) * width * height * 3 <= MEMORY_BYTES
+    size = len(store.names) * width * height * pixel_format.count * np.dtype(pixel_format.dtype).itemsize
+    small = max(width, height) <= SMALL_SIDE and size <= MEMORY_BYTES
     if not small and policy == 'auto':
         return None
     path, mark = (
         cache_file.cache_file(cache_path, where.parent, where.name, 'pixels'),
-        f'{store.digest()} {white_level:g}',
+        f'{store.digest()} {pixel_format.key()}',
     )
     pixels = cache_file.load(path, mark)
     if pixels is not None:
-        return Memory(store.names, pixels)
-    images, errors = decode_all(store, f'reading {cache_title(where)}', white_level)
+        return Memory(store.names, pixels, pixel_format.is_rgb8)
+    images, errors = decode_all(store, f'reading {cache_title(where)}', pixel_format)
     if errors:
         more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
         raise WorkError(f'{errors[0]}{more}')
@@ -53,38 +57,40 @@ def decode_to_memory(store, where, policy, white_level, cache_path):
         return None
     pixels = torch.from_numpy(images)
     cache_file.save(path, {'mark': mark, 'content': pixels})
-    return Memory(store.names, pixels)
+    return Memory(store.names, pixels, pixel_format.is_rgb8)
 
 
 def first_image_size(store):
     """Width and height of the first image that can be opened; of none 1 and 1: reading them all will tell why."""
     for row in range(len(store.names)):
         with contextlib.suppress(WorkError), store.opened(row) as image:
-            return image.size
+            return stored_and_upright_size(image)[1]
     return 1, 1
 
 
-def build_resized_cache(store, where, side, white_level, cache_path):
+def build_resized_cache(store, where, side, pixel_format, cache_path):
     """A MemmapReader of the store's images, the shorter side `side` pixels; smaller images are kept as they are.
 
     Built once, with a progress bar. Raises WorkError for an image that cannot be read.
     """
     path, mark = (
         cache_file.cache_file(cache_path, where.parent, where.name, f'side{side}'),
-        f'{store.digest()} {white_level:g}',
+        f'{store.digest()} {pixel_format.key()}',
     )
     flat = path.with_name(f'{path.stem}_{blake2b(mark.encode(), digest_size=4).hexdigest()}.bin')
     index = cache_file.load(path, mark)
-    if index is not None and flat.is_file() and flat.stat().st_size == index[-1, 0] + 3 * index[-1, 1:].prod():
-        return MemmapReader(store.names, flat, index)
+    count, item = pixel_format.count, np.dtype(pixel_format.dtype).itemsize
+    whole = None if index is None else item * (index[-1, 0] + count * index[-1, 1:].prod())
+    if index is not None and flat.is_file() and flat.stat().st_size == whole:
+        return MemmapReader(store.names, flat, index, pixel_format)
     sizes = []
 
     def write(aside):
         with open(aside, 'wb') as file, ThreadPoolExecutor(cpu_count()) as pool, silence_stderr():
             rows, title = range(len(store.names)), f'resizing {cache_title(where)}'
-            images = ordered_map(pool, lambda row: resize_short_side(store, row, side, white_level), rows)
+            images = ordered_map(pool, lambda row: resize_short_side(store, row, side, pixel_format), rows)
             for image in progress(images, title, 'images', len(rows)):
-                sizes.append(image.shape[:2])
+                sizes.append(image.shape[:2] if pixel_format.is_rgb8 else image.shape[1:])
                 file.write(image.tobytes())
 
     if path.parent.is_dir():
@@ -93,17 +99,22 @@ def build_resized_cache(store, where, side, white_level, cache_path):
                 os.unlink(other.path)  # made from what the images were before
     atomic_write(flat, write)
     sizes = torch.tensor(sizes)
-    ends = 3 * sizes.prod(1).cumsum(0)
-    index = torch.cat(((ends - 3 * sizes.prod(1))[:, None], sizes), 1)
+    ends = count * sizes.prod(1).cumsum(0)
+    index = torch.cat(((ends - count * sizes.prod(1))[:, None], sizes), 1)
     atomic_write(path, lambda aside: torch.save({'mark': mark, 'content': index}, aside))
-    return MemmapReader(store.names, flat, index)
+    return MemmapReader(store.names, flat, index, pixel_format)
 
 
-def resize_short_side(store, row, side, white_level=0.0):
-    """Image `row` with a shorter side of `side` pixels, or as it is where it is smaller: height x width x 3 uint8."""
+def resize_short_side(store, row, side, pixel_format=RGB8):
+    """Image `row` with a shorter side of `side` pixels, or as it is where it is smaller: height x width x 3 uint8, or
+    channels x height x width of the format's type."""
     with store.opened(row) as image:
+        if not pixel_format.is_rgb8:
+            return resize_array(to_array(image, pixel_format), side)
+        turn = exif_transpose_method(image) if pixel_format.exif else None
         draft_downscale(image, min(image.size) / side)
-        image = rgb(image, white_level)
+        image = rgb(image, pixel_format.levels)
+        image = image if turn is None else image.transpose(turn)
     scale = side / min(image.size)
     if scale < 1:
         size = [max(side, round(length * scale)) for length in image.size]
@@ -111,15 +122,30 @@ def resize_short_side(store, row, side, white_level=0.0):
     return np.asarray(image)
 
 
-def readable_rows(store, where, cache_path):
+def resize_array(pixels, side):
+    """resize_short_side of C x H x W."""
+    scale = side / min(pixels.shape[1:])
+    if scale >= 1:
+        return pixels
+    size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
+    pixels = torch.from_numpy(pixels)[None]
+    return from_float(interpolate(to_float(pixels), size, mode='bilinear', antialias=True), pixels.dtype)[0].numpy()
+
+
+def readable_rows(store, where, cache_path, pixel_format=RGB8):
     """Row numbers of the images that can be read. All are decoded, once; the others are named in a file, said, and
     tried again each time: it may have been a right, or the disk. Raises WorkError where none can."""
-    path, mark = cache_file.cache_file(cache_path, where.parent, where.name, 'unreadable'), store.digest()
+    path, mark = (
+        cache_file.cache_file(cache_path, where.parent, where.name, 'unreadable'),
+        f'{store.digest()} {pixel_format.key()}',
+    )
     unreadable_rows, named = cache_file.load(path, mark), path.with_suffix('.txt')
     before = unreadable_rows
     if unreadable_rows is None or unreadable_rows:
         some = store if unreadable_rows is None else store.select(torch.tensor(unreadable_rows))
-        errors = [found for found in map_images(some, f'checking {cache_title(where)}', lambda _: None) if found]
+        errors = [
+            found for found in map_images(some, f'checking {cache_title(where)}', lambda _: None, pixel_format) if found
+        ]
         unreadable_rows = [error.row if before is None else before[error.row] for error in errors]
     if unreadable_rows != before:
         cache_file.save(path, {'mark': mark, 'content': unreadable_rows})
@@ -143,26 +169,25 @@ def readable_rows(store, where, cache_path):
     return rows.nonzero()[:, 0]
 
 
-def decode_all(store, title, white_level=0.0):
-    """Read every image. Returns (N x 3 x H x W uint8 or None, list of WorkErrors); (None, []) at the first image that
-    has another size than the others."""
+def decode_all(store, title, pixel_format=RGB8):
+    """Read every image. Returns (N x C x H x W of the format's type or None, list of WorkErrors); (None, []) at the
+    first image that has another size than the others."""
     kept, errors = None, []
-    for row, image in enumerate(
-        map_images(store, title, lambda image: np.asarray(image).transpose(2, 0, 1), white_level)
-    ):
+    for row, image in enumerate(map_images(store, title, lambda image: image, pixel_format)):
         if isinstance(image, WorkError):
             errors.append(image)
             continue
         if kept is None:
-            kept = np.empty((len(store.names), *image.shape), np.uint8)
+            kept = np.empty((len(store.names), *image.shape), image.dtype)
         if image.shape != kept.shape[1:]:
             return None, []
         kept[row] = image
     return kept, errors
 
 
-def map_images(store, title, fn, white_level=0.0):
-    """Of each image in turn what `fn` makes of it in RGB, or the WorkError, with its `row`, where it cannot be read.
+def map_images(store, title, fn, pixel_format=RGB8):
+    """Of each image in turn what `fn` makes of its pixels (pixel_format.to_array), or the WorkError, with its `row`,
+    where it cannot be read.
 
     fn: called in threads.
     """
@@ -171,11 +196,11 @@ def map_images(store, title, fn, white_level=0.0):
     def read(row):
         try:
             with store.opened(row) as image:
-                image = rgb(image, white_level)
+                pixels = to_array(image, pixel_format)
         except WorkError as error:
             error.row = row
             return error
-        return fn(image)
+        return fn(pixels)
 
     with ThreadPoolExecutor(cpu_count()) as pool, silence_stderr():
         yield from progress(ordered_map(pool, read, rows), title, 'images', len(rows))

@@ -23,7 +23,7 @@ class DetectionDataset(Dataset):
     table: dict
     left_out: int  # boxes without an area, or outside of their image
     masks: bool
-    white: float = 0.0  # of decode.rgb
+    levels: tuple | None = None  # of decode.rgb
 
     def __post_init__(self):
         self.boxes_by_image = {image['id']: [] for image in self.table['images']}
@@ -63,7 +63,7 @@ class DetectionDataset(Dataset):
         """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""
         index, hflip = key
         entry = self.table['images'][index]
-        picture = decode(self.folder / entry['file_name'], white=self.white, upright=not entry.get('stored'))
+        picture = decode(self.folder / entry['file_name'], levels=self.levels, upright=not entry.get('stored'))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
         kept = [box for box in self.boxes_by_image[entry['id']] if not box['iscrowd']]
         boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
@@ -86,12 +86,12 @@ class DetectionDataset(Dataset):
         return image, target
 
 
-def load_boxes(folder, masks, white=0.0):
-    """{'train': DetectionDataset, 'val': DetectionDataset} of a folder in either format. white: of decode.rgb. Raises
+def load_boxes(folder, masks, levels=None):
+    """{'train': DetectionDataset, 'val': DetectionDataset} of a folder in either format. levels: of decode.rgb. Raises
     UserError where it is in neither."""
     if (folder / 'annotations').is_dir():
         splits = {
-            split: DetectionDataset(*coco_split(folder, split, masks), masks, white) for split in ('train', 'val')
+            split: DetectionDataset(*coco_split(folder, split, masks), masks, levels) for split in ('train', 'val')
         }
         names = [{each['id']: each['name'] for each in splits[split].table['categories']} for split in splits]
         if names[0] != names[1]:
@@ -102,7 +102,7 @@ def load_boxes(folder, masks, white=0.0):
             raise UserError('`detector=mask_rcnn` wants masks, which the VOC format has not: take faster_rcnn or COCO')
         numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
         found = zip(('train', 'val'), voc_lists(folder), strict=True)
-        return {split: DetectionDataset(*voc_split(folder, path, numbers), masks, white) for split, path in found}
+        return {split: DetectionDataset(*voc_split(folder, path, numbers), masks, levels) for split, path in found}
     raise UserError(f'`detection_path`: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 

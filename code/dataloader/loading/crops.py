@@ -1,31 +1,51 @@
-"""From an opened image to what is handed on: random resized crops or the centre crop, S x S, uint8."""
+"""From an opened image to what is handed on: random resized crops or the center crop, S x S, of the file's type."""
 
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from dataloader.augment.crop import center_box
-from dataloader.loading.decode import draft_downscale, rgb, to_uint8_tensor
+from dataloader.augment.crop import center_box, crop_resize
+from dataloader.loading.decode import (
+    draft_downscale,
+    exif_transpose_method,
+    rgb,
+    stored_and_upright_size,
+    to_uint8_tensor,
+    turn_upright,
+)
+from dataloader.loading.pixel_format import PixelFormat, to_array
 
 RESAMPLING = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+RGB8 = PixelFormat()
 
 
-def random_crops(image, views, augmentation, generator, jpeg_draft=True, white_level=0.0):
-    """`views` random resized crops, perhaps flipped, from one decoding: views x 3 x S x S uint8.
+def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_format=RGB8):
+    """`views` random resized crops, perhaps flipped, from one decoding: views x C x S x S, of the format's channels and
+    type.
 
     image: as decode.open_image gives it. augmentation: of recipes. jpeg_draft: let the JPEG decoder leave out detail
-    (decode.draft_downscale). white_level: of decode.rgb.
+    (decode.draft_downscale).
     """
     size, how = augmentation.size, augmentation.interpolation
-    boxes = augmentation.crop.sample(views, image.height, image.width, generator)
+    if not pixel_format.is_rgb8:
+        pixels = torch.from_numpy(to_array(image, pixel_format))[None]
+        boxes = augmentation.crop.sample(views, *pixels.shape[2:], generator)
+        return torch.cat([resize_box(pixels, box, size, how) for box in boxes.tolist()])
+    turn = exif_transpose_method(image) if pixel_format.exif else None
+    width, height = stored_and_upright_size(image)[1] if pixel_format.exif else image.size
+    boxes = augmentation.crop.sample(views, height, width, generator)
+    # Of an image that is turned the detail is left out where each row and column stands for as many, whichever is last.
+    jpeg_draft = jpeg_draft and (turn is None or not (width % 8 or height % 8))
     downscale = draft_downscale(image, boxes[:, 2:4].min().item() / size) if jpeg_draft else 1
     if downscale > 1:
-        image = rgb(image, white_level)
+        image = rgb(image, pixel_format.levels)
+        image = image if turn is None else image.transpose(turn)
     else:
-        pixels = to_uint8_tensor(image, white_level)[None]
+        pixels = to_uint8_tensor(image, pixel_format.levels)
+        pixels = (pixels if turn is None else turn_upright(pixels, turn))[None]
     crops = torch.empty(views, 3, size, size, dtype=torch.uint8)
     for out, (top, left, height, width, flip) in zip(crops, boxes.tolist(), strict=True):
-        if downscale > 1:  # a box of the whole image, in pixels that stand for `spare` of its own: exact, and inside
+        if downscale > 1:  # a box of the whole image, in pixels that stand for `downscale` of its own: exact
             box = (left / downscale, top / downscale, (left + width) / downscale, (top + height) / downscale)
             crop = to_uint8_tensor(image.resize((size, size), RESAMPLING[how], box=box))
         else:  # the same to a grey level, three times as fast
@@ -36,8 +56,40 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, white_l
     return crops
 
 
-def center_crop(image, size, ratio, white_level=0.0, how='bilinear'):
-    """The view for evaluation: 1 x 3 x size x size uint8. ratio: share of the shorter side. how: of RESAMPLING."""
+def resize_box(pixels, box, size, how):
+    """The box (top, left, height, width, flip) of an image, 1 x C x H x W, as 1 x C x S x S of its type."""
+    top, left, height, width, flip = box
+    crop = pixels[:, :, int(top) : int(top + height), int(left) : int(left + width)]
+    crop = interpolate(to_float(crop), (size, size), mode=how, antialias=True)
+    return from_float(crop.flip(3) if flip else crop, pixels.dtype)
+
+
+def center_crop(image, size, ratio, how='bilinear', pixel_format=RGB8):
+    """The view for evaluation: 1 x C x size x size, of the format's channels and type. ratio: share of the shorter
+    side. how: of RESAMPLING."""
+    if not pixel_format.is_rgb8:
+        pixels = torch.from_numpy(to_array(image, pixel_format))[None]
+        box = torch.tensor([center_box(*pixels.shape[2:], ratio)])
+        cubic, values = how == 'bicubic', to_float(pixels)
+        low, high = values.amin(), values.amax()  # of a cubic filter, which overshoots
+        crop = crop_resize(values - low, box, None, size, clip_to_box=False, cubic=cubic, white=(high - low).item())
+        return from_float(crop + low, pixels.dtype)
+    turn = exif_transpose_method(image) if pixel_format.exif else None
+    image = rgb(image, pixel_format.levels)
+    image = image if turn is None else image.transpose(turn)
     top, left, height, width = center_box(image.height, image.width, ratio)
-    image = rgb(image, white_level).resize((size, size), RESAMPLING[how], box=(left, top, left + width, top + height))
+    image = image.resize((size, size), RESAMPLING[how], box=(left, top, left + width, top + height))
     return to_uint8_tensor(image)[None]
+
+
+def to_float(pixels):
+    """Pixels of any type as floats to calculate with; whole numbers of 32 bits as float64, which holds them."""
+    return pixels.double() if pixels.dtype in (torch.int32, torch.uint32) else pixels.float()
+
+
+def from_float(values, dtype):
+    """Floats as the nearest values of a type."""
+    if dtype.is_floating_point:
+        return values.to(dtype)
+    limits = torch.iinfo(dtype)
+    return values.round().clamp(limits.min, limits.max).to(torch.int64).to(dtype)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from config import Config
 from dataloader import vision
 from dataloader.augment.recipes import get_augmentation
 from dataloader.loading import crops
-from dataloader.loading.decode import rgb
 from dataloader.loading.loader import catch_as_value, collate
+from dataloader.loading.pixel_format import PixelFormat, to_array
 from dataloader.readers.memory import Memory
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
@@ -26,6 +27,7 @@ class ImageDataset(torch.utils.data.Dataset):
     labels: torch.Tensor  # N, int64; -1: no label
     classes: list  # names, by number
     views: int = 0  # random ones of each image; 0: the centre crop
+    pixel_format: PixelFormat = crops.RGB8
     workers_only_crop: bool = False  # workers leave all but decoding and cropping to the device
 
     @property
@@ -35,8 +37,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def pixels(self):
-        """N x 3 x H x W uint8 of images that are held in memory, else None."""
-        return self.store.pixels if isinstance(self.store, Memory) else None
+        """N x 3 x H x W uint8 of images that are held in memory, else None. (Arrays are held there to be read as from a
+        file.)"""
+        return self.store.pixels if isinstance(self.store, Memory) and self.pixel_format.is_rgb8 else None
 
     def __len__(self):
         return len(self.labels)
@@ -63,31 +66,38 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.pixels is not None and self.pixels.is_cuda
 
     def read(self, index, seed, augmentation):
-        """One image: 1 x 3 x S x S uint8, the view for evaluation, or views x 3 x S x S, random crops or views."""
-        args = self.args
+        """One image: 1 x C x S x S, the view for evaluation, or views x C x S x S, random crops or views; in the type
+        of the pixel format."""
+        args, pixel_format = self.args, self.pixel_format
         with self.store.opened(index) as image:
             if not self.views:
-                return crops.center_crop(image, args.image_size, args.crop_ratio, args.white_level, args.interpolation)
+                return crops.center_crop(image, args.image_size, args.crop_ratio, args.interpolation, pixel_format)
             if args.augment_backend == 'worker':
                 views = vision.torchvision_views(get_augmentation(args, augmentation))
-                return views(rgb(image, args.white_level), seed, self.views)
+                return views(Image.fromarray(to_array(image, pixel_format).transpose(1, 2, 0)), seed, self.views)
             generator, recipe = torch.Generator().manual_seed(seed), get_augmentation(args, augmentation)
-            return crops.random_crops(image, self.views, recipe, generator, args.jpeg_draft, args.white_level)
+            return crops.random_crops(image, self.views, recipe, generator, args.jpeg_draft, pixel_format)
 
     def make_views(self, images, augmentation, generator, place=None, compiled=False):
         """The views of a batch, as `batch` gave it, on the device: a tuple of N x 3 x S x S (vision.random_views). What
         workers have distorted already (the device is a CPU, or `augment_backend=worker`) is only normalised here."""
         if images.ndim == 5 and not self.workers_only_crop:
+            # Arrays come as floats in [0, 1].
             return vision.normalize_worker_views(images, self.args)
         recipe = get_augmentation(self.args, augmentation)
         return vision.random_views(images, recipe, generator, self.views, place, compiled)
 
     def augment_in_worker(self, images, seed, augmentation):
-        """Distort crops in place, N x views x 3 x S x S uint8: where the device is the CPU, the workers' part of it.
+        """Distort crops, N x views x C x S x S: where the device is the CPU, the workers' part of it.
 
-        Whole grey levels, for floats would take as long to hand over as to make.
+        uint8 in place, as whole grey levels, for floats would take as long to hand over as to make; of other types
+        floats in [0, 1].
         """
         recipe = get_augmentation(self.args, augmentation)
+        if not self.pixel_format.is_rgb8:
+            flat = images.flatten(0, 1)
+            draws = vision.sample(len(flat), recipe, generator_for(seed, 'colours'))
+            return vision.augment_cpu(flat, draws, recipe, lambda x: x).view(*images.shape)
         if recipe.changes_pixels:
             flat = images.flatten(0, 1)
             draws = vision.sample(

@@ -1,14 +1,17 @@
-"""One image: which files are images, and how one becomes RGB, whatever Pillow opens it as."""
+"""One image: which files are images, how one is opened, and how it becomes RGB, whatever it is opened as."""
 
 import contextlib
 import functools
 import logging
+import os
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile
 
+from dataloader.loading import arrays
 from runtime.console import printable
 from runtime.errors import WorkError
 
@@ -25,25 +28,44 @@ warnings.filterwarnings('ignore', module=r'PIL\.')  # what Pillow thinks of dama
 logging.getLogger('PIL').addHandler(logging.NullHandler())  # it also says those, and they are raised
 # Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
 UNSUPPORTED_FORMATS = ('MPEG', 'EPS')
-SAMPLE_FORMAT = 339  # TIFF's tag: 1 or none for unsigned numbers
-WHITE_LEVEL = {'I': 65535.0, 'F': 1.0}  # the largest value of a kind of pixel, unless `white_level` says another
+BITS = 258  # TIFF's tag: of each channel
+# Formats that are read where a package is installed: its name, and what pip calls it.
+PACKAGES = {
+    '.dcm': ('pydicom', 'pydicom'),
+    '.dicom': ('pydicom', 'pydicom'),
+    '.heic': ('pillow_heif', 'pillow-heif'),
+    '.heif': ('pillow_heif', 'pillow-heif'),
+}
+logging.getLogger('tifffile').addHandler(logging.NullHandler())
+logging.getLogger('pydicom').addHandler(logging.NullHandler())
 
 
 @functools.cache
 def extensions():
-    """The endings of the files that Pillow can open, lower case, as bytes: {b'.jpg', b'.jfif', b'.avif', ...}."""
+    """The endings of the files that can be opened, lower case, as bytes: {b'.jpg', b'.avif', b'.npy', b'.dcm', ...}."""
     Image.init()
+    if find_spec('pillow_heif'):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     stubs = {
         name
         for name, (factory, _) in Image.OPEN.items()
         if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
     }
     left_out = stubs.union(UNSUPPORTED_FORMATS)
-    return frozenset(
+    installed = [ending for ending, (package, _) in PACKAGES.items() if find_spec(package)]
+    return frozenset((b'.npy', *map(str.encode, installed))) | frozenset(
         ending.encode()
         for ending, name in Image.registered_extensions().items()
         if (name in Image.OPEN or name == 'MPO') and name not in left_out  # MPO is opened as a JPEG
     )
+
+
+def install_hint(endings):
+    """What pip3 installs to read files with one of these endings, in words; '' where that is nothing."""
+    packages = {pip for ending, (package, pip) in PACKAGES.items() if ending in endings and not find_spec(package)}
+    return f'; pip3 install {" ".join(sorted(packages))} reads more of them' if packages else ''
 
 
 def is_image(name):
@@ -54,13 +76,13 @@ def is_image(name):
 
 @contextlib.contextmanager
 def open_image(source, name):
-    """An image as PIL opens it, its pixels not read yet: rgb and mean_std_text do.
+    """An image as PIL opens it, its pixels not read yet: rgb and arrays.read_channels do.
 
     source: a path, or a file of bytes; name: of the image. Raises WorkError with its name where it cannot be opened, as
-    rgb and mean_std_text do where it cannot be read.
+    they do where it cannot be read.
     """
     with wrap_pillow_errors(name):
-        image = Image.open(source)
+        image = open_by_format(source, os.fsdecode(name))
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise WorkError(
@@ -71,12 +93,49 @@ def open_image(source, name):
         yield image
 
 
+def open_by_format(source, name):
+    """An image of Pillow's, its pixels not read yet, or an arrays.ArrayImage. name: whose ending tells the format."""
+    extensions()  # registers the readers that Pillow does not bring
+    ending = os.path.splitext(name)[1].lower()
+    if ending == '.npy':
+        return arrays.open_npy(arrays.read_bytes(source))
+    if ending in ('.dcm', '.dicom'):
+        return arrays.open_dicom(arrays.read_bytes(source))
+    try:
+        image = Image.open(source)
+    except Image.UnidentifiedImageError:
+        if ending not in ('.tif', '.tiff'):
+            raise
+        return arrays.open_tiff(arrays.read_bytes(source))
+    lost = lost_in_tiff(image)
+    if not lost:
+        return image
+    if not find_spec('tifffile'):
+        image.note = f'{lost}, for tifffile is not installed (pip3 install tifffile)'
+        return image
+    with image:
+        return arrays.open_tiff(arrays.read_bytes(source))
+
+
+def lost_in_tiff(image):
+    """What Pillow leaves out of an opened TIFF, in a few words; '' where it is nothing."""
+    if image.format != 'TIFF':
+        return ''
+    if len(image.getbands()) > 1 and max(image.tag_v2.get(BITS, (8,))) > 8:
+        return 'colours of more than 8 bits become 8'
+    if len(image.getbands()) == 1 and image.mode != 'P' and getattr(image, 'n_frames', 1) > 1:
+        return 'the first of several pages is taken'
+    return ''
+
+
 @contextlib.contextmanager
 def wrap_pillow_errors(name):
     """What Pillow raises on the bytes of a file as a WorkError with its name. Only for calls of Pillow that read: what
     goes wrong elsewhere is no fault of the file."""
     try:
         yield
+    except WorkError:
+        raise
     except MemoryError:
         raise WorkError(f'cannot read the image {printable(name)}: it takes more memory than there is') from None
     except Exception as error:  # Pillow's plugins raise anything on damaged bytes: struct.error, KeyError, EOFError...
@@ -92,24 +151,36 @@ def error_text(error):
     return printable(' '.join(str(error).split())) or type(error).__name__
 
 
-def rgb(image, white=0.0):
-    """An opened image in RGB; an animation is its first picture.
+def rgb(image, levels=None):
+    """An opened image of one or three colours in RGB, 8 bits; an animation is its first picture.
 
-    Where a pixel has more than 8 bits, 0 becomes black and `white` (0: of WHITE_LEVEL, 65535 for 16 and 32 bit
-    integers, 1 for floats) becomes white; what lies beyond is cut. PIL would make white of most. Raises WorkError where
-    it cannot be read.
+    Where a pixel has more than 8 bits, `levels` are those that become black and white (None: 0, and 65535 for integers,
+    1 for floats); what lies beyond is cut. PIL would make white of most. Raises WorkError where it cannot be read.
     """
     with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
-        return to_rgb(image, white)
+        return to_rgb(image, levels)
 
 
-def to_rgb(image, white):
-    kind = 'I' if image.mode.startswith('I') else image.mode
-    if kind in WHITE_LEVEL:
-        white = white or WHITE_LEVEL[kind]
-        levels = np.nan_to_num(raw_values(image).astype(np.float32)).clip(0, white)
-        levels = (levels / white * 255).round()
-        image = Image.fromarray(levels.astype(np.uint8))
+def level_range(levels, dtype):
+    """(black, white) of a type, by its name: 0 and 255 for uint8; else `levels`, where they are given, or 0 and 65535
+    for integers, 0 and 1 for floats."""
+    if dtype == 'uint8':
+        return 0.0, 255.0
+    return levels or (0.0, 1.0 if dtype.startswith('float') else 65535.0)
+
+
+def to_rgb(image, levels):
+    if isinstance(image, arrays.ArrayImage) or image.mode.startswith('I') or image.mode == 'F':
+        pixels = arrays.read_channels(image)
+        if len(pixels) not in (1, 3) or (len(pixels) == 3 and not image.rgb):
+            raise ValueError(
+                f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
+            )
+        black, white = level_range(levels, pixels.dtype.name)
+        if pixels.dtype != np.uint8:
+            pixels = np.nan_to_num(pixels.astype(np.float32)).clip(black, white)
+            pixels = ((pixels - black) / (white - black) * 255).round().astype(np.uint8)
+        image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     elif image.mode == 'LAB':
@@ -119,13 +190,6 @@ def to_rgb(image, white):
             image, ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB'), outputMode='RGB'
         )
     return image.convert('RGB')
-
-
-def raw_values(image):
-    """The pixels of an image of more than 8 bits; Pillow takes a TIFF's unsigned 32 bits for signed ones."""
-    levels, tags = np.asarray(image), getattr(image, 'tag_v2', None)
-    unsigned = tags is not None and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
-    return levels.view(np.uint32) if unsigned and levels.dtype == np.int32 else levels
 
 
 ORIENTATION = 274  # EXIF's tag: how a picture is to be turned to stand upright
@@ -140,9 +204,16 @@ TURNS = {
 }
 
 
+def turn_upright(x, turn):
+    """A tensor, ... x H x W, turned as Pillow's transpose does. turn: of TURNS."""
+    x = x.transpose(-1, -2) if turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8]) else x
+    axes = {TURNS[2]: (-1,), TURNS[3]: (-1, -2), TURNS[4]: (-2,), TURNS[6]: (-1,), TURNS[7]: (-1, -2), TURNS[8]: (-2,)}
+    return x.flip(axes[turn]) if turn in axes else x
+
+
 def exif_transpose_method(image):
     """How an opened image is turned to stand upright, of TURNS; None where it does. Pillow turns a TIFF itself."""
-    if image.format == 'TIFF':
+    if image.format == 'TIFF' or isinstance(image, arrays.ArrayImage):
         return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
@@ -153,6 +224,8 @@ def exif_transpose_method(image):
 def stored_and_upright_size(image):
     """((width, height) as the file has it, (width, height) upright) of an opened image."""
     stored = image.size
+    if isinstance(image, arrays.ArrayImage):
+        return stored, stored
     if image.format == 'TIFF' and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned as it is loaded
         return stored, stored[::-1]
     turned = exif_transpose_method(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
@@ -172,22 +245,22 @@ def draft_downscale(image, factor):
     return 1
 
 
-def decode(source, name=None, min_side=None, white=0.0, upright=False):
+def decode(source, name=None, min_side=None, levels=None, upright=False):
     """A file as a PIL image in RGB.
 
     min_side: the side that the image is wanted with at least; a JPEG is then decoded to 1/2, 1/4 or 1/8 of its sides,
-    as long as the shorter one stays twice as long. white: of rgb. upright: turned as its EXIF says. Raises WorkError
+    as long as the shorter one stays twice as long. levels: of rgb. upright: turned as its EXIF says. Raises WorkError
     where it cannot be read.
     """
     with open_image(source, name or source) as image:
         if min_side:
             draft_downscale(image, min(image.size) / min_side)
         turn = exif_transpose_method(image) if upright else None
-        image = rgb(image, white)
+        image = rgb(image, levels)
         return image if turn is None else image.transpose(turn)
 
 
-def to_uint8_tensor(image, white=0.0):
+def to_uint8_tensor(image, levels=None):
     """An opened image in RGB as 3 x H x W uint8.
 
     A whole JPEG goes through torchvision's decoder: the same library and the same pixels as PIL's, without two copies.
@@ -196,4 +269,4 @@ def to_uint8_tensor(image, white=0.0):
         image.fp.seek(0)
         with contextlib.suppress(RuntimeError):  # a damaged file: PIL says what is wrong with it
             return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-    return torch.from_numpy(np.array(rgb(image, white))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(rgb(image, levels))).permute(2, 0, 1)

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 
+from dataloader.loading.decode import install_hint
 from dataloader.readers.files import Files
 from dataloader.readers.tar import Tar
 from dataloader.sources.folder import list_folder
@@ -35,7 +36,7 @@ def log_dataset_notes(root, parts):
 def log_split_notes(name, part):
     if part.others:
         said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
-        log(f'{name:5}  no images for Pillow, and not read: {said}')
+        log(f'{name:5}  no images for Pillow, and not read: {said}{install_hint(part.others)}')
     if part.passed:
         log(f'{name:5}  not gone into: {join_first(part.passed)}')
     without = int((part.labels < 0).sum())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dataloader.loading.decode import install_hint
 from runtime.console import join_first, printable
 from runtime.errors import UserError
 from runtime.messages import log
@@ -87,6 +88,7 @@ def source_guess_classes(where, found, store):
 def source_unlabeled(where, found, store):
     if not len(found.names):
         other = ', '.join(f'{count} {kind}' for kind, count in found.others.most_common(5)) or 'nothing else either'
-        helps = [hint for endings, hint in EMPTY_FOLDER_HINTS.items() if not found.others.keys().isdisjoint(endings)]
+        helps = [install_hint(found.others)]
+        helps += [hint for endings, hint in EMPTY_FOLDER_HINTS.items() if not found.others.keys().isdisjoint(endings)]
         raise UserError(f'{printable(where)} holds no images that Pillow can open ({other}){"".join(helps)}')
     return SplitSource(where, store, torch.full((len(found.names),), -1), [], found.others, found.passed)

@@ -1,0 +1,156 @@
+"""How the images of a set become numbers: which channels, of which type, between which levels, turned upright or not.
+
+Sets whose images are red, green and blue of 8 bits, or gray, go through Pillow and uint8 (decode.py). All others are
+arrays of the type of their files until they are on the device (arrays.py); only then are they floats.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dataloader.loading import arrays
+from dataloader.loading.decode import exif_transpose_method, level_range, rgb, turn_upright, wrap_pillow_errors
+from runtime.options import channel_numbers, pixel_levels
+
+SAMPLE = 16  # images of a split that are looked at
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """channels: numbers from 1 on; () for red, green and blue. exact: whether an image has no others. dtype: of NumPy.
+    levels: (black, white); None for those
+    of the type (level_range). exif: whether images are turned upright. npy_axes: of arrays.read_channels."""
+
+    channels: tuple = ()
+    exact: bool = False
+    dtype: str = 'uint8'
+    levels: tuple | None = None
+    exif: bool = True
+    npy_axes: str = 'auto'
+
+    @property
+    def is_rgb8(self):
+        """Whether images are red, green and blue of 8 bits, the format of JPEGs."""
+        return not self.channels and self.dtype == 'uint8'
+
+    @property
+    def count(self):
+        return len(self.channels) or 3
+
+    def decoded(self):
+        """The format of what was read in this format and kept."""
+        return self if self.is_rgb8 else replace(self, channels=(*range(1, self.count + 1),), exact=True)
+
+    def key(self):
+        """What tells files that keep decoded images apart."""
+        return f'{self.channels} {self.exact} {self.dtype} {self.levels} {self.exif} {self.npy_axes}'
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What an opened image holds. color: rgb, gray or other; note: what is converted or left out when it becomes red,
+    green and blue, or ''."""
+
+    channels: int
+    dtype: str
+    color: str
+    note: str
+
+
+def format_from_options(args, dtype='uint8'):
+    """PixelFormat of the options."""
+    channels, levels = channel_numbers(args.channels), pixel_levels(args.white_level)
+    return PixelFormat(channels, '-' in args.channels, dtype, levels, args.exif == 'apply', args.npy_axes)
+
+
+def to_array(image, pixel_format):
+    """An opened image as C x H x W, of the format's channels and type. Raises WorkError where it has not these
+    channels, cannot be read, or has another type than fits."""
+    with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
+        if pixel_format.is_rgb8:
+            pixels = np.asarray(rgb(image, pixel_format.levels)).transpose(2, 0, 1)
+        elif pixel_format.channels:
+            pixels = cast(pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format), pixel_format)
+        else:
+            pixels = deep_rgb(image, pixel_format)
+        turn = exif_transpose_method(image) if pixel_format.exif else None
+        return pixels if turn is None else np.ascontiguousarray(turn_upright(torch.from_numpy(pixels), turn).numpy())
+
+
+def pick_channels(pixels, pixel_format):
+    """The wanted channels of C x H x W. Raises ValueError where there are fewer."""
+    channels = pixel_format.channels
+    if max(channels) > len(pixels):
+        wanted = ','.join(map(str, channels))
+        raise ValueError(f'it has {len(pixels)} channels, and `channels={wanted}` are wanted')
+    if pixel_format.exact and len(pixels) > len(channels):
+        wanted = ','.join(map(str, channels))
+        raise ValueError(
+            f'it has {len(pixels)} channels, and the first image has {len(channels)}; `channels={wanted}` leaves the '
+            'others out'
+        )
+    return pixels if channels == (*range(1, len(pixels) + 1),) else pixels[[channel - 1 for channel in channels]]
+
+
+def cast(pixels, pixel_format):
+    """Pixels in the format's type, where that holds each of their values; what is no number becomes 0. Raises
+    ValueError where it does not."""
+    dtype = pixel_format.dtype
+    if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
+        pixels = np.nan_to_num(pixels)
+    if pixels.dtype != dtype and not np.can_cast(pixels.dtype, dtype):
+        raise ValueError(f'its numbers are {pixels.dtype}, and those of the others {dtype}')
+    return pixels.astype(dtype, copy=False)
+
+
+def deep_rgb(image, pixel_format):
+    """Red, green and blue of more than 8 bits; gray is three times the same. An image of 8 bits is stretched to the
+    levels of the others."""
+    pixels = arrays.read_channels(image)
+    if len(pixels) not in (1, 2, 3, 4) or (isinstance(image, arrays.ArrayImage) and len(pixels) > 1 and not image.rgb):
+        raise ValueError(
+            f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
+        )
+    pixels = pixels[:1].repeat(3, 0) if len(pixels) < 3 else pixels[:3]
+    if pixels.dtype == np.uint8:
+        black, white = level_range(pixel_format.levels, pixel_format.dtype)
+        pixels = (pixels.astype(np.float32) / 255 * (white - black) + black).astype(pixel_format.dtype)
+    return cast(pixels, pixel_format)
+
+
+def image_kind(image, npy_axes='auto'):
+    """ImageKind of an opened image. Raises WorkError where it cannot be read."""
+    if isinstance(image, arrays.ArrayImage):
+        with wrap_pillow_errors(image.named):
+            pixels = arrays.read_channels(image, npy_axes)
+        return ImageKind(len(pixels), pixels.dtype.name, 'rgb' if image.rgb else 'other', image.note)
+    bands, mode = image.getbands(), image.mode
+    color = 'gray' if len(bands) < 3 and mode not in ('P', 'PA') else 'rgb'
+    if arrays.is_16_bit_png(image):
+        return ImageKind(len(bands), 'uint16', color, 'the fourth channel left out' if 'A' in bands else '')
+    if mode.startswith('I;16'):
+        return ImageKind(1, 'uint16', color, '')
+    if mode in ('I', 'F'):
+        return ImageKind(1, arrays.read_channels(image).dtype.name, color, '')
+    notes = []
+    if 'A' in bands or 'a' in bands or 'transparency' in image.info:
+        notes.append('transparency (the last channel) left out')
+    if mode in ('CMYK', 'YCbCr', 'LAB', 'HSV'):
+        notes.append(f'{mode} converted to RGB')
+    if mode == 'RGBX':
+        notes.append('the fourth channel left out')
+    if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO':
+        notes.append(f'the first of several pictures of a {image.format} file')
+    if getattr(image, 'note', ''):
+        notes.append(image.note)
+    return ImageKind(len(bands), 'uint8', color, ', '.join(notes))
+
+
+def find_dtype(kinds, channels):
+    """The type in which all these ImageKind are held, by name. channels: of PixelFormat."""
+    names = {kind.dtype for kind in kinds}
+    if not names or (not channels and 'uint8' in names):
+        return 'uint8'  # a mixture becomes 8 bits
+    found = np.result_type(*names)
+    return 'float32' if found == np.float64 else found.name
