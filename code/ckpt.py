@@ -46,7 +46,7 @@ from runtime.environment import require_package
 from runtime.errors import ROOT, UserError, WorkError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log
-from runtime.options import channel_values, get_config, replace_args
+from runtime.options import PIXEL_WORDS, channel_values, get_config, replace_args
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (
@@ -103,10 +103,10 @@ def get_model_ckpt(args, training=False):
     """
     found = find_model(args, training)
     for name in ('mean', 'std'):
-        if len(channel_values(name, getattr(found[0], name))) not in (1, found[0].num_channels):
+        word = getattr(found[0], name)
+        if word not in PIXEL_WORDS and len(channel_values(name, word)) not in (1, found[0].num_channels):
             raise UserError(
-                f'--{name}={getattr(found[0], name)} is not one number for all of {found[0].num_channels} channels nor '
-                'one for each'
+                f'--{name}={word} is not one number for all of {found[0].num_channels} channels nor one for each'
             )
     return found
 

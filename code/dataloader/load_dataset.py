@@ -23,7 +23,7 @@ from dataloader.loading.crops import RGB8
 from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
 from dataloader.loading.pixel_format import format_from_options
-from dataloader.loading.pixel_settings import find_pixel_format
+from dataloader.loading.pixel_settings import find_pixel_format, resolve_mean_std, resolve_pixels
 from dataloader.loading.sampler import EpochBatchSampler
 from dataloader.readers.memory import Memory
 from dataloader.sources import dataset_warnings, demo, find
@@ -137,6 +137,7 @@ def load_splits(args, parts=None):
 def build_datasets(args, parts):
     """load_splits, by each process for itself."""
     train, val = parts['train'], parts.get('val')
+    args = resolve_mean_std(resolve_pixels(args, train.store), train.store)  # where no command has done so
     # The classes are train's; where train has none, val's: pretraining needs no label.
     classes = train.classes or (val.classes if val else [])
     class_to_idx = {normalize_unicode(name): i for i, name in enumerate(classes)}

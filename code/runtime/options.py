@@ -255,8 +255,8 @@ def channel_numbers(text):
     if text in ('auto', 'rgb'):
         return ()
     try:
-        ends = [int(part) for part in text.split('-')]
-        numbers = (*range(ends[0], ends[1] + 1),) if len(ends) == 2 else (*map(int, text.split(',')),)
+        first, is_range, last = text.partition('-')
+        numbers = (*range(int(first), int(last) + 1),) if is_range else (*map(int, text.split(',')),)
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1 or len(numbers) > 4096:

@@ -17,9 +17,10 @@ PNG_16_BIT = ';16B'  # the end of Pillow's name for such pixels
 
 class ArrayImage:
     """An image with as much of Pillow's interface as is used here, and its pixels. pixels: C x H x W; rgb: whether its
-    three channels are red, green and blue; note: what of the file is left out, or ''; fp: the bytes of the file."""
+    three channels are red, green and blue; note: what of the file is left out, or ''; fp: the bytes of the file;
+    orientation: as EXIF numbers it."""
 
-    mode, info = 'array', {}
+    mode, info, orientation = 'array', {}, 1
 
     def __init__(self, pixels, file_format, rgb=False, note='', fp=None):
         self.pixels, self.format, self.rgb, self.note, self.fp = pixels, file_format, rgb, note, fp
@@ -91,6 +92,7 @@ def open_tiff(file):
         axes, pixels = series.axes, series.asarray()
         rgb = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 3
         white_is_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        orientation = int(page.tags.valueof(274, default=1))
         note = f'the first of {len(tiff.series)} sets of pages' if len(tiff.series) > 1 else ''
     bands = [axis for axis in axes if axis not in 'YX']
     while len(bands) > 1:  # several pages of several bands: the first page
@@ -104,7 +106,9 @@ def open_tiff(file):
     pixels = native(pixels if bands else pixels[None])
     if white_is_zero and pixels.dtype.kind == 'u':
         pixels = np.iinfo(pixels.dtype).max - pixels
-    return ArrayImage(pixels, 'TIFF', rgb, note, file)
+    image = ArrayImage(pixels, 'TIFF', rgb, note, file)
+    image.orientation = orientation
+    return image
 
 
 def open_dicom(file):
@@ -186,6 +190,7 @@ def read_16_bit_png(image):
 def read_bytes(source):
     """A file of the bytes of `source`, a path or a file of bytes."""
     if isinstance(source, io.BytesIO):
+        source.seek(0)
         return source
     with open(source, 'rb') as file:
         return io.BytesIO(file.read())

@@ -32,7 +32,8 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
         boxes = augmentation.crop.sample(views, *pixels.shape[2:], generator)
         return torch.cat([resize_box(pixels, box, size, how) for box in boxes.tolist()])
     turn = exif_transpose_method(image) if pixel_format.exif else None
-    width, height = stored_and_upright_size(image)[1] if pixel_format.exif else image.size
+    upright = pixel_format.exif or image.format == 'TIFF'  # which Pillow always turns
+    width, height = stored_and_upright_size(image)[1] if upright else image.size
     boxes = augmentation.crop.sample(views, height, width, generator)
     # Of an image that is turned the detail is left out where each row and column stands for as many, whichever is last.
     jpeg_draft = jpeg_draft and (turn is None or not (width % 8 or height % 8))

@@ -108,22 +108,34 @@ def open_by_format(source, name):
             raise
         return arrays.open_tiff(arrays.read_bytes(source))
     lost = lost_in_tiff(image)
-    if not lost:
+    if image.format != 'TIFF' or not (lost or max(image.tag_v2.get(BITS, (8,))) > 8):
         return image
     if not find_spec('tifffile'):
-        image.note = f'{lost}, for tifffile is not installed (pip3 install tifffile)'
+        image.note = lost and f'{lost}, for tifffile is not installed (pip3 install tifffile)'
         return image
-    with image:
-        return arrays.open_tiff(arrays.read_bytes(source))
+    try:
+        found = arrays.open_tiff(arrays.read_bytes(source))
+    except Exception:  # tifffile reads some compressions with other packages alone
+        if lost:
+            raise
+        return image
+    image.close()
+    return found
 
 
 def lost_in_tiff(image):
-    """What Pillow leaves out of an opened TIFF, in a few words; '' where it is nothing."""
+    """What Pillow leaves out of an opened TIFF, or mistakes, in a few words; '' where it is nothing."""
     if image.format != 'TIFF':
         return ''
-    if len(image.getbands()) > 1 and max(image.tag_v2.get(BITS, (8,))) > 8:
-        return 'colours of more than 8 bits become 8'
-    if len(image.getbands()) == 1 and image.mode != 'P' and getattr(image, 'n_frames', 1) > 1:
+    tags = image.tag_v2
+    samples, bits, photometric = tags.get(277, 1), max(tags.get(BITS, (8,))), tags.get(262, 1)
+    if bits > 8 and tags.prefix == b'MM' and tags.get(259, 1) != 1:
+        return 'its order of bytes is mistaken'
+    if samples > 1 and bits > 8:
+        return 'channels of more than 8 bits become 8, or are not read'
+    if samples > 1 and photometric in (0, 1) and not (samples == 2 and tags.get(338, (0,))[0] in (1, 2)):
+        return f'some of {samples} channels are not read'  # no color and its transparency
+    if samples == 1 and photometric in (0, 1) and getattr(image, 'n_frames', 1) > 1:
         return 'the first of several pages is taken'
     return ''
 
@@ -213,7 +225,9 @@ def turn_upright(x, turn):
 
 def exif_transpose_method(image):
     """How an opened image is turned to stand upright, of TURNS; None where it does. Pillow turns a TIFF itself."""
-    if image.format == 'TIFF' or isinstance(image, arrays.ArrayImage):
+    if isinstance(image, arrays.ArrayImage):
+        return TURNS.get(image.orientation)
+    if image.format == 'TIFF':
         return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
@@ -224,10 +238,9 @@ def exif_transpose_method(image):
 def stored_and_upright_size(image):
     """((width, height) as the file has it, (width, height) upright) of an opened image."""
     stored = image.size
-    if isinstance(image, arrays.ArrayImage):
-        return stored, stored
-    if image.format == 'TIFF' and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned as it is loaded
-        return stored, stored[::-1]
+    if image.format == 'TIFF' and not isinstance(image, arrays.ArrayImage):  # Pillow turns it as it opens or loads it
+        stored = image.tag_v2[256], image.tag_v2[257]
+        return stored, stored[::-1] if image.tag_v2.get(ORIENTATION, 1) in (5, 6, 7, 8) else stored
     turned = exif_transpose_method(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return stored, stored[::-1] if turned else stored
 

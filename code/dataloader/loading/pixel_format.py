@@ -124,7 +124,8 @@ def image_kind(image, npy_axes='auto'):
     if isinstance(image, arrays.ArrayImage):
         with wrap_pillow_errors(image.named):
             pixels = arrays.read_channels(image, npy_axes)
-        return ImageKind(len(pixels), pixels.dtype.name, 'rgb' if image.rgb else 'other', image.note)
+        color = 'gray' if len(pixels) == 1 else 'rgb' if image.rgb else 'other'
+        return ImageKind(len(pixels), pixels.dtype.name, color, image.note)
     bands, mode = image.getbands(), image.mode
     color = 'gray' if len(bands) < 3 and mode not in ('P', 'PA') else 'rgb'
     if arrays.is_16_bit_png(image):
@@ -132,7 +133,8 @@ def image_kind(image, npy_axes='auto'):
     if mode.startswith('I;16'):
         return ImageKind(1, 'uint16', color, '')
     if mode in ('I', 'F'):
-        return ImageKind(1, arrays.read_channels(image).dtype.name, color, '')
+        with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
+            return ImageKind(1, arrays.read_channels(image).dtype.name, color, '')
     notes = []
     if 'A' in bands or 'a' in bands or 'transparency' in image.info:
         notes.append('transparency (the last channel) left out')

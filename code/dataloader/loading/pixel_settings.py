@@ -3,6 +3,7 @@ them: what is converted or left out, and what part of their range a set uses. A 
 whoever does not ask."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from runtime.console import print_message, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
-from runtime.options import channel_numbers, channel_values, pixel_levels, replace_args
+from runtime.options import channel_numbers, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images that are looked at, evenly spaced
@@ -27,7 +28,10 @@ VALUES = 10_000  # of an image, to measure levels with
 def find_pixel_format(args, store):
     """The PixelFormat of a store's images under the options."""
     if isinstance(store, Memory):
-        return PixelFormat()
+        if store.is_rgb8:
+            return PixelFormat()
+        dtype = str(store.pixels.dtype).removeprefix('torch.')
+        return replace(format_from_options(args, dtype), channels=(*range(1, store.pixels.shape[1] + 1),), exact=True)
     channels = channel_numbers(args.channels)
     return format_from_options(args, find_dtype([kind for _, kind in sample_kinds(store, args.npy_axes)], channels))
 
@@ -48,6 +52,8 @@ def sample_kinds(store, npy_axes, count=KINDS):
 def resolve_pixels(args, store):
     """args with the channels and the levels that the images of `store` (of train) have, where these are `auto`; says
     what becomes of them."""
+    if args.channels != 'auto' and args.white_level != 'auto':
+        return args
     kinds = [] if isinstance(store, Memory) else [kind for _, kind in sample_kinds(store, args.npy_axes, SAMPLE)]
     if args.channels == 'auto':
         args = replace_args(args, channels=find_channels(kinds))
@@ -99,9 +105,11 @@ def sample_pixels(args, store, pixel_format=None):
 
 
 def resolve_mean_std(args, store):
-    """args with --mean and --std as numbers, or `imagenet`. store: of train. Raises UserError where they are not one a
-    channel, or `weights` where there are none."""
+    """args with --mean and --std as numbers, or `imagenet`. store: of train. Raises UserError for `weights` where there
+    are none."""
     found, words = {}, {'mean': args.mean, 'std': args.std}
+    if not {'auto', 'weights', 'dataset'} & {*words.values()}:
+        return args
     is_rgb8 = find_pixel_format(args, store).is_rgb8
     for name, word in words.items():
         word = ('imagenet' if is_rgb8 else 'dataset') if word == 'auto' else word
@@ -112,10 +120,6 @@ def resolve_mean_std(args, store):
         measured = measure_mean_std(args, store)
         found = {name: measured[name] if word == 'dataset' else word for name, word in found.items()}
         log(f'`mean={found["mean"]}` `std={found["std"]}`, measured on {SAMPLE} images of train')
-    count = len(channel_numbers(args.channels)) or 3
-    for name, word in found.items():
-        if len(channel_values(name, word)) not in (1, count):
-            raise UserError(f'`{name}={word}` has not a number for each of {count} channels; `{name}=dataset` measures')
     return replace_args(args, **found)
 
 

@@ -1,0 +1,501 @@
+"""Images of any number of channels, any depth, in any orientation: read as they are, or refused in a line."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+import cli
+from ckpt import get_model_ckpt
+from conftest import TINY, one_line, own_paths
+from dataloader.augment.channels import ChannelJitter, IntensityJitter
+from dataloader.augment.recipes import get_augmentation
+from dataloader.load_dataset import eval_loader, get_iterator, load_splits
+from dataloader.loading import arrays, crops, pixel_format
+from dataloader.loading.decode import ORIENTATION, decode, open_image
+from dataloader.loading.pixel_format import PixelFormat, to_array
+from dataloader.loading.pixel_settings import measure_levels
+from dataloader.vision import eval_view, to_picture
+from model.weights import adapt_first_layer
+from runtime.errors import UserError, WorkError
+from runtime.options import get_config, replace_args
+from runtime.seeding import generator_for
+
+DTYPES = ('uint8', 'uint16', 'int16', 'int32', 'float16', 'float32')
+examples = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def values(shape, dtype, seed=0):
+    """Values over the whole range of a type."""
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == 'f':
+        return (rng.normal(size=shape) * 3).astype(dtype)
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+
+
+def read(content, name, npy_axes='auto'):
+    """(pixels, None) of a file, or (None, the line that refuses it)."""
+    try:
+        with open_image(io.BytesIO(content), name) as image:
+            kind = pixel_format.image_kind(image, npy_axes)
+            form = PixelFormat((*range(1, kind.channels + 1),), True, kind.dtype, npy_axes=npy_axes)
+            return to_array(image, form), None
+    except WorkError as error:
+        return None, str(error)
+
+
+@examples
+@given(
+    st.integers(1, 16), st.integers(1, 40), st.integers(1, 40), st.sampled_from(DTYPES), st.sampled_from('<>'),
+    st.sampled_from(('hwc', 'chw', 'hw')), st.booleans(),
+)  # fmt: skip
+def test_an_npy_file_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, axes, told):
+    pixels = values((channels, height, width), dtype)
+    stored = {'hwc': pixels.transpose(1, 2, 0), 'chw': pixels, 'hw': pixels[0]}[axes]
+    file = io.BytesIO()
+    np.save(file, stored.astype(np.dtype(dtype).newbyteorder(order)))
+    told = told and axes != 'hw'
+    found, line = read(file.getvalue(), 'x.npy', axes if told else 'auto')
+    if line:
+        assert not told
+        assert 'unclear which of these are the channels: `npy_axes=hwc`' in line
+        assert '\n' not in line
+        assert min(stored.shape[0], stored.shape[-1]) <= 16
+    else:
+        assert found.dtype == np.dtype(dtype)
+        assert np.array_equal(found, pixels[:1] if axes == 'hw' else pixels)
+
+
+@examples
+@given(
+    st.integers(1, 16), st.integers(2, 40), st.integers(2, 40), st.sampled_from(DTYPES), st.sampled_from('<>'),
+    st.sampled_from(('planar', 'chunky', 'pages')), st.sampled_from((None, 'zlib', 'tiled')),
+)  # fmt: skip
+def test_a_tiff_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, how, packed):
+    pixels, file = values((channels, height, width), dtype), io.BytesIO()
+    more = {'tile': (16, 16)} if packed == 'tiled' else {'compression': packed}
+    if how == 'chunky' and channels > 1:
+        tifffile.imwrite(file, pixels.transpose(1, 2, 0), byteorder=order, photometric='minisblack',
+                         planarconfig='contig', **more)  # fmt: skip
+    elif how == 'planar' and channels > 1:
+        tifffile.imwrite(file, pixels, byteorder=order, photometric='minisblack', planarconfig='separate', **more)
+    else:
+        tifffile.imwrite(file, pixels, byteorder=order, photometric='minisblack', metadata=None, **more)
+    found, line = read(file.getvalue(), 'x.tif')
+    assert line is None
+    assert found.dtype == np.dtype(dtype)
+    assert np.array_equal(found, pixels)
+
+
+BANDS = 5
+
+
+def bands(folder, kind, counts, side=20):
+    """folder/<split>/<class>/<number>.<kind>: five bands of 12 bits in uint16; the class is the fifth's brightness."""
+    rng = np.random.default_rng(3)
+    for split, count in counts.items():
+        for number, name in enumerate('ab'):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 4096, (BANDS, side, side), np.uint16)
+                pixels[4] = pixels[4] // 2 + 2000 * number
+                path = folder / split / name / f'{i:02d}.{kind}'
+                if kind == 'npy':
+                    np.save(path, pixels if side > 16 else pixels.transpose(1, 2, 0))
+                else:
+                    tifffile.imwrite(path, pixels, photometric='minisblack', planarconfig='separate')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def five(tmp_path_factory):
+    """12 training and 6 validation images of each of two classes, five bands, as TIFF. To be read only."""
+    return bands(tmp_path_factory.mktemp('five') / 'set', 'tif', {'train': 12, 'val': 6})
+
+
+def pack_tar(folder, tars):
+    tars.mkdir()
+    for split in ('train', 'val'):
+        with tarfile.open(tars / f'{split}.tar', 'w') as archive:
+            for path in sorted((folder / split).rglob('*.*')):
+                archive.add(path, path.relative_to(folder / split))
+
+
+def batches_of(image_path, cache, **more):
+    """([views of two epochs], [views for evaluation]) of a set."""
+    options = {'preset': 'demo', 'image_size': 16, 'batch_size': 8, 'white_level': '4095', 'num_workers': 0, **more}
+    args = get_config(image_path=str(image_path), cache_path=str(cache), **options)
+    args = load_splits(args)['train'].args  # as found
+    iterators, views = get_iterator(args), []
+    for epoch in range(2):
+        iterators['train'].batch_sampler.start_epoch(epoch, 'moco', 0)
+        for step, (images, _) in enumerate(iterators['train']):
+            views += iterators['train'].dataset.make_views(images, 'moco', generator_for(epoch, step))
+    return args, torch.cat(views), torch.cat([eval_view(images, args) for images, _ in iterators['val']])
+
+
+def test_files_memory_a_cache_an_archive_and_workers_give_the_same_bits(five, tmp_path):
+    pack_tar(five, tmp_path / 'tars')
+    bands(tmp_path / 'npy', 'npy', {'train': 12, 'val': 6})
+    files = batches_of(five, tmp_path / 'cache', cache_images='off')
+    assert files[0].num_channels == BANDS
+    assert files[1].shape == (2 * 2 * 24, BANDS, 16, 16)
+    for path, more in (
+        (five, {}),
+        (five, {'cache_images': 'off', 'num_workers': 2}),
+        (five, {'cache_images': 'off', 'cache_short_side': 64}),
+        (tmp_path / 'tars', {'cache_images': 'off'}),
+        (tmp_path / 'npy', {'num_workers': 2}),
+    ):
+        args, views, plain = batches_of(path, tmp_path / 'cache', **more)
+        for name in ('channels', 'white_level', 'mean', 'std'):
+            assert getattr(args, name) == getattr(files[0], name)
+        assert torch.equal(views, files[1])
+        assert torch.equal(plain, files[2])
+    other = batches_of(five, tmp_path / 'cache', cache_images='on', channels='5,1')
+    assert other[1].shape[1] == 2
+    torch.testing.assert_close(other[2], files[2][:, [4, 0]], atol=2e-3, rtol=0)  # one level of 4095
+
+
+def test_crops_are_of_the_type_of_the_file(five, tmp_path):
+    args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), channels='1-5', num_workers=0)
+    images = load_splits(args)['val']
+    assert images.pixel_format.dtype == 'uint16'
+    (batch, _) = next(iter(eval_loader(args, images)))
+    assert batch.dtype == torch.uint16
+    whole = PixelFormat((1, 2, 3, 4, 5), True, 'uint16')
+    with images.store.opened(0) as image:
+        pixels = to_array(image, whole)
+        same = crops.center_crop(image, 20, 1.0, 'bilinear', whole)
+    assert np.array_equal(same[0].numpy(), pixels)
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'int16', 'int32', 'uint32', 'float16', 'float32'])
+def test_levels_and_normalization(dtype):
+    """(x - black) / (white - black), cut to [0, 1], less the mean, by the std: in float64 by hand."""
+    pixels = values((3, 2, 8, 8), dtype)
+    low, high = float(pixels.min()), float(pixels.max())
+    black, white = low + (high - low) / 4, high - (high - low) / 4
+    args = get_config(mean='0.25', std='0.5,0.25', white_level=f'{black},{white}', channels='1-2')
+    wanted = ((pixels.astype(np.float64) - black) / (white - black)).clip(0, 1)
+    wanted = (wanted - 0.25) / np.array([0.5, 0.25])[:, None, None]
+    found = eval_view(torch.from_numpy(pixels)[:, None], args)
+    torch.testing.assert_close(found, torch.from_numpy(wanted).float(), atol=2e-3, rtol=0)
+
+
+def test_a_picture_of_channels_is_three_that_people_see():
+    for channels, shown in (('1', [0, 0, 0]), ('1-2', [0, 1, None]), ('1-5', [0, 1, 2])):
+        args = get_config(channels=channels)
+        x = torch.randn(2, args.num_channels, 4, 4)
+        picture = to_picture(x, args)
+        assert picture.shape == (2, 3, 4, 4)
+        for place, channel in enumerate(shown):
+            wanted = torch.zeros(2, 4, 4) if channel is None else (x[:, channel] / 5 + 0.5).clamp(0, 1)
+            assert torch.equal(picture[:, place], wanted)
+
+
+# An upright image and how each of EXIF's orientations has it stored.
+STORED = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: x.transpose(1, 0, 2)[::-1],
+    7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda x: x.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.fixture(scope='module', params=['png', 'webp', 'tiff', 'jpeg'])
+def turned(request, tmp_path_factory):
+    """A folder of eight files of one photograph, each stored in another of EXIF's orientations."""
+    folder = tmp_path_factory.mktemp('turned') / request.param
+    folder.mkdir()
+    y, x = np.mgrid[:48, :64]
+    upright = np.stack((4 * x, 255 - 5 * y, 60 + 2 * x + y), 2).astype(np.uint8)
+    for number, store in STORED.items():
+        image = Image.fromarray(np.ascontiguousarray(store(upright)))
+        exif = Image.Exif()
+        exif[ORIENTATION] = number
+        more = {'lossless': True} if request.param == 'webp' else {}
+        more |= {'quality': 100, 'subsampling': 0} if request.param == 'jpeg' else {}
+        image.save(folder / f'{number}.{request.param}', exif=exif, **more)
+    return folder
+
+
+@pytest.mark.parametrize('cache', [{'cache_images': 'off'}, {}, {'cache_images': 'off', 'cache_short_side': 40}])
+def test_a_photograph_is_upright_whatever_its_orientation(turned, cache, tmp_path):
+    """In training, in evaluation (kNN too reads these views), kept or not, and in detection."""
+    args = get_config(
+        preset='demo',
+        image_path=str(turned),
+        cache_path=str(tmp_path),
+        batch_size=8,
+        num_workers=0,
+        image_size=24,
+        **cache,
+    )
+    images = get_iterator(args)['train'].dataset
+    recipe, level = get_augmentation(args, 'moco'), 9 if turned.name == 'jpeg' else 0
+    plain, random = [], []
+    for row in range(8):
+        with images.store.opened(row) as image:
+            plain.append(crops.center_crop(image, 24, 0.9, 'bilinear', images.pixel_format)[0].int())
+        drawn = torch.Generator().manual_seed(1)
+        with images.store.opened(row) as image:
+            random.append(crops.random_crops(image, 2, recipe, drawn, True, images.pixel_format).int())
+    for found in (plain, random):
+        for other in found[1:]:
+            assert (other - found[0]).abs().max() <= level
+    whole = [np.asarray(decode(path, upright=True)).astype(int) for path in sorted(turned.iterdir())]
+    assert all(abs(other - whole[0]).max() <= level for other in whole)
+    if turned.name == 'png':
+        stored = replace_args(args, exif='ignore', cache_path=str(tmp_path / 'other'), cache_images='off')
+        images = get_iterator(stored)['train'].dataset
+        with images.store.opened(2) as image:
+            lying = crops.center_crop(image, 24, 0.9, 'bilinear', images.pixel_format)[0].int()
+        assert (lying - plain[0].flip(1, 2)).abs().max() <= 1
+
+
+def test_16_bit_dicom_is_checked_and_trained(tmp_path, capsys):
+    """Files of pydicom's own wheel: signed and unsigned, with and without a rescale intercept, three sizes."""
+    for name in ('CT_small', 'MR_small', 'MR_small_bigendian', 'MR_small_RLE', 'MR_small_implicit', 'examples_overlay'):
+        for copy in range(4):
+            path = tmp_path / f'set/{name}_{copy}.dcm'
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(Path(get_testdata_file(f'{name}.dcm')).read_bytes())
+    paths = [f'--image_path={tmp_path}/set', '--white_level=auto', *own_paths(tmp_path)]
+    assert cli.main(['check_dataloader', '--preset=demo', '--batch_size=8', *paths[:2], *paths[3:]]) == 0
+    said = capsys.readouterr().out
+    assert 'channel 1: -896 to ' in said  # of the CT: 128 to ..., less 1024
+    assert cli.main(['train', *TINY, *paths, '--batch_size=8', '--knn_every=0']) == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
+    assert (args.channels, args.num_channels) == ('rgb', 3)
+    black, white = map(float, args.white_level.split(','))
+    assert black < 0 < white
+    assert len(args.mean.split(',')) == 3
+
+
+def test_monochrome1_is_upright_in_brightness(tmp_path):
+    import pydicom
+
+    dataset = pydicom.dcmread(get_testdata_file('MR_small.dcm'))
+    first = arrays.open_dicom(get_testdata_file('MR_small.dcm')).pixels.astype(int)
+    dataset.PhotometricInterpretation = 'MONOCHROME1'
+    dataset.save_as(tmp_path / 'inverse.dcm')
+    assert np.array_equal(arrays.open_dicom(tmp_path / 'inverse.dcm').pixels.astype(int), -1 - first)
+    dataset.RescaleSlope, dataset.RescaleIntercept = '2', '10'
+    dataset.save_as(tmp_path / 'inverse.dcm')
+    wanted = (2 * -32768 + 10) + (2 * 32767 + 10) - (2 * first + 10)
+    assert np.array_equal(arrays.open_dicom(tmp_path / 'inverse.dcm').pixels.astype(int), wanted)
+
+
+def test_the_fourth_channel_is_left_out_and_said_or_kept(tmp_path, capsys):
+    """Of a PNG, whose last channel is transparency or what an instrument put there."""
+    pixels = values((12, 40, 40, 4), 'uint8')
+    (tmp_path / 'set').mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f'set/{number:02d}.png')
+    given = {'preset': 'demo', 'image_path': str(tmp_path / 'set'), 'cache_path': str(tmp_path), 'cache_images': 'off'}
+    images = load_splits(get_config(**given))['train']
+    assert images.pixel_format.is_rgb8
+    assert 'of 12 images that were looked at 12: transparency (the last channel) left out' in capsys.readouterr().out
+    images = load_splits(get_config(**given, channels='4,1'))['train']
+    with images.store.opened(3) as image:
+        assert np.array_equal(to_array(image, images.pixel_format), pixels[3].transpose(2, 0, 1)[[3, 0]])
+
+
+@pytest.mark.parametrize(('color', 'kept'), [(2, 3), (6, 3), (4, 3)])
+def test_a_png_of_16_bits_a_color_keeps_them(color, kept, tmp_path):
+    """Which Pillow opens as 8 bits. color: PNG's own number, RGB, RGBA, gray with transparency."""
+    import struct
+    import zlib
+
+    channels = {2: 3, 6: 4, 4: 2}[color]  # what Pillow makes of gray with transparency has four
+    pixels = values((9, 7, channels), 'uint16').astype('>u2')
+    rows = b''.join(b'\0' + row.tobytes() for row in pixels)
+    parts = [(b'IHDR', struct.pack('>2I5B', 7, 9, 16, color, 0, 0, 0)), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    content = b'\x89PNG\r\n\x1a\n'
+    for kind, data in parts:
+        content += struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    (tmp_path / 'deep.png').write_bytes(content)
+    with open_image(tmp_path / 'deep.png', 'deep.png') as image:
+        kind = pixel_format.image_kind(image)
+        found = to_array(image, PixelFormat(dtype='uint16'))
+    assert (kind.dtype, kind.channels) == ('uint16', {2: 3, 6: 4, 4: 4}[color])
+    wanted = pixels.transpose(2, 0, 1).astype(np.uint16)
+    assert np.array_equal(found, wanted[:3] if channels > 2 else wanted[:1].repeat(3, 0))
+
+
+@pytest.mark.parametrize(
+    ('name', 'make', 'said'),
+    [
+        ('x.npy', lambda: np.zeros((4, 4, 4)), 'it is unclear which of these are the channels'),
+        ('x.npy', lambda: np.zeros(4), 'it is an array of 4, and an image has 2 or 3 axes'),
+        ('x.npy', lambda: np.zeros((3, 40, 40), complex), 'its numbers are complex128'),
+        ('x.npy', lambda: np.array([['a']]), 'its numbers are <U1'),
+        ('x.npy', lambda: np.array([[{}]], dtype=object), 'allow_pickle=False'),
+        ('x.npy', lambda: np.zeros((0, 3)), 'it is an array of 0 x 3'),
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_line(name, make, said):
+    file = io.BytesIO()
+    np.save(file, make())
+    found, line = read(file.getvalue(), name)
+    assert found is None
+    assert said in line
+
+
+@pytest.mark.parametrize('name', ['x.npy', 'x.tif', 'x.dcm', 'x.heic', 'x.png'])
+def test_damaged_files_are_refused_in_a_line(name):
+    for content in (b'', b'no image', np.random.default_rng(0).bytes(3000), b'II*\0' + bytes(100)):
+        found, line = read(content, name)
+        assert found is None
+        assert line.startswith(f'cannot read the image {name}: ')
+        assert '\n' not in line
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({'channels': '0,1'}, '--channels is auto, rgb, or numbers from 1 on'),
+        ({'channels': '3-1'}, '--channels is auto, rgb, or numbers from 1 on'),
+        ({'channels': 'red'}, '--channels is auto, rgb, or numbers from 1 on'),
+        ({'white_level': '-5'}, '--white_level is type, auto, a number above 0, or two'),
+        ({'white_level': '5,5'}, '--white_level is type, auto, a number above 0, or two'),
+        ({'white_level': 'nan'}, '--white_level is type, auto, a number above 0, or two'),
+        ({'exif': 'maybe'}, '--exif is one of apply, ignore'),
+    ],
+)
+def test_what_no_pixels_are_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        get_config(**options)
+
+
+def test_an_image_of_other_channels_than_the_first_is_named(five, tmp_path, capsys):
+    odd = bands(tmp_path / 'set', 'tif', {'train': 8, 'val': 4})
+    tifffile.imwrite(odd / 'train/b/07.tif', values((7, 20, 20), 'uint16'), photometric='minisblack')
+    given = [f'--image_path={odd}', *own_paths(tmp_path)]
+    assert cli.main(['train', *TINY, *given, '--batch_size=8']) == 1
+    line = one_line(capsys.readouterr().err)
+    assert '07.tif: it has 7 channels, and the first image has 5; --channels=1,2,3,4,5 leaves the others out' in line
+    assert cli.main(['train', *TINY, *given, '--batch_size=8', '--channels=1,8', '--cache_images=off']) == 1
+    assert 'it has 5 channels, and --channels=1,8 are wanted' in one_line(capsys.readouterr().err)
+    assert cli.main(['train', *TINY, *given, '--batch_size=8', '--mean=0.1,0.2']) == 2
+    assert '--mean=0.1,0.2 is not one number for all of 5 channels nor one for each' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 5, 7, 13])
+def test_a_first_layer_is_adapted_as_timm_does(channels):
+    from timm.models import adapt_input_conv
+
+    weight = torch.randn(8, 3, 5, 5)
+    torch.testing.assert_close(adapt_first_layer(weight, channels), adapt_input_conv(channels, weight.clone()))
+
+
+@pytest.mark.parametrize('backbone', ['resnet18', 'timm/resnet10t', 'vit_b_32', 'mobilenet_v3_small'])
+def test_weights_of_three_channels_begin_a_run_of_five(backbone, five, tmp_path, capsys):
+    torch.manual_seed(0)
+    if backbone.startswith('timm/'):
+        made = timm.create_model(backbone.removeprefix('timm/'))
+    else:
+        import torchvision
+
+        made = torchvision.models.get_model(backbone, **({'image_size': 32} if 'vit' in backbone else {}))
+    torch.save(made.state_dict(), tmp_path / 'w.pth')
+    args = get_config(
+        preset='imagenet', init_from=str(tmp_path / 'w.pth'), backbone=backbone, channels='1-5', image_size=32
+    )
+    args, model, _ = get_model_ckpt(args)
+    assert args.mean == 'auto'  # the weights say three
+    name, first = next((name, value) for name, value in made.state_dict().items() if value.ndim == 4)
+    torch.testing.assert_close(model.backbone.state_dict()[name], adapt_first_layer(first, 5))
+    assert f'backbone.{name} of 3 channels is adapted to 5' in capsys.readouterr().out
+    assert model.backbone.eval()(torch.zeros(2, 5, 32, 32)).ndim == 2
+
+
+def test_a_jitter_of_channels_draws_a_gain_and_an_offset_for_each():
+    for jitter, kind in ((ChannelJitter(0.4, 0.1, 5, 0.8), 5), (IntensityJitter(0.4, 0.4, 0.8), 1)):
+        draws = jitter.sample(4000, generator_for('jitter'))
+        x = torch.rand(4000, 5, 2, 2) * 0.3 + 0.3
+        changed = jitter.on_cpu(x.clone(), draws)
+        assert ((changed - x).abs().amax((1, 2, 3)) > 0).float().mean() == pytest.approx(0.8, abs=0.03)
+        assert torch.equal(changed, jitter.on_gpu(x, draws))
+        ratio = (changed.amax((2, 3)) - changed.amin((2, 3))) / (x.amax((2, 3)) - x.amin((2, 3)))
+        assert (ratio[:50].std(1) < 1e-4).float().mean() == pytest.approx(1 if kind == 1 else 0.2, abs=0.15)
+        assert changed.min() >= 0
+        assert changed.max() <= 1
+
+
+def test_of_channels_that_are_no_colors_no_color_is_changed(five):
+    for options, names in (
+        ({'channels': '1-5'}, ['IntensityJitter', 'GaussianBlur']),
+        ({'channels': '1-5', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
+        ({'channels': 'rgb', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
+        ({'channels': 'rgb'}, ['ColorJitter', 'RandomGrayscale', 'GaussianBlur']),
+    ):
+        recipe = get_augmentation(get_config(**options), 'moco')
+        assert [type(operation).__name__ for operation in recipe.operations] == names
+
+
+def test_every_command_takes_five_channels(five, tmp_path, capsys):
+    paths = own_paths(tmp_path)
+    given = [*TINY, f'--image_path={five}', '--batch_size=8', '--white_level=auto', '--jitter=channel', *paths]
+    assert cli.main(['train', *given, '--evaluate_after=True', '--backbone=timm/resnet10t', '--stem=imagenet']) == 0
+    said = capsys.readouterr().out
+    assert 'images of 5 channels, uint16; used are --channels=1-5' in said
+    assert 'augmentation: a gain and an offset for each channel (--jitter=channel)' in said
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
+    assert len(args.std.split(',')) == 5
+    assert 4000 < float(args.white_level) < 4096
+    of_run, here = [f'--ckpt_name={run.name}', *paths], f'--output={tmp_path}/out'
+    for protocol in ('knn', 'compare', 'semi', 'label_free', 'transfer'):
+        more = (
+            [f'--transfer_path={five}'] if protocol == 'transfer' else ['--beside=untrained'][: protocol == 'compare']
+        )
+        more += ['--finetune_epochs=1', '--label_fraction=0.5'] if protocol == 'semi' else []
+        assert cli.main(['evaluate', *of_run, f'--protocol={protocol}', *more]) == 0, protocol
+    assert cli.main(['infer', *of_run, f'--image_path={five}/val', f'{here}.csv', '--neighbours=2']) == 0
+    assert cli.main(['embed', *of_run, f'--image_path={five}/val', f'{here}.npz', '--projector_images=6']) == 0
+    assert cli.main(['select', *of_run, f'{here}s.csv', '--num_select=3']) == 0
+    assert cli.main(['report', *of_run, f'{here}.html']) == 0
+    assert cli.main(['export', *of_run, f'{here}_timm', '--format=timm']) == 0
+    backbone = timm.create_model(f'local-dir:{tmp_path}/out_timm', pretrained=True).eval()
+    assert backbone(torch.zeros(1, 5, 32, 32)).shape == (1, 512)
+    assert cli.main(['export', *of_run, f'{here}.onnx', '--format=onnx']) == 0
+    capsys.readouterr()
+    assert cli.main(['evaluate', *of_run, '--protocol=detection', '--detection_path=x']) == 2
+    assert 'is for red, green and blue, and this backbone takes --channels=1-5' in capsys.readouterr().err
+    assert cli.main(['evaluate', *of_run, '--protocol=knn', '--channels=1,2']) == 2
+    assert '--channels=1,2 contradicts the checkpoint' in capsys.readouterr().err
+
+
+def test_mean_and_std_of_the_dataset_are_measured_and_kept(drawn, tmp_path, capsys):
+    given = [*TINY, f'--image_path={drawn}', '--mean=dataset', '--std=dataset', '--knn_every=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *given]) == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
+    pixels = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path)))['train'].pixels
+    for name, number in (('mean', pixels.float().mean() / 255), ('std', pixels.float().std() / 255)):
+        assert float(getattr(args, name).split(',')[0]) == pytest.approx(number.item(), abs=0.02)
+    capsys.readouterr()
+    assert cli.main(['train', *given[:-5], '--mean=weights', *given[-4:]]) == 2
+    assert '--mean=weights: no pretrained weights say theirs' in capsys.readouterr().err
+
+
+def test_levels_are_measured(five, tmp_path):
+    args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), channels='1-5')
+    assert 4085 < float(measure_levels(args, load_splits(args)['train'].store)) <= 4095
