@@ -176,3 +176,9 @@ def is_result_for(result, path):
         or not isinstance(path, str)
         or same_path(images.get('path', ''), resolve_path(path))
     )
+
+
+def stat_fingerprint(paths):
+    """What changes when one of the files at `paths` does: sizes and times, the time of change among them."""
+    found = [(str(path), os.stat(path)) for path in paths]
+    return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])

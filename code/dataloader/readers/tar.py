@@ -11,6 +11,7 @@ from pathlib import Path
 from dataloader.loading.decode import open_image
 from runtime.console import printable
 from runtime.errors import WorkError
+from runtime.files import stat_fingerprint
 
 try:
     import resource
@@ -50,12 +51,6 @@ class Tar:
         for part in (self.archive_index, self.offsets, self.sizes):
             digest.update(part.tobytes())
         return digest.hexdigest()
-
-
-def stat_fingerprint(archives):
-    """What changes when one of the archives does (as in Files.digest)."""
-    found = [(str(path), os.stat(path)) for path in archives]
-    return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])
 
 
 def read_at(file, count, offset):

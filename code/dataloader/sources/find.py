@@ -4,6 +4,7 @@ FOLDER/{train,val,test}/<class>/...   or flat; val may be called valid or valida
 FOLDER/<class>/...                    two or more folders of images: classes, as torchvision's ImageFolder has them
 FOLDER/...                            any other folder: images at any depth, without classes
 train.tar, train-000000.tar, ...      in place of each split's folder; or all in one FILE.tar
+train-00000-of-00005.parquet, ...     Parquet, as the Hugging Face hub has it; also in data/, or one FILE.parquet
 train.txt, FILE.txt                   a list: a path a line, after a tab its class if wanted
 ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
 ILSVRC/Data/CLS-LOC/...               ImageNet as Kaggle packs it
@@ -16,7 +17,7 @@ import torch
 
 from dataloader.loading.decode import is_image
 from dataloader.readers.files import Files
-from dataloader.sources import imagenet
+from dataloader.sources import imagenet, parquet_files
 from dataloader.sources.folder import list_folder, scan
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.path_list import read_path_list
@@ -47,6 +48,8 @@ def find_splits(root, cache_path, progress):
     """
     if archives := expand_braces(root):
         return {'train': source_from_shards(archives, cache_path, progress)}
+    if shards := parquet_files.find_shards(root):
+        return {name: parquet_files.source_from_parquet(paths) for name, paths in shards.items()}
     if root.is_file():
         return (
             {'train': single_source(root, cache_path, progress)}
@@ -160,6 +163,10 @@ def single_source(path, cache_path, progress):
     """All images of a folder at any depth, an archive, a list, or one file, as a SplitSource without labels (a list may
     have some). Raises UserError where there are none."""
     if path.is_dir():
+        if shards := parquet_files.find_shards(path):
+            return parquet_files.source_from_parquet(
+                next(shards[name] for name in ('test', 'val', 'train') if name in shards)
+            )
         found = scan_with_progress(path, progress)
         if not len(found.names) and (places := splits_in(path)):  # archives, or lists
             paths = next(places[name] for name in ('test', 'val', 'train') if name in places)
@@ -168,6 +175,8 @@ def single_source(path, cache_path, progress):
     if not path.is_file():
         is_what = 'is neither a file nor a folder' if path.exists() else 'is not there'
         raise UserError(f'{printable(path)} {is_what}')
+    if path.suffix.lower() == '.parquet':
+        return parquet_files.source_from_parquet([path])
     if is_tar(path):
         found, store, _ = open_archives([path], cache_path, progress)
         return source_unlabeled(path, found, store)

@@ -11,11 +11,12 @@ import torch
 
 from dataloader.cache import cache_file
 from dataloader.loading.decode import is_image
-from dataloader.readers.tar import Tar, stat_fingerprint
+from dataloader.readers.tar import Tar
 from dataloader.sources.folder import SYSTEM_NAMES, FolderScan, file_extension
 from dataloader.sources.path_array import PathArray
 from runtime.console import printable
 from runtime.errors import UserError, WorkError
+from runtime.files import stat_fingerprint
 from runtime.messages import log
 
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')

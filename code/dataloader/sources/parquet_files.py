@@ -1,0 +1,117 @@
+"""Which splits and classes Parquet files have: those of the Hugging Face hub, data/train-00000-of-00005.parquet."""
+
+import json
+import re
+
+import numpy as np
+import torch
+
+from dataloader.readers.parquet import Parquet
+from dataloader.sources.path_array import PathArray
+from dataloader.sources.split_names import SPLIT_ALIASES, require_train
+from dataloader.sources.split_source import SplitSource
+from runtime.console import join_first, printable
+from runtime.errors import UserError, WorkError
+from runtime.messages import log
+
+# train.parquet, train-00000-of-00005.parquet, train-00000-of-00005-0123456789abcdef.parquet
+SHARD = re.compile(r'([a-z]+)(-\d+-of-\d+)?(-[0-9a-f]+)?\.parquet')
+IMAGE_COLUMNS, LABEL_COLUMNS = ('image', 'img', 'picture'), ('label', 'labels', 'fine_label', 'class', 'target')
+
+
+def find_shards(root):
+    """{split: its Parquet files} of a folder, or of its folder data; {} where there are none."""
+    for folder in (root, root / 'data'):
+        found = {}
+        for path in sorted(folder.glob('*.parquet')) if folder.is_dir() else ():
+            match = SHARD.fullmatch(path.name.lower())
+            if match and match[1] in SPLIT_ALIASES:
+                found.setdefault(SPLIT_ALIASES[match[1]], []).append(path)
+        if found:
+            require_train(root, {name: paths[0].name for name, paths in found.items()})
+            return found
+    return {}
+
+
+def source_from_parquet(paths):
+    """The SplitSource of one split, in these files. Raises UserError where pyarrow is not there, or no column holds
+    images, WorkError for a damaged file."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f'{printable(paths[0])}: pip3 install pyarrow reads Parquet files') from None
+    names, labels, parts = [], [], []
+    for number, path in enumerate(paths):
+        try:
+            file = pq.ParquetFile(path)
+            schema = file.schema_arrow
+            if not number:
+                image, label, classes = find_columns(schema, paths[0])
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            is_struct = pa.types.is_struct(schema.field(image).type)
+            columns = [f'{image}.path'] * is_struct + [label] * bool(label)
+            table = file.read(columns=columns, use_threads=False) if columns else None
+        except pa.ArrowException as error:
+            raise WorkError(f'cannot read the file {printable(path)}: {str(error).splitlines()[0]}') from None
+        kept = [each['path'] for each in table.column(image).to_pylist()] if is_struct else [None] * sum(rows)
+        names += [f'{path.stem}/{row:07d}_{name or "image"}' for row, name in enumerate(kept)]
+        labels += table.column(label).to_pylist() if label else [None] * sum(rows)
+        parts += [(number, group, row) for group, count in enumerate(rows) for row in range(count)]
+    if not parts:
+        raise UserError(f'{printable(paths[0])} holds no images')
+    labels, classes = number_labels(labels, classes)
+    index = np.array(parts, np.int64).T
+    store = Parquet([str(path) for path in paths], image, PathArray(names), *map(np.ascontiguousarray, index))
+    return SplitSource(named_together(paths), store, labels, classes)
+
+
+def find_columns(schema, path):
+    """(column of the images, column of the labels or '', classes or None) by what the hub writes into a schema, else by
+    their names. Raises UserError where there is no column of images."""
+    import pyarrow as pa
+
+    about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
+    features = about.get('info', {}).get('features', {})
+    kinds = {name: value.get('_type') for name, value in features.items() if isinstance(value, dict)}
+    images = [name for name, kind in kinds.items() if kind == 'Image' and name in schema.names]
+    if not images:
+        binary = [field.name for field in schema if holds_bytes(field.type, pa)]
+        images = sorted(binary, key=lambda name: name not in IMAGE_COLUMNS)
+    if not images:
+        raise UserError(f'{printable(path)} has no column of images, but {join_first(schema.names)}')
+    named = [name for name in LABEL_COLUMNS if name in schema.names]
+    labels = sorted((name for name, kind in kinds.items() if kind == 'ClassLabel'), key=lambda name: name not in named)
+    labels = labels or named
+    if len(images) > 1 or len(labels) > 1:
+        label = f', the classes {labels[0]!r}' if labels else ''
+        log(f'{printable(path.name)}: the images are the column {images[0]!r}{label}, of {join_first(schema.names)}')
+    label = labels[0] if labels else ''
+    return images[0], label, features[label].get('names') if kinds.get(label) == 'ClassLabel' else None
+
+
+def holds_bytes(kind, pa):
+    """Whether a column of this type may hold images: bytes, or a struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        return any(field.name == 'bytes' for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def number_labels(labels, classes):
+    """(N int64, names of the classes) of the values of a column of labels: numbers of `classes`, or, where that is
+    None, whatever tells them apart; none is -1."""
+    if all(label is None for label in labels):
+        return torch.full((len(labels),), -1), []
+    if classes:
+        numbers = [-1 if label is None or not 0 <= label < len(classes) else label for label in labels]
+        return torch.tensor(numbers, dtype=torch.int64), [str(name) for name in classes]
+    known = sorted(
+        {label for label in labels if label is not None and label != -1}, key=lambda label: (str(type(label)), label)
+    )
+    numbers = {label: number for number, label in enumerate(known)}
+    return torch.tensor([numbers.get(label, -1) for label in labels], dtype=torch.int64), [str(name) for name in known]
+
+
+def named_together(paths):
+    """One path that stands for all files of a split."""
+    return paths[0] if len(paths) == 1 else paths[0].with_name(f'{paths[0].stem.split("-")[0]}-*.parquet')

@@ -1,0 +1,140 @@
+"""Parquet files as the Hugging Face hub has them: read where they lie, to the bit what the files were."""
+
+import io
+import json
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import cli
+from conftest import TINY, one_line, own_paths
+from dataloader.load_dataset import load_splits
+from dataloader.readers import parquet
+from dataloader.sources.parquet_files import source_from_parquet
+from runtime.options import get_config
+
+CLASSES = ['checks', 'dots', 'stripes']
+
+
+def hub(folder, drawn, shards=2, metadata=True, label='label', column='image', group=7):
+    """folder/data/<split>-0000x-of-0000y.parquet of the images of `drawn`, as the datasets library writes them."""
+    (folder / 'data').mkdir(parents=True)
+    for split, name in (('train', 'train'), ('val', 'validation')):
+        paths = sorted((drawn / split).rglob('*.png'))
+        rows = [({'bytes': path.read_bytes(), 'path': path.name}, CLASSES.index(path.parent.name)) for path in paths]
+        features = {column: {'_type': 'Image'}, label: {'names': CLASSES, '_type': 'ClassLabel'}}
+        about = {b'huggingface': json.dumps({'info': {'features': features}}).encode()} if metadata else None
+        size = -(-len(rows) // shards)
+        for shard in range(shards):
+            images, labels = zip(*rows[shard * size : (shard + 1) * size], strict=True)
+            kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+            table = pa.table({column: pa.array(images, kind), label: pa.array(labels, pa.int64())})
+            table = table.replace_schema_metadata(about)
+            pq.write_table(table, folder / f'data/{name}-{shard:05d}-of-{shards:05d}.parquet', row_group_size=group)
+    return folder
+
+
+def options(path, tmp_path, **more):
+    return get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache'), **more)
+
+
+@pytest.mark.parametrize('metadata', [True, False])
+def test_the_images_and_classes_are_those_of_the_files(drawn, tmp_path, metadata):
+    folder = hub(tmp_path / 'hub', drawn, metadata=metadata)
+    wanted = load_splits(options(drawn, tmp_path))
+    for more in ({}, {'cache_images': 'off'}):
+        found = load_splits(options(folder, tmp_path, **more))
+        assert [name for name, images in found.items() if images] == ['train', 'val']
+        for split in ('train', 'val'):
+            assert found[split].classes == (CLASSES if metadata else ['0', '1', '2'])
+            assert torch.equal(found[split].labels, wanted[split].labels)
+            for row in (0, 5, len(found[split]) - 1, 3):
+                with found[split].store.opened(row) as image:
+                    assert np.array_equal(np.asarray(image.convert('RGB')), wanted[split].pixels[row].permute(1, 2, 0))
+    assert len({*found['train'].names}) == 72
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_run_is_that_of_the_files_to_the_bit(drawn, tmp_path, workers):
+    folder = hub(tmp_path / 'hub', drawn)
+    given = [*TINY, '--cache_images=off', f'--num_workers={workers}']
+    for path in (drawn, folder):
+        assert cli.main(['train', *given, f'--image_path={path}', *own_paths(tmp_path)]) == 0
+    states = [torch.load(path, weights_only=True)['model'] for path in sorted((tmp_path / 'ckpt').glob('*/loss_*'))]
+    assert len(states) == 2
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_one_file_a_single_split_and_infer(drawn, tmp_path, capsys):
+    folder = hub(tmp_path / 'hub', drawn, shards=1)
+    file = folder / 'data/train-00000-of-00001.parquet'
+    images = load_splits(options(file, tmp_path))
+    assert len(images['train']) + len(images['val']) == 72  # a part is held out
+    assert cli.main(['train', *TINY, f'--image_path={folder}', *own_paths(tmp_path)]) == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    given = [f'--ckpt_name={run.name}', f'--image_path={folder}', f'--output={tmp_path}/out.csv', *own_paths(tmp_path)]
+    capsys.readouterr()
+    assert cli.main(['infer', *given]) == 0
+    assert len((tmp_path / 'out.csv').read_text().splitlines()) == 25
+
+
+def test_random_access_keeps_little(tmp_path, monkeypatch):
+    """A hundred row groups, of which two fit: what is kept stays below that."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(100):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (100, 100, 3), np.uint8)).save(file, 'PNG')
+        images.append(file.getvalue())
+    pq.write_table(pa.table({'image': images}), tmp_path / 'train.parquet', row_group_size=1)
+    monkeypatch.setattr(parquet, 'CACHE_BYTES', 70_000)
+    parquet.cache_of_process.cache_clear()
+    store = source_from_parquet([tmp_path / 'train.parquet']).store
+    tracemalloc.start()
+    for row in rng.permutation(100).tolist():
+        with store.opened(row) as image:
+            assert image.size == (100, 100)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    parquet.cache_of_process.cache_clear()
+    assert held < 1_000_000 < sum(map(len, images))
+
+
+def test_labels_without_a_number_are_none(drawn, tmp_path):
+    table = pa.table({'image': [b'x'] * 4, 'label': pa.array([1, -1, None, 0], pa.int64())})
+    about = {'info': {'features': {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': ['a', 'b']}}}}
+    table = table.replace_schema_metadata({b'huggingface': json.dumps(about).encode()})
+    pq.write_table(table, tmp_path / 'test.parquet')
+    source = source_from_parquet([tmp_path / 'test.parquet'])
+    assert (source.labels.tolist(), source.classes) == ([1, -1, -1, 0], ['a', 'b'])
+    pq.write_table(pa.table({'image': [b'x'] * 3, 'label': ['cat', 'ant', None]}), tmp_path / 'test.parquet')
+    source = source_from_parquet([tmp_path / 'test.parquet'])
+    assert (source.labels.tolist(), source.classes) == ([1, 0, -1], ['ant', 'cat'])
+
+
+@pytest.mark.parametrize(
+    ('make', 'code', 'said'),
+    [
+        (lambda path: path.write_bytes(b'no parquet'), 1, 'cannot read the file'),
+        (lambda path: pq.write_table(pa.table({'text': ['a']}), path), 2, 'has no column of images, but text'),
+        (lambda path: pq.write_table(pa.table({'image': pa.array([], pa.binary())}), path), 2, 'holds no images'),
+        (lambda path: pq.write_table(pa.table({'image': [b'x'] * 9}), path), 1, 'cannot read the image'),
+    ],
+)
+def test_what_cannot_be_read_is_a_line(make, code, said, tmp_path, capsys):
+    (tmp_path / 'set').mkdir()
+    make(tmp_path / 'set/train.parquet')
+    assert cli.main(['train', *TINY, '--batch_size=2', f'--image_path={tmp_path}/set', *own_paths(tmp_path)]) == code
+    assert said in one_line(capsys.readouterr().err)
+
+
+def test_a_val_alone_is_refused(drawn, tmp_path, capsys):
+    hub(tmp_path / 'hub', drawn)
+    for path in (tmp_path / 'hub/data').glob('train*'):
+        path.unlink()
+    assert cli.main(['train', *TINY, f'--image_path={tmp_path}/hub', *own_paths(tmp_path)]) == 2
+    assert 'no train: what is there to be trained on?' in one_line(capsys.readouterr().err)
