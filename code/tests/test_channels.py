@@ -56,9 +56,14 @@ def read(content, name, npy_axes='auto'):
 
 @examples
 @given(
-    st.integers(1, 16), st.integers(1, 40), st.integers(1, 40), st.sampled_from(DTYPES), st.sampled_from('<>'),
-    st.sampled_from(('hwc', 'chw', 'hw')), st.booleans(),
-)  # fmt: skip
+    st.integers(1, 16),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(DTYPES),
+    st.sampled_from('<>'),
+    st.sampled_from(('hwc', 'chw', 'hw')),
+    st.booleans(),
+)
 def test_an_npy_file_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, axes, told):
     pixels = values((channels, height, width), dtype)
     stored = {'hwc': pixels.transpose(1, 2, 0), 'chw': pixels, 'hw': pixels[0]}[axes]
@@ -78,15 +83,21 @@ def test_an_npy_file_is_read_as_it_is_or_refused_in_a_line(channels, height, wid
 
 @examples
 @given(
-    st.integers(1, 16), st.integers(2, 40), st.integers(2, 40), st.sampled_from(DTYPES), st.sampled_from('<>'),
-    st.sampled_from(('planar', 'chunky', 'pages')), st.sampled_from((None, 'zlib', 'tiled')),
-)  # fmt: skip
+    st.integers(1, 16),
+    st.integers(2, 40),
+    st.integers(2, 40),
+    st.sampled_from(DTYPES),
+    st.sampled_from('<>'),
+    st.sampled_from(('planar', 'chunky', 'pages')),
+    st.sampled_from((None, 'zlib', 'tiled')),
+)
 def test_a_tiff_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, how, packed):
     pixels, file = values((channels, height, width), dtype), io.BytesIO()
     more = {'tile': (16, 16)} if packed == 'tiled' else {'compression': packed}
     if how == 'chunky' and channels > 1:
-        tifffile.imwrite(file, pixels.transpose(1, 2, 0), byteorder=order, photometric='minisblack',
-                         planarconfig='contig', **more)  # fmt: skip
+        tifffile.imwrite(
+            file, pixels.transpose(1, 2, 0), byteorder=order, photometric='minisblack', planarconfig='contig', **more
+        )
     elif how == 'planar' and channels > 1:
         tifffile.imwrite(file, pixels, byteorder=order, photometric='minisblack', planarconfig='separate', **more)
     else:
@@ -499,3 +510,31 @@ def test_mean_and_std_of_the_dataset_are_measured_and_kept(drawn, tmp_path, caps
 def test_levels_are_measured(five, tmp_path):
     args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), channels='1-5')
     assert 4085 < float(measure_levels(args, load_splits(args)['train'].store)) <= 4095
+
+
+def test_where_torchvisions_decoders_are_gone_torchcodecs_give_the_same_pixels(monkeypatch, drawn_large):
+    """And where both are, Pillow's do."""
+    import importlib
+    import sys
+
+    from dataloader.loading import image_decoders
+
+    paths = sorted(drawn_large.rglob('*.jpg'))[:3]
+    data = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
+    wanted = [image_decoders.decode_jpeg(each) for each in data]
+    monkeypatch.setitem(sys.modules, 'torchvision.io', None)
+    monkeypatch.delattr('torchvision.io', raising=False)
+    try:
+        pytest.importorskip('torchcodec')
+        gone = importlib.reload(image_decoders)
+        assert 'torchcodec' in gone.decode_jpeg.__globals__['decoders'].__name__
+        assert all(torch.equal(gone.decode_jpeg(each), one) for each, one in zip(data, wanted, strict=True))
+        monkeypatch.setitem(sys.modules, 'torchcodec', None)
+        assert importlib.reload(image_decoders).decode_jpeg is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(image_decoders)
+    assert all(
+        torch.equal(torch.from_numpy(np.array(decode(path))).permute(2, 0, 1), one)
+        for path, one in zip(paths, wanted, strict=True)
+    )

@@ -7,8 +7,9 @@ import contextlib
 import io
 
 import numpy as np
+import torch
 
-from runtime.errors import WorkError
+from dataloader.loading.image_decoders import decode_png
 
 MAX_CHANNELS = 16  # that an axis of an .npy file may have to be taken for its channels
 TYPES = ('uint8', 'int8', 'uint16', 'int16', 'uint32', 'int32', 'float16', 'float32')  # that are kept as they are
@@ -176,15 +177,11 @@ def is_16_bit_png(image):
 
 
 def read_16_bit_png(image):
-    """A PNG of 16 bits a channel by torchvision's decoder. Raises WorkError where it is gone."""
-    import torch
-
-    try:
-        from torchvision.io import ImageReadMode, decode_png
-    except ImportError:
-        raise WorkError('colours of 16 bits in a PNG need a torchvision with decode_png, or a TIFF file') from None
+    """A PNG of 16 bits a channel. Raises ValueError where there is no decoder for it."""
+    if decode_png is None:
+        raise ValueError('colors of 16 bits in a PNG: pip3 install torchcodec reads them')
     image.fp.seek(0)
-    return decode_png(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+    return decode_png(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)).numpy()
 
 
 def read_bytes(source):

@@ -12,15 +12,9 @@ import torch
 from PIL import Image, ImageFile
 
 from dataloader.loading import arrays
+from dataloader.loading.image_decoders import decode_jpeg
 from runtime.console import printable
 from runtime.errors import WorkError
-
-try:  # torchvision 0.29 announces that its decoders will go; PIL's takes a third longer and is always there
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    warnings.filterwarnings('ignore', message='The image decoding and encoding capabilities', module='torchvision.io')
-except ImportError:
-    decode_jpeg = None
 
 MAX_PIXELS = 10**8  # more is refused: a small file can unpack to any number
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ours is the stricter limit
@@ -276,10 +270,10 @@ def decode(source, name=None, min_side=None, levels=None, upright=False):
 def to_uint8_tensor(image, levels=None):
     """An opened image in RGB as 3 x H x W uint8.
 
-    A whole JPEG goes through torchvision's decoder: the same library and the same pixels as PIL's, without two copies.
+    A whole JPEG goes through image_decoders: the same library and the same pixels as PIL's, without two copies.
     """
     if decode_jpeg and image.format == 'JPEG' and image.mode in ('RGB', 'L') and not image.decoderconfig:  # not shrunk
         image.fp.seek(0)
         with contextlib.suppress(RuntimeError):  # a damaged file: PIL says what is wrong with it
-            return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
+            return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
     return torch.from_numpy(np.array(rgb(image, levels))).permute(2, 0, 1)
