@@ -156,8 +156,9 @@ def checkpoints_in(path):
     return checkpoints(path) if path.is_dir() else []
 
 
-def load_off_the_shelf(args, name):
-    """get_model_ckpt of the weights that torchvision (imagenet) or timm (timm, timm/<name>.<tag>) has."""
+def check_off_the_shelf(args, name):
+    """(args with the network that weights of this name are of, its name in timm or ''). Raises UserError where
+    torchvision or timm have no such weights of --backbone."""
     wanted = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
     if wanted and 'backbone' in args.given and args.backbone != f'timm/{wanted.split(".")[0]}':
         raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
@@ -171,6 +172,12 @@ def load_off_the_shelf(args, name):
         raise UserError(
             f"imagenet has the weights of torchvision's networks, not of --backbone={args.backbone} --stem={args.stem}"
         )
+    return args, wanted
+
+
+def load_off_the_shelf(args, name):
+    """get_model_ckpt of the weights that torchvision (imagenet) or timm (timm, timm/<name>.<tag>) has."""
+    args, wanted = check_off_the_shelf(args, name)
     try:
         args = with_preprocessing(args, find_preprocessing(wanted and f'timm/{wanted}' or args.backbone))
         model = build_model(args)

@@ -72,7 +72,7 @@ def measure(folder, kind, options, epochs, seed):
     for protocol in ('knn', 'linear'):
         assert cli.main(['evaluate', f'--ckpt_name={run.name}', f'--protocol={protocol}', *paths]) == 0
         (path,) = run.glob(f'evaluate_{protocol}_*.json')
-        found[protocol] = read_json(path)['knn_top1' if protocol == 'knn' else 'top1']
+        found[protocol] = read_json(path)['top1']
     return found
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ckpt import get_model_ckpt
+from ckpt import check_off_the_shelf, get_model_ckpt
 from dataloader.load_dataset import find_split_sources, get_iterator
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
@@ -13,6 +13,7 @@ from engine.cuda_graph import should_use_graph
 from engine.run_dir import RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
 from engine.train_state import TrainState
 from model.backbone import find_last_bn_layers
+from model.weights import is_off_the_shelf
 from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
@@ -35,6 +36,8 @@ def setup_run(args):
     """
     args, sources = choose_options(args)
     if not args.ckpt_name:
+        if is_off_the_shelf(args.init_from):
+            check_off_the_shelf(args, args.init_from)
         sources = sources or find_split_sources(args)
         args = resolve_pixels(args, sources['train'].store)
     args, model, checkpoint = load_start(args)

@@ -31,7 +31,7 @@ from runtime.options import get_config, replace_args
 from runtime.seeding import generator_for
 
 DTYPES = ('uint8', 'uint16', 'int16', 'int32', 'float16', 'float32')
-examples = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+examples = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def values(shape, dtype, seed=0):

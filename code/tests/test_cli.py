@@ -97,6 +97,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
         'speed/waiting_for_data',
         'schedule/learning_rate_encoder',
         'schedule/learning_rate_predictor',
+        'pretraining/gradient_norm',
         *(f'pretraining/{name}' for name in ('rank', 'rank_z', 'retrieval', 'retrieval_z', 'rankme', 'area', 'alpha')),
         'pretraining/std_judged',
         *(f'pretraining/{name}' for name in ('mean_direction', 'correlation', 'rank_z_minus_p', 'norm_z', 'norm_p')),

@@ -38,6 +38,7 @@ BENCH = {
 }
 # What makes the other benchmarks short: (as it stands there, what is put in its place).
 SHORTER = {
+    'cifar10.py': [],
     'loader.py': [('PHOTOS, TINY = 768, 6144', 'PHOTOS, TINY = 64, 512')],
     'step.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 1"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
     'epoch.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 2"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
@@ -51,7 +52,7 @@ def smaller(command, options):
     if command == 'train' and '--preset=demo' in options:
         return ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0', '--probe_epochs=2']
     if command == 'train' and any(option.startswith('--preset=') for option in options):
-        return [*FEW, *SMALL]
+        return [*FEW, *SMALL, *(['--backbone=small'] if '--preset=cifar10' in options else [])]
     if command == 'train' and any(
         option.startswith('--image_path=') for option in options
     ):  # weights are not to be had
@@ -71,7 +72,7 @@ def smaller(command, options):
         demo = any(option == '--ckpt_name=model_name_simsiam_ckpt_0' for option in options)  # 5,000 drawings are many
         own_set = protocol not in ('transfer', 'detection')
         small = (
-            ['--image_path=data/cifar10-jpeg'] if demo else ['--image_size=64']
+            ['--image_path=data/cifar10-jpeg'] if demo else ['--image_size=32']
         )  # of a backbone alone, 224 otherwise
         return [*own, *(small if own_set else []), '--num_workers=1', '--amp=off']
     return FEW[1:3] if command == 'check_dataloader' else []
@@ -91,10 +92,10 @@ def call(name, given):
             given = [*given, *smaller(given[1], given[2:])]
         elif given[0].startswith('bench/'):
             bench = Path(given[0]).name
-            given = [__file__, 'once', *given] if bench in SHORTER else [*given, *BENCH[bench]]
+            given = [*([__file__, 'once'] if bench in SHORTER else []), *given, *BENCH.get(bench, [])]
         return python(given)
     if name == 'once':  # a benchmark that goes each of its ways once
-        path = Path(given[0]).absolute()
+        sys.argv, path = given, Path(given[0]).absolute()
         sys.path.insert(0, str(path.parent))
         import common
 
