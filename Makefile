@@ -14,8 +14,8 @@ train: .venv/installed
 test: lint
 	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
 
-QUICK = $(addprefix tests/test_, metric.py spectrum.py config.py optimizer.py crops.py pixels.py vision.py formats.py \
-	layout.py listing.py figures.py)
+QUICK = $(addprefix tests/test_, metric.py label_free.py config.py optimizer.py crops.py decode.py augmentation.py \
+	checkpoint_format.py dataset_layouts.py list_runs.py figures.py)
 
 check: lint
 	cd code && OMP_NUM_THREADS=1 ../.venv/bin/python -m pytest -q -n auto --dist loadfile -k "not (a_real_run or names_are_bytes or little_of_its_range or it_trains or libraries_below or may_not_be_read)" $(QUICK)

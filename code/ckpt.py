@@ -38,7 +38,7 @@ from model.weights import (
     match_keys,
     preprocessing_from_timm_folder,
 )
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoint_format import is_ours, upgrade
 from runtime.console import first_line, join_first, print_message
 from runtime.distributed import local_main_first, rank
@@ -478,7 +478,7 @@ def save_checkpoint(run, args, state):
     path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{suffix}'
     if not rank():
         note_written(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
-        atomic_write(path, lambda aside: torch.save(content, aside))
+        atomic_write_on_main(path, lambda aside: torch.save(content, aside))
         kept = {0, best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
         older = [
             other
@@ -501,7 +501,7 @@ def note_written(run, path):
     """Add a checkpoint to those that a run says it has written, or is about to write."""
     before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
     names = [*(name for name in before if name != path.name), path.name]
-    atomic_write(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
+    atomic_write_on_main(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
 
 
 def is_own(folder, path):

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from runtime.atomic_write import atomic_write, save_png
+from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.console import print_message, printable
 from runtime.distributed import rank
 from runtime.errors import UserError
@@ -34,7 +34,7 @@ class Logger:
             ) from None
         if first_step and metrics and metrics.is_file() and not rank():
             kept = [dumps_nan_safe(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
-            atomic_write(metrics, lambda aside: aside.write_text(''.join(kept)))
+            atomic_write_on_main(metrics, lambda aside: aside.write_text(''.join(kept)))
 
     def write_tensorboard(self, write):
         """Let `put(writer)` write to TensorBoard. A log that cannot be written any more, for its folder was deleted or
@@ -112,6 +112,9 @@ def silence_tensorboard_thread(of_thread, usual=threading.excepthook):
 threading.excepthook = silence_tensorboard_thread
 
 
+RENAMED_TAGS = {'schedule/learning_rate_encoder': 'schedule/learning_rate_projector'}  # as earlier runs have them
+
+
 def read_scalars(folder):
     """What was logged in this folder: {tag: [(step, value), ...]}, nothing where there is no such folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -119,7 +122,10 @@ def read_scalars(folder):
     if not folder.is_dir():
         return {}
     events = EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+    return {
+        RENAMED_TAGS.get(tag, tag): [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()['scalars']
+    }
 
 
 def picture(rows, path, zoom_to=64):

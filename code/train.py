@@ -86,7 +86,7 @@ def train_epoch(args, step, state, loader, monitor, run):
     state.model.train()
     monitor.begin_epoch(state, total)
     # A signal ends the wait for a batch at once; with several ranks all stop at the same step, in
-    # signals.sync_stop_and_save.
+    # signals.sync_should_save.
     with signals.defer_signals(distributed.world_size() > 1):
         for images, _ in prefetch_to_device(args, loader):
             # augmentation
@@ -107,7 +107,7 @@ def train_epoch(args, step, state, loader, monitor, run):
             # when it stops and saves
             is_last_step = state.images >= total
             steps = state.images // batch_size
-            save_now = signals.sync_stop_and_save(steps, is_last_step, run.deadline, run.should_save(), device)
+            save_now = signals.sync_should_save(steps, is_last_step, run.deadline, run.should_save(), device)
             if save_now and not is_last_step:
                 state.all_reduce_sums()
                 run.save(state)

@@ -28,7 +28,7 @@ from optimizer.sgd import lr_schedule, make_sgd, set_learning_rates
 from plots import LineChart, curves, to_pil
 from protocols.features import extract_features
 from protocols.results import load_results
-from runtime.atomic_write import atomic_write, save_png
+from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.device import get_device
 from runtime.errors import resolve_path
 from runtime.options import get_config
@@ -135,7 +135,7 @@ def main():
             cli('evaluate', f'--ckpt_name={run.name}', *paths)
         result['linear'] = load_results(run, protocol='linear')[-1]
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
-    atomic_write(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    atomic_write_on_main(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
     picture = curves([LineChart('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
     save_png(to_pil(picture), output / 'cifar10.png')
     print(json.dumps(result))

@@ -8,7 +8,7 @@ from dataloader.load_dataset import load_splits, num_views
 from engine.ablation_tables import TABLES, finished_result
 from engine.run_dir import args_from_run
 from logger import read_scalars
-from runtime.atomic_write import atomic_write, save_png
+from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoint_format import upgrade
 from runtime.device import init_device
 from runtime.errors import UserError, resolve_path
@@ -49,7 +49,7 @@ def ablate(args):
 def save_table(base, rows):
     """The rows as <base>.json, their curves as <base>.png."""
     data, image = (base.with_name(base.name + suffix) for suffix in ('.json', '.png'))
-    atomic_write(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
+    atomic_write_on_main(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
     drawn = (
         ('std of z / |z|, times sqrt(d)', 'std_curve', (0, 1.1)),
         ('loss', 'loss_curve', None),

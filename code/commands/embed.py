@@ -13,7 +13,7 @@ from metric.knn import topk_neighbors
 from metric.projection_2d import tsne_2d
 from protocols.features import extract_features
 from runtime import distributed
-from runtime.atomic_write import atomic_write, write_csv
+from runtime.atomic_write import atomic_write_on_main, write_csv
 from runtime.console import printable
 from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
@@ -52,7 +52,7 @@ def embed(args):
         head = ['file', *(f'feature_{i}' for i in range(features.shape[1]))]
         write_csv(output, [head, *([name, *row] for name, row in zip(images.names, features.tolist(), strict=True))])
     elif not distributed.rank():
-        atomic_write(output, write)
+        atomic_write_on_main(output, write)
     log(f'{len(features)} x {features.shape[1]} features of {images.folder} written to {output}')
     if args.projector_images and not distributed.rank():
         logger = Logger(resolve_path(args.log_path) / checkpoint['run'].name / 'projector')

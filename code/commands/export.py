@@ -8,7 +8,7 @@ from ckpt import get_model_ckpt
 from commands import model_card
 from model.backbone import constructor_kwargs, feature_dim
 from model.foreign_checkpoints import RESNET_BLOCKS, to_detectron2
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
@@ -51,13 +51,13 @@ def export(args):
         name=name, file=output, more=constructor_args(args, state), **mean_std_text(args)
     )
     if args.format == 'torchvision':
-        atomic_write(output, lambda aside: torch.save(state, aside))
+        atomic_write_on_main(output, lambda aside: torch.save(state, aside))
     elif args.format == 'timm':
         to_timm_folder(args, checkpoint, backbone, state, output)
     elif args.format == 'detectron2':
         arrays = {name: value.numpy() for name, value in to_detectron2(state).items() if 'num_batches' not in name}
         content = {'model': arrays, '__author__': 'SimSiam', 'matching_heuristics': True}
-        atomic_write(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
+        atomic_write_on_main(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
         names = (
@@ -72,10 +72,10 @@ def export(args):
             'white_level',
         )
         about = {name: str(getattr(args, name)) for name in names}
-        atomic_write(output, lambda aside: save_file(state, aside, metadata=about))
+        atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=about))
     else:
         require_package('onnxscript', '--format=onnx')
-        atomic_write(output, lambda aside: to_onnx(backbone, args.num_channels, args.image_size, aside))
+        atomic_write_on_main(output, lambda aside: to_onnx(backbone, args.num_channels, args.image_size, aside))
     if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
             f'; C4 wants bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
@@ -116,10 +116,10 @@ def to_timm_folder(args, checkpoint, backbone, state, folder):
     model_args = {'img_size': args.image_size} if constructor_args(args, state) else {}
     model_args |= {'in_chans': args.num_channels} if args.num_channels != 3 else {}
     about |= {'model_args': model_args} if model_args else {}
-    atomic_write(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
-    atomic_write(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
+    atomic_write_on_main(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
+    atomic_write_on_main(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
     text = model_card.card(args, checkpoint, name, features)
-    atomic_write(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
+    atomic_write_on_main(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
 
 
 def mean_std_text(args):

@@ -11,7 +11,7 @@ from dataloader.load_dataset import find_split_sources
 from dataloader.loading.decode import is_image
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import SYSTEM_NAMES
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.console import print_message, printable, silence_stderr
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import try_writing
@@ -74,7 +74,7 @@ def write_split(args, output, name, part):
                         left_out.append(str(error))  # said when standard error is heard again
                     ahead = next(rows, None)
 
-        atomic_write(path, write)
+        atomic_write_on_main(path, write)
         number += 1
     for line in left_out:
         print_message('warning', f'{line}; left out')

@@ -28,7 +28,7 @@ from protocols import collapse_verdict
 from protocols.features import extract_features
 from protocols.protocol import find_protocol
 from protocols.results import load_results
-from runtime.atomic_write import atomic_write, save_png
+from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
@@ -50,7 +50,7 @@ CHARTS = (  # file name, title, bounds, {tag: name of its line}
         'rate',
         'learning rate',
         None,
-        {'schedule/learning_rate_encoder': 'backbone, projector', 'schedule/learning_rate_predictor': 'predictor'},
+        {'schedule/learning_rate_projector': 'backbone, projector', 'schedule/learning_rate_predictor': 'predictor'},
     ),
 )
 
@@ -103,7 +103,7 @@ def report(args):
         for_page, for_script = part(runs, page)
         content, data = {**content, **for_page}, {**data, **for_script}
     text = render_page(runs, content, data)
-    atomic_write(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+    atomic_write_on_main(page, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
     log(f'report     {page}')
     return page
 

@@ -26,7 +26,7 @@ from ckpt import (
     versions,
 )
 from config import EVAL_COMMANDS, GOING_ON, NOT_RESTORED_OPTIONS, OPTIONS
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoint_format import upgrade
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
@@ -58,7 +58,7 @@ class RunDir:
         if not rank():
             clear_parts(self.folder)
             text = json.dumps(lock_content())
-            atomic_write(self.folder / LOCK_FILE, lambda aside: aside.write_text(text))
+            atomic_write_on_main(self.folder / LOCK_FILE, lambda aside: aside.write_text(text))
 
     def remove_if_empty(self):
         """Leave no folder of a run that has not begun."""
@@ -218,7 +218,7 @@ def write_run_json(run, args, images):
             f'{earlier.get("number")} that {run.name} has seen: it goes on with them',
         )
     if not rank():
-        atomic_write(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
+        atomic_write_on_main(run / 'run.json', lambda aside: aside.write_text(json.dumps(about, indent=2) + '\n'))
 
 
 def args_from_run(args):

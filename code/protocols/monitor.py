@@ -19,7 +19,7 @@ from protocols.compare import mean_and_error
 from protocols.few_labels import watch_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows
 from runtime.errors import resolve_path
@@ -90,7 +90,7 @@ class Monitor:
         self.last_logged = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
             'speed/waiting_for_data': self.loader.waited / elapsed,
-            'schedule/learning_rate_encoder': rates[1],
+            'schedule/learning_rate_projector': rates[1],
             'schedule/learning_rate_predictor': rates[2],
         }
         if rates[0] != rates[1]:
@@ -174,7 +174,7 @@ class Monitor:
             return {'few_labels_top1': top1}, words
         if not state.epoch:
             values = {'right': right.tolist()}
-            atomic_write(path, lambda aside: aside.write_text(json.dumps(values)))
+            atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
         before = read_json(path).get('right', [])
         if state.epoch and len(before) == count:
             gains = right - torch.tensor(before, dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch
 from ckpt import load_file, plain_name, versions
 from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
@@ -88,9 +88,9 @@ def write(run, name, spec, metrics, classifier=None):
         return result
     if classifier:
         content = {**classifier, 'question': spec, 'top1': metrics.get('top1'), 'when': result['when']}
-        atomic_write(run / f'classifier_{spec_hash}', lambda aside: torch.save(content, aside))
+        atomic_write_on_main(run / f'classifier_{spec_hash}', lambda aside: torch.save(content, aside))
     text = dumps_nan_safe(result, indent=2) + '\n'
-    atomic_write(run / result['file'], lambda aside: aside.write_text(text))
+    atomic_write_on_main(run / result['file'], lambda aside: aside.write_text(text))
     return result
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from runtime import distributed
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.device import get_device
 from runtime.errors import ROOT, UserError, resolve_path
 from runtime.messages import log
@@ -156,7 +156,7 @@ def cached_benchmark(path, options):
     with_it = {**known, key: found} if isinstance(known, dict) else {key: found}
     if found.pop('sure'):
         try:
-            atomic_write(path, lambda aside: aside.write_text(json.dumps(with_it, indent=1) + '\n'))
+            atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(with_it, indent=1) + '\n'))
         except OSError as error:
             log(f'what the trial showed is not kept for the next run: {error}')
     return found

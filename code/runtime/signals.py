@@ -4,8 +4,8 @@
    whatever is done.
 2. Within `defer_signals` (a training step, the writing of a checkpoint) it is raised at the end of the block instead.
    With several ranks the whole epoch is deferred, for all ranks have to stop at the same step: they agree on it in
-   `sync_stop_and_save`.
-3. `sync_stop_and_save`, after every step, raises Interrupted where the time is up, and on several ranks where a signal
+   `sync_should_save`.
+3. `sync_should_save`, after every step, raises Interrupted where the time is up, and on several ranks where a signal
    has come to any.
 4. engine/conclude.py catches Interrupted, calls `mark_handled` (no signal raises again), saves, and raises Interrupted
    with a line.
@@ -108,7 +108,7 @@ def defer_signals(active=True):
     raise_if_stopped()
 
 
-def sync_stop_and_save(step, last, deadline, save_is_due, device):
+def sync_should_save(step, last, deadline, save_is_due, device):
     """Between two steps: raise Interrupted where the run must stop now; else return whether it must save a checkpoint
     now.
 

@@ -39,16 +39,17 @@ TINY = (
 # Files whose tests take minutes: begun first, so that at the end no process is left alone with one.
 LONGEST = (
     'readme',
-    'stops',
+    'signals',
     'distributed',
     'detection',
     'cli',
     'resume',
-    'workers',
-    'tar',
+    'dataloader_workers',
+    'tar_archives',
     'model',
-    'layout',
+    'dataset_layouts',
     'report',
+    'channels',
 )
 
 

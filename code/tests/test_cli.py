@@ -95,7 +95,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
         'pretraining/std',
         'speed/images_per_second',
         'speed/waiting_for_data',
-        'schedule/learning_rate_encoder',
+        'schedule/learning_rate_projector',
         'schedule/learning_rate_predictor',
         'pretraining/gradient_norm',
         *(f'pretraining/{name}' for name in ('rank', 'rank_z', 'retrieval', 'retrieval_z', 'rankme', 'area', 'alpha')),
@@ -106,7 +106,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     for name in ('knn_top1', 'rank', 'area'):
         assert [event.step for event in events.Scalars(f'pretraining/{name}')] == [0, 1, 2]
     assert scalars['pretraining/loss'][-1] == pytest.approx(content['loss'], abs=1e-6)
-    first, last = scalars['schedule/learning_rate_encoder']
+    first, last = scalars['schedule/learning_rate_projector']
     assert 0 < last < first < 0.8 * 16 / 256
     assert scalars['schedule/learning_rate_predictor'] == pytest.approx([0.8 * 16 / 256] * 2)
     assert len(events.Images('pretraining/two_views')) == 1
@@ -532,16 +532,16 @@ def test_colors_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
 
 
 def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
-    from runtime.atomic_write import atomic_write
+    from runtime.atomic_write import atomic_write_on_main
 
     path = tmp_path / 'file'
-    atomic_write(path, lambda aside: aside.write_text('whole'))
+    atomic_write_on_main(path, lambda aside: aside.write_text('whole'))
 
     def fail(aside):
         aside.write_text('ha')
         raise OSError('No space left on device')
 
     with pytest.raises(OSError, match='No space'):
-        atomic_write(path, fail)
+        atomic_write_on_main(path, fail)
     assert path.read_text() == 'whole'
     assert [p.name for p in tmp_path.iterdir()] == ['file']

@@ -17,7 +17,7 @@ import warm
 from torch.nn.functional import normalize
 
 import test_detection
-import test_exchange
+import test_export
 from config import OPTIONS
 from conftest import CODE, draw_folder
 from loss.negative_cosine import simsiam_loss
@@ -100,7 +100,7 @@ def clone(tmp_path_factory):
     draw_folder(top / 'data/cifar10-jpeg', {'train': 24, 'val': 8}, side=32, suffix='.jpg')
     for name in ('VOC2007', 'blood-cells'):
         test_detection.voc(top / 'data' / name, {'train': 6, 'val': 2})
-    test_exchange.save_official(top / 'data/checkpoint_0099.pth.tar', test_exchange.Official(width=512))
+    test_export.save_official(top / 'data/checkpoint_0099.pth.tar', test_export.Official(width=512))
     return top
 
 

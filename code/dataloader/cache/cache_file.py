@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.console import printable
 from runtime.messages import log
 
@@ -29,6 +29,6 @@ def load(path, fingerprint):
 def save(path, content):
     """Write a cache file, or say why not: the run goes on without it."""
     try:
-        atomic_write(path, lambda aside: torch.save(content, aside))
+        atomic_write_on_main(path, lambda aside: torch.save(content, aside))
     except (OSError, RuntimeError) as error:
         log(f'{printable(path.name)} is not kept for the next run: {error}')

@@ -16,7 +16,7 @@ from dataloader.loading.decode import draft_downscale, exif_transpose_method, rg
 from dataloader.loading.pixel_format import to_array
 from dataloader.readers.memmap import MemmapReader
 from dataloader.readers.memory import Memory
-from runtime.atomic_write import atomic_write
+from runtime.atomic_write import atomic_write_on_main
 from runtime.console import printable, silence_stderr
 from runtime.environment import cpu_count
 from runtime.errors import UserError, WorkError
@@ -97,11 +97,11 @@ def build_resized_cache(store, where, side, pixel_format, cache_path):
         for other in os.scandir(path.parent):
             if other.name.startswith(f'{path.stem}_') and other.name.endswith('.bin'):
                 os.unlink(other.path)  # made from what the images were before
-    atomic_write(flat, write)
+    atomic_write_on_main(flat, write)
     sizes = torch.tensor(sizes)
     ends = count * sizes.prod(1).cumsum(0)
     index = torch.cat(((ends - count * sizes.prod(1))[:, None], sizes), 1)
-    atomic_write(path, lambda aside: torch.save({'mark': mark, 'content': index}, aside))
+    atomic_write_on_main(path, lambda aside: torch.save({'mark': mark, 'content': index}, aside))
     return MemmapReader(store.names, flat, index, pixel_format)
 
 
@@ -153,7 +153,9 @@ def readable_rows(store, where, cache_path, pixel_format=RGB8):
     if unreadable_rows != (before or []):
         text = ''.join(f'{error}\n' for error in errors)
         try:
-            atomic_write(named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace'))
+            atomic_write_on_main(
+                named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace')
+            )
         except OSError as error:
             where_named = f'{printable(named)} cannot be written ({error.strerror}); what would stand there:\n{text}'
     rows = torch.ones(len(store.names), dtype=torch.bool).index_fill_(

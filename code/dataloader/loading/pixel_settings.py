@@ -71,12 +71,12 @@ def resolve_pixels(args, store):
 
 
 def find_channels(kinds):
-    """--channels of these ImageKind: rgb, or as many as the first image has."""
+    """`channels` of these ImageKind: rgb, or as many as the first image has."""
     return f'1-{kinds[0].channels}' if kinds and kinds[0].color == 'other' else 'rgb'
 
 
 def measure_levels(args, store):
-    """--white_level of a store's images: the 99.9th percentile of some values of some images; black is 0, or where
+    """`white_level` of a store's images: the 99.9th percentile of some values of some images; black is 0, or where
     there are values below it the 0.1th."""
     values = np.concatenate([*(pixels.ravel() for pixels in sample_pixels(args, store)), np.zeros(0)])
     values = values[np.isfinite(values)]
@@ -105,7 +105,7 @@ def sample_pixels(args, store, pixel_format=None):
 
 
 def resolve_mean_std(args, store):
-    """args with --mean and --std as numbers, or `imagenet`. store: of train. Raises UserError for `weights` where there
+    """args with `mean` and `std` as numbers, or `imagenet`. store: of train. Raises UserError for `weights` where there
     are none."""
     found, words = {}, {'mean': args.mean, 'std': args.std}
     if not {'auto', 'weights', 'dataset'} & {*words.values()}:

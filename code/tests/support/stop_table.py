@@ -1,6 +1,6 @@
 """Every end of signals.SIGNALS at every moment of a run, each in a process of its own: a table of what came of it.
 
-    python3 stop_table.py IMAGES FOLDER        a line of JSON for each pair; tests/test_stops.py reads them
+    python3 stop_table.py IMAGES FOLDER        a line of JSON for each pair; tests/test_signals.py reads them
 
 This process imports everything once and forks; a child sends itself the signal at the moment, as a batch system would.
 Then another one goes on with the run.

@@ -28,8 +28,8 @@ from protocols.features import extract_features
 from runtime.errors import UserError
 from runtime.options import channel_values, get_config, replace_args
 from runtime.seeding import generator_for
-from test_exchange import randomised
-from test_vision import photos
+from test_augmentation import photos
+from test_export import randomised
 
 timm = pytest.importorskip('timm')
 LITE = 'tf_efficientnet_lite0'

@@ -13,7 +13,7 @@ import cli
 from ckpt import get_model_ckpt
 from conftest import one_line, own_paths
 from runtime.options import get_config
-from test_exchange import Official, randomised, save_official, views
+from test_export import Official, randomised, save_official, views
 
 
 def plain():

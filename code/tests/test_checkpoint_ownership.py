@@ -180,8 +180,8 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
         if path.name.endswith('_epoch_2'):
             raise KeyboardInterrupt
 
-    before = ckpt.atomic_write
-    monkeypatch.setattr(ckpt, 'atomic_write', killed_after)
+    before = ckpt.atomic_write_on_main
+    monkeypatch.setattr(ckpt, 'atomic_write_on_main', killed_after)
     with contextlib.suppress(KeyboardInterrupt):
         train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3')
     monkeypatch.undo()

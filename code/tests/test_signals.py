@@ -183,7 +183,7 @@ try:
         if sys.argv[1] == 'caught':  # by a library that catches everything
             with contextlib.suppress(BaseException):
                 time.sleep(0.1)
-            signals.sync_stop_and_save(0, False, 0.0, False, None)
+            signals.sync_should_save(0, False, 0.0, False, None)
         time.sleep(20)
 except signals.Interrupted as end:
     sys.exit(f'heard {end.number}')

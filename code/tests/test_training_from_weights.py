@@ -78,7 +78,7 @@ def test_rates_are_of_backbone_projector_and_predictor(run):
     scale = GOING_ON['backbone_lr_scale']
     assert lines[0]['schedule/learning_rate_backbone'] == 0
     for line in lines[1:]:
-        wanted = scale * line['schedule/learning_rate_encoder']
+        wanted = scale * line['schedule/learning_rate_projector']
         assert line['schedule/learning_rate_backbone'] == pytest.approx(wanted)
 
 

@@ -11,8 +11,8 @@ from conftest import own_paths
 from dataloader.load_dataset import load_splits
 from protocols.detection import load_detection_splits
 from runtime.options import get_config
+from test_dataset_layouts import options, picture
 from test_detection import voc
-from test_layout import options, picture
 
 
 @pytest.fixture
