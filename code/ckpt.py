@@ -101,7 +101,7 @@ def get_model_ckpt(args, training=False):
     contradicts its architecture, WorkError where the file is damaged, holds other weights than it says, or cannot be
     fetched.
     """
-    found = find_model(args, training)
+    found = load_model(args, training)
     for name in ('mean', 'std'):
         word = getattr(found[0], name)
         if word not in PIXEL_WORDS and len(channel_values(name, word)) not in (1, found[0].num_channels):
@@ -111,7 +111,7 @@ def get_model_ckpt(args, training=False):
     return found
 
 
-def find_model(args, training):
+def load_model(args, training):
     """get_model_ckpt, without a look at what it gives."""
     if args.ckpt_name and is_off_the_shelf(args.ckpt_name):
         return load_off_the_shelf(args, args.ckpt_name)
@@ -179,7 +179,7 @@ def load_off_the_shelf(args, name):
     """get_model_ckpt of the weights that torchvision (imagenet) or timm (timm, timm/<name>.<tag>) has."""
     args, wanted = check_off_the_shelf(args, name)
     try:
-        args = with_preprocessing(args, find_preprocessing(wanted and f'timm/{wanted}' or args.backbone))
+        args = apply_preprocessing(args, find_preprocessing(wanted and f'timm/{wanted}' or args.backbone))
         model = build_model(args)
         with local_main_first():
             if name == 'imagenet':
@@ -197,21 +197,21 @@ def load_off_the_shelf(args, name):
             f'there is a network and name the file: --{option}=FILE --backbone={args.backbone}'
         ) from None
     state, _ = match_keys(model.backbone.state_dict(), found.state)
-    state = adapt_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
+    state = adapt_state_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
     strict_load(model, state, Path(found.source))
     model.has_heads = False
     log(f'weights {found.source}; {describe_preprocessing(args)}')
-    label = plain_name(found.source)
+    label = sanitize_name(found.source)
     run = resolve_path(args.ckpt_path) / label
-    return args, model, foreign_checkpoint(name.split('/')[0], run / label, run)
+    return args, model, make_foreign_checkpoint(name.split('/')[0], run / label, run)
 
 
-def foreign_checkpoint(source, path, run):
+def make_foreign_checkpoint(source, path, run):
     """The checkpoint of get_model_ckpt for weights that no run of ours wrote: epoch 0, without an optimizer."""
     return {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': source, 'path': path, 'run': run}
 
 
-def with_preprocessing(args, preprocessing):
+def apply_preprocessing(args, preprocessing):
     """args with the preprocessing of weights, but for what this call gave. The size of the views is theirs where no
     preset says another."""
     keep = {*args.given} | ({'image_size'} if args.preset != 'imagenet' else set())
@@ -239,7 +239,7 @@ def load_checkpoint(args, path, locked_options, training=False):
     merged = merge_saved_options(args, saved, path, locked_options)
     model = build_model(merged)
     if args.init_from:
-        state = adapt_to_channels(model, state)
+        state = adapt_state_to_channels(model, state)
     try:
         strict_load(model, state, path)
     except UserError:
@@ -283,7 +283,7 @@ def load_foreign(args, path, content):
     if 'stem' not in shapes:
         raise UserError(f'{path} holds a ResNet whose first layers are none that are known here (a deep stem?)')
     if 'preset' not in args.given:
-        args = with_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
+        args = apply_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
     of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
     merged = merge_saved_options(args, {**asdict(args), **shapes}, path, of_backbone)
     if not heads_match(state, build_model(merged)):
@@ -293,7 +293,7 @@ def load_foreign(args, path, content):
         merged = merge_saved_options(args, {**asdict(args), **of_backbone}, path, of_backbone)
     model = build_model(merged)
     has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
-    strict_load(model, adapt_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
+    strict_load(model, adapt_state_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
     unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
     log(
         f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
@@ -302,7 +302,7 @@ def load_foreign(args, path, content):
     run = (
         resolve_path(args.ckpt_path) / f'{source}_{path.name}_{content_hash(path)}'
     )  # other tools' files have all one name
-    return merged, model, foreign_checkpoint(source, path, run)
+    return merged, model, make_foreign_checkpoint(source, path, run)
 
 
 def content_hash(path):
@@ -317,8 +317,8 @@ def content_hash(path):
 def load_network(args, path, tensors):
     """load_checkpoint of a state dict in the own layout of the network that --backbone names, under any prefix."""
     if 'preset' not in args.given and args.preset == 'demo':
-        args = with_preset(args, 'imagenet')
-    args = with_preprocessing(args, find_preprocessing(args.backbone))
+        args = apply_preset(args, 'imagenet')
+    args = apply_preprocessing(args, find_preprocessing(args.backbone))
     model = build_model(args)
     try:
         state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
@@ -329,13 +329,13 @@ def load_network(args, path, tensors):
             state, unused_keys = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
         except ValueError as other:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
-    state = adapt_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
+    state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
     strict_load(model, state, path)
     model.has_heads = False
     unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
     log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
-    run = resolve_path(args.ckpt_path) / f'{plain_name(args.backbone)}_{path.name}_{content_hash(path)}'
-    return args, model, foreign_checkpoint('network', path, run)
+    run = resolve_path(args.ckpt_path) / f'{sanitize_name(args.backbone)}_{path.name}_{content_hash(path)}'
+    return args, model, make_foreign_checkpoint('network', path, run)
 
 
 def load_timm_folder(args, path):
@@ -351,12 +351,12 @@ def load_timm_folder(args, path):
     known = about.get('pretrained_cfg')
     args = replace_args(args, backbone=f'timm/{name}')
     if isinstance(known, dict):
-        args = with_preprocessing(args, preprocessing_from_timm_folder(known))
+        args = apply_preprocessing(args, preprocessing_from_timm_folder(known))
         args.given = args.given | {*PREPROCESSING}
     return load_network(args, weights, load_file(weights))
 
 
-def adapt_to_channels(model, state):
+def adapt_state_to_channels(model, state):
     """`state` with its first layer, for three channels, adapted to those of the model; says so."""
     adapted = adapt_channels(model.state_dict(), state)
     if changed := [name for name, value in adapted.items() if value is not state[name]]:
@@ -367,12 +367,12 @@ def adapt_to_channels(model, state):
     return adapted
 
 
-def plain_name(name):
+def sanitize_name(name):
     """A name as a part of a file's: letters, digits, and - _ . in place of the rest."""
     return ''.join(c if c.isascii() and (c.isalnum() or c in '-_.') else '_' for c in name)
 
 
-def with_preset(args, preset):
+def apply_preset(args, preset):
     """args with this preset's defaults in place of another's."""
     own = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
     found = replace_args(get_config(preset=preset), **own)
@@ -473,19 +473,19 @@ def save_checkpoint(run, args, state):
     What --keep_checkpoints and this newer one make superfluous is deleted: earlier ones from within an epoch, the
     oldest.
     """
-    content = {**state.state_dict(), 'args': asdict(args), 'versions': versions()}
+    content = {**state.state_dict(), 'args': asdict(args), 'versions': library_versions()}
     suffix = f'_images_{state.images}' if state.images else ''
     path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{suffix}'
     if not rank():
-        note_written(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
+        record_checkpoint(run, path)  # first: a checkpoint that a kill leaves without it would be nobody's
         atomic_write_on_main(path, lambda aside: torch.save(content, aside))
-        kept = {0, best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
+        kept = {0, find_best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
         older = [
             other
             for other in checkpoints(run)
             if other != path and int(CHECKPOINT_RE.fullmatch(other.name)[2]) not in kept
         ]
-        older = [other for other in older if is_own(run, other)]
+        older = [other for other in older if was_written_by_run(run, other)]
         within_epoch = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
         finished = [other for other in older if other not in within_epoch]
         spare = len(finished) - args.keep_checkpoints + (not state.images) if args.keep_checkpoints else 0
@@ -497,14 +497,14 @@ def save_checkpoint(run, args, state):
 WRITTEN = 'checkpoints.json'  # in a run folder: the names of the checkpoints that the run wrote there, in that order
 
 
-def note_written(run, path):
+def record_checkpoint(run, path):
     """Add a checkpoint to those that a run says it has written, or is about to write."""
     before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
     names = [*(name for name in before if name != path.name), path.name]
     atomic_write_on_main(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
 
 
-def is_own(folder, path):
+def was_written_by_run(folder, path):
     """Whether the run of a folder wrote this checkpoint there: only such are deleted, and gone on with in that folder.
     A run of before this was kept has written all in its folder; the first ones had no run.json."""
     if not (folder / 'run.json').is_file() and not re.fullmatch(r'model_name_.+_ckpt_\d+', folder.name):
@@ -514,7 +514,7 @@ def is_own(folder, path):
 
 
 @functools.cache
-def versions():
+def library_versions():
     """Of what a result depends on: Python, torch, torchvision, and this code's commit where it is a git checkout, or
     where setup-docker.sh says it."""
     git = (
@@ -611,7 +611,7 @@ def checkpoints(folder):
 
 def pick_checkpoint(folder, found):
     """The best checkpoint of a run that began with pretrained weights and was measured; of another the newest."""
-    best = best_epoch(folder)
+    best = find_best_epoch(folder)
     has_heads = {
         int(CHECKPOINT_RE.fullmatch(path.name)[2]): path for path in found if not CHECKPOINT_RE.fullmatch(path.name)[3]
     }
@@ -649,7 +649,7 @@ def iter_valid_checkpoints(args, names):
 
 def find_checkpoint(args, training=False):
     """The file that --ckpt_name means: below --ckpt_path, or a path. A run folder means its newest checkpoint; of a run
-    that began with pretrained weights, unless it is for `training`, its best (best_epoch). Raises UserError."""
+    that began with pretrained weights, unless it is for `training`, its best (find_best_epoch). Raises UserError."""
     for path in (resolve_path(args.ckpt_path) / args.ckpt_name, resolve_path(args.ckpt_name)):
         path = path.resolve()  # what is written about a checkpoint lies beside it, not beside a link to it
         if path.is_file():
@@ -666,7 +666,7 @@ def find_checkpoint(args, training=False):
     raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
 
 
-def best_epoch(folder):
+def find_best_epoch(folder):
     """The best epoch of a run that began with pretrained weights, 0 for these weights; None of a run that did not, or
     that was not measured (metrics.jsonl).
 
@@ -675,11 +675,11 @@ def best_epoch(folder):
     """
     if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
         return None
-    return best_epoch_by_metrics(read_metrics(folder / 'metrics.jsonl'))
+    return find_best_epoch_in_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
-def best_epoch_by_metrics(lines):
-    """best_epoch, of the lines of a metrics.jsonl."""
+def find_best_epoch_in_metrics(lines):
+    """find_best_epoch, of the lines of a metrics.jsonl."""
     judged = {line['epoch']: line for line in lines if FEW in line}
     if 0 in judged:
         sure = [epoch for epoch, line in judged.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]

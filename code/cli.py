@@ -18,7 +18,7 @@ from config import OPTIONS, PROTOCOLS, RENAMED_OPTIONS
 from runtime import signals
 from runtime.console import first_line, output_error, print_message, wrap_std_streams
 from runtime.errors import UserError, WorkError, resolve_path
-from runtime.options import get_config, help_text, ignored_by_command, nearest, option_help, renaming_notes
+from runtime.options import closest_match, describe_renames, get_config, help_text, ignored_by_command, option_help
 
 BUG_REPORT_ADDRESS = 'sally20921@snu.ac.kr (README.md, Contact)'
 SINGLE_PROCESS_COMMANDS = (
@@ -105,7 +105,7 @@ def read_options(command, positional, options):
     if positional:
         raise UserError(f'{positional[0]!r} is not an option: they are given as --name=value')
     args = get_config(**options)
-    for line in renaming_notes(options) if is_main_process() else ():
+    for line in describe_renames(options) if is_main_process() else ():
         print_message('warning', line)
     if command in SINGLE_PROCESS_COMMANDS and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError(f'{command} is the work of one process: start it without torchrun')
@@ -199,7 +199,7 @@ def main(argv):
             print(option_help(command.removeprefix('--help=')))
             return 0
         if command not in COMMANDS:
-            raise UserError(f'there is no command {command!r}; did you mean {nearest(command, COMMANDS)}?')
+            raise UserError(f'there is no command {command!r}; did you mean {closest_match(command, COMMANDS)}?')
         if asked := [word for word in argv if word.startswith('--help=')]:
             print(option_help(asked[0].removeprefix('--help=')))
             return 0

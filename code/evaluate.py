@@ -9,7 +9,7 @@ from ckpt import checkpoints, get_model_ckpt, iter_valid_checkpoints, list_check
 from dataloader.load_dataset import load_splits
 from engine.run_dir import run_display_name
 from protocols.collapse_verdict import SELECTION_METRIC, SUMMARY_METRICS
-from protocols.protocol import find_protocol, without_effect
+from protocols.protocol import find_protocol, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.console import print_message
 from runtime.device import get_device, init_device
@@ -54,7 +54,7 @@ def evaluate(args):
 
 def warn_ignored_options(args):
     """Warn of given options that the protocol has no use for."""
-    for name in without_effect(args):
+    for name in ignored_by_protocol(args):
         print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
     if args.subset_list and 'label_fraction' in args.given and args.protocol == 'semi':
         print_message('warning', '--label_fraction has no effect beside --subset_list')

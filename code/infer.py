@@ -14,7 +14,7 @@ from dataloader.sources.torchvision_datasets import detect_dataset
 from metric.knn import clip_k
 from protocols.features import extract_features
 from protocols.knn import knn_scores_from_loader, nearest_in_bank
-from protocols.results import classifier_for, described_classifier
+from protocols.results import describe_classifier, find_classifier
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
 from runtime.console import printable
@@ -44,7 +44,7 @@ def infer(args):
     requested_path = resolve_path(args.image_path) if 'image_path' in args.given else None
     output = resolve_path(args.output or 'data/submission.csv')
     args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
-    classifier = classifier_for(args, checkpoint, requested_path or resolve_path(args.image_path))
+    classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
     train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbours else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
@@ -92,7 +92,7 @@ def predict(args, checkpoint, classifier, backbone, features):
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
-        about = described_classifier(classifier)
+        about = describe_classifier(classifier)
         scores, method_text = logits.softmax(1), f'the linear classifier that evaluate trained on {about}'
     else:
         own = resolve_path(args.image_path)

@@ -53,7 +53,7 @@ matplotlib.rcParams.update(
 warnings.filterwarnings('ignore', message='Glyph ')  # a letter that its font has not is a box; on a page it is there
 
 
-def figure(width, height):
+def make_figure(width, height):
     """An empty figure of width x height pixels."""
     made = Figure(figsize=(width / 100, height / 100), dpi=100, layout='constrained')
     FigureCanvasAgg(made)
@@ -90,20 +90,20 @@ class LineChart:
     x_label: str = 'epochs'
 
 
-def curves(panels, size=(420, 300)):
+def draw_curves(panels, size=(420, 300)):
     """Line charts, side by side; names of lines under the first one, where it has several."""
     lines = [name for name, _ in panels[0].lines]
-    drawn = figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
+    drawn = make_figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
     every = drawn.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(every, panels, strict=True):
-        chart(axes, panel)
+        draw_chart(axes, panel)
     if len(lines) > 1:
         drawn.legend(*every[0].get_legend_handles_labels(), loc='outside lower left', fontsize=9)
     return drawn
 
 
-def chart(axes, panel):
-    """One panel of `curves`."""
+def draw_chart(axes, panel):
+    """One panel of `draw_curves`."""
     axes.set_title(escape_label(panel.title))
     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axes.set_xlabel(panel.x_label, loc='right')
@@ -135,7 +135,7 @@ def chart(axes, panel):
         )
 
 
-def confusion(counts, classes):
+def draw_confusion(counts, classes):
     """A confusion matrix: row the true class, column the predicted one, darker where more of the row.
 
     counts: C x C whole numbers; classes: C names.
@@ -144,7 +144,7 @@ def confusion(counts, classes):
     names = [class_label(name) for name in classes] if len(classes) <= MAX_NAMED_CLASSES else []
     # 7 px a letter of the labels, on both axes.
     side = max(420, 160 + 34 * len(names)) + 7 * max(map(len, names)) if names else 900
-    drawn = figure(side, side)
+    drawn = make_figure(side, side)
     axes = drawn.subplots()
     axes.grid(False)
     axes.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
@@ -172,9 +172,9 @@ def class_label(name):
     return name if len(name) <= MAX_LABEL_CHARS else f'{name[:MAX_LABEL_CHARS]}…'
 
 
-def scatter(points, labels, classes, side=640):
+def draw_scatter(points, labels, classes, side=640):
     """Points in the plane, a colour and a shape a class. points: N x 2; labels: N, -1 for none."""
-    drawn = figure(side + 160, side)
+    drawn = make_figure(side + 160, side)
     axes = drawn.subplots()
     axes.set_axis_off()
     axes.set_aspect('equal', adjustable='datalim')

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from engine.conclude import evaluate_after, save_on_exit, summary
+from engine.conclude import evaluate_after, format_summary, save_on_exit
 from engine.cuda_graph import CudaGraphStep, should_use_graph
 from engine.set_up import setup_run
 from loss.negative_cosine import simsiam_loss
@@ -58,7 +58,7 @@ def train(args):
     if state.epoch == args.max_epochs:
         log(f'pretraining done in {format_duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
-    log(summary(args, run, result, ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''))
+    log(format_summary(args, run, result, ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''))
     return run.path
 
 

@@ -25,7 +25,7 @@ from dataloader.load_dataset import eval_loader, get_iterator
 from engine.train_state import TrainState
 from logger import read_scalars
 from optimizer.sgd import lr_schedule, make_sgd, set_learning_rates
-from plots import LineChart, curves, to_pil
+from plots import LineChart, draw_curves, to_pil
 from protocols.features import extract_features
 from protocols.results import load_results
 from runtime.atomic_write import atomic_write_on_main, save_png
@@ -136,7 +136,7 @@ def main():
         result['linear'] = load_results(run, protocol='linear')[-1]
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     atomic_write_on_main(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
-    picture = curves([LineChart('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
+    picture = draw_curves([LineChart('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
     save_png(to_pil(picture), output / 'cifar10.png')
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')

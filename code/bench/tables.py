@@ -15,7 +15,7 @@ from common import CODE
 from evidence import correlations, spearman
 
 import plots
-from protocols.collapse_verdict import MEASURES, verdict
+from protocols.collapse_verdict import MEASURES, judge_collapse
 from runtime.atomic_write import save_png
 from runtime.files import read_metrics
 
@@ -170,7 +170,7 @@ def collapse():
 
 def words(rows):
     """The verdicts on these runs, the same ones together."""
-    said = [verdict(row, row['untrained'])[0] for row in rows]
+    said = [judge_collapse(row, row['untrained'])[0] for row in rows]
     return [f'{word} ({said.count(word)} of {len(said)})' if len({*said}) > 1 else word for word in dict.fromkeys(said)]
 
 
@@ -196,7 +196,7 @@ def held_out():
     for kind in NAMES:
         for row in runs_of(f'{kind}_held_out'):
             of = f'{NAMES[kind]}, {row["variant"].removeprefix("held_out_")}'
-            word = verdict(row, row['untrained'])[0]
+            word = judge_collapse(row, row['untrained'])[0]
             numbers = [
                 *(percent(row[name]) for name in ('knn_untrained', 'knn', 'linear')),
                 f'{row["std"]:.2f}',
@@ -225,7 +225,7 @@ def verdicts():
     for kind in NAMES:
         counts = []
         for name in (kind, f'{kind}_held_out'):
-            of = [right(verdict(row, row['untrained'])[0], row, kind) for row in runs_of(name)]
+            of = [right(judge_collapse(row, row['untrained'])[0], row, kind) for row in runs_of(name)]
             counts.append(f'{sum(of)} of {len(of)}')
         rows.append([NAMES[kind], *counts])
     return markdown(['', 'chosen by', 'others'], rows)
@@ -392,7 +392,7 @@ def draw_recipe():
     }
     lines = [(name, [*of.items()]) for name, of in {**PUBLISHED, **ours}.items()]
     panel = plots.LineChart("CIFAR-10's recipe, kNN top-1 on val, %", lines)
-    save_png(plots.to_pil(plots.curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
+    save_png(plots.to_pil(plots.draw_curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
 
 
 def draw_views():
@@ -404,7 +404,7 @@ def draw_views():
     panel = plots.LineChart(
         'kNN top-1 on val, %, after equal work', lines, x_label='epochs of two views, or their work'
     )
-    save_png(plots.to_pil(plots.curves([panel], (560, 320)), 2), RESULTS / 'views.png')
+    save_png(plots.to_pil(plots.draw_curves([panel], (560, 320)), 2), RESULTS / 'views.png')
 
 
 def write():

@@ -28,7 +28,7 @@ def ablate(args):
         if name in args.given:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
-    rows, planned = [], variants(args)
+    rows, planned = [], plan_variants(args)
     for number, (variant, options, paper, variant_args) in enumerate(planned):
         log(f'\n{args.ablation}: {variant}, {number + 1} of {len(planned)}')
         if not (result := finished_result(variant_args)):
@@ -55,13 +55,13 @@ def save_table(base, rows):
         ('loss', 'loss_curve', None),
         ('kNN top-1, %', 'knn_curve', None),
     )
-    picture = plots.curves(
+    picture = plots.draw_curves(
         [plots.LineChart(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
     )
     save_png(plots.to_pil(picture), image)
 
 
-def variants(args):
+def plan_variants(args):
     """[(variant, options, the paper's top-1, its args)] of --ablation: what cannot be trained is known before the first
     is. Raises UserError; variants of larger batches than there are images are left out, and said."""
     found, images = [], 0

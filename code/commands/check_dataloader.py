@@ -79,7 +79,7 @@ def read_and_hash_all(args, parts):
     trained_on = {}  # digest to the image's name
     for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
         pixel_format = find_pixel_format(args, part.store)
-        digests = [*map_images(part.store, f'reading {name}', digest, pixel_format)]
+        digests = [*map_images(part.store, f'reading {name}', hash_pixels, pixel_format)]
         for error in [found for found in digests if isinstance(found, WorkError)]:
             digests[error.row] = None
             log(str(error))
@@ -100,7 +100,7 @@ def read_and_hash_all(args, parts):
     return unreadable, read
 
 
-def digest(pixels):
+def hash_pixels(pixels):
     """What two images, C x H x W, have in common that have the same pixels: 8 bytes."""
     return hashlib.blake2b(pixels.tobytes(), key=b'%d %d %d' % pixels.shape, digest_size=8).digest()
 
@@ -127,8 +127,8 @@ def describe_loader(args, batches):
     dtype = str(batch.dtype).removeprefix('torch.')
     low, high = (end.item() for end in to_float(batch).aminmax())
     return (
-        f'{len(images)} images, {classes}; a batch: {shape(batch)} {dtype} in [{low:g}, {high:g}], '
-        f'{len(views)} view{"s" * (len(views) - 1)} of {shape(views[0])} float32 in '
+        f'{len(images)} images, {classes}; a batch: {describe_shape(batch)} {dtype} in [{low:g}, {high:g}], '
+        f'{len(views)} view{"s" * (len(views) - 1)} of {describe_shape(views[0])} float32 in '
         f'[{views[0].min():.2f}, {views[0].max():.2f}]; {speed:.0f} images/s'
     )
 
@@ -152,7 +152,7 @@ def describe_channels(args, images):
     return lines
 
 
-def shape(tensor):
+def describe_shape(tensor):
     return ' x '.join(str(side) for side in tensor.shape)
 
 

@@ -13,7 +13,7 @@ from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import one_a_channel
+from runtime.options import expand_channel_values
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
 
@@ -112,13 +112,13 @@ def to_timm_folder(args, checkpoint, backbone, state, folder):
         args.backbone.removeprefix('timm/'),
         feature_dim(backbone, args.image_size, args.num_channels),
     )
-    about = model_card.config(args, name, features)
+    about = model_card.make_timm_config(args, name, features)
     model_args = {'img_size': args.image_size} if constructor_args(args, state) else {}
     model_args |= {'in_chans': args.num_channels} if args.num_channels != 3 else {}
     about |= {'model_args': model_args} if model_args else {}
     atomic_write_on_main(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
-    atomic_write_on_main(folder / 'config.json', lambda aside: aside.write_text(model_card.as_text(about)))
-    text = model_card.card(args, checkpoint, name, features)
+    atomic_write_on_main(folder / 'config.json', lambda aside: aside.write_text(model_card.to_json_text(about)))
+    text = model_card.render_model_card(args, checkpoint, name, features)
     atomic_write_on_main(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
 
 
@@ -126,7 +126,7 @@ def mean_std_text(args):
     """Mean and standard deviation of the pixels, 0 to 255, as text."""
     found = {}
     for name in ('mean', 'std'):
-        values = one_a_channel(name, getattr(args, name), args.num_channels)
+        values = expand_channel_values(name, getattr(args, name), args.num_channels)
         found[name] = ', '.join(f'{255 * value:.3f}' for value in values)
     return found
 

@@ -11,7 +11,7 @@ from config import OPTIONS
 from runtime.console import format_columns, truncate
 from runtime.errors import UserError, resolve_path
 from runtime.files import atomic_write, csv_writer, is_number, is_result_for, read_in_order, read_json, read_metrics
-from runtime.options import current_names
+from runtime.options import rename_options
 from runtime.run_lock import LOCK_FILE, is_alive
 
 # Columns that may be sorted by, and whether the largest comes first.
@@ -121,7 +121,7 @@ def run_status(folder, epoch, epochs):
 def read_run_options(folder):
     """The options that a run says it has, as far as they are of their types; none where run.json is damaged."""
     found = read_json(folder / 'run.json').get('args', {})
-    found = current_names(found) if isinstance(found, dict) else {}
+    found = rename_options(found) if isinstance(found, dict) else {}
     return {name: value for name, value in found.items() if type(value) in TYPES.get(name, ())}
 
 

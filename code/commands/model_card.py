@@ -6,7 +6,7 @@ import shlex
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from runtime.files import read_json
-from runtime.options import channel_numbers, one_a_channel
+from runtime.options import channel_numbers, expand_channel_values
 
 
 def find_license(source, backbone):
@@ -18,7 +18,7 @@ def find_license(source, backbone):
     return ''
 
 
-def card(args, checkpoint, name, features):
+def render_model_card(args, checkpoint, name, features):
     """The card as Markdown. name: of the network in timm; features: their number."""
     run = checkpoint['run']
     about = read_json(run / 'run.json')
@@ -66,19 +66,19 @@ def describe_model(args, checkpoint, about, features, known):
 def describe_results(args, checkpoint):
     """The verdict and the tables of evaluate, in lines."""
     run, lines = checkpoint['run'], []
-    if run.is_dir() and (found := collapse_verdict.run_verdict(run, checkpoint['epoch'], args)):
+    if run.is_dir() and (found := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
         lines += ['**{}**: {}'.format(*found), '']
     mine = [result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name]
     for result in mine:
         if result.get('rows'):
-            lines += [*markdown(result), '']
+            lines += [*format_compare_table(result), '']
         elif 'top1' in result:
             images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
             lines.append(f'- {result["protocol"]}: top-1 {result["top1"]:.2f} % of {images} images')
     return lines or ['Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.']
 
 
-def markdown(result):
+def format_compare_table(result):
     """The rows of --protocol=compare as a table."""
     columns = [*result['rows'][0]['columns']]
     head = f'Top-1 in percent on the {result["num_val"]} images of {result["judged_on"]}, ± standard error; '
@@ -94,7 +94,7 @@ def markdown(result):
     return lines
 
 
-def config(args, name, features, tag='simsiam'):
+def make_timm_config(args, name, features, tag='simsiam'):
     """config.json of the folder, as timm reads it."""
     known = timm_config(name)
     traits = known.to_dict() if known else {}
@@ -107,13 +107,13 @@ def config(args, name, features, tag='simsiam'):
         'interpolation': args.interpolation,
         'crop_pct': args.crop_ratio,
         'crop_mode': 'center',
-        'mean': one_a_channel('mean', args.mean, args.num_channels),
-        'std': one_a_channel('std', args.std, args.num_channels),
+        'mean': expand_channel_values('mean', args.mean, args.num_channels),
+        'std': expand_channel_values('std', args.std, args.num_channels),
         'num_classes': 0,
         'license': find_license(args.init_from, args.backbone) or None,
     }
     return {'architecture': name, 'num_classes': 0, 'num_features': features, 'pretrained_cfg': cfg}
 
 
-def as_text(value):
+def to_json_text(value):
     return json.dumps(value, indent=2) + '\n'

@@ -56,7 +56,7 @@ def pack(args):
 def write_split(args, output, name, part):
     """Write the archives of one split; returns how many, and how many images were left out."""
     rows, number, left_out = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0, []
-    folders, used_names = class_folders(part.classes), {}
+    folders, used_names = class_folder_names(part.classes), {}
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
@@ -84,7 +84,7 @@ def write_split(args, output, name, part):
 def tar_member(args, part, row, folders):
     """(name in the archive, bytes) of an image: in the folder of its class, or in none, where a folder would be one."""
     raw, label = part.store.names.bytes_at(row), int(part.labels[row])
-    parts = [unhide(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
+    parts = [unhide_name(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
     if label < 0:
         parts = [b'%2F'.join(parts)]
     elif parts[0] != folders[label] or len(parts) == 1:
@@ -108,15 +108,15 @@ def tar_member(args, part, row, folders):
         return name + b'.png', buffer.getvalue()
 
 
-def unhide(name):
+def unhide_name(name):
     """A name (bytes) that is not passed over when the archive is read."""
     return b'_' + name if name.startswith(b'.') or name.lower() in SYSTEM_NAMES else name
 
 
-def class_folders(classes):
+def class_folder_names(classes):
     """The folder of each class, as bytes; no two share one."""
     used_names = {}
-    return [unique_name(unhide(os.fsencode(name).replace(b'/', b'_')), used_names) for name in classes]
+    return [unique_name(unhide_name(os.fsencode(name).replace(b'/', b'_')), used_names) for name in classes]
 
 
 def unique_name(name, used_names):

@@ -150,13 +150,13 @@ def curves_section(runs, page):
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
         elif name in ('knn', 'few', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
             mark = collapse_verdict.baseline_label(runs[0].args), lines[0][1][0][1]
-        figure = plots.curves([plots.LineChart(title, lines, bounds, mark)], (440, 290))
+        figure = plots.draw_curves([plots.LineChart(title, lines, bounds, mark)], (440, 290))
         charts.append((name, title, save_figure(figure, page, name)))
-        places[name] = {**axes_geometry(figure), 'lines': lines}
+        places[name] = {**get_axes_geometry(figure), 'lines': lines}
     return {'charts': charts}, {'charts': places}
 
 
-def axes_geometry(figure):
+def get_axes_geometry(figure):
     """Where the axes of a figure with one chart lie, in shares of it, and what they span; once it is drawn."""
     axes = figure.axes[0]
     box = axes.get_position()
@@ -192,7 +192,7 @@ def map_section(runs, page):
             }
         )
         if run is first:
-            figure = plots.scatter(points.numpy(), labels.numpy(), classes)
+            figure = plots.draw_scatter(points.numpy(), labels.numpy(), classes)
             save_png(plots.to_pil(figure, scale=2), page.with_name(f'{page.stem}_map.png'))
     data = {
         'maps': maps,
@@ -304,7 +304,9 @@ def confusion_section(runs, page):
     bank = run.features['train'][known]
     scores = knn_scores(run.features['val'], bank, labels[known], len(classes), k, run.args.knn_temperature)
     return {
-        'confusion': save_figure(plots.confusion(confusion_matrix(scores, wanted).cpu(), classes), page, 'confusion')
+        'confusion': save_figure(
+            plots.draw_confusion(confusion_matrix(scores, wanted).cpu(), classes), page, 'confusion'
+        )
     }, {}
 
 
@@ -324,22 +326,22 @@ def render_page(runs, content, data):
         style=(PAGE / 'style.css').read_text(encoding='utf-8'),
         script=(PAGE / 'explore.js').read_text(encoding='utf-8'),
         data=data,
-        runs=[{'name': run.name, 'verdict': verdict_on(run), 'numbers': numbers(run)} for run in runs],
+        runs=[{'name': run.name, 'verdict': find_verdict(run), 'numbers': collect_numbers(run)} for run in runs],
         colors=plots.COLORS,
-        compared=[row for run in runs for row in compared_rows(run, judged_by[run.name])],
-        results=[(run.name, *row) for run in runs for row in result_rows(run, judged_by[run.name])],
+        compared=[row for run in runs for row in collect_compare_rows(run, judged_by[run.name])],
+        results=[(run.name, *row) for run in runs for row in collect_result_rows(run, judged_by[run.name])],
         varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in options_table],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
         **content,
     )
 
 
-def verdict_on(run):
+def find_verdict(run):
     """What the measures without labels say of a run, (word, sentence); None of one that has none."""
-    return collapse_verdict.run_verdict(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
+    return collapse_verdict.judge_run(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
 
 
-def numbers(run):
+def collect_numbers(run):
     """(name, value) of what a run has come to."""
     found = [
         ('epoch', f'{run.checkpoint["epoch"]} of {run.args.max_epochs}'),
@@ -359,7 +361,7 @@ def numbers(run):
     return found
 
 
-def compared_rows(run, results):
+def collect_compare_rows(run, results):
     """The tables of --protocol=compare: (run, about, columns, [(row, [(top-1, gain of the run over it or '')])])."""
     for result in results:
         if not result.get('rows'):
@@ -378,7 +380,7 @@ def compared_rows(run, results):
         yield run.name, about, columns, rows
 
 
-def result_rows(run, results):
+def collect_result_rows(run, results):
     """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
     for result in results:
         numbers = find_protocol(result['protocol']).numbers

@@ -49,12 +49,12 @@ def select(args):
     write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
     save_png(image_grid(args, [(train, row) for row in chosen.tolist()[:GALLERY_IMAGES]]), output.with_suffix('.png'))
     log(f'{len(chosen)} of {len(train)} images to label first ({args.select_method}): {output}')
-    near_duplicates(args, splits, features, output)
-    outliers(args, train, features['train'], output)
+    save_near_duplicates(args, splits, features, output)
+    save_outliers(args, train, features['train'], output)
     return output
 
 
-def near_duplicates(args, splits, features, output):
+def save_near_duplicates(args, splits, features, output):
     """Groups of images above --duplicates, also of two splits: what stands in both train and val flatters."""
     places = [(name, row) for name, images in splits.items() for row in range(len(images))]
     rows, groups, near, cosines = subset_selection.near_groups(torch.cat([*features.values()]), args.duplicates)
@@ -83,7 +83,7 @@ def near_duplicates(args, splits, features, output):
         path.with_suffix('.png').unlink(missing_ok=True)  # of an earlier call
 
 
-def outliers(args, train, features, output):
+def save_outliers(args, train, features, output):
     """The images that are least like any other."""
     rows, near = subset_selection.outliers(features, min(args.num_select, len(train)))
     path = output.with_name(f'{output.stem}_outliers.csv')

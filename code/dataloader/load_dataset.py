@@ -214,7 +214,7 @@ def load_unlabeled(args, path):
     """All images of a folder, an archive, a list or one file, without labels: for infer. Raises UserError where there
     are none."""
     with local_main_first():
-        part = find.single_source(path, resolve_path(args.cache_path), progress)
+        part = find.load_single_source(path, resolve_path(args.cache_path), progress)
         dataset_warnings.log_split_notes(printable(path.name), part)
         return build_dataset(args, part, torch.full_like(part.labels, -1), [])
 

@@ -34,14 +34,14 @@ def choose_preset(args, parts):
     small = len({*sizes}) == 1 and max(sizes[0]) <= SMALL
     if args.preset != 'photos' and small:
         log(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
-        return with_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
-    found = photo_options(args, train, sizes, 'val' in parts)
-    args = with_options(args, {**preset_options('photos'), **found, 'preset': 'photos'})
-    explain(args, train, sizes)
+        return apply_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
+    found = choose_photo_options(args, train, sizes, 'val' in parts)
+    args = apply_options(args, {**preset_options('photos'), **found, 'preset': 'photos'})
+    log_choices(args, train, sizes)
     return args
 
 
-def with_options(args, options):
+def apply_options(args, options):
     """args with these options, but for those that were given; `chosen` names them, for --resume=auto."""
     options = {name: value for name, value in options.items() if name not in args.given}
     found = replace_args(args, **options)
@@ -64,14 +64,14 @@ def sample_image_sizes(store):
     return sizes
 
 
-def photo_options(args, train, sizes, has_val):
+def choose_photo_options(args, train, sizes, has_val):
     """What the number and the size of the photographs, the device and its memory decide. train: SplitSource."""
     count, device = len(train.labels), get_device(args)
-    options = network_options(args, count, device)
+    options = choose_network(args, count, device)
     short = statistics.median(min(size) for size in sizes)
     top = 224 if device.type == 'cuda' else 160
     options['image_size'] = int(max(64, min(top, short // 32 * 32)))
-    batch = largest_batch(device, count)
+    batch = choose_batch_size(device, count)
     options['batch_size'] = batch
     batch = args.batch_size if 'batch_size' in args.given else batch
     if options['init_from'] or 'init_from' in args.given:
@@ -84,7 +84,7 @@ def photo_options(args, train, sizes, has_val):
     return options
 
 
-def network_options(args, count, device):
+def choose_network(args, count, device):
     """{'backbone', 'init_from'}: the network, and where its weights come from."""
     if 'init_from' in args.given:
         return {'init_from': args.init_from}
@@ -100,7 +100,7 @@ def network_options(args, count, device):
     return {'init_from': 'imagenet', 'backbone': 'resnet18'}
 
 
-def largest_batch(device, count):
+def choose_batch_size(device, count):
     """Images a step: 64, on a GPU with much memory more where there are many images; at most a quarter of them."""
     batch = 64
     if device.type == 'cuda':
@@ -111,7 +111,7 @@ def largest_batch(device, count):
     return batch
 
 
-def explain(args, train, sizes):
+def log_choices(args, train, sizes):
     """A line on each decision, with the option that changes it."""
     width, height = (round(statistics.median(size[side] for size in sizes)) for side in (0, 1))
     classes = f'{len(train.classes)} classes' if train.classes else 'no classes'
@@ -129,7 +129,7 @@ def explain(args, train, sizes):
         log(f'  {name:11}{value:58}{option}')
 
 
-def without_weights(args, error):
+def switch_to_random_weights(args, error):
     """args to train from random weights, where those that the preset chose cannot be had (error says why)."""
     print_message(
         'warning',

@@ -60,7 +60,7 @@ def evaluate_after(args, state, splits, run):
     return run_protocol(own, model, splits, checkpoint)
 
 
-def summary(args, run, result, protocol):
+def format_summary(args, run, result, protocol):
     """The last lines of a run: what came out, where it is, what to do next. protocol: an option of evaluate, or ''."""
     called, logs = run_display_name(args, run.folder), resolve_path(args.log_path) / run.folder.name
     name = f'{called}/{run.path.name if run.path else ""}'
@@ -70,7 +70,7 @@ def summary(args, run, result, protocol):
         best = pick_checkpoint(run.folder, checkpoints(run.folder))
         name = f'{called}/{best.name}'
         lines.append(f'best         {best}')
-    if judged := collapse_verdict.run_verdict(run.folder, run.position[0], args):
+    if judged := collapse_verdict.judge_run(run.folder, run.position[0], args):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')

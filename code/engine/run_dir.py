@@ -17,13 +17,13 @@ from ckpt import (
     OF_START,
     PREPROCESSING,
     WRITTEN,
-    best_epoch,
     checkpoints,
-    is_own,
-    note_written,
+    find_best_epoch,
+    library_versions,
     read_checkpoint,
+    record_checkpoint,
     save_checkpoint,
-    versions,
+    was_written_by_run,
 )
 from config import EVAL_COMMANDS, GOING_ON, NOT_RESTORED_OPTIONS, OPTIONS
 from runtime.atomic_write import atomic_write_on_main
@@ -31,9 +31,9 @@ from runtime.checkpoint_format import upgrade
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
-from runtime.files import clear_parts, newest_run, now, read_json
+from runtime.files import clear_parts, newest_run, read_json, utc_timestamp
 from runtime.messages import log
-from runtime.options import current_names, parse, replace_args, same_value
+from runtime.options import parse, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
 
@@ -85,8 +85,8 @@ class RunDir:
         that are neither the start, the best, the last nor those of --save_every_epochs."""
         if not self.args.init_from or rank():
             return
-        best, found = best_epoch(self.folder), checkpoints(self.folder)
-        for path in [path for path in found[:-1] if is_own(self.folder, path)]:
+        best, found = find_best_epoch(self.folder), checkpoints(self.folder)
+        for path in [path for path in found[:-1] if was_written_by_run(self.folder, path)]:
             epoch = int(CHECKPOINT_RE.fullmatch(path.name)[2])
             if epoch not in (0, best) and epoch % self.args.save_every_epochs:
                 path.unlink(missing_ok=True)
@@ -161,12 +161,12 @@ def continue_run(args, checkpoint, state):
     """The RunDir that goes on from `checkpoint`. Where its own run has gone further, that stays as it is, and a new one
     begins with a copy of the checkpoint, of its metrics and of its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
-    own = is_own(folder, path)
+    own = was_written_by_run(folder, path)
     has_newer_checkpoint = checkpoints(folder)[-1:] not in ([], [path]) and CHECKPOINT_RE.fullmatch(path.name)
     if own and (not has_newer_checkpoint or state.epoch >= args.max_epochs):
         ensure_not_running(folder)  # before anything is written into it
         if not rank() and not (folder / 'run.json').is_file():  # nothing says of the others whose they are
-            note_written(folder, path)
+            record_checkpoint(folder, path)
         return RunDir(args, folder, path, state.position)
     new = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, path, own))))
     why = f'{folder.name} has gone further than {path.name}, and stays as it is'
@@ -184,7 +184,7 @@ def copy_run_up_to(args, path, own):
     for name in (path.name, *(*start, 'metrics.jsonl', OF_START) * own):
         if (folder / name).is_file():
             if CHECKPOINT_RE.fullmatch(name):
-                note_written(new, new / name)
+                record_checkpoint(new, new / name)
             shutil.copy2(folder / name, new)
     logs = resolve_path(args.log_path)
     if own and (logs / folder.name).is_dir():
@@ -202,14 +202,19 @@ def write_run_json(run, args, images):
     """Write run.json into the folder of a run: its options, the command, versions, the time, which images; of one that
     is gone on with the present ones, and when it first began. Warn where it began with other images."""
     date, before = time.strftime('%Y-%m-%d %H:%M:%S'), read_json(run / 'run.json')
-    about = {'args': asdict(args), 'command': sys.argv, 'versions': versions(), 'started': before.get('started', date)}
-    about['when'] = now()
+    about = {
+        'args': asdict(args),
+        'command': sys.argv,
+        'versions': library_versions(),
+        'started': before.get('started', date),
+    }
+    about['when'] = utc_timestamp()
     about['images'] = {'number': len(images), 'digest': images.names.digest(images.labels.numpy().tobytes())}
     if before:
         about['resumed'] = date
         if not rank() and not (run / WRITTEN).is_file():  # of before this was kept: all that is there is the run's
             for path in checkpoints(run):
-                note_written(run, path)
+                record_checkpoint(run, path)
     earlier = before.get('images')
     if not rank() and isinstance(earlier, dict) and earlier != about['images']:
         print_message(
@@ -228,7 +233,7 @@ def args_from_run(args):
         saved = {**json.loads(path.read_text(encoding='utf-8'))['args']}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
-    saved = {name: parse(name, value) for name, value in current_names(saved).items() if name in OPTIONS}
+    saved = {name: parse(name, value) for name, value in rename_options(saved).items() if name in OPTIONS}
     if 'preset' in args.given and args.preset != saved.get('preset', args.preset):
         raise UserError(
             f'--preset={args.preset}: the options of --from_run={args.from_run} are those of '

@@ -8,7 +8,7 @@ from ckpt import check_off_the_shelf, get_model_ckpt
 from dataloader.load_dataset import find_split_sources, get_iterator
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
-from engine.auto_preset import choose_preset, without_weights
+from engine.auto_preset import choose_preset, switch_to_random_weights
 from engine.cuda_graph import should_use_graph
 from engine.run_dir import RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
 from engine.train_state import TrainState
@@ -57,7 +57,7 @@ def setup_run(args):
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
     args = replace_args(args, compile='False') if compile_skip_reason else args
-    state = new_state(args, model)
+    state = make_train_state(args, model)
     if checkpoint:
         state.load_state_dict(checkpoint)
         run = continue_run(args, checkpoint, state)
@@ -94,7 +94,7 @@ def load_start(args):
     except WorkError as error:
         if 'init_from' not in args.chosen or args.ckpt_name:
             raise
-        args, model, checkpoint = get_model_ckpt(without_weights(args, error))
+        args, model, checkpoint = get_model_ckpt(switch_to_random_weights(args, error))
     if not checkpoint:
         return args, model, checkpoint
     if checkpoint['layout'] != 'ours':
@@ -167,7 +167,7 @@ def why_not_compile(args, steps):
     return f'{steps} steps would not pay for it' if steps < MIN_STEPS_TO_COMPILE else compile_unavailable_reason(device)
 
 
-def new_state(args, model):
+def make_train_state(args, model):
     """`model` on the device, with what trains it."""
     device = get_device(args)
     model = model.to(device, memory_format=torch.channels_last)

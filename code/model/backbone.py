@@ -53,7 +53,7 @@ def from_torchvision(name, size):
         raise ValueError(
             f"it is none of torchvision's classification networks (the nearest is {near}), small, or timm/<name>"
         )
-    network = construct(torchvision.models.get_model, name, size, **constructor_kwargs(name, size))
+    network = construct_network(torchvision.models.get_model, name, size, **constructor_kwargs(name, size))
     last, classifier = [*network.named_children()][-1]
     setattr(network, last, remove_class_layer(classifier))
     return network
@@ -108,11 +108,11 @@ def from_timm(name, size, channels=3, **more):
         raise ValueError(f'timm has no such network; the nearest is timm/{near}')
     inputs = {} if channels == 3 else {'in_chans': channels}
     try:
-        network = construct(timm.create_model, name, size, num_classes=0, img_size=size, **inputs)
+        network = construct_network(timm.create_model, name, size, num_classes=0, img_size=size, **inputs)
         takes_size = True
     except TypeError:  # most networks take any size, and no such option
         try:
-            network = construct(timm.create_model, name, size, num_classes=0, **inputs)
+            network = construct_network(timm.create_model, name, size, num_classes=0, **inputs)
             takes_size = False
         except TypeError as error:
             raise ValueError(size_error_text(size, error)) from None
@@ -122,7 +122,7 @@ def from_timm(name, size, channels=3, **more):
     return timm.create_model(name, num_classes=0, **sized, **inputs, **more)
 
 
-def construct(make, name, size, **more):
+def construct_network(make, name, size, **more):
     """make(name, **more). Raises TypeError where there is no such option; for all else that other people's networks
     raise on sizes that they do not take (ZeroDivisionError, ...) ValueError."""
     try:

@@ -142,12 +142,12 @@ def match_keys(network, tensors):
     fitting = [
         prefix
         for prefix in prefixes
-        if all(prefix + name in tensors and fits(tensors[prefix + name], network[name]) for name in needed)
+        if all(prefix + name in tensors and has_fitting_shape(tensors[prefix + name], network[name]) for name in needed)
     ]
     if not fitting:
         raise ValueError(
-            f'its keys begin with {first(tensors)}, and the network wants {first(needed)}'
-            + differences(network, tensors)
+            f'its keys begin with {join_first_keys(tensors)}, and the network wants {join_first_keys(needed)}'
+            + describe_shape_mismatch(network, tensors)
         )
     prefix = min(fitting, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
     state = {name: tensors.get(prefix + name, value) for name, value in network.items()}
@@ -156,7 +156,7 @@ def match_keys(network, tensors):
     return state, sorted(left)
 
 
-def fits(value, wanted):
+def has_fitting_shape(value, wanted):
     """Whether a tensor of a file has the shape of the network's, or that of a first layer for three channels."""
     return value.shape == wanted.shape or is_for_three(value, wanted)
 
@@ -191,11 +191,11 @@ def adapt_first_layer(weight, channels):
     return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
 
 
-def first(names):
+def join_first_keys(names):
     return ', '.join([*names][:FIRST]) or 'none'
 
 
-def differences(network, tensors):
+def describe_shape_mismatch(network, tensors):
     """The first tensor that both sides have in different shapes, in words; '' where there is none."""
     for name, value in network.items():
         if name in tensors and tensors[name].shape != value.shape:

@@ -1,6 +1,6 @@
 """What the measures without labels are called, and what they say together of a network."""
 
-from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, best_epoch_by_metrics
+from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
 from runtime.files import read_metrics
 
 # In front of people, in this order (metric/representation.py, protocols/label_free.py).
@@ -46,7 +46,7 @@ def baseline_label(args):
     return 'at the start' if args.init_from else 'untrained'
 
 
-def verdict(now, untrained, baseline_label='untrained'):
+def judge_collapse(now, untrained, baseline_label='untrained'):
     """(word, sentence): healthy, partly collapsed, collapsed or nothing learned, with the numbers and what to try.
 
     now, untrained: measures by name: std, rank and area, perhaps correlation, of the network and of the one that it
@@ -75,10 +75,10 @@ def verdict(now, untrained, baseline_label='untrained'):
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
 
 
-def beside_start(lines):
+def judge_against_start(lines):
     """(word, sentence) on a run that began with pretrained weights: better than the start, no better, worse, or not
     known; None where it was not measured."""
-    best = best_epoch_by_metrics(lines)
+    best = find_best_epoch_in_metrics(lines)
     judged = {line['epoch']: line for line in lines if FEW in line}
     if best is None or len(judged) < 2 and FEW in lines[0]:
         return None
@@ -102,22 +102,22 @@ def beside_start(lines):
     return 'no better than the start', f'{said}. Keep the start, epoch 0; {FOR_WORSE}'
 
 
-def run_verdict(folder, epoch, args):
+def judge_run(folder, epoch, args):
     """The verdict on the network of a run, args its options, after `epoch` epochs; None where it was not measured."""
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
-    return verdict_from_metrics(lines, baseline_label(args))
+    return judge_metrics(lines, baseline_label(args))
 
 
-def verdict_from_metrics(lines, baseline_label='untrained'):
+def judge_metrics(lines, baseline_label='untrained'):
     """The verdict on a run, by what its metrics.jsonl holds (read_metrics): of the last epoch that was measured,
     beside epoch 0; None where one of them is not there."""
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return None
     collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
-    if baseline_label != 'untrained' and not collapsed and (found := beside_start(lines)):
+    if baseline_label != 'untrained' and not collapsed and (found := judge_against_start(lines)):
         return found
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
-    return verdict(now, untrained, baseline_label)
+    return judge_collapse(now, untrained, baseline_label)

@@ -13,7 +13,7 @@ from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.knn import clip_k, knn_scores
 from model.weights import is_off_the_shelf
 from protocols.features import extract_features
-from protocols.few_labels import classify, draw_label_subsets, right_with_few
+from protocols.few_labels import classify, draw_label_subsets, score_few_labels
 from protocols.protocol import Outcome, Protocol, labeled_splits
 from runtime.console import format_columns
 from runtime.device import get_device
@@ -36,7 +36,7 @@ def compare(args, model, splits, checkpoint):
     """
     train, judged = labeled_subset(splits['train']), splits['val']
     rows = []
-    for name, own, backbone in backbones(args, model, checkpoint):
+    for name, own, backbone in iter_backbones(args, model, checkpoint):
         log(f'compare: {name}')
         columns = measure(own, backbone, train, judged, parse_label_counts(args.labels), args.draws)
         rows.append({'name': name, 'columns': columns})
@@ -82,7 +82,7 @@ def parse_label_counts(text):
     return numbers
 
 
-def backbones(args, model, checkpoint):
+def iter_backbones(args, model, checkpoint):
     """(name, args, backbone on the device) of the checkpoint and of each of --beside, one at a time."""
     device = get_device(args)
     yield f'{checkpoint["path"].name}', args, model.backbone
@@ -153,7 +153,7 @@ def compute_columns(args, bank, judged, classes, labels, draws):
     for count in labels:
         rows = draw_label_subsets(y.cpu(), count, draws)
         few = x[torch.cat(rows).unique().to(x.device)]
-        right, accuracies = right_with_few(few, y.cpu(), rows, queries, wanted, classes)
+        right, accuracies = score_few_labels(few, y.cpu(), rows, queries, wanted, classes)
         spread = torch.tensor(accuracies).std().item() if len(accuracies) > 1 else None
         found[f'{count} a class'] = {'right': right, 'spread': spread}
     return found

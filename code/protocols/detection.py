@@ -31,7 +31,7 @@ from runtime.device import get_device
 from runtime.environment import require_package
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log, progress
-from runtime.options import channel_numbers, one_a_channel, pixel_levels
+from runtime.options import channel_numbers, expand_channel_values, pixel_levels
 from runtime.precision import autocast
 from runtime.seeding import generator_for, seed_step
 
@@ -72,7 +72,7 @@ def load_detection_splits(args, _=None):
         raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
     splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', pixel_levels(args.white_level))
     if args.on_unreadable == 'skip':
-        splits = {split: without_unreadable(args, boxes) for split, boxes in splits.items()}
+        splits = {split: drop_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
         absent = [name for name in boxes.names if not (boxes.folder / name).is_file()]
         if absent:  # else those of val would be missed at the end of the training
@@ -100,7 +100,7 @@ def file_reader(boxes):
     return Files(boxes.folder, PathArray(boxes.names))
 
 
-def without_unreadable(args, boxes):
+def drop_unreadable(args, boxes):
     """Those images, with their boxes, that can be read. Raises WorkError where there are none."""
     rows = readable_rows(file_reader(boxes), boxes.folder.parent / boxes.split, resolve_path(args.cache_path))
     return boxes.select(rows.tolist())
@@ -137,7 +137,7 @@ def make_detector(args, backbone, num_classes, masks):
         kind = MaskRCNN if masks else FasterRCNN
         size = args.detection_size
         sizes = {'min_size': size, 'max_size': round(size * 5 / 3)}
-        pixels = {f'image_{name}': one_a_channel(name, getattr(args, name), 3) for name in ('mean', 'std')}
+        pixels = {f'image_{name}': expand_channel_values(name, getattr(args, name), 3) for name in ('mean', 'std')}
         return kind(pyramid, num_classes + 1, **sizes, **pixels, **heads)
 
 

@@ -41,7 +41,7 @@ def classify(x, labels, queries, num_classes):
     return (queries @ weight.T + bias).argmax(1)
 
 
-def right_with_few(x, labels, rows, queries, wanted, num_classes):
+def score_few_labels(x, labels, rows, queries, wanted, num_classes):
     """Share of the draws in which each query is classified rightly, Q float64, and each draw's accuracy in percent.
 
     x: features of the rows of all draws, in the order of `rows.unique()`, standardized as queries, Q x d, are; rows: a
@@ -88,7 +88,7 @@ class Sample:
         return mean, deviation
 
 
-def watch_labels(args, backbone, bank, val):
+def measure_labels(args, backbone, bank, val):
     """What training looks at where there are labels: (kNN top-1 in percent, shares of right draws of each image of val,
     Q float64). One pass over bank and val (batches)."""
     with explain_oom('the kNN test', '--knn_every=0 trains without it'):
@@ -99,5 +99,5 @@ def watch_labels(args, backbone, bank, val):
         cosine, near = nearest_in_bank(args, backbone, bank, queries, clip_k(args.knn_k, labels), sample)
         scores = weighted_vote(cosine, labels.to(near.device)[near], num_classes, args.knn_temperature)
         mean, deviation = sample.finish(len(labels))
-        right, _ = right_with_few(sample.x, labels, rows, (queries - mean) / deviation, wanted, num_classes)
+        right, _ = score_few_labels(sample.x, labels, rows, (queries - mean) / deviation, wanted, num_classes)
         return 100 * (scores.argmax(1) == wanted).double().mean().item(), right

@@ -18,7 +18,7 @@ from dataloader.loading.sampler import EpochBatchSampler
 from metric import representation as measures
 from metric.accuracy import topk_accuracy
 from metric.feature_std import feature_std
-from protocols.collapse_verdict import OF_FEATURES, verdict
+from protocols.collapse_verdict import OF_FEATURES, judge_collapse
 from protocols.features import check_finite, concat_into_buffer, eval_mode, extract_features
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
 from protocols.transfer import logistic_regression
@@ -96,7 +96,7 @@ def label_free(args, model, splits, checkpoint):
         untrained = build_model(args).to(get_device(args), memory_format=torch.channels_last)
         untrained_metrics = all_metrics(args, untrained, images)
     if model.has_heads:
-        result = {'measures': now, 'untrained': untrained_metrics, 'verdict': verdict(now, untrained_metrics)}
+        result = {'measures': now, 'untrained': untrained_metrics, 'verdict': judge_collapse(now, untrained_metrics)}
     else:
         log('the file has a backbone alone: there is no z to be measured, and no verdict')
         result = {'measures': feature_metrics(now), 'untrained': feature_metrics(untrained_metrics)}

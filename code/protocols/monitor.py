@@ -16,7 +16,7 @@ from metric import representation
 from model.weights import average_weights
 from protocols.collapse_verdict import baseline_label
 from protocols.compare import mean_and_error
-from protocols.few_labels import watch_labels
+from protocols.few_labels import measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
@@ -145,7 +145,7 @@ class Monitor:
         """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
         args, found, words = self.args, {}, ''
         if not self.knn_off:
-            found['knn_top1'], right = watch_labels(args, self.backbone(state), self.knn_train_loader, self.val)
+            found['knn_top1'], right = measure_labels(args, self.backbone(state), self.knn_train_loader, self.val)
             few, said = self.few_labels(state, right)
             found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
@@ -166,7 +166,7 @@ class Monitor:
 
     def few_labels(self, state, right):
         """({name: number}, a few words) of the accuracy with WATCHED labels a class, and of its gain over the start.
-        right: of watch_labels."""
+        right: of measure_labels."""
         path, count = self.run.folder / OF_START, len(right)
         top1 = 100 * right.mean().item()
         found, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'

@@ -68,7 +68,7 @@ def has_effect(args, name):
     return name not in find_protocol(args.protocol).unused and (not only or bool(stages & {*only}))
 
 
-def without_effect(args):
+def ignored_by_protocol(args):
     """The explicitly given options that have no effect on the protocol of `args`."""
     return sorted(name for name in args.given if not has_effect(args, name))
 

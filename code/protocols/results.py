@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from ckpt import load_file, plain_name, versions
+from ckpt import library_versions, load_file, sanitize_name
 from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
-from runtime.files import dumps_nan_safe, is_number, now, read_in_order, when
-from runtime.options import current_names
+from runtime.files import dumps_nan_safe, is_number, read_in_order, utc_timestamp, written_time
+from runtime.options import rename_options
 
 NOT_IN_SPEC = (
     'image_path',
@@ -31,7 +31,7 @@ NOT_IN_SPEC = (
 
 def sanitize(name):
     """Any file's name as a short part of one that every system and TensorBoard takes."""
-    return plain_name(name)[:40]
+    return sanitize_name(name)[:40]
 
 
 def eval_spec(args, splits, checkpoint):
@@ -80,10 +80,16 @@ def result_name(args):
     return '_'.join([args.protocol, *find_protocol(args.protocol).details(args)])
 
 
-def write(run, name, spec, metrics, classifier=None):
+def write_result(run, name, spec, metrics, classifier=None):
     """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
     spec_hash = digest([json.dumps({**spec, 'given': None}, sort_keys=True)])
-    result = {**spec, **metrics, 'versions': versions(), 'file': f'evaluate_{name}_{spec_hash}.json', 'when': now()}
+    result = {
+        **spec,
+        **metrics,
+        'versions': library_versions(),
+        'file': f'evaluate_{name}_{spec_hash}.json',
+        'when': utc_timestamp(),
+    }
     if rank():
         return result
     if classifier:
@@ -101,7 +107,7 @@ def load_results(run, **wanted):
     for path, result in read_in_order(run.glob('evaluate_*.json')):
         result['protocol'] = RENAMED_VALUES['protocol'].get(str(result.get('protocol')), result.get('protocol'))
         if isinstance(result.get('settings'), dict):
-            result['settings'] = current_names(result['settings'])
+            result['settings'] = rename_options(result['settings'])
         if result['protocol'] in (*PROTOCOLS,) and is_number(result.get('epoch')):
             results.append(result)
         else:
@@ -109,7 +115,7 @@ def load_results(run, **wanted):
     return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
 
 
-def classifier_for(args, checkpoint, where):
+def find_classifier(args, checkpoint, where):
     """The classifier that evaluate trained on this checkpoint for the images at the path `where`, or None.
 
     That of --classifier (its file, or the folder of a set), else of the set in which the images lie, else of the
@@ -123,11 +129,11 @@ def classifier_for(args, checkpoint, where):
         content = load_file(path)
         if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
             continue
-        content = {**content, 'file': path.name, 'when': when(content, path)}
+        content = {**content, 'file': path.name, 'when': written_time(content, path)}
         if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
-        if folder not in by_folder or worth(content) > worth(by_folder[folder]):
+        if folder not in by_folder or classifier_sort_key(content) > classifier_sort_key(by_folder[folder]):
             by_folder[folder] = content
     chosen = named or pick_classifier(
         args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), where.resolve()
@@ -138,13 +144,13 @@ def classifier_for(args, checkpoint, where):
     return chosen
 
 
-def worth(classifier):
+def classifier_sort_key(classifier):
     """The order of classifiers of one set: by accuracy, then by time."""
     top1 = classifier.get('top1')
     return (top1 if isinstance(top1, float) else -1.0), classifier['when']
 
 
-def described_classifier(classifier):
+def describe_classifier(classifier):
     """A classifier in words: of which set, how good, when, with which settings that were given."""
     spec = classifier['question']
     given = ''.join(f', --{name}={spec["settings"][name]}' for name in spec.get('given', ()))
@@ -154,7 +160,7 @@ def described_classifier(classifier):
 
 
 def pick_classifier(args, by_folder, own, where):
-    """The one of `by_folder`, {folder of a set: its classifier}, that classifier_for means."""
+    """The one of `by_folder`, {folder of a set: its classifier}, that find_classifier means."""
     if args.classifier:
         wanted = Path(os.path.realpath(resolve_path(args.classifier)))
         if wanted not in by_folder:

@@ -43,13 +43,13 @@ def run_protocol(args, model, splits, checkpoint):
     eval_spec = results.eval_spec(args, splits, checkpoint)
     result['seconds'] = round(time.monotonic() - started, 2)
     log(format_result({**eval_spec, **result}))  # before anything can fail
-    result = results.write(run, name, eval_spec, result, classifier)
+    result = results.write_result(run, name, eval_spec, result, classifier)
     logger = Logger(logs, tracker=tracker)
     if scores is not None and scores.shape[1] <= DRAWN:
         import plots  # matplotlib takes half a second to import
 
         counts = confusion_matrix(scores, outcome.labels).cpu()
-        logger.picture(f'{name}_confusion', plots.to_pil(plots.confusion(counts, outcome.classes)), epoch)
+        logger.picture(f'{name}_confusion', plots.to_pil(plots.draw_confusion(counts, outcome.classes)), epoch)
     numbers = {
         **compare_scalars(result.get('rows', [])),
         **{key: result[key] for key in protocol.numbers if result.get(key) is not None},

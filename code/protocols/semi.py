@@ -16,13 +16,13 @@ def semi(args, model, splits, _):
 
     With --baseline the same network is also trained from scratch on the same labels: what the pretraining is worth.
     """
-    few, val = labeled_fraction(args, labeled_subset(splits['train'])), splits['val']
+    few, val = select_labeled_fraction(args, labeled_subset(splits['train'])), splits['val']
     result, scores, labels = finetune(args, model.backbone, few, val)
     result['labels'] = args.subset_list or f'{args.label_fraction:g} of train, the same number of each class'
     return Outcome(result, scores, labels, val.classes)
 
 
-def labeled_fraction(args, train):
+def select_labeled_fraction(args, train):
     """The labelled images of --label_fraction or --subset_list. Raises UserError for a list that cannot be used."""
     rows = (
         rows_from_list(args, train)
@@ -95,7 +95,7 @@ def rows_from_list(args, images):
 def splits_for_semi(args, labels):
     """labelled_splits, of which a list of labels can be used. Raises UserError."""
     splits = labeled_splits(args, labels)
-    labeled_fraction(args, labeled_subset(splits['train']))
+    select_labeled_fraction(args, labeled_subset(splits['train']))
     return splits
 
 

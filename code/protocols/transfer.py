@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from ckpt import plain_name
+from ckpt import sanitize_name
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
@@ -125,6 +125,6 @@ PROTOCOL = Protocol(
     numbers={**FINETUNED, 'held_out_top1': 'top-1 held out'},
     smaller='--batch_size, or --finetune_batch_size',
     path=lambda args: args.transfer_path,
-    details=lambda args: [args.transfer, plain_name(resolve_path(args.transfer_path).name)[:40]],
+    details=lambda args: [args.transfer, sanitize_name(resolve_path(args.transfer_path).name)[:40]],
     unused=('image_path', 'download', *KNN_OPTIONS),
 )

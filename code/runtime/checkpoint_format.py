@@ -9,7 +9,7 @@ import torch
 
 from config import OPTIONS, PRESETS
 from runtime.errors import WorkError
-from runtime.options import current_names, parse, preset_options
+from runtime.options import parse, preset_options, rename_options
 
 # What a run did before there were options for it.
 BEFORE = {'channels': 'rgb', 'exif': 'ignore', 'npy_axes': 'auto', 'jitter': 'image'}
@@ -47,8 +47,8 @@ def upgrade(content):
         content = upgrade_v1(content)
     validate(content)
     if content['format'] == 2:
-        content = with_three_groups(content)
-    saved = current_names(content['args'])
+        content = split_param_groups(content)
+    saved = rename_options(content['args'])
     said = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
     preset = (
         {'preset': said['preset'], **(preset_options(said['preset']) if said['preset'] in PRESETS else {})}
@@ -75,7 +75,7 @@ def validate(content):
             raise WorkError(DAMAGED.format(name))
 
 
-def with_three_groups(content):
+def split_param_groups(content):
     """Format 2 to 3. The projector has the last parameters of the first group, as many as its entries that are no
     running statistics."""
     first, last = content['optimizer']['param_groups']

@@ -117,12 +117,12 @@ def is_number(value):
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
 
 
-def now():
+def utc_timestamp():
     """The time, to a microsecond, as text that sorts."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='microseconds')
 
 
-def when(content, path):
+def written_time(content, path):
     """When what a file holds came to be: as it says itself (`when`), for a copy has other times; of early files when
     they were written."""
     said = content.get('when')
@@ -136,14 +136,14 @@ def when(content, path):
 
 
 def read_in_order(paths):
-    """[(path, content)] of files of JSON, the oldest first by `when`."""
+    """[(path, content)] of files of JSON, the oldest first by `written_time`."""
     found = [(path, read_json(path)) for path in paths]
-    return sorted(found, key=lambda pair: (when(pair[1], pair[0]), pair[0].name))
+    return sorted(found, key=lambda pair: (written_time(pair[1], pair[0]), pair[0].name))
 
 
 def newest_run(folders):
     """The run folder that was begun, or gone on with, last, by its run.json; None of none."""
-    found = [(when(read_json(folder / 'run.json'), folder / 'run.json'), folder) for folder in folders]
+    found = [(written_time(read_json(folder / 'run.json'), folder / 'run.json'), folder) for folder in folders]
     return max(found)[1] if found else None
 
 

@@ -27,7 +27,7 @@ def get_config(**options):
         raise UserError(
             f'--{renamed[0]} is called --{RENAMED_OPTIONS[renamed[0]]} now, and both are given: leave one out'
         )
-    options = current_names(options)
+    options = rename_options(options)
     for name, value in options.items():
         if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
             raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
@@ -44,19 +44,19 @@ def get_config(**options):
     return args
 
 
-def current_names(options):
+def rename_options(options):
     """{option: value} under the names of today (config.RENAMED_OPTIONS); an option that stands there under both names
     has the newer one's value."""
     renamed = {RENAMED_OPTIONS[name]: value for name, value in options.items() if name in RENAMED_OPTIONS}
     return {**renamed, **{name: value for name, value in options.items() if name not in RENAMED_OPTIONS}}
 
 
-def renaming_notes(options):
+def describe_renames(options):
     """A line on each option, and each value, of a command line that is called otherwise now."""
     names = [f'--{old} is called --{new} now' for old, new in RENAMED_OPTIONS.items() if old in options]
     values = [
         f'--{name}={value} is called --{name}={RENAMED_VALUES[name][value]} now'
-        for name, value in current_names(options).items()
+        for name, value in rename_options(options).items()
         if str(value) in RENAMED_VALUES.get(name, ())
     ]
     return names + values
@@ -96,7 +96,7 @@ def parse(name, value):
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[wanted]
         raise UserError(f'--{name} wants {kind}, not {text!r}: {limits["meaning"]}') from None
     if limits['choices'] and result not in limits['choices']:
-        near = nearest(text, limits['choices'])
+        near = closest_match(text, limits['choices'])
         raise UserError(f'--{name} is one of {", ".join(limits["choices"])}, not {text!r}; the nearest is {near}')
     low, high = limits['low'], limits['high']
     if low is not None and not low <= result <= high:
@@ -124,10 +124,10 @@ def suggest_option(name):
             return option
     initials = [option for option in OPTIONS if ''.join(part[0] for part in option.split('_')) == name]
     parts = [option for option in OPTIONS if name in option.split('_')]
-    return [*initials, *parts, nearest(name, OPTIONS)][0]
+    return [*initials, *parts, closest_match(name, OPTIONS)][0]
 
 
-def nearest(word, words):
+def closest_match(word, words):
     """The one of `words` that is spelled most like `word`."""
     return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
 
@@ -138,7 +138,7 @@ def help_text(command):
     names = [name for name, f in OPTIONS.items() if command in f.metadata['used_by']]
     often = sorted((name for name in names if OPTIONS[name].metadata['often']), key=common_rank)[:10]
     lines = ['Most used', *map(help_line, often)]
-    for theme, group in themes().items():
+    for theme, group in options_by_theme().items():
         rest = [name for name in group if name in names and name not in often]
         lines += [f'\n{theme}', *map(help_line, rest)] if rest else []
     lines.append('\nPresets change these defaults:')
@@ -151,7 +151,7 @@ def common_rank(name):
     return OPTIONS[name].metadata['often']
 
 
-def themes():
+def options_by_theme():
     """{theme: its options}, in the order of Config."""
     found = {}
     for name, f in OPTIONS.items():
@@ -182,7 +182,7 @@ def option_help(name):
     lines += [
         f'preset     {preset}: {changes[name]!r}' for preset in PRESETS if name in (changes := preset_options(preset))
     ]
-    lines.append(f'theme      {next(theme for theme, names in themes().items() if name in names)}')
+    lines.append(f'theme      {next(theme for theme, names in options_by_theme().items() if name in names)}')
     lines.append(f'used by    {", ".join(limits["used_by"])}')
     return '\n'.join(lines)
 
@@ -243,7 +243,7 @@ def channel_values(name, text):
     return values
 
 
-def one_a_channel(name, text, count):
+def expand_channel_values(name, text, count):
     """channel_values as a list of `count` numbers."""
     values = channel_values(name, text)
     return [*(values * count if len(values) == 1 else values)]

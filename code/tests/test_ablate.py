@@ -11,7 +11,7 @@ from PIL import Image
 
 import cli
 import plots
-from commands.ablate import variants
+from commands.ablate import plan_variants
 from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from engine.ablation_tables import TABLES
@@ -214,7 +214,7 @@ def test_what_ablate_decides_is_not_to_be_given(name, capsys):
 
 def test_curves_are_drawn_where_the_numbers_are():
     """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
-    image = plots.curves(
+    image = plots.draw_curves(
         [
             plots.LineChart('a', [('up', [(0, 0.0), (10, 1.0)]), ('down', [(0, 1.0), (10, 0.0)])]),
             plots.LineChart('b', [('up', [])]),
@@ -249,12 +249,12 @@ def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='collapse')
     args = replace_args(args, learning_rate=0.01, batch_size=64)
     args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
-    assert [own.learning_rate for _, _, _, own in variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
+    assert [own.learning_rate for _, _, _, own in plan_variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 
 def test_variants_that_cannot_be_trained_are_known_before_the_first_is(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='batch_size')
-    assert [own.batch_size for _, _, _, own in variants(args)] == [64]  # of 72 images
+    assert [own.batch_size for _, _, _, own in plan_variants(args)] == [64]  # of 72 images
     assert capsys.readouterr().out.count('is left out, for there are 72 images') == 6
     options = ['--ablation=symmetric', '--num_views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(['ablate', *options]) == 2

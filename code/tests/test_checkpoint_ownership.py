@@ -11,9 +11,9 @@ import torch
 
 import ckpt
 import cli
-from ckpt import WRITTEN, checkpoints, get_model_ckpt, note_written
+from ckpt import WRITTEN, checkpoints, get_model_ckpt, record_checkpoint
 from conftest import TINY, own_paths
-from protocols.results import classifier_for
+from protocols.results import find_classifier
 from runtime import files
 from runtime.errors import same_path
 from runtime.files import read_json
@@ -130,7 +130,7 @@ def test_the_best_classifier_predicts_whatever_the_files_times(times, judged, tm
     tops = [torch.load(path, weights_only=True)['top1'] for path in files]
     assert tops[0] > tops[1]
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(run), device='cpu'))
-    chosen = classifier_for(args, checkpoint, args and run)
+    chosen = find_classifier(args, checkpoint, args and run)
     assert chosen is None or chosen['top1'] == max(tops)
     given = [
         'infer',
@@ -186,7 +186,7 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
         train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3')
     monkeypatch.undo()
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
-    assert ckpt.is_own(path.parent, path)
+    assert ckpt.was_written_by_run(path.parent, path)
     assert train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3', '--resume=auto') == 0
     assert f'going on with {RUN} after epoch 2' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]
@@ -195,11 +195,11 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
 def test_of_two_checkpoints_of_one_epoch_the_later_is_the_newest_whatever_the_files_times(tmp_path):
     """--learning_rate was changed and an epoch trained again: a copy of the folder has lost its files' times."""
     for name, age in (('loss_-0.9000_epoch_2', 50), ('loss_-0.8000_epoch_2', 10), ('loss_-0.9500_epoch_2', 30)):
-        note_written(tmp_path, tmp_path / name)
+        record_checkpoint(tmp_path, tmp_path / name)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (age, age))
     assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9500_epoch_2'
-    note_written(tmp_path, tmp_path / 'loss_-0.9000_epoch_2')
+    record_checkpoint(tmp_path, tmp_path / 'loss_-0.9000_epoch_2')
     assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9000_epoch_2'
     (tmp_path / 'checkpoints.json').unlink()
     assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9000_epoch_2'

@@ -9,11 +9,11 @@ import cli
 from ckpt import get_model_ckpt, read_checkpoint
 from config import OPTIONS, RENAMED_OPTIONS
 from conftest import CODE, TINY, one_line, own_paths, run
-from protocols.protocol import without_effect
+from protocols.protocol import ignored_by_protocol
 from runtime import options
 from runtime.checkpoint_format import upgrade
 from runtime.errors import UserError, resolve_path
-from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, parse, themes
+from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, options_by_theme, parse
 
 
 def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
@@ -127,7 +127,7 @@ def test_what_a_stage_has_no_use_for(stage, idle):
     words = dict(word.removeprefix('--').split('=') for word in stage.split())
     given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
     given = {name: 'x' if value == '' else value for name, value in given.items()}
-    assert without_effect(get_config(preset='demo', **given)) == sorted(idle.split())
+    assert ignored_by_protocol(get_config(preset='demo', **given)) == sorted(idle.split())
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_help_answers_without_torch(tmp_path):
 
 
 def test_every_option_has_one_theme_and_a_full_account():
-    grouped = [name for names in themes().values() for name in names]
+    grouped = [name for names in options_by_theme().values() for name in names]
     assert grouped == [*OPTIONS]
     for name, option in OPTIONS.items():
         said = option_help(name)

@@ -19,7 +19,7 @@ import cli
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, load_splits, load_unlabeled
-from dataloader.loading.decode import extensions
+from dataloader.loading.decode import image_extensions
 from dataloader.readers.files import Files
 from dataloader.sources import find
 from dataloader.sources.folder import scan
@@ -185,7 +185,7 @@ def test_lists(drawn, tmp_path, capsys):
         shutil.copy(files[0], tmp_path / name)
     lines = [f'{file}\t{file.parent.name}' for file in files] + ['here.png\tdots', '', 'there.png']
     (tmp_path / 'mine.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(lines).encode())
-    part = find.single_source(tmp_path / 'mine.txt', tmp_path, None)
+    part = find.load_single_source(tmp_path / 'mine.txt', tmp_path, None)
     assert part.classes == ['checks', 'dots', 'stripes']
     assert [part.classes[label] if label >= 0 else '' for label in part.labels.tolist()] == [
         *(file.parent.name for file in files),
@@ -263,8 +263,8 @@ def test_folders_of_systems_are_no_classes_and_are_not_trained_on(where, name, d
 
 
 def test_what_counts_as_an_image_is_pillows_list(tmp_path):
-    assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= extensions()
-    assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & extensions()
+    assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= image_extensions()
+    assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & image_extensions()
 
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.JPE', '.jp2', '.pnm', '.avif', '.webp', '.tga', '.ppm', '.JPG'])

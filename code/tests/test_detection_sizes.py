@@ -11,7 +11,7 @@ import cli
 from config import PROTOCOLS
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import load_boxes
-from protocols.protocol import find_protocol, has_effect, without_effect
+from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from runtime.errors import WorkError
 from runtime.options import get_config
 from test_detection import coco, voc
@@ -158,7 +158,7 @@ def test_options_without_effect_are_said_and_are_no_settings(protocol):
     for name in unused:
         assert not has_effect(args, name)
     args.given = {*unused, 'random_seed'}
-    assert without_effect(args) == sorted(unused)
+    assert ignored_by_protocol(args) == sorted(unused)
 
 
 CHANGES = {'knn_k': '3', 'knn_temperature': '5', 'knn_raw_pixels': 'True', 'val_fraction': '0.5', 'batch_size': '4'}

@@ -13,7 +13,7 @@ from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import representation
 from metric.feature_std import feature_std
 from model.simsiam import SimSiam
-from protocols.collapse_verdict import verdict, verdict_from_metrics
+from protocols.collapse_verdict import judge_collapse, judge_metrics
 from protocols.label_free import projector_batch_stats, view_features
 from runtime.options import get_config
 
@@ -33,12 +33,12 @@ def with_singular_values(values, n=400, seed=0, mean=0.0):
 def test_an_std_by_averages_of_few_steps_is_no_collapse(more, word):
     """One rule for train, evaluate and report: the largest std that was measured."""
     now, before = {'std': 0.3, 'rank': 10.0, 'area': 0.8}, {'std': 0.9, 'rank': 100.0, 'area': 0.9}
-    assert verdict({**now, **more}, before)[0] == word
+    assert judge_collapse({**now, **more}, before)[0] == word
 
 
 def test_a_start_from_other_weights_is_told_so():
     now, before = {'std': 0.99, 'rank': 11.0, 'area': 0.8}, {'std': 0.9, 'rank': 11.6, 'area': 0.9}
-    word, said = verdict(now, before, 'at the start')
+    word, said = judge_collapse(now, before, 'at the start')
     assert word == 'nothing learned'
     assert 'It was no worse at the start' in said
     assert 'ten times as much' not in said
@@ -217,12 +217,12 @@ BEFORE = {'std': 0.3, 'rank': 150.0, 'area': 0.88}
     ],
 )
 def test_the_verdict_is_that_of_the_numbers(now, word):
-    said = verdict(now, BEFORE)
+    said = judge_collapse(now, BEFORE)
     assert said[0] == word
     assert f'{now["std"]:.2f}' in said[1]
     lines = [
         {'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
         for epoch, values in ((0, BEFORE), (3, now))
     ]
-    assert verdict_from_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
-    assert verdict_from_metrics(lines[1:]) is verdict_from_metrics([]) is None
+    assert judge_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
+    assert judge_metrics(lines[1:]) is judge_metrics([]) is None

@@ -106,7 +106,7 @@ def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, caps
         assert {**found['whole'], 'options': ''} == {**alone, 'options': ''}
     for folder in (tmp_path / 'ckpt').iterdir():
         results.load_results(folder, protocol='linear')
-        collapse_verdict.verdict_from_metrics(read_metrics(folder / 'metrics.jsonl'))
+        collapse_verdict.judge_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
 def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, e
     about = types.SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: about)
     part = types.SimpleNamespace(labels=torch.zeros(count), classes=['a', 'b'])
-    options = auto_preset.photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
+    options = auto_preset.choose_photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
     assert (options['batch_size'], options['max_epochs']) == (batch, epochs)
     assert options['image_size'] == (224 if gigabytes else 160)
     assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
@@ -97,7 +97,7 @@ def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, e
 
 def test_a_million_images_begin_with_random_weights(monkeypatch):
     part = types.SimpleNamespace(labels=torch.zeros(auto_preset.FROM_SCRATCH), classes=[])
-    options = auto_preset.photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
+    options = auto_preset.choose_photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
     assert options['init_from'] == ''
 
 

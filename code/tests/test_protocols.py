@@ -23,7 +23,7 @@ from optimizer.lars import Lars
 from protocols import finetune
 from protocols.linear import cache_features, rebatch, train_probe
 from protocols.results import load_results
-from protocols.semi import class_balanced_rows, labeled_fraction, rows_from_list
+from protocols.semi import class_balanced_rows, rows_from_list, select_labeled_fraction
 from protocols.transfer import holdout_mask, logistic_eval, logistic_regression
 from runtime.errors import UserError
 from runtime.options import get_config
@@ -341,7 +341,7 @@ def test_a_list_of_labels_as_people_write_it(content, rows, said, drawn, tmp_pat
     path = tmp_path / 'list.txt'
     path.write_bytes(content)
     args = get_config(preset='demo', image_path=str(drawn), subset_list=str(path), protocol='semi')
-    assert len(labeled_fraction(args, load_splits(args)['train'])) == rows
+    assert len(select_labeled_fraction(args, load_splits(args)['train'])) == rows
     assert said in capsys.readouterr().err
 
 
@@ -353,10 +353,10 @@ def test_labels_of_one_image_are_too_few_and_names_may_be_bytes(drawn, tmp_path)
     path = tmp_path / 'list.txt'
     args = get_config(preset='demo', image_path=str(folder), subset_list=str(path), cache_path=str(tmp_path))
     path.write_bytes(b'caf\xe9.png\nchecks/000.png')
-    assert len(labeled_fraction(args, load_splits(args)['train'])) == 2
+    assert len(select_labeled_fraction(args, load_splits(args)['train'])) == 2
     path.write_bytes(b'caf\xe9.png')
     with pytest.raises(UserError, match='the labels are of one image; fine-tuning wants two'):
-        labeled_fraction(args, load_splits(args)['train'])
+        select_labeled_fraction(args, load_splits(args)['train'])
 
 
 def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cli
-from ckpt import versions
+from ckpt import library_versions
 from conftest import TINY, own_paths
 from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading import loader
@@ -121,12 +121,12 @@ def test_versions_name_the_commit_of_this_code_alone(tmp_path, monkeypatch):
     (tmp_path / 'inner').mkdir()
     monkeypatch.setattr('ckpt.ROOT', tmp_path / 'inner')
     monkeypatch.delenv('SIMSIAM_COMMIT', raising=False)
-    versions.cache_clear()
-    assert versions()['commit'] == ''
+    library_versions.cache_clear()
+    assert library_versions()['commit'] == ''
     monkeypatch.setattr('ckpt.ROOT', tmp_path)
-    versions.cache_clear()
-    assert len(versions()['commit']) == 40
-    versions.cache_clear()
+    library_versions.cache_clear()
+    assert len(library_versions()['commit']) == 40
+    library_versions.cache_clear()
 
 
 def test_a_printed_command_names_a_run_that_lies_elsewhere_by_its_path(drawn, tmp_path, capsys):

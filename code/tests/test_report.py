@@ -365,7 +365,9 @@ def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_is_no_point():
-    made = plots.curves([plots.LineChart('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.LineChart('b', [('none', [])])])
+    made = plots.draw_curves(
+        [plots.LineChart('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.LineChart('b', [('none', [])])]
+    )
     assert 'not measured' in plots.figure_to_svg(made, 'x')
 
 
@@ -422,9 +424,9 @@ def test_report_without_a_name(capsys):
 def test_names_of_classes_in_pictures(name):
     """What a folder may be called is drawn as it is, wherever a picture names classes."""
     for drawn in (
-        plots.confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
-        plots.scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
-        plots.curves([plots.LineChart(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
+        plots.draw_confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
+        plots.draw_scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
+        plots.draw_curves([plots.LineChart(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
     ):
         assert np.asarray(plots.to_pil(drawn)).std() > 1
         assert '<svg' in plots.figure_to_svg(drawn, 'x')
@@ -434,7 +436,7 @@ def test_names_of_classes_in_pictures(name):
 def test_a_confusion_has_room_for_the_names_of_classes(letters):
     """The matrix keeps most of the width that it has without names, however long these are."""
     classes = [f'{i}' * letters for i in range(6)]
-    drawn = plots.confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
+    drawn = plots.draw_confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
     drawn.draw_without_rendering()
     (axes,) = drawn.axes
     assert axes.get_window_extent().width > 200 * drawn.dpi / 100
@@ -443,7 +445,7 @@ def test_a_confusion_has_room_for_the_names_of_classes(letters):
 
 def test_a_line_stays_in_its_chart():
     panel = plots.LineChart('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
-    (axes,) = plots.curves([panel]).axes
+    (axes,) = plots.draw_curves([panel]).axes
     assert axes.get_ylim()[1] > 1.414
 
 

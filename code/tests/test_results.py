@@ -13,7 +13,7 @@ from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from dataloader.sources.path_array import PathArray
 from protocols.protocol import has_effect
-from protocols.results import NOT_IN_SPEC, eval_spec, load_results, write
+from protocols.results import NOT_IN_SPEC, eval_spec, load_results, write_result
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -108,7 +108,7 @@ def test_no_two_questions_share_a_file(drawn, tmp_path):
     files = set()
 
     def ask(args, splits=splits, checkpoint=checkpoint):
-        write(tmp_path / 'run', 'linear', eval_spec(args, splits, checkpoint), {'top1': 0.0})
+        write_result(tmp_path / 'run', 'linear', eval_spec(args, splits, checkpoint), {'top1': 0.0})
         found = {path.name for path in (tmp_path / 'run').iterdir()}
         assert len(found) == len(files) + 1, 'shares a file with another question'
         files.update(found)

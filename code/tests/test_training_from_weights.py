@@ -184,7 +184,7 @@ def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == best
     assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
-    found = collapse_verdict.run_verdict(folder, 3, args)
+    found = collapse_verdict.judge_run(folder, 3, args)
     assert found[0] == word
     assert ('Keep the start' in found[1]) == (best == 0)
     _, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN), training=True)
@@ -202,13 +202,13 @@ def test_without_labels_the_start_is_taken(run, tmp_path):
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == 0
-    assert collapse_verdict.run_verdict(folder, 3, args)[0] == 'not known to be better than the start'
+    assert collapse_verdict.judge_run(folder, 3, args)[0] == 'not known to be better than the start'
 
 
 def test_a_collapsed_run_is_called_that():
     lines = lines_of([1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    assert collapse_verdict.verdict_from_metrics(lines, 'at the start')[0] == 'collapsed'
+    assert collapse_verdict.judge_metrics(lines, 'at the start')[0] == 'collapsed'
 
 
 def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
@@ -224,14 +224,14 @@ def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_
     assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_checkpoints=1', '--save_every_epochs=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']
-    assert ckpt.best_epoch(tmp_path / 'ckpt' / RUN) == 1
+    assert ckpt.find_best_epoch(tmp_path / 'ckpt' / RUN) == 1
 
 
 def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
     given = ['train', *SMALL, '--max_epochs=2', '--save_every_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0
     folder = tmp_path / 'ckpt' / RUN
-    assert ckpt.best_epoch(folder) is None
+    assert ckpt.find_best_epoch(folder) is None
     assert not [path for path in checkpoints(folder) if path.name.endswith('_epoch_0')]
     lines = read_metrics(folder / 'metrics.jsonl')
     assert all(FEW in line and GAIN not in line for line in lines)
@@ -322,7 +322,7 @@ def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
     args = get_config(preset='demo', image_path=str(drawn), image_size=16, device='cpu', knn_k=5)
     splits, backbone = load_splits(args), build_model(args).backbone
     bank, val = (eval_loader(args, splits[name]) for name in ('train', 'val'))
-    top1, right = few_labels.watch_labels(args, backbone, bank, val)
+    top1, right = few_labels.measure_labels(args, backbone, bank, val)
     found = compare.measure(args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS)
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
     assert (right - found[f'{few_labels.WATCHED} a class']['right']).abs().max() <= 0.2 + 1e-9

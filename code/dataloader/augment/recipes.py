@@ -71,12 +71,12 @@ def get_augmentation(args, name):
     )
     channels = channel_numbers(args.channels)
     if channels or args.jitter == 'channel':
-        operations = without_colors(operations, len(channels) or 3, args.jitter == 'channel')
+        operations = replace_color_operations(operations, len(channels) or 3, args.jitter == 'channel')
     levels = pixel_levels(args.white_level)
     return Augmentation(crop, operations, args.image_size, args.interpolation, args.mean, args.std, levels)
 
 
-def without_colors(operations, channels, of_each_channel):
+def replace_color_operations(operations, channels, of_each_channel):
     """The operations for images whose channels are not red, green and blue, or that are jittered channel by channel:
     of ColorJitter brightness and contrast alone, or a gain and an offset for each channel; no hue, saturation and
     grayscale."""

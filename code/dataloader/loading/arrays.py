@@ -35,7 +35,7 @@ class ArrayImage:
         pass
 
 
-def native(pixels):
+def to_native_type(pixels):
     """An array in the machine's byte order, its type one of TYPES. Raises ValueError for one that is no picture's."""
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
@@ -50,23 +50,23 @@ def open_npy(file):
     """An .npy file (of bytes); which of its axes are the channels is asked when they are read. Raises ValueError."""
     pixels = np.load(file, allow_pickle=False)
     if pixels.ndim not in (2, 3) or not pixels.size:
-        raise ValueError(f'it is an array of {shape(pixels)}, and an image has 2 or 3 axes')
+        raise ValueError(f'it is an array of {describe_shape(pixels)}, and an image has 2 or 3 axes')
     if pixels.ndim == 2:
-        return ArrayImage(native(pixels[None]), 'array', fp=file)
-    image = ArrayImage(native(pixels), 'NPY', fp=file)
+        return ArrayImage(to_native_type(pixels[None]), 'array', fp=file)
+    image = ArrayImage(to_native_type(pixels), 'NPY', fp=file)
     with contextlib.suppress(ValueError):
-        image.height, image.width = axes_in_order(image.pixels, 'auto').shape[1:]
+        image.height, image.width = to_channels_first(image.pixels, 'auto').shape[1:]
         image.size = image.width, image.height
     return image
 
 
-def axes_in_order(pixels, axes):
+def to_channels_first(pixels, axes):
     """C x H x W of an .npy file's three axes. axes: auto, hwc or chw. Raises ValueError where auto cannot tell."""
-    axes = axes if axes != 'auto' else channels_first_or_last(pixels.shape)
+    axes = axes if axes != 'auto' else guess_axis_order(pixels.shape)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if axes == 'hwc' else pixels
 
 
-def channels_first_or_last(sides):
+def guess_axis_order(sides):
     """'chw' or 'hwc' of an array's three sides: the channels are the end that may be some and is less than both other
     sides, where the other end may not. Raises ValueError where that does not tell."""
     first, middle, last = sides
@@ -79,7 +79,7 @@ def channels_first_or_last(sides):
     )
 
 
-def shape(array):
+def describe_shape(array):
     return ' x '.join(map(str, array.shape)) or 'one number'
 
 
@@ -104,7 +104,7 @@ def open_tiff(file):
     if sorted(axes.replace(bands[0], '') if bands else axes) != ['X', 'Y']:
         raise ValueError(f'its axes are {axes}')
     pixels = pixels.transpose([axes.index(axis) for axis in [*bands, 'Y', 'X']])
-    pixels = native(pixels if bands else pixels[None])
+    pixels = to_native_type(pixels if bands else pixels[None])
     if white_is_zero and pixels.dtype.kind == 'u':
         pixels = np.iinfo(pixels.dtype).max - pixels
     image = ArrayImage(pixels, 'TIFF', rgb, note, file)
@@ -131,16 +131,16 @@ def open_dicom(file):
     if photometric == 'PALETTE COLOR':
         pixels = pydicom.pixels.apply_color_lut(pixels, dataset)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    pixels = rescale(pixels, float(dataset.get('RescaleSlope', 1) or 1), float(dataset.get('RescaleIntercept', 0) or 0))
+    slope, intercept = float(dataset.get('RescaleSlope', 1) or 1), float(dataset.get('RescaleIntercept', 0) or 0)
+    pixels = apply_rescale(pixels, slope, intercept)
     if photometric == 'MONOCHROME1':  # its smallest value is white
         bits, signed = int(dataset.BitsStored), int(dataset.get('PixelRepresentation', 0))
         ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
-        ends = ends * float(dataset.get('RescaleSlope', 1) or 1) + float(dataset.get('RescaleIntercept', 0) or 0)
-        pixels = smallest_type(ends.sum() - pixels.astype(np.float64))
-    return ArrayImage(native(pixels), 'DICOM', len(pixels) == 3, note, file)
+        pixels = smallest_type((ends * slope + intercept).sum() - pixels.astype(np.float64))
+    return ArrayImage(to_native_type(pixels), 'DICOM', len(pixels) == 3, note, file)
 
 
-def rescale(pixels, slope, intercept):
+def apply_rescale(pixels, slope, intercept):
     """slope x pixels + intercept, in whole numbers where it gives some."""
     return pixels if (slope, intercept) == (1, 0) else smallest_type(pixels.astype(np.float64) * slope + intercept)
 
@@ -158,7 +158,7 @@ def read_channels(image, npy_axes='auto'):
     """All channels of an opened image, C x H x W, in the type of its file; of Pillow's not upright yet. Raises
     ValueError where the channels of an .npy file are not to be told."""
     if isinstance(image, ArrayImage):
-        return axes_in_order(image.pixels, npy_axes) if image.format == 'NPY' else image.pixels
+        return to_channels_first(image.pixels, npy_axes) if image.format == 'NPY' else image.pixels
     if is_16_bit_png(image):
         return read_16_bit_png(image)
     if image.mode in ('P', 'PA'):
@@ -167,7 +167,7 @@ def read_channels(image, npy_axes='auto'):
     tags = getattr(image, 'tag_v2', None)
     if pixels.dtype == np.int32 and tags is not None and tags.get(339, (1,)) == (1,):
         pixels = pixels.view(np.uint32)  # Pillow takes a TIFF's unsigned 32 bits for signed ones
-    return native(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    return to_native_type(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def is_16_bit_png(image):

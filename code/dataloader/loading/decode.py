@@ -35,7 +35,7 @@ logging.getLogger('pydicom').addHandler(logging.NullHandler())
 
 
 @functools.cache
-def extensions():
+def image_extensions():
     """The endings of the files that can be opened, lower case, as bytes: {b'.jpg', b'.avif', b'.npy', b'.dcm', ...}."""
     Image.init()
     if find_spec('pillow_heif'):
@@ -65,7 +65,7 @@ def install_hint(endings):
 def is_image(name):
     """Whether a file of this name (bytes) counts as an image."""
     dot = name.rfind(b'.')
-    return dot > 0 and name[dot:].lower() in extensions()
+    return dot > 0 and name[dot:].lower() in image_extensions()
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def open_image(source, name):
 
 def open_by_format(source, name):
     """An image of Pillow's, its pixels not read yet, or an arrays.ArrayImage. name: whose ending tells the format."""
-    extensions()  # registers the readers that Pillow does not bring
+    image_extensions()  # registers the readers that Pillow does not bring
     ending = os.path.splitext(name)[1].lower()
     if ending == '.npy':
         return arrays.open_npy(arrays.read_bytes(source))
@@ -101,7 +101,7 @@ def open_by_format(source, name):
         if ending not in ('.tif', '.tiff'):
             raise
         return arrays.open_tiff(arrays.read_bytes(source))
-    lost = lost_in_tiff(image)
+    lost = describe_tiff_loss(image)
     if image.format != 'TIFF' or not (lost or max(image.tag_v2.get(BITS, (8,))) > 8):
         return image
     if not find_spec('tifffile'):
@@ -117,7 +117,7 @@ def open_by_format(source, name):
     return found
 
 
-def lost_in_tiff(image):
+def describe_tiff_loss(image):
     """What Pillow leaves out of an opened TIFF, or mistakes, in a few words; '' where it is nothing."""
     if image.format != 'TIFF':
         return ''

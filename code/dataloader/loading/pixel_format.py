@@ -71,9 +71,11 @@ def to_array(image, pixel_format):
         if pixel_format.is_rgb8:
             pixels = np.asarray(rgb(image, pixel_format.levels)).transpose(2, 0, 1)
         elif pixel_format.channels:
-            pixels = cast(pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format), pixel_format)
+            pixels = cast_to_format(
+                pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format), pixel_format
+            )
         else:
-            pixels = deep_rgb(image, pixel_format)
+            pixels = read_deep_rgb(image, pixel_format)
         turn = exif_transpose_method(image) if pixel_format.exif else None
         return pixels if turn is None else np.ascontiguousarray(turn_upright(torch.from_numpy(pixels), turn).numpy())
 
@@ -93,7 +95,7 @@ def pick_channels(pixels, pixel_format):
     return pixels if channels == (*range(1, len(pixels) + 1),) else pixels[[channel - 1 for channel in channels]]
 
 
-def cast(pixels, pixel_format):
+def cast_to_format(pixels, pixel_format):
     """Pixels in the format's type, where that holds each of their values; what is no number becomes 0. Raises
     ValueError where it does not."""
     dtype = pixel_format.dtype
@@ -104,7 +106,7 @@ def cast(pixels, pixel_format):
     return pixels.astype(dtype, copy=False)
 
 
-def deep_rgb(image, pixel_format):
+def read_deep_rgb(image, pixel_format):
     """Red, green and blue of more than 8 bits; gray is three times the same. An image of 8 bits is stretched to the
     levels of the others."""
     pixels = arrays.read_channels(image)
@@ -116,7 +118,7 @@ def deep_rgb(image, pixel_format):
     if pixels.dtype == np.uint8:
         black, white = level_range(pixel_format.levels, pixel_format.dtype)
         pixels = (pixels.astype(np.float32) / 255 * (white - black) + black).astype(pixel_format.dtype)
-    return cast(pixels, pixel_format)
+    return cast_to_format(pixels, pixel_format)
 
 
 def image_kind(image, npy_axes='auto'):

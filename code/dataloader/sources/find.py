@@ -29,7 +29,13 @@ from dataloader.sources.split_source import (
     source_unlabeled,
 )
 from dataloader.sources.tar_index import COMPRESSED, open_archives
-from dataloader.sources.tar_splits import ARCHIVE, expand_braces, numbered_in, source_from_shards, splits_in_archive
+from dataloader.sources.tar_splits import (
+    ARCHIVE,
+    expand_braces,
+    list_numbered_archives,
+    source_from_shards,
+    splits_in_archive,
+)
 from runtime.console import printable
 from runtime.errors import UserError
 from runtime.messages import log
@@ -52,7 +58,7 @@ def find_splits(root, cache_path, progress):
         return {name: parquet_files.source_from_parquet(paths) for name, paths in shards.items()}
     if root.is_file():
         return (
-            {'train': single_source(root, cache_path, progress)}
+            {'train': load_single_source(root, cache_path, progress)}
             if not is_tar(root)
             else splits_in_archive(root, cache_path, progress)
         )
@@ -71,10 +77,10 @@ def find_splits(root, cache_path, progress):
         return source_from_kaggle(root, *kaggle, cache_path, progress)
     places = split_locations(root)
     if not places:
-        if inner := nested_root(root):
+        if inner := find_nested_root(root):
             log(f'{printable(root)} holds the splits of {printable(inner.relative_to(root))}, and nothing else')
             return find_splits(inner, cache_path, progress)
-        if archives := numbered_in(root):
+        if archives := list_numbered_archives(root):
             return {'train': source_from_shards(archives, cache_path, progress)}
         found = scan_with_progress(root, progress)
         check_no_splits_below(root, found.names)
@@ -126,7 +132,7 @@ def check_no_splits_below(root, names):
         )
 
 
-def nested_root(root):
+def find_nested_root(root):
     """The folder with splits that lies in `root` alone, a few levels down; or None."""
     folder = root
     for _ in range(5):
@@ -159,7 +165,7 @@ def has_splits_here(folder):
     return 'train' in split_locations(folder) or bool(imagenet.find_archives(folder))
 
 
-def single_source(path, cache_path, progress):
+def load_single_source(path, cache_path, progress):
     """All images of a folder at any depth, an archive, a list, or one file, as a SplitSource without labels (a list may
     have some). Raises UserError where there are none."""
     if path.is_dir():
@@ -168,7 +174,7 @@ def single_source(path, cache_path, progress):
                 next(shards[name] for name in ('test', 'val', 'train') if name in shards)
             )
         found = scan_with_progress(path, progress)
-        if not len(found.names) and (places := splits_in(path)):  # archives, or lists
+        if not len(found.names) and (places := list_splits(path)):  # archives, or lists
             paths = next(places[name] for name in ('test', 'val', 'train') if name in places)
             return load_location(paths, cache_path, progress)
         return source_unlabeled(path, found, Files(path, found.names))
@@ -191,16 +197,16 @@ def is_tar(path):
 
 def has_splits(root):
     """Whether a folder is laid out for training."""
-    return has_splits_here(root) or bool(nested_root(root))
+    return has_splits_here(root) or bool(find_nested_root(root))
 
 
 def split_locations(root):
-    """`splits_in`, but for a val.txt or test.tar beside other things, which makes no splits of them."""
-    found = splits_in(root)
+    """`list_splits`, but for a val.txt or test.tar beside other things, which makes no splits of them."""
+    found = list_splits(root)
     return found if 'train' in found or any(paths[0].is_dir() for paths in found.values()) else {}
 
 
-def splits_in(root):
+def list_splits(root):
     """{split: [its folder, its list, or its archives]} of the splits that `root` holds, in the order of
     SPLIT_ALIASES."""
     folders, archives, lists = {}, {}, {}
@@ -238,7 +244,7 @@ def splits_in(root):
 def load_location(paths, cache_path, progress):
     """The SplitSource of one split: its folder, its list, or its archives."""
     if paths[0].is_dir():
-        if archives := numbered_in(paths[0]):
+        if archives := list_numbered_archives(paths[0]):
             return source_from_shards(archives, cache_path, progress)
         found = scan_with_progress(paths[0], progress)
         return source_from_class_folders(paths[0], found, Files(paths[0], found.names))

@@ -100,7 +100,7 @@ def scan_folder(path, prefix, found):
                 name = entry.name
                 kind = entry_kind(entry)
                 if name[0] == 46 or name.lower() in SYSTEM_NAMES:  # a dot
-                    note_skipped(name, prefix, kind == 'folder', found)
+                    record_skipped(name, prefix, kind == 'folder', found)
                 elif kind == 'file':
                     files.append(name) if is_image(name) else found.others.update([file_extension(name)])
                 elif kind == 'folder':
@@ -122,7 +122,7 @@ def entry_kind(entry):
         return 'lost'
 
 
-def note_skipped(name, prefix, is_folder, found):
+def record_skipped(name, prefix, is_folder, found):
     """Note what belongs to the system, or is hidden."""
     if is_folder:
         found.passed.append(printable(prefix + name) + '/')

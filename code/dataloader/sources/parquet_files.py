@@ -63,7 +63,7 @@ def source_from_parquet(paths):
     labels, classes = number_labels(labels, classes)
     index = np.array(parts, np.int64).T
     store = Parquet([str(path) for path in paths], image, PathArray(names), *map(np.ascontiguousarray, index))
-    return SplitSource(named_together(paths), store, labels, classes)
+    return SplitSource(join_shard_names(paths), store, labels, classes)
 
 
 def find_columns(schema, path):
@@ -112,6 +112,6 @@ def number_labels(labels, classes):
     return torch.tensor([numbers.get(label, -1) for label in labels], dtype=torch.int64), [str(name) for name in known]
 
 
-def named_together(paths):
+def join_shard_names(paths):
     """One path that stands for all files of a split."""
     return paths[0] if len(paths) == 1 else paths[0].with_name(f'{paths[0].stem.split("-")[0]}-*.parquet')

@@ -75,7 +75,7 @@ def build_index(paths, progress):
     entries.sort()
     tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for _, name, *_ in entries if b'/' in name)
     folders = sorted(tops)
-    names = PathArray(told_apart([(name, archive_index) for _, name, archive_index, *_ in entries], paths))
+    names = PathArray(make_names_unique([(name, archive_index) for _, name, archive_index, *_ in entries], paths))
     owners = [class_from_cls_file(name, archive, classes) for _, name, archive, *_ in entries]
     known = sorted({*owners} - {None}, key=lambda name: (not name.isdecimal(), name.isdecimal() and int(name), name))
     class_to_idx = {name: i for i, name in enumerate(known)} | {None: -1}
@@ -105,7 +105,7 @@ class TarNotes:
     classes: dict = field(default_factory=dict)  # of one archive: {name of a .cls without its ending: what it says}
 
 
-def told_apart(entries, paths):
+def make_names_unique(entries, paths):
     """The names of images, (name, number of its archive) each, as they are shown and written: where archives have names
     in common, as shards whose keys begin anew in each, the archive's goes before the file's."""
     if len({name for name, _ in entries}) == len(entries):
@@ -175,7 +175,7 @@ def members(archive, rest, limit, bar, prefix=b'', start=0):
         offset = start + member.offset_data
         if member.isdir():
             continue
-        if reason := skip_reason(member, parts, bool(prefix)):
+        if reason := describe_skipped_member(member, parts, bool(prefix)):
             rest.others[reason] += 1
         elif member.islnk():
             yield prefix + name, prefix + b'/'.join(path_parts(member.linkname)), None
@@ -200,7 +200,7 @@ def escapes_root(member):
     return member.name.startswith('/') or '..' in member.name.split('/')
 
 
-def skip_reason(member, parts, inner):
+def describe_skipped_member(member, parts, inner):
     """Of what kind a member is that is no image, no class of one and no archive; None of those. parts: pieces of its
     name. inner: it lies in an archive in an archive, where another is not gone into."""
     name = parts[-1].lower() if parts else b''

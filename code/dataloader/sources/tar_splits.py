@@ -23,7 +23,7 @@ def source_from_shards(paths, cache_path, progress):
     """The SplitSource of one split, in these archives."""
     found, store, by_cls = open_archives(paths, cache_path, progress)
     labels, classes = by_cls or (None, [])
-    where = named_together(paths)
+    where = join_shard_names(paths)
     match = ARCHIVE.fullmatch(paths[0].name.lower())
     own, whole = SPLIT_ALIASES.get(match[1]) if match else None, (found, store, labels)
     while len(found.folders) == 1 and not found.num_root_images:  # tar cf train.tar photos/train
@@ -34,7 +34,7 @@ def source_from_shards(paths, cache_path, progress):
     return source_from_scan(where, *whole, classes)
 
 
-def numbered_in(folder):
+def list_numbered_archives(folder):
     """The numbered archives right in a folder, in order."""
     return sorted(path for path in folder.iterdir() if NUMBERED.fullmatch(path.name.lower()) and path.is_file())
 
@@ -56,7 +56,7 @@ def expand_braces(path):
     return paths
 
 
-def named_together(paths):
+def join_shard_names(paths):
     """One path that names all archives, as a shell would: val-{000000..000002}.tar."""
     if len(paths) == 1:
         return paths[0]
