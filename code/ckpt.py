@@ -46,7 +46,7 @@ from runtime.environment import require_package
 from runtime.errors import ROOT, UserError, WorkError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log
-from runtime.options import PIXEL_WORDS, channel_values, get_config, replace_args
+from runtime.options import channel_numbers, channel_values, get_config, replace_args
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (
@@ -85,6 +85,7 @@ MAX_LISTED_KEYS = 8  # keys of each kind that an error lists
 CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+UNRESOLVED = ('auto', 'weights', 'dataset')  # of --mean and --std: not numbers yet
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that come with weights
 
 
@@ -104,7 +105,7 @@ def get_model_ckpt(args, training=False):
     found = load_model(args, training)
     for name in ('mean', 'std'):
         word = getattr(found[0], name)
-        if word not in PIXEL_WORDS and len(channel_values(name, word)) not in (1, found[0].num_channels):
+        if word not in UNRESOLVED and len(channel_values(name, word)) not in (1, found[0].num_channels):
             raise UserError(
                 f'--{name}={word} is not one number for all of {found[0].num_channels} channels nor one for each'
             )
@@ -240,6 +241,13 @@ def load_checkpoint(args, path, locked_options, training=False):
     model = build_model(merged)
     if args.init_from:
         state = adapt_state_to_channels(model, state)
+        if saved['channels'] not in ('rgb', 'auto', merged.channels) and merged.num_channels != len(
+            channel_numbers(saved['channels'])
+        ):
+            raise UserError(
+                f'{path.parent.name} was trained on --channels={saved["channels"]}, and the images here are '
+                f'--channels={merged.channels}: only a first layer for three channels can be adapted'
+            )
     try:
         strict_load(model, state, path)
     except UserError:
@@ -407,6 +415,9 @@ def merge_saved_options(args, saved, path, locked_options):
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
             )
     kept = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
+    for name in ('white_level', 'mean', 'std'):
+        if kept.get(name) in ('auto', 'weights', 'dataset'):
+            log(f'--{name}={kept.pop(name)} is what a run begins with; this one has --{name}={saved[name]}')
     merged = Config(**{**saved, **kept})
     merged.given = args.given
     return merged

@@ -4,11 +4,14 @@ import io
 import os
 import tarfile
 
+import numpy as np
 from PIL import Image
 
 from dataloader.cache.decoded import readable_rows, resize_short_side
 from dataloader.load_dataset import find_split_sources
 from dataloader.loading.decode import is_image
+from dataloader.loading.pixel_format import format_from_options
+from dataloader.loading.pixel_settings import find_pixel_format, resolve_pixels
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import SYSTEM_NAMES
 from runtime.atomic_write import atomic_write_on_main
@@ -44,9 +47,17 @@ def pack(args):
                 'it of '
                 'all or of none, pack them apart'
             )
+    args = resolve_pixels(args, parts['train'].store)
+    if args.pack_short_side and args.channels != 'rgb':
+        raise UserError(
+            '--pack_short_side writes JPEGs, of red, green and blue of 8 bits, and these images have --channels='
+            f'{args.channels}: leave it out'
+        )
     for name, part in parts.items():
         if args.on_unreadable == 'skip' and not isinstance(part.store, Memory):
-            part = part.select(readable_rows(part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir))
+            pixel_format = find_pixel_format(args, part.store)
+            kept = resolve_path(args.cache_path) / part.cache_subdir
+            part = part.select(readable_rows(part.store, part.where, kept, pixel_format))
         shards, left_out = write_split(args, output, name, part)
         log(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
     log(f'use them: --image_path={printable(output)}')
@@ -91,7 +102,8 @@ def tar_member(args, part, row, folders):
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_short_side:
-        image, buffer = Image.fromarray(resize_short_side(part.store, row, args.pack_short_side)), io.BytesIO()
+        pixels = resize_short_side(part.store, row, args.pack_short_side, format_from_options(args))
+        image, buffer = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
         if max(image.size) > JPEG_SIDE:
             raise WorkError(
                 f'{printable(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '

@@ -45,7 +45,7 @@ CHARTS = (  # file name, title, bounds, {tag: name of its line}
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
     ('few', 'top-1 on val with 10 labels a class, %', None, {'pretraining/few_labels_top1': ''}),
-    ('rank', 'rank of the own other view', None, {'pretraining/rank': ''}),
+    ('rank', 'retrieval rank of the positive view', None, {'pretraining/rank': ''}),
     (
         'rate',
         'learning rate',

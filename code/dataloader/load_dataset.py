@@ -137,7 +137,9 @@ def load_splits(args, parts=None):
 def build_datasets(args, parts):
     """load_splits, by each process for itself."""
     train, val = parts['train'], parts.get('val')
-    args = resolve_mean_std(resolve_pixels(args, train.store), train.store)  # where no command has done so
+    if 'auto' in (args.channels, args.white_level):  # no command has done so
+        args = resolve_pixels(args, train.store)
+    args = resolve_mean_std(args, train.store)
     # The classes are train's; where train has none, val's: pretraining needs no label.
     classes = train.classes or (val.classes if val else [])
     class_to_idx = {normalize_unicode(name): i for i, name in enumerate(classes)}
@@ -223,8 +225,10 @@ def build_dataset(args, part, labels, classes):
     """The ImageDataset of a SplitSource: held in memory, made smaller on disk, or read when they are needed."""
     store, where, kept = part.store, part.where, resolve_path(args.cache_path) / part.cache_subdir
     pixel_format, picked = find_pixel_format(args, store), channel_numbers(args.channels)
-    if args.augment_backend == 'worker' and not (pixel_format.is_rgb8 and not picked):
-        raise UserError('`augment_backend=worker` is for red, green and blue of 8 bits: leave it out')
+    if args.augment_backend == 'worker' and (picked or not pixel_format.is_rgb8 or args.jitter == 'channel'):
+        raise UserError(
+            '`augment_backend=worker` is for red, green and blue of 8 bits, jittered as torchvision does: leave it out'
+        )
     if args.on_unreadable == 'skip' and not isinstance(store, Memory):
         rows = decoded.readable_rows(store, where, kept, pixel_format)
         lost = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}

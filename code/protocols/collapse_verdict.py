@@ -5,10 +5,10 @@ from runtime.files import read_metrics
 
 # In front of people, in this order (metric/representation.py, protocols/label_free.py).
 MEASURES = {
-    'rank': 'rank of the own other view, features',
-    'rank_z': 'rank of the own other view, z',
-    'retrieval': 'own other view is the nearest, features, %',
-    'retrieval_z': 'own other view is the nearest, z, %',
+    'rank': 'retrieval rank of the positive view, features',
+    'rank_z': 'retrieval rank of the positive view, z',
+    'retrieval': 'positive view is the nearest, features, %',
+    'retrieval_z': 'positive view is the nearest, z, %',
     'rotation': 'rotations told apart, %',
     'rankme': 'RankMe',
     'area': 'area under the cumulative spectrum',
@@ -55,9 +55,7 @@ def judge_collapse(now, untrained, baseline_label='untrained'):
     at.
     """
     std, rank, before = max(now[name] for name in STD_KEYS if name in now), now['rank'], untrained['rank']
-    numbers = (
-        f'std of z {std:.2f} (healthy is near 1), own other view at rank {rank:.1f} ({baseline_label} {before:.1f})'
-    )
+    numbers = f'std of z {std:.2f} (healthy is near 1), retrieval rank of the positive view {rank:.1f} ({baseline_label} {before:.1f})'
     if std < STD_COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
     if rank > RANK_RATIO_LEARNED * before:
@@ -84,7 +82,7 @@ def judge_against_start(lines):
         return None
     if 0 not in judged:
         return 'not known to be better than the start', (
-            'there are no labels to tell by, and the rank of the own other view falls whether features become better '
+            'there are no labels to tell by, and the retrieval rank of the positive view falls whether features become better '
             'or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
         )
     last = judged[max(judged)]

@@ -95,6 +95,8 @@ def iter_backbones(args, model, checkpoint):
                 continue
         else:
             own, other, _ = get_model_ckpt(row_args(args, name))
+            if own.num_channels != args.num_channels:
+                raise UserError(f'--beside={name} takes --channels={own.channels}, and this one {args.channels}')
         yield row_title(name, own, args), own, other.backbone.to(device, memory_format=torch.channels_last)
 
 
@@ -130,7 +132,7 @@ def row_args(args, name, backbone=''):
     if args.num_channels == 3:
         shared |= {'mean': 'imagenet', 'std': 'imagenet'}
     own = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
-    own.given = {*SHARED} | ({'backbone'} if backbone else set())
+    own.given = {*SHARED} - {'channels'} | ({'backbone'} if backbone else set())
     return own
 
 

@@ -150,7 +150,8 @@ class Monitor:
             found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
             found |= monitor_metrics(args, state.model, self.splits['train'])
-            words += f'  rank {found["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
+            name = 'rank' if state.epoch else 'retrieval rank of the positive view'
+            words += f'  {name} {found["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
         if self.outputs:
             p, z = (all_gather_rows(x) for x in self.outputs)
             found |= representation.output_statistics(z, p)

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -538,3 +539,165 @@ def test_where_torchvisions_decoders_are_gone_torchcodecs_give_the_same_pixels(m
         torch.equal(torch.from_numpy(np.array(decode(path))).permute(2, 0, 1), one)
         for path, one in zip(paths, wanted, strict=True)
     )
+
+
+def view_of(path, pixel_format):
+    with open_image(path, path) as image:
+        return crops.center_crop(image, 16, 1.0, 'bilinear', pixel_format)[0]
+
+
+@pytest.mark.parametrize('low', [-1e9, -3.4028235e38, -np.inf, np.nan])
+def test_a_pixel_without_data_does_not_reach_its_neighbors(low, tmp_path):
+    pixels = np.random.default_rng(0).random((32, 32)).astype(np.float32)
+    form = PixelFormat((1,), True, 'float32')
+    np.save(tmp_path / 'whole.npy', pixels)
+    pixels[0, :3] = low
+    np.save(tmp_path / 'holes.npy', pixels)
+    whole, holes = (view_of(tmp_path / f'{name}.npy', form) for name in ('whole', 'holes'))
+    assert holes.isfinite().all()
+    assert torch.equal(whole[:, 4:], holes[:, 4:])
+
+
+@pytest.mark.parametrize('channels', ['1', 'rgb', 'auto'])
+def test_images_of_8_and_of_16_bits_in_one_set_are_as_bright(channels, tmp_path):
+    """Half of the range of each, as gray PNG, as PNG of 16 bits a color, as TIFF and as floats."""
+    (tmp_path / 'set').mkdir()
+    for number in range(3):
+        Image.new('L', (20, 20), 128).save(tmp_path / f'set/a{number}.png')
+        Image.fromarray(np.full((20, 20), 32896, np.uint16)).save(tmp_path / f'set/b{number}.png')
+        tifffile.imwrite(tmp_path / f'set/c{number}.tif', np.full((20, 20), 128 / 255, np.float32))
+        tifffile.imwrite(tmp_path / f'set/d{number}.tif', np.full((20, 20, 3), 32896, np.uint16), photometric='rgb')
+    args = get_config(
+        preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path), channels=channels, image_size=16
+    )
+    images = load_splits(args)['train']
+    args = replace_args(images.args, mean='0', std='1')
+    (batch, _) = next(iter(eval_loader(args, images)))
+    view = eval_view(batch, args)
+    assert (view - 128 / 255).abs().max() < 0.002
+
+
+def test_bands_beyond_the_colors_of_an_8_bit_tiff_are_kept(tmp_path):
+    """Aerial photographs: red, green, blue and near-infrared."""
+    for count in (4, 5):
+        pixels = values((count, 12, 12), 'uint8')
+        for how in ({'planarconfig': 'contig'}, {'planarconfig': 'separate', 'compression': 'zlib'}):
+            stored = pixels.transpose(1, 2, 0) if how['planarconfig'] == 'contig' else pixels
+            path = tmp_path / 'x.tif'
+            tifffile.imwrite(path, stored, photometric='rgb', extrasamples=['unspecified'] * (count - 3), **how)
+            with open_image(path, path) as image:
+                assert pixel_format.image_kind(image).channels == count
+                assert np.array_equal(to_array(image, PixelFormat((*range(1, count + 1),), True)), pixels)
+
+
+def test_the_transparency_of_a_tiff_of_16_bits_is_left_out_and_said(tmp_path):
+    pixels = values((12, 12, 4), 'uint16')
+    tifffile.imwrite(tmp_path / 'x.tif', pixels, photometric='rgb', extrasamples=['unassalpha'])
+    with open_image(tmp_path / 'x.tif', 'x.tif') as image:
+        kind = pixel_format.image_kind(image)
+        assert (kind.color, kind.note) == ('rgb', 'transparency (the last channel) left out')
+        assert np.array_equal(to_array(image, PixelFormat(dtype='uint16')), pixels.transpose(2, 0, 1)[:3])
+
+
+@pytest.mark.parametrize('axes', ['CZYX', 'ZCYX', 'CTYX', 'TZCYX'])
+def test_of_slices_and_times_the_first_is_taken(axes, tmp_path):
+    sides = {'C': 3, 'Z': 5, 'T': 4, 'Y': 20, 'X': 24}
+    pixels = values([sides[axis] for axis in axes], 'uint16')
+    tifffile.imwrite(tmp_path / 'x.ome.tif', pixels, metadata={'axes': axes}, photometric='minisblack')
+    with open_image(tmp_path / 'x.ome.tif', 'x.ome.tif') as image:
+        found, note = arrays.read_channels(image), image.note
+    wanted = pixels[tuple(slice(None) if axis in 'CYX' else 0 for axis in axes)]
+    assert np.array_equal(found, wanted)
+    assert note.startswith('the first of ')
+
+
+def test_colors_of_print_are_converted_in_a_set_of_16_bits(tmp_path):
+    Image.new('CMYK', (24, 24), (0, 255, 255, 0)).save(tmp_path / 'red.tif')
+    with open_image(tmp_path / 'red.tif', 'red.tif') as image:
+        pixels = to_array(image, PixelFormat(dtype='uint16'))
+    assert pixels[:, 0, 0].tolist() == [65535, 0, 0]
+
+
+def test_8_bit_monochrome1_stays_8_bits(tmp_path):
+    import pydicom
+
+    dataset = pydicom.dcmread(get_testdata_file('image_dfl.dcm'))
+    first = arrays.open_dicom(get_testdata_file('image_dfl.dcm')).pixels
+    dataset.PhotometricInterpretation = 'MONOCHROME1'
+    dataset.save_as(tmp_path / 'inverse.dcm')
+    inverse = arrays.open_dicom(tmp_path / 'inverse.dcm').pixels
+    assert inverse.dtype == first.dtype == np.uint8
+    assert np.array_equal(inverse, 255 - first)
+
+
+def test_the_order_of_axes_is_taken_of_one_channel_too(tmp_path):
+    (tmp_path / 'set').mkdir()
+    pixels = values((8, 12, 12, 1), 'uint8')
+    for number, image in enumerate(pixels):
+        np.save(tmp_path / f'set/{number}.npy', image)
+    args = get_config(preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path), npy_axes='hwc')
+    images = load_splits(args)['train']
+    with images.store.opened(5) as image:
+        assert np.array_equal(to_array(image, images.pixel_format), pixels[5].transpose(2, 0, 1).repeat(3, 0))
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (['--mean=imagenet'], '--mean=imagenet is not one number for all of 5 channels nor one for each'),
+        (['--augment_backend=worker'], '--augment_backend=worker is for red, green and blue of 8 bits'),
+        (['--mean=weights'], '--mean=weights: no pretrained weights say theirs'),
+    ],
+)
+def test_settings_that_do_not_go_with_five_channels_are_named(options, said, five, tmp_path, capsys):
+    given = [*TINY, f'--image_path={five}', '--batch_size=8', *options, *own_paths(tmp_path)]
+    assert cli.main(['train', *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_of_other_channels_is_no_start_and_no_row(five, drawn, tmp_path, capsys):
+    assert cli.main(['train', *TINY, f'--image_path={five}', '--batch_size=8', *own_paths(tmp_path)]) == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    capsys.readouterr()
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', f'--init_from={run.name}', *own_paths(tmp_path)]) == 2
+    assert (
+        f'{run.name} was trained on --channels=1-5, and the images here are --channels=rgb' in capsys.readouterr().err
+    )
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
+    (own,) = set((tmp_path / 'ckpt').iterdir()) - {run}
+    given = [f'--ckpt_name={own.name}', f'--beside={run.name}', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', *given]) == 2
+    assert f'--beside={run.name} takes --channels=1-5, and this one rgb' in capsys.readouterr().err
+
+
+def test_channels_are_packed_as_they_are_or_refused(five, tmp_path, capsys):
+    given = [f'--image_path={five}', f'--cache_path={tmp_path}/cache', f'--output={tmp_path}/packed']
+    assert cli.main(['pack', *given, '--pack_short_side=16']) == 2
+    assert '--pack_short_side writes JPEGs, of red, green and blue of 8 bits' in one_line(capsys.readouterr().err)
+    assert cli.main(['pack', *given, '--on_unreadable=skip']) == 0
+    assert len(load_splits(get_config(image_path=f'{tmp_path}/packed', cache_path=str(tmp_path)))['train']) == 24
+
+
+def test_dark_images_of_16_bits_are_packed_by_their_levels(tmp_path):
+    (tmp_path / 'set').mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((40, 40), 2048, np.uint16)).save(tmp_path / f'set/{number}.png')
+    given = [f'--image_path={tmp_path}/set', f'--cache_path={tmp_path}/cache', f'--output={tmp_path}/packed']
+    assert cli.main(['pack', *given, '--pack_short_side=16', '--white_level=4095']) == 0
+    images = load_splits(get_config(image_path=f'{tmp_path}/packed', cache_path=str(tmp_path)))['train']
+    with images.store.opened(0) as image:
+        assert abs(int(np.asarray(image)[8, 8, 0]) - 128) <= 1
+
+
+def test_a_tiff_of_16_bits_that_lies_is_cropped_as_it_is_stored(tmp_path):
+    """--exif=ignore, beside images of 8 bits."""
+    tifffile.imwrite(tmp_path / 'x.tif', values((40, 120), 'uint16'), extratags=[(274, 'H', 1, 6, True)])
+    for exif, sides in ((True, (120, 40)), (False, (40, 120))):
+        form = PixelFormat(dtype='uint8', exif=exif)
+        with open_image(tmp_path / 'x.tif', 'x.tif') as image:
+            assert to_array(image, PixelFormat((1,), True, 'uint16', exif=exif)).shape[1:] == sides
+            recipe = get_augmentation(get_config(image_size=16), 'moco')
+            crop = crops.random_crops(
+                image, 2, recipe, torch.Generator().manual_seed(0), True, replace(form, dtype='uint16')
+            )
+        assert crop.shape == (2, 3, 16, 16)

@@ -91,16 +91,17 @@ def open_tiff(file):
     with tifffile.TiffFile(file) as tiff:
         series, page = tiff.series[0], tiff.pages[0]
         axes, pixels = series.axes, series.asarray()
-        rgb = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 3
+        alpha = page.samplesperpixel == 4 and page.extrasamples[:1] in ((1,), (2,))
+        rgb = page.photometric == tifffile.PHOTOMETRIC.RGB and (page.samplesperpixel == 3 or alpha)
         white_is_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         orientation = int(page.tags.valueof(274, default=1))
         note = f'the first of {len(tiff.series)} sets of pages' if len(tiff.series) > 1 else ''
-    bands = [axis for axis in axes if axis not in 'YX']
-    while len(bands) > 1:  # several pages of several bands: the first page
-        first = next((axis for axis in bands if axis != 'S'), bands[0])
-        note = f'the first of {pixels.shape[axes.index(first)]} pages of several bands'
-        pixels, axes = pixels.take(0, axes.index(first)), axes.replace(first, '', 1)
-        bands.remove(first)
+        note = 'transparency (the last channel) left out' if rgb and alpha else note
+    bands = sorted((axis for axis in axes if axis not in 'YX'), key='SC'.find, reverse=True)  # C, then S, then others
+    for other in bands[1:]:
+        note = f'the first of {pixels.shape[axes.index(other)]} along the axis {other}'  # slices, times, pages
+        pixels, axes = pixels.take(0, axes.index(other)), axes.replace(other, '', 1)
+    bands = bands[:1]
     if sorted(axes.replace(bands[0], '') if bands else axes) != ['X', 'Y']:
         raise ValueError(f'its axes are {axes}')
     pixels = pixels.transpose([axes.index(axis) for axis in [*bands, 'Y', 'X']])
@@ -133,7 +134,11 @@ def open_dicom(file):
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     slope, intercept = float(dataset.get('RescaleSlope', 1) or 1), float(dataset.get('RescaleIntercept', 0) or 0)
     pixels = apply_rescale(pixels, slope, intercept)
-    if photometric == 'MONOCHROME1':  # its smallest value is white
+    if int(dataset.get('BitsStored', 8)) == 1:
+        pixels = pixels * np.uint8(255)
+    elif photometric == 'MONOCHROME1' and pixels.dtype == np.uint8:
+        pixels = np.uint8(2 ** int(dataset.BitsStored) - 1) - pixels
+    elif photometric == 'MONOCHROME1':  # its smallest value is white
         bits, signed = int(dataset.BitsStored), int(dataset.get('PixelRepresentation', 0))
         ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
         pixels = smallest_type((ends * slope + intercept).sum() - pixels.astype(np.float64))

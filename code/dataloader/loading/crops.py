@@ -5,9 +5,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from dataloader.augment.crop import center_box, crop_resize
+from dataloader.loading.arrays import ArrayImage
 from dataloader.loading.decode import (
     draft_downscale,
     exif_transpose_method,
+    level_range,
     rgb,
     stored_and_upright_size,
     to_uint8_tensor,
@@ -27,10 +29,10 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
     (decode.draft_downscale).
     """
     size, how = augmentation.size, augmentation.interpolation
-    if not pixel_format.is_rgb8:
+    if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
         pixels = torch.from_numpy(to_array(image, pixel_format))[None]
         boxes = augmentation.crop.sample(views, *pixels.shape[2:], generator)
-        return torch.cat([resize_box(pixels, box, size, how) for box in boxes.tolist()])
+        return torch.cat([resize_box(pixels, box, size, how, pixel_format.levels) for box in boxes.tolist()])
     turn = exif_transpose_method(image) if pixel_format.exif else None
     upright = pixel_format.exif or image.format == 'TIFF'  # which Pillow always turns
     width, height = stored_and_upright_size(image)[1] if upright else image.size
@@ -57,30 +59,39 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
     return crops
 
 
-def resize_box(pixels, box, size, how):
-    """The box (top, left, height, width, flip) of an image, 1 x C x H x W, as 1 x C x S x S of its type."""
+def resize_box(pixels, box, size, how, levels):
+    """The box (top, left, height, width, flip) of an image, 1 x C x H x W, as 1 x C x S x S of its type, cut to
+    levels."""
     top, left, height, width, flip = box
     crop = pixels[:, :, int(top) : int(top + height), int(left) : int(left + width)]
-    crop = interpolate(to_float(crop), (size, size), mode=how, antialias=True)
+    crop = interpolate(cut_to_levels(crop, levels)[0], (size, size), mode=how, antialias=True)
     return from_float(crop.flip(3) if flip else crop, pixels.dtype)
 
 
 def center_crop(image, size, ratio, how='bilinear', pixel_format=RGB8):
     """The view for evaluation: 1 x C x size x size, of the format's channels and type. ratio: share of the shorter
     side. how: of RESAMPLING."""
-    if not pixel_format.is_rgb8:
+    if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
         pixels = torch.from_numpy(to_array(image, pixel_format))[None]
         box = torch.tensor([center_box(*pixels.shape[2:], ratio)])
-        cubic, values = how == 'bicubic', to_float(pixels)
-        low, high = values.amin(), values.amax()  # of a cubic filter, which overshoots
-        crop = crop_resize(values - low, box, None, size, clip_to_box=False, cubic=cubic, white=(high - low).item())
-        return from_float(crop + low, pixels.dtype)
+        values, (black, white) = cut_to_levels(pixels, pixel_format.levels)
+        crop = crop_resize(
+            values - black, box, None, size, clip_to_box=False, cubic=how == 'bicubic', white=white - black
+        )
+        return from_float(crop + black, pixels.dtype)
     turn = exif_transpose_method(image) if pixel_format.exif else None
     image = rgb(image, pixel_format.levels)
     image = image if turn is None else image.transpose(turn)
     top, left, height, width = center_box(image.height, image.width, ratio)
     image = image.resize((size, size), RESAMPLING[how], box=(left, top, left + width, top + height))
     return to_uint8_tensor(image)[None]
+
+
+def cut_to_levels(pixels, levels):
+    """(pixels as floats between black and white, (black, white)): what lies beyond, as where a sensor has no data, is
+    to have no part in what it is resized to."""
+    black, white = level_range(levels, str(pixels.dtype).removeprefix('torch.'))
+    return to_float(pixels).clamp(black, white), (black, white)
 
 
 def to_float(pixels):

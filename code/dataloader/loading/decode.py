@@ -90,7 +90,7 @@ def open_image(source, name):
 def open_by_format(source, name):
     """An image of Pillow's, its pixels not read yet, or an arrays.ArrayImage. name: whose ending tells the format."""
     image_extensions()  # registers the readers that Pillow does not bring
-    ending = os.path.splitext(name)[1].lower()
+    ending = os.path.splitext(name)[1].lower() or sniff_ending(source)
     if ending == '.npy':
         return arrays.open_npy(arrays.read_bytes(source))
     if ending in ('.dcm', '.dicom'):
@@ -117,6 +117,17 @@ def open_by_format(source, name):
     return found
 
 
+def sniff_ending(source):
+    """The ending that a file without one would have, by its first bytes; '' of one that Pillow knows. source: a path,
+    or a file of bytes."""
+    head = arrays.read_bytes(source).read(132)
+    if head.startswith(b'\x93NUMPY'):
+        return '.npy'
+    if head[128:] == b'DICM':
+        return '.dcm'
+    return '.tif' if head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+') else ''
+
+
 def describe_tiff_loss(image):
     """What Pillow leaves out of an opened TIFF, or mistakes, in a few words; '' where it is nothing."""
     if image.format != 'TIFF':
@@ -127,8 +138,9 @@ def describe_tiff_loss(image):
         return 'its order of bytes is mistaken'
     if samples > 1 and bits > 8:
         return 'channels of more than 8 bits become 8, or are not read'
-    if samples > 1 and photometric in (0, 1) and not (samples == 2 and tags.get(338, (0,))[0] in (1, 2)):
-        return f'some of {samples} channels are not read'  # no color and its transparency
+    colors = {0: 1, 1: 1, 2: 3}.get(photometric, samples)
+    if samples > colors and not (samples == colors + 1 and tags.get(338, (0,))[0] in (1, 2)):
+        return f'some of {samples} channels are not read'  # beyond the colors and their transparency
     if samples == 1 and photometric in (0, 1) and getattr(image, 'n_frames', 1) > 1:
         return 'the first of several pages is taken'
     return ''
@@ -176,9 +188,11 @@ def level_range(levels, dtype):
 
 
 def to_rgb(image, levels):
-    if isinstance(image, arrays.ArrayImage) or image.mode.startswith('I') or image.mode == 'F':
+    is_array = isinstance(image, arrays.ArrayImage)
+    if is_array or image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image):
         pixels = arrays.read_channels(image)
-        if len(pixels) not in (1, 3) or (len(pixels) == 3 and not image.rgb):
+        pixels = pixels[:1] if len(pixels) < 3 else pixels[:3]
+        if is_array and len(image.pixels) > 1 and not image.rgb:
             raise ValueError(
                 f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
             )

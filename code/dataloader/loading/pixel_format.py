@@ -68,14 +68,11 @@ def to_array(image, pixel_format):
     """An opened image as C x H x W, of the format's channels and type. Raises WorkError where it has not these
     channels, cannot be read, or has another type than fits."""
     with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
-        if pixel_format.is_rgb8:
-            pixels = np.asarray(rgb(image, pixel_format.levels)).transpose(2, 0, 1)
-        elif pixel_format.channels:
-            pixels = cast_to_format(
-                pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format), pixel_format
-            )
+        if pixel_format.channels:
+            pixels = pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format)
         else:
-            pixels = read_deep_rgb(image, pixel_format)
+            pixels = read_rgb(image, pixel_format)
+        pixels = cast_to_format(pixels, pixel_format)
         turn = exif_transpose_method(image) if pixel_format.exif else None
         return pixels if turn is None else np.ascontiguousarray(turn_upright(torch.from_numpy(pixels), turn).numpy())
 
@@ -96,29 +93,37 @@ def pick_channels(pixels, pixel_format):
 
 
 def cast_to_format(pixels, pixel_format):
-    """Pixels in the format's type, where that holds each of their values; what is no number becomes 0. Raises
-    ValueError where it does not."""
+    """Pixels in the format's type. What is no number becomes 0. Where black and white of the two types differ, as those
+    of 8 and of 16 bits, the pixels are stretched. Raises ValueError where the type does not hold each value."""
     dtype = pixel_format.dtype
     if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
         pixels = np.nan_to_num(pixels)
-    if pixels.dtype != dtype and not np.can_cast(pixels.dtype, dtype):
+    if pixels.dtype == dtype:
+        return pixels
+    (black, white), (new_black, new_white) = (
+        level_range(pixel_format.levels, name) for name in (pixels.dtype.name, dtype)
+    )
+    if not np.can_cast(pixels.dtype, dtype) and not (pixels.dtype.kind in 'iu' and np.dtype(dtype).kind == 'f'):
         raise ValueError(f'its numbers are {pixels.dtype}, and those of the others {dtype}')
+    if (black, white) != (new_black, new_white):
+        pixels = (pixels.astype(np.float64) - black) / (white - black) * (new_white - new_black) + new_black
+        pixels = np.rint(pixels) if np.dtype(dtype).kind in 'iu' else pixels
     return pixels.astype(dtype, copy=False)
 
 
-def read_deep_rgb(image, pixel_format):
-    """Red, green and blue of more than 8 bits; gray is three times the same. An image of 8 bits is stretched to the
-    levels of the others."""
-    pixels = arrays.read_channels(image)
-    if len(pixels) not in (1, 2, 3, 4) or (isinstance(image, arrays.ArrayImage) and len(pixels) > 1 and not image.rgb):
+def read_rgb(image, pixel_format):
+    """Red, green and blue of an opened image, 3 x H x W, in the type of its file, or in 8 bits; gray is three times the
+    same. Raises ValueError where its channels are no colors."""
+    is_array = isinstance(image, arrays.ArrayImage)
+    deep = image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image)
+    if not is_array and (pixel_format.dtype == 'uint8' or not deep):
+        return np.asarray(rgb(image, pixel_format.levels)).transpose(2, 0, 1)
+    pixels = arrays.read_channels(image, pixel_format.npy_axes)
+    if is_array and len(pixels) > 1 and not image.rgb:
         raise ValueError(
             f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
         )
-    pixels = pixels[:1].repeat(3, 0) if len(pixels) < 3 else pixels[:3]
-    if pixels.dtype == np.uint8:
-        black, white = level_range(pixel_format.levels, pixel_format.dtype)
-        pixels = (pixels.astype(np.float32) / 255 * (white - black) + black).astype(pixel_format.dtype)
-    return cast_to_format(pixels, pixel_format)
+    return pixels[:1].repeat(3, 0) if len(pixels) < 3 else pixels[:3]
 
 
 def image_kind(image, npy_axes='auto'):
@@ -151,10 +156,8 @@ def image_kind(image, npy_axes='auto'):
     return ImageKind(len(bands), 'uint8', color, ', '.join(notes))
 
 
-def find_dtype(kinds, channels):
-    """The type in which all these ImageKind are held, by name. channels: of PixelFormat."""
-    names = {kind.dtype for kind in kinds}
-    if not names or (not channels and 'uint8' in names):
-        return 'uint8'  # a mixture becomes 8 bits
+def find_dtype(kinds):
+    """The type, by name, that holds the pixels of all these ImageKind."""
+    names = {kind.dtype for kind in kinds} or {'uint8'}
     found = np.result_type(*names)
     return 'float32' if found == np.float64 else found.name

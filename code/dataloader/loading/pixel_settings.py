@@ -15,7 +15,7 @@ from runtime.console import print_message, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
-from runtime.options import channel_numbers, pixel_levels, replace_args
+from runtime.options import channel_numbers, channel_values, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images that are looked at, evenly spaced
@@ -32,8 +32,7 @@ def find_pixel_format(args, store):
             return PixelFormat()
         dtype = str(store.pixels.dtype).removeprefix('torch.')
         return replace(format_from_options(args, dtype), channels=(*range(1, store.pixels.shape[1] + 1),), exact=True)
-    channels = channel_numbers(args.channels)
-    return format_from_options(args, find_dtype([kind for _, kind in sample_kinds(store, args.npy_axes)], channels))
+    return format_from_options(args, find_dtype([kind for _, kind in sample_kinds(store, args.npy_axes)]))
 
 
 def sample_kinds(store, npy_axes, count=KINDS):
@@ -52,16 +51,13 @@ def sample_kinds(store, npy_axes, count=KINDS):
 def resolve_pixels(args, store):
     """args with the channels and the levels that the images of `store` (of train) have, where these are `auto`; says
     what becomes of them."""
-    if args.channels != 'auto' and args.white_level != 'auto':
-        return args
     kinds = [] if isinstance(store, Memory) else [kind for _, kind in sample_kinds(store, args.npy_axes, SAMPLE)]
     if args.channels == 'auto':
         args = replace_args(args, channels=find_channels(kinds))
     if args.white_level == 'auto':
         args = replace_args(args, white_level=measure_levels(args, store))
     if channel_numbers(args.channels) and kinds:
-        dtype = find_dtype(kinds[:1], channel_numbers(args.channels))
-        log(f'images of {kinds[0].channels} channels, {dtype}; used are `channels={args.channels}`')
+        log(f'images of {kinds[0].channels} channels, {kinds[0].dtype}; used are `channels={args.channels}`')
     for note, count in Counter(kind.note for kind in kinds if kind.note).items():
         if not channel_numbers(args.channels) or kinds[0].color == 'other':
             log(f'of {len(kinds)} images that were looked at {count}: {note}')
@@ -81,6 +77,7 @@ def measure_levels(args, store):
     values = np.concatenate([*(pixels.ravel() for pixels in sample_pixels(args, store)), np.zeros(0)])
     values = values[np.isfinite(values)]
     if find_pixel_format(args, store).dtype == 'uint8' or not len(values):
+        log('`white_level=auto`: the images have 8 bits, 255 is white')
         return 'type'
     low, high = np.quantile(values, (1 - QUANTILE, QUANTILE))
     high = max(high, min(low, 0) + 1e-6)
@@ -108,7 +105,7 @@ def resolve_mean_std(args, store):
     """args with `mean` and `std` as numbers, or `imagenet`. store: of train. Raises UserError for `weights` where there
     are none."""
     found, words = {}, {'mean': args.mean, 'std': args.std}
-    if not {'auto', 'weights', 'dataset'} & {*words.values()}:
+    if not {'auto', 'weights', 'dataset'} & {*words.values()} and args.num_channels == 3:
         return args
     is_rgb8 = find_pixel_format(args, store).is_rgb8
     for name, word in words.items():
@@ -120,6 +117,12 @@ def resolve_mean_std(args, store):
         measured = measure_mean_std(args, store)
         found = {name: measured[name] if word == 'dataset' else word for name, word in found.items()}
         log(f'`mean={found["mean"]}` `std={found["std"]}`, measured on {SAMPLE} images of train')
+    for name, word in found.items():
+        if len(channel_values(name, word)) not in (1, args.num_channels):
+            raise UserError(
+                f'`{name}={word}` is not one number for all of {args.num_channels} channels nor one for each; '
+                f'`{name}=dataset` measures them'
+            )
     return replace_args(args, **found)
 
 
