@@ -55,7 +55,10 @@ def judge_collapse(now, untrained, baseline_label='untrained'):
     at.
     """
     std, rank, before = max(now[name] for name in STD_KEYS if name in now), now['rank'], untrained['rank']
-    numbers = f'std of z {std:.2f} (healthy is near 1), retrieval rank of the positive view {rank:.1f} ({baseline_label} {before:.1f})'
+    numbers = (
+        f'std of z {std:.2f} (healthy is near 1), retrieval rank of the positive view {rank:.1f} '
+        f'({baseline_label} {before:.1f})'
+    )
     if std < STD_COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
     if rank > RANK_RATIO_LEARNED * before:
@@ -82,8 +85,8 @@ def judge_against_start(lines):
         return None
     if 0 not in judged:
         return 'not known to be better than the start', (
-            'there are no labels to tell by, and the retrieval rank of the positive view falls whether features become better '
-            'or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
+            'there are no labels to tell by, and the retrieval rank of the positive view falls whether features become '
+            'better or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
         )
     last = judged[max(judged)]
     gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)

@@ -72,7 +72,8 @@ def copied(trained, tmp_path):
 def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
     folder, said = trained
     assert re.search(
-        r'epoch 0/2  kNN [\d.]+ %  10 labels a class [\d.]+ %  retrieval rank of the positive view [\d.]+ of 72 \(untrained\)',
+        r'epoch 0/2  kNN [\d.]+ %  10 labels a class [\d.]+ %  '
+        r'retrieval rank of the positive view [\d.]+ of 72 \(untrained\)',
         said,
     )
     loss = re.search(r'epoch 2/2  loss (-\d\.\d{4})  std [\d.]+  \d+ images/s  kNN [\d.]+ %', said)[1]

@@ -140,7 +140,7 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
     stores = [
         files,
         open_archives([folder / 'train.tar'], folder / 'cache', progress)[1],
-        build_resized_cache(files, folder, 300, 0.0, folder / 'cache'),
+        build_resized_cache(files, folder, 300, crops.RGB8, folder / 'cache'),
     ]
     with files.opened(0) as image:
         pixels = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)[None]
