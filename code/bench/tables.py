@@ -126,6 +126,16 @@ def clothing():
     return markdown(['photographs of clothes', 'top-1', 'beside it'], rows)
 
 
+def channels():
+    """bench/channels.py: a row for what the network sees, percent on val, each seed."""
+    found = json.loads((RESULTS / 'channels.json').read_text())['rows']
+    rows = [
+        [name, *(', '.join(percent(seed[protocol]) for seed in seeds) for protocol in ('knn', 'linear'))]
+        for name, seeds in found.items()
+    ]
+    return markdown(['the network sees', 'kNN', 'linear'], rows)
+
+
 def detection():
     rows = []
     for path in sorted((RESULTS / 'clothing').glob('evaluate_detection_*.json')):

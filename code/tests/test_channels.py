@@ -438,17 +438,24 @@ def test_weights_of_three_channels_begin_a_run_of_five(backbone, five, tmp_path,
     assert model.backbone.eval()(torch.zeros(2, 5, 32, 32)).ndim == 2
 
 
-def test_a_jitter_of_channels_draws_a_gain_and_an_offset_for_each():
-    for jitter, kind in ((ChannelJitter(0.4, 0.1, 5, 0.8), 5), (IntensityJitter(0.4, 0.4, 0.8), 1)):
-        draws = jitter.sample(4000, generator_for('jitter'))
-        x = torch.rand(4000, 5, 2, 2) * 0.3 + 0.3
-        changed = jitter.on_cpu(x.clone(), draws)
-        assert ((changed - x).abs().amax((1, 2, 3)) > 0).float().mean() == pytest.approx(0.8, abs=0.03)
-        assert torch.equal(changed, jitter.on_gpu(x, draws))
-        ratio = (changed.amax((2, 3)) - changed.amin((2, 3))) / (x.amax((2, 3)) - x.amin((2, 3)))
-        assert (ratio[:50].std(1) < 1e-4).float().mean() == pytest.approx(1 if kind == 1 else 0.2, abs=0.15)
-        assert changed.min() >= 0
-        assert changed.max() <= 1
+@pytest.mark.parametrize('each', [True, False])
+def test_jitter_is_in_standard_deviations_of_a_channel(each):
+    """Contrast around the mean, and a shift: as drawn, of all channels alike or of each its own."""
+    mean, std = (0.1, 0.2, 0.3, 0.4, 0.5), (0.01, 0.02, 0.03, 0.04, 0.05)
+    jitter = ChannelJitter(0.4, 0.3, mean, std, 5, 0.8) if each else IntensityJitter(0.4, 0.3, mean, std, 0.8)
+    draws = jitter.sample(4000, generator_for('jitter'))
+    assert draws.shape == (4000, jitter.columns)
+    y = torch.randn(4000, 5, 2, 2)
+    mean, std = (torch.tensor(values).view(1, 5, 1, 1) for values in (mean, std))
+    changed = (jitter.on_cpu(mean + std * y, draws) - mean) / std
+    torch.testing.assert_close(changed, (jitter.on_gpu(mean + std * y, draws) - mean) / std)
+    factors, shifts = draws.chunk(2, 1)
+    torch.testing.assert_close(changed, y * factors[..., None, None] + shifts[..., None, None], atol=1e-4, rtol=0)
+    touched = (factors != 1).any(1)
+    assert touched.float().mean() == pytest.approx(0.8, abs=0.02)
+    assert factors.min() == pytest.approx(0.7, abs=0.01)
+    assert shifts.max() == pytest.approx(1.9 * 0.4, abs=0.01)
+    assert (factors.shape[1], shifts.shape[1]) == ((5, 5) if each else (1, 1))
 
 
 def test_of_channels_that_are_no_colors_no_color_is_changed(five):

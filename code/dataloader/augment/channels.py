@@ -1,39 +1,42 @@
-"""Brightness and contrast of images whose channels are no colours: of all channels alike, or of each its own."""
+"""Brightness and contrast of images whose channels are no colors: of all channels alike, or of each its own.
+
+Both are in units of each channel's standard deviation over the dataset: an instrument may use a small part of its
+range, where a factor of the pixels themselves would move an image by many times what tells it from others.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
+# ImageNet's mean in its standard deviations: what a brightness factor of 1 + s moves a photograph's mean by is s of it.
+SHIFT = 1.9
+
 
 @dataclass(frozen=True)
 class IntensityJitter:
-    """Brightness and contrast times a random factor each, in random order, the same for all channels of an image.
+    """x to mean + contrast x (x - mean) + shift x std, contrast and shift the same for all channels of an image.
 
-    Both factors are within 1 - strength and 1 + strength. prob: of jittering an image at all.
+    contrast: within 1 - contrast and 1 + contrast; the shift within SHIFT x brightness either way; mean, std: a number
+    a channel; prob: of jittering an image at all.
     """
 
     brightness: float
     contrast: float
+    mean: tuple
+    std: tuple
     prob: float = 0.8
 
-    columns = 3
+    columns = 2
 
     def sample(self, n, generator):
-        """n x 3 float32: the two factors, 1 for none, and whether contrast comes first."""
-        strengths = torch.tensor((self.brightness, self.contrast))
-        factors = 1 + strengths * (2 * torch.rand(n, 2, generator=generator) - 1)
-        contrast_first = (torch.rand(n, 1, generator=generator) < 0.5).float()
-        apply = torch.rand(n, 1, generator=generator) < self.prob
-        return torch.cat((factors.where(apply, torch.ones(())), contrast_first), 1)
+        """n x 2 float32: the factor of contrast, and the shift in standard deviations; 1 and 0 for none."""
+        return draw_affine(n, 1, self, generator)
 
     def on_cpu(self, x, draws):
-        return self.on_gpu(x, draws)
+        return apply_affine(x, draws, self)
 
     def on_gpu(self, x, draws):
-        brightness, contrast, contrast_first = draws[..., None, None, None].unbind(1)
-        first = adjust_contrast(adjust_brightness(x, brightness), contrast)
-        other = adjust_brightness(adjust_contrast(x, contrast), brightness)
-        return torch.where(contrast_first > 0, other, first)
+        return apply_affine(x, draws, self)
 
     def torchvision(self, v2):
         return v2.RandomApply([v2.ColorJitter(self.brightness, self.contrast)], self.prob)
@@ -41,13 +44,12 @@ class IntensityJitter:
 
 @dataclass(frozen=True)
 class ChannelJitter:
-    """Each channel its own gain and offset: gain x + offset, cut to [0, 1].
+    """IntensityJitter with a factor and a shift of its own for each channel."""
 
-    gain: within 1 - gain and 1 + gain; offset: within -offset and offset; prob: of jittering an image at all.
-    """
-
-    gain: float
-    offset: float
+    brightness: float
+    contrast: float
+    mean: tuple
+    std: tuple
     channels: int
     prob: float = 0.8
 
@@ -56,28 +58,29 @@ class ChannelJitter:
         return 2 * self.channels
 
     def sample(self, n, generator):
-        """n x 2C float32: the gains, then the offsets."""
-        drawn = 2 * torch.rand(n, 2 * self.channels, generator=generator) - 1
-        apply = (torch.rand(n, 1, generator=generator) < self.prob).float()
-        gains, offsets = (apply * drawn).chunk(2, 1)
-        return torch.cat((1 + self.gain * gains, self.offset * offsets), 1)
+        """n x 2C float32: the factors, then the shifts."""
+        return draw_affine(n, self.channels, self, generator)
 
     def on_cpu(self, x, draws):
-        return self.on_gpu(x, draws)
+        return apply_affine(x, draws, self)
 
     def on_gpu(self, x, draws):
-        gains, offsets = draws[..., None, None].chunk(2, 1)
-        return (x * gains + offsets).clamp(0, 1)
+        return apply_affine(x, draws, self)
 
     def torchvision(self, v2):
         raise NotImplementedError('torchvision has no such transform')
 
 
-def adjust_brightness(x, factor):
-    return (x * factor).clamp(0, 1)
+def draw_affine(n, channels, jitter, generator):
+    """n x 2 channels float32: factors and shifts of a jitter."""
+    drawn = 2 * torch.rand(n, 2 * channels, generator=generator) - 1
+    apply = (torch.rand(n, 1, generator=generator) < jitter.prob).float()
+    factors, shifts = (apply * drawn).chunk(2, 1)
+    return torch.cat((1 + jitter.contrast * factors, SHIFT * jitter.brightness * shifts), 1)
 
 
-def adjust_contrast(x, factor):
-    """From the mean of each image, over all its channels, towards it or away."""
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp(0, 1)
+def apply_affine(x, draws, jitter):
+    """x, N x C x S x S, by factors and shifts, N x 2 or N x 2C."""
+    mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (jitter.mean, jitter.std))
+    factors, shifts = draws[..., None, None].chunk(2, 1)
+    return mean + factors * (x - mean) + shifts * std

@@ -19,7 +19,7 @@ from dataloader.augment.blur import GaussianBlur
 from dataloader.augment.channels import ChannelJitter, IntensityJitter
 from dataloader.augment.color import ColorJitter, RandomGrayscale
 from dataloader.augment.crop import RandomResizedCrop
-from runtime.options import channel_numbers, pixel_levels
+from runtime.options import channel_numbers, channel_values, pixel_levels
 
 AUGMENTATIONS = {
     # MoCo v2 (arXiv 2003.04297), the paper's (section 3).
@@ -69,24 +69,24 @@ def get_augmentation(args, name):
         replace(operation, prob=args.blur_prob) if isinstance(operation, GaussianBlur) else operation
         for operation in operations
     )
-    channels = channel_numbers(args.channels)
-    if channels or args.jitter == 'channel':
-        operations = replace_color_operations(operations, len(channels) or 3, args.jitter == 'channel')
+    if channel_numbers(args.channels) or args.jitter == 'channel':
+        operations = replace_color_operations(operations, args)
     levels = pixel_levels(args.white_level)
     return Augmentation(crop, operations, args.image_size, args.interpolation, args.mean, args.std, levels)
 
 
-def replace_color_operations(operations, channels, of_each_channel):
+def replace_color_operations(operations, args):
     """The operations for images whose channels are not red, green and blue, or that are jittered channel by channel:
-    of ColorJitter brightness and contrast alone, or a gain and an offset for each channel; no hue, saturation and
-    grayscale."""
+    of ColorJitter brightness and contrast alone; no hue, saturation and grayscale."""
+    mean, std = (channel_values(name, getattr(args, name)) for name in ('mean', 'std'))
     found = []
     for operation in operations:
-        if isinstance(operation, ColorJitter) and of_each_channel:
-            offset = operation.brightness / 4  # of the range; not tried
-            found.append(ChannelJitter(operation.contrast, offset, channels, operation.prob))
-        elif isinstance(operation, ColorJitter):
-            found.append(IntensityJitter(operation.brightness, operation.contrast, operation.prob))
+        if isinstance(operation, ColorJitter):
+            strengths = operation.brightness, operation.contrast, mean, std
+            if args.jitter == 'channel':
+                found.append(ChannelJitter(*strengths, args.num_channels, operation.prob))
+            else:
+                found.append(IntensityJitter(*strengths, operation.prob))
         elif not isinstance(operation, RandomGrayscale):
             found.append(operation)
     return tuple(found)
