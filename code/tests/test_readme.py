@@ -167,7 +167,7 @@ def test_recipes(name, clone):
 
 
 def test_make_train_learns_and_prints_what_the_page_shows(clone):
-    """Five of its fifteen epochs. Needs the test of its block, which runs it."""
+    """Four of its fifteen epochs. Needs the test of its block, which runs it."""
     if not (clone / 'made').is_file():
         pytest.skip('make train was not among the tests that ran')
     said = (clone / 'made').read_text()
