@@ -27,7 +27,7 @@ from ckpt import (
 )
 from config import EVAL_COMMANDS, GOING_ON, NOT_RESTORED_OPTIONS, OPTIONS
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoint_format import upgrade
+from runtime.checkpoint_format import BEFORE, upgrade
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
@@ -264,12 +264,13 @@ def resolve_resume(args):
         found = checkpoints(run)
         if not found:
             continue
-        content, _ = upgrade(read_checkpoint(found[-1]))
-        saved = content['args']
+        raw = read_checkpoint(found[-1])
+        content, _ = upgrade(raw)
+        saved, unsaid = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.given
         other = [
             f
             for f in OPTIONS.values()
-            if f.name not in (*NOT_RESTORED_OPTIONS, *from_weights)
+            if f.name not in (*NOT_RESTORED_OPTIONS, *from_weights, *unsaid)
             and f.metadata['used_by'] != EVAL_COMMANDS
             and not same_value(f.name, saved[f.name], getattr(args, f.name))
         ]

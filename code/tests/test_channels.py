@@ -708,3 +708,20 @@ def test_a_tiff_of_16_bits_that_lies_is_cropped_as_it_is_stored(tmp_path):
                 image, 2, recipe, torch.Generator().manual_seed(0), True, replace(form, dtype='uint16')
             )
         assert crop.shape == (2, 3, 16, 16)
+
+
+def test_a_run_of_before_there_were_channels_goes_on_by_itself(drawn, tmp_path, capsys):
+    """As it was: lying as it is stored, red, green and blue."""
+    given = [*TINY, f'--image_path={drawn}', '--resume=auto', '--knn_every=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *given, '--max_minutes=0.0001']) == 0
+    (path,) = (tmp_path / 'ckpt').glob('*/loss_*')
+    content = torch.load(path, weights_only=True)
+    for name in ('channels', 'exif', 'npy_axes', 'jitter'):
+        del content['args'][name]
+    torch.save(content, path)
+    assert cli.main(['train', *given]) == 0
+    assert 'going on with model_name_simsiam_ckpt_0' in capsys.readouterr().out
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
+    assert (args.channels, args.exif) == ('rgb', 'ignore')
+    assert cli.main(['train', *given[:-3], '--exif=apply', '--max_epochs=3', *given[-3:]]) == 0
