@@ -75,7 +75,7 @@ def measure(folder, kind, options, epochs, seed):
     return found
 
 
-def main(output='results/channels.json', epochs=60, seeds=2, train=300, val=100):
+def main(output='results/channels.json', epochs=40, seeds=2, train=300, val=100):
     rows = {
         'all five bands': ('bands', ['--white_level=4095']),
         'bands 1 to 3': ('bands', ['--white_level=4095', '--channels=1,2,3']),

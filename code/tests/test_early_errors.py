@@ -66,7 +66,7 @@ def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, c
     def full(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device', 'x.json')
 
-    monkeypatch.setattr(run_protocol.results, 'write', full)
+    monkeypatch.setattr(run_protocol.results, 'write_result', full)
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', '--num_workers=0', *own_paths(trained)]
     assert cli.main(given) == 1
     said = capsys.readouterr()

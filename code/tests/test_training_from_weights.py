@@ -220,7 +220,7 @@ def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_
         right[: round(next(shares) * len(right))] = 1.0
         return 50.0, right
 
-    monkeypatch.setattr('protocols.monitor.watch_labels', watch_labels)
+    monkeypatch.setattr('protocols.monitor.measure_labels', watch_labels)
     assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_checkpoints=1', '--save_every_epochs=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']

@@ -41,13 +41,13 @@ OPTIONS = (
 # Where the signal is sent: a function, and before which call of it (from 0).
 MOMENTS = {
     'in the set-up': (set_up, 'get_iterator', 0),
-    'in the first monitor': (monitor, 'watch_labels', 0),
+    'in the first monitor': (monitor, 'measure_labels', 0),
     'before the first batch': (train, 'draw_views', 0),
     'in a step': (train, 'train_step', 1),
     'waiting for the first batch of an epoch': (train, 'prefetch_to_device', 1),
     'at the end of an epoch': (train_state.TrainState, 'finish_epoch', 1),
-    'in the monitor': (monitor, 'watch_labels', 2),
-    'in a save': (ckpt, 'atomic_write', 0),
+    'in the monitor': (monitor, 'measure_labels', 2),
+    'in a save': (ckpt, 'atomic_write_on_main', 0),
     'in the evaluation': (linear, 'train_probe', 0),
 }
 
