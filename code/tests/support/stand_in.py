@@ -38,12 +38,7 @@ BENCH = {
 }
 # What makes the other benchmarks short: (as it stands there, what is put in its place).
 SHORTER = {
-    'cifar10.py': [
-        (
-            "subprocess.run([sys.executable, 'cli.py', command, *options], cwd=CODE, check=True)",
-            "python(['cli.py', command, *options])",
-        )
-    ],
+    'cifar10.py': [],
     'loader.py': [('PHOTOS, TINY = 768, 6144', 'PHOTOS, TINY = 64, 512')],
     'step.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 1"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
     'epoch.py': [("'cifar10', 64, 32, 6", "'cifar10', 8, 32, 2"), ("'demo', 64, 48, 40", "'demo', 8, 48, 2")],
@@ -116,7 +111,7 @@ def call(name, given):
         for long, short in SHORTER[path.name]:
             assert long in text, f'{path.name} has no {long}'
             text = text.replace(long, short)
-        exec(compile(text, path, 'exec'), {'__name__': '__main__', 'python': python})
+        exec(compile(text, path, 'exec'), {'__name__': '__main__'})
         return 0
     if name == 'torchrun':
         script = given.index('cli.py')
