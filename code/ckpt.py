@@ -46,7 +46,7 @@ from runtime.environment import require_package
 from runtime.errors import ROOT, UserError, WorkError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log
-from runtime.options import channel_numbers, channel_values, get_config, replace_args
+from runtime.options import UNRESOLVED, channel_numbers, channel_values, get_config, replace_args
 
 WATCHED = 10  # labels a class, of the accuracy that is measured in training
 FEW, GAIN, GAIN_ERROR = (
@@ -85,7 +85,6 @@ MAX_LISTED_KEYS = 8  # keys of each kind that an error lists
 CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
-UNRESOLVED = ('auto', 'weights', 'dataset')  # of --mean and --std: not numbers yet
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that come with weights
 
 
@@ -416,7 +415,7 @@ def merge_saved_options(args, saved, path, locked_options):
             )
     kept = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
     for name in ('white_level', 'mean', 'std'):
-        if kept.get(name) in ('auto', 'weights', 'dataset'):
+        if kept.get(name) in UNRESOLVED:
             log(f'--{name}={kept.pop(name)} is what a run begins with; this one has --{name}={saved[name]}')
     merged = Config(**{**saved, **kept})
     merged.given = args.given

@@ -138,7 +138,7 @@ def describe_channels(args, images):
     range, and the share of its values at the ends."""
     if images.pixel_format.is_rgb8:
         return []
-    parts = [*sample_pixels(args, images.store, images.pixel_format)]
+    parts = [*sample_pixels(images.store, images.pixel_format)]
     black, white = level_range(images.pixel_format.levels, images.pixel_format.dtype)
     lines = []
     for number, values in enumerate(np.concatenate(parts, 1) if parts else ()):

@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from ckpt import get_model_ckpt
+from ckpt import PREPROCESSING, get_model_ckpt
 from commands import model_card
 from model.backbone import constructor_kwargs, feature_dim
 from model.foreign_checkpoints import RESNET_BLOCKS, to_detectron2
@@ -30,16 +30,7 @@ def export(args):
     if not args.ckpt_name:
         raise UserError('export wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
-    if not is_supported(args.backbone, args.stem, args.format):
-        raise UserError(
-            f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
-            f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
-        )
-    if args.format in ('torchvision', 'detectron2') and args.num_channels != 3:
-        raise UserError(
-            f'--format={args.format} is for three channels, and this backbone takes --channels={args.channels}; '
-            'try timm, onnx or safetensors'
-        )
+    check_format(args)
     backbone = model.backbone.eval()
     try_writing(resolve_path(args.output or 'data/backbone'))
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
@@ -60,18 +51,9 @@ def export(args):
         atomic_write_on_main(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
-        names = (
-            'backbone',
-            'stem',
-            'image_size',
-            'mean',
-            'std',
-            'interpolation',
-            'crop_ratio',
-            'channels',
-            'white_level',
-        )
-        about = {name: str(getattr(args, name)) for name in names}
+        about = {
+            name: str(getattr(args, name)) for name in ('backbone', 'stem', *PREPROCESSING, 'channels', 'white_level')
+        }
         atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=about))
     else:
         require_package('onnxscript', '--format=onnx')
@@ -84,6 +66,20 @@ def export(args):
     log(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
     log(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}')
     return output
+
+
+def check_format(args):
+    """Raise UserError where the tool of --format has not this backbone."""
+    if not is_supported(args.backbone, args.stem, args.format):
+        raise UserError(
+            f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
+            f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
+        )
+    if args.format in ('torchvision', 'detectron2') and args.num_channels != 3:
+        raise UserError(
+            f'--format={args.format} is for three channels, and this backbone takes --channels={args.channels}; '
+            'try timm, onnx or safetensors'
+        )
 
 
 def constructor_args(args, state):
@@ -108,10 +104,8 @@ def to_timm_folder(args, checkpoint, backbone, state, folder):
     """config.json, model.safetensors and README.md, the model card."""
     save_file = require_package('safetensors.torch', '--format=timm').save_file
     require_package('timm', '--format=timm')
-    name, features = (
-        args.backbone.removeprefix('timm/'),
-        feature_dim(backbone, args.image_size, args.num_channels),
-    )
+    name = args.backbone.removeprefix('timm/')
+    features = feature_dim(backbone, args.image_size, args.num_channels)
     about = model_card.make_timm_config(args, name, features)
     model_args = {'img_size': args.image_size} if constructor_args(args, state) else {}
     model_args |= {'in_chans': args.num_channels} if args.num_channels != 3 else {}

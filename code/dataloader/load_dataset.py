@@ -22,7 +22,6 @@ from dataloader.cache import decoded
 from dataloader.loading.crops import RGB8
 from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
-from dataloader.loading.pixel_format import format_from_options
 from dataloader.loading.pixel_settings import find_pixel_format, resolve_mean_std, resolve_pixels
 from dataloader.loading.sampler import EpochBatchSampler
 from dataloader.readers.memory import Memory
@@ -179,8 +178,10 @@ def normalize_unicode(name):
     return unicodedata.normalize('NFC', name)
 
 
+@local_main_first()
 def find_split_sources(args):
-    """{'train': SplitSource, ...} as `image_path` has them; train's held-out share is val where there is none."""
+    """{'train': SplitSource, ...} as `image_path` has them; train's held-out share is val where there is none. Of
+    several processes the first of a machine draws, fetches and indexes."""
     root = resolve_path(args.image_path)
     if args.preset == 'demo' and same_path(root, ROOT / 'data/demo'):
         demo.write_demo_dataset(root, lambda jobs: progress(jobs, 'drawing the demo set', 'images'))
@@ -242,7 +243,7 @@ def build_dataset(args, part, labels, classes):
         if max(picked) > 3:
             raise UserError(f'{printable(where)} has 3 channels, and `channels={args.channels}` are wanted')
         store = Memory(store.names, store.pixels[:, [channel - 1 for channel in picked]], is_rgb8=False)
-        pixel_format = format_from_options(args).decoded()
+        pixel_format = find_pixel_format(args, store)
     if not isinstance(store, Memory):
         held = decoded.decode_to_memory(store, where, args.cache_images, pixel_format, kept)
         if held is None and args.cache_short_side:

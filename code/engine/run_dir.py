@@ -33,7 +33,7 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import clear_parts, newest_run, read_json, utc_timestamp
 from runtime.messages import log
-from runtime.options import parse, rename_options, replace_args, same_value
+from runtime.options import UNRESOLVED, parse, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
 
@@ -245,7 +245,7 @@ def args_from_run(args):
 
 def is_unresolved(args, name):
     """Whether an option of the pixels is a word that only the images, or the weights, turn into numbers."""
-    return getattr(args, name) in ('auto', 'dataset', 'weights')
+    return getattr(args, name) in UNRESOLVED
 
 
 def resolve_resume(args):

@@ -10,6 +10,7 @@ from config import OPTIONS, PRESETS, RENAMED_OPTIONS, RENAMED_VALUES, Config
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
+UNRESOLVED = ('auto', 'weights', 'dataset')  # of --mean, --std, --white_level, --channels: not known yet
 PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # of --mean and --std
 # Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
 IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}

@@ -2,6 +2,7 @@
 
 Both are in units of each channel's standard deviation over the dataset: an instrument may use a small part of its
 range, where a factor of the pixels themselves would move an image by many times what tells it from others.
+torchvision has no such transform: `augment_backend=worker` is refused where these are used.
 """
 
 from dataclasses import dataclass
@@ -38,9 +39,6 @@ class IntensityJitter:
     def on_gpu(self, x, draws):
         return apply_affine(x, draws, self)
 
-    def torchvision(self, v2):
-        return v2.RandomApply([v2.ColorJitter(self.brightness, self.contrast)], self.prob)
-
 
 @dataclass(frozen=True)
 class ChannelJitter:
@@ -66,9 +64,6 @@ class ChannelJitter:
 
     def on_gpu(self, x, draws):
         return apply_affine(x, draws, self)
-
-    def torchvision(self, v2):
-        raise NotImplementedError('torchvision has no such transform')
 
 
 def draw_affine(n, channels, jitter, generator):

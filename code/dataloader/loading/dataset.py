@@ -93,15 +93,13 @@ class ImageDataset(torch.utils.data.Dataset):
         uint8 in place, as whole grey levels, for floats would take as long to hand over as to make; of other types
         floats in [0, 1].
         """
-        recipe = get_augmentation(self.args, augmentation)
-        if not self.pixel_format.is_rgb8:
-            flat = images.flatten(0, 1)
-            draws = vision.sample(len(flat), recipe, generator_for(seed, 'colours'))
-            return vision.augment_cpu(flat, draws, recipe, lambda x: x).view(*images.shape)
-        if recipe.changes_pixels:
-            flat = images.flatten(0, 1)
-            draws = vision.sample(
-                len(flat), recipe, generator_for(seed, 'colours')
-            )  # not the stream that drew the crops
-            flat.copy_(vision.augment_cpu(flat, draws, recipe, vision.to_uint8))
+        recipe, is_rgb8 = get_augmentation(self.args, augmentation), self.pixel_format.is_rgb8
+        if is_rgb8 and not recipe.changes_pixels:
+            return images
+        flat = images.flatten(0, 1)
+        draws = vision.sample(len(flat), recipe, generator_for(seed, 'colours'))  # not the stream that drew the crops
+        views = vision.augment_cpu(flat, draws, recipe, vision.to_uint8 if is_rgb8 else lambda x: x)
+        if not is_rgb8:
+            return views.view(*images.shape)
+        flat.copy_(views)
         return images

@@ -13,14 +13,12 @@ from dataloader.loading import arrays
 from dataloader.loading.decode import exif_transpose_method, level_range, rgb, turn_upright, wrap_pillow_errors
 from runtime.options import channel_numbers, pixel_levels
 
-SAMPLE = 16  # images of a split that are looked at
-
 
 @dataclass(frozen=True)
 class PixelFormat:
     """channels: numbers from 1 on; () for red, green and blue. exact: whether an image has no others. dtype: of NumPy.
-    levels: (black, white); None for those
-    of the type (level_range). exif: whether images are turned upright. npy_axes: of arrays.read_channels."""
+    levels: (black, white); None for those of the type (level_range). exif: whether images are turned upright. npy_axes:
+    of arrays.read_channels."""
 
     channels: tuple = ()
     exact: bool = False
@@ -80,11 +78,10 @@ def to_array(image, pixel_format):
 def pick_channels(pixels, pixel_format):
     """The wanted channels of C x H x W. Raises ValueError where there are fewer."""
     channels = pixel_format.channels
+    wanted = ','.join(map(str, channels))
     if max(channels) > len(pixels):
-        wanted = ','.join(map(str, channels))
         raise ValueError(f'it has {len(pixels)} channels, and `channels={wanted}` are wanted')
     if pixel_format.exact and len(pixels) > len(channels):
-        wanted = ','.join(map(str, channels))
         raise ValueError(
             f'it has {len(pixels)} channels, and the first image has {len(channels)}; `channels={wanted}` leaves the '
             'others out'

@@ -15,7 +15,7 @@ from runtime.console import print_message, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
-from runtime.options import channel_numbers, channel_values, pixel_levels, replace_args
+from runtime.options import UNRESOLVED, channel_numbers, channel_values, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
 SAMPLE = 64  # images that are looked at, evenly spaced
@@ -32,17 +32,17 @@ def find_pixel_format(args, store):
             return PixelFormat()
         dtype = str(store.pixels.dtype).removeprefix('torch.')
         return replace(format_from_options(args, dtype), channels=(*range(1, store.pixels.shape[1] + 1),), exact=True)
-    return format_from_options(args, find_dtype([kind for _, kind in sample_kinds(store, args.npy_axes)]))
+    return format_from_options(args, find_dtype(sample_kinds(store, args.npy_axes)))
 
 
 def sample_kinds(store, npy_axes, count=KINDS):
-    """[(row, ImageKind)] of some images; those that cannot be opened are named where they are read."""
+    """ImageKind of some images; those that cannot be opened are named where they are read."""
     found = []
     with silence_stderr():
         for row in evenly_spaced(len(store.names), count).tolist():
             try:
                 with store.opened(row) as image:
-                    found.append((row, image_kind(image, npy_axes)))
+                    found.append(image_kind(image, npy_axes))
             except WorkError:
                 continue
     return found
@@ -51,7 +51,7 @@ def sample_kinds(store, npy_axes, count=KINDS):
 def resolve_pixels(args, store):
     """args with the channels and the levels that the images of `store` (of train) have, where these are `auto`; says
     what becomes of them."""
-    kinds = [] if isinstance(store, Memory) else [kind for _, kind in sample_kinds(store, args.npy_axes, SAMPLE)]
+    kinds = [] if isinstance(store, Memory) else sample_kinds(store, args.npy_axes, SAMPLE)
     if args.channels == 'auto':
         args = replace_args(args, channels=find_channels(kinds))
     if args.white_level == 'auto':
@@ -74,9 +74,10 @@ def find_channels(kinds):
 def measure_levels(args, store):
     """`white_level` of a store's images: the 99.9th percentile of some values of some images; black is 0, or where
     there are values below it the 0.1th."""
-    values = np.concatenate([*(pixels.ravel() for pixels in sample_pixels(args, store)), np.zeros(0)])
-    values = values[np.isfinite(values)]
-    if find_pixel_format(args, store).dtype == 'uint8' or not len(values):
+    pixel_format = find_pixel_format(args, store)
+    parts = [] if pixel_format.dtype == 'uint8' else [*sample_pixels(store, pixel_format)]
+    values = np.concatenate([*(pixels.ravel() for pixels in parts), np.zeros(0)])
+    if not len(values):
         log('`white_level=auto`: the images have 8 bits, 255 is white')
         return 'type'
     low, high = np.quantile(values, (1 - QUANTILE, QUANTILE))
@@ -86,10 +87,8 @@ def measure_levels(args, store):
     return found
 
 
-def sample_pixels(args, store, pixel_format=None):
-    """Pixels of some images, C x N float64, of each image some; those that cannot be read are left out. pixel_format:
-    of the store, where that is known."""
-    pixel_format = pixel_format or find_pixel_format(args, store)
+def sample_pixels(store, pixel_format):
+    """Pixels of some images, C x N float64, of each image some; those that cannot be read are left out."""
     with silence_stderr():
         for row in evenly_spaced(len(store.names), SAMPLE).tolist():
             try:
@@ -105,16 +104,16 @@ def resolve_mean_std(args, store):
     """args with `mean` and `std` as numbers, or `imagenet`. store: of train. Raises UserError for `weights` where there
     are none."""
     found, words = {}, {'mean': args.mean, 'std': args.std}
-    if not {'auto', 'weights', 'dataset'} & {*words.values()} and args.num_channels == 3:
+    if not {*UNRESOLVED} & {*words.values()} and args.num_channels == 3:
         return args
-    is_rgb8 = find_pixel_format(args, store).is_rgb8
+    pixel_format = find_pixel_format(args, store)
     for name, word in words.items():
-        word = ('imagenet' if is_rgb8 else 'dataset') if word == 'auto' else word
+        word = ('imagenet' if pixel_format.is_rgb8 else 'dataset') if word == 'auto' else word
         if word == 'weights':
             raise UserError(f'`{name}=weights`: no pretrained weights say theirs for these channels; `{name}=dataset`?')
         found[name] = word
     if 'dataset' in found.values():
-        measured = measure_mean_std(args, store)
+        measured = measure_mean_std(store, pixel_format)
         found = {name: measured[name] if word == 'dataset' else word for name, word in found.items()}
         log(f'`mean={found["mean"]}` `std={found["std"]}`, measured on {SAMPLE} images of train')
     for name, word in found.items():
@@ -126,12 +125,12 @@ def resolve_mean_std(args, store):
     return replace_args(args, **found)
 
 
-def measure_mean_std(args, store):
+def measure_mean_std(store, pixel_format):
     """{'mean', 'std'} of each channel over some images, in the levels' range, as options."""
-    parts = [*sample_pixels(args, store)]
+    parts = [*sample_pixels(store, pixel_format)]
     if not parts:
         return {'mean': '0.5', 'std': '0.25'}  # none can be read: whoever reads all will say so
-    black, white = level_range(pixel_levels(args.white_level), find_pixel_format(args, store).dtype)
+    black, white = level_range(pixel_format.levels, pixel_format.dtype)
     values = ((np.concatenate(parts, 1) - black) / (white - black)).clip(0, 1)
     numbers = {'mean': values.mean(1), 'std': values.std(1).clip(1e-6)}
     return {name: ','.join(f'{value:.6g}' for value in each) for name, each in numbers.items()}
@@ -141,7 +140,7 @@ def warn_pixel_range(args, images):
     """Say on standard error where the images of an ImageDataset use a small part of their range, or go beyond it."""
     if rank():
         return
-    parts = [*sample_pixels(args, images.store, images.pixel_format)]
+    parts = [*sample_pixels(images.store, images.pixel_format)]
     tops, lows = ([np.quantile(part, end) for part in parts] for end in (QUANTILE, 1 - QUANTILE))
     levels = pixel_levels(args.white_level)
     if parts and (line := range_warning(images.pixel_format.dtype, min(lows), max(tops), levels)):
