@@ -1,4 +1,4 @@
-"""`from SOTA_SSL_Models import SimSiam; model = SimSiam(args)`: the name under which the first README offers it."""
+"""Public import of the model: `from SOTA_SSL_Models import SimSiam; model = SimSiam(args)`."""
 
 from model.simsiam import SimSiam
 

@@ -1,6 +1,6 @@
-"""The commands: python3 cli.py <command> --option=value ...
+"""The command line: python3 cli.py <command> --option=value ...
 
-Nothing heavy is imported before a command has its options checked: a typo is answered at once.
+torch is imported only after the options are checked, so that a typo is reported at once.
 """
 
 import errno
@@ -21,60 +21,53 @@ from runtime.errors import UserError, WorkError, resolve_path
 from runtime.options import closest_match, describe_renames, get_config, help_text, ignored_by_command, option_help
 
 BUG_REPORT_ADDRESS = 'sally20921@snu.ac.kr (README.md, Contact)'
-SINGLE_PROCESS_COMMANDS = (
-    'check_dataloader',
-    'pack',
-    'export',
-    'report',
-    'select',
-    'runs',
-)  # commands that have no work for several processes
+SINGLE_PROCESS_COMMANDS = ('check_dataloader', 'pack', 'export', 'report', 'select', 'runs')  # not for torchrun
 OUTPUT_SUFFIX = {'infer': '.csv', 'runs': '.csv', 'report': '.html'}
-# Of files that hold something else than what a command writes; any other name is anybody's.
+# Endings of --output that are refused if they belong to another format; other endings are allowed.
 KNOWN_SUFFIXES = ('.csv', '.html', '.json', '.npy', '.npz', '.parquet', '.pdf', '.png', '.pth', '.tsv', '.xlsx')
-# The module that holds the function of a command's name, and what it is for in a line.
+# {command: (module with a function of this name, description)}
 COMMANDS = {
     'check_dataloader': (
         'commands.check_dataloader',
         'read every image, describe the batches, save a picture of the two views',
     ),
-    'pack': ('commands.pack', 'write the images of --image_path as tar archives, perhaps smaller, into --output'),
-    'train': ('train', 'pretrain a backbone with SimSiam, or go on with a run (--resume)'),
-    'evaluate': ('evaluate', f'how good --ckpt_name is: --protocol={", ".join(PROTOCOLS)}'),
+    'pack': ('commands.pack', 'write the images of --image_path as tar archives, perhaps resized, into --output'),
+    'train': ('train', 'pretrain a backbone with SimSiam, or resume a run (--resume)'),
+    'evaluate': ('evaluate', f'evaluate --ckpt_name: --protocol={", ".join(PROTOCOLS)}'),
     'infer': ('infer', 'predict the images of a folder with --ckpt_name, as a CSV file'),
     'ablate': (
         'commands.ablate',
-        "the paper's ablations: the variants of --ablation one after the other, ours beside the paper's",
+        "train and evaluate the variants of an ablation (--ablation), and print them beside the paper's numbers",
     ),
-    'report': ('commands.report', 'a run on one page: curves, views, neighbours, confusion, map of features, options'),
+    'report': ('commands.report', 'an HTML page on a run: curves, views, neighbors, confusion, map of features'),
     'select': (
         'commands.select',
-        'which images to label first with --ckpt_name, which are double, which are odd: CSV and pictures',
+        'images to label first, near-duplicates and outliers, by the features of --ckpt_name: CSV and pictures',
     ),
     'runs': (
         'commands.list_runs',
-        'every run under --ckpt_path: state, numbers, options that differ; --diff=RUN1,RUN2',
+        'list the runs under --ckpt_path: state, metrics, options that differ; --diff=RUN1,RUN2',
     ),
     'embed': (
         'commands.embed',
-        'features of the images of a folder, as .npz or .csv, and in the TensorBoard projector',
+        'write the features of the images of a folder, as .npz, .csv or .parquet',
     ),
-    'export': ('commands.export', 'the backbone alone, for torchvision, timm, detectron2, ONNX or safetensors'),
+    'export': ('commands.export', 'write the backbone for torchvision, timm, detectron2, ONNX or safetensors'),
 }
 
 
 def make_entry_point(command):
-    """What Fire calls for `command`: check the options first, import its module only then."""
+    """Return the function that Fire calls for `command`: it checks the options, then imports the command's module."""
 
-    @SetParseFn(str)  # config.py knows each option's type; Fire would guess it from the value
+    @SetParseFn(str)  # keep texts: Fire would guess types from the values
     def run(*positional, **options):
         try:
             args = read_options(command, positional, options)
         except UserError:
             if is_main_process():
                 raise
-            sys.exit(2)  # all processes of a run have the same options, and one of them says so
-        if command == 'runs':  # at once: without torch
+            sys.exit(2)  # rank 0 prints the error
+        if command == 'runs':  # without importing torch
             importlib.import_module(COMMANDS[command][0]).runs(args)
             return
         from runtime import distributed
@@ -87,28 +80,28 @@ def make_entry_point(command):
         with signals.signal_handlers():
             try:
                 getattr(importlib.import_module(COMMANDS[command][0]), command)(args)
-            except signals.Interrupted:  # all processes stop at the same step, and leave the group
-                distributed.destroy()
+            except signals.Interrupted:  # all ranks stop at the same step
+                distributed.destroy_process_group()
                 raise
-        distributed.destroy()
+        distributed.destroy_process_group()
 
     return run
 
 
 def is_main_process():
-    """Whether this is the process that speaks for all: distributed.rank is 0, without torch."""
+    """Whether this is rank 0, without importing torch."""
     return not int(os.environ.get('RANK', 0))
 
 
 def read_options(command, positional, options):
-    """The checked options of a command line; what surprises is said, and what cannot be is a UserError."""
+    """Parse and check the options of a command line, and print notes and warnings. Returns args. Raises UserError."""
     if positional:
-        raise UserError(f'{positional[0]!r} is not an option: they are given as --name=value')
+        raise UserError(f'{positional[0]!r} is not an option: options are given as --name=value')
     args = get_config(**options)
     for line in describe_renames(options) if is_main_process() else ():
         print_message('warning', line)
     if command in SINGLE_PROCESS_COMMANDS and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise UserError(f'{command} is the work of one process: start it without torchrun')
+        raise UserError(f'{command} runs in one process: start it without torchrun')
     if (
         command not in ('train', 'check_dataloader')
         or args.from_run
@@ -116,10 +109,10 @@ def read_options(command, positional, options):
         or args.resume not in ('', 'auto')
     ):
         args.undecided = False
-    chosen = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto') or args.undecided
-    if not chosen and not args.quiet and command in ('train', 'check_dataloader'):
-        there = 'there' if args.preset == 'imagenet' else 'not there'
-        print(f'preset=auto: data/imagenet/train is {there}, so the preset is {args.preset}', flush=True)
+    has_choice = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto') or args.undecided
+    if not has_choice and not args.quiet and command in ('train', 'check_dataloader'):
+        state = 'exists' if args.preset == 'imagenet' else 'does not exist'
+        print(f'preset=auto: data/imagenet/train {state}, so the preset is {args.preset}', flush=True)
     if args.output and command != 'pack':
         check_output(args.output, command)
     for name in ignored_by_command(args, command) if is_main_process() else ():
@@ -128,7 +121,7 @@ def read_options(command, positional, options):
 
 
 def check_output(output, command):
-    """Raise UserError where --output names no file, or, of a command in OUTPUT_SUFFIX, a file of another kind."""
+    """Raise UserError if --output is a folder, or has the ending of another format than the command writes."""
     path, written = resolve_path(output), OUTPUT_SUFFIX.get(command)
     if path.is_dir():
         raise UserError(f'--output={output} is a folder: name a file in it')
@@ -137,47 +130,47 @@ def check_output(output, command):
 
 
 def reject_valueless_options(words):
-    """Raise UserError for an option that wants a value and has none, which Fire would take for the text True."""
+    """Raise UserError for an option without its value, which Fire would read as True."""
     before = ''
     for word, following in zip(words, [*words, '--'][1:], strict=True):
         name = word.removeprefix('--').replace('-', '_')
         name = RENAMED_OPTIONS.get(name, name)
         value_of = before.startswith('--') and '=' not in before  # --learning_rate -1
         if word.startswith('-') and not word.startswith('--') and not value_of:
-            raise UserError(f'{word!r} is not an option: they are given as --name=value')
+            raise UserError(f'{word!r} is not an option: options are given as --name=value')
         positive = name.removeprefix('no').removeprefix('_')
-        if word.startswith('--no') and name not in OPTIONS and positive in OPTIONS:  # Fire's way to say False
-            raise UserError(f'{word} is not an option: --{positive}=... says what it is, False where it is no')
+        if word.startswith('--no') and name not in OPTIONS and positive in OPTIONS:  # Fire's syntax for False
+            raise UserError(f'{word} is not an option: --{positive}=<value> sets it')
         before = word
-        wants = word.startswith('--') and name in OPTIONS and OPTIONS[name].type is not bool
-        if wants and following[:1] == '-' and following[1:2] not in '0123456789.' and '=' not in word:
+        needs = word.startswith('--') and name in OPTIONS and OPTIONS[name].type is not bool
+        if needs and following[:1] == '-' and following[1:2] not in '0123456789.' and '=' not in word:
             raise UserError(f'--{name} is given without a value: --{name}=...; {OPTIONS[name].metadata["meaning"]}')
 
 
 def check_torchrun_env(command):
-    """Raise UserError where the environment says of several processes what cannot be; warn of those that know nothing
-    of one another."""
+    """Check the variables of torchrun. Raises UserError for contradictions; warns if srun has started several
+    independent processes."""
     env, hint = {}, 'torchrun sets it for each process: start with torchrun, or unset it'
     for name, least in (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('LOCAL_RANK', 0)):
         text = os.environ.get(name)
         if text is None:
             continue
         if not text.isdecimal():
-            raise UserError(f'{name}={text} is in the environment, and no number; {hint}')
+            raise UserError(f'{name}={text} is in the environment and is not a number; {hint}')
         if int(text) < least:
-            raise UserError(f'{name}={text} is in the environment, and no number of processes; {hint}')
+            raise UserError(f'{name}={text} is in the environment and is not a number of processes; {hint}')
         env[name] = int(text)
     world = env.get('WORLD_SIZE', 1)
-    here = min(world, env.get('LOCAL_WORLD_SIZE', world))
-    for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', here)):
+    local_world = min(world, env.get('LOCAL_WORLD_SIZE', world))
+    for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', local_world)):
         if env.get(name, 0) >= count:
             raise UserError(f'{name}={env[name]} is in the environment, of {size}={count} processes; {hint}')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:
         raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')
-    port = os.environ.get('MASTER_PORT', '')  # one process reads none: where a service is called so, it is an address
+    port = os.environ.get('MASTER_PORT', '')  # Kubernetes sets it to an address for a service called master
     if world > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(f'MASTER_PORT={port} is in the environment, and no port of 1 to 65535; {hint}')
+        raise UserError(f'MASTER_PORT={port} is in the environment and is not a port from 1 to 65535; {hint}')
     if os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1' and world == 1 and command in ('train', 'ablate'):
         print_message(
             'warning',
@@ -187,7 +180,7 @@ def check_torchrun_env(command):
 
 
 def main(argv):
-    """Run one command line; returns the exit code: 0 done, 1 the work failed, 2 bad use."""
+    """Run a command line. Returns the exit code: 0 success, 1 failed work, 2 bad use, 128 + number for a signal."""
     if not argv or argv[0] in ('--help', '-h', 'help'):
         print('python3 cli.py <command> --option=value ...\n')
         print('\n'.join(f'  {name:18}{purpose}' for name, (_, purpose) in COMMANDS.items()))
@@ -200,14 +193,14 @@ def main(argv):
             return 0
         if command not in COMMANDS:
             raise UserError(f'there is no command {command!r}; did you mean {closest_match(command, COMMANDS)}?')
-        if asked := [word for word in argv if word.startswith('--help=')]:
-            print(option_help(asked[0].removeprefix('--help=')))
+        if help_words := [word for word in argv if word.startswith('--help=')]:
+            print(option_help(help_words[0].removeprefix('--help=')))
             return 0
         if {'--help', '-h'} & set(argv):
             print(f'{command}: {COMMANDS[command][1]}\n\n{help_text(command)}')
             return 0
-        if '-' in argv or '--' in argv:  # Fire's own separators, which would cut the line short
-            raise UserError("'-' alone is not an option: they are given as --name=value")
+        if '-' in argv or '--' in argv:  # Fire's separators, after which it ignores words
+            raise UserError("'-' alone is not an option: options are given as --name=value")
         reject_valueless_options(argv[1:])
         check_torchrun_env(command)
         fire.Fire({name: make_entry_point(name) for name in COMMANDS}, argv, name='cli.py')
@@ -226,20 +219,20 @@ def main(argv):
         if place := 'runtime.device' in sys.modules and sys.modules['runtime.device'].is_oom(error):
             return print_error(f'{place} has not enough memory: {first_line(error)}')
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            return print_error(f'torch.compile fails: {first_line(error)[:200]}; --compile=False goes without')
+            return print_error(f'torch.compile fails: {first_line(error)[:200]}; --compile=False turns it off')
         if dead_ranks := 'runtime.distributed' in sys.modules and sys.modules['runtime.distributed'].dead_ranks():
-            return print_error(f'{dead_ranks}: the last checkpoint is whole, and --resume=auto goes on from it')
+            return print_error(f'{dead_ranks}: the last checkpoint is intact, and --resume=auto resumes from it')
         return print_unexpected(error)
     return 0
 
 
 def explain_os_error(error):
-    """Say what the system refused; returns the exit code."""
+    """Print an OSError as one line. Returns the exit code."""
     name = os.fsdecode(error.filename2 or error.filename or '')
     if name and isinstance(error, FileExistsError | NotADirectoryError):
         for path in (*reversed(Path(name).parents), Path(name)):
             if path.is_file():
-                return print_error(f'{path} is a file, and a folder is wanted there', 2)
+                return print_error(f'{path} is a file, but a folder is needed there', 2)
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and not name:
         return print_error(f'{error.strerror}: --ckpt_path, --log_path or --cache_path lies on a full disk')
     return print_error(
@@ -248,19 +241,18 @@ def explain_os_error(error):
 
 
 def print_unexpected(error):
-    """Show an exception that nobody expected as what it is; returns the exit code."""
-    if type(error).__name__ == 'WorkerException':  # of a process that reads images; its text is the traceback there
+    """Print an unexpected exception with its traceback and how to report it. Returns the exit code."""
+    if type(error).__name__ == 'WorkerException':  # its text is the traceback of the dataloader worker
         print(error, file=sys.stderr)
     else:
         traceback.print_exception(error)
     return print_error(
-        'this is a fault of this program, not of yours: please send the lines above and the command to '
-        f'{BUG_REPORT_ADDRESS}'
+        f'this is a bug of this program: please send the lines above and the command to {BUG_REPORT_ADDRESS}'
     )
 
 
 def print_error(reason, code=1):
-    """Say why a command ends, if no other process of the run has said it; returns its exit code."""
+    """Print an error, unless another rank has printed it. Returns the exit code."""
     if 'runtime.distributed' not in sys.modules or sys.modules['runtime.distributed'].claim_message(str(reason)):
         print_message('error', reason)
     return code
@@ -270,8 +262,8 @@ if __name__ == '__main__':
     wrap_std_streams()
     code = main(sys.argv[1:])
     if reason := output_error():
-        worked = sys.argv[1:2] in (['train'], ['ablate'])  # what these print is in their run's log.txt as well
-        print_message('warning' if worked else 'error', f'what was printed is not whole: {reason}')
+        worked = sys.argv[1:2] in (['train'], ['ablate'])  # their output is in the run's log.txt as well
+        print_message('warning' if worked else 'error', f'the output is incomplete: {reason}')
         code = code if worked else code or 1
-    gc.freeze()  # nobody looks for cycles at the end: a second, with all that torch has made
+    gc.freeze()  # skips the last garbage collection, which takes a second with torch
     sys.exit(code)

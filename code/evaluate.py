@@ -1,6 +1,6 @@
-"""How good a pretrained backbone is, by one of seven protocols; every one ends with the same kind of result.
+"""evaluate: measure a pretrained backbone by a protocol of protocols/.
 
-What is reported is the last epoch, never the best one, on the whole of `val`.
+Results are of the last epoch of the evaluation, never of its best one, on all images of val.
 """
 
 import torch
@@ -20,22 +20,23 @@ from runtime.trackers import import_tracker
 
 
 def evaluate(args):
-    """Evaluate the backbone of --ckpt_name by --protocol. Returns the result, as it is written beside the checkpoint.
+    """Evaluate the backbone of --ckpt_name by --protocol, and write the result beside the checkpoint. Returns the
+    result.
 
-    Without --ckpt_name it lists the checkpoints there are and raises UserError. Raises UserError for what the
-    protocol lacks, such as labels. --protocol=label_free judges all checkpoints where --ckpt_name is a run, and returns
-    the result of the best one.
+    With --protocol=label_free and a run as --ckpt_name, all of its checkpoints are evaluated, and the best result is
+    returned. Raises UserError without --ckpt_name, after listing the checkpoints, or if the protocol lacks something,
+    such as labels.
     """
     if not args.ckpt_name:
-        known = list_checkpoints(args)
+        names = list_checkpoints(args)
         log(
-            '\n'.join(known)
-            if known
+            '\n'.join(names)
+            if names
             else f'no checkpoint in {resolve_path(args.ckpt_path)} yet: run python3 cli.py train'
         )
-        raise UserError('evaluate wants --ckpt_name=<run>/<checkpoint>, one of those listed')
+        raise UserError('evaluate needs --ckpt_name=<run>/<checkpoint>, one of those listed')
     init_device(args)
-    import_tracker(args)  # refused before the work
+    import_tracker(args)  # raises before the work if it is not installed
     paths = run_checkpoints(args, args.ckpt_name) if args.protocol == 'label_free' else []
     if len(paths) > 1:
         warn_ignored_options(args)
@@ -53,7 +54,7 @@ def evaluate(args):
 
 
 def warn_ignored_options(args):
-    """Warn of given options that the protocol has no use for."""
+    """Warn of explicit options that the protocol does not use."""
     for name in ignored_by_protocol(args):
         print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
     if args.subset_list and 'label_fraction' in args.given and args.protocol == 'semi':
@@ -61,27 +62,27 @@ def warn_ignored_options(args):
 
 
 def run_checkpoints(args, name):
-    """The checkpoints of the run of this name, the oldest first; none where it names a checkpoint or a file."""
+    """Return the checkpoints of a run, the oldest first; [] if `name` is a checkpoint or a file."""
     folder = next((path for path in (resolve_path(args.ckpt_path) / name, resolve_path(name)) if path.is_dir()), None)
     return checkpoints(folder) if folder else []
 
 
 def select_checkpoint(args, paths):
-    """Judge all checkpoints of a run by --protocol=label_free, and name the best. Returns its result."""
-    found, splits = [], None
+    """Evaluate all checkpoints of a run by --protocol=label_free, and log the best. Returns its result."""
+    results, splits = [], None
     for own_args, model, checkpoint in iter_valid_checkpoints(args, paths):
         splits = splits or load_splits(own_args)
         model = model.to(get_device(own_args), memory_format=torch.channels_last)
-        if found:
-            checkpoint['untrained'] = found[-1]['untrained']  # the same beside each
-        found.append(run_protocol(own_args, model, splits, checkpoint))
+        if results:
+            checkpoint['untrained'] = results[-1]['untrained']  # measured once
+        results.append(run_protocol(own_args, model, splits, checkpoint))
     log('')
-    for result in found:
+    for result in results:
         log(
             f'epoch {result["epoch"]:<5} '
             + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in SUMMARY_METRICS)
         )
-    best = min(found, key=lambda result: result['measures'][SELECTION_METRIC])
+    best = min(results, key=lambda result: result['measures'][SELECTION_METRIC])
     name = f'{run_display_name(args, paths[0].parent)}/{best["checkpoint"]}{repeat_options(args)}'
     log(f'the best by {SELECTION_METRIC} is epoch {best["epoch"]}: --ckpt_name={name}')
     return best

@@ -1,4 +1,4 @@
-"""Predict the class of every image of a folder with a checkpoint, as a CSV file: a submission."""
+"""infer: predict the class of every image of a folder with a checkpoint, and write a CSV file (a submission)."""
 
 import csv
 import io
@@ -26,26 +26,26 @@ from runtime.options import repeat_options, replace_args
 from runtime.tensors import evenly_spaced
 from utils import prepare_batch
 
-GALLERY_ROWS = 12  # of the picture of neighbours
+GALLERY_ROWS = 12  # rows in the picture of neighbors
 
 
 def infer(args):
-    """Write --output: one row per image, sorted by file: file, prediction, confidence, top5. Returns its path.
+    """Write --output, a row per image, sorted by file: file, prediction, confidence, top5. Returns its path.
 
-    The images are those of --image_path (its test or val folder where it is laid out for training), by default the
-    test images of the checkpoint's own set. The classifier that `evaluate` left beside the checkpoint predicts, with
-    its softmax as confidence; where there is none, kNN against the training images, with the share of the votes.
-    Raises UserError without a checkpoint or images, WorkError where an image or the classifier cannot be read.
+    The images are those of --image_path (its test or val if it has splits), by default the test images of the
+    checkpoint's dataset. Predictions are from the linear classifier that `evaluate` trained, with its softmax as
+    confidence; without one from kNN on the training images, with the share of the votes. Raises UserError without a
+    checkpoint or images, WorkError if an image or the classifier cannot be read.
     """
     if not args.ckpt_name:
-        known = list_checkpoints(args)
-        hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
-        raise UserError(f'infer wants --ckpt_name=<run>/<checkpoint>; {hint}')
+        names = list_checkpoints(args)
+        hint = f'the newest is --ckpt_name={names[-1]}' if names else 'train one first: python3 cli.py train'
+        raise UserError(f'infer needs --ckpt_name=<run>/<checkpoint>; {hint}')
     requested_path = resolve_path(args.image_path) if 'image_path' in args.given else None
     output = resolve_path(args.output or 'data/submission.csv')
     args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
     classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
-    train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbours else None
+    train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbors else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
     scores, classes, method_text = predict(args, checkpoint, classifier, backbone, features)
@@ -58,12 +58,12 @@ def infer(args):
         write_csv(output, [('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])
     log(f'{len(rows)} images of {printable(images.folder)} predicted by {method_text}')
     log(f'written to {output}')
-    if args.neighbours:
+    if args.neighbors:
         rows = sample_rows(images)
         queries = features[rows.to(features.device)]
-        near = nearest_in_bank(args, backbone, eval_loader(args, train), queries, args.neighbours)
+        near = nearest_in_bank(args, backbone, eval_loader(args, train), queries, args.neighbors)
         picture = neighbors_picture(args, images, rows, train, *near)
-        path = output.with_name(f'{output.stem}_neighbours.png')
+        path = output.with_name(f'{output.stem}_neighbors.png')
         if not distributed.rank():
             save_png(picture, path)
         log(f'their nearest training images: {path}')
@@ -71,98 +71,97 @@ def infer(args):
 
 
 def replace_dataset(args, classifier):
-    """args of the images to look for neighbours in: the checkpoint's own set, or where that is not there (another
-    tool's file has none) the classifier's."""
+    """Return args for the training images to search for neighbors: the checkpoint's dataset, or the classifier's if
+    that does not exist."""
     if not classifier or args.preset == 'demo' or resolve_path(args.image_path).exists():
         return args
     return replace_args(args, image_path=classifier['question']['images']['path'])
 
 
 def join_names(names):
-    """Names with ; between them; one that has such a letter itself stands in quotes: csv.reader([cell], delimiter=';')
-    gives them back."""
+    """Join names with ';', quoted if necessary; csv.reader([cell], delimiter=';') splits them."""
     cell = io.StringIO()
     csv.writer(cell, delimiter=';').writerow(names)
     return cell.getvalue().removesuffix('\r\n')
 
 
 def predict(args, checkpoint, classifier, backbone, features):
-    """(scores, N x classes; the classes; how in words) of images of which these are the features: by the classifier
-    that evaluate trained, or where there is none by their neighbours in train."""
+    """Classify features, N x d, by the classifier, or without one by kNN on train. Returns (scores, N x classes; class
+    names; description of the method). Raises UserError if neither is possible."""
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
-        about = describe_classifier(classifier)
-        scores, method_text = logits.softmax(1), f'the linear classifier that evaluate trained on {about}'
+        classifier_text = describe_classifier(classifier)
+        scores, method_text = logits.softmax(1), f'the linear classifier that evaluate trained on {classifier_text}'
     else:
-        own = resolve_path(args.image_path)
-        if not own.exists() and args.preset != 'demo':
+        train_path = resolve_path(args.image_path)
+        if not train_path.exists() and args.preset != 'demo':
             raise UserError(
-                f'{checkpoint["path"].name} has no classifier, and what kNN would ask, {printable(own)}, is not there:'
-                f' python3 cli.py evaluate --ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labelled '
-                'images> '
-                'trains one'
+                f'{checkpoint["path"].name} has no classifier, and the training images for kNN, '
+                f'{printable(train_path)}, do not exist: python3 cli.py evaluate '
+                f'--ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labeled images> trains one'
             )
         train = labeled_subset(load_splits(args)['train'])
         if not len(train):
             raise UserError(
                 f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: python3 cli.py '
-                f'evaluate --ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labelled images> trains one'
+                f'evaluate --ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labeled images> trains one'
             )
         classes = train.classes
         scores = knn_scores_from_loader(args, backbone, eval_loader(args, train), features, len(classes))
         k = clip_k(args.knn_k, train.labels)
         method_text = (
-            f'kNN (k={k}) against {len(train)} training images, for this checkpoint has no classifier (run evaluate)'
+            f'kNN (k={k}) against {len(train)} training images, because this checkpoint has no classifier (run '
+            'evaluate)'
         )
     return scores, classes, method_text
 
 
 def sample_rows(images):
-    """Row numbers of up to ROWS of the images."""
+    """Return up to GALLERY_ROWS evenly spaced row numbers."""
     return evenly_spaced(len(images), GALLERY_ROWS)
 
 
-def neighbors_picture(args, images, rows, train, cosine, found):
-    """A picture of these rows of `images`, each beside those of `train` that are nearest to it. cosine, found: rows x
-    k, how near, and which rows of train."""
+def neighbors_picture(args, images, rows, train, cosine, neighbor_rows):
+    """Return a picture of rows of `images`, each with its nearest images in `train`. cosine, neighbor_rows: len(rows) x
+    k."""
     queries = load_crops(args, images, rows)
-    grid = [[query, *load_crops(args, train, near.cpu())] for query, near in zip(queries, found, strict=True)]
+    grid = [[query, *load_crops(args, train, near.cpu())] for query, near in zip(queries, neighbor_rows, strict=True)]
     captions = [
         f'{printable(images.names[row])}: cosine {values[0]:.3f} to {values[-1]:.3f}'
         for row, values in zip(rows.tolist(), cosine.tolist(), strict=True)
     ]
     right = [
-        [same_class(images, row, train, other) for other in others]
-        for row, others in zip(rows.tolist(), found.tolist(), strict=True)
+        [same_class(images, row, train, other) for other in near_rows]
+        for row, near_rows in zip(rows.tolist(), neighbor_rows.tolist(), strict=True)
     ]
     import plots  # matplotlib takes half a second to import
 
     return plots.neighbor_grid(grid, captions, right)
 
 
-def same_class(images, row, others, other):
-    """Whether image `row` of `images` and image `other` of `others` are of one class; None where one has no class."""
-    label, theirs = int(images.labels[row]), int(others.labels[other])
-    return None if label < 0 or theirs < 0 else images.classes[label] == others.classes[theirs]
+def same_class(images, row, other_images, other_row):
+    """Whether image `row` of `images` and image `other` of `others` have the same class; None if one has no label."""
+    label, other_label = int(images.labels[row]), int(other_images.labels[other_row])
+    return None if label < 0 or other_label < 0 else images.classes[label] == other_images.classes[other_label]
 
 
 def load_crops(args, images, rows):
-    """The centre crops of these images, n x 3 x S x S in [0, 1], on the CPU."""
-    whole, found = replace(images, views=0), []
+    """Return the center crops of images, n x 3 x S x S in [0, 1], on the CPU."""
+    whole, crops = replace(images, views=0), []
     for part in rows.split(256):
         pixels, _ = prepare_batch(args, whole.load_batch([(row, 0, '') for row in part.tolist()]))
-        found.append(vision.to_picture(vision.eval_view(pixels, args), args).cpu())
-    return torch.cat(found)
+        crops.append(vision.to_picture(vision.eval_view(pixels, args), args).cpu())
+    return torch.cat(crops)
 
 
 def load_to_predict(args, requested_path, output):
-    """(args, backbone, checkpoint, images): of --ckpt_name, the backbone on the device, and the images to predict.
+    """Load the checkpoint and find the images to predict. Returns (args, backbone on the device, checkpoint, images).
 
-    requested_path: the given --image_path, or None. Raises what get_model_ckpt and images_to_predict do, and OSError
-    where `output` cannot be written, before any image is read.
+    requested_path: the explicit --image_path, or None. Raises the errors of get_model_ckpt and images_to_predict, and
+    OSError if `output` cannot be written, before any image is read.
     """
-    args.given -= {'image_path'}  # the checkpoint's image_path is where its training images are
+    args.given -= {'image_path'}  # keep the checkpoint's image_path, which has the training images
     init_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     if not distributed.rank():
@@ -172,16 +171,16 @@ def load_to_predict(args, requested_path, output):
 
 
 def images_to_predict(args, requested_path):
-    """The ImageDataset that --image_path means, or those of the checkpoint's own set (`requested_path` None).
+    """Return the ImageDataset to predict: of `requested_path`, or of the checkpoint's dataset if it is None.
 
-    Where it is laid out for training, they are its test images, or else its val's; with neither, all.
+    If the folder has splits, these are its test images, else those of val; without splits all images.
     """
     root = requested_path or resolve_path(args.image_path)
     if not root.exists():
         raise UserError(f'--image_path: there is no {printable(root)}')
     archive = root.is_file() and is_tar(root)
     if requested_path is None or detect_dataset(root) or archive or (root.is_dir() and has_splits(root)):
-        fraction = 0.0 if archive and requested_path else args.val_fraction  # of an archive without val all is meant
+        fraction = 0.0 if archive and requested_path else args.val_fraction  # all of an archive without val
         splits = load_splits(replace_args(args, image_path=str(root), val_fraction=fraction))
         if images := splits['test'] or splits['val']:
             return images

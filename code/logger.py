@@ -1,4 +1,4 @@
-"""What a run says: on the command line, in its log file and in TensorBoard."""
+"""Logging of a run: TensorBoard, metrics.jsonl, experiment tracker, warnings on the command line."""
 
 import os
 import threading
@@ -17,50 +17,52 @@ from runtime.files import dumps_nan_safe, read_metrics
 
 
 class Logger:
-    """Lines for people, scalars and pictures for TensorBoard, of one run."""
+    """Writes scalars, text and pictures of one run."""
 
     def __init__(self, folder, first_step=0, metrics=None, tracker=None):
-        """folder: of the event files. metrics: a file that gets a line of JSON for each step with all scalars, for who
-        reads a run without TensorBoard. first_step: what an earlier, longer try wrote from there on is hidden in the
-        one and taken out of the other. tracker: of runtime/trackers.py, which gets the scalars too."""
+        """folder: for TensorBoard's event files. metrics: path of metrics.jsonl, which gets a line of JSON per epoch,
+        or None. first_step: when resuming, entries from this epoch on are removed. tracker: from runtime/trackers.py,
+        or None."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.warned_subjects, self.metrics, self.tracker = folder, set(), metrics, tracker
         try:
             self.writer = None if rank() else SummaryWriter(folder, purge_step=first_step or None)
-        except UnicodeError:  # the names of files are ASCII here, TensorBoard's are UTF-8
+        except UnicodeError:  # TensorBoard uses UTF-8, and the locale is ASCII
             raise UserError(
                 f'TensorBoard cannot write to {printable(folder)} in this locale: PYTHONUTF8=1 helps'
             ) from None
         if first_step and metrics and metrics.is_file() and not rank():
-            kept = [dumps_nan_safe(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
-            atomic_write_on_main(metrics, lambda aside: aside.write_text(''.join(kept)))
+            lines = [dumps_nan_safe(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
+            atomic_write_on_main(metrics, lambda aside: aside.write_text(''.join(lines)))
 
     def write_tensorboard(self, write):
-        """Let `put(writer)` write to TensorBoard. A log that cannot be written any more, for its folder was deleted or
-        its disk is full, is warned of once, and ends no run."""
+        """Call `write(writer)`. An error, such as a deleted folder or a full disk, is warned of once and does not end
+        the run."""
         if not self.writer:
             return
         try:
             write(self.writer)
-        except Exception as error:  # OSError, and TensorBoard's own kinds of it
+        except Exception as error:  # OSError, and TensorBoard's own types
             self.writer = None
             reason = getattr(error, 'strerror', None) or error
-            print_message('warning', f'TensorBoard gets no more of this run, {self.folder} cannot be written: {reason}')
+            print_message(
+                'warning', f'TensorBoard is turned off for this run, {self.folder} cannot be written: {reason}'
+            )
 
     def is_missing_epoch(self, step):
-        """Whether the metrics of the steps before are there and those of this one are not."""
+        """Whether metrics.jsonl exists and lacks this epoch."""
         return self.metrics.is_file() and step not in {line['epoch'] for line in read_metrics(self.metrics)}
 
     def warn_once(self, subject, line):
-        """One line on standard error, the first time that this run has something to say on `subject`."""
+        """Print a warning, once per subject."""
         if subject not in self.warned_subjects and not rank():
             self.warned_subjects.add(subject)
             with tqdm.external_write_mode():
                 print_message('warning', line)
 
     def scalars(self, step, values):
-        """step: epochs finished. values: {tag: number}; TensorBoard groups tags by what stands before the /."""
+        """Log {tag: number} for an epoch. step: finished epochs. TensorBoard groups tags by the part before '/'."""
 
         def write(writer):
             for tag, value in values.items():
@@ -71,29 +73,30 @@ class Logger:
         if self.metrics and not rank():
             line = {'epoch': step, 'time': time.strftime('%Y-%m-%d %H:%M:%S'), **values}
             with open(self.metrics, 'ab+') as file:
-                cut = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b'\n'  # the last line, by a kill
+                # A killed process may have left an incomplete last line.
+                cut = file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b'\n'
                 file.write(('\n' * bool(cut) + dumps_nan_safe(line) + '\n').encode())
         if self.tracker:
             self.tracker.log(step, values)
 
     def text(self, tag, lines, step=0):
-        """Lines of text, as they are."""
+        """Log lines of text, unformatted."""
         text = '\n'.join(f'    {line}' for line in lines)  # Markdown's literal block
         self.write_tensorboard(
             lambda writer: writer.add_text(tag, text.encode(errors='backslashreplace').decode(), step)
         )
 
     def image(self, tag, grid, step):
-        """grid: 3 x height x width in [0, 1]."""
+        """Log an image, 3 x height x width in [0, 1]."""
         self.write_tensorboard(lambda writer: writer.add_image(tag, grid, step))
 
     def views(self, name, rows):
-        """Rows of views, N x 3 x S x S in [0, 1] each, as a grid; also as <folder>/<name>.png."""
+        """Log a grid of views and save it as <folder>/<name>.png. rows: list of N x 3 x S x S in [0, 1]."""
         if self.writer:
-            self.image(f'pretraining/{name}', picture(rows, self.folder / f'{name}.png'), 0)
+            self.image(f'pretraining/{name}', save_view_grid(rows, self.folder / f'{name}.png'), 0)
 
     def picture(self, name, image, step):
-        """A PIL image, also as a file: <folder>/<name>.png."""
+        """Log a PIL image and save it as <folder>/<name>.png."""
         save_png(image, self.folder / f'{name}.png')
         self.image(f'results/{name}', to_tensor(image), step)
 
@@ -104,7 +107,7 @@ class Logger:
 
 
 def silence_tensorboard_thread(of_thread, usual=threading.excepthook):
-    """TensorBoard's thread hands what it meets to `board`: it need not be shown as well."""
+    """threading.excepthook that ignores exceptions of TensorBoard's writer thread: write_tensorboard reports them."""
     if type(of_thread.thread).__name__ != '_AsyncWriterThread':
         usual(of_thread)
 
@@ -112,11 +115,11 @@ def silence_tensorboard_thread(of_thread, usual=threading.excepthook):
 threading.excepthook = silence_tensorboard_thread
 
 
-RENAMED_TAGS = {'schedule/learning_rate_encoder': 'schedule/learning_rate_projector'}  # as earlier runs have them
+RENAMED_TAGS = {'schedule/learning_rate_encoder': 'schedule/learning_rate_projector'}  # {tag in earlier runs: tag}
 
 
 def read_scalars(folder):
-    """What was logged in this folder: {tag: [(step, value), ...]}, nothing where there is no such folder."""
+    """Read the scalars of a TensorBoard folder: {tag: [(step, value), ...]}; {} if it does not exist."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not folder.is_dir():
@@ -128,10 +131,9 @@ def read_scalars(folder):
     }
 
 
-def picture(rows, path, zoom_to=64):
-    """Save views as a grid, one row per tensor of `rows` (each N x 3 x S x S in [0, 1]), enlarged to be seen.
-
-    Returns the grid, 3 x height x width in [0, 1].
+def save_view_grid(rows, path, zoom_to=64):
+    """Save views as a grid, a row per tensor of `rows` (N x 3 x S x S in [0, 1]), enlarged to about `zoom_to` pixels
+    each. Returns the grid, 3 x height x width in [0, 1].
     """
     from torchvision.utils import make_grid, save_image
 

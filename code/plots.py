@@ -1,4 +1,4 @@
-"""Pictures of results: curves, a confusion matrix and a map by matplotlib, and images beside one another."""
+"""Plots by matplotlib (curves, confusion matrix, map of features), and grids of images."""
 
 import io
 import math
@@ -16,17 +16,15 @@ from torchvision.utils import make_grid
 
 from runtime.console import printable
 
-MAX_NAMED_CLASSES, MAX_COUNTED_CLASSES = (
-    40,
-    20,
-)  # classes up to which they are named, and counted, in a confusion matrix
-MAX_LABEL_CHARS = 40  # letters of a class's name in a picture
-MAX_LEGEND_CLASSES = 28  # classes up to which the map has a legend
-# Okabe and Ito's, told apart by the colour-blind, without black and yellow: visible on white and on black.
+MAX_NAMED_CLASSES = 40  # with more classes a confusion matrix has no names
+MAX_COUNTED_CLASSES = 20  # with more classes it has no counts
+MAX_LABEL_CHARS = 40  # of a class name in a plot
+MAX_LEGEND_CLASSES = 28  # with more classes the map has no legend
+# Okabe and Ito's palette for color blindness, without black and yellow: visible on white and on black.
 COLORS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#808080')
-MARKERS = ('o', 's', '^', 'D')  # of the first seven classes, of the next seven, ...
+MARKERS = ('o', 's', '^', 'D')  # for the first seven classes, the next seven, ...
 RIGHT, WRONG = '#0072b2', '#d55e00'
-TEXT_COLOR, GRID = '#222222', '#dddddd'  # in a page they become what its style says
+TEXT_COLOR, GRID = '#222222', '#dddddd'  # replaced by the colors of the page in SVG
 matplotlib.rcParams.update(
     {
         'font.size': 10,
@@ -45,33 +43,33 @@ matplotlib.rcParams.update(
         'svg.fonttype': 'none',
         'svg.hashsalt': 'simsiam',
         'text.color': TEXT_COLOR,
-        'text.parse_math': False,  # a $ is a $
+        'text.parse_math': False,
         'xtick.color': TEXT_COLOR,
         'ytick.color': TEXT_COLOR,
     }
 )
-warnings.filterwarnings('ignore', message='Glyph ')  # a letter that its font has not is a box; on a page it is there
+warnings.filterwarnings('ignore', message='Glyph ')  # a character that the font lacks is drawn as a box
 
 
 def make_figure(width, height):
-    """An empty figure of width x height pixels."""
-    made = Figure(figsize=(width / 100, height / 100), dpi=100, layout='constrained')
-    FigureCanvasAgg(made)
-    return made
+    """Create an empty figure of width x height pixels."""
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def to_pil(drawn, scale=1):
-    """A figure as a PIL image, its pixels times `scale`."""
+def figure_to_pil(figure, scale=1):
+    """Render a figure as a PIL image, enlarged by `scale`."""
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format='png', dpi=100 * scale)
+    figure.savefig(buffer, format='png', dpi=100 * scale)
     return Image.open(buffer).convert('RGB')
 
 
-def figure_to_svg(drawn, name):
-    """A figure as SVG text for a page: transparent, in the page's own ink; `name` keeps its ids apart from others'."""
+def figure_to_svg(figure, name):
+    """Render a figure as SVG text for a page: transparent, in the page's colors. name: prefix of its ids."""
     buffer = io.StringIO()
     silent = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-    drawn.savefig(buffer, format='svg', transparent=True, metadata=silent)
+    figure.savefig(buffer, format='svg', transparent=True, metadata=silent)
     text = buffer.getvalue()
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', '', text[text.index('<svg') :])
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', text)
@@ -80,8 +78,8 @@ def figure_to_svg(drawn, name):
 
 @dataclass
 class LineChart:
-    """A line chart. lines: (name, [(x, y), ...]) each; bounds: of y, where the lines themselves do not say; mark: a
-    level, (name, y), drawn as a dashed line; across: what x counts."""
+    """A line chart. lines: list of (name, [(x, y), ...]); y_limits: of the axis, extended if values exceed them;
+    threshold_line: (name, y) of a dashed horizontal line; x_label: label of the x axis."""
 
     title: str
     lines: list
@@ -91,19 +89,19 @@ class LineChart:
 
 
 def draw_curves(panels, size=(420, 300)):
-    """Line charts, side by side; names of lines under the first one, where it has several."""
+    """Draw LineCharts side by side, with a legend below if there are several lines. Returns a figure."""
     lines = [name for name, _ in panels[0].lines]
-    drawn = make_figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
-    every = drawn.subplots(1, len(panels), squeeze=False)[0]
+    figure = make_figure(size[0] * len(panels), size[1] + 16 * len(lines) * (len(lines) > 1))
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, panel in zip(every, panels, strict=True):
         draw_chart(axes, panel)
     if len(lines) > 1:
-        drawn.legend(*every[0].get_legend_handles_labels(), loc='outside lower left', fontsize=9)
-    return drawn
+        figure.legend(*every[0].get_legend_handles_labels(), loc='outside lower left', fontsize=9)
+    return figure
 
 
 def draw_chart(axes, panel):
-    """One panel of `draw_curves`."""
+    """Draw one LineChart into axes."""
     axes.set_title(escape_label(panel.title))
     axes.xaxis.set_major_locator(MaxNLocator('auto', integer=True))
     axes.set_xlabel(panel.x_label, loc='right')
@@ -136,16 +134,16 @@ def draw_chart(axes, panel):
 
 
 def draw_confusion(counts, classes):
-    """A confusion matrix: row the true class, column the predicted one, darker where more of the row.
+    """Draw a confusion matrix: rows are true classes, columns predicted ones, darker for a larger share of the row.
 
-    counts: C x C whole numbers; classes: C names.
+    counts: C x C integers; classes: C names. Returns a figure.
     """
     share = (counts.double() / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     names = [class_label(name) for name in classes] if len(classes) <= MAX_NAMED_CLASSES else []
-    # 7 px a letter of the labels, on both axes.
+    # 7 pixels per character of the labels, on both axes.
     side = max(420, 160 + 34 * len(names)) + 7 * max(map(len, names)) if names else 900
-    drawn = make_figure(side, side)
-    axes = drawn.subplots()
+    figure = make_figure(side, side)
+    axes = figure.subplots()
     axes.grid(False)
     axes.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
     axes.set_title(f'{int(counts.diag().sum())} of {int(counts.sum())} right')
@@ -158,56 +156,55 @@ def draw_confusion(counts, classes):
         for i, j in counts.nonzero().tolist():
             ink = 'white' if share[i, j] > 0.35 else 'black'
             axes.text(j, i, int(counts[i, j]), color=ink, ha='center', va='center', fontsize=8)
-    return drawn
+    return figure
 
 
 def escape_label(name):
-    """A name as it is, what is no text escaped; matplotlib leaves one that begins with _ out of a legend."""
+    """Escape a label. matplotlib leaves names that begin with '_' out of legends, so a space is put before them."""
     return ' ' * name.startswith('_') + printable(name)
 
 
 def class_label(name):
-    """The name of a class, of a long one the beginning: an axis has no room for more."""
+    """Escape and truncate the name of a class."""
     name = escape_label(name)
     return name if len(name) <= MAX_LABEL_CHARS else f'{name[:MAX_LABEL_CHARS]}…'
 
 
 def draw_scatter(points, labels, classes, side=640):
-    """Points in the plane, a colour and a shape a class. points: N x 2; labels: N, -1 for none."""
-    drawn = make_figure(side + 160, side)
-    axes = drawn.subplots()
+    """Draw points, N x 2, with a color and a marker per class. labels: N, -1 for no label. Returns a figure."""
+    figure = make_figure(side + 160, side)
+    axes = figure.subplots()
     axes.set_axis_off()
     axes.set_aspect('equal', adjustable='datalim')
     for label in range(-1, len(classes)):
-        mine = points[labels == label]
-        if len(mine):
+        class_points = points[labels == label]
+        if len(class_points):
             color = COLORS[label % len(COLORS)] if label >= 0 else TEXT_COLOR
             marker = MARKERS[label // len(COLORS) % len(MARKERS)]
             name = class_label(classes[label]) if label >= 0 else 'no class'
-            axes.scatter(*mine.T, s=9, color=color, marker=marker, alpha=0.7, linewidths=0, label=name)
+            axes.scatter(*class_points.T, s=9, color=color, marker=marker, alpha=0.7, linewidths=0, label=name)
     if len(classes) <= MAX_LEGEND_CLASSES:
-        drawn.legend(loc='outside right upper', markerscale=2)
-    return drawn
+        figure.legend(loc='outside right upper', markerscale=2)
+    return figure
 
 
 def image_grid(images, across, side=96):
-    """Images, 3 x S x S in [0, 1] each, `across` in a row, as one PIL image."""
+    """Arrange images, 3 x S x S in [0, 1], in a grid with `across` columns. Returns a PIL image."""
     image = tensor_to_pil(make_grid(list(images), nrow=across, padding=0))
     scale = side / images[0].shape[-1]
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
 def tensor_to_pil(tensor):
-    """3 x H x W in [0, 1] as a PIL image."""
+    """Convert a tensor, 3 x H x W in [0, 1], to a PIL image."""
     return Image.fromarray((tensor.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
 def neighbor_grid(rows, captions, right, side=96):
-    """A grid of images, each row led by a wider gap after its first: a query and its neighbours.
+    """Draw rows of images, each a query and, after a gap, its neighbors. Returns a PIL image.
 
-    rows: lists of 3 x S x S tensors in [0, 1]; captions: a line of text for each row; right: for each row, of each
-    neighbour, whether its class is the query's, framed in blue or orange, or None where that is not known. Returns a
-    PIL image.
+    rows: lists of 3 x S x S tensors in [0, 1]; captions: a line of text per row; right: for each row, whether each
+    neighbor has the query's class (a blue frame, else orange), or None if unknown (no frame).
     """
     gap, line, font = 6, 18, ImageFont.load_default(12)
     width = max(len(row) for row in rows) * (side + gap) + 3 * gap

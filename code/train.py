@@ -1,8 +1,7 @@
 """Pretraining: SimSiam on the images of `train`, without their labels (paper section 3).
 
-A signal raises Interrupted at once, but within a step or a save, which are finished first; of several ranks all stop
-after the same step. What is done is saved on the way out (engine/conclude.py). runtime/signals.py tells the way from
-the signal to the exit code.
+On a signal the run finishes the step or checkpoint in progress, saves a checkpoint (engine/conclude.py) and exits. All
+ranks stop after the same step. runtime/signals.py documents the path from the signal to the exit code.
 """
 
 import contextlib
@@ -30,10 +29,11 @@ from utils import prefetch_to_device
 
 
 def train(args):
-    """Pretrain as `args` (runtime.options.get_config) says, or resume a run. Returns the path of the last checkpoint.
+    """Pretrain with the options `args` (runtime.options.get_config), or resume a run. Returns the path of the last
+    checkpoint.
 
-    Raises UserError and WorkError for the data and the checkpoint, WorkError where the loss is no longer finite, and
-    signals.Interrupted after a signal, with everything saved.
+    Raises UserError or WorkError for invalid data or an invalid checkpoint, WorkError when the loss is not finite, and
+    signals.Interrupted after a signal, when the checkpoint is saved.
     """
     started = time.monotonic()
     init_device(args)
@@ -44,16 +44,16 @@ def train(args):
     except UserError:  # the tracker does not start
         run.remove_if_empty()
         raise
-    run.begin()
+    run.lock()
     try:
         if args.init_from and not run.resumed:
-            run.save(state, start=True)  # what comes may be worse
-        monitor.begin(state)
+            run.save(state, start=True)  # training may make the weights worse
+        monitor.start(state)
         train_epochs(args, state, iterators['train'], monitor, run)
     except BaseException as end:
         save_on_exit(run, state, end)  # raises `end` again, unless it was the time limit
     finally:
-        run.end()
+        run.unlock()
         monitor.close()  # last: a tracker may wait for its network
     if state.epoch == args.max_epochs:
         log(f'pretraining done in {format_duration(time.monotonic() - started)}')
@@ -63,30 +63,30 @@ def train(args):
 
 
 def train_epochs(args, state, loader, monitor, run):
-    """Train the epochs that are left; save and measure after each."""
+    """Train the remaining epochs; save a checkpoint and compute the metrics after each."""
     step = None
     while state.epoch < args.max_epochs:
-        if step is None or state.epoch == args.heads_epochs:  # another set of trained parameters is another step
+        if step is None or state.epoch == args.heads_epochs:  # the set of trained parameters changes
             set_backbone_trainable(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
             step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
-        if due or (args.init_from and is_measured(args, state.epoch)):  # one of these may be the best
+        if due or (args.init_from and is_measured(args, state.epoch)):  # any measured epoch may be the best
             run.save(state)
         monitor.after_epoch(state)
         run.prune()
 
 
 def train_epoch(args, step, state, loader, monitor, run):
-    """Train one epoch, from image state.images on. step: of build_train_step."""
+    """Train one epoch, starting at image state.images. step: the function from build_train_step."""
     device, batch_size = get_device(args), args.batch_size
     augmentation = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     loader.batch_sampler.start_epoch(state.epoch, augmentation, state.images)
     total = state.images + len(loader) * batch_size
     state.model.train()
     monitor.begin_epoch(state, total)
-    # A signal ends the wait for a batch at once; with several ranks all stop at the same step, in
-    # signals.sync_should_save.
+    # With one rank a signal interrupts the wait for a batch. With several it is deferred, and all ranks stop at the
+    # same step in signals.sync_should_save.
     with signals.defer_signals(distributed.world_size() > 1):
         for images, _ in prefetch_to_device(args, loader):
             # augmentation
@@ -102,9 +102,9 @@ def train_epoch(args, step, state, loader, monitor, run):
                 seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
                 loss, std, (p, z) = step(views)
                 state.add(loss, std, batch_size)
-            # what is watched
+            # metrics
             monitor.after_step(state, loss, std, learning_rates, p, z)
-            # when it stops and saves
+            # stop or save a checkpoint
             is_last_step = state.images >= total
             steps = state.images // batch_size
             save_now = signals.sync_should_save(steps, is_last_step, run.deadline, run.should_save(), device)
@@ -117,31 +117,30 @@ def train_epoch(args, step, state, loader, monitor, run):
 
 
 def draw_views(args, images, augmentation, state, dataset):
-    """The views of a batch, N x 3 x S x S each, from what the loader gave of it. What is drawn depends on the seed, the
-    epoch and the step alone."""
+    """Make the views of a batch from the images of the loader. Returns a tuple of N x C x S x S tensors. The random
+    numbers depend on the seed, the epoch and the step only."""
     generator = generator_for(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
-    place = distributed.shard_range(len(images))
-    views = dataset.make_views(images, augmentation, generator, place, use_compile(args))
-    if args.loss_symmetry == '2x':  # two pairs are two parts of a batch
+    shard = distributed.shard_range(len(images))
+    views = dataset.make_views(images, augmentation, generator, shard, use_compile(args))
+    if args.loss_symmetry == '2x':  # four views are two pairs, concatenated along the batch
         return torch.cat(views[::2]), torch.cat(views[1::2])
     return views
 
 
 def get_learning_rates(args, epochs):
-    """Learning rates of backbone, projector and predictor. epochs: those done, with the part of this one.
+    """Compute the learning rates of backbone, projector and predictor. epochs: finished epochs, as a float.
 
-    The predictor's is constant with fix_pred_lr (paper, section 4.2, table 1); the backbone's is 0 before
-    heads_epochs.
+    With fix_pred_lr the predictor's rate is constant (paper, section 4.2, table 1). The backbone's rate is 0 for the
+    first heads_epochs epochs.
     """
     peak_lr = args.learning_rate * args.batch_size / 256
     rate = lr_schedule(epochs / args.max_epochs, args.warmup_epochs / args.max_epochs, peak_lr)
-    of_backbone = rate * args.backbone_lr_scale if epochs >= args.heads_epochs else 0.0
-    return of_backbone, rate, peak_lr if args.fix_pred_lr else rate
+    backbone_lr = rate * args.backbone_lr_scale if epochs >= args.heads_epochs else 0.0
+    return backbone_lr, rate, peak_lr if args.fix_pred_lr else rate
 
 
 def build_train_step(args, net, state):
-    """A function of a batch's views (train_step) that trains on them and returns (loss, std of z, (p, z)), on the
-    device."""
+    """Build the function that trains on the views of one batch. It returns (loss, std of z, (p, z)), on the device."""
     criterion = functools.partial(
         simsiam_loss,
         stop_gradient=args.stop_gradient,
@@ -160,17 +159,17 @@ def build_train_step(args, net, state):
 
 
 def train_step(net, optimizer, views, criterion=simsiam_loss, dtype=None, scaler=None, micro_batches=1):
-    """Forward, loss, backward, update on a batch's views, N x 3 x S x S each. Returns (loss, (p, z)), on the device: p
-    and z are those of each view, of the last part.
+    """One optimizer step: forward, loss, backward, update. views: N x C x S x S each. Returns (loss, (p, z)) on the
+    device; p and z are lists with one N x proj_dim tensor per view, of the last micro-batch.
 
-    criterion: simsiam_loss, perhaps with options. dtype: that the network computes in, None for float32; scaler: of the
-    gradients, for float16. micro_batches: this many equal parts of the batch go through one after the other. The
-    gradient is the mean over the parts.
+    criterion: simsiam_loss, perhaps with options bound. dtype: the autocast dtype, None for float32. scaler: the
+    GradScaler for float16, or None. micro_batches: the batch is split into this many equal parts, and the gradient is
+    the mean over them.
     """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for i, part in enumerate(zip(*(view.chunk(micro_batches) for view in views), strict=True)):
-        skip_grad_sync = i + 1 < micro_batches and hasattr(net, 'no_sync')  # processes exchange gradients once a step
+        skip_grad_sync = i + 1 < micro_batches and hasattr(net, 'no_sync')  # ranks exchange gradients once per step
         with net.no_sync() if skip_grad_sync else contextlib.nullcontext():
             with torch.autocast(part[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 outputs = net(*map(channels_last, part))
@@ -188,7 +187,8 @@ def train_step(net, optimizer, views, criterion=simsiam_loss, dtype=None, scaler
 
 
 def set_backbone_trainable(model, trained, freeze_bn_affine):
-    """Train the backbone from now on, or not; with freeze_bn_affine never the scale and shift of its BN."""
+    """Set requires_grad of the backbone to `trained`. With freeze_bn_affine the scale and shift of its BN stay
+    frozen."""
     model.backbone.requires_grad_(trained)
     if freeze_bn_affine:
         for norm in model.frozen:

@@ -1,4 +1,4 @@
-"""A batch on the device: `prepare_batch`, and `prefetch_to_device`, which copies the next one meanwhile."""
+"""Moving batches to the device: `prepare_batch` and `prefetch_to_device`."""
 
 import functools
 
@@ -9,11 +9,10 @@ from runtime.tensors import to_device
 
 
 def prepare_batch(args, batch):
-    """A batch of load_dataset.get_iterator on the device, and its target.
+    """Move a batch of load_dataset.get_iterator to the device. Returns (images, target).
 
-    batch: (images, labels). images: uint8, N x 3 x H x W whole or N x V x 3 x S x S cropped. Returns (images, target)
-    with target N, int64: the class numbers, -1 where there is none. SimSiam itself needs no target: its loss compares
-    two views.
+    batch: (images, labels); images: N x 3 x H x W uint8, whole, or N x V x C x S x S, cropped. target: N, int64, class
+    numbers, -1 for no label; SimSiam itself does not use it.
     """
     images, labels = batch
     device = get_device(args)
@@ -21,7 +20,7 @@ def prepare_batch(args, batch):
 
 
 def prefetch_to_device(args, batches):
-    """utils.prepare_batch over `batches`; to a GPU the next batch is copied while this one is worked on."""
+    """Yield prepare_batch of each batch; to a GPU the next batch is copied during the work on the current one."""
     if get_device(args).type != 'cuda':
         yield from (prepare_batch(args, batch) for batch in batches)
         return
@@ -38,12 +37,12 @@ def prefetch_to_device(args, batches):
 
 @functools.cache
 def copy_stream(device):
-    """The stream on which batches come to a GPU: one, for torch keeps memory for each."""
+    """Return the CUDA stream for copies; only one, because torch caches memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def wait_for_copy(tensors, copied):
-    """Tensors that another stream made, safe to use on this one: after the event `copied`, and not freed before."""
+    """Let the current stream wait for the event `copied`, and return the tensors, which another stream has made."""
     stream = torch.cuda.current_stream(tensors[0].device)
     stream.wait_event(copied)
     for tensor in tensors:

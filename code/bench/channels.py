@@ -67,12 +67,12 @@ def measure(folder, kind, options, epochs, seed):
     train = ['train', *given, name, f'--random_seed={seed}', '--knn_every=0', '--knn_k=20', *paths]
     assert cli.main(train) == 0
     (run,) = (folder / 'ckpt').glob(f'model_name_{name.partition("=")[2]}_*')
-    found = {}
+    top1 = {}
     for protocol in ('knn', 'linear'):
         assert cli.main(['evaluate', f'--ckpt_name={run.name}', f'--protocol={protocol}', *paths]) == 0
         (path,) = run.glob(f'evaluate_{protocol}_*.json')
-        found[protocol] = read_json(path)['top1']
-    return found
+        top1[protocol] = read_json(path)['top1']
+    return top1
 
 
 def main(output='results/channels.json', epochs=40, seeds=2, train=300, val=100):
@@ -81,15 +81,15 @@ def main(output='results/channels.json', epochs=40, seeds=2, train=300, val=100)
         'bands 1 to 3': ('bands', ['--white_level=4095', '--channels=1,2,3']),
         '8 bits, RGB': ('rgb', []),
     }
-    found = {name: [] for name in rows}
+    results = {name: [] for name in rows}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             write_set(Path(folder), {'train': train, 'val': val}, seed)
             for name, (kind, options) in rows.items():
-                found[name].append(measure(Path(folder), kind, options, epochs, seed))
-    about = {'epochs': epochs, 'train': 3 * train, 'val': 3 * val, 'seeds': seeds, 'rows': found}
+                results[name].append(measure(Path(folder), kind, options, epochs, seed))
+    about = {'epochs': epochs, 'train': 3 * train, 'val': 3 * val, 'seeds': seeds, 'rows': results}
     Path(output).write_text(json.dumps(about, indent=2) + '\n')
-    print(json.dumps(found, indent=2))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ def main():
     train, val = labeled_subset(splits['train']), splits['val']
     x, labels = extract_features(args, backbone, eval_loader(args, train), 'train')
     val_x, val_labels = extract_features(args, backbone, eval_loader(args, val), 'val')
-    found = {
+    top1 = {
         way: {
             count: [
                 accuracy(x, labels, choose_rows(x, count, seed), val_x, val_labels, len(val.classes)) for seed in SEEDS
@@ -61,9 +61,9 @@ def main():
         }
         for way, choose_rows in WAYS.items()
     }
-    for way, counts in found.items():
+    for way, counts in top1.items():
         print(way, *(f'{count}: {mean(values):.1f}' for count, values in counts.items()))
-    about = {'checkpoint': checkpoint['path'].name, 'epoch': checkpoint['epoch'], 'top1': found}
+    about = {'checkpoint': checkpoint['path'].name, 'epoch': checkpoint['epoch'], 'top1': top1}
     resolve_path(output).write_text(json.dumps(about, indent=1) + '\n')
 
 

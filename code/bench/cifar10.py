@@ -20,12 +20,12 @@ from torch.nn.functional import cross_entropy
 
 from ckpt import build_model, checkpoints, read_checkpoint, save_checkpoint
 from dataloader import vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import eval_loader, get_iterator
 from engine.train_state import TrainState
 from logger import read_scalars
 from optimizer.sgd import lr_schedule, make_sgd, set_learning_rates
-from plots import LineChart, draw_curves, to_pil
+from plots import LineChart, draw_curves, figure_to_pil
 from protocols.features import extract_features
 from protocols.results import load_results
 from runtime.atomic_write import atomic_write_on_main, save_png
@@ -137,7 +137,7 @@ def main():
         result['supervised_top1'] = supervised(args, mine.supervised_epochs, output, deadline)
     atomic_write_on_main(output / 'cifar10.json', lambda aside: aside.write_text(json.dumps(result, indent=1)))
     picture = draw_curves([LineChart('kNN top-1 on val, %', [('SimSiam', result['knn'])])], (720, 420))
-    save_png(to_pil(picture), output / 'cifar10.png')
+    save_png(figure_to_pil(picture), output / 'cifar10.png')
     print(json.dumps(result))
     print('done' if result.get('supervised_top1') is not None else 'not done yet: start the same command again')
 

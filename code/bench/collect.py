@@ -16,16 +16,16 @@ from logger import read_scalars
 from runtime.files import read_metrics
 
 
-def plain(value):
+def to_plain(value):
     """A value of JSON without the places of this machine."""
     if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
+        return {name: to_plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [plain(inner) for inner in value]
+        return [to_plain(inner) for inner in value]
     return re.sub(r'(?<![\w.])/(?:[\w.-]+/)+([\w.-]+)', r'data/\1', value) if isinstance(value, str) else value
 
 
-def lines_of(run, log):
+def read_lines(run, log):
     """One dict an epoch of a run."""
     if known := read_metrics(run / 'metrics.jsonl'):
         return known
@@ -40,8 +40,8 @@ def main(run, folder, log=None):
     run, folder = Path(run), CODE / folder
     folder.mkdir(parents=True, exist_ok=True)
     for path in (run / 'run.json', *sorted(run.glob('evaluate_*.json'))):
-        (folder / path.name).write_text(json.dumps(plain(json.loads(path.read_text())), indent=1) + '\n')
-    lines = lines_of(run, log and Path(log))
+        (folder / path.name).write_text(json.dumps(to_plain(json.loads(path.read_text())), indent=1) + '\n')
+    lines = read_lines(run, log and Path(log))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 

@@ -15,7 +15,7 @@ from runtime.environment import tune_malloc  # noqa: E402
 tune_malloc()
 
 
-def in_turns(ours, reference, rounds=3):
+def run_in_turns(ours, reference, rounds=3):
     """Images/s of two functions (each returns how many images it worked through), by turns, after one turn unmeasured.
 
     Returns (ours, reference, ratio): medians, the ratio's of the ratios within a turn, as machines slow down and speed
@@ -56,7 +56,7 @@ def bare(model, optimizer, view1, view2, steps, dtype):
     return steps * len(view1)
 
 
-def an_epoch(args, state, train):
+def epoch_function(args, state, train):
     """A function that trains an epoch of `train`, as the command does, and returns the number of its images."""
     from engine.run_dir import RunDir
     from protocols.monitor import Monitor

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import an_epoch, bare, flops_an_image, in_turns, matmul_rate, prepare, show, speed
+from common import bare, epoch_function, flops_an_image, matmul_rate, prepare, run_in_turns, show, speed
 
 from dataloader.load_dataset import eval_loader, make_loader, place_on_device, select
 from dataloader.readers.memory import Memory
@@ -32,10 +32,10 @@ def measure(preset, batch_size, side, steps, rounds=3):
     labels, store = torch.arange(count) % 10, Memory(PathArray(str(i) for i in range(count)), pixels)
     images = place_on_device(args, folder, store, labels, [str(i) for i in range(10)])
     train = make_loader(args, replace(images, views=2), shuffled=True)
-    ours = an_epoch(args, TrainState(model, optimizer), train)
+    ours = epoch_function(args, TrainState(model, optimizer), train)
     fixed = torch.randn(2, args.batch_size, 3, args.image_size, args.image_size, device=device)
     fixed = [channels_last(view) for view in fixed]
-    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype), rounds)
+    measured = run_in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype), rounds)
 
     few = count // 5
     val = select(images, torch.arange(few))

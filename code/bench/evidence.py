@@ -23,7 +23,7 @@ from engine.ablation_tables import TABLES, finished_result
 from evaluate import evaluate
 from protocols import results
 from protocols.collapse_verdict import MEASURES
-from protocols.linear import linear
+from protocols.linear import evaluate_linear
 from runtime.device import get_device
 from runtime.errors import resolve_path
 from runtime.files import read_metrics
@@ -110,33 +110,33 @@ def variants(kind, held_out):
     }
 
 
-def as_trained(args):
+def effective_options(args):
     """Its options as far as they make a difference: without a predictor its rate makes none."""
     return asdict(replace_args(args, fix_pred_lr=True) if args.predictor == 'none' else args)
 
 
-def options_of(kind, given, varied):
+def variant_options(kind, given, changes):
     """All options of a run: the set's, those of the command line, the variant's."""
     base = {**SETS[kind], **given}
-    args, own = get_config(**base), {}
-    for name, value in varied.items():
+    args, changed = get_config(**base), {}
+    for name, value in changes.items():
         if callable(value):
-            own[name] = value(args)
+            changed[name] = value(args)
         elif name in TIMES:
             number = getattr(args, TIMES[name]) * value
-            own[TIMES[name]] = number if name in ('rate', 'decay') else max(1, round(number))
+            changed[TIMES[name]] = number if name in ('rate', 'decay') else max(1, round(number))
         else:
-            own[name] = value
-    return {**base, **own}
+            changed[name] = value
+    return {**base, **changed}
 
 
 def train_all(kind, given, seeds, held_out, folder):
     """Train and evaluate what is not there yet. Returns [(variant, seed, run folder)]."""
-    found = []
+    runs = []
     for seed in seeds:
         trained = []
-        for number, (variant, varied) in enumerate(variants(kind, held_out).items()):
-            own = {
+        for number, (variant, changes) in enumerate(variants(kind, held_out).items()):
+            run_options = {
                 'random_seed': seed,
                 'model_name': f'{kind}{"_held" * held_out}_{number}_{seed}',
                 'ckpt_path': f'{folder}/ckpt',
@@ -144,25 +144,25 @@ def train_all(kind, given, seeds, held_out, folder):
                 'evaluate_after': True,
                 'resume': 'auto',
             }
-            options = {**options_of(kind, given, varied), **own}
+            options = {**variant_options(kind, given, changes), **run_options}
             options['knn_every'] = get_config(**options).max_epochs
             args = get_config(**options)
-            if (same := {**as_trained(args), 'model_name': ''}) in trained:
+            if (same := {**effective_options(args), 'model_name': ''}) in trained:
                 continue  # another table's name for it
             trained.append(same)
             if not finished_result(args):
                 print(f'{kind}, {variant}, seed {seed}', flush=True)
                 command = [sys.executable, 'cli.py', 'train', *(f'--{name}={value}' for name, value in options.items())]
                 subprocess.run(command, cwd=CODE, check=True, stdout=subprocess.DEVNULL)
-            found.append((variant, seed, finished_result(args)[0]))
-    return found
+            runs.append((variant, seed, finished_result(args)[0]))
+    return runs
 
 
 def measure(run):
     """{measure: number} of the last checkpoint of a run, its accuracies in percent beside them; kept in the run."""
-    judged = results.load_results(run, protocol='linear')[-1]
+    linear = results.load_results(run, protocol='linear')[-1]
     name = checkpoints(run)[-1].name
-    if not (known := results.load_results(run, protocol='label_free', checkpoint=name)):
+    if not (label_free := results.load_results(run, protocol='label_free', checkpoint=name)):
         args = get_config(
             protocol='label_free',
             ckpt_name=str(run / name),
@@ -170,25 +170,25 @@ def measure(run):
             cache_path=str(run.parent.parent / 'cache'),
             quiet=True,
         )
-        known = [evaluate(args)]
+        label_free = [evaluate(args)]
     loss = read_metrics(run / 'metrics.jsonl')[-1]['pretraining/loss']
     return {
-        **known[-1]['measures'],
+        **label_free[-1]['measures'],
         'loss': loss,
-        'linear': judged['top1'],
-        'knn': judged['knn_top1'],
-        'untrained': known[-1]['untrained'],
-        'knn_untrained': judged['knn_top1_untrained'],
+        'linear': linear['top1'],
+        'knn': linear['knn_top1'],
+        'untrained': label_free[-1]['untrained'],
+        'knn_untrained': linear['knn_top1_untrained'],
     }
 
 
-def untrained_linear(run, kept):
+def untrained_linear(run, file):
     """Linear top-1 of the network that a run began as; kept in a file, for the runs of a seed share it."""
-    if not kept.is_file():
+    if not file.is_file():
         args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run), cache_path=str(run.parent.parent / 'cache')))
         model = build_model(args).to(get_device(args), memory_format=torch.channels_last)
-        kept.write_text(json.dumps(linear(args, model, load_splits(args))[0]['top1']))
-    return json.loads(kept.read_text())
+        file.write_text(json.dumps(evaluate_linear(args, model, load_splits(args), None).result['top1']))
+    return json.loads(file.read_text())
 
 
 def correlations(rows):
@@ -203,8 +203,8 @@ def with_interval(x, y, tries=1000):
     generator, pairs = np.random.default_rng(0), np.array([x, y])
     pairs = pairs[:, np.isfinite(pairs).all(0)]
     count = pairs.shape[1]
-    drawn = pairs[:, [generator.integers(count, size=count) for _ in range(tries)]]
-    return spearman(pairs), *np.nanpercentile(spearman(drawn), [2.5, 97.5])
+    resampled = pairs[:, [generator.integers(count, size=count) for _ in range(tries)]]
+    return spearman(pairs), *np.nanpercentile(spearman(resampled), [2.5, 97.5])
 
 
 def spearman(pairs):
@@ -220,12 +220,12 @@ def main():
     parser.add_argument('--output', required=True)
     parser.add_argument('--seeds', default='0,1,2')
     parser.add_argument('--held_out', action='store_true')
-    known, others = parser.parse_known_args()
-    given = dict(text.removeprefix('--').split('=', 1) for text in others)
+    known, rest = parser.parse_known_args()
+    given = dict(text.removeprefix('--').split('=', 1) for text in rest)
     folder, name = resolve_path(known.output), f'{known.set}{"_held_out" * known.held_out}'
-    found = train_all(known.set, given, [*map(int, known.seeds.split(','))], known.held_out, folder)
+    runs = train_all(known.set, given, [*map(int, known.seeds.split(','))], known.held_out, folder)
     rows = []
-    for variant, seed, run in found:
+    for variant, seed, run in runs:
         before = untrained_linear(run, folder / f'untrained_{known.set}_{seed}.json')
         rows.append({'variant': variant, 'seed': seed, **measure(run), 'linear_untrained': before})
     (folder / f'{name}.json').write_text(json.dumps(rows, indent=1) + '\n')

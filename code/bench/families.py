@@ -45,20 +45,20 @@ def smallest(module):
     return name, round(sizes[name], 1)
 
 
-def attempt(name, folder):
+def load_and_step(name, folder):
     """'' where a file of the network is read and a step is done, else the error."""
     size = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).input_size[-1]
     network = timm.create_model(name)
     torch.save(
         {'state_dict': {f'module.{key}': value for key, value in network.state_dict().items()}}, folder / 'file.pth'
     )
-    own = {'image_size': size, 'proj_layers': 1, 'proj_dim': 64, 'pred_dim': 16}
+    small_heads = {'image_size': size, 'proj_layers': 1, 'proj_dim': 64, 'pred_dim': 16}
     args = get_config(
-        preset='imagenet', backbone=f'timm/{name}', ckpt_name=str(folder / 'file.pth'), device='cpu', **own
+        preset='imagenet', backbone=f'timm/{name}', ckpt_name=str(folder / 'file.pth'), device='cpu', **small_heads
     )
     _, model, _ = get_model_ckpt(args)
-    theirs, ours = network.state_dict(), model.backbone.state_dict()
-    if not all(torch.equal(value, theirs[key]) for key, value in ours.items() if key in theirs):
+    expected, ours = network.state_dict(), model.backbone.state_dict()
+    if not all(torch.equal(value, expected[key]) for key, value in ours.items() if key in expected):
         return 'other weights than the file has'
     optimizer = make_sgd(model.train(), 0.9, 1e-4)
     set_learning_rates(optimizer, 0.01, 0.01, 0.01)
@@ -66,25 +66,25 @@ def attempt(name, folder):
     return '' if loss.isfinite() else f'the loss is {loss.item()}'
 
 
-def main(output, only=''):
-    found = {}
-    for module in [name for name in timm.list_modules() if name in only.split(',') or not only]:
+def main(output, modules=''):
+    families = {}
+    for module in [name for name in timm.list_modules() if name in modules.split(',') or not modules]:
         if not timm.list_models(module=module):
             continue
         name, millions = smallest(module)
         if millions > LARGEST:
-            found[module] = {'network': name, 'millions': millions, 'error': 'too large for this trial'}
+            families[module] = {'network': name, 'millions': millions, 'error': 'too large for this trial'}
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
-                error = attempt(name, Path(folder))
+                error = load_and_step(name, Path(folder))
             except Exception as problem:
                 error = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
-        found[module] = {'network': name, 'millions': millions, 'error': error}
+        families[module] = {'network': name, 'millions': millions, 'error': error}
         print(f'{module:28}{name:40}{millions:7.1f} M  {error or "read, and a step"}', flush=True)
-        resolve_path(output).write_text(json.dumps(found, indent=1) + '\n')
-    good = sum(not row['error'] for row in found.values())
-    print(f'{good} of {len(found)} families')
+        resolve_path(output).write_text(json.dumps(families, indent=1) + '\n')
+    good = sum(not row['error'] for row in families.values())
+    print(f'{good} of {len(families)} families')
 
 
 if __name__ == '__main__':

@@ -77,8 +77,8 @@ def main():
     started = time.time()
     if start(root / 'alone').wait():
         sys.exit('the run without interruptions failed')
-    whole, wanted = time.time() - started, digest(root / 'alone')
-    print(f'left alone: {wanted}, {whole:.1f} s', flush=True)
+    whole, expected = time.time() - started, digest(root / 'alone')
+    print(f'left alone: {expected}, {whole:.1f} s', flush=True)
 
     plan = ['kill'] * mine.kills + ['term'] * mine.terms + ['group'] * mine.groups
     chance.shuffle(plan)
@@ -106,9 +106,9 @@ def main():
             continue
         if process.returncode:
             sys.exit(f'run {runs} failed with {process.returncode}: {errors}')
-        found = digest(folder)
-        same += found == wanted
-        print(f'run {runs} ends with {found}', flush=True)
+        weights = digest(folder)
+        same += weights == expected
+        print(f'run {runs} ends with {weights}', flush=True)
         process = None
     print(
         f'{hits} interruptions of {runs} runs; {same} of {runs} ended with the weights of the run that was left alone'

@@ -4,7 +4,7 @@
 
 Cases: jpeg224_worker, 500 x 375 JPEGs, what stays on the CPU when a GPU distorts (decode, two crops of 224 px);
 jpeg224_tar, the same out of a tar archive beside out of files;
-jpeg224_cpu, the same files to two ready MoCo v2 views, all on the CPU; memory32, 32 px images held in memory to two
+jpeg224_cpu, the same files to two ready MoCo v2 views, all on the CPU; memory32, 32 px images kept in memory to two
 ready views without blur (the cifar10 preset), where the reference decodes the files. The reference is what the official
 release and its followers do: one image at a time in PIL, by torchvision's transforms, in a worker
 process per core.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import bandwidth, in_turns, show, speed
+from common import bandwidth, run_in_turns, show, speed
 from PIL import Image, ImageFilter
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
@@ -139,14 +139,14 @@ def main():
     pil = loader(PilViews(photos, 224, blur=True), 64)
     cropped = get_iterator(get_config(preset='imagenet', batch_size=64, **options))['train']
     cropped.dataset.workers_only_crop = True
-    worker = in_turns(lambda: drain(cropped, 64), lambda: drain(pil, 64))
+    worker = run_in_turns(lambda: drain(cropped, 64), lambda: drain(pil, 64))
     packed = options | {'image_path': str(pack(photos, root / 'packed'))}
     from_tar = get_iterator(get_config(preset='imagenet', batch_size=64, **packed))['train']
     from_tar.dataset.workers_only_crop = True
-    tar = in_turns(lambda: drain(from_tar, 64), lambda: drain(cropped, 64))
+    tar = run_in_turns(lambda: drain(from_tar, 64), lambda: drain(cropped, 64))
     args = get_config(preset='imagenet', batch_size=16, **options)
     ready = get_iterator(args)['train']
-    whole = in_turns(lambda: views(args, ready), lambda: drain(pil, 64))
+    whole = run_in_turns(lambda: views(args, ready), lambda: drain(pil, 64))
     decoder = loader(Decode(photos), 64)
     decoding = max(speed(lambda: drain(decoder, 64)) for _ in range(4))
 
@@ -154,7 +154,7 @@ def main():
     options['image_path'] = str(root / 'tiny')
     args32 = get_config(preset='cifar10', **options)
     held, pil32 = get_iterator(args32)['train'], loader(PilViews(tiny, 32, blur=False), 512)
-    small = in_turns(lambda: sum(views(args32, held) for _ in range(4)), lambda: drain(pil32, 512))
+    small = run_in_turns(lambda: sum(views(args32, held) for _ in range(4)), lambda: drain(pil32, 512))
     bytes32 = 3 * 32 * 32 * (1 + 2 * 4)  # read once as uint8, written twice as float
     show(
         {

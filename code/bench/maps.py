@@ -1,8 +1,8 @@
-"""Which map of features keeps neighbours together? Main axes, t-SNE, and UMAP where umap-learn is installed.
+"""Which map of features keeps neighbors together? Main axes, t-SNE, and UMAP where umap-learn is installed.
 
     python3 bench/maps.py --output=results/map_demo.json --ckpt_name=RUN [--preset=... --image_path=... ...]
 
-Trustworthiness (Venna and Kaski, ICANN 2001) of 15 neighbours; the share of each image's 15 nearest that are among its
+Trustworthiness (Venna and Kaski, ICANN 2001) of 15 neighbors; the share of each image's 15 nearest that are among its
 15 nearest on the map; how well kNN (k = 15) on the map tells the classes; seconds.
 """
 
@@ -50,7 +50,7 @@ def main():
     images = load_splits(args)['train']
     x, labels = extract_features(args, model.backbone, eval_loader(args, images), 'features')
     rows = evenly_spaced(len(x), MOST)
-    x, labels, found = x[rows].cpu(), labels[rows].cpu(), {}
+    x, labels, results = x[rows].cpu(), labels[rows].cpu(), {}
     whole = center_and_normalize(x).numpy()
     methods = {
         'main axes': lambda x: PCA(2).fit_transform(center_and_normalize(x).numpy()),
@@ -64,15 +64,15 @@ def main():
         except ImportError:
             continue
         seconds = time.time() - started
-        kept = np.mean([len({*a} & {*b}) / K for a, b in zip(near(whole), near(points), strict=True)])
-        found[name] = {
+        share_kept = np.mean([len({*a} & {*b}) / K for a, b in zip(near(whole), near(points), strict=True)])
+        results[name] = {
             'trustworthiness': float(trustworthiness(whole, points, n_neighbors=K)),
-            'kept': float(100 * kept),
+            'kept': float(100 * share_kept),
             'knn': float(100 * cross_val_score(KNeighborsClassifier(K), points, labels.numpy(), cv=5).mean()),
             'seconds': seconds,
         }
-        print(name, found[name], flush=True)
-    result = {'images': len(x), 'methods': found}
+        print(name, results[name], flush=True)
+    result = {'images': len(x), 'methods': results}
     (CODE / mine.output).write_text(json.dumps(result, indent=1) + '\n')
 
 

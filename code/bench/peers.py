@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import an_epoch, in_turns
+from common import epoch_function, run_in_turns
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from lightly.transforms import SimSiamTransform
@@ -106,43 +106,43 @@ def training(name, folder):
     optimizer = make_sgd(ours, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
     print(f'{name}: batch {batch}, ours in {describe_precision(args)}', flush=True)
-    theirs = Lightly(backbone, args.stem, args.image_size).to(device).train()
-    its_optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    lightly = Lightly(backbone, args.stem, args.image_size).to(device).train()
+    its_optimizer = torch.optim.SGD(lightly.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     its_batches = lightly_loader(folder, args.image_size, batch)
-    return in_turns(
-        an_epoch(args, TrainState(ours, optimizer, scaler), train),
-        lambda: lightly_epoch(theirs, its_optimizer, its_batches, device),
+    return run_in_turns(
+        epoch_function(args, TrainState(ours, optimizer, scaler), train),
+        lambda: lightly_epoch(lightly, its_optimizer, its_batches, device),
     )
 
 
 def loading(preset, folder, batch):
     """(ours, lightly, ratio) of the loaders alone."""
     args = options(preset, folder, batch)
-    ours, theirs = get_iterator(args)['train'], lightly_loader(folder, args.image_size, batch)
-    return in_turns(lambda: views(args, ours), lambda: sum(len(x) for (x, _), _ in theirs))
+    ours, lightly = get_iterator(args)['train'], lightly_loader(folder, args.image_size, batch)
+    return run_in_turns(lambda: views(args, ours), lambda: sum(len(x) for (x, _), _ in lightly))
 
 
 def main():
-    generator, root, found = torch.Generator().manual_seed(0), Path(tempfile.mkdtemp()), {}
+    generator, root, results = torch.Generator().manual_seed(0), Path(tempfile.mkdtemp()), {}
     print(f'{cpu_count()} CPU cores, torch {torch.__version__}, {torch.get_num_threads()} threads')
     times = 10 if torch.cuda.is_available() else 1
     for name, (preset, _, batch, steps) in CASES.items():
         height, width = (375, 500) if preset == 'imagenet' else (32, 32)
         draw(root / name / 'set', times * steps * batch, height, width, generator, 'train/one')
-        found[name] = training(name, root / name / 'set')
+        results[name] = training(name, root / name / 'set')
     for name, case, batch in (('loader_32', 'small_32', 512), ('loader_224', 'resnet50_224', 16)):
         folder = root / case / 'set'
         if case == 'resnet50_224':
             draw(root / name / 'set', 384, 375, 500, generator, 'train/one')
             folder = root / name / 'set'
-        found[name] = loading(CASES[case][0], folder, batch)
+        results[name] = loading(CASES[case][0], folder, batch)
     print(f'{"case":16}{"ours":>10}{"lightly":>10}{"ratio":>8}   images/s')
-    for name, (ours, theirs, ratio) in found.items():
-        print(f'{name:16}{ours:10.1f}{theirs:10.1f}{ratio:8.2f}')
+    for name, (ours, lightly, ratio) in results.items():
+        print(f'{name:16}{ours:10.1f}{lightly:10.1f}{ratio:8.2f}')
     names = ('ours', 'lightly', 'ratio')
     print(
         json.dumps(
-            {name: dict(zip(names, (round(x, 2) for x in values), strict=True)) for name, values in found.items()}
+            {name: dict(zip(names, (round(x, 2) for x in values), strict=True)) for name, values in results.items()}
         )
     )
 

@@ -85,7 +85,7 @@ def main():
     given = dict(word.removeprefix('--').split('=') for word in sys.argv[1:])
     counts = [int(n) for n in given.get('counts', '10000,100000,1281000').split(',')]
     classes = [int(n) for n in given.get('classes', '1000,20000').split(',')]
-    found = {}
+    results = {}
     print(f'{"images":>10}{"classes":>10}{"CPU s":>10}{"GB":>8}   growth of a worker, MB')
     for count in counts:
         for number in classes:
@@ -94,16 +94,18 @@ def main():
             root = Path(tempfile.mkdtemp(dir=CODE.parent / 'data'))
             try:
                 draw(root, count, number)
-                done = subprocess.run([sys.executable, __file__, str(root)], capture_output=True, text=True, check=True)
+                finished = subprocess.run(
+                    [sys.executable, __file__, str(root)], capture_output=True, text=True, check=True
+                )
             finally:
                 shutil.rmtree(root)
-            row = json.loads(done.stdout.splitlines()[-1])
-            found[f'{count}_{number}'] = row
+            row = json.loads(finished.stdout.splitlines()[-1])
+            results[f'{count}_{number}'] = row
             print(
                 f'{count:10}{number:10}{row["cpu_seconds"]:10.2f}{row["gigabytes"]:8.2f}   {row["worker_growth_mb"]}',
                 flush=True,
             )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == '__main__':

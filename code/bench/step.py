@@ -9,10 +9,10 @@ pays (engine/cuda_graph.py).
 """
 
 import torch
-from common import bare, flops_an_image, in_turns, matmul_rate, prepare, show
+from common import bare, flops_an_image, matmul_rate, prepare, run_in_turns, show
 
 from dataloader import vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from engine.train_state import TrainState
 from runtime.device import get_device, use_compile
 from runtime.seeding import generator_for
@@ -23,12 +23,12 @@ from train import build_train_step
 def measure(preset, batch_size, side, steps):
     args, model, optimizer, dtype = prepare(preset, batch_size)
     train = build_train_step(args, model, TrainState(model, optimizer))
-    device, recipe = get_device(args), get_augmentation(args, args.augmentation)
+    device, transform = get_device(args), get_augmentation(args, args.augmentation)
     steps = steps if device.type == 'cpu' else 50
     images = torch.randint(0, 256, (args.batch_size, 3, side, side), dtype=torch.uint8, device=device)
 
     def views(step):
-        return vision.random_views(images, recipe, generator_for(step), compiled=use_compile(args))
+        return vision.random_views(images, transform, generator_for(step), compiled=use_compile(args))
 
     def ours():
         for step in range(steps):
@@ -37,7 +37,7 @@ def measure(preset, batch_size, side, steps):
 
     fixed = [channels_last(view) for view in views(0)]
     model.train()
-    measured = in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
+    measured = run_in_turns(ours, lambda: bare(model, optimizer, *fixed, steps, dtype))
     rate = matmul_rate(device, dtype or torch.float32)
     return *measured, rate / flops_an_image(model, *fixed)
 

@@ -52,19 +52,19 @@ def main():
             check=True,
             stdout=subprocess.DEVNULL,
         )
-    cuda, found = torch.cuda.is_available(), {}
+    cuda, results = torch.cuda.is_available(), {}
     for name, options in SWITCHES.items():
         if cuda or not name.startswith(('--amp=bf16', '--amp=fp16', '--compile=True', '--cuda_graph')):
             speed, memory, loss = train(root / name.strip('-'), *common, *options)
-            found[name] = {'images_per_second': round(speed, 1), 'peak_gigabytes': memory, 'loss': loss}
+            results[name] = {'images_per_second': round(speed, 1), 'peak_gigabytes': memory, 'loss': loss}
             print(f'{name:24}{speed:10.0f} images/s   {memory or float("nan"):8.2f} GB   loss {loss:.4f}', flush=True)
     for name in ('as it is', '--amp=fp16') if cuda else ('as it is',):
         folder = root / f'resumed {name}'
         train(folder, *common, *SWITCHES[name], '--max_minutes=0.0001')
         _, _, loss = train(folder, *common, *SWITCHES[name], '--resume=auto')
-        found[f'resumed, {name}'] = {'loss': loss, 'difference': loss - found[name]['loss']}
-        print(f'resumed, {name}: loss {loss:.6f}, difference {loss - found[name]["loss"]:.2e}', flush=True)
-    print(json.dumps(found))
+        results[f'resumed, {name}'] = {'loss': loss, 'difference': loss - results[name]['loss']}
+        print(f'resumed, {name}: loss {loss:.6f}, difference {loss - results[name]["loss"]:.2e}', flush=True)
+    print(json.dumps(results))
 
 
 if __name__ == '__main__':

@@ -35,10 +35,10 @@ def percent(value):
     return f'{value:.1f}'
 
 
-def result(name, protocol, **wanted):
+def result(name, protocol, **settings):
     """The one result of a protocol in results/<name>."""
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob(f'evaluate_{protocol}*.json'))]
-    (one,) = [each for each in found if all(each['settings'].get(key) == value for key, value in wanted.items())]
+    results = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob(f'evaluate_{protocol}*.json'))]
+    (one,) = [each for each in results if all(each['settings'].get(key) == value for key, value in settings.items())]
     return one
 
 
@@ -48,11 +48,11 @@ def curve(name, tag):
     return {line['epoch']: line[f'pretraining/{tag}'] for line in lines if f'pretraining/{tag}' in line}
 
 
-def last(name, tag):
+def last_value(name, tag):
     return [*curve(name, tag).values()][-1]
 
 
-def runs_of(kind):
+def load_evidence(kind):
     return json.loads((RESULTS / f'evidence_{kind}.json').read_text())
 
 
@@ -61,7 +61,9 @@ def demo():
     rows, sums = [], []
     for seed in range(5):
         names = f'demo_bf16_{seed}', f'demo_off_{seed}'
-        numbers = [number for name in names for number in (last(name, 'knn_top1'), result(name, 'linear')['top1'])]
+        numbers = [
+            number for name in names for number in (last_value(name, 'knn_top1'), result(name, 'linear')['top1'])
+        ]
         sums.append([curve(names[0], 'knn_top1')[0], *numbers])
         rows.append([seed, *map(percent, sums[-1])])
     rows.append(['mean', *(percent(mean(column)) for column in zip(*sums, strict=True))])
@@ -79,13 +81,13 @@ def summary():
         [
             'the demo, 15 epochs, mean of five seeds',
             mean_of(curve(name, 'knn_top1')[0] for name in seeds),
-            mean_of(last(name, 'knn_top1') for name in seeds),
+            mean_of(last_value(name, 'knn_top1') for name in seeds),
             mean_of(result(name, 'linear')['top1'] for name in seeds),
         ],
         [
             'CIFAR-10 JPEGs, small network, 10 epochs',
             percent(curve('cifar10_small_bf16', 'knn_top1')[0]),
-            percent(last('cifar10_small_bf16', 'knn_top1')),
+            percent(last_value('cifar10_small_bf16', 'knn_top1')),
             '',
         ],
         [
@@ -97,7 +99,7 @@ def summary():
         [
             '3,068 photographs of clothes, ResNet-18 at 96 px, 60 epochs',
             percent(curve('clothing', 'knn_top1')[0]),
-            percent(last('clothing', 'knn_top1')),
+            percent(last_value('clothing', 'knn_top1')),
             percent(result('clothing', 'linear')['top1']),
         ],
     ]
@@ -115,7 +117,7 @@ def cifar10():
 def clothing():
     semi = result('clothing', 'semi')
     rows = [
-        ['kNN', percent(last('clothing', 'knn_top1')), f'untrained {percent(curve("clothing", "knn_top1")[0])}'],
+        ['kNN', percent(last_value('clothing', 'knn_top1')), f'untrained {percent(curve("clothing", "knn_top1")[0])}'],
         ['linear', percent(result('clothing', 'linear')['top1']), ''],
         [
             'fine-tuned on a tenth of the labels',
@@ -128,10 +130,10 @@ def clothing():
 
 def channels():
     """bench/channels.py: a row for what the network sees, percent on val, each seed."""
-    found = json.loads((RESULTS / 'channels.json').read_text())['rows']
+    results = json.loads((RESULTS / 'channels.json').read_text())['rows']
     rows = [
         [name, *(', '.join(percent(seed[protocol]) for seed in seeds) for protocol in ('knn', 'linear'))]
-        for name, seeds in found.items()
+        for name, seeds in results.items()
     ]
     return markdown(['the network sees', 'kNN', 'linear'], rows)
 
@@ -139,31 +141,31 @@ def channels():
 def detection():
     rows = []
     for path in sorted((RESULTS / 'clothing').glob('evaluate_detection_*.json')):
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
         rows.append(
             [
-                found['init'],
-                found['settings']['random_seed'],
-                *(percent(found[name]) for name in ('AP', 'AP50', 'AP75')),
+                result['init'],
+                result['settings']['random_seed'],
+                *(percent(result[name]) for name in ('AP', 'AP50', 'AP75')),
             ]
         )
     return markdown(['blood cells, from', 'seed', 'AP', 'AP50', 'AP75'], sorted(rows))
 
 
-def of_table(table, kind='demo'):
+def rows_by_variant(table, kind='demo'):
     """[(variant, its rows, one a seed)] of one of ablation_tables.TABLES; a row of another table is found there."""
-    found = {}
-    for row in runs_of(kind):
+    groups = {}
+    for row in load_evidence(kind):
         if row['variant'].startswith(table):
-            found.setdefault(row['variant'].partition(': ')[2], []).append(row)
-    return found.items()
+            groups.setdefault(row['variant'].partition(': ')[2], []).append(row)
+    return groups.items()
 
 
 def collapse():
     """Every variant of the demo with all seeds."""
     rows = []
     for table in ('collapse', 'predictor', 'bn'):
-        for variant, seeds in of_table(table):
+        for variant, seeds in rows_by_variant(table):
             rows.append(
                 [
                     variant,
@@ -172,28 +174,36 @@ def collapse():
                         f'{mean(row[name] for row in seeds):.{digits}f}'
                         for name, digits in (('knn', 1), ('rank', 0), ('loss', 3), ('std', 2))
                     ),
-                    ', '.join(words(seeds)),
+                    ', '.join(count_verdicts(seeds)),
                 ]
             )
     return markdown(['variant', 'linear', 'kNN', 'rank', 'loss', 'std', 'verdict'], rows)
 
 
-def words(rows):
+def count_verdicts(rows):
     """The verdicts on these runs, the same ones together."""
-    said = [judge_collapse(row, row['untrained'])[0] for row in rows]
-    return [f'{word} ({said.count(word)} of {len(said)})' if len({*said}) > 1 else word for word in dict.fromkeys(said)]
+    verdicts = [judge_collapse(row, row['untrained'])[0] for row in rows]
+    return [
+        f'{word} ({verdicts.count(word)} of {len(verdicts)})' if len({*verdicts}) > 1 else word
+        for word in dict.fromkeys(verdicts)
+    ]
 
 
-def measures():
-    """Spearman's correlation of each measure with linear top-1, within each set, and of all runs together."""
-    sets = {kind: runs_of(kind) for kind in NAMES}
-    found = {kind: correlations(rows) for kind, rows in sets.items()}
+def measures(number=None):
+    """Spearman's correlation of each measure with linear top-1, within each set, and of all runs together; the best
+    `number`, or all."""
+    sets = {kind: load_evidence(kind) for kind in NAMES}
+    by_set = {kind: correlations(rows) for kind, rows in sets.items()}
     pooled = correlations([row for rows in sets.values() for row in rows])
-    names = sorted(pooled, key=lambda name: -abs(mean(found[kind][name][0] for kind in NAMES)))
-    rows = [[MEASURES.get(name, name), *(interval(*of[name]) for of in (*found.values(), pooled))] for name in names]
+    names = sorted(pooled, key=lambda name: -abs(mean(by_set[kind][name][0] for kind in NAMES)))[:number]
+    rows = [[MEASURES.get(name, name), *(interval(*of[name]) for of in (*by_set.values(), pooled))] for name in names]
     return markdown(
         ['measure', *(f'{NAMES[kind]}, {len(rows)} runs' for kind, rows in sets.items()), 'all together'], rows
     )
+
+
+def best_measures():
+    return measures(8)
 
 
 def interval(rho, low, high):
@@ -204,7 +214,7 @@ def held_out():
     """The verdict on runs that chose nothing, and whether it was right: see `right`."""
     rows = []
     for kind in NAMES:
-        for row in runs_of(f'{kind}_held_out'):
+        for row in load_evidence(f'{kind}_held_out'):
             of = f'{NAMES[kind]}, {row["variant"].removeprefix("held_out_")}'
             word = judge_collapse(row, row['untrained'])[0]
             numbers = [
@@ -235,7 +245,7 @@ def verdicts():
     for kind in NAMES:
         counts = []
         for name in (kind, f'{kind}_held_out'):
-            of = [right(judge_collapse(row, row['untrained'])[0], row, kind) for row in runs_of(name)]
+            of = [right(judge_collapse(row, row['untrained'])[0], row, kind) for row in load_evidence(name)]
             counts.append(f'{sum(of)} of {len(of)}')
         rows.append([NAMES[kind], *counts])
     return markdown(['', 'chosen by', 'others'], rows)
@@ -250,7 +260,7 @@ def views():
     rows = []
     for n in (2, 3, 4):
         names = runs_with_views(n)
-        epochs, finals = max(curve(names[0], 'loss')), [last(name, 'knn_top1') for name in names]
+        epochs, finals = max(curve(names[0], 'loss')), [last_value(name, 'knn_top1') for name in names]
         rows.append(
             [
                 n,
@@ -258,7 +268,7 @@ def views():
                 f'{n * epochs * 15_000:,}',
                 ', '.join(map(percent, finals)),
                 percent(mean(finals)),
-                percent(mean(last(name, 'rank') for name in names)),
+                percent(mean(last_value(name, 'rank') for name in names)),
             ]
         )
     return markdown(['views', 'epochs', 'views in all', 'kNN, a seed each', 'mean', 'rank'], rows)
@@ -268,7 +278,7 @@ def views_by_augmentation():
     """The same with SimCLR's augmentation beside MoCo's, seed 0."""
     rows = []
     for name, run in (('MoCo', 'views_{}_0'), ('SimCLR', 'views_simclr_{}_0')):
-        rows.append([name, *(percent(last(run.format(n), 'knn_top1')) for n in (2, 3, 4))])
+        rows.append([name, *(percent(last_value(run.format(n), 'knn_top1')) for n in (2, 3, 4))])
     return markdown(['augmentation', '2 views', '3 views', '4 views'], rows)
 
 
@@ -284,7 +294,7 @@ def starts():
     ):
         runs = [f'{name}_{seed}' for seed in range(3)]
         early = [curve(run, 'loss')[1] for run in runs]
-        finals = [last(run, 'knn_top1') for run in runs]
+        finals = [last_value(run, 'knn_top1') for run in runs]
         rows.append([title, f'{mean(early):.3f}', ', '.join(map(percent, finals)), percent(mean(finals))])
     return markdown(['start', 'loss after an epoch', 'kNN after 15, seeds 0 to 2', 'mean'], rows)
 
@@ -350,7 +360,7 @@ def backbones():
     ):
         epochs = sum(max(curve(name, 'knn_top1')) for name in names)
         measured = (
-            percent(of) for tag in ('knn_top1', 'rank') for of in (curve(names[0], tag)[0], last(names[-1], tag))
+            percent(of) for tag in ('knn_top1', 'rank') for of in (curve(names[0], tag)[0], last_value(names[-1], tag))
         )
         rows.append([title, epochs, *measured])
     return markdown(['backbone', 'epochs', 'kNN, untrained', 'kNN', 'rank, untrained', 'rank'], rows)
@@ -377,18 +387,18 @@ def choice():
         for way, counts in found.items():
             cells = [f'{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})' for values in counts.values()]
             rows.append([f'{NAMES[kind]}, {way}', *cells])
-    return markdown(['labelled', *(f'{count}' for count in (10, 20, 50, 100))], rows)
+    return markdown(['labeled', *(f'{count}' for count in (10, 20, 50, 100))], rows)
 
 
 def maps():
-    """How well a plane keeps the neighbours that images have in feature space."""
+    """How well a plane keeps the neighbors that images have in feature space."""
     rows = []
     for kind in ('demo', 'clothing'):
         found = json.loads((RESULTS / f'map_{kind}.json').read_text())
         for way, of in found['methods'].items():
             numbers = f'{of["trustworthiness"]:.3f}', percent(of['kept']), percent(of['knn']), f'{of["seconds"]:.0f}'
             rows.append([f'{NAMES[kind]}, {found["images"]:,} images, {way}', *numbers])
-    return markdown(['', 'trustworthiness', 'of 15 neighbours kept, %', 'kNN on the map, %', 'seconds'], rows)
+    return markdown(['', 'trustworthiness', 'of 15 neighbors kept, %', 'kNN on the map, %', 'seconds'], rows)
 
 
 def draw_recipe():
@@ -402,7 +412,7 @@ def draw_recipe():
     }
     lines = [(name, [*of.items()]) for name, of in {**PUBLISHED, **ours}.items()]
     panel = plots.LineChart("CIFAR-10's recipe, kNN top-1 on val, %", lines)
-    save_png(plots.to_pil(plots.draw_curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
+    save_png(plots.figure_to_pil(plots.draw_curves([panel], (720, 420)), 2), RESULTS / 'recipe.png')
 
 
 def draw_views():
@@ -414,7 +424,82 @@ def draw_views():
     panel = plots.LineChart(
         'kNN top-1 on val, %, after equal work', lines, x_label='epochs of two views, or their work'
     )
-    save_png(plots.to_pil(plots.draw_curves([panel], (560, 320)), 2), RESULTS / 'views.png')
+    save_png(plots.figure_to_pil(plots.draw_curves([panel], (560, 320)), 2), RESULTS / 'views.png')
+
+
+PRETRAINED_ROWS = {  # what a run changes: the end of its name
+    'the default of `--init_from`': 'lr04_e12_s0',
+    'no average with the start (`--start_share=0`)': 'lr04_e12_s0',
+    'a quarter of the start (`--start_share=0.25`)': 'lr04_e12_s0',
+    'three quarters (`--start_share=0.75`)': 'lr04_e12_s0',
+    'learning rate 0.2': 'lr02_e12_s0',
+    'scale and shift of BN frozen too': 'lr04_e12_s0_affine',
+    'backbone trained from the first step (`--heads_epochs=0`)': 'lr04_e12_s0_noheads',
+    'four views, 6 epochs': 'lr04_e12_s0_views4',
+    'BN trained (`--freeze_bn=False`)': 'lr04_e12_s0_bnfree',
+    'BN trained, from the first step, at the full learning rate': 'lr04_e12_s0_asbefore',
+    '160 px, 5 epochs (another start)': 'lr04_e5_s0_160',
+}
+PRETRAINED_SHARES = {'no average': 1.0, 'a quarter': 0.25, 'three quarters': 0.75}
+PRETRAINED_SETS = {'clothing': 'clothing', 'grocery': 'groceries', 'cifar50': 'CIFAR-10, 50 a class'}
+
+
+def pretrained_runs():
+    """{run: its rows} of bench/from_pretrained.py."""
+    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50'))
+    return {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
+
+
+def pretrained_row(rows, share=0.5):
+    """The columns on test of a run's last checkpoint, averaged with the start."""
+    last_epoch = [name for name in rows if name.startswith('epoch') and 'start' not in name][-1]
+    return rows[last_epoch if share == 1.0 else f'{last_epoch}, {share:g} of the start']['test']
+
+
+def default_runs(runs, kind):
+    """The rows of the default's runs with seeds 0, 1 and 2."""
+    prefix = {'cifar50': 'cifar50_r85_s'}.get(kind, f'{kind}_lr04_e12_s')
+    return [runs[f'{prefix}{seed}'] for seed in (0, 1, 2) if f'{prefix}{seed}' in runs]
+
+
+def pretrained():
+    """Gain over ImageNet's weights with ten labels a class on test: the default with three seeds."""
+    runs, lines = pretrained_runs(), []
+    for kind, name in PRETRAINED_SETS.items():
+        rows = default_runs(runs, kind)
+        columns = [*pretrained_row(rows[0])]
+        start = [percent(rows[0]['start']['test'][column]['top1']) for column in columns]
+        lines.append([f"{name}: ImageNet's weights", *start])
+        gains = [[pretrained_row(each)[column]['gain'] for each in rows] for column in columns]
+        cells = [f'{mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})' for values in gains]
+        lines.append([f'gain, mean of seeds {", ".join(map(str, range(len(rows))))} (range)', *cells])
+    return markdown(['top-1 on test, %', *columns], lines)
+
+
+def pretrained_changes():
+    """Gain over the start with ten labels a class on test, seed 0, of runs that change one thing each."""
+    runs, lines = pretrained_runs(), []
+    for title, end in PRETRAINED_ROWS.items():
+        share = next((value for word, value in PRETRAINED_SHARES.items() if title.startswith(word)), 0.5)
+        cells = []
+        for kind in ('clothing', 'grocery'):
+            rows = runs.get(f'{kind}_{end}')
+            cell = rows and pretrained_row(rows, share)['10 a class']
+            cells.append(f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' if cell else '')
+        lines.append([title, *cells])
+    return markdown(['change', 'clothing', 'groceries'], lines)
+
+
+def draw_pretrained():
+    """results/pretrained.png: gain over ImageNet's weights by the number of labels, mean of the seeds."""
+    runs, lines = pretrained_runs(), []
+    for kind, name in PRETRAINED_SETS.items():
+        rows = [pretrained_row(each) for each in default_runs(runs, kind)]
+        points = [(count, mean(each[f'{count} a class']['gain'] for each in rows)) for count in (1, 5, 10, 30)]
+        lines.append((name, points))
+    title = "gain over ImageNet's weights on test, points"
+    panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels a class')
+    save_png(plots.figure_to_pil(plots.draw_curves([panel], (560, 340)), 2), RESULTS / 'pretrained.png')
 
 
 def write():
@@ -427,3 +512,4 @@ if __name__ == '__main__':
     write()
     draw_recipe()
     draw_views()
+    draw_pretrained()

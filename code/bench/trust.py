@@ -10,7 +10,7 @@ import json
 import sys
 
 import common  # noqa: F401
-from evidence import VARIED, options_of
+from evidence import VARIED, variant_options
 
 from ckpt import checkpoints
 from evaluate import evaluate
@@ -23,17 +23,17 @@ from train import train
 RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 
 
-def of_run(name, options, folders):
+def measure_epochs(name, options, folders):
     """[{'epoch', 'rank', 'linear', 'knn'}] of a run's epochs; trains what is not there."""
     run = resolve_path(get_config(**folders).ckpt_path) / f'model_name_{name}_ckpt_0'
     train(get_config(model_name=name, save_every_epochs=1, knn_every=1, resume='auto', **options))
-    found = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
+    metrics = {line['epoch']: line for line in read_metrics(run / 'metrics.jsonl')}
     rows = []
     for path in checkpoints(run):
-        judged = evaluate(get_config(ckpt_name=f'{run.name}/{path.name}', protocol='linear', **folders))
-        line = found[judged['epoch']]
+        linear = evaluate(get_config(ckpt_name=f'{run.name}/{path.name}', protocol='linear', **folders))
+        line = metrics[linear['epoch']]
         measures = {'rank': line['pretraining/rank'], 'knn': line['pretraining/knn_top1']}
-        rows.append({'epoch': judged['epoch'], 'linear': judged['top1'], **measures})
+        rows.append({'epoch': linear['epoch'], 'linear': linear['top1'], **measures})
     return rows
 
 
@@ -41,12 +41,12 @@ def main():
     given = dict(text.removeprefix('--').split('=', 1) for text in sys.argv[1:])
     output, seeds = resolve_path(given.pop('output')), given.pop('seeds', '0,1,2').split(',')
     init_device(get_config(preset='demo'))
-    found = {}
+    results = {}
     for seed in seeds:
         for number, title in enumerate(RUNS):
-            options = options_of('demo', {**given, 'max_epochs': 15, 'random_seed': seed}, VARIED[title])
-            found.setdefault(title, {})[seed] = of_run(f'trust_{number}_{seed}', options, given)
-            output.write_text(json.dumps({'preset': 'demo', 'runs': found}, indent=1) + '\n')
+            options = variant_options('demo', {**given, 'max_epochs': 15, 'random_seed': seed}, VARIED[title])
+            results.setdefault(title, {})[seed] = measure_epochs(f'trust_{number}_{seed}', options, given)
+            output.write_text(json.dumps({'preset': 'demo', 'runs': results}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

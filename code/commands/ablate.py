@@ -1,4 +1,4 @@
-"""The paper's ablations (section 4) on any preset: a table's variants one after the other, ours beside the paper's."""
+"""ablate: the paper's ablations (section 4) on any preset."""
 
 import json
 
@@ -18,11 +18,11 @@ from train import train
 
 
 def ablate(args):
-    """Train and evaluate every variant of --ablation; the rows that result. Started again it goes on where it was.
+    """Train and evaluate every variant of --ablation. Returns the rows of the table. Called again, it continues.
 
-    Each variant is a run of its own, model_name_<model_name>_<table>_<number>_ckpt_0. Writes <table>.json and .png in
-    the log folder (<model_name>_<table> where --model_name is given). Where --max_minutes end a variant, it says how to
-    go on and returns the rows that are whole.
+    Each variant is a run, model_name_<model_name>_<table>_<number>_ckpt_0. It writes <table>.json and .png in the log
+    folder (<model_name>_<table> with --model_name). If --max_minutes end a variant, it logs how to continue and returns
+    the finished rows.
     """
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.given:
@@ -35,7 +35,7 @@ def ablate(args):
             train(variant_args)
             result = finished_result(variant_args)
         if not result:
-            log(f'{args.ablation}: not all is trained; the same command goes on where it was')
+            log(f'{args.ablation}: not all variants are trained; the same command continues')
             return rows
         rows.append({'variant': variant, 'options': options, **result_row(args, *result), 'paper': paper})
     named = 'model_name' in args.given
@@ -47,30 +47,30 @@ def ablate(args):
 
 
 def save_table(base, rows):
-    """The rows as <base>.json, their curves as <base>.png."""
+    """Write the rows to <base>.json, and their curves to <base>.png."""
     data, image = (base.with_name(base.name + suffix) for suffix in ('.json', '.png'))
     atomic_write_on_main(data, lambda aside: aside.write_text(json.dumps(rows, indent=2) + '\n'))
-    drawn = (
+    charts = (
         ('std of z / |z|, times sqrt(d)', 'std_curve', (0, 1.1)),
         ('loss', 'loss_curve', None),
         ('kNN top-1, %', 'knn_curve', None),
     )
-    picture = plots.draw_curves(
-        [plots.LineChart(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in drawn]
+    figure = plots.draw_curves(
+        [plots.LineChart(title, [(row['variant'], row[key]) for row in rows], bounds) for title, key, bounds in charts]
     )
-    save_png(plots.to_pil(picture), image)
+    save_png(plots.figure_to_pil(figure), image)
 
 
 def plan_variants(args):
-    """[(variant, options, the paper's top-1, its args)] of --ablation: what cannot be trained is known before the first
-    is. Raises UserError; variants of larger batches than there are images are left out, and said."""
-    found, images = [], 0
+    """Return [(variant, options, the paper's top-1, args)] of --ablation. Raises UserError for variants that cannot be
+    trained; those with a batch larger than the dataset are skipped, with a message."""
+    planned, images = [], 0
     if any('batch_size' in options for _, options, _ in TABLES[args.ablation]):
         init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
-        if both := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
-            raise UserError(f'--{both[0]} is what --ablation={args.ablation} varies: leave it out')
+        if fixed := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
+            raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
         variant_args = replace_args(
@@ -79,14 +79,14 @@ def plan_variants(args):
         variant_args.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
-            log(f'{args.ablation}: {variant} is left out, for there are {images} images')
+            log(f'{args.ablation}: {variant} is left out: there are only {images} images')
         else:
-            found.append((variant, options, paper, variant_args))
-    return found
+            planned.append((variant, options, paper, variant_args))
+    return planned
 
 
 def result_row(args, run, result):
-    """What a run has come to: its accuracies, last loss and std, and their curves as pairs of epoch and value."""
+    """Return the results of a run: accuracies, last loss and std, and curves as lists of (epoch, value)."""
     content, _ = upgrade(read_checkpoint(checkpoints(run)[-1]))
     logged = read_scalars(resolve_path(args.log_path) / run.name)
     curves = {
@@ -105,7 +105,7 @@ def result_row(args, run, result):
 
 
 def format_markdown(rows):
-    """The rows as Markdown, which is readable as it is."""
+    """Format the rows as a Markdown table."""
     with_paper = any(row['paper'] for row in rows)
     lines = [
         '| variant | linear | kNN | loss | std |' + with_paper * ' paper: linear, ImageNet |',

@@ -1,4 +1,4 @@
-"""check_dataloader: is every image readable, what lies beside the images, and what do the batches look like?"""
+"""check_dataloader: read every image, describe the batches, and save a picture of two views."""
 
 import hashlib
 import time
@@ -19,7 +19,7 @@ from dataloader.loading.pixel_settings import (
     warn_pixel_range,
 )
 from engine.auto_preset import choose_preset
-from logger import picture
+from logger import save_view_grid
 from runtime.console import print_message, printable
 from runtime.device import init_device
 from runtime.errors import WorkError, resolve_path
@@ -29,28 +29,28 @@ from runtime.options import channel_numbers
 from runtime.seeding import generator_for
 from utils import prepare_batch
 
-SECONDS = 5  # to time the batches of a split for
+SECONDS = 5  # time limit for reading batches of a split
 
 
 def check_dataloader(args):
-    """Say of each split: images, classes, batch shape, type and range, images/s; save a picture of two views.
+    """Log images, classes, batch shape, type, range and images/s of each split, and save a picture of two views.
 
-    Raises WorkError, after naming each, where files cannot be read; UserError for a folder that is not laid out.
+    Raises WorkError for unreadable files, after logging each, and UserError for an unknown folder layout.
     """
     root = resolve_path(args.image_path)
     init_device(args)
     path = resolve_path(args.log_path) / f'check_dataloader_{root.name[:50]}.png'
     try_writing(path)
-    parts = find_split_sources(args)
-    args = choose_preset(args, parts)
-    args = resolve_mean_std(resolve_pixels(args, parts['train'].store), parts['train'].store)
-    unreadable, read = read_and_hash_all(args, parts)
+    sources = find_split_sources(args)
+    args = choose_preset(args, sources)
+    args = resolve_mean_std(resolve_pixels(args, sources['train'].store), sources['train'].store)
+    unreadable, read = read_and_hash_all(args, sources)
     if unreadable and args.on_unreadable == 'error':
         raise WorkError(
             f'{unreadable} of the {read} images under {printable(root)} cannot be read: replace or delete '
             'them, or --on_unreadable=skip leaves them out'
         )
-    iterators = get_iterator(args, parts)
+    iterators = get_iterator(args, sources)
     log(
         f'{printable(root)}, '
         + ('every image was read' if not unreadable else f'{unreadable} of {read} images left out')
@@ -69,18 +69,19 @@ def check_dataloader(args):
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = make_views(args, iterators['train'].dataset, images[:16])
-    picture([vision.to_picture(view, args) for view in views], path)
+    save_view_grid([vision.to_picture(view, args) for view in views], path)
     log(f'the two views of {len(views[0])} images: {printable(path)}')
 
 
-def read_and_hash_all(args, parts):
-    """(images that cannot be read, images), after saying which, and which are there twice."""
+def read_and_hash_all(args, sources):
+    """Read all images, log unreadable ones, and warn of duplicates within train and between splits. Returns (number of
+    unreadable images, number of images)."""
     unreadable = read = 0
     trained_on = {}  # digest to the image's name
-    for name, part in sorted(parts.items(), key=lambda item: item[0] != 'train'):
-        pixel_format = find_pixel_format(args, part.store)
-        digests = [*map_images(part.store, f'reading {name}', hash_pixels, pixel_format)]
-        for error in [found for found in digests if isinstance(found, WorkError)]:
+    for name, source in sorted(sources.items(), key=lambda item: item[0] != 'train'):
+        pixel_format = find_pixel_format(args, source.store)
+        digests = [*map_images(source.store, f'reading {name}', hash_pixels, pixel_format)]
+        for error in [digest for digest in digests if isinstance(digest, WorkError)]:
             digests[error.row] = None
             log(str(error))
             unreadable += 1
@@ -88,37 +89,37 @@ def read_and_hash_all(args, parts):
         if name == 'train':
             trained_on = {known: row for row, known in enumerate(digests) if known}
             if twice := len([*filter(None, digests)]) - len(trained_on):
-                log(f'train  {twice} images are there once more: the same pixels in another file')
+                log(f'train  {twice} images are duplicates: the same pixels as another file')
         elif same := [row for row, known in enumerate(digests) if known in trained_on]:
-            other = parts['train'].store.names[trained_on[digests[same[0]]]]
+            other = sources['train'].store.names[trained_on[digests[same[0]]]]
             print_message(
                 'warning',
-                f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: what is judged '
-                f'on them was learned. The first is {printable(part.store.names[same[0]])}, in train '
+                f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: accuracy on '
+                f'them is overestimated. The first is {printable(source.store.names[same[0]])}, in train '
                 f'{printable(other)}',
             )
     return unreadable, read
 
 
 def hash_pixels(pixels):
-    """What two images, C x H x W, have in common that have the same pixels: 8 bytes."""
+    """Return an 8-byte digest of pixels, C x H x W."""
     return hashlib.blake2b(pixels.tobytes(), key=b'%d %d %d' % pixels.shape, digest_size=8).digest()
 
 
 def describe_loader(args, batches):
-    """One line on a split; the images/s are those of ready views, decoding and augmentation included."""
+    """Describe a split in one line. images/s includes decoding and augmentation."""
     images, first = batches.dataset, None
-    seen, started = 0, time.time()
+    num_images, started = 0, time.time()
     for batch in batches:
         batch, _ = prepare_batch(args, batch)
         views = make_views(args, images, batch) if images.views else (eval_view(args, batch),)
         first = first or (batch, views)
-        seen += len(batch)
+        num_images += len(batch)
         if time.time() - started > SECONDS:
             break
     if batch.is_cuda:
-        torch.cuda.synchronize(batch.device)  # what was begun is not yet done
-    speed = seen / (time.time() - started)
+        torch.cuda.synchronize(batch.device)
+    speed = num_images / (time.time() - started)
     batch, views = first
     classes = f'{len(images.classes)} classes' if (images.labels >= 0).any() else 'no classes'
     unlabeled = int((images.labels < 0).sum())
@@ -134,8 +135,8 @@ def describe_loader(args, batches):
 
 
 def describe_channels(args, images):
-    """A line on each channel of images that are not red, green and blue of 8 bits: its range, its mean in the levels'
-    range, and the share of its values at the ends."""
+    """Describe each channel of images that are not 8-bit RGB: range, mean, and shares of black and white. Returns
+    lines."""
     if images.pixel_format.is_rgb8:
         return []
     parts = [*sample_pixels(images.store, images.pixel_format)]
@@ -146,8 +147,7 @@ def describe_channels(args, images):
         lines.append(
             f'channel {channel}: {values.min():g} to {values.max():g}, mean '
             f'{(values.mean() - black) / (white - black):.4f} between black ({black:g}) and white ({white:g}); '
-            f'{(values <= black).mean():.2%} at black or below, '
-            f'{(values >= white).mean():.2%} at white or above'
+            f'{(values <= black).mean():.2%} at black or below, {(values >= white).mean():.2%} at white or above'
         )
     return lines
 

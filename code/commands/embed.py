@@ -1,4 +1,4 @@
-"""Features of every image of a folder, for use elsewhere, and a look at them in TensorBoard's projector."""
+"""embed: write the features of every image of a folder, and show some in TensorBoard's projector."""
 
 import contextlib
 import io
@@ -24,20 +24,20 @@ NEIGHBORS = 15
 
 
 def embed(args):
-    """Write --output: .npz (arrays features, N x d float32, and names, N), .csv (name, then d numbers) or .parquet
-    (arrow_table). Returns it.
+    """Write --output: .npz (features, N x d float32, and names, N), .csv (name and d numbers) or .parquet
+    (arrow_table). Returns its path.
 
-    The images are those that infer would predict. Up to --projector_images of them also go to TensorBoard's projector,
-    with thumbnails. Raises UserError without a checkpoint or images, or for another kind of file.
+    The images are those that infer would predict. Up to --projector_images are written for TensorBoard's projector,
+    with thumbnails. Raises UserError without a checkpoint or images, or for another file type.
     """
     output = resolve_path(args.output or 'data/features.npz')
     if output.suffix not in ('.npz', '.csv', '.parquet'):
         raise UserError(f'--output of embed ends in .npz, .csv or .parquet, not {output.name!r}')
     parquet = require_package('pyarrow.parquet', output.name) if output.suffix == '.parquet' else None
     if not args.ckpt_name:
-        raise UserError('embed wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
-    wanted = resolve_path(args.image_path) if 'image_path' in args.given else None
-    args, backbone, checkpoint, images = load_to_predict(args, wanted, output)
+        raise UserError('embed needs --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
+    requested_path = resolve_path(args.image_path) if 'image_path' in args.given else None
+    args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
     features = features.cpu()
 
@@ -57,9 +57,9 @@ def embed(args):
     if args.projector_images and not distributed.rank():
         logger = Logger(resolve_path(args.log_path) / checkpoint['run'].name / 'projector')
         rows = evenly_spaced(len(images), args.projector_images)
-        names = [printable(images.names[row]) for row in rows]  # a tab or a new line would break its table
+        names = [printable(images.names[row]) for row in rows]  # tabs and newlines would break the projector's table
         thumbnails = torch.nn.functional.interpolate(load_crops(args, images, rows), (32, 32), mode='area')
-        with contextlib.redirect_stdout(io.StringIO()):  # of a folder that is there it asks whether that is meant
+        with contextlib.redirect_stdout(io.StringIO()):  # TensorBoard prints a warning for an existing folder
             logger.writer.add_embedding(features[rows], names, thumbnails, global_step=checkpoint['epoch'])
         logger.close()
         log(f'in the projector: tensorboard --logdir {logger.folder}')
@@ -67,8 +67,8 @@ def embed(args):
 
 
 def arrow_table(images, features):
-    """A pyarrow table, a row an image, as viewers of embeddings open it: file, split into text that is no bytes; label;
-    features, d float32; x and y, a map of the features; neighbors, {ids: row numbers, distances: 1 - cosine}."""
+    """Build a pyarrow table for embedding viewers, one row per image: file, label, features (d float32), x and y (a 2-D
+    projection), and neighbors {ids: row numbers, distances: 1 - cosine}."""
     import pyarrow
 
     cosine, rows = topk_neighbors(features, features, min(NEIGHBORS + 1, len(features)))

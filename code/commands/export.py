@@ -1,4 +1,4 @@
-"""The backbone alone, as another tool wants it."""
+"""export: write the backbone in the format of another tool."""
 
 import pickle
 
@@ -21,14 +21,13 @@ SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': 
 def export(args):
     """Write the backbone of --ckpt_name to --output in --format. Returns the path.
 
-    torchvision: the state dict without the last layer of the classifier, of a network that it has by the same names.
-    timm: a folder that timm.create_model('local-dir:...') loads, with a model card. detectron2: a ResNet's by its
-    names, as a pickle of arrays. safetensors: the state dict by our names (torchvision's or timm's, of their networks).
-    onnx: the network itself, from N x 3 x S x S normalised images to N x d features, any N. Raises UserError where the
-    tool has no such architecture.
+    torchvision: a state dict with torchvision's names, without the classification layer. timm: a folder for
+    timm.create_model('local-dir:...'), with a model card. detectron2: a ResNet with detectron2's names, as a pickle of
+    arrays. safetensors: the state dict with the names of its library. onnx: the network, from N x C x S x S normalized
+    images to N x d features, for any N. Raises UserError if the tool does not have the architecture.
     """
     if not args.ckpt_name:
-        raise UserError('export wants --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
+        raise UserError('export needs --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
     check_format(args)
     backbone = model.backbone.eval()
@@ -51,16 +50,16 @@ def export(args):
         atomic_write_on_main(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
-        about = {
+        metadata = {
             name: str(getattr(args, name)) for name in ('backbone', 'stem', *PREPROCESSING, 'channels', 'white_level')
         }
-        atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=about))
+        atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=metadata))
     else:
         require_package('onnxscript', '--format=onnx')
         atomic_write_on_main(output, lambda aside: to_onnx(backbone, args.num_channels, args.image_size, aside))
     if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
-            f'; C4 wants bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
+            f'; C4 needs bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
             f'{name.removeprefix("resnet")} and MODEL.RESNETS.RES2_OUT_CHANNELS 64'
         )
     log(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
@@ -69,7 +68,7 @@ def export(args):
 
 
 def check_format(args):
-    """Raise UserError where the tool of --format has not this backbone."""
+    """Raise UserError if --format does not support this backbone."""
     if not is_supported(args.backbone, args.stem, args.format):
         raise UserError(
             f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
@@ -83,7 +82,7 @@ def check_format(args):
 
 
 def constructor_args(args, state):
-    """The options that the tool's network is made with, as code."""
+    """Return the constructor arguments of the tool's network, as Python code."""
     if args.format == 'torchvision':
         return ', '.join(
             f'{name}={value}' for name, value in constructor_kwargs(args.backbone, args.image_size).items()
@@ -101,32 +100,32 @@ def constructor_args(args, state):
 
 
 def to_timm_folder(args, checkpoint, backbone, state, folder):
-    """config.json, model.safetensors and README.md, the model card."""
+    """Write a timm folder: config.json, model.safetensors and README.md, the model card."""
     save_file = require_package('safetensors.torch', '--format=timm').save_file
     require_package('timm', '--format=timm')
     name = args.backbone.removeprefix('timm/')
     features = feature_dim(backbone, args.image_size, args.num_channels)
-    about = model_card.make_timm_config(args, name, features)
+    config = model_card.make_timm_config(args, name, features)
     model_args = {'img_size': args.image_size} if constructor_args(args, state) else {}
     model_args |= {'in_chans': args.num_channels} if args.num_channels != 3 else {}
-    about |= {'model_args': model_args} if model_args else {}
+    config |= {'model_args': model_args} if model_args else {}
     atomic_write_on_main(folder / 'model.safetensors', lambda aside: save_file(state, aside, metadata={'format': 'pt'}))
-    atomic_write_on_main(folder / 'config.json', lambda aside: aside.write_text(model_card.to_json_text(about)))
+    atomic_write_on_main(folder / 'config.json', lambda aside: aside.write_text(model_card.to_json_text(config)))
     text = model_card.render_model_card(args, checkpoint, name, features)
     atomic_write_on_main(folder / 'README.md', lambda aside: aside.write_text(text, encoding='utf-8'))
 
 
 def mean_std_text(args):
-    """Mean and standard deviation of the pixels, 0 to 255, as text."""
-    found = {}
+    """Return {'mean', 'std'} of the pixels on the scale 0 to 255, as text."""
+    texts = {}
     for name in ('mean', 'std'):
         values = expand_channel_values(name, getattr(args, name), args.num_channels)
-        found[name] = ', '.join(f'{255 * value:.3f}' for value in values)
-    return found
+        texts[name] = ', '.join(f'{255 * value:.3f}' for value in values)
+    return texts
 
 
 def is_supported(backbone, stem, tool):
-    """Whether a tool has this network, its layers by the same names as here or by names that are known here."""
+    """Whether the format supports this backbone."""
     if tool in ('onnx', 'safetensors'):
         return True
     if stem == 'cifar':
@@ -139,7 +138,7 @@ def is_supported(backbone, stem, tool):
 
 
 def to_onnx(backbone, channels, size, path):
-    """One file, weights inside; the batch is of any size."""
+    """Export to one ONNX file with weights, for any batch size."""
     example = torch.zeros(2, channels, size, size)
     program = torch.onnx.export(
         backbone,
@@ -153,7 +152,7 @@ def to_onnx(backbone, channels, size, path):
     program.save(path, external_data=False)
 
 
-# How each is loaded there, in a line. Images are RGB, in [0, 1], normalised by --mean and --std.
+# How to load each format. Images are RGB in [0, 1], normalized by --mean and --std.
 LOAD_SNIPPET = {
     'torchvision': 'load: m = torchvision.models.{name}({more}); '
     "m.load_state_dict(torch.load('{file}'), strict=False); the classifier's last layer alone is missing",

@@ -1,6 +1,7 @@
-"""`runs`: every run of --ckpt_path in a table: state, epoch, loss, std, kNN, rank, result, and the options that differ.
+"""runs: a table of all runs in --ckpt_path: state, epoch, loss, std, kNN, rank, linear accuracy, and options that
+differ.
 
-Reads small files alone and imports nothing heavy: a thousand runs take about a second.
+It reads only small files and does not import torch: a thousand runs take about a second.
 """
 
 import shutil
@@ -14,7 +15,7 @@ from runtime.files import atomic_write, csv_writer, is_number, is_result_for, re
 from runtime.options import rename_options
 from runtime.run_lock import LOCK_FILE, is_alive
 
-# Columns that may be sorted by, and whether the largest comes first.
+# Columns to sort by, and whether the largest value comes first.
 COLUMNS = {
     'run': False,
     'state': False,
@@ -25,9 +26,9 @@ COLUMNS = {
     'rank': False,
     'linear': True,
 }
-# What a value of each option may be in a file of JSON.
+# Allowed types of each option's value in JSON.
 TYPES = {name: (option.type, int) if option.type is float else (option.type,) for name, option in OPTIONS.items()}
-# Of the call and the machine, not of what is trained.
+# Options of the call and the machine, which are not shown.
 NOT_SHOWN = {
     'model_name',
     'ckpt_path',
@@ -44,26 +45,25 @@ NOT_SHOWN = {
 
 
 def runs(args):
-    """Print the table, sorted by --sort, or with --diff two runs' options side by side; --output: also as CSV.
-
-    Raises UserError where there is no run, or none of a name in --diff.
+    """Print the table, sorted by --sort, or with --diff the options of two runs; with --output also write a CSV file.
+    Returns the rows. Raises UserError if there is no run, or a run of --diff does not exist.
     """
     root = resolve_path(args.ckpt_path)
-    marks = ('run.json', 'metrics.jsonl', 'loss_*_epoch_*')  # any of them makes a folder a run's
+    marks = ('run.json', 'metrics.jsonl', 'loss_*_epoch_*')  # a run folder has one of these
     folders = sorted({path.parent for mark in marks for path in root.glob(f'*/{mark}')})
     if not folders:
         raise UserError(f'there is no run in {root} yet: python3 cli.py train')
     if args.diff:
         return diff_runs(root, [name.strip() for name in args.diff.split(',')], args.output)
     every = [read_run_options(folder) for folder in folders]
-    found = [(run_row(folder, options), options) for folder, options in zip(folders, every, strict=True)]
-    known = [options for options in every if options]
-    varied = varying_options(known)
-    majority = {name: mode([options.get(name) for options in known]) for name in varied}
-    for row, options in found:
-        own = [name for name in varied if name in options and options[name] != majority[name]]
-        row['options'] = ' '.join(f'{name}={options[name]}' for name in own)
-    rows = sort_rows([row for row, _ in found], args.sort)
+    entries = [(run_row(folder, options), options) for folder, options in zip(folders, every, strict=True)]
+    readable = [options for options in every if options]
+    differing = varying_options(readable)
+    majority = {name: most_frequent([options.get(name) for options in readable]) for name in differing}
+    for row, options in entries:
+        deviating = [name for name in differing if name in options and options[name] != majority[name]]
+        row['options'] = ' '.join(f'{name}={options[name]}' for name in deviating)
+    rows = sort_rows([row for row, _ in entries], args.sort)
     print(format_table(rows, None if args.output or not sys.stdout.isatty() else shutil.get_terminal_size().columns))
     if args.output:
         write_table(resolve_path(args.output), [[*rows[0]], *(row.values() for row in rows)])
@@ -71,16 +71,16 @@ def runs(args):
 
 
 def write_table(path, rows):
-    """Rows, the first their titles, as CSV."""
+    """Write rows, with the titles first, as a CSV file."""
     atomic_write(path, csv_writer(rows))
     print(f'written to {path}')
 
 
 def run_row(folder, options):
-    """What a run has come to, as text by column; '' for what it has not."""
+    """Return the row of a run: {column: text}; '' for missing values."""
     lines, last = read_metrics(folder / 'metrics.jsonl'), {}
     for line in lines:
-        if line['epoch'] or not lines[-1]['epoch']:  # what the untrained network had is not the run's
+        if line['epoch'] or not lines[-1]['epoch']:  # skip epoch 0, the untrained network
             last = {**last, **line}
     at_end = {
         name: last.get(f'pretraining/{tag}')
@@ -88,7 +88,7 @@ def run_row(folder, options):
     }
     epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
     results = [content for _, content in read_in_order(folder.glob('evaluate_linear*.json'))]
-    judged = [
+    linear = [
         result
         for result in results
         if is_number(result.get('top1'))
@@ -101,13 +101,13 @@ def run_row(folder, options):
         'state': run_status(folder, epoch, epochs),
         'epoch': f'{epoch}/{epochs or "?"}',
         **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
-        'linear': f'{judged[-1]["top1"]:.2f}' if judged else '',
+        'linear': f'{linear[-1]["top1"]:.2f}' if linear else '',
     }
 
 
 def run_status(folder, epoch, epochs):
-    """finished; running, where its process is there (or on another machine said to be); stopped, saved; lost: its
-    process is gone and has not said so; unknown: its run.json is."""
+    """Return the state of a run: running (or running on another machine), lost (its process died), stopped, finished,
+    or unknown (no run.json)."""
     mark = read_json(folder / LOCK_FILE)
     if mark:
         if mark.get('host') != socket.gethostname():
@@ -119,25 +119,25 @@ def run_status(folder, epoch, epochs):
 
 
 def read_run_options(folder):
-    """The options that a run says it has, as far as they are of their types; none where run.json is damaged."""
-    found = read_json(folder / 'run.json').get('args', {})
-    found = rename_options(found) if isinstance(found, dict) else {}
-    return {name: value for name, value in found.items() if type(value) in TYPES.get(name, ())}
+    """Read the options of a run from run.json; {} if it is damaged. Values of a wrong type are skipped."""
+    saved = read_json(folder / 'run.json').get('args', {})
+    saved = rename_options(saved) if isinstance(saved, dict) else {}
+    return {name: value for name, value in saved.items() if type(value) in TYPES.get(name, ())}
 
 
 def varying_options(options):
-    """The options that are not the same in all runs."""
+    """Return the names of options that differ between runs. options: a list of dicts."""
     names = [name for name in OPTIONS if name not in NOT_SHOWN]
-    return [name for name in names if len({repr(of.get(name)) for of in options}) > 1]
+    return [name for name in names if len({repr(each.get(name)) for each in options}) > 1]
 
 
-def mode(values):
-    """The first of those that come most often; None where there are too many to tell."""
+def most_frequent(values):
+    """Return the most frequent value; None if there are 100 different ones or more."""
     return max(dict.fromkeys(values), key=values.count) if len({*values}) < 100 else None
 
 
 def sort_rows(rows, column):
-    """Rows by a column; those that have no number there last."""
+    """Sort rows by a column; those without a value come last."""
     if column in ('run', 'state'):
         return sorted(rows, key=lambda row: row[column])
     with_it = [row for row in rows if row[column] not in ('', 'nan')]
@@ -146,26 +146,27 @@ def sort_rows(rows, column):
 
 
 def format_table(rows, width):
-    """Columns under their names; lines no longer than `width`, where there is one."""
+    """Format rows as a table with titles. width: of the terminal, to truncate lines; None for no limit."""
     text = format_columns([[*rows[0]], *(row.values() for row in rows)])
     return '\n'.join(line if not width else truncate(line, width) for line in text)
 
 
 def diff_runs(root, names, output=''):
-    """Print the options and last numbers in which the named runs differ, perhaps also as CSV; returns them."""
+    """Print the options and last metrics in which two runs differ, and write them as CSV with `output`. Returns
+    rows."""
     for name in names:
         if not (root / name / 'run.json').is_file():
             raise UserError(f'--diff: there is no run {name} in {root}; python3 cli.py runs lists them')
     if len(names) != 2:
-        raise UserError('--diff wants two runs: --diff=RUN1,RUN2')
+        raise UserError('--diff needs two runs: --diff=RUN1,RUN2')
     options = [read_run_options(root / name) for name in names]
-    rows = [run_row(root / name, of) for name, of in zip(names, options, strict=True)]
-    found = [(f'--{name}', *(str(of.get(name)) for of in options)) for name in varying_options(options)]
-    found += [
+    rows = [run_row(root / name, each) for name, each in zip(names, options, strict=True)]
+    differences = [(f'--{name}', *(str(each.get(name)) for each in options)) for name in varying_options(options)]
+    differences += [
         (name, *(row[name] for row in rows)) for name in COLUMNS if name != 'run' and rows[0][name] != rows[1][name]
     ]
-    lines = [('', *names), *found]
+    lines = [('', *names), *differences]
     print('\n'.join(format_columns(lines)))
     if output:
-        write_table(resolve_path(output), [('option', *names), *found])
-    return found
+        write_table(resolve_path(output), [('option', *names), *differences])
+    return differences

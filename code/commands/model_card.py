@@ -1,4 +1,4 @@
-"""The model card of an exported backbone: what it was trained on, from which weights, how good it is, how to use it."""
+"""The model card of an exported backbone: training data, initial weights, license, results, usage."""
 
 import json
 import shlex
@@ -10,22 +10,30 @@ from runtime.options import channel_numbers, expand_channel_values
 
 
 def find_license(source, backbone):
-    """The licence of the weights that a run began with, as their source states it; '' where it does not, or of none."""
+    """Return the license of a run's initial weights, as stated by timm; '' if unknown. source: --init_from."""
     if source.startswith('timm') and is_off_the_shelf(source):
         name = source.removeprefix('timm').removeprefix('/') or backbone.removeprefix('timm/')
-        known = timm_config(name)
-        return (known and known.license) or ''
+        config = timm_config(name)
+        return (config and config.license) or ''
     return ''
 
 
 def render_model_card(args, checkpoint, name, features):
-    """The card as Markdown. name: of the network in timm; features: their number."""
+    """Render the model card as Markdown. name: of the network in timm; features: number of features."""
     run = checkpoint['run']
-    about = read_json(run / 'run.json')
-    known = find_license(args.init_from, args.backbone)
+    run_info = read_json(run / 'run.json')
+    license_name = find_license(args.init_from, args.backbone)
     head = ['---', 'library_name: timm', 'tags: [image-feature-extraction, simsiam]']
-    head += [f'license: {known}'] if known else []
-    lines = [*head, '---', '', f'# {name}, SimSiam', '', *describe_model(args, checkpoint, about, features, known), '']
+    head += [f'license: {license_name}'] if license_name else []
+    lines = [
+        *head,
+        '---',
+        '',
+        f'# {name}, SimSiam',
+        '',
+        *describe_model(args, checkpoint, run_info, features, license_name),
+        '',
+    ]
     lines += ['## How good it is', '', *describe_results(args, checkpoint), '']
     lines += ['## Use', '', '```python', 'import timm', '']
     lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
@@ -34,55 +42,69 @@ def render_model_card(args, checkpoint, name, features):
         f'features = backbone(transform(image).unsqueeze(0))    # 1 x {features}; image: PIL, RGB',
         '```',
         '',
-        'Nothing here was judged on other images than those named above.',
+        'All results are on the images named above.',
     ]
     return '\n'.join(lines) + '\n'
 
 
-def describe_model(args, checkpoint, about, features, known):
-    """What it is, in lines."""
-    images = about.get('images', {})
+def describe_model(args, checkpoint, run_info, features, license_name):
+    """Describe the model: a list of lines."""
+    images = run_info.get('images', {})
     lines = [
-        f'A backbone of {features} features an image, trained without labels by SimSiam (arXiv 2011.10566).',
+        f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566).',
         '',
         f'- images: {images.get("number", "unknown")}, whose names and classes have the digest '
         f'{images.get("digest", "unknown")}; they are not part of this folder',
-        f'- began with: {args.init_from or "random weights"}'
-        + (f', licence {known}' if known else ', whose licence its source does not state' if args.init_from else ''),
+        f'- initial weights: {describe_start(args)}'
+        + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
         f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
-        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, centre crop '
+        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, center crop '
         f'of {args.crop_ratio:g}',
     ]
-    if about.get('command'):
-        lines.append(f'- command: `python3 {shlex.join(about["command"])}`')
-    if commit := about.get('versions', {}).get('commit'):
-        lines.append(f'- code: commit {commit}, torch {about["versions"].get("torch")}')
+    if run_info.get('command'):
+        lines.append(f'- command: `python3 {shlex.join(run_info["command"])}`')
+    if commit := run_info.get('versions', {}).get('commit'):
+        lines.append(f'- code: commit {commit}, torch {run_info["versions"].get("torch")}')
     if channel_numbers(args.channels):
         lines.append(f'- channels {args.channels}, each from black to white at white_level {args.white_level}')
     return lines
 
 
+def describe_start(args):
+    """Name the initial weights of a run."""
+    names = {
+        '': 'random weights',
+        'imagenet': f"torchvision's ImageNet weights of {args.backbone}",
+        'timm': args.backbone,
+    }
+    return names.get(args.init_from, args.init_from)
+
+
 def describe_results(args, checkpoint):
-    """The verdict and the tables of evaluate, in lines."""
+    """Describe the verdict and the results of evaluate: a list of lines."""
     run, lines = checkpoint['run'], []
-    if run.is_dir() and (found := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
-        lines += ['**{}**: {}'.format(*found), '']
-    mine = [result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name]
-    for result in mine:
+    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
+        lines += ['**{}**: {}'.format(*verdict), '']
+    own_results = [
+        result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name
+    ]
+    for result in own_results:
         if result.get('rows'):
             lines += [*format_compare_table(result), '']
         elif 'top1' in result:
             images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
             lines.append(f'- {result["protocol"]}: top-1 {result["top1"]:.2f} % of {images} images')
-    return lines or ['Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.']
+    if not own_results:
+        lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
+    return lines
 
 
 def format_compare_table(result):
-    """The rows of --protocol=compare as a table."""
+    """Format the rows of --protocol=compare as a Markdown table: a list of lines."""
     columns = [*result['rows'][0]['columns']]
     head = f'Top-1 in percent on the {result["num_val"]} images of {result["judged_on"]}, ± standard error; '
-    lines = [head + 'in brackets how far this backbone is above the row, paired by image.', '']
+    lines = [head + 'in brackets the gain of this backbone over the row, paired by image.', '']
     lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
     for row in result['rows']:
         cells = [row['columns'][column] for column in columns]
@@ -95,12 +117,14 @@ def format_compare_table(result):
 
 
 def make_timm_config(args, name, features, tag='simsiam'):
-    """config.json of the folder, as timm reads it."""
-    known = timm_config(name)
-    traits = known.to_dict() if known else {}
-    kept = {key: traits[key] for key in ('first_conv', 'classifier', 'pool_size', 'fixed_input_size') if key in traits}
+    """Return the content of config.json for timm."""
+    config = timm_config(name)
+    traits = config.to_dict() if config else {}
+    copied = {
+        key: traits[key] for key in ('first_conv', 'classifier', 'pool_size', 'fixed_input_size') if key in traits
+    }
     cfg = {
-        **kept,
+        **copied,
         'tag': tag,
         'custom_load': False,
         'input_size': [args.num_channels, args.image_size, args.image_size],

@@ -1,4 +1,4 @@
-"""pack: the images of a folder as tar archives, which cost a disk one long file in place of a million."""
+"""pack: write the images of a dataset as tar archives, for fast sequential reading."""
 
 import io
 import os
@@ -20,54 +20,52 @@ from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import try_writing
 from runtime.messages import log, progress
 
-QUALITY = 95  # of JPEG, where images are made smaller
-JPEG_SIDE = 65_500  # px, the most that the library writes
+JPEG_QUALITY = 95  # of resized images
+MAX_JPEG_SIDE = 65_500  # pixels; limit of libjpeg
 
 
 def pack(args):
-    """Write --output/<split>-000000.tar, ...: a folder in it is a class. Returns --output.
+    """Write --output/<split>-000000.tar, ..., with a folder per class. Returns --output.
 
-    The files go in as they are, or with --pack_short_side with this shorter side in pixels, as JPEG. The same images
-    give the same bytes. Raises UserError where --output holds archives already, WorkError for an image that cannot be
-    read where it has to be.
+    Files are packed unchanged, or with --pack_short_side resized, as JPEG. The result is deterministic. Raises
+    UserError if --output has archives already, WorkError for an unreadable image that must be resized.
     """
     if not args.output:
-        raise UserError('pack wants --output=FOLDER, for the archives')
+        raise UserError('pack needs --output=FOLDER, for the archives')
     output = resolve_path(args.output)
     if same_path(output, resolve_path(args.image_path)) or output.suffix == '.tar':
         raise UserError(f'--output={args.output}: name another folder, for the archives')
-    if there := sorted(output.glob('*-??????.tar')):
-        raise UserError(f'{printable(output)} holds {printable(there[0].name)} already: pack into another folder')
+    if existing := sorted(output.glob('*-??????.tar')):
+        raise UserError(f'{printable(output)} holds {printable(existing[0].name)} already: pack into another folder')
     try_writing(output / 'train-000000.tar')
-    parts = find_split_sources(args)
-    for part in parts.values():
-        if part.classes and (none := int((part.labels < 0).sum())):
+    sources = find_split_sources(args)
+    for source in sources.values():
+        if source.classes and (num_unlabeled := int((source.labels < 0).sum())):
             raise UserError(
-                f'{none} of the {len(part.labels)} images of {printable(part.where)} have no class: an archive says '
-                'it of '
-                'all or of none, pack them apart'
+                f'{num_unlabeled} of the {len(source.labels)} images of {printable(source.location)} have no class: '
+                'an archive has classes for all or none, pack them separately'
             )
-    args = resolve_pixels(args, parts['train'].store)
+    args = resolve_pixels(args, sources['train'].store)
     if args.pack_short_side and args.channels != 'rgb':
         raise UserError(
             '--pack_short_side writes JPEGs, of red, green and blue of 8 bits, and these images have --channels='
             f'{args.channels}: leave it out'
         )
-    for name, part in parts.items():
-        if args.on_unreadable == 'skip' and not isinstance(part.store, Memory):
-            pixel_format = find_pixel_format(args, part.store)
-            kept = resolve_path(args.cache_path) / part.cache_subdir
-            part = part.select(readable_rows(part.store, part.where, kept, pixel_format))
-        shards, left_out = write_split(args, output, name, part)
-        log(f'{name:5}  {len(part.labels) - left_out} images in {shards} archives')
+    for name, source in sources.items():
+        if args.on_unreadable == 'skip' and not isinstance(source.store, Memory):
+            pixel_format = find_pixel_format(args, source.store)
+            cache_dir = resolve_path(args.cache_path) / source.cache_subdir
+            source = source.select(readable_rows(source.store, source.location, cache_dir, pixel_format))
+        shards, left_out = write_split(args, output, name, source)
+        log(f'{name:5}  {len(source.labels) - left_out} images in {shards} archives')
     log(f'use them: --image_path={printable(output)}')
     return output
 
 
-def write_split(args, output, name, part):
-    """Write the archives of one split; returns how many, and how many images were left out."""
-    rows, number, left_out = iter(progress(range(len(part.labels)), f'packing {name}', 'images')), 0, []
-    folders, used_names = class_folder_names(part.classes), {}
+def write_split(args, output, name, source):
+    """Write the archives of one split. Returns (number of archives, number of skipped images)."""
+    rows, number, left_out = iter(progress(range(len(source.labels)), f'packing {name}', 'images')), 0, []
+    folders, used_names = class_folder_names(source.classes), {}
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
@@ -77,12 +75,12 @@ def write_split(args, output, name, part):
             with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, silence_stderr():
                 while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
                     try:
-                        member, content = tar_member(args, part, ahead, folders)
+                        member, content = tar_member(args, source, ahead, folders)
                         add_member(archive, unique_name(member, used_names), content)
                     except WorkError as error:
                         if args.on_unreadable != 'skip':
                             raise
-                        left_out.append(str(error))  # said when standard error is heard again
+                        left_out.append(str(error))  # printed later: stderr is silenced here
                     ahead = next(rows, None)
 
         atomic_write_on_main(path, write)
@@ -92,9 +90,10 @@ def write_split(args, output, name, part):
     return number, len(left_out)
 
 
-def tar_member(args, part, row, folders):
-    """(name in the archive, bytes) of an image: in the folder of its class, or in none, where a folder would be one."""
-    raw, label = part.store.names.bytes_at(row), int(part.labels[row])
+def tar_member(args, source, row, folders):
+    """Return (name in the archive, bytes) of an image. The name begins with the class folder; without classes it has no
+    folder, which would become a class."""
+    raw, label = source.store.names.bytes_at(row), int(source.labels[row])
     parts = [unhide_name(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
     if label < 0:
         parts = [b'%2F'.join(parts)]
@@ -102,38 +101,38 @@ def tar_member(args, part, row, folders):
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_short_side:
-        pixels = resize_short_side(part.store, row, args.pack_short_side, format_from_options(args))
+        pixels = resize_short_side(source.store, row, args.pack_short_side, format_from_options(args))
         image, buffer = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
-        if max(image.size) > JPEG_SIDE:
+        if max(image.size) > MAX_JPEG_SIDE:
             raise WorkError(
-                f'{printable(part.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG has '
-                f'{JPEG_SIDE} a side at most: leave --pack_short_side out, or the image (--on_unreadable=skip)'
+                f'{printable(source.store.names[row])} would have {image.width} x {image.height} pixels, and a JPEG '
+                f'has {MAX_JPEG_SIDE} a side at most: leave --pack_short_side out, or the image (--on_unreadable=skip)'
             )
-        image.save(buffer, 'JPEG', quality=QUALITY, subsampling=0)
+        image.save(buffer, 'JPEG', quality=JPEG_QUALITY, subsampling=0)
         return name if name.lower().endswith((b'.jpg', b'.jpeg')) else name + b'.jpg', buffer.getvalue()
-    with part.store.opened(row) as image:
+    with source.store.open(row) as image:
         if getattr(image, 'fp', None):
             image.fp.seek(0)
             return name if is_image(name) else name + file_extension(image.format), image.fp.read()
-        buffer = io.BytesIO()  # decoded already: torchvision's own files
+        buffer = io.BytesIO()  # already decoded: torchvision's datasets
         image.save(buffer, 'PNG')
         return name + b'.png', buffer.getvalue()
 
 
 def unhide_name(name):
-    """A name (bytes) that is not passed over when the archive is read."""
+    """Prefix hidden and system names (bytes), which would be skipped when the archive is read."""
     return b'_' + name if name.startswith(b'.') or name.lower() in SYSTEM_NAMES else name
 
 
 def class_folder_names(classes):
-    """The folder of each class, as bytes; no two share one."""
+    """Return a unique folder name (bytes) for each class."""
     used_names = {}
     return [unique_name(unhide_name(os.fsencode(name).replace(b'/', b'_')), used_names) for name in classes]
 
 
 def unique_name(name, used_names):
-    """A name (bytes) that is not among the `used_names`, to which it is added: it, or with a number before its ending.
-    used_names: a dict of names to the last number tried."""
+    """Return a name (bytes) that is not used yet, with a number before the ending if necessary, and add it to
+    used_names, {name: last number}."""
     stem, ending = os.path.splitext(name)
     new = name
     while new in used_names:
@@ -144,13 +143,13 @@ def unique_name(name, used_names):
 
 
 def file_extension(kind):
-    """The ending by which a format of Pillow is known."""
-    endings = [ending for ending, of in Image.registered_extensions().items() if of == kind]
+    """Return the file ending (bytes) of a Pillow format."""
+    endings = [ending for ending, image_format in Image.registered_extensions().items() if image_format == kind]
     return next(ending.encode() for ending in endings if is_image(b'x' + ending.encode()))
 
 
 def add_member(archive, name, content):
-    """One file, without owner or time."""
+    """Add a file to the archive, without owner and time."""
     member = tarfile.TarInfo(os.fsdecode(name))
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

@@ -1,6 +1,8 @@
-"""Runs on one page, to be explored: verdict, results, curves, map, neighbours, doubles, odd ones, confusion, options.
+"""report: an interactive HTML page on one or more runs: verdict, results, curves, map of features, neighbors,
+near-duplicates, outliers, confusion matrix, options.
 
-One file of HTML that needs no network. page/report.html is its template; style.css and explore.js go into it.
+The page is one file without network access. report_page/report.html is the template; style.css and explore.js are
+embedded.
 """
 
 import base64
@@ -38,9 +40,9 @@ from runtime.options import replace_args
 from runtime.tensors import evenly_spaced
 
 PAGE = Path(__file__).resolve().parent / 'report_page'
-NEAR, GALLERY = 8, 24  # neighbours of an image; doubles and odd ones that are shown
-TILE, ACROSS, SHEET = 64, 32, 1024  # px of a thumbnail at most; thumbnails of a row, and of a sheet
-CHARTS = (  # file name, title, bounds, {tag: name of its line}
+NEAR, GALLERY = 8, 24  # neighbors of an image; near-duplicates and outliers to show
+TILE, ACROSS, SHEET = 64, 32, 1024  # largest thumbnail in pixels; thumbnails per row, and per sheet
+CHARTS = (  # file name, title, y limits, {tag: name of the line}
     ('loss', 'loss', None, {'pretraining/loss': ''}),
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
@@ -57,7 +59,7 @@ CHARTS = (  # file name, title, bounds, {tag: name of its line}
 
 @dataclass
 class ReportRun:
-    """A run on the page. features, labels: of its network, {split: N x d, N}; the images are the first run's."""
+    """A run on the page. features, labels: {split: N x d}, {split: N}, of the images of the first run."""
 
     args: object
     checkpoint: dict
@@ -66,31 +68,31 @@ class ReportRun:
     splits: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
-    of_epoch: str = ''  # in the name, where several checkpoints of the run are on the page
+    epoch_suffix: str = ''  # in the name, if the page shows several checkpoints of the run
 
     @property
     def name(self):
-        return self.checkpoint['run'].name + self.of_epoch
+        return self.checkpoint['run'].name + self.epoch_suffix
 
 
 def report(args):
-    """Write --output, by default <log folder>/<run>/report.html, and its curves, map and confusion beside it as PNG.
-    Of several runs, --ckpt_name=RUN1,RUN2, the default is comparison.html. Returns the page's path.
+    """Write --output, by default <log folder>/<run>/report.html, or comparison.html for several runs
+    (--ckpt_name=RUN1,RUN2), and its curves, map and confusion matrix as PNG files beside it. Returns the page's path.
 
-    Raises UserError without a checkpoint. What a run has not (labels, curves of another tool's file) is left out.
+    Sections without data (no labels, no curves) are left out. Raises UserError without a checkpoint.
     """
     if not args.ckpt_name:
-        raise UserError('report wants --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
+        raise UserError('report needs --ckpt_name=<run>, or several: <run>,<run>; python3 cli.py runs lists them')
     init_device(args)
     names = [name.strip() for name in args.ckpt_name.split(',')]
     if '' in names:
-        raise UserError(f'--ckpt_name={args.ckpt_name}: there is nothing beside a comma')
+        raise UserError(f'--ckpt_name={args.ckpt_name}: a name is empty')
     runs = [load_run(*one) for one in iter_valid_checkpoints(args, names)]
     if len({run.checkpoint['path'] for run in runs}) < len(runs):
         raise UserError(f'--ckpt_name={args.ckpt_name} names a checkpoint twice')
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
-            run.of_epoch = f', epoch {run.checkpoint["epoch"]}'
+            run.epoch_suffix = f', epoch {run.checkpoint["epoch"]}'
     folder = resolve_path(args.log_path) / runs[0].checkpoint['run'].name
     page = (
         resolve_path(args.output) if args.output else folder / ('report.html' if len(runs) == 1 else 'comparison.html')
@@ -114,26 +116,28 @@ def load_run(args, model, checkpoint):
 
 
 def extract_run_features(run, first):
-    """Features of train and val; first: the options of the run whose images they are."""
-    same = {
+    """Compute the features of train and val. first: the options of the first run, whose images are used."""
+    shared = {
         name: getattr(first, name)
         for name in ('preset', 'image_path', 'val_fraction', 'white_level', 'exif', 'on_unreadable')
     }
-    own = replace_args(run.args, **same)
-    run.splits = {name: images for name, images in load_splits(own).items() if images and name in ('train', 'val')}
+    run_args = replace_args(run.args, **shared)
+    run.splits = {name: images for name, images in load_splits(run_args).items() if images and name in ('train', 'val')}
     for name, images in run.splits.items():
         title = f'{run.name}: features of {name}'
-        run.features[name], run.labels[name] = extract_features(own, run.backbone, eval_loader(own, images), title)
+        run.features[name], run.labels[name] = extract_features(
+            run_args, run.backbone, eval_loader(run_args, images), title
+        )
 
 
 def save_figure(figure, page, name):
-    """A figure as SVG for the page; beside the page it is a PNG file."""
-    save_png(plots.to_pil(figure, scale=2), page.with_name(f'{page.stem}_{name}.png'))
+    """Save a figure as a PNG file beside the page. Returns it as SVG text."""
+    save_png(plots.figure_to_pil(figure, scale=2), page.with_name(f'{page.stem}_{name}.png'))
     return plots.figure_to_svg(figure, name)
 
 
 def curves_section(runs, page):
-    """What training logged, as far as it did: the charts, and for the script where their lines run."""
+    """Build the section of training curves. Returns ({'charts'} for the template, {'charts'} for the script)."""
     charts, places = [], {}
     for name, title, bounds, tags in CHARTS:
         tags = tags if len(runs) == 1 else dict([*tags.items()][:1])
@@ -157,7 +161,7 @@ def curves_section(runs, page):
 
 
 def get_axes_geometry(figure):
-    """Where the axes of a figure with one chart lie, in shares of it, and what they span; once it is drawn."""
+    """Return the position of the axes in a drawn figure, as shares of its size, and their limits."""
     axes = figure.axes[0]
     box = axes.get_position()
     return {
@@ -168,11 +172,11 @@ def get_axes_geometry(figure):
 
 
 def map_section(runs, page):
-    """The map: for the script the images that are shown, their thumbnails, and of each run where it sees them."""
+    """Build the map of features. Returns (template values, script data: images, thumbnails, and points of each run)."""
     first = runs[0]
     places = [(name, row) for name, images in first.splits.items() for row in range(len(images))]
-    of = len(places)
-    places = [places[row] for row in evenly_spaced(of, first.args.report_max_images).tolist()]
+    total = len(places)
+    places = [places[row] for row in evenly_spaced(total, first.args.report_max_images).tolist()]
     classes = first.splits['train'].classes
     labels = torch.tensor([int(first.labels[name][row]) for name, row in places])
     maps = []
@@ -182,18 +186,20 @@ def map_section(runs, page):
         points = torch.as_tensor(tsne_2d(x))
         directions = subset_selection.center_and_normalize(x)
         cosine, rows = topk_neighbors(directions, directions, NEAR + 1)
-        others = [[row for row in found if row != own][:NEAR] for own, found in enumerate(rows.tolist())]
+        near = [
+            [row for row in neighbors if row != row_number][:NEAR] for row_number, neighbors in enumerate(rows.tolist())
+        ]
         maps.append(
             {
                 'run': run.name,
                 'points': to_unit_square(points),
-                'near': others,
+                'near': near,
                 'cosine': round_nested(cosine[:, 1:], 3),
             }
         )
         if run is first:
             figure = plots.draw_scatter(points.numpy(), labels.numpy(), classes)
-            save_png(plots.to_pil(figure, scale=2), page.with_name(f'{page.stem}_map.png'))
+            save_png(plots.figure_to_pil(figure, scale=2), page.with_name(f'{page.stem}_map.png'))
     data = {
         'maps': maps,
         'classes': [printable(name) for name in classes],
@@ -201,23 +207,23 @@ def map_section(runs, page):
         'names': [printable(first.splits[name].names[row]) for name, row in places],
         'labels': labels.tolist(),
         'split': [[*first.splits].index(name) for name, _ in places],
-        'colours': plots.COLORS,
+        'colors': plots.COLORS,
         **thumbnail_sprites(first, places),
     }
-    return {'on_map': len(places), 'of': of, 'map_runs': [run.name for run in runs]}, data
+    return {'on_map': len(places), 'of': total, 'map_runs': [run.name for run in runs]}, data
 
 
 def map_features(run, first):
-    """Features of the images that are shown, N x d; first: the run whose images they are."""
+    """Return the features of the images on the map, N x d. first: the first run, whose images are used."""
     every = torch.cat([*run.features.values()])
     return every[evenly_spaced(len(every), first.args.report_max_images).to(every.device)]
 
 
 def to_unit_square(points):
-    """Points of a plane, N x 2, moved into the unit square, y downward, as a list."""
+    """Scale points, N x 2, to the unit square, with y downwards. Returns a list."""
     low, high = points.min(0).values, points.max(0).values
-    where = 0.5 + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9)
-    return round_nested(torch.stack((where[:, 0], 1 - where[:, 1]), 1), 4)
+    unit = 0.5 + (points - (low + high) / 2) / (high - low).max().clamp(min=1e-9)
+    return round_nested(torch.stack((unit[:, 0], 1 - unit[:, 1]), 1), 4)
 
 
 def round_nested(values, digits):
@@ -225,13 +231,14 @@ def round_nested(values, digits):
 
 
 def thumbnail_sprites(run, places):
-    """Thumbnails of images, (split, row) each, as sheets of SHEET, GALLERY_COLUMNS in a row: data of WebP files."""
-    side, found = min(TILE, run.args.image_size), []
+    """Build sheets of thumbnails of images, given as (split, row): data URIs of WebP images, with SHEET thumbnails
+    each."""
+    side, sheets = min(TILE, run.args.image_size), []
     for start in range(0, len(places), SHEET):
         part = places[start : start + SHEET]
         pixels = torch.cat([thumbnails(run, name, [row for of, row in part if of == name]) for name in run.splits])
-        found.append(data_uri(plots.image_grid(pixels, ACROSS, side), 'WEBP'))
-    return {'sheets': found, 'tile': side, 'across': ACROSS, 'per_sheet': SHEET}
+        sheets.append(data_uri(plots.image_grid(pixels, ACROSS, side), 'WEBP'))
+    return {'sheets': sheets, 'tile': side, 'across': ACROSS, 'per_sheet': SHEET}
 
 
 def thumbnails(run, split, rows):
@@ -241,14 +248,14 @@ def thumbnails(run, split, rows):
 
 
 def data_uri(image, kind):
-    """A PIL image as a data URI."""
+    """Encode a PIL image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=80)
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
 def gallery_section(runs, page):
-    """Two views; near-duplicates and the oddest images of the map; some images of val beside the nearest of train."""
+    """Build the galleries: two views, near-duplicates, outliers, and images of val with their nearest in train."""
     first = runs[0]
     path = resolve_path(first.args.log_path) / first.checkpoint['run'].name / 'two_views.png'
     views = None
@@ -269,49 +276,52 @@ def gallery_section(runs, page):
         'double_groups': int(groups.max()) + 1 if len(groups) else 0,
         'threshold': first.args.duplicates,
         'odd': [*zip(odd.tolist(), near.tolist(), strict=True)],
-        'neighbours': nearest_neighbor_rows(first),
+        'neighbors': nearest_neighbor_rows(first),
         'queries': 'val' if 'val' in first.splits else 'train',
     }, {}
 
 
 def nearest_neighbor_rows(run):
-    """Rows of [data URI, name, cosine, whether its class is the first one's]: a query and what is nearest in train."""
+    """Return rows of [(data URI, name, cosine, whether the class is the query's)]: a query and its nearest images in
+    train."""
     train, val = run.splits['train'], run.splits.get('val', run.splits['train'])
     queries = sample_rows(val)
     features = run.features['val' if 'val' in run.splits else 'train']
-    cosine, found = topk_neighbors(features[queries.to(features.device)], run.features['train'], NEAR + (val is train))
+    cosine, neighbor_rows = topk_neighbors(
+        features[queries.to(features.device)], run.features['train'], NEAR + (val is train)
+    )
     rows = []
-    for query, *pair in zip(queries.tolist(), cosine.tolist(), found.tolist(), strict=True):
+    for query, *pair in zip(queries.tolist(), cosine.tolist(), neighbor_rows.tolist(), strict=True):
         near = [(value, row) for value, row in zip(*pair, strict=True) if not (val is train and row == query)][:NEAR]
-        values, others = [value for value, _ in near], [row for _, row in near]
+        values, near_rows = [value for value, _ in near], [row for _, row in near]
         tiles = [*load_crops(run.args, val, torch.tensor([query]))]
-        tiles += load_crops(run.args, train, torch.tensor(others)) if others else []
+        tiles += load_crops(run.args, train, torch.tensor(near_rows)) if near_rows else []
         images = [data_uri(plots.tensor_to_pil(tile).resize((96, 96)), 'WEBP') for tile in tiles]
-        names = [printable(val.names[query]), *(printable(train.names[row]) for row in others)]
-        right = [None, *(same_class(val, query, train, row) for row in others)]
+        names = [printable(val.names[query]), *(printable(train.names[row]) for row in near_rows)]
+        right = [None, *(same_class(val, query, train, row) for row in near_rows)]
         rows.append([*zip(images, names, [1.0, *values], right, strict=True)])
     return rows
 
 
 def confusion_section(runs, page):
-    """The confusion of the first run's kNN on val, where all of val and some of train has labels."""
+    """Build the confusion matrix of the first run's kNN on val, if val and part of train are labeled."""
     run = runs[0]
-    labels, wanted = run.labels['train'], run.labels.get('val')
-    known = labels >= 0
-    if wanted is None or not known.any() or (wanted < 0).any():
+    labels, val_labels = run.labels['train'], run.labels.get('val')
+    labeled = labels >= 0
+    if val_labels is None or not labeled.any() or (val_labels < 0).any():
         return {'confusion': None}, {}
-    classes, k = run.splits['val'].classes, clip_k(run.args.knn_k, labels[known])
-    bank = run.features['train'][known]
-    scores = knn_scores(run.features['val'], bank, labels[known], len(classes), k, run.args.knn_temperature)
+    classes, k = run.splits['val'].classes, clip_k(run.args.knn_k, labels[labeled])
+    bank = run.features['train'][labeled]
+    scores = knn_scores(run.features['val'], bank, labels[labeled], len(classes), k, run.args.knn_temperature)
     return {
         'confusion': save_figure(
-            plots.draw_confusion(confusion_matrix(scores, wanted).cpu(), classes), page, 'confusion'
+            plots.draw_confusion(confusion_matrix(scores, val_labels).cpu(), classes), page, 'confusion'
         )
     }, {}
 
 
 def render_page(runs, content, data):
-    """The page as text."""
+    """Render the page as HTML text."""
     first, judged_by = runs[0], {run.name: load_results(run.checkpoint['run']) for run in runs}
     options = [asdict(run.args) for run in runs]
     options_table = (
@@ -330,20 +340,20 @@ def render_page(runs, content, data):
         colors=plots.COLORS,
         compared=[row for run in runs for row in collect_compare_rows(run, judged_by[run.name])],
         results=[(run.name, *row) for run in runs for row in collect_result_rows(run, judged_by[run.name])],
-        varied=[(name, [of[name] for of in options], OPTIONS[name].metadata['meaning']) for name in options_table],
+        varied=[(name, [each[name] for each in options], OPTIONS[name].metadata['meaning']) for name in options_table],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
         **content,
     )
 
 
 def find_verdict(run):
-    """What the measures without labels say of a run, (word, sentence); None of one that has none."""
+    """Return the verdict on a run, (word, sentence), or None."""
     return collapse_verdict.judge_run(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
 
 
 def collect_numbers(run):
-    """(name, value) of what a run has come to."""
-    found = [
+    """Return [(name, value)] of a run's metrics."""
+    numbers = [
         ('epoch', f'{run.checkpoint["epoch"]} of {run.args.max_epochs}'),
         ('loss', f'{run.checkpoint["loss"]:.4f}'),
     ]
@@ -353,16 +363,17 @@ def collect_numbers(run):
         ('rank', 'pretraining/rank', '{:.1f}'),
         ('images/s', 'speed/images_per_second', '{:.0f}'),
     ):
-        own = run.checkpoint['epoch']
-        by_then = [pair for pair in run.logged.get(tag, []) if 0 < pair[0] <= own or own == 0 == pair[0]]
-        if by_then:  # the untrained network's is not the run's; what is of an earlier epoch says so
+        run_epoch = run.checkpoint['epoch']
+        by_then = [pair for pair in run.logged.get(tag, []) if 0 < pair[0] <= run_epoch or run_epoch == 0 == pair[0]]
+        if by_then:  # a value of an earlier epoch is marked with its epoch
             epoch, value = by_then[-1]
-            found.append((name if epoch == own else f'{name}, epoch {epoch}', form.format(value)))
-    return found
+            numbers.append((name if epoch == run_epoch else f'{name}, epoch {epoch}', form.format(value)))
+    return numbers
 
 
 def collect_compare_rows(run, results):
-    """The tables of --protocol=compare: (run, about, columns, [(row, [(top-1, gain of the run over it or '')])])."""
+    """Yield the tables of --protocol=compare: (run, caption, columns, [(row, [(top-1, gain of the run over it or
+    '')])])."""
     for result in results:
         if not result.get('rows'):
             continue
@@ -373,21 +384,21 @@ def collect_compare_rows(run, results):
             gains = [f'{c["gain"]:+.1f} ± {c["gain_error"]:.1f}' if 'gain' in c else '' for c in cells]
             values = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
             rows.append((printable(row['name']), [*zip(values, gains, strict=True)]))
-        about = (
+        caption = (
             f'{run.name}, epoch {result["epoch"]}, on the {result["num_val"]} images of {result["judged_on"]}: top-1 '
-            'in percent, ± standard error; below it how far the run is above that row, paired by image.'
+            'in percent, ± standard error; below it the gain of the run over that row, paired by image.'
         )
-        yield run.name, about, columns, rows
+        yield run.name, caption, columns, rows
 
 
 def collect_result_rows(run, results):
-    """What evaluate measured: (protocol and epoch, images, first number and its name, the others)."""
+    """Yield the results of evaluate: (protocol and epoch, dataset, name and value of the first number, the others)."""
     for result in results:
         numbers = find_protocol(result['protocol']).numbers
-        found = [(name, f'{result[key]:.2f}') for key, name in numbers.items() if is_number(result.get(key))]
-        if not found:  # the measures without labels: the verdict tells them
+        shown = [(name, f'{result[key]:.2f}') for key, name in numbers.items() if is_number(result.get(key))]
+        if not shown:  # label-free measures: they are in the verdict
             continue
-        first, *others = found
-        beside = ', '.join(' '.join(pair) for pair in others)
-        of = Path(result['images']['path']).name if 'images' in result else ''
-        yield f'{result["protocol"]}, epoch {result["epoch"]}', of, *first, beside
+        first, *further = shown
+        rest = ', '.join(' '.join(pair) for pair in further)
+        dataset = Path(result['images']['path']).name if 'images' in result else ''
+        yield f'{result["protocol"]}, epoch {result["epoch"]}', dataset, *first, rest

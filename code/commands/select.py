@@ -1,4 +1,4 @@
-"""Which images to label first, which are double, which are odd: `select`, from the features of a checkpoint."""
+"""select: images to label first, near-duplicates and outliers, from the features of a checkpoint."""
 
 import torch
 
@@ -15,21 +15,21 @@ from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
 
-GALLERY_IMAGES = 48  # images of a picture
-GALLERY_COLUMNS = 12  # of a row
+GALLERY_IMAGES = 48  # images in a picture
+GALLERY_COLUMNS = 12
 METHODS = {'typical': subset_selection.typiclust, 'kcenter': subset_selection.k_center_greedy}
 
 
 def select(args):
     """Write --output, the images of train to label first, and beside it the near-duplicates of all splits and the
-    oddest images of train, each as CSV and as a picture. Returns the path of the first.
+    outliers of train, each as CSV and as a picture. Returns the path of --output.
 
-    Raises UserError without a checkpoint, or where fewer images than --num_select are there.
+    Raises UserError without a checkpoint, or if there are fewer images than --num_select.
     """
     if not args.ckpt_name:
-        known = list_checkpoints(args)
-        hint = f'the newest is --ckpt_name={known[-1]}' if known else 'train one first: python3 cli.py train'
-        raise UserError(f'select wants --ckpt_name=<run>/<checkpoint>; {hint}')
+        names = list_checkpoints(args)
+        hint = f'the newest is --ckpt_name={names[-1]}' if names else 'train one first: python3 cli.py train'
+        raise UserError(f'select needs --ckpt_name=<run>/<checkpoint>; {hint}')
     output = resolve_path(args.output or 'data/selected.csv')
     if output.suffix.lower() != '.csv':
         raise UserError(f'--output={args.output}: the list is a .csv, its pictures lie beside it')
@@ -55,7 +55,8 @@ def select(args):
 
 
 def save_near_duplicates(args, splits, features, output):
-    """Groups of images above --duplicates, also of two splits: what stands in both train and val flatters."""
+    """Write the groups of near-duplicates (cosine above --duplicates), also between splits, where they inflate
+    accuracies."""
     places = [(name, row) for name, images in splits.items() for row in range(len(images))]
     rows, groups, near, cosines = subset_selection.near_groups(torch.cat([*features.values()]), args.duplicates)
     path = output.with_name(f'{output.stem}_duplicates.csv')
@@ -70,7 +71,7 @@ def save_near_duplicates(args, splits, features, output):
     kinds = {}
     for group, split, *_ in lines:
         kinds.setdefault(group, set()).add(split)
-    leaks = sum(len(found) > 1 for found in kinds.values())
+    leaks = sum(len(splits_of_group) > 1 for splits_of_group in kinds.values())
     log(
         f'{len(lines)} images in {len(kinds)} groups of near-duplicates (cosine above {args.duplicates:g}), {leaks} of '
         f'the groups in two splits: {path}'
@@ -80,21 +81,21 @@ def save_near_duplicates(args, splits, features, output):
         images = [(splits[places[row][0]], places[row][1]) for *pair, _ in pairs for row in pair]
         save_png(image_grid(args, images), path.with_suffix('.png'))
     else:
-        path.with_suffix('.png').unlink(missing_ok=True)  # of an earlier call
+        path.with_suffix('.png').unlink(missing_ok=True)  # from an earlier call
 
 
 def save_outliers(args, train, features, output):
-    """The images that are least like any other."""
+    """Write the --num_select least typical images."""
     rows, near = subset_selection.outliers(features, min(args.num_select, len(train)))
     path = output.with_name(f'{output.stem}_outliers.csv')
-    found = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
-    write_csv(path, [('cosine_of_neighbours', 'file'), *found])
+    lines = [[f'{value:.4f}', train.names[row]] for row, value in zip(rows.tolist(), near.tolist(), strict=True)]
+    write_csv(path, [('cosine_of_neighbors', 'file'), *lines])
     save_png(image_grid(args, [(train, row) for row in rows.tolist()[:GALLERY_IMAGES]]), path.with_suffix('.png'))
-    log(f'the {len(rows)} images that are least like any other: {path}')
+    log(f'the {len(rows)} outliers: {path}')
 
 
 def image_grid(args, places):
-    """A picture of images, (Images, row) each, GALLERY_COLUMNS in a row."""
+    """Return a picture of images, given as (ImageDataset, row), with GALLERY_COLUMNS columns."""
     return plots.image_grid(
         [load_crops(args, images, torch.tensor([row]))[0] for images, row in places], GALLERY_COLUMNS
     )

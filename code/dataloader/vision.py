@@ -1,13 +1,11 @@
-"""Augmentation: two random views of an image (paper section 3, MoCo v2), a batch at a time on the device.
+"""Augmentation: random views of images (paper section 3, MoCo v2), a batch at a time on the device.
 
-Every image has its own draw.
+An augmentation is a random resized crop and a list of operations (augment/augmentations.py). All random parameters of a
+batch are sampled first, as one table with a row per view; the views are a function of images and table. (The reference
+flips last, ours with the crop; a flip commutes with the operations between.)
 
-An augmentation is a random resized crop and a list of operations (augment/recipes.py). What is random is drawn first,
-as one table, and the views are a function of images and table. (The reference flips last, ours with the crop; a flip
-commutes with all that stands between.)
-
-Images come either whole, N x 3 x H x W uint8, or as crops that the workers already cut and resized,
-N x V x 3 x S x S uint8 (V views of one image; see load_dataset.py), where the whole images are too large to move.
+Images are either whole, N x 3 x H x W uint8, or crops that the dataloader workers have cut and resized, N x V x C x S x
+S (V views of each image; see load_dataset.py).
 """
 
 import functools
@@ -19,18 +17,17 @@ from dataloader.loading.decode import level_range
 from runtime.options import channel_values, pixel_levels
 from runtime.tensors import to_device
 
-L2_BYTES = 2**20  # of one core's cache
+L2_BYTES = 2**20  # cache of one CPU core
 
 
-def random_views(images, augmentation, generator, count=2, place=None, compiled=False):
-    """`count` independently distorted views of every image.
+def random_views(images, augmentation, generator, count=2, shard=None, compiled=False):
+    """Make `count` random views of every image. Returns a tuple of normalized float tensors, N x C x S x S.
 
-    images: N x 3 x H x W uint8, or N x count x 3 x S x S uint8, cropped already. augmentation: of recipes, for views of
-    S pixels. generator: CPU generator. place: (first, total), the images are a part of `total`, from the first on, and
-    get the random numbers that they would get in the whole. compiled: on a GPU, fuse all of it into few kernels with
-    torch.compile. Returns a tuple of normalised float tensors, N x 3 x S x S.
+    images: N x 3 x H x W uint8, or N x count x C x S x S, cropped already. augmentation: augmentations.Augmentation.
+    generator: a CPU generator. shard: (first, total): the images are rows first to first + N - 1 of a batch of `total`,
+    and get the random parameters of these rows. compiled: use torch.compile on a GPU.
     """
-    uncropped, (first, total) = images.ndim == 4, place or (0, len(images))
+    uncropped, (first, total) = images.ndim == 4, shard or (0, len(images))
     draws = sample(count * total, augmentation, generator, images.shape[-2:] if uncropped else None).view(
         count, total, -1
     )
@@ -38,7 +35,7 @@ def random_views(images, augmentation, generator, count=2, place=None, compiled=
 
 
 def apply_params(images, draws, augmentation, count, compiled=False):
-    """make_views, by a table of draws (of `sample`), view after view."""
+    """random_views with a given table of random parameters (from `sample`), the first views of all images first."""
     mean_std = mean_and_std(augmentation.mean, augmentation.std, images.device)
     if images.device.type == 'cpu':
         images = images.repeat(count, 1, 1, 1) if images.ndim == 4 else images.transpose(0, 1).flatten(0, 1)
@@ -48,16 +45,17 @@ def apply_params(images, draws, augmentation, count, compiled=False):
 
 
 def sample(n, augmentation, generator, sides=None):
-    """All that is random in n views of images: n x columns float32 on the CPU, first the crop's columns, then those of
-    each operation; from the CPU's generator, so that a seed fixes the views whatever the device. sides: height and
-    width of whole images; None for what is cropped already."""
+    """Sample the random parameters of n views: n x columns float32 on the CPU, the columns of the crop first, then
+    those of each operation. generator: a CPU generator, so that the views do not depend on the device. sides: (height,
+    width) of whole images; None for cropped ones."""
     crop = augmentation.crop
     boxes = crop.sample(n, *sides, generator) if sides else torch.zeros(n, crop.columns)
     return torch.cat([boxes, *(operation.sample(n, generator) for operation in augmentation.operations)], 1)
 
 
 def split_draws(draws, augmentation):
-    """(boxes, flips, [(operation, its draws), ...]) of a table of `sample`; without operations that change nothing."""
+    """Split a table from `sample` into (boxes, flips, [(operation, its parameters), ...]). Operations with probability
+    0 are left out."""
     operations = augmentation.operations
     crop, *rest = draws.split([augmentation.crop.columns, *(operation.columns for operation in operations)], 1)
     pairs = zip(operations, rest, strict=True)
@@ -65,11 +63,11 @@ def split_draws(draws, augmentation):
 
 
 def augment_cpu(images, draws, augmentation, output_fn):
-    """One distorted view of every image, on a CPU: each operation on the images that it is for.
+    """Make one view of every image on a CPU; each operation runs only on the images that it changes.
 
-    images: N x 3 x H x W uint8, to be cropped, or of S x S; draws: of `sample`. output_fn: what to do with the colors
-    in [0, 1] at last: normalise them, or to_uint8. A CPU core is fastest on what stays in its cache, so large views go
-    through all operations one or a few at a time; of small ones the whole batch, which all cores share.
+    images: N x 3 x H x W uint8, to be cropped, or N x C x S x S. draws: from `sample`. output_fn: applied to the views
+    in [0, 1] at the end: normalize or to_uint8. Large views are processed in chunks that fit into the cache of a core;
+    small ones as one batch, which all cores share.
     """
     size, views = augmentation.size, []
     step = max(1, L2_BYTES // (12 * size**2)) if size > 96 else len(images)
@@ -81,23 +79,23 @@ def augment_cpu(images, draws, augmentation, output_fn):
             x = crop_resize(images[part].float(), boxes[part], flips[part], size, cubic=cubic, white=255).div_(255)
         else:
             x = to_unit(images[part], augmentation.levels)
-        for operation, drawn in operations:
-            x = operation.on_cpu(x, drawn[part])
+        for operation, params in operations:
+            x = operation.on_cpu(x, params[part])
         views.append(output_fn(x))
     return torch.cat(views) if len(views) > 1 else views[0]
 
 
 def augment_gpu(images, draws, augmentation, mean_std, count):
-    """make_views on a GPU, from its table of draws: every operation on every image, so that nothing depends on what
-    was drawn and all of it is one graph. mean_std: of mean_and_std. Returns the views, each in channels_last."""
+    """Make the views on a GPU. Every operation runs on every image, so that the control flow does not depend on the
+    parameters and everything is one graph. mean_std: from mean_and_std. Returns `count` channels_last tensors."""
     boxes, flips, operations = split_draws(draws, augmentation)
     if images.ndim == 4:
         cubic = augmentation.interpolation == 'bicubic'
         x = crop_resize((images / 255).repeat(count, 1, 1, 1), boxes, flips, augmentation.size, cubic=cubic)
     else:
         x = to_unit(images.transpose(0, 1).flatten(0, 1), augmentation.levels)
-    for operation, drawn in operations:
-        x = operation.on_gpu(x, drawn)
+    for operation, params in operations:
+        x = operation.on_gpu(x, params)
     x = (x - mean_std[0]) / mean_std[1]
     return x.contiguous(memory_format=torch.channels_last).chunk(count)
 
@@ -109,20 +107,20 @@ def cached_compile(function):
 
 @functools.cache
 def mean_and_std(mean, std, device):
-    """`mean` and `std`, 2 x C x 1 x 1 (C is 1 where a number is for all channels), on the device: copied there once."""
+    """Return mean and std as one tensor, 2 x C x 1 x 1 (C is 1 for one number for all channels), cached per device."""
     values = [torch.tensor(channel_values(*each)) for each in (('mean', mean), ('std', std))]
     return torch.stack(torch.broadcast_tensors(*values)).view(2, -1, 1, 1).to(device)
 
 
 def mean_std_of_args(args, device):
-    """mean_and_std of the options."""
+    """mean_and_std from the options."""
     return mean_and_std(args.mean, args.std, device)
 
 
 @functools.cache
 def torchvision_views(augmentation):
-    """The reference: torchvision's transforms, one image at a time, as a function of (PIL image, seed, count) to its
-    views, count x 3 x S x S uint8."""
+    """Build the reference augmentation from torchvision's transforms: a function of (PIL image, seed, count) that
+    returns count x 3 x S x S uint8 views."""
     from torchvision.transforms import v2
 
     crop = augmentation.crop
@@ -139,10 +137,10 @@ def torchvision_views(augmentation):
 
 
 def eval_view(images, args):
-    """The view for evaluation: resize so that the centre crop of image_size covers crop_ratio of the shorter side.
+    """Make the evaluation view: a center crop that covers crop_ratio of the shorter side, resized to image_size.
 
-    images: N x 3 x H x W uint8, or N x 1 x C x S x S of any type (already cropped). args: with image_size, crop_ratio,
-    interpolation, mean, std and white_level of config.Config. Returns normalised N x C x S x S float.
+    images: N x 3 x H x W uint8, or N x 1 x C x S x S of any type, cropped already. args: has image_size, crop_ratio,
+    interpolation, mean, std and white_level of config.Config. Returns normalized N x C x S x S float.
     """
     mean_std, size = mean_std_of_args(args, images.device), args.image_size
     if images.ndim == 5:
@@ -155,14 +153,14 @@ def eval_view(images, args):
 
 
 def normalize(x, mean_std):
-    """Colours in [0, 1], less the mean, divided by the standard deviation of each channel, in place. x: N x 3 x S x S;
-    mean_std: of mean_and_std."""
+    """Subtract the mean and divide by the standard deviation of each channel, in place. x: N x C x S x S in [0, 1];
+    mean_std: from mean_and_std."""
     mean, std = mean_std
     return x.sub_(mean).div_(std)
 
 
 def to_unit(images, levels):
-    """Pixels of any type as floats in [0, 1]: 0 is black, 1 is white (decode.level_range), what lies beyond is cut."""
+    """Convert pixels of any type to floats: black is 0, white is 1 (decode.level_range), values beyond are clamped."""
     if images.dtype == torch.uint8:
         return images.float().div_(255)
     black, white = level_range(levels, str(images.dtype).removeprefix('torch.'))
@@ -171,7 +169,7 @@ def to_unit(images, levels):
 
 
 def normalize_pixels(images, mean_std, levels):
-    """Pixels of any type to the floats of normalize. images: N x C x S x S; levels: of to_unit."""
+    """Convert pixels of any type to normalized floats. images: N x C x S x S; levels: see to_unit."""
     mean, std = mean_std
     if images.dtype != torch.uint8:
         return normalize(to_unit(images, levels), mean_std)
@@ -179,32 +177,32 @@ def normalize_pixels(images, mean_std, levels):
 
 
 def normalize_worker_views(views, args):
-    """Views that the workers have distorted, N x V x C x S x S, uint8 or floats in [0, 1], as make_views gives them.
-    args: with mean and std of config.Config."""
+    """Normalize views that dataloader workers have augmented, N x V x C x S x S, uint8 or floats in [0, 1]. args: has
+    mean and std of config.Config. Returns a tuple of V normalized N x C x S x S tensors."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers have the other cores, and a thread that waits for one of them is slow
+    torch.set_num_threads(1)  # the workers use the other cores
     mean_std = mean_std_of_args(args, views.device)
-    found = tuple(normalize_pixels(view, mean_std, (0.0, 1.0)) for view in views.unbind(1))
+    normalized = tuple(normalize_pixels(view, mean_std, (0.0, 1.0)) for view in views.unbind(1))
     torch.set_num_threads(threads)
-    return found
+    return normalized
 
 
 def to_uint8(x):
-    """Colours in [0, 1], overwritten, to whole grey levels, uint8. (PIL rounds so after every operation.)"""
-    return x.mul_(255).round_().to(torch.int16).to(torch.uint8)  # torch's way straight there takes three times as long
+    """Round values in [0, 1] to uint8; x is overwritten. (PIL rounds like this after every operation.)"""
+    return x.mul_(255).round_().to(torch.int16).to(torch.uint8)  # a direct .to(torch.uint8) takes three times as long
 
 
 def denormalize(x, args):
-    """The inverse of normalize, clamped to [0, 1]."""
+    """Invert normalize; the result is clamped to [0, 1]."""
     mean, std = mean_std_of_args(args, x.device)
     return (x * std + mean).clamp(0, 1)
 
 
 def to_picture(x, args):
-    """Normalized views as red, green and blue in [0, 1], for people: N x C x S x S to N x 3 x S x S.
+    """Convert normalized views, N x C x S x S, to RGB in [0, 1] for display, N x 3 x S x S.
 
-    Of channels that are no colours the first three, from 2.5 standard deviations below the mean to as many above: the
-    pixels of an instrument may use a small part of their range. Of two the third is black, one is gray.
+    If the channels are not red, green and blue, the first three are shown, from 2.5 standard deviations below the mean
+    to 2.5 above it. With two channels blue is black; one channel is shown in gray.
     """
     if args.channels in ('auto', 'rgb'):
         return denormalize(x, args)

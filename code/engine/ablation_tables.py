@@ -1,4 +1,4 @@
-"""The tables of the paper's section 4, and of what makes SimSiam collapse: the options of each variant."""
+"""The variants of the paper's ablations (section 4), and of a table of causes of collapse: the options of each."""
 
 from ckpt import checkpoints
 from config import OPTIONS
@@ -11,10 +11,10 @@ WARMUP = {'warmup_epochs': lambda args: max(1, args.max_epochs // 5)}
 WARMUP_10_PERCENT = {
     'warmup_epochs': lambda args: args.warmup_epochs or max(1, args.max_epochs // 10)
 }  # the paper's 10 of 100
-# Of each table: (variant, its options, the paper's ImageNet linear top-1 in percent, as remembered). An option's value
-# may depend on the preset: then it is a function of args.
+# For each table: (variant, options, the paper's ImageNet linear top-1 in percent, as remembered). A value that depends
+# on the preset is a function of args.
 TABLES = {
-    'stopgrad': (  # figure 2; the constant rate is of what follows there
+    'stopgrad': (  # figure 2; the constant predictor rate is introduced after it in the paper
         ('with stop-gradient', {'fix_pred_lr': False}, 67.7),
         ('without', {'stop_gradient': False, 'fix_pred_lr': False}, 0.1),
     ),
@@ -43,7 +43,7 @@ TABLES = {
         ('asymmetric', {'loss_symmetry': 'false'}, 64.8),
         ('asymmetric, 2 pairs', {'loss_symmetry': '2x'}, 67.3),
     ),
-    'collapse': (  # not the paper's: what goes wrong and what helps (README.md, When it collapses)
+    'collapse': (  # not from the paper: causes of collapse and remedies (README.md, When it collapses)
         ('as it is', {}, ''),
         ('no stop-gradient', {'stop_gradient': False}, ''),
         ('no predictor', {'predictor': 'none'}, ''),
@@ -61,22 +61,24 @@ TABLES = {
 
 
 def finished_result(variant_args):
-    """(folder, result of the linear evaluation) of a run that was trained to its end with these very options, and
-    evaluated so on its own images; None where there is none."""
+    """Return (run folder, result of its linear evaluation) of a finished run with exactly these options, or None."""
     run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
     if run == resolve_path(variant_args.ckpt_path):
         return None
-    found = results.load_results(
+    matching = results.load_results(
         run,
         protocol='linear',
         checkpoint=checkpoints(run)[-1].name,
         epoch=variant_args.max_epochs,
         preset=variant_args.preset,
     )
-    wanted = {name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']}
-    found = [
+    linear_options = {
+        name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']
+    }
+    matching = [
         result
-        for result in found
-        if wanted.items() <= result.get('settings', {}).items() and is_result_for(result, variant_args.image_path)
+        for result in matching
+        if linear_options.items() <= result.get('settings', {}).items()
+        and is_result_for(result, variant_args.image_path)
     ]
-    return (run, found[-1]) if found else None
+    return (run, matching[-1]) if matching else None

@@ -1,4 +1,4 @@
-"""How a training ends: what is saved after a signal or an error, the evaluation that follows, the last lines."""
+"""The end of a training: the checkpoint after a signal or an error, --evaluate_after, the summary."""
 
 import time
 
@@ -16,8 +16,8 @@ from runtime.options import repeat_options, replace_args
 
 
 def save_on_exit(run, state, end):
-    """Save what is done after `end`, an exception, stopped it, and raise what is to be heard of it; nothing where the
-    time is up."""
+    """Save a checkpoint after the exception `end`, and raise it again. After the time limit (Interrupted with number 0)
+    it returns."""
     signals.mark_handled()
     if isinstance(end, NonFiniteLoss):
         raise end
@@ -26,42 +26,42 @@ def save_on_exit(run, state, end):
         if isinstance(end, signals.Interrupted) and state.position != run.position:  # the same step in all processes
             state.all_reduce_sums()
         run.save(state)
-    except Exception as error:  # the disk is full, too: that is heard where nothing else is
+    except Exception as error:  # saving failed as well, for example on a full disk
         raise (error if isinstance(end, signals.Interrupted) else end) from None
     if not isinstance(end, signals.Interrupted):
         if run.path:
-            log(f'saved {run.where(state)}; {command} goes on')
+            log(f'saved {run.describe_position(state)}; {command} resumes it')
         raise end
     if not end.number:
-        log(f'--max_minutes={run.args.max_minutes:g} have passed: {command} goes on {run.where(state)}')
+        log(f'--max_minutes={run.args.max_minutes:g} have passed: {command} resumes it {run.describe_position(state)}')
         return
     name = signals.signal_name(end.number)
-    log(f'stopped by {name} {run.where(state)}')
+    log(f'stopped by {name} {run.describe_position(state)}')
     if not run.path:
         raise signals.Interrupted(end.number, f'{name}: stopped before the first step, there is nothing to save')
-    raise signals.Interrupted(end.number, f'{name}: saved {run.where(state)}; {command} goes on')
+    raise signals.Interrupted(end.number, f'{name}: saved {run.describe_position(state)}; {command} resumes it')
 
 
 def evaluate_after(args, state, splits, run):
-    """--evaluate_after: the result of --protocol for the last checkpoint; for the best one, beside the start, of a run
-    that began with pretrained weights. None without the option, and where the time is up."""
+    """Run --evaluate_after. Returns the result of --protocol on the last checkpoint, or on the best one of a run that
+    started from pretrained weights; None without the option or after --max_minutes."""
     if not args.evaluate_after:
         return None
     if run.deadline and time.monotonic() > run.deadline:
-        log(f'--max_minutes={args.max_minutes:g} have passed: --evaluate_after is left out')
+        log(f'--max_minutes={args.max_minutes:g} have passed: --evaluate_after is skipped')
         return None
     if not args.init_from:
         checkpoint_info = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
         return run_protocol(args, state.model, splits, checkpoint_info)
     best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(run.folder, checkpoints(run.folder))))
-    own, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=best))
-    own = replace_args(own, protocol=args.protocol)
+    best_args, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=best))
+    best_args = replace_args(best_args, protocol=args.protocol)
     model = model.to(get_device(args), memory_format=torch.channels_last)
-    return run_protocol(own, model, splits, checkpoint)
+    return run_protocol(best_args, model, splits, checkpoint)
 
 
 def format_summary(args, run, result, protocol):
-    """The last lines of a run: what came out, where it is, what to do next. protocol: an option of evaluate, or ''."""
+    """Format the summary of a run: its files, the verdict, the next command. protocol: an option for it, or ''."""
     called, logs = run_display_name(args, run.folder), resolve_path(args.log_path) / run.folder.name
     name = f'{called}/{run.path.name if run.path else ""}'
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']

@@ -1,33 +1,32 @@
-"""How much memory a training step takes, reckoned before the first one: the network runs on tensors without content."""
+"""Estimate the memory of a training step before the first one, by a forward pass on fake tensors."""
 
 import torch
 from torch.func import functional_call
 
 from runtime import distributed
 
-AUGMENT_MEMORY_FACTOR = (
-    7  # times the views, that making them takes (counted by torch's allocator; fewer where that is compiled)
-)
+AUGMENT_MEMORY_FACTOR = 7  # memory of the augmentation, in sizes of the views (measured; less if compiled)
 
 
 def estimate_step_bytes(model, images, views, size, dtype, channels=3):
-    """Bytes that training steps need on `model`'s device: weights, gradients, momentum, the views of `images` images of
-    size x size pixels, and what the forward pass keeps for the backward pass under autocast to dtype (None: float32).
+    """Estimate the bytes of a training step on `model`'s device: weights, gradients, momentum, the views of `images`
+    images of size x size pixels, and the activations saved for the backward pass, under autocast to dtype (None:
+    float32).
 
-    An estimate for a network that is not compiled: torch.compile keeps less. Buffers of cuDNN come on top.
+    For a network that is not compiled; torch.compile saves less. Buffers of cuDNN are not included.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import
 
-    kept = {}
+    storages = {}
 
-    def keep(tensor):
+    def record(tensor):
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # alive until the end, so that no other takes its number
+        storages[storage._cdata] = storage  # a reference, so that its address is not reused
         return tensor
 
     mode, (first, *_) = FakeTensorMode(), model.parameters()
     weights = {name: mode.from_tensor(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with mode, torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         shape = images, channels, size, size
         inputs = [
             torch.empty(shape, device=first.device).contiguous(memory_format=torch.channels_last) for _ in range(views)
@@ -36,27 +35,25 @@ def estimate_step_bytes(model, images, views, size, dtype, channels=3):
         with autocast, torch.compiler.set_stance('force_eager'):
             outputs = functional_call(model, weights, tuple(inputs))
         for value in (*weights.values(), *inputs):
-            keep(value)
+            record(value)
         del outputs
-    held = sum(storage.nbytes() for storage in kept.values())
-    return held + sum(2 * value.nbytes for value in model.parameters() if value.requires_grad)
+    saved_bytes = sum(storage.nbytes() for storage in storages.values())
+    return saved_bytes + sum(2 * value.nbytes for value in model.parameters() if value.requires_grad)
 
 
 def describe_step_memory(args, model, dtype, free):
-    """(a line on what a training step takes, what to do where that turns out to be too much), in words.
+    """Describe the memory of a training step. Returns (line to log, hint for an out-of-memory error).
 
-    Where it is more than `free` bytes the line has the --grad_accum_steps that would fit. Buffers of cuDNN and what
-    lies between the blocks are taken as a tenth. The views of a batch are made before the step, all at once.
+    If the step needs more than `free` bytes, the line names the --grad_accum_steps that would fit. 10 % are added for
+    buffers of cuDNN. The views of a batch are made before the step, all at once.
     """
     share = args.batch_size // distributed.world_size()
-    adamw_second_moment_bytes = (
-        sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0
-    )  # its other moment
+    adamw_second_moment_bytes = sum(value.nbytes for value in model.parameters()) if args.optimizer == 'adamw' else 0
     channels = args.num_channels
     two, four = (
         estimate_step_bytes(model, images, args.num_views, args.image_size, dtype, channels) for images in (2, 4)
     )
-    each = (four - two) / 2  # of an image; all else is the network's
+    each = (four - two) / 2  # bytes per image; the rest is the network's
     views = 4 * channels * args.image_size**2 * share * (4 if args.loss_symmetry == '2x' else args.num_views)
     making = AUGMENT_MEMORY_FACTOR * views if args.augment_backend == 'device' else views
     augment_bytes = adamw_second_moment_bytes + two + making

@@ -1,10 +1,11 @@
-"""What a training needs before its first step: options, data, model, optimizer, run folder; a run's first lines."""
+"""The setup of a training: options, data, model, optimizer, run folder, and the first lines it prints."""
 
 import math
 
 import torch
 
 from ckpt import check_off_the_shelf, get_model_ckpt
+from config import RESUMED_OPTIONS
 from dataloader.load_dataset import find_split_sources, get_iterator
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
@@ -25,14 +26,13 @@ from runtime.options import ignored_in_train, replace_args
 from runtime.precision import describe_precision, inherit_amp, precision, resolve_amp
 from runtime.trackers import import_tracker
 
-HEADS_STEPS = 80  # of projector and predictor alone, for --heads_epochs=-1; two epochs of the runs in results/LOG.md
-# Steps of a run. On an H200 to compile ResNet-18 took 35 s, and saved 2.6 ms a step.
-MIN_STEPS_TO_COMPILE = 5000
+HEADS_STEPS = 80  # --heads_epochs=-1: steps that train projector and predictor only (two epochs in results/LOG.md)
+MIN_STEPS_TO_COMPILE = 5000  # on an H200, compiling ResNet-18 took 35 s and saved 2.6 ms per step
 
 
 def setup_run(args):
-    """All that a training needs: (args, state, iterators, run). Raises UserError and WorkError for what cannot work,
-    before anything is written and before the first batch.
+    """Prepare a training. Returns (args, state, iterators, run). Raises UserError or WorkError for anything that cannot
+    work, before anything is written and before the first batch.
     """
     args, sources = choose_options(args)
     if not args.ckpt_name:
@@ -46,13 +46,13 @@ def setup_run(args):
     check_batch_and_warmup(args)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
     if (args.init_from or args.preset == 'photos') and 'protocol' not in args.given:
-        args = replace_args(args, protocol='compare')  # what the pretraining was worth
-    import_tracker(args)  # refused before anything is written, as is what follows
+        args = replace_args(args, protocol='compare')  # compares the run with its start
+    import_tracker(args)  # raises before anything is written, like the following checks
     should_use_graph(args)
     iterators = get_iterator(args, sources)
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
-        protocol_splits(args, {name: None if found is None else found.dataset for name, found in iterators.items()})
+        protocol_splits(args, {name: None if loader is None else loader.dataset for name, loader in iterators.items()})
     warn_pixel_range(args, iterators['train'].dataset)
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
@@ -63,7 +63,7 @@ def setup_run(args):
         run = continue_run(args, checkpoint, state)
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
-    if state.epoch < args.max_epochs:  # of a finished one nothing changes
+    if state.epoch < args.max_epochs:  # a finished run is not changed
         write_run_json(run.folder, args, iterators['train'].dataset)
     set_log_file(run.folder / 'log.txt')
     print_run_header(args, state, run, iterators['train'], compile_skip_reason)
@@ -71,13 +71,13 @@ def setup_run(args):
 
 
 def choose_options(args):
-    """(args, sources): the options after --from_run, --preset=auto and --resume; sources: of
-    load_dataset.find_split_sources, where the images had to be looked at. A run begins anew, perhaps from weights
-    (--init_from), or goes on (--resume)."""
+    """Resolve --from_run, --preset=auto and --resume. Returns (args, sources); sources: the result of
+    load_dataset.find_split_sources, or None if the preset did not depend on the images. Raises UserError if two options
+    name different starts of the run."""
     start_options = ('resume', 'ckpt_name', 'from_run', 'init_from')
     given_starts = [name for name in start_options if getattr(args, name) not in ('', 'auto')]
-    if len(given_starts) > 1 and given_starts != ['from_run', 'init_from']:  # options of one, weights of another
-        raise UserError(f'--{given_starts[0]} and --{given_starts[1]} say two starts of one run: leave one out')
+    if len(given_starts) > 1 and given_starts != ['from_run', 'init_from']:  # these two combine: options and weights
+        raise UserError(f'--{given_starts[0]} and --{given_starts[1]} name two starts of one run: leave one out')
     if args.ckpt_name:
         log(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
         args = replace_args(args, resume=args.ckpt_name)
@@ -88,7 +88,8 @@ def choose_options(args):
 
 
 def load_start(args):
-    """(args, model, checkpoint) of get_model_ckpt. Raises UserError for a checkpoint that cannot be resumed so."""
+    """Load the model of a run: get_model_ckpt's (args, model, checkpoint). Raises UserError for a checkpoint that
+    cannot be resumed with these options."""
     try:
         args, model, checkpoint = get_model_ckpt(args, training=True)
     except WorkError as error:
@@ -99,30 +100,30 @@ def load_start(args):
         return args, model, checkpoint
     if checkpoint['layout'] != 'ours':
         raise UserError(
-            f'{checkpoint["path"]} is no run of ours to go on with; start a new one from its weights: '
-            f'--init_from={args.ckpt_name}'
+            f'{checkpoint["path"]} is not a run of this project and cannot be resumed; start a new run from its '
+            f'weights: --init_from={args.ckpt_name}'
         )
     before = checkpoint['args']
     if before['model_name'] != args.model_name:
         raise UserError(
-            f'--model_name={args.model_name}: the run that goes on is called {before["model_name"]}; leave the option '
-            'out'
+            f'--model_name={args.model_name}: the resumed run is called {before["model_name"]}; leave the option out'
         )
     if before['optimizer'] != args.optimizer:
         raise UserError(
-            f'--optimizer={args.optimizer}: the run goes on with {before["optimizer"]}; a new one from its weights is '
-            f'--init_from={args.ckpt_name}'
+            f'--optimizer={args.optimizer}: the resumed run uses {before["optimizer"]}; for a new run from its '
+            f'weights use --init_from={args.ckpt_name}'
         )
-    return args, model, checkpoint
+    kept = {name: before[name] for name in RESUMED_OPTIONS if name not in args.given}
+    return replace_args(args, **kept), model, checkpoint
 
 
 def check_batch_and_warmup(args):
-    """Raise UserError where the batch cannot be cut into equal parts for processes and --grad_accum_steps; warn where
-    the schedule is all warm-up."""
+    """Raise UserError if the batch cannot be split evenly over ranks and --grad_accum_steps; warn if the whole schedule
+    is warm-up."""
     micro_batches = distributed.world_size() * args.grad_accum_steps
     if args.batch_size % micro_batches or args.batch_size // micro_batches < 2:
         raise UserError(
-            f'--batch_size={args.batch_size} cannot be shared by {distributed.world_size()} processes with '
+            f'--batch_size={args.batch_size} cannot be split over {distributed.world_size()} processes with '
             f'--grad_accum_steps={args.grad_accum_steps}: take a multiple of {micro_batches}, at least '
             f'{2 * micro_batches}'
         )
@@ -135,40 +136,40 @@ def check_batch_and_warmup(args):
 
 
 def set_heads_epochs(args, steps):
-    """args with the number of epochs that --heads_epochs=-1 comes to, where an epoch has so many steps; warns where no
-    epoch is left for the backbone."""
+    """Resolve --heads_epochs=-1 for epochs of `steps` steps; warn if no epoch is left for the backbone. Returns
+    args."""
     if args.heads_epochs == -1:
         args = replace_args(args, heads_epochs=math.ceil(HEADS_STEPS / steps))
-        log(f'projector and predictor alone are trained for {args.heads_epochs} epochs of {steps} steps')
+        log(f'only projector and predictor are trained for {args.heads_epochs} epochs of {steps} steps')
     if args.heads_epochs >= args.max_epochs and not distributed.rank():
         print_message(
             'warning',
-            f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which projector '
-            'and predictor alone are trained: the backbone stays as it is; try a larger --max_epochs',
+            f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which only '
+            'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs',
         )
     return args
 
 
 def warn_ignored_options(args, model):
-    """Say which given options have no effect beside others, or on this network."""
-    found = ignored_in_train(args)
+    """Warn of explicit options that have no effect with the others, or on this network."""
+    ignored = ignored_in_train(args)
     if 'zero_init' in args.given and not any(find_last_bn_layers(model.backbone)):
-        found.append(('zero_init', f'--backbone={args.backbone}'))
-    for name, beside in found if not distributed.rank() else ():
+        ignored.append(('zero_init', f'--backbone={args.backbone}'))
+    for name, beside in ignored if not distributed.rank() else ():
         print_message('warning', f'--{name} has no effect with {beside}')
 
 
 def why_not_compile(args, steps):
-    """Why --compile=auto does not compile on this GPU a run of so many steps, in a few words; '' where it does, or on
-    no GPU."""
+    """Return why --compile=auto does not compile a run of this many steps on this GPU; '' if it does, or without
+    GPU."""
     device = get_device(args)
     if args.compile != 'auto' or device.type != 'cuda':
         return ''
-    return f'{steps} steps would not pay for it' if steps < MIN_STEPS_TO_COMPILE else compile_unavailable_reason(device)
+    return f'{steps} steps are too few for it' if steps < MIN_STEPS_TO_COMPILE else compile_unavailable_reason(device)
 
 
 def make_train_state(args, model):
-    """`model` on the device, with what trains it."""
+    """Move the model to the device and build its optimizer and GradScaler. Returns a TrainState."""
     device = get_device(args)
     model = model.to(device, memory_format=torch.channels_last)
     if args.freeze_bn:
@@ -185,12 +186,11 @@ def make_train_state(args, model):
 
 
 def print_run_header(args, state, run, batches, compile_skip_reason):
-    """The first lines of a run, and of one that goes on: what is done where, and in how much memory.
-    compile_skip_reason: of why_not_compile."""
+    """Log the first lines of a run: device, precision, images, memory. compile_skip_reason: from why_not_compile."""
     if run.path and state.epoch >= args.max_epochs:
-        log(f'{run.folder.name} has its {state.epoch} epochs already; --max_epochs=<more> goes on')
+        log(f'{run.folder.name} has all of its {state.epoch} epochs; --max_epochs=<more> continues it')
     elif run.path:
-        log(f'going on with {run.folder.name} {run.where(state)} (of {args.max_epochs} epochs)')
+        log(f'resuming {run.folder.name} {run.describe_position(state)} (of {args.max_epochs} epochs)')
     device, world = get_device(args), distributed.world_size()
     together = f', {world} processes' if world > 1 else ''
     words = 'compiled in the first step, which takes a while' if use_compile(args) else 'not compiled'

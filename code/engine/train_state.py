@@ -1,4 +1,4 @@
-"""What a training is at a moment, and what a checkpoint holds of it."""
+"""The state of a training, as checkpoints store it."""
 
 import random
 
@@ -10,11 +10,11 @@ from runtime.checkpoint_format import FORMAT
 
 
 class TrainState:
-    """model: SimSiam; optimizer: its SGD or AdamW; scaler: of float16's gradients, or None; start: the backbone's
-    weights that it began with, on the CPU, where they are a part of the result (--start_share), or None.
+    """model: SimSiam; optimizer: SGD or AdamW; scaler: GradScaler for float16, or None; start: the initial weights of
+    the backbone, on the CPU, for --start_share, or None.
 
-    epoch: how many are finished; images: how many of the next are seen, and sums, 2, on the device: of loss and std
-    over these (of this process, or agreed upon). last: (loss, std), the means of the epoch that was finished last.
+    epoch: finished epochs. images: images seen in the current epoch; sums: 2, on the device, the sums of loss and std
+    over them (of this rank, or of all after all_reduce_sums). last_epoch_means: (loss, std) of the last finished epoch.
     """
 
     def __init__(self, model, optimizer, scaler=None, start=None):
@@ -28,28 +28,27 @@ class TrainState:
         return self.epoch, self.images
 
     def add(self, loss, std, images):
-        """A step is done: its loss and std, on the device, and how many images it took."""
+        """Add the loss and std of a step, on the device, and its number of images."""
         self.sums += images * torch.stack((loss.detach(), std)).to(self.sums)
         self.images += images
 
     def means(self):
-        """(loss, std) of the epoch under way as far as it went, else of the last. Waits for the device."""
+        """Return the mean (loss, std) of the current epoch so far, else of the last. Synchronizes with the device."""
         return tuple((self.sums / self.images).tolist()) if self.images else self.last_epoch_means
 
     def all_reduce_sums(self):
-        """Within an epoch, make the sums those of all processes, which are all here: one of them writes its own for
-        all."""
+        """Average the sums over all ranks, within an epoch, before rank 0 saves them."""
         if self.images:
             means = distributed.all_reduce_mean(self.sums.tolist(), self.sums.device)
-            self.sums.copy_(self.sums.new_tensor(means))  # in double precision, as they are
+            self.sums.copy_(self.sums.new_tensor(means))
 
     def finish_epoch(self, means):
-        """The epoch is over. means: (loss, std) of all processes; keeps them."""
+        """Finish the epoch. means: (loss, std) over all ranks."""
         self.epoch, self.images, self.last_epoch_means = self.epoch + 1, 0, means
         self.sums.zero_()
 
     def state_dict(self):
-        """All of it as a dict of tensors and plain values."""
+        """Return the state as a dict of tensors and plain values."""
         return {
             'format': FORMAT,
             'model': self.model.state_dict(),
@@ -65,13 +64,14 @@ class TrainState:
         }
 
     def load_state_dict(self, content):
-        """Go on from `content`; the model has its weights already (ckpt.get_model_ckpt). The optimizer keeps the
-        momentum and the weight decay that it was made with: they may be this call's; its rates are set at each step. It
-        keeps what is this machine's, too."""
-        kept = ('momentum', 'weight_decay', 'fused', 'capturable')
-        wanted = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
+        """Restore all but the model's weights (ckpt.get_model_ckpt loads them). The optimizer keeps its current
+        momentum and weight decay, which this call may have changed, and its device options."""
+        group_keys = ('momentum', 'weight_decay', 'fused', 'capturable')
+        new_values = [
+            {name: group[name] for name in group_keys if name in group} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(content['optimizer'])
-        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+        for group, values in zip(self.optimizer.param_groups, new_values, strict=True):
             group.update(values)
         if self.scaler and content['scaler']:
             self.scaler.load_state_dict(content['scaler'])
@@ -87,7 +87,8 @@ def zeros_f64(device):
 
 
 def rng_states():
-    """Of the global random generators; what is drawn in training is keyed and needs none (seeding.generator_for)."""
+    """Return the states of the global random generators. Training itself uses keyed generators
+    (seeding.generator_for)."""
     kind, keys, *rest = np.random.get_state()
     return {
         'python': random.getstate(),

@@ -1,14 +1,16 @@
-"""SimSiam's loss (arXiv 2011.10566, section 3, equations 1 to 4), what section 4 changes in it, and more views."""
+"""SimSiam's loss (arXiv 2011.10566, section 3, equations 1 to 4), its variants of section 4, and more than two
+views."""
 
 from torch.nn.functional import cosine_similarity, log_softmax, softmax
 
 
 def simsiam_loss(*outputs, stop_gradient=True, similarity='cosine', symmetric=True):
-    """L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2 (equation 4). Returns a scalar.
+    """L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2 (equation 4). Returns a scalar, in [-1, 1] with cosine
+    similarity.
 
-    outputs: p1, p2, z1, z2, N x d each; of n views p1 ... pn, z1 ... zn: the mean over the views of D(p of this one,
-    stopgrad(mean z of the others)) (FastSiam, Pototzky et al., GCPR 2022, equation 3). With cosine similarity it lies
-    in [-1, 1]. symmetric=False: of two views, D(p1, stopgrad(z2)) alone.
+    outputs: p1, p2, z1, z2, N x d each. With n views, p1 ... pn, z1 ... zn: the mean over the views i of D(p_i,
+    stopgrad(mean of z_j, j != i)) (FastSiam, Pototzky et al., GCPR 2022, equation 3). symmetric=False: only
+    D(p1, stopgrad(z2)), for two views.
     """
     distance = negative_cosine if similarity == 'cosine' else cross_entropy
     n = len(outputs) // 2

@@ -1,19 +1,19 @@
-"""What features are worth, told without a label: of the spectrum of N features, of two views of the same images, and of
-the z and p of a training step.
+"""Quality measures that need no labels, from the spectrum of N features, from two views of each image, and from the z
+and p of a training step.
 
-x: N x d, features of plain views. Singular values s_1 >= s_2 >= ..., in double precision.
+x: N x d, features of center crops. Singular values s_1 >= s_2 >= ..., in double precision.
 """
 
 import torch
 from torch.nn.functional import normalize, pad
 
-EPS = 1e-7  # that keeps a logarithm finite (RankMe, equation 1)
-SW_REGULARIZER = 1e-4  # added to the scatter within images (LiDAR, section 3)
+EPS = 1e-7  # keeps logarithms finite (RankMe, equation 1)
+SW_REGULARIZER = 1e-4  # added to the diagonal of the within-image covariance (LiDAR, section 3)
 
 
 def singular_values(x):
-    """Those of x, the largest first, on the CPU: by way of the products of its rows or columns, whichever are fewer,
-    for whose roots a CPU is fast enough. What rounding leaves is 0."""
+    """Return the singular values of x, largest first, on the CPU: square roots of the eigenvalues of x x^T or x^T x,
+    whichever is smaller. Values below the rounding error are 0."""
     x = x.double()
     squares = torch.linalg.eigvalsh((x @ x.T if len(x) < x.shape[1] else x.T @ x).cpu()).flip(0)
     rounding = max(x.shape) * torch.finfo(x.dtype).eps * squares[0]
@@ -21,7 +21,7 @@ def singular_values(x):
 
 
 def rankme(x):
-    """exp(entropy of s / sum s): how many directions the features use, 1 to min(N, d). Not centred.
+    """Return RankMe: exp(entropy of s / sum s), the effective number of directions of x, 1 to min(N, d). Not centerd.
 
     Garrido et al., arXiv 2210.02885, equation 1.
     """
@@ -29,7 +29,7 @@ def rankme(x):
 
 
 def effective_rank(values):
-    """exp(entropy of the shares of `values`, >= 0 and not all 0), SMALL added to each; of none but zeros 1."""
+    """Return exp(entropy of values / sum values), with EPS added to each share. values: >= 0; 1 if all are 0."""
     total = values.sum()
     shares = values / total if total > 0 else torch.zeros_like(values)
     shares = shares + EPS
@@ -37,8 +37,8 @@ def effective_rank(values):
 
 
 def cumulative_spectrum_auc(x):
-    """Area under the cumulative spectrum of the centred features: 1 where they vary in one direction or in none, 1/2 +
-    1/2d where in all alike.
+    """Return the area under the cumulative spectrum of the centerd features: 1 if they vary in at most one direction,
+    1/2 + 1/2d if they vary equally in all d.
 
     Li, Efros, Pathak, arXiv 2209.15007, equation 2.
     """
@@ -48,8 +48,8 @@ def cumulative_spectrum_auc(x):
 
 
 def alpha_req(x):
-    """Exponent a of the covariance's eigenvalues, lambda_i ~ i^-a: least squares on log-log axes over the middle half
-    of the logarithmic axis of i; nan where fewer than three eigenvalues there are above rounding.
+    """Return the exponent a of the covariance's eigenvalues, lambda_i ~ i^-a: a least-squares fit on log-log axes over
+    the middle half of the log i axis; nan if fewer than three eigenvalues there are above the rounding error.
 
     Agrawal et al., NeurIPS 2022.
     """
@@ -65,11 +65,11 @@ def alpha_req(x):
 
 
 def lidar(x):
-    """Effective rank of the linear discriminants that tell images apart. x: n x q x d, of q views of each of n images.
+    """Return LiDAR: the effective rank of the linear discriminants between images. x: n x q x d, q views of n images.
 
-    The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw the mean covariance of
-    an image's views, SW_REGULARIZER added on its diagonal. Thilak et al., arXiv 2312.04000, section 3. With Sb = B B^T,
-    B of n columns, those that are not 0 are also those of B^T Sw^-1 B, of n rows in place of d.
+    The eigenvalues are those of Sw^-1/2 Sb Sw^-1/2. Sb is the covariance of the images' means, Sw the mean covariance
+    of an image's views, with SW_REGULARIZER on its diagonal (Thilak et al., arXiv 2312.04000, section 3). With
+    Sb = B B^T, B of n columns, the non-zero ones equal those of B^T Sw^-1 B, an n x n matrix.
     """
     x = x.cpu().double()
     (n, q, d), means = x.shape, x.mean(1)
@@ -83,35 +83,35 @@ def lidar(x):
 
 
 def positive_ranks(first, second):
-    """Of n images' first views, the place of each one's own second view among all n second views, by cosine: 1 where it
-    is the nearest; of those that are equal but for rounding the last. first, second: n x d. Returns n float, on the
-    device."""
+    """Return the retrieval rank of the positive view of each image, n float: the position of its second view among all
+    n second views, sorted by cosine to its first view; 1 is the nearest. Ties (within rounding) get the last position.
+    first, second: n x d."""
     cosine = normalize(first, dim=1) @ normalize(second, dim=1).T
     return (cosine >= cosine.diagonal()[:, None] - 4 * torch.finfo(cosine.dtype).eps).sum(1).float()
 
 
 def view_retrieval_top1(first, second):
-    """Percent of n images whose own second view is the nearest to their first; 100 / n by chance. first, second: n x d.
-    Returns a scalar on the device."""
+    """Return the percentage of images whose second view is the nearest to their first; chance is 100 / n. first,
+    second: n x d. Returns a scalar tensor."""
     return 100 * (positive_ranks(first, second) == 1).float().mean()
 
 
 def geometric_mean_rank(first, second):
-    """The geometric mean of `positive_ranks`: 1 where every image finds itself, about n / e by chance. It says what
-    `view_retrieval_top1` does, and needs fewer images to say it, for all of them count."""
+    """Return the geometric mean of `positive_ranks`: 1 is perfect, chance is about n / e. It has a lower variance than
+    `view_retrieval_top1`, because every image contributes."""
     return positive_ranks(first, second).log().mean().exp().item()
 
 
 def alignment(first, second):
-    """Mean squared distance between the two views of an image on the sphere, 0 to 4. first, second: n x d.
+    """Return the mean squared distance between the normalized features of two views, 0 to 4. first, second: n x d.
 
-    Wang and Isola, arXiv 2005.10242, equation 1; read together with `uniformity`: collapse makes it 0.
+    Wang and Isola, arXiv 2005.10242, equation 1. Collapse makes it 0, so read it together with `uniformity`.
     """
     return (normalize(first.double(), dim=1) - normalize(second.double(), dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(x):
-    """log of the mean over pairs of exp(-2 |x - y|^2), on the sphere: 0 where all are one, near -4 where they spread.
+    """Return log mean exp(-2 |x - y|^2) over pairs of normalized features: 0 if all are equal, near -4 if uniform.
 
     Wang and Isola, arXiv 2005.10242, equation 2.
     """
@@ -120,12 +120,12 @@ def uniformity(x):
 
 
 def output_statistics(z, p):
-    """What z and p of a batch, N x d each, tell, by name: those of a training step are there anyway.
+    """Return statistics of z and p, N x d each, of a training step, by name.
 
-    mean_direction: norm of mean(z / |z|), 0 healthy, 1 all one direction. correlation: mean absolute correlation of
-    different channels of z over the batch (Zhang et al., arXiv 2203.16262). rank_z_minus_p: effective rank of z minus
-    that of p, above 0 in training that works (Zhuo et al., arXiv 2303.02387). norm_z, norm_p: means; they grow, and a
-    large one is a slow start (Draganov et al., arXiv 2406.16468).
+    mean_direction: norm of mean(z / |z|); 0 is healthy, 1 is collapse to one direction. correlation: mean absolute
+    correlation between channels of z (Zhang et al., arXiv 2203.16262). rank_z_minus_p: effective rank of z minus that
+    of p, positive in successful training (Zhuo et al., arXiv 2303.02387). norm_z, norm_p: mean norms; they grow, and
+    large norms slow down training (Draganov et al., arXiv 2406.16468).
     """
     z, p = z.double(), p.double()
     return {
@@ -138,8 +138,7 @@ def output_statistics(z, p):
 
 
 def mean_abs_channel_correlation(z):
-    """Mean absolute value of the correlations of different channels of z, N x d, over N; a channel that does not vary
-    has none with any."""
+    """Return the mean absolute correlation between different channels of z, N x d; constant channels count as 0."""
     z = z.double() - z.double().mean(0)
     z = z / z.norm(dim=0).clamp(min=1e-12)
     d = z.shape[1]

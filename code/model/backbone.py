@@ -1,4 +1,4 @@
-"""The encoders: networks of torchvision and of timm without their classifiers, and a small one for CPUs."""
+"""Backbones: torchvision and timm networks without their classification layer, and a small ResNet for CPUs."""
 
 import difflib
 
@@ -11,20 +11,21 @@ WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
 
 
 def make_backbone(name, stem, size, zero_init=True, channels=3):
-    """(backbone, its number of features d). backbone: N x C x size x size float to N x d.
+    """Build a backbone with random weights. Returns (backbone, number of features d); the backbone maps
+    N x C x size x size float images to N x d features.
 
-    name: small, a classification network of torchvision (resnet50, convnext_tiny, vit_b_16, ...) or timm/<name>. stem:
-    'imagenet', the network as it is, or of a ResNet 'cifar', 3 x 3 stride 1 without max-pool (paper, appendix D); small
-    has 3 x 3 for both, with stride 2 or 1. zero_init: the last BN of every residual block starts at zero, as in the
-    official release, and not at one. channels: C, of the images.
-    Raises ValueError where there is no such network, or it does not take such images.
+    name: small, a torchvision classification network (resnet50, convnext_tiny, vit_b_16, ...) or timm/<name>. stem:
+    'imagenet', the network as it is, or 'cifar', for ResNets a 3 x 3 convolution with stride 1 and no max-pool (paper,
+    appendix D); small has a 3 x 3 convolution with stride 2 or 1. zero_init: initialize the weight of the last BN of
+    each residual block to zero, as in the official release, instead of one. channels: C.
+    Raises ValueError for an unknown network, or one that does not accept such images.
     """
     if name == 'small':
         backbone = tiny_resnet(1 if stem == 'cifar' else 2, channels)
     elif name.startswith('timm/'):
-        backbone = from_timm(name.removeprefix('timm/'), size, channels)
+        backbone = build_timm_backbone(name.removeprefix('timm/'), size, channels)
     else:
-        backbone = from_torchvision(name, size)
+        backbone = build_torchvision_backbone(name, size)
         if channels != 3:
             set_input_channels(backbone, channels)
     if stem == 'cifar' and name != 'small':
@@ -35,7 +36,7 @@ def make_backbone(name, stem, size, zero_init=True, channels=3):
 
 
 def find_last_bn_layers(network):
-    """The last BN of each residual block, of torchvision's ResNets and RegNets and of timm's."""
+    """Yield the last BN of each residual block of a torchvision or timm ResNet or RegNet."""
     for block in network.modules():
         if isinstance(block, regnet.ResBottleneckBlock):
             yield block.f.c[1]
@@ -45,8 +46,8 @@ def find_last_bn_layers(network):
                 yield norm
 
 
-def from_torchvision(name, size):
-    """A classification network of torchvision, its classifier's last layer taken off."""
+def build_torchvision_backbone(name, size):
+    """Build a torchvision classification network without the last layer of its classifier."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -60,8 +61,8 @@ def from_torchvision(name, size):
 
 
 def set_input_channels(network, channels):
-    """Give a network's first convolution, for three channels, weights for another number, drawn anew. Raises
-    ValueError where there is none."""
+    """Replace the weights of a network's first convolution, made for three channels, with random weights for
+    `channels`. Raises ValueError if the network has no such convolution."""
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or first.in_channels != 3 or first.groups != 1:
         raise ValueError(f'its first layer cannot be given {channels} channels')
@@ -71,7 +72,7 @@ def set_input_channels(network, channels):
 
 
 def constructor_kwargs(name, size):
-    """The options that a network of torchvision is made with for images of size x size pixels."""
+    """Return the keyword arguments of a torchvision network's constructor for images of size x size pixels."""
     if name in ('googlenet', 'inception_v3'):
         return {'aux_logits': False, 'init_weights': False}
     if name.startswith('vit_'):
@@ -80,7 +81,7 @@ def constructor_kwargs(name, size):
 
 
 def remove_class_layer(classifier):
-    """A torchvision classifier up to the layer that names the classes, and the dropout before it."""
+    """Remove the classification layer of a torchvision classifier, and the dropout before it."""
     layers = [*classifier] if isinstance(classifier, nn.Sequential) else [classifier]
     pool = [nn.AdaptiveAvgPool2d(1)] if not any(isinstance(layer, nn.Linear) for layer in layers) else []  # SqueezeNet
     while layers and not isinstance(layers.pop(), nn.Linear | nn.Conv2d):
@@ -91,7 +92,7 @@ def remove_class_layer(classifier):
 
 
 def timm_module():
-    """timm, imported. Raises ValueError where it is not installed."""
+    """Import timm. Raises ValueError if it is not installed."""
     try:
         import timm
     except ImportError:
@@ -99,9 +100,9 @@ def timm_module():
     return timm
 
 
-def from_timm(name, size, channels=3, **more):
-    """A network of timm without a classifier; built for images of this size where that is part of it. more: options of
-    timm.create_model, such as pretrained=True, whose errors come as they are."""
+def build_timm_backbone(name, size, channels=3, **more):
+    """Build a timm network without its classifier, for images of size x size pixels if it depends on their size. more:
+    arguments of timm.create_model, such as pretrained=True; its exceptions are not converted."""
     timm = timm_module()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
@@ -110,7 +111,7 @@ def from_timm(name, size, channels=3, **more):
     try:
         network = construct_network(timm.create_model, name, size, num_classes=0, img_size=size, **inputs)
         takes_size = True
-    except TypeError:  # most networks take any size, and no such option
+    except TypeError:  # most networks accept any size and have no img_size argument
         try:
             network = construct_network(timm.create_model, name, size, num_classes=0, **inputs)
             takes_size = False
@@ -123,8 +124,8 @@ def from_timm(name, size, channels=3, **more):
 
 
 def construct_network(make, name, size, **more):
-    """make(name, **more). Raises TypeError where there is no such option; for all else that other people's networks
-    raise on sizes that they do not take (ZeroDivisionError, ...) ValueError."""
+    """Call make(name, **more). Raises TypeError for an unknown argument, and ValueError for any other exception:
+    networks raise various ones (ZeroDivisionError, ...) for sizes that they do not accept."""
     try:
         return make(name, **more)
     except TypeError:
@@ -134,16 +135,16 @@ def construct_network(make, name, size, **more):
 
 
 def first_line(error):
-    """The first line of what an exception says; its kind where it says nothing."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def size_error_text(size, error):
-    return f'it does not take images of {size} px ({first_line(error)})'
+    return f'it does not accept images of {size} px ({first_line(error)})'
 
 
 def feature_dim(backbone, size, channels=3):
-    """The number of features, by what comes out."""
+    """Return the number of features, measured on a zero image. Raises ValueError if the output is not N x d."""
     backbone.eval()
     try:
         with torch.no_grad():
@@ -152,12 +153,13 @@ def feature_dim(backbone, size, channels=3):
         raise ValueError(size_error_text(size, error)) from None
     backbone.train()
     if features.ndim != 2:
-        raise ValueError(f'it gives {tuple(features.shape)} and not one row of features an image')
+        raise ValueError(f'its output is {tuple(features.shape)}, not one row of features per image')
     return features.shape[1]
 
 
 def use_cifar_stem(backbone, channels=3):
-    """Give a ResNet the stem for images of 32 pixels."""
+    """Replace the stem of a torchvision ResNet with the one for 32-pixel images. Raises ValueError for other
+    networks."""
     if not isinstance(backbone, resnet.ResNet):
         raise ValueError("--stem=cifar is for torchvision's ResNets; --stem=imagenet goes with every network")
     backbone.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
@@ -166,7 +168,7 @@ def use_cifar_stem(backbone, channels=3):
 
 
 def tiny_resnet(stride, channels=3):
-    """A residual network of three BasicBlocks, for 32-pixel images: 78 thousand parameters."""
+    """Build a residual network of three BasicBlocks for 32-pixel images, with 78 thousand parameters."""
     layers = [
         nn.Conv2d(channels, WIDTHS[0], 3, stride, 1, bias=False),
         nn.BatchNorm2d(WIDTHS[0]),

@@ -1,7 +1,7 @@
-"""State dicts of other tools, to and from ours: names, and what the shapes say of the architecture.
+"""Conversion of other tools' state dicts to our names and back, and the architecture that their shapes imply.
 
-Every key of a file is accounted for: it is translated, or left out by name (a classifier, a momentum encoder, a queue,
-the heads of another method), or it stands as it is and the strict load_state_dict that follows complains of it.
+Every key of a file is accounted for: it is converted, or reported as unused (a classifier, a momentum encoder, a queue,
+the heads of another method), or kept as it is, in which case the strict load_state_dict that follows rejects it.
 """
 
 import re
@@ -17,7 +17,7 @@ RESNET_BLOCKS = {  # residual blocks of the four stages, and whether they are bo
     'resnet152': ((3, 8, 36, 3), True),
 }
 WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.|_forward_module\.)+')  # DDP's, torch.compile's, Fabric's
-# Where in a file the weights are, the first that is there: of a teacher and a student DINO judges the teacher.
+# Keys under which files store a state dict, in order of preference: DINO evaluates the teacher, not the student.
 STATE_DICT_KEYS = (
     'state_dict',
     'model_state_dict',
@@ -31,8 +31,8 @@ STATE_DICT_KEYS = (
     'encoder',
     'weights',
 )
-# The encoder of each layout by its prefix; a momentum encoder has another and is not looked for. backbone: of lightly,
-# solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm's too.
+# Prefix of the encoder in each layout. Momentum encoders have other prefixes and are not used. backbone: lightly,
+# solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm as well.
 ENCODER_PREFIXES = {
     'backbone': 'backbone.',
     'moco': 'encoder_q.',
@@ -50,7 +50,7 @@ SEQUENTIAL_NAMES = {
     '6': 'layer3',
     '7': 'layer4',
 }  # lightly's children
-# Heads by other names than ours.
+# Prefixes of projector and predictor in other layouts.
 HEAD_PREFIXES = (
     ('encoder.fc.', 'projector.'),
     ('projection_head.layers.', 'projector.'),
@@ -59,26 +59,26 @@ HEAD_PREFIXES = (
 
 
 def convert_state_dict(content):
-    """(layout, state, left out) of what a file held, or None. state: a dict of tensors by our names, the backbone's and
-    those heads that may be a SimSiam's. left out: the beginnings of the keys that are not used."""
+    """Convert the content of a file. Returns (layout, state, unused), or None for an unknown layout. state: tensors by
+    our names, of the backbone and of heads that may be SimSiam's; unused: first parts of the unused keys, sorted."""
     state = find_tensors(content)
     for layout, prefix in ENCODER_PREFIXES.items():
         sequential = f'{prefix}4.0.conv1.weight' in state
         if f'{prefix}layer1.0.conv1.weight' not in state and not sequential:
             continue
-        ours, left = {}, set()
+        converted, unused = {}, set()
         for name, value in state.items():
             new = convert_backbone_key(name, prefix, sequential) or convert_head_key(name)
             if new:
-                ours[new] = value
+                converted[new] = value
             else:
-                left.add(name.removeprefix(prefix).split('.')[0] if name.startswith(prefix) else name.split('.')[0])
-        return layout, fold_projector_bias(ours), sorted(left)
+                unused.add(name.removeprefix(prefix).split('.')[0] if name.startswith(prefix) else name.split('.')[0])
+        return layout, fold_projector_bias(converted), sorted(unused)
     return None
 
 
 def find_tensors(content):
-    """The tensors of a file by their names without wrappers, from wherever in it they are."""
+    """Return {name: tensor} of the state dict in a file's content, with the prefixes of wrappers removed."""
     while isinstance(content, dict):
         inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
         if inner is None:
@@ -89,67 +89,67 @@ def find_tensors(content):
 
 
 def is_weight(value):
-    """A tensor, or an array of numbers."""
+    """Whether a value is a tensor or a numeric array."""
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biuf')
 
 
 def convert_backbone_key(name, prefix, sequential):
-    """Our name of an encoder's key; None of a classifier's, a head's, or of what is not in it."""
+    """Return our name for a key of the encoder, or None for a key of a classifier, a head or another network."""
     if not name.startswith(prefix):
         return None
     first, _, rest = name.removeprefix(prefix).partition('.')
     if sequential:
         first = SEQUENTIAL_NAMES.get(first)
-    known = ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4')
-    return f'backbone.{first}.{rest}' if first in known else None
+    layers = ('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4')
+    return f'backbone.{first}.{rest}' if first in layers else None
 
 
 def convert_head_key(name):
-    """Our name of a key of a head like SimSiam's: projector.N or predictor.N."""
+    """Return our name (projector.N... or predictor.N...) for a key of a head, or None."""
     for converted, ours in HEAD_PREFIXES:
         name = ours + name.removeprefix(converted) if name.startswith(converted) else name
     return name if re.fullmatch(r'(projector|predictor)\.\d+\.\w+', name) else None
 
 
 def fold_projector_bias(state):
-    """The official release keeps the bias of the projector's last layer, frozen; ours has none. It goes into the BN
-    after it: the batch's mean, and so the running one, is higher by just this bias."""
+    """Fold the bias of the projector's last layer into the running mean of the BN after it. The official release has
+    such a bias, frozen; ours has none. A constant bias shifts the mean of the batch by its value."""
     for name in [name for name in state if re.fullmatch(r'projector\.\d+\.bias', name)]:
         number = int(name.split('.')[1])
-        after = f'projector.{number + 1}.running_mean'
-        last = f'projector.{number + 1}.weight' not in state  # no affine
-        if state[f'projector.{number}.weight'].ndim == 2 and last and after in state:
-            state[after] = state[after] - state.pop(name)
+        running_mean = f'projector.{number + 1}.running_mean'
+        has_no_affine = f'projector.{number + 1}.weight' not in state
+        if state[f'projector.{number}.weight'].ndim == 2 and has_no_affine and running_mean in state:
+            state[running_mean] = state[running_mean] - state.pop(name)
     return state
 
 
 def infer_architecture(state):
-    """The options of config.py that a state with our names settles by its shapes: backbone, stem, and where it has
-    heads proj_layers, proj_dim and pred_dim. What cannot be told is left out."""
-    known = {}
+    """Infer options of config.py from the shapes of a state dict with our names: backbone, stem and, if it has heads,
+    proj_layers, proj_dim and pred_dim. Options that the shapes do not determine are missing from the result."""
+    options = {}
     counts = tuple(
         len({name.split('.')[2] for name in state if name.startswith(f'backbone.layer{i}.')}) for i in range(1, 5)
     )
     bottleneck = 'backbone.layer1.0.conv3.weight' in state
     for name, blocks in RESNET_BLOCKS.items():
         if (counts, bottleneck) == blocks:
-            known['backbone'] = name
+            options['backbone'] = name
     stem = state.get('backbone.conv1.weight')
     if stem is not None and stem.ndim == 4:
-        known['stem'] = 'cifar' if stem.shape[2] == 3 else 'imagenet'
+        options['stem'] = 'cifar' if stem.shape[2] == 3 else 'imagenet'
     layers = [
         value for name, value in state.items() if re.fullmatch(r'projector\.\d+\.weight', name) and value.ndim == 2
     ]
     if layers:
-        known |= {'proj_layers': len(layers), 'proj_dim': layers[-1].shape[0]}
+        options |= {'proj_layers': len(layers), 'proj_dim': layers[-1].shape[0]}
     predictor = state.get('predictor.0.weight')
     if predictor is not None:
-        known['pred_dim'] = predictor.shape[0]
-    return known
+        options['pred_dim'] = predictor.shape[0]
+    return options
 
 
 def to_detectron2(state):
-    """A torchvision ResNet's state dict by the names of detectron2's: stem, res2 ... res5, shortcut, norm."""
+    """Convert a torchvision ResNet's state dict to detectron2's names: stem, res2 ... res5, shortcut, norm."""
     converted = {}
     for name, value in state.items():
         name = re.sub(r'^layer(\d)', lambda match: f'res{int(match[1]) + 1}', name)

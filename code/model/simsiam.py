@@ -6,12 +6,11 @@ from model.backbone import make_backbone
 
 
 class SimSiam(nn.Module):
-    """backbone f, projector (with f: the paper's encoder) and predictor h.
+    """Backbone, projector and predictor. Backbone and projector together are the paper's encoder f; the predictor is h.
 
-    args: anything with the attributes backbone, stem, image_size, num_channels, zero_init, proj_layers, proj_dim,
-    pred_dim, proj_bn and predictor of config.Config. Raises ValueError where there is no such backbone (make_backbone).
-    has_heads: whether projector and predictor belong to the backbone; with weights of other tools there may be none
-    that do.
+    args: any object with the attributes backbone, stem, image_size, num_channels, zero_init, proj_layers, proj_dim,
+    pred_dim, proj_bn and predictor of config.Config. has_heads: False if the weights are of a backbone without
+    projector and predictor. Raises ValueError for an invalid backbone (make_backbone).
     """
 
     has_heads = True
@@ -29,15 +28,15 @@ class SimSiam(nn.Module):
         self.predictor.requires_grad_(args.predictor == 'mlp')
 
     def forward(self, *views):
-        """views: two (or more), N x 3 x S x S each. Returns p1, p2, z1, z2 (p of each, then z), each N x proj_dim.
+        """views: two or more tensors, N x C x S x S. Returns p1, p2, ..., z1, z2, ..., each N x proj_dim.
 
-        Each view goes through alone: in one forward of both, the batch statistics of BN would mix the views.
+        Each view has its own forward pass: in a joint one BN would compute its statistics over both views.
         """
         z = [self.projector(self.backbone(view)) for view in views]
         return *(self.predictor(each) for each in z), *z
 
     def freeze_bn(self):
-        """Keep the running statistics of the backbone's BN as they are: it stays in eval mode in training, too."""
+        """Keep the BN layers of the backbone in eval mode, also in training: their running statistics do not change."""
         kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
         self.frozen = [module for module in self.backbone.modules() if isinstance(module, kinds)]
         for norm in self.frozen:
@@ -51,11 +50,11 @@ class SimSiam(nn.Module):
 
 
 def make_projector(features, num_layers, out_dim, bn='default'):
-    """`num_layers` fully connected layers, BN on each, ReLU on all but the last, whose BN has no affine (official
-    release).
+    """Build the projector: `num_layers` linear layers, each with BN, and ReLU on all but the last. The last BN has no
+    scale and shift (official release).
 
-    The release keeps the last layer's bias frozen; before a BN a constant bias changes nothing, so there is none.
-    bn: of config.Config.proj_bn; a layer without BN has a bias.
+    The release has a frozen bias in the last layer. Before a BN a constant bias has no effect, so there is none here.
+    bn: see config.Config.proj_bn; layers without BN have a bias.
     """
     modules = []
     for i in range(num_layers):
@@ -70,8 +69,9 @@ def make_projector(features, num_layers, out_dim, bn='default'):
 
 
 def make_predictor(out_dim, hidden, bn='default'):
-    """Two fully connected layers, BN and ReLU between them; the output has a bias and (but for bn='all') no BN."""
-    modules = [nn.Linear(out_dim, hidden, bias=bn == 'none')]  # a BN that follows has the bias
+    """Build the predictor: two linear layers with BN and ReLU between them. The output has a bias and, except with
+    bn='all', no BN."""
+    modules = [nn.Linear(out_dim, hidden, bias=bn == 'none')]  # the following BN has a shift
     if bn != 'none':
         modules.append(nn.BatchNorm1d(hidden))
     modules += [nn.ReLU(inplace=True), nn.Linear(hidden, out_dim, bias=bn != 'all')]

@@ -1,7 +1,7 @@
-"""Pretrained weights of any network: torchvision's and timm's own, or a state dict in the network's layout.
+"""Pretrained weights of any network: from torchvision, from timm, or from a state dict in the network's own layout.
 
-Weights come with the preprocessing that they were trained with. Every key of a state dict is accounted for: it is
-loaded, or it is named as left out, or the whole is refused.
+Weights come with the preprocessing that they were trained with. Every key of a state dict is loaded or reported as
+unused; a state dict that does not fit is refused.
 """
 
 import logging
@@ -11,18 +11,17 @@ import torch
 import torchvision
 from torchvision.models import vision_transformer
 
-from model.backbone import first_line, from_timm, timm_module
+from model.backbone import build_timm_backbone, first_line, timm_module
 
-FIRST = 4  # keys of each side that an error shows
-# Of several networks in one file (a teacher and its student, a momentum encoder) the first of these is taken.
+SHOWN_KEYS = 4  # keys of each side in an error message
+# If a file holds several networks (teacher and student, momentum encoder), the first of these prefixes is used.
 PREFERRED = ('', 'backbone.', 'model.', 'encoder.', 'encoder_q.', 'base_encoder.', 'teacher.backbone.', 'teacher.')
 
 
 @dataclass
 class Weights:
-    """The weights of a backbone. state: {name in the network: tensor}; source: what they are called, for people;
-    preprocessing: options that come with them (find_preprocessing); left_out: what of a file is not used; license: ''
-    where the source does not say it."""
+    """The weights of a backbone. state: its state dict; source: a name to print; preprocessing: see find_preprocessing;
+    left_out: unused keys of the file; license: '' if the source states none."""
 
     state: dict
     source: str
@@ -32,8 +31,8 @@ class Weights:
 
 
 def average_weights(start, trained, share):
-    """State dict of `share` of the weights `start` and the rest of `trained`, two of one network; what is no floating
-    point is `trained`'s. Wortsman et al., arXiv 2109.01903, equation 1."""
+    """Average two state dicts of one network: share x start + (1 - share) x trained. Values that are not floating point
+    are taken from `trained`. Wortsman et al., arXiv 2109.01903, equation 1."""
     return {
         name: torch.lerp(value.float(), start[name].to(value.device).float(), share).to(value.dtype)
         if value.is_floating_point()
@@ -43,14 +42,14 @@ def average_weights(start, trained, share):
 
 
 def is_off_the_shelf(name):
-    """Whether an --init_from or --ckpt_name means weights of torchvision or timm, not a file or a run."""
+    """Whether a value of --init_from or --ckpt_name names weights of torchvision or timm, not a file or a run."""
     return name in ('imagenet', 'timm') or name.startswith('timm/')
 
 
 def fetch_torchvision(backbone, size, progress=False):
-    """torchvision's weights of ImageNet for one of its classification networks: the first version (IMAGENET1K_V1),
-    or the default where there is no first. size: of the images, in pixels, to which position embeddings are fitted.
-    Raises ValueError where torchvision has none, OSError where they cannot be fetched."""
+    """Download torchvision's ImageNet weights of a network: version IMAGENET1K_V1, or the default if it does not exist.
+    size: of the images, in pixels; position embeddings are interpolated to it. Returns Weights. Raises ValueError if
+    torchvision has no weights of this network, OSError if the download fails."""
     try:
         versions = torchvision.models.get_model_weights(backbone)
     except ValueError:
@@ -64,20 +63,20 @@ def fetch_torchvision(backbone, size, progress=False):
 
 
 def fetch_timm(name, size):
-    """timm's own weights of `name`, perhaps with a tag (resnet50.a1_in1k), for images of size x size pixels; timm
-    fetches them, and fits position embeddings to the size. Raises ValueError where timm has none."""
-    known = timm_config(name)
-    if known is None or not known.has_weights:
+    """Download timm's weights of a network, name or name.tag (resnet50.a1_in1k), for images of size x size pixels; timm
+    interpolates position embeddings. Returns Weights. Raises ValueError if timm has no such weights."""
+    config = timm_config(name)
+    if config is None or not config.has_weights:
         raise ValueError(f'timm has no weights for {name}')
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every try
-    network = from_timm(name, size, pretrained=True)
-    tag = f'timm/{name}' if '.' in name else f'timm/{name}.{known.tag}'
-    return Weights(network.state_dict(), tag, preprocessing_from_timm_config(known), license=known.license or '')
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it logs every retry
+    network = build_timm_backbone(name, size, pretrained=True)
+    tag = f'timm/{name}' if '.' in name else f'timm/{name}.{config.tag}'
+    return Weights(network.state_dict(), tag, preprocessing_from_timm_config(config), license=config.license or '')
 
 
 def timm_config(name):
-    """timm's pretrained_cfg of a network, perhaps with a tag; None of an unknown network. Raises ValueError for an
-    unknown tag."""
+    """Return timm's pretrained_cfg of a network (name or name.tag), or None if timm does not know it. Raises ValueError
+    for an unknown tag."""
     try:
         return timm_module().get_pretrained_cfg(name)
     except RuntimeError:
@@ -85,11 +84,11 @@ def timm_config(name):
 
 
 def find_preprocessing(backbone):
-    """The options that a network's usual weights were trained with: {'mean', 'std', 'image_size', 'crop_ratio',
-    'interpolation'}; empty where nothing is known."""
+    """Return the preprocessing that a network's usual weights were trained with, as options: {'mean', 'std',
+    'image_size', 'crop_ratio', 'interpolation'}; empty if unknown."""
     if backbone.startswith('timm/'):
-        known = timm_config(backbone.removeprefix('timm/'))
-        return preprocessing_from_timm_config(known) if known else {}
+        config = timm_config(backbone.removeprefix('timm/'))
+        return preprocessing_from_timm_config(config) if config else {}
     try:
         versions = torchvision.models.get_model_weights(backbone)
     except ValueError:
@@ -98,7 +97,7 @@ def find_preprocessing(backbone):
 
 
 def preprocessing_from_transforms(transforms):
-    """find_preprocessing, from torchvision's transforms of evaluation."""
+    """find_preprocessing from torchvision's evaluation transforms."""
     return preprocessing_options(
         transforms.mean,
         transforms.std,
@@ -108,19 +107,19 @@ def preprocessing_from_transforms(transforms):
     )
 
 
-def preprocessing_from_timm_config(known):
-    """find_preprocessing, from timm's pretrained_cfg."""
-    return preprocessing_options(known.mean, known.std, known.input_size[-1], known.crop_pct, known.interpolation)
+def preprocessing_from_timm_config(config):
+    """find_preprocessing from timm's pretrained_cfg."""
+    return preprocessing_options(config.mean, config.std, config.input_size[-1], config.crop_pct, config.interpolation)
 
 
-def preprocessing_from_timm_folder(known):
-    """find_preprocessing, from the pretrained_cfg in a folder that timm, or export, wrote."""
-    size = known['input_size'][-1]
-    return preprocessing_options(known['mean'], known['std'], size, known['crop_pct'], known['interpolation'])
+def preprocessing_from_timm_folder(config):
+    """find_preprocessing from the pretrained_cfg of a folder that timm or `export --format=timm` wrote."""
+    size = config['input_size'][-1]
+    return preprocessing_options(config['mean'], config['std'], size, config['crop_pct'], config['interpolation'])
 
 
 def preprocessing_options(mean, std, size, ratio, interpolation):
-    """Preprocessing as options of config.Config."""
+    """Convert preprocessing values to options of config.Config."""
     return {
         'mean': ','.join(f'{value:g}' for value in mean),
         'std': ','.join(f'{value:g}' for value in std),
@@ -131,11 +130,11 @@ def preprocessing_options(mean, std, size, ratio, interpolation):
 
 
 def match_keys(network, tensors):
-    """(state, left out) of a file's tensors that are a network's, under whatever prefix. network: its state dict;
-    tensors: {name: tensor}. left out: the first parts of the names that are not used.
+    """Match the tensors of a file to a network under any common prefix. network: its state dict; tensors: {name:
+    tensor}. Returns (state, unused); unused: first parts of the unused names, sorted.
 
-    Counters of batches may be missing. Raises ValueError, with the first keys of both sides, where there is no prefix
-    under which every weight of the network stands in its shape.
+    The counters num_batches_tracked may be missing. Raises ValueError, with the first keys of both sides, if no prefix
+    gives every weight of the network in its shape.
     """
     needed = [name for name in network if not name.endswith('num_batches_tracked')]
     prefixes = {key.removesuffix(needed[0]) for key in tensors if key.endswith(needed[0])}
@@ -146,33 +145,33 @@ def match_keys(network, tensors):
     ]
     if not fitting:
         raise ValueError(
-            f'its keys begin with {join_first_keys(tensors)}, and the network wants {join_first_keys(needed)}'
+            f'its keys begin with {join_first_keys(tensors)}, and the network needs {join_first_keys(needed)}'
             + describe_shape_mismatch(network, tensors)
         )
     prefix = min(fitting, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
     state = {name: tensors.get(prefix + name, value) for name, value in network.items()}
     used = {prefix + name for name in network}
-    left = {key.removeprefix(prefix).split('.')[0] for key in tensors if key not in used}
-    return state, sorted(left)
+    unused = {key.removeprefix(prefix).split('.')[0] for key in tensors if key not in used}
+    return state, sorted(unused)
 
 
-def has_fitting_shape(value, wanted):
-    """Whether a tensor of a file has the shape of the network's, or that of a first layer for three channels."""
-    return value.shape == wanted.shape or is_for_three(value, wanted)
+def has_fitting_shape(value, expected):
+    """Whether a tensor has the expected shape, or that of a first layer for three channels."""
+    return value.shape == expected.shape or is_for_three(value, expected)
 
 
-def is_for_three(value, wanted):
-    """Whether both are convolutions that differ in their input channels alone, and the first has three."""
-    shapes = value.shape, wanted.shape
+def is_for_three(value, expected):
+    """Whether `value` is a convolution for three input channels that otherwise has the shape of `expected`."""
+    shapes = value.shape, expected.shape
     return (
         all(len(each) == 4 for each in shapes)
-        and value.shape[1] == 3 != wanted.shape[1]
-        and all(value.shape[axis] == wanted.shape[axis] for axis in (0, 2, 3))
+        and value.shape[1] == 3 != expected.shape[1]
+        and all(value.shape[axis] == expected.shape[axis] for axis in (0, 2, 3))
     )
 
 
 def adapt_channels(network, state):
-    """State dict `state` with its first layer for three channels made one for those of the network (its state dict)."""
+    """Adapt the first layer in `state`, made for three channels, to the channels of `network` (a state dict)."""
     return {
         name: adapt_first_layer(value, network[name].shape[1])
         if name in network and is_for_three(value, network[name])
@@ -182,9 +181,8 @@ def adapt_channels(network, state):
 
 
 def adapt_first_layer(weight, channels):
-    """A convolution's weights for `channels` input channels from those for three, D x 3 x K x K: of one the sum over
-    the three; of more they are repeated, times 3 / channels, so that the outputs stay as large. (timm's rule,
-    adapt_input_conv.)"""
+    """Convert a convolution's weights, D x 3 x K x K, to `channels` input channels: for one channel their sum, for more
+    they are repeated and multiplied by 3 / channels, so that the outputs keep their scale (timm's adapt_input_conv)."""
     weight = weight.float()
     if channels == 1:
         return weight.sum(1, keepdim=True)
@@ -192,11 +190,11 @@ def adapt_first_layer(weight, channels):
 
 
 def join_first_keys(names):
-    return ', '.join([*names][:FIRST]) or 'none'
+    return ', '.join([*names][:SHOWN_KEYS]) or 'none'
 
 
 def describe_shape_mismatch(network, tensors):
-    """The first tensor that both sides have in different shapes, in words; '' where there is none."""
+    """Describe the first tensor that both sides have in different shapes; '' if there is none."""
     for name, value in network.items():
         if name in tensors and tensors[name].shape != value.shape:
             return f'; {name} is {tuple(tensors[name].shape)} in place of {tuple(value.shape)}'
@@ -204,14 +202,14 @@ def describe_shape_mismatch(network, tensors):
 
 
 def convert_with_timm(name, size, tensors):
-    """The state dict of timm's network `name` from tensors in a layout that timm itself converts: of another image
-    size, or of the authors' own release. Raises ValueError where they do not fit."""
-    known = timm_config(name)
-    heads = known.classifier if known else ()
+    """Convert tensors with timm's own checkpoint filters (another image size, the authors' release) to the state dict
+    of timm's network `name`. Raises ValueError if they do not fit."""
+    config = timm_config(name)
+    heads = config.classifier if config else ()
     heads = tuple(f'{head}.' for head in ((heads,) if isinstance(heads, str) else heads or ()))
     body = {key: value for key, value in tensors.items() if not key.startswith(heads or ('\0',))}
     overlay = {'state_dict': body, 'num_classes': 0, 'custom_load': False}
     try:
-        return from_timm(name, size, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
-    except Exception as error:  # of other people's converters
+        return build_timm_backbone(name, size, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    except Exception as error:  # timm's filters raise various types
         raise ValueError(first_line(error)[:200]) from None

@@ -1,12 +1,13 @@
-"""LARS: SGD whose step is as long as a fixed share of each tensor (You et al., arXiv 1708.03888, equations 4 to 6)."""
+"""LARS: SGD with a layer-wise learning rate proportional to |w| / |g| (You et al., arXiv 1708.03888, equations 4 to
+6)."""
 
 import torch
 
 
 class Lars(torch.optim.Optimizer):
-    """v = momentum v + lr local (g + wd w);  w = w - v;  local = trust |w| / (|g| + wd |w|), 1 where w or g is 0.
+    """v = momentum v + lr local (g + wd w);  w = w - v;  local = trust |w| / (|g| + wd |w|), or 1 if w or g is 0.
 
-    The momentum holds steps, not gradients, as in the paper; with a rate that changes, torch's SGD differs there.
+    As in the paper the momentum accumulates steps, not gradients; torch's SGD differs when the learning rate changes.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):

@@ -1,7 +1,8 @@
-"""Object detection from the backbone: torchvision's Faster R-CNN or Mask R-CNN with a feature pyramid, AP as COCO's.
+"""Object detection: torchvision's Faster R-CNN or Mask R-CNN with a feature pyramid on the backbone, evaluated by
+COCO's AP.
 
-The paper (table 5) has Detectron2's C4 detectors; those are for `export --format=detectron2`. This protocol needs
-nothing but torchvision and pycocotools, and compares backbones on any folder of boxes.
+The paper (table 5) uses Detectron2's C4 detectors; use `export --format=detectron2` for these. This protocol needs only
+torchvision and pycocotools.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ckpt import build_model
 from dataloader.cache.decoded import readable_rows
-from dataloader.detection.dataset import load_boxes
+from dataloader.detection.dataset import load_detection_dataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
 from dataloader.readers.files import Files
 from dataloader.sources.dataset_warnings import warn_train_test_overlap
@@ -35,18 +36,19 @@ from runtime.options import channel_numbers, expand_channel_values, pixel_levels
 from runtime.precision import autocast
 from runtime.seeding import generator_for, seed_step
 
-# The modules whose outputs a pyramid is made of, and the names of its levels.
-RESNET = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
+# Modules whose outputs the pyramid uses, and the names of its levels.
+RESNET_LAYERS = {'layer1': '0', 'layer2': '1', 'layer3': '2', 'layer4': '3'}
 TINY_RESNET_LAYERS = {'3': '0', '4': '1', '5': '2'}
-LAST_STRIDE = 32  # pixels of an image that one value of the last map stands for
+LAST_STRIDE = 32  # stride of the last feature map, in pixels
 AP = ('AP', 'AP50', 'AP75')
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
 
-def detection(args, model, splits, _):
-    """Train a detector on --detection_path and judge it: AP, AP50 and AP75 in percent.
+def evaluate_detection(args, model, splits, _):
+    """Train a detector on --detection_path and evaluate it. Returns an Outcome with AP, AP50 and AP75 in percent.
 
-    The backbone starts from `model`, or with --detector_init=random untrained; all of it is trained, its BN included.
+    The backbone starts from `model`, or from random weights with --detector_init=random. All of it is trained,
+    including BN.
     """
     train, val = splits['train'], splits['val']
     masks = train.masks
@@ -54,28 +56,31 @@ def detection(args, model, splits, _):
     backbone = (build_model(args) if args.detector_init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
     train_detector(args, detector, train)
-    said = {'init': args.detector_init, 'detector': args.detector, 'train': train.split, 'val': val.split}
-    result = {**said, **evaluate_ap(args, detector, val, masks)}
+    settings = {'init': args.detector_init, 'detector': args.detector, 'train': train.split, 'val': val.split}
+    result = {**settings, **evaluate_ap(args, detector, val, masks)}
     return Outcome({**result, 'num_train': len(train), 'num_val': len(val)})
 
 
 def load_detection_splits(args, _=None):
-    """{'train', 'val'} of DetectionDataset of --detection_path. Raises UserError for what is missing."""
+    """Load {'train', 'val'} of DetectionDataset from --detection_path. Raises UserError or WorkError if something is
+    missing."""
     require_package('pycocotools', '--protocol=detection')
     if channel_numbers(args.channels):
         raise UserError(
             f'--protocol=detection is for red, green and blue, and this backbone takes --channels={args.channels}'
         )
-    if not fpn_layers(args.backbone):
+    if not find_pyramid_layers(args.backbone):
         raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
     if not args.detection_path:
-        raise UserError('--protocol=detection wants --detection_path=FOLDER in the format of COCO or VOC')
-    splits = load_boxes(resolve_path(args.detection_path), args.detector == 'mask_rcnn', pixel_levels(args.white_level))
+        raise UserError('--protocol=detection needs --detection_path=FOLDER in the format of COCO or VOC')
+    splits = load_detection_dataset(
+        resolve_path(args.detection_path), args.detector == 'mask_rcnn', pixel_levels(args.white_level)
+    )
     if args.on_unreadable == 'skip':
         splits = {split: drop_unreadable(args, boxes) for split, boxes in splits.items()}
     for boxes in splits.values():
         absent = [name for name in boxes.names if not (boxes.folder / name).is_file()]
-        if absent:  # else those of val would be missed at the end of the training
+        if absent:  # check now: val is only read after the training
             raise WorkError(
                 f'{len(absent)} of the {len(boxes)} images of {boxes.split} are not there, such as '
                 f'{printable(boxes.folder / absent[0])}; --on_unreadable=skip leaves them out'
@@ -83,16 +88,15 @@ def load_detection_splits(args, _=None):
         if not boxes.has_boxes():
             raise UserError(
                 f'--detection_path: {resolve_path(args.detection_path)} has no boxes in {boxes.split} (a crowd, or '
-                'what is '
-                'difficult, is neither learned nor judged)'
+                'what is difficult, is neither learned nor judged)'
             )
         if boxes.left_out:
             log(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
-    parts = [
+    sources = [
         SplitSource(boxes.folder.parent / boxes.split, file_reader(boxes), boxes.labels, [])
         for boxes in splits.values()
     ]
-    warn_train_test_overlap(*parts)
+    warn_train_test_overlap(*sources)
     return splits
 
 
@@ -101,30 +105,30 @@ def file_reader(boxes):
 
 
 def drop_unreadable(args, boxes):
-    """Those images, with their boxes, that can be read. Raises WorkError where there are none."""
+    """Return the readable images, with their boxes. Raises WorkError if there are none."""
     rows = readable_rows(file_reader(boxes), boxes.folder.parent / boxes.split, resolve_path(args.cache_path))
     return boxes.select(rows.tolist())
 
 
-def fpn_layers(backbone):
-    """The modules that a pyramid is made of, with their levels' names; None for a network that has no such."""
-    return TINY_RESNET_LAYERS if backbone == 'small' else RESNET if backbone in resnet.__all__ else None
+def find_pyramid_layers(backbone):
+    """Return {module: level} for the pyramid of a backbone, or None if it is not supported."""
+    return TINY_RESNET_LAYERS if backbone == 'small' else RESNET_LAYERS if backbone in resnet.__all__ else None
 
 
 def make_detector(args, backbone, num_classes, masks):
-    """torchvision's detector on a pyramid of the backbone's stages. num_classes: without the background.
+    """Build torchvision's detector on a feature pyramid of the backbone. num_classes: without the background.
 
-    As there, an anchor is 8 times as wide as the stride of its level, and the last level is the pooled last stage. The
-    pyramid has BN, for pretrained features may be of any size, a tenth of what an untrained network's are, and without
-    it a detector learns nothing from those (MoCo, arXiv 1911.05722, section 4.2: BN in the new layers).
+    As in torchvision, anchors are 8 strides wide, and the last level is the pooled last stage. The pyramid has BN
+    (MoCo, arXiv 1911.05722, section 4.2): pretrained features can have any scale, and without BN a detector does not
+    learn from small ones.
     """
-    stages = fpn_layers(args.backbone)
+    stages = find_pyramid_layers(args.backbone)
     with torch.no_grad():
         maps = IntermediateLayerGetter(backbone.cpu().eval(), stages)(torch.zeros(1, 3, 256, 256))
-    strides = [256 // found.shape[2] for found in maps.values()]
+    strides = [256 // feature_map.shape[2] for feature_map in maps.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.random_seed)
-        channels = [found.shape[1] for found in maps.values()]
+        channels = [feature_map.shape[1] for feature_map in maps.values()]
         pyramid = BackboneWithFPN(backbone, stages, channels, 256, norm_layer=torch.nn.BatchNorm2d)
         pyramid = AutocastFPN(args, pyramid)
         sizes = [(8 * stride,) for stride in (*strides, 2 * strides[-1])]
@@ -142,8 +146,8 @@ def make_detector(args, backbone, num_classes, masks):
 
 
 class AutocastFPN(torch.nn.Module):
-    """The pyramid in the precision of --amp, its maps in float32: the heads reckon with coordinates, and in bfloat16 a
-    box of a few pixels far from the corner has no width, whose logarithm ends the training."""
+    """The pyramid in the precision of --amp, with outputs in float32. The heads compute coordinates, and in bfloat16
+    small boxes far from the corner have no width."""
 
     def __init__(self, args, body):
         super().__init__()
@@ -152,17 +156,18 @@ class AutocastFPN(torch.nn.Module):
     def forward(self, images):
         with autocast(self.args, uses_grad_scaler=False):
             maps = self.body(images)
-        return {name: found.float() for name, found in maps.items()}
+        return {name: feature_map.float() for name, feature_map in maps.items()}
 
 
 def train_detector(args, detector, train):
-    """SGD with momentum 0.9 and weight decay 1e-4, a short linear rise of the rate and half a cosine to zero."""
+    """Train the detector by SGD with momentum 0.9 and weight decay 1e-4, a short warm-up and a cosine schedule. Raises
+    WorkError if the loss is not finite."""
     device = get_device(args)
     size = min(args.detection_batch_size, len(train))
-    if size == 1 and args.detection_size <= LAST_STRIDE:  # a square image is one value of each channel
+    if size == 1 and args.detection_size <= LAST_STRIDE:  # the last map of a square image has one value
         raise UserError(
-            f'--detection_size={args.detection_size}: BN wants more than one value, and one image of that size has one '
-            f'in its last map: --detection_batch_size=2, or a size above {LAST_STRIDE}'
+            f'--detection_size={args.detection_size}: BN needs more than one value, and one image of that size has '
+            f'one in its last map: --detection_batch_size=2, or a size above {LAST_STRIDE}'
         )
     steps = len(train) // size
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
@@ -174,8 +179,10 @@ def train_detector(args, detector, train):
         mirror = (torch.rand(len(train), generator=generator) < 0.5).tolist()
         sampler_keys = [(index, mirror[index]) for index in order[: steps * size]]
         for step, (images, targets) in enumerate(loader(args, train, sampler_keys, size)):
-            done = (epoch + step / steps) / args.detection_epochs
-            optimizer.param_groups[0]['lr'] = lr_schedule(done, WARMUP, args.detection_learning_rate * size / 16)
+            fraction_done = (epoch + step / steps) / args.detection_epochs
+            optimizer.param_groups[0]['lr'] = lr_schedule(
+                fraction_done, WARMUP, args.detection_learning_rate * size / 16
+            )
             images = [image.to(device, non_blocking=True) for image in images]
             targets = [
                 {name: value.to(device) if torch.is_tensor(value) else value for name, value in target.items()}
@@ -199,16 +206,16 @@ def train_detector(args, detector, train):
 
 
 def loader(args, boxes, sampler_keys, size):
-    """Loader of (images, targets) for these keys, in order."""
+    """Build a loader of (images, targets) for these keys, in order."""
     return WatchedDataLoader(boxes, resolve_num_workers(args.num_workers), batch_size=size, sampler=sampler_keys)
 
 
 @torch.inference_mode()
 def evaluate_ap(args, detector, val, masks):
-    """AP, AP50 and AP75 of boxes, and of masks where there are, in percent, by pycocotools."""
+    """Return {'AP', 'AP50', 'AP75'} of boxes, and with masks {'mask_AP', ...}, in percent."""
     device, numbers = get_device(args), {number: category for category, number in val.number.items()}
     detector.eval()
-    found = {'bbox': [], 'segm': []}
+    detections = {'bbox': [], 'segm': []}
     sampler_keys = [(index, False) for index in range(len(val))]
     batches = loader(args, val, sampler_keys, args.detection_batch_size)
     for images, targets in progress(batches, 'detecting'):
@@ -219,12 +226,12 @@ def evaluate_ap(args, detector, val, masks):
             rows = zip(boxes.tolist(), output['labels'].tolist(), output['scores'].tolist(), strict=True)
             for i, (box, label, confidence) in enumerate(rows):
                 prediction = {'image_id': target['image_id'], 'category_id': numbers[label], 'score': confidence}
-                found['bbox'].append({**prediction, 'bbox': box})
+                detections['bbox'].append({**prediction, 'bbox': box})
                 if masks:
-                    found['segm'].append({**prediction, 'segmentation': encode_rle(output['masks'][i, 0] > 0.5)})
+                    detections['segm'].append({**prediction, 'segmentation': encode_rle(output['masks'][i, 0] > 0.5)})
     result = {}
     for kind, prefix in (('bbox', ''), ('segm', 'mask_')) if masks else (('bbox', ''),):
-        values = average_precision(val.table, found[kind], kind)
+        values = average_precision(val.table, detections[kind], kind)
         result |= {f'{prefix}{name}': value for name, value in zip(('AP', 'AP50', 'AP75'), values, strict=True)}
     return result
 
@@ -236,8 +243,8 @@ def encode_rle(mask):
 
 
 def voc_difficult_cocoeval(judge):
-    """COCO's judge, for which a difficult object of VOC is no crowd: it is overlooked where it is found, by VOC's own
-    overlap, and excuses nothing that lies inside it."""
+    """Return a subclass of COCOeval that ignores VOC's difficult objects instead of treating them as crowds: a
+    detection that matches one is ignored, by the usual overlap, but not every detection inside it."""
 
     class Judge(judge):
         def _prepare(self):
@@ -248,18 +255,18 @@ def voc_difficult_cocoeval(judge):
     return Judge
 
 
-def average_precision(table, found, kind):
-    """(AP, AP50, AP75) in percent of detections in COCO's format against a table like COCO's. kind: bbox or segm."""
+def average_precision(table, detections, kind):
+    """Return (AP, AP50, AP75) in percent of detections in COCO's format. table: the annotations; kind: bbox or segm."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    if not found:
+    if not detections:
         return 0.0, 0.0, 0.0
-    with contextlib.redirect_stdout(io.StringIO()):  # both print as they go
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO and COCOeval print
         coco_gt = COCO()
         coco_gt.dataset = {'info': {}, **table}
         coco_gt.createIndex()
-        judge = voc_difficult_cocoeval(COCOeval)(coco_gt, coco_gt.loadRes(found), kind)
+        judge = voc_difficult_cocoeval(COCOeval)(coco_gt, coco_gt.loadRes(detections), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -267,7 +274,7 @@ def average_precision(table, found, kind):
 
 
 PROTOCOL = Protocol(
-    run=detection,
+    run=evaluate_detection,
     splits=load_detection_splits,
     numbers={kind + name: (kind + name).replace('_', ' ') for kind in ('', 'mask_') for name in AP},
     smaller='--detection_batch_size or --detection_size',

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, BN in eval mode: of the centre crops, or of one augmented pass."""
+"""Features of a frozen backbone in eval mode: of center crops, or of augmented views."""
 
 import contextlib
 
@@ -17,21 +17,23 @@ from utils import prefetch_to_device
 
 
 def extract_features(args, backbone, batches, title):
-    """(N x d float, N int64 labels) of the centre crops of `batches`, on the device. title: of the progress bar."""
+    """Compute the features of the center crops of a loader. Returns (N x d float, N int64 labels) on the device, of all
+    ranks. title: of the progress bar. Raises WorkError if features are not finite."""
     count = len(batches.dataset)
     features, labels = concat_into_buffer(iter_features(args, backbone, batches, title), -(-count // world_size()))
     return all_gather_rows(check_finite(features), count), all_gather_rows(labels, count)
 
 
 def check_finite(features):
-    """The features, if all of them are numbers. Raises WorkError."""
+    """Return the features. Raises WorkError if any is nan or infinite."""
     if not features.isfinite().all():
-        raise WorkError('the backbone gives features that are no numbers (nan or infinite): take another checkpoint')
+        raise WorkError('the backbone gives features that are nan or infinite: take another checkpoint')
     return features
 
 
 def concat_into_buffer(pairs, count):
-    """`count` rows of pairs of tensors, in two tensors made at once: to join them at the end would take both twice."""
+    """Concatenate pairs of tensors with `count` rows in all into two preallocated tensors: torch.cat would need twice
+    the memory."""
     rows = 0
     for x, labels in pairs:
         if not rows:
@@ -43,7 +45,7 @@ def concat_into_buffer(pairs, count):
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """The module in eval mode, and as it was before afterwards."""
+    """Context manager: the module in eval mode, then in its previous mode."""
     training = module.training
     module.eval()
     try:
@@ -54,8 +56,8 @@ def eval_mode(module):
 
 @torch.no_grad()
 def iter_features(args, backbone, batches, title):
-    """Pairs of features, n x d float, and labels, n, of the centre crops of this process's part of `batches`, in order.
-    The backbone is in eval mode the while; at least one pair comes, perhaps without rows."""
+    """Yield (features, n x d float, labels, n) of the center crops of this rank's part of a loader, in order. It yields
+    at least one pair, perhaps without rows."""
     any_batch = False
     with eval_mode(backbone):
         for images, labels in prefetch_to_device(args, progress(batches, title)):
@@ -64,27 +66,27 @@ def iter_features(args, backbone, batches, title):
                 with autocast(args):
                     features = backbone(channels_last(view))
                 yield features.float(), part
-        if not any_batch:  # there are more processes than images
+        if not any_batch:  # more ranks than images
             side, device = args.image_size, get_device(args)
-            none = torch.zeros(1, args.num_channels, side, side, device=device)
-            yield backbone(none)[:0].float(), torch.zeros(0, device=device).long()
+            empty = torch.zeros(1, args.num_channels, side, side, device=device)
+            yield backbone(empty)[:0].float(), torch.zeros(0, device=device).long()
 
 
 def augmented_batches(args, batches, epoch):
-    """One epoch of load_dataset.supervised_loader: pairs of normalised views, N x 3 x S x S, and labels, on the device;
-    this process's part of each batch."""
+    """Yield one epoch of load_dataset.supervised_loader on the device: (normalized views, N x C x S x S, labels), this
+    rank's part of each batch."""
     batches.batch_sampler.start_epoch(epoch, 'crop')
     whole = batches.batch_sampler.sizes()
     for step, (images, labels) in enumerate(prefetch_to_device(args, batches)):
         generator = generator_for(args.random_seed, 'crops', epoch, step)
-        place = shard_range(len(images), whole[step])
-        (view,) = batches.dataset.make_views(images, 'crop', generator, place)
+        shard = shard_range(len(images), whole[step])
+        (view,) = batches.dataset.make_views(images, 'crop', generator, shard)
         yield channels_last(view), labels
 
 
 def augmented_features(args, backbone, batches, epoch):
-    """One epoch of augmented_batches as pairs of features, N x d float, and labels, of all processes. The backbone is
-    in eval mode."""
+    """Yield one epoch of augmented_batches as (features, N x d float, labels) of all ranks. The backbone must be in
+    eval mode."""
     crops = augmented_batches(args, batches, epoch)
     for (view, labels), count in zip(crops, batches.batch_sampler.sizes(), strict=True):
         with torch.no_grad(), autocast(args):

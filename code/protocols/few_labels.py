@@ -1,6 +1,6 @@
-"""Accuracy with few labels a class: a linear classifier on frozen features, over several draws of the labelled images.
+"""Accuracy with few labels per class: a linear classifier on frozen features, averaged over random label subsets.
 
-The draws depend on the classes of the images alone, so that every backbone that is judged on a set sees the same ones.
+The subsets depend only on the labels of the dataset, so they are the same for every backbone.
 """
 
 import torch
@@ -14,14 +14,14 @@ from runtime.device import explain_oom
 from runtime.distributed import all_reduce_sum, world_size
 from runtime.seeding import generator_for
 
-L2 = 0.1  # of the logistic regression, on standardized features: 0.1 / 2 |w|^2 beside the sum of the cross-entropies
-DRAWS = 5  # of labels, that training looks at
-MOST_ROWS = 20_000  # labelled images of all draws together: with very many classes there are fewer draws
+L2 = 0.1  # of the logistic regression on standardized features: sum of cross-entropies + 0.1 / 2 |w|^2
+DRAWS = 5  # label subsets, in training
+MAX_ROWS = 20_000  # labeled images of all subsets together: with many classes there are fewer subsets
 
 
-def draw_rows(labels, per_class, draw):
-    """Row numbers of `per_class` images of each class, of all that a smaller class has. labels: N, int64, >= 0; draw:
-    the number of the draw."""
+def draw_label_subset(labels, per_class, draw):
+    """Draw `per_class` random row numbers of each class (all of a smaller class). labels: N, int64, >= 0; draw: the
+    number of the subset."""
     order = torch.randperm(len(labels), generator=generator_for('few labels', per_class, draw))
     order = order[labels[order].argsort(stable=True)]
     counts = labels.unique(return_counts=True)[1].tolist()
@@ -29,45 +29,47 @@ def draw_rows(labels, per_class, draw):
 
 
 def draw_label_subsets(labels, per_class, draws):
-    """draw_rows of so many draws, fewer where all together would be more than MOST_ROWS."""
-    first = draw_rows(labels, per_class, 0)
-    draws = max(1, min(draws, MOST_ROWS // max(1, len(first))))
-    return [first, *(draw_rows(labels, per_class, draw) for draw in range(1, draws))]
+    """Return a list of subsets from draw_label_subset, `draws` of them or fewer, so that they have at most MAX_ROWS in
+    all."""
+    first = draw_label_subset(labels, per_class, 0)
+    draws = max(1, min(draws, MAX_ROWS // max(1, len(first))))
+    return [first, *(draw_label_subset(labels, per_class, draw) for draw in range(1, draws))]
 
 
 def classify(x, labels, queries, num_classes):
-    """Class numbers of `queries`, Q x d, by logistic regression on x, n x d, with labels, n; standardized features."""
+    """Classify queries, Q x d, by logistic regression on x, n x d, with labels, n. Returns class numbers, Q."""
     weight, bias = logistic_regression(x, labels, num_classes, L2)
     return (queries @ weight.T + bias).argmax(1)
 
 
-def score_few_labels(x, labels, rows, queries, wanted, num_classes):
-    """Share of the draws in which each query is classified rightly, Q float64, and each draw's accuracy in percent.
+def score_few_labels(x, labels, rows, queries, query_labels, num_classes):
+    """Classify the queries with each label subset. Returns (share of subsets with which each query is correct, Q
+    float64; list of the subsets' accuracies in percent).
 
-    x: features of the rows of all draws, in the order of `rows.unique()`, standardized as queries, Q x d, are; rows: a
-    tensor of row numbers for each draw; labels: of the whole set.
+    x: standardized features of the rows of all subsets, sorted by row number. labels: N, of the whole dataset. rows:
+    list of row-number tensors, one per subset. queries: Q x d, standardized likewise, with labels query_labels, Q.
     """
-    where = torch.cat(rows).unique()
+    drawn_rows = torch.cat(rows).unique()
     right, accuracies = torch.zeros(len(queries), dtype=torch.float64), []
     for draw in rows:
-        chosen = torch.searchsorted(where, draw).to(x.device)
-        found = classify(x[chosen], labels[draw].to(x.device), queries, num_classes) == wanted
-        right += found.cpu().double() / len(rows)
-        accuracies.append(100 * found.double().mean().item())
+        chosen = torch.searchsorted(drawn_rows, draw).to(x.device)
+        is_right = classify(x[chosen], labels[draw].to(x.device), queries, num_classes) == query_labels
+        right += is_right.cpu().double() / len(rows)
+        accuracies.append(100 * is_right.double().mean().item())
     return right, accuracies
 
 
 class Sample:
-    """Some rows of a bank that is shown in parts, and mean and standard deviation of all its features.
+    """Collects some rows of a bank of features that is passed in parts, and the mean and standard deviation of all.
 
-    rows: sorted row numbers. With several processes each is shown its own part, and `finish` makes them one.
+    rows: sorted row numbers. With several ranks each passes its own part, and `finish` combines them.
     """
 
     def __init__(self, rows):
         self.rows, self.x, self.count = rows, None, 0
 
-    def see(self, features, first):
-        """Features, n x d, of the bank's rows number `first` to first + n - 1."""
+    def update(self, features, first):
+        """Take the selected rows from features, n x d: the bank's rows number `first` to first + n - 1."""
         if self.x is None:
             self.x = features.new_zeros(len(self.rows), features.shape[1])
             self.sums = features.new_zeros(2, features.shape[1], dtype=torch.float64)
@@ -78,7 +80,8 @@ class Sample:
         self.x[low:high] = features[(self.rows[low:high] - first).to(features.device)]
 
     def finish(self, count):
-        """Mean and standard deviation, d each, of all `count` features; the rows are standardized with them."""
+        """Standardize the collected rows by the mean and standard deviation of all `count` features. Returns these, d
+        each."""
         if world_size() > 1:
             self.x, self.sums = all_reduce_sum(self.x), all_reduce_sum(self.sums)
         mean = self.sums[0] / count
@@ -89,15 +92,15 @@ class Sample:
 
 
 def measure_labels(args, backbone, bank, val):
-    """What training looks at where there are labels: (kNN top-1 in percent, shares of right draws of each image of val,
-    Q float64). One pass over bank and val (batches)."""
+    """Compute the labeled metrics of training in one pass over bank and val (loaders). Returns (kNN top-1 in percent,
+    share of label subsets with which each image of val is classified correctly, Q float64)."""
     with explain_oom('the kNN test', '--knn_every=0 trains without it'):
-        queries, wanted = extract_features(args, backbone, val, 'kNN: features of val')
+        queries, query_labels = extract_features(args, backbone, val, 'kNN: features of val')
         labels, num_classes = bank.dataset.labels, len(val.dataset.classes)
         rows = draw_label_subsets(labels, WATCHED, DRAWS)
         sample = Sample(torch.cat(rows).unique())
         cosine, near = nearest_in_bank(args, backbone, bank, queries, clip_k(args.knn_k, labels), sample)
         scores = weighted_vote(cosine, labels.to(near.device)[near], num_classes, args.knn_temperature)
         mean, deviation = sample.finish(len(labels))
-        right, _ = score_few_labels(sample.x, labels, rows, (queries - mean) / deviation, wanted, num_classes)
-        return 100 * (scores.argmax(1) == wanted).double().mean().item(), right
+        right, _ = score_few_labels(sample.x, labels, rows, (queries - mean) / deviation, query_labels, num_classes)
+        return 100 * (scores.argmax(1) == query_labels).double().mean().item(), right

@@ -1,7 +1,7 @@
-"""kNN on frozen features: the monitor of training (paper appendix D), and a protocol of its own.
+"""kNN on frozen features: a metric during training (paper appendix D), and a protocol.
 
-The features of the bank are looked at as they come, so that it may be of any size; of several processes each looks at
-its own part.
+The features of the training images are not stored, so their number is not limited. With several ranks each searches its
+own part.
 """
 
 import torch
@@ -16,11 +16,9 @@ from runtime.device import explain_oom, get_device
 from runtime.distributed import all_gather_rows, rank, world_size
 
 
-def knn(args, model, splits, _):
-    """Top-1 and top-5 of val by its neighbours in train, in percent.
-
-    Also the top-1 of an untrained backbone (what does not rise above it has learned nothing), and on request of raw
-    pixels.
+def evaluate_knn(args, model, splits, _):
+    """Classify val by its neighbors in train. Returns an Outcome with top-1 and top-5 in percent, the top-1 of an
+    untrained backbone for reference, and with --knn_raw_pixels that of the pixels.
     """
     bank, val = eval_loader(args, labeled_subset(splits['train'])), eval_loader(args, splits['val'])
     scores, labels = knn_classify(args, model.backbone, bank, val)
@@ -36,50 +34,50 @@ def knn(args, model, splits, _):
 
 
 def untrained_baselines(args, bank, val):
-    """What kNN gives without any training: {'knn_top1_untrained': percent, and with --knn_raw_pixels
+    """Return the kNN accuracies without training: {'knn_top1_untrained': percent, and with --knn_raw_pixels
     'knn_top1_pixels'}."""
     untrained = build_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
-    found = {'knn_top1_untrained': knn_accuracy(args, untrained, bank, val)}
+    accuracies = {'knn_top1_untrained': knn_accuracy(args, untrained, bank, val)}
     if args.knn_raw_pixels:
-        found['knn_top1_pixels'] = knn_accuracy(args, torch.nn.Flatten(), bank, val)
-    return found
+        accuracies['knn_top1_pixels'] = knn_accuracy(args, torch.nn.Flatten(), bank, val)
+    return accuracies
 
 
 def knn_accuracy(args, backbone, bank, val):
-    """Top-1 in percent of kNN on the backbone's features: the neighbours are `bank`'s, `val` is judged (batches)."""
+    """Return the kNN top-1 of val in percent. bank, val: loaders."""
     with explain_oom('the kNN test', '--knn_every=0 trains without it'):
         return topk_accuracy(*knn_classify(args, backbone, bank, val), 1)
 
 
 def knn_classify(args, backbone, bank, val):
-    """(scores, N x classes, labels) of val (batches) by its neighbours in bank (batches)."""
+    """Classify val by its neighbors in bank (loaders). Returns (scores, N x classes, labels)."""
     features, labels = extract_features(args, backbone, val, 'kNN: features of val')
     return knn_scores_from_loader(args, backbone, bank, features, len(val.dataset.classes)), labels
 
 
 def knn_scores_from_loader(args, backbone, bank, queries, num_classes):
-    """Scores, Q x num_classes, of queries, Q x d, by their neighbours among the labelled images of bank (batches)."""
+    """Classify queries, Q x d, by their neighbors in bank, a loader of labeled images. Returns Q x num_classes."""
     labels = bank.dataset.labels
     cosine, rows = nearest_in_bank(args, backbone, bank, queries, clip_k(args.knn_k, labels))
     return weighted_vote(cosine, labels.to(rows.device)[rows], num_classes, args.knn_temperature)
 
 
 def nearest_in_bank(args, backbone, bank, queries, k, sample=None):
-    """(cosines, row numbers in bank), Q x k, of the images of bank (batches) whose features are nearest to queries.
-    sample: a few_labels.Sample, which is shown the same features."""
+    """Search the k nearest images of bank, a loader, for each query, Q x d. Returns (cosine, row numbers in bank), Q x
+    k. sample: a few_labels.Sample that gets the same features, or None."""
     count = len(bank.dataset)
-    found, row = TopKSearch(queries, min(k, count)), rank() * -(-count // world_size())
+    search, row = TopKSearch(queries, min(k, count)), rank() * -(-count // world_size())
     for features, _ in iter_features(args, backbone, bank, 'kNN: features of train'):
-        found.see(features, row)
+        search.update(features, row)
         if sample:
-            sample.see(features, row)
+            sample.update(features, row)
         row += len(features)
     if world_size() == 1:
-        return found.cosine, found.rows
-    cosine, rows = (all_gather_rows(x.T.contiguous()).T for x in (found.cosine, found.rows))
-    cosine, best = cosine.topk(found.cosine.shape[1], dim=1)
+        return search.cosine, search.rows
+    cosine, rows = (all_gather_rows(x.T.contiguous()).T for x in (search.cosine, search.rows))
+    cosine, best = cosine.topk(search.cosine.shape[1], dim=1)
     return cosine, rows.gather(1, best)
 
 
 REFERENCES = {'knn_top1_untrained': 'kNN top-1 untrained', 'knn_top1_pixels': 'kNN top-1 raw pixels'}
-PROTOCOL = Protocol(knn, labeled_splits, {**TOP, **REFERENCES}, '--batch_size', several_ranks=True)
+PROTOCOL = Protocol(evaluate_knn, labeled_splits, {**TOP, **REFERENCES}, '--batch_size', several_ranks=True)

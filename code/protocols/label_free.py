@@ -1,7 +1,7 @@
-"""What a network is worth, told without a label, by metric/representation.py: the monitor of training, and a protocol.
+"""Label-free measures of a network (metric/representation.py): metrics during training, and a protocol.
 
-The same images with the same views for every network, so that runs on one set can be compared: some of train, evenly
-spaced, with MoCo's distortion, whatever the network was trained with.
+They use evenly spaced images of train and fixed views with MoCo's augmentation, the same for every network, so that
+runs on one dataset can be compared.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch
 
 from ckpt import build_model
 from dataloader import vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import eval_loader, make_loader, select
 from dataloader.loading.sampler import EpochBatchSampler
 from metric import representation as measures
@@ -32,41 +32,41 @@ from runtime.seeding import generator_for
 from runtime.tensors import channels_last, evenly_spaced
 from utils import prefetch_to_device
 
-MIN_IMAGES = 20  # images of a set for which there is anything to say
-RETRIEVAL_POOL = 1000  # images of the retrieval: chance and difficulty depend on how many
+MIN_IMAGES = 20  # with fewer images the measures mean nothing
+RETRIEVAL_POOL = 1000  # images of the retrieval; chance and difficulty depend on this number
 LIDAR_IMAGES_VIEWS = 100, 10  # images, and views of each (LiDAR, section 5)
-SEED = 0  # of the views: the same in every run
+SEED = 0  # of the fixed views
 
 
 def monitor_metrics(args, model, images):
-    """What training looks at: retrieval by features and by z, and the spectrum of plain views. {name: number}."""
-    with explain_oom('the measures without labels', 'try a smaller --batch_size'):
+    """Compute the label-free metrics of training: view retrieval with features and z, and the spectrum of the features.
+    Returns {name: number}."""
+    with explain_oom('the label-free measures', 'try a smaller --batch_size'):
         features, z = view_features(args, model, evenly_spaced_subset(images, RETRIEVAL_POOL), 2)
-        std = {
-            'std_judged': feature_std(z[:, 0]).item()
-        }  # of a network in eval mode: what the verdict's thresholds are of
+        std = {'std_judged': feature_std(z[:, 0]).item()}  # in eval mode, as the thresholds of the verdict
         return {**pair_metrics(features, z), **std, **spectrum_metrics(args, model, images)}
 
 
 def pair_metrics(features, z):
-    """features: N x 2 x d, of two views of each image; z: N x 2 x D."""
-    found = {}
+    """Compute the retrieval measures. features: N x 2 x d, of two views of each image; z: N x 2 x D."""
+    values = {}
     for name, pair in (('', features.unbind(1)), ('_z', z.unbind(1))):
-        found[f'rank{name}'] = measures.geometric_mean_rank(*pair)
-        found[f'retrieval{name}'] = measures.view_retrieval_top1(*pair).item()
-    return found
+        values[f'rank{name}'] = measures.geometric_mean_rank(*pair)
+        values[f'retrieval{name}'] = measures.view_retrieval_top1(*pair).item()
+    return values
 
 
 def spectrum_metrics(args, model, images):
+    """Compute the measures of the spectrum of center-crop features: RankMe, area, alpha-ReQ."""
     some = evenly_spaced_subset(images, max(RETRIEVAL_POOL, 2 * model.projector[0].in_features))
     x, _ = extract_features(args, model.backbone, eval_loader(args, some), 'features of train')
     return {'rankme': measures.rankme(x), 'area': measures.cumulative_spectrum_auc(x), 'alpha': measures.alpha_req(x)}
 
 
 def all_metrics(args, model, images):
-    """All measures, {name: number}: those of `monitor_metrics`, of the sphere, LiDAR, and a probe that tells rotations
-    apart."""
-    with explain_oom('the measures without labels', 'try a smaller --batch_size'):
+    """Compute all measures: those of monitor_metrics, alignment and uniformity, LiDAR, rotation prediction. Returns
+    {name: number}."""
+    with explain_oom('the label-free measures', 'try a smaller --batch_size'):
         pairs, z = view_features(args, model, evenly_spaced_subset(images, RETRIEVAL_POOL), 2)
         with torch.no_grad(), eval_mode(model.predictor):
             p = model.predictor(z[:, 0])
@@ -88,8 +88,9 @@ def all_metrics(args, model, images):
         }
 
 
-def label_free(args, model, splits, checkpoint):
-    """Every measure of the network, and of an untrained one beside it: checkpoint['untrained'], where that is known."""
+def evaluate_label_free(args, model, splits, checkpoint):
+    """Compute all measures of the network and of an untrained one. Returns an Outcome. checkpoint['untrained']:
+    measures of the untrained network, if known."""
     images = splits['train']
     now, untrained_metrics = all_metrics(args, model, images), checkpoint.get('untrained')
     if untrained_metrics is None:
@@ -98,47 +99,47 @@ def label_free(args, model, splits, checkpoint):
     if model.has_heads:
         result = {'measures': now, 'untrained': untrained_metrics, 'verdict': judge_collapse(now, untrained_metrics)}
     else:
-        log('the file has a backbone alone: there is no z to be measured, and no verdict')
+        log('the file has only a backbone: there is no z, and no verdict')
         result = {'measures': feature_metrics(now), 'untrained': feature_metrics(untrained_metrics)}
     return Outcome({**result, 'num_train': len(images), 'num_val': 0})
 
 
 @torch.no_grad()
 def projector_batch_stats(projector, features):
-    """z, N x D, with BN as in training: by the statistics of these features, N x d, and not by its averages."""
+    """Return z, N x D, of features, N x d, with the batch statistics of BN instead of the running ones."""
     return copy.deepcopy(projector).train()(features)
 
 
-def feature_metrics(found):
-    """Those of the measures that are not of z and p."""
-    return {name: found[name] for name in OF_FEATURES}
+def feature_metrics(values):
+    """Return the measures that need features only, no z and p."""
+    return {name: values[name] for name in OF_FEATURES}
 
 
 def evenly_spaced_subset(images, count):
-    """Up to `count` of the images, evenly spaced."""
+    """Return up to `count` evenly spaced images."""
     return select(images, evenly_spaced(len(images), count))
 
 
 @torch.no_grad()
 def view_features(args, model, images, views):
-    """Features, N x views x d, and z, N x views x D, of random views of each image; the network in eval mode. The views
-    are the same wherever the images are held, and whoever distorts them."""
+    """Compute features, N x views x d, and z, N x views x D, of fixed views of each image, in eval mode. The views do
+    not depend on where images are stored or augmented."""
     args = replace(args, augmentation='moco', random_seed=SEED, augment_backend='device')
-    found = make_loader(args, replace(images, args=args, views=views, workers_only_crop=True), shuffled=False)
-    recipe = get_augmentation(args, 'moco')
+    loader = make_loader(args, replace(images, args=args, views=views, workers_only_crop=True), shuffled=False)
+    transform = get_augmentation(args, 'moco')
     count = len(images)
-    first = rank() * -(-count // world_size())  # whatever the batch, and however many processes share it
+    first = rank() * -(-count // world_size())  # this rank's first image
 
     def parts():
-        done = first
-        for pixels, _ in prefetch_to_device(args, progress(found, 'two views')):
-            draws = fixed_view_params(count, views, recipe, pixels.shape[2:] if pixels.ndim == 4 else None)
+        row = first
+        for pixels, _ in prefetch_to_device(args, progress(loader, 'two views')):
+            draws = fixed_view_params(count, views, transform, pixels.shape[2:] if pixels.ndim == 4 else None)
             yield encode_views(
-                vision.apply_params(pixels, draws[:, done : done + len(pixels)].flatten(0, 1), recipe, views)
+                vision.apply_params(pixels, draws[:, row : row + len(pixels)].flatten(0, 1), transform, views)
             )
-            done += len(pixels)
+            row += len(pixels)
         side = torch.zeros(1, args.num_channels, args.image_size, args.image_size, device=get_device(args))
-        yield tuple(x[:0] for x in encode_views([side] * views))  # there may be more processes than images
+        yield tuple(x[:0] for x in encode_views([side] * views))  # there may be more ranks than images
 
     def encode_views(pictures):
         with autocast(args):
@@ -153,8 +154,8 @@ def view_features(args, model, images, views):
 
 @functools.cache
 def fixed_view_params(count, views, augmentation, sides):
-    """What is random in the views of each of `count` images: views x count x columns (vision.sample). sides: height and
-    width of whole images, whose crops are drawn as the workers draw those of files (crops.random_crops)."""
+    """Sample the parameters of the fixed views of `count` images: views x count x columns (vision.sample). sides:
+    (height, width) of whole images, whose crops are sampled as workers sample those of files (crops.random_crops)."""
     table = vision.sample(views * count, augmentation, generator_for(SEED, 'fixed views')).view(views, count, -1)
     if sides:
         _, seeds = EpochBatchSampler(
@@ -168,22 +169,22 @@ def fixed_view_params(count, views, augmentation, sides):
 
 @torch.no_grad()
 def rotated_features(args, backbone, images):
-    """N x 4 x d: of the centre crops turned by 0, 90, 180 and 270 degrees."""
-    found = []
+    """Compute features of the center crops rotated by 0, 90, 180 and 270 degrees, N x 4 x d."""
+    features = []
     with eval_mode(backbone):
         for pixels, _ in prefetch_to_device(args, eval_loader(args, images)):
             views = vision.eval_view(pixels, args)
             with autocast(args):
                 rotated = [backbone(channels_last(views.rot90(quarter, (2, 3)))) for quarter in range(4)]
-            found.append(torch.stack(rotated, 1).float())
-    return torch.cat(found)
+            features.append(torch.stack(rotated, 1).float())
+    return torch.cat(features)
 
 
 def rotation_probe(rotated):
-    """Percent of turned images whose rotation a linear classifier names: trained on four of five images, judged on the
-    fifth. rotated: N x 4 x d. Reed et al., arXiv 2009.07724."""
-    held = torch.arange(len(rotated), device=rotated.device) % 5 == 0
-    x, y = (rotated[part].flatten(0, 1) for part in (~held, held))
+    """Return the accuracy, in percent, of a linear classifier that predicts the rotation, trained on four of five
+    images and tested on the fifth. rotated: N x 4 x d. Reed et al., arXiv 2009.07724."""
+    held_out = torch.arange(len(rotated), device=rotated.device) % 5 == 0
+    x, y = (rotated[part].flatten(0, 1) for part in (~held_out, held_out))
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     rotations = torch.arange(4, device=x.device)
     weight, bias = logistic_regression((x - mean) / deviation, rotations.repeat(len(x) // 4), 4, 1.0)
@@ -191,14 +192,14 @@ def rotation_probe(rotated):
     return topk_accuracy(scores, rotations.repeat(len(y) // 4), 1)
 
 
-def enough_images(args, own):
-    """{'train'} of the checkpoint's own set. Raises UserError where it is too small."""
-    if len(own['train']) < MIN_IMAGES:
+def enough_images(args, own_splits):
+    """Return {'train'} of the checkpoint's dataset. Raises UserError if it is too small."""
+    if len(own_splits['train']) < MIN_IMAGES:
         raise UserError(
-            f'--protocol=label_free compares images with one another: {printable(own["train"].folder)} has '
-            f'{len(own["train"])}, and it wants {MIN_IMAGES}'
+            f'--protocol=label_free compares images with one another: {printable(own_splits["train"].folder)} has '
+            f'{len(own_splits["train"])}, and it needs {MIN_IMAGES}'
         )
-    return {'train': own['train']}
+    return {'train': own_splits['train']}
 
 
-PROTOCOL = Protocol(label_free, enough_images, numbers={}, smaller='--batch_size', unused=KNN_OPTIONS)
+PROTOCOL = Protocol(evaluate_label_free, enough_images, numbers={}, smaller='--batch_size', unused=KNN_OPTIONS)

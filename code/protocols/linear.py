@@ -15,15 +15,15 @@ from runtime.messages import progress
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
-# Of each --probe_optimizer: base learning rate (x batch / 256) and batch size (paper, appendix A; MoCo's for SGD).
+# {--probe_optimizer: (base learning rate, x batch / 256, batch size)}: paper, appendix A; MoCo's for SGD.
 PROBE_DEFAULTS = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
 
 
-def linear(args, model, splits, _):
-    """The Outcome of a linear classifier on the frozen backbone, and of kNN.
+def evaluate_linear(args, model, splits, _):
+    """Train a linear classifier on the frozen backbone, and evaluate it and kNN. Returns an Outcome.
 
-    Training sees a random resized crop and a flip of each image, anew in every epoch, or with --cache_features those of
-    --cache_epochs epochs again and again. Validation sees the centre crop. The last epoch's classifier is reported.
+    Training uses random resized crops and flips, new ones in every epoch, or with --cache_features those of
+    --cache_epochs epochs. Evaluation uses center crops. The classifier of the last epoch is reported.
     """
     train, val = labeled_subset(splits['train']), splits['val']
     backbone, num_classes = model.backbone.eval(), len(val.classes)
@@ -56,10 +56,11 @@ def linear(args, model, splits, _):
 
 
 def train_probe(args, epoch_features, count, size, num_classes):
-    """The classifier (weight, num_classes x d; bias, num_classes) after --probe_epochs of LARS or SGD, no weight decay.
+    """Train the classifier for --probe_epochs by LARS or SGD without weight decay. Returns (weight, num_classes x d;
+    bias, num_classes).
 
-    pairs_of(epoch): an epoch's pairs of features, n x d, and labels, n, in batches of any size, `count` images in all.
-    A step takes `size` of them, whatever the batches: the gradient of a batch that would not fit into memory at once.
+    epoch_features(epoch): yields (features, n x d, labels, n) of `count` images, in batches of any size; they are
+    regrouped to batches of `size`.
     """
     device = get_device(args)
     base = args.probe_learning_rate or PROBE_DEFAULTS[args.probe_optimizer][0]
@@ -82,41 +83,44 @@ def train_probe(args, epoch_features, count, size, num_classes):
 
 
 def rebatch(pairs, size):
-    """The rows of `pairs` of tensors in groups of `size`; the last may be smaller."""
-    kept, count = [], 0
+    """Regroup pairs of tensors to batches of `size` rows; the last may be smaller."""
+    pending, count = [], 0
     for pair in pairs:
-        kept.append(pair)
+        pending.append(pair)
         count += len(pair[0])
         while count >= size:
-            x, labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            x, labels = (torch.cat(parts) for parts in zip(*pending, strict=True))
             yield x[:size], labels[:size]
-            kept, count = [(x[size:], labels[size:])], count - size
+            pending, count = [(x[size:], labels[size:])], count - size
     if count:
-        yield tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
+        yield tuple(torch.cat(parts) for parts in zip(*pending, strict=True))
 
 
 def cache_features(args, backbone, crops, size):
-    """pairs_of for train_probe, from the features of --cache_epochs epochs that are extracted here, once.
+    """Compute the features of --cache_epochs epochs. Returns epoch_features for train_probe.
 
-    On a GPU they are kept in half precision, and there, where all passes take less than a quarter of its memory;
-    else in the CPU's memory.
+    With a GPU they are stored in half precision, in GPU memory if they take less than a quarter of it, else in CPU
+    memory.
     """
     passes, count = [], len(crops.dataset)
     for epoch in progress(range(args.cache_epochs), 'features', 'passes'):
-        passes.append(concat_into_buffer(to_half(args, augmented_features(args, backbone, crops, epoch), count), count))
+        passes.append(
+            concat_into_buffer(convert_for_cache(args, augmented_features(args, backbone, crops, epoch), count), count)
+        )
 
     def epoch_features(epoch):
         x, labels = passes[epoch % len(passes)]
         order = torch.randperm(len(x), generator=generator_for(args.random_seed, 'probe order', epoch))
         for rows in order.split(size):
-            chosen = x.index_select(0, to_device(rows, x.device))  # on a CPU x[rows] takes eight times as long
+            chosen = x.index_select(0, to_device(rows, x.device))  # x[rows] takes eight times as long on a CPU
             yield to_device(chosen, labels.device).float(), labels[to_device(rows, labels.device)]
 
     return epoch_features
 
 
-def to_half(args, pairs, count):
-    """Pairs of features and labels, the features as cache_features keeps them, for `count` of them a pass."""
+def convert_for_cache(args, pairs, count):
+    """Convert the features of (features, labels) pairs to the type and device of cache_features. count: images per
+    pass."""
     for x, labels in pairs:
         if not x.is_cuda:
             yield x, labels
@@ -126,7 +130,7 @@ def to_half(args, pairs, count):
 
 
 PROTOCOL = Protocol(
-    run=linear,
+    run=evaluate_linear,
     splits=labeled_splits,
     numbers={**TOP, 'knn_top1': 'kNN top-1', **REFERENCES},
     smaller='--batch_size, or --cache_epochs',

@@ -1,5 +1,5 @@
-"""What looks at a run: the bar, the guard, kNN, the measures without labels, TensorBoard and metrics.jsonl. It changes
-nothing."""
+"""The monitor of a run: progress bar, collapse warning, kNN, label-free metrics, TensorBoard and metrics.jsonl. It does
+not change the training."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import torch
 
-from ckpt import FEW, GAIN, GAIN_ERROR, OF_START, WATCHED
+from ckpt import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
 from dataloader import vision
 from dataloader.load_dataset import eval_loader, labeled_subset
 from logger import Logger
@@ -28,21 +28,21 @@ from runtime.messages import format_duration, log, progress
 from runtime.tensors import async_tolist
 from runtime.trackers import make_tracker
 
-LOG_EVERY = 10  # steps between two looks at the loss, which is then that many steps old
+LOG_EVERY = 10  # steps between two reads of the loss; reading is delayed by as many, so that it does not synchronize
 
 
 def is_measured(args, epoch):
-    """Whether the network is measured after so many epochs."""
+    """Whether metrics are computed after this epoch (--knn_every, and the last)."""
     return epoch == args.max_epochs or bool(args.knn_every and epoch % args.knn_every == 0)
 
 
 def gradient_norm(model):
-    """Euclidean norm of the gradient of a step that is done, a scalar on the device."""
+    """Return the Euclidean norm of the current gradients, a scalar on the device."""
     return torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
 
 
 class Monitor:
-    """run: run_dir.RunDir. iterators: load_dataset.get_iterator's. state: where the run begins, or goes on."""
+    """run: run_dir.RunDir. iterators: from load_dataset.get_iterator. state: the TrainState at the start."""
 
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
@@ -53,16 +53,16 @@ class Monitor:
             self.splits['test'] = iterators['test'].dataset
         self.knn_train_loader = eval_loader(args, labeled_subset(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
-        # Of a run that is only looked at again nothing that was written changes.
+        # A finished run keeps all that was written.
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
         self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
         self.bar, self.last_logged, self.outputs, self.norms = None, {}, None, []
 
-    def begin(self, state):
-        """Before the first step: the options, the untrained network's kNN; of a run that goes on, the epoch that it was
-        saved after and stopped before it could be looked at."""
+    def start(self, state):
+        """Log the options and the metrics of epoch 0. For a resumed run, compute the metrics of its last epoch if they
+        are missing."""
         if self.knn_off:
             log(f'the kNN monitor is off: {self.knn_off}')
         if self.run.resumed:
@@ -75,21 +75,23 @@ class Monitor:
         log(f'epoch 0/{self.args.max_epochs}{line} ({baseline_label(self.args)})')
 
     def begin_epoch(self, state, total):
-        """An epoch of `total` images begins at image state.images: the progress bar."""
+        """Start the progress bar of an epoch of `total` images, at image state.images."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
         self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
 
     def show_views(self, views):
+        """Save a picture of the views of the first 16 images."""
         self.logger.views('two_views', [vision.to_picture(view[:16], self.args) for view in views])
 
     def after_step(self, state, loss, std, rates, p, z):
-        """A step is done. loss, std: on the device; rates: of backbone, projector and predictor; p, z: of each view."""
+        """Record a step. loss, std: on the device; rates: of backbone, projector and predictor; p, z: lists over
+        views."""
         self.outputs = p[0], z[0]
         elapsed = time.monotonic() - self.epoch_started
         self.last_logged = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
-            'speed/waiting_for_data': self.loader.waited / elapsed,
+            'speed/waiting_for_data': self.loader.wait_seconds / elapsed,
             'schedule/learning_rate_projector': rates[1],
             'schedule/learning_rate_predictor': rates[2],
         }
@@ -102,29 +104,30 @@ class Monitor:
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
-        """The last step of an epoch is done."""
+        """Finish the progress bar of an epoch."""
         self.check_step(state)
         self.bar.close()
 
     def check_step(self, state):
-        """What an earlier step has to say: a bad run is stopped, or warned of."""
+        """Read the values of an earlier step. Warns of a collapse, raises NonFiniteLoss for an invalid loss."""
         if not self.read:
             return
-        loss, std, found, norm = self.read()
+        loss, std, retrieval, norm = self.read()
         self.norms.append(norm / (state.scaler.get_scale() if state.scaler else 1))
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
-            self.warn_if_collapsed(state, loss, std)
+            self.warn_collapse(state, loss, std)
         waiting = self.last_logged['speed/waiting_for_data']
         self.bar.set_postfix_str(
-            f'loss {loss:.4f}, std {std:.3f}, {found:.0f} % find their other view, {waiting:.0%} waiting for data'
+            f'loss {loss:.4f}, std {std:.3f}, {retrieval:.0f} % of positive views are the nearest, {waiting:.0%} '
+            'waiting for data'
         )
 
     def after_epoch(self, state):
-        """An epoch is over: its scalars, kNN where it is due, and a line."""
+        """Log the scalars of a finished epoch, its metrics if they are due, and a line."""
         args, (loss, std) = self.args, state.last_epoch_means
         if std < args.collapse_threshold:
-            self.warn_if_collapsed(state, loss, std)
+            self.warn_collapse(state, loss, std)
         values = {'pretraining/loss': loss, 'pretraining/std': std, **self.last_logged, **peak_memory(get_device(args))}
         if self.norms:
             values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
@@ -133,8 +136,8 @@ class Monitor:
             line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs
         if is_measured(args, state.epoch):
-            measured, said = self.compute_metrics(state)
-            values, line = {**values, **measured}, line + said
+            measured, words = self.compute_metrics(state)
+            values, line = {**values, **measured}, line + words
         self.logger.scalars(state.epoch, values)
         if not last and state.epoch > self.began:
             each = (time.monotonic() - self.started) / (state.epoch - self.began)
@@ -142,23 +145,24 @@ class Monitor:
         log(line)
 
     def compute_metrics(self, state):
-        """({tag: number}, a few words): how good the network is, by kNN where there are labels, and without any."""
-        args, found, words = self.args, {}, ''
+        """Compute the metrics: kNN and few labels if there are labels, and the label-free ones. Returns ({tag: number},
+        text)."""
+        args, values, words = self.args, {}, ''
         if not self.knn_off:
-            found['knn_top1'], right = measure_labels(args, self.backbone(state), self.knn_train_loader, self.val)
-            few, said = self.few_labels(state, right)
-            found, words = {**found, **few}, f'  kNN {found["knn_top1"]:.2f} %{said}'
+            values['knn_top1'], right = measure_labels(args, self.backbone(state), self.knn_train_loader, self.val)
+            few_values, few_words = self.few_labels(state, right)
+            values, words = {**values, **few_values}, f'  kNN {values["knn_top1"]:.2f} %{few_words}'
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
-            found |= monitor_metrics(args, state.model, self.splits['train'])
+            values |= monitor_metrics(args, state.model, self.splits['train'])
             name = 'rank' if state.epoch else 'retrieval rank of the positive view'
-            words += f'  {name} {found["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
+            words += f'  {name} {values["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
         if self.outputs:
             p, z = (all_gather_rows(x) for x in self.outputs)
-            found |= representation.output_statistics(z, p)
-        return {f'pretraining/{name}': value for name, value in found.items()}, words
+            values |= representation.output_statistics(z, p)
+        return {f'pretraining/{name}': value for name, value in values.items()}, words
 
     def backbone(self, state):
-        """The backbone that is measured: the trained one, averaged with the start as --start_share says."""
+        """Return the backbone to measure: the trained one, averaged with the start by --start_share."""
         if not state.start:
             return state.model.backbone
         backbone = copy.deepcopy(state.model.backbone)
@@ -166,11 +170,11 @@ class Monitor:
         return backbone
 
     def few_labels(self, state, right):
-        """({name: number}, a few words) of the accuracy with WATCHED labels a class, and of its gain over the start.
-        right: of measure_labels."""
-        path, count = self.run.folder / OF_START, len(right)
+        """Return ({name: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
+        from measure_labels."""
+        path, count = self.run.folder / START_ACCURACY_FILE, len(right)
         top1 = 100 * right.mean().item()
-        found, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'
+        results, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'
         if not self.args.init_from:
             return {'few_labels_top1': top1}, words
         if not state.epoch:
@@ -179,11 +183,12 @@ class Monitor:
         before = read_json(path).get('right', [])
         if state.epoch and len(before) == count:
             gains = right - torch.tensor(before, dtype=torch.float64)
-            found[GAIN], found[GAIN_ERROR] = mean_and_error(gains)
-            words += f' ({found[GAIN]:+.2f} ± {found[GAIN_ERROR]:.2f} over the start)'
-        return {name.removeprefix('pretraining/'): value for name, value in found.items()}, words
+            results[GAIN], results[GAIN_ERROR] = mean_and_error(gains)
+            words += f' ({results[GAIN]:+.2f} ± {results[GAIN_ERROR]:.2f} over the start)'
+        return {name.removeprefix('pretraining/'): value for name, value in results.items()}, words
 
-    def warn_if_collapsed(self, state, loss, std):
+    def warn_collapse(self, state, loss, std):
+        """Warn once that the model collapses, with remedies."""
         self.logger.warn_once(
             'collapse',
             f'the model collapses: std {std:.3f} (healthy near 1, threshold {self.args.collapse_threshold}) at loss '

@@ -1,5 +1,5 @@
-"""An evaluation protocol as one entry. To add one: a file <name>.py here that ends with PROTOCOL = Protocol(...), and a
-line in config.PROTOCOLS. evaluate, --help, the results' files, TensorBoard and `report` take all they say from these.
+"""The entry of an evaluation protocol. To add a protocol, write a file <name>.py here that ends with PROTOCOL =
+Protocol(...), and add a line to config.PROTOCOLS. evaluate, --help, result files, TensorBoard and `report` use these.
 """
 
 import importlib
@@ -17,9 +17,9 @@ from runtime.messages import log
 
 @dataclass
 class Outcome:
-    """What a protocol found. result: plain values, num_train and num_val among them; numbers in percent. scores, N x
-    classes, and labels, N int64, of the judged images, where there are any; classes: their names; classifier: a dict of
-    weight and bias, which `infer` uses."""
+    """The outcome of a protocol. result: plain values, with num_train and num_val; accuracies in percent. scores,
+    N x classes, and labels, N int64: of the evaluation images, or None. classes: their names. classifier: {'weight',
+    'bias'} for `infer`, or None."""
 
     result: dict
     scores: torch.Tensor | None = None
@@ -30,16 +30,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Protocol:
-    """run: (args, model, splits, checkpoint) to Outcome; checkpoint: a dict of its path, run (a folder) and epoch.
+    """run: function (args, model, splits, checkpoint) -> Outcome; checkpoint: a dict with path, run (folder) and epoch.
 
-    splits: (args, own) to {'train', 'val'}, the images to work on, from those of the checkpoint's own set (None in
-    `evaluate` where `path` is given). Raises UserError for what is missing (labels, a list, a folder, a package);
-    `train` asks before it begins.
-    numbers: {key of the result: what people read}, in percent, in the order in which they are shown. What is not in
-    percent goes into result['measures'], of the names of collapse_verdict.MEASURES, beside result['untrained'].
-    smaller: the options to lower where memory is short. path: (args) to the --..._path of the images, None: the
-    checkpoint's own. several_ranks: whether torchrun may run it. details: (args) to words for the result's file name.
-    unused: options of evaluate that have no effect on it, beside those that are of another protocol alone (`only`).
+    splits: function (args, own_splits) -> {'train', 'val'}; own_splits: those of the checkpoint's dataset, None in
+    `evaluate` if `path` is given. It raises UserError if something is missing (labels, a list, a folder, a package);
+    `train` calls it before the training. numbers: {key of the result: printed name}, in percent, in the order to print.
+    Other numbers are in result['measures'] (names of collapse_verdict.MEASURES) and result['untrained']. smaller:
+    options to reduce when memory is short. path: function args -> the --..._path of the images; None for the
+    checkpoint's dataset. several_ranks: whether it runs under torchrun. details: function args -> words for the name of
+    the result file. unused: options of evaluate that it ignores, besides those of other protocols (`only`).
     """
 
     run: Callable
@@ -57,39 +56,39 @@ KNN_OPTIONS = ('knn_k', 'knn_temperature', 'knn_raw_pixels')
 
 
 def find_protocol(name):
-    """The Protocol of a name in config.PROTOCOLS, imported when asked for: torchvision's detectors take a second."""
+    """Import and return the Protocol with a name of config.PROTOCOLS."""
     return importlib.import_module(f'protocols.{name}').PROTOCOL
 
 
 def has_effect(args, name):
-    """Whether an option of evaluate matters to the protocol of `args`."""
+    """Whether an option of evaluate affects the protocol of `args`."""
     stages = {args.protocol, 'finetune' if (args.protocol, args.transfer) == ('transfer', 'finetune') else ''}
     only = OPTIONS[name].metadata['only']
     return name not in find_protocol(args.protocol).unused and (not only or bool(stages & {*only}))
 
 
 def ignored_by_protocol(args):
-    """The explicitly given options that have no effect on the protocol of `args`."""
+    """Return the explicit options that have no effect on the protocol of `args`."""
     return sorted(name for name in args.given if not has_effect(args, name))
 
 
 def labeled_splits(args, pretraining_splits):
-    """{'train', 'val'} of the checkpoint's own set. Raises UserError where labels are missing."""
+    """Return {'train', 'val'} of the checkpoint's dataset. Raises UserError if labels are missing."""
     if reason := missing_labels_reason(pretraining_splits):
         raise UserError(f'evaluate needs labels: {reason}')
     return report_unlabeled({name: pretraining_splits[name] for name in ('train', 'val')})
 
 
 def report_unlabeled(splits):
-    """`splits`, after saying how many of train are of no use without a label."""
-    none, count = int((splits['train'].labels < 0).sum()), len(splits['train'])
-    if none:
-        log(f'{none} of the {count} images of train have no class, and are left out')
+    """Log how many images of train have no label. Returns the splits."""
+    num_unlabeled, count = int((splits['train'].labels < 0).sum()), len(splits['train'])
+    if num_unlabeled:
+        log(f'{num_unlabeled} of the {count} images of train have no class, and are left out')
     return splits
 
 
 def missing_labels_reason(splits):
-    """Why accuracies cannot be measured on these splits, or None."""
+    """Return why accuracy cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
     if not len(labeled_subset(train)):
         return f'{printable(train.folder)} has no classes'

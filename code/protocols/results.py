@@ -1,7 +1,8 @@
-"""Results that say what they are of: a question, what came out, and a file that no other question shares.
+"""Result files of evaluations: <run>/evaluate_<protocol>_<digest of the spec>.json, and the linear classifier beside
+it.
 
-A question is which images (path, number, a digest of their names and labels), which weights, at which size, with which
-settings. <run>/evaluate_<protocol>_<digest of the question>.json; the classifier of a linear one is beside it.
+The spec of an evaluation has the checkpoint, the images (path, number, a digest of names and labels) and the settings,
+so that different evaluations never share a file.
 """
 
 import hashlib
@@ -21,28 +22,25 @@ from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import dumps_nan_safe, is_number, read_in_order, utc_timestamp, written_time
 from runtime.options import rename_options
 
-NOT_IN_SPEC = (
-    'image_path',
-    'protocol',
-    'preset',
-    *NOT_RESTORED_OPTIONS,
-)  # options that a question has in other entries, or not
+# Options that are not among the settings of a spec: they are separate entries, or do not matter.
+NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)
 
 
-def sanitize(name):
-    """Any file's name as a short part of one that every system and TensorBoard takes."""
+def shorten_name(name):
+    """Shorten and sanitize a name for file names and TensorBoard tags."""
     return sanitize_name(name)[:40]
 
 
 def eval_spec(args, splits, checkpoint):
-    """What an evaluation asks, as plain values. splits: {'train': ..., 'val': ...} of ImageDataset or Boxes."""
+    """Return the spec of an evaluation as plain values. splits: {'train', 'val'} of ImageDataset or
+    DetectionDataset."""
     settings = {
         name: getattr(args, name)
         for name, option in OPTIONS.items()
         if name not in NOT_IN_SPEC and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
     }
     if args.subset_list:
-        settings['subset_digest'] = digest([os.fsdecode(resolve_path(args.subset_list).read_bytes())])
+        settings['subset_digest'] = hash_lines([os.fsdecode(resolve_path(args.subset_list).read_bytes())])
     path_of_images = find_protocol(args.protocol).path
     path = path_of_images(args) if path_of_images else args.image_path
     return {
@@ -60,15 +58,15 @@ def eval_spec(args, splits, checkpoint):
 
 
 def dataset_fingerprint(images):
-    """How many images, of an ImageDataset or DetectionDataset, and which."""
+    """Return the number of images and a digest of their names and labels. images: ImageDataset or DetectionDataset."""
     names = [*images.names]
     return {
         'number': len(images),
-        'digest': digest(f'{name}\t{label}' for name, label in zip(names, images.labels.tolist(), strict=True)),
+        'digest': hash_lines(f'{name}\t{label}' for name, label in zip(names, images.labels.tolist(), strict=True)),
     }
 
 
-def digest(lines):
+def hash_lines(lines):
     hashed = hashlib.blake2b(digest_size=6)
     for line in lines:
         hashed.update(line.encode(errors='surrogateescape') + b'\n')
@@ -76,13 +74,14 @@ def digest(lines):
 
 
 def result_name(args):
-    """What TensorBoard and the file call an evaluation: the protocol and what it is about."""
+    """Return the name of an evaluation for files and TensorBoard: the protocol and its details."""
     return '_'.join([args.protocol, *find_protocol(args.protocol).details(args)])
 
 
 def write_result(run, name, spec, metrics, classifier=None):
-    """Write the result of a question into the folder `run`; returns it, with what it says of itself."""
-    spec_hash = digest([json.dumps({**spec, 'given': None}, sort_keys=True)])
+    """Write the result of an evaluation, and its classifier, into the folder `run`. Returns the result with spec,
+    versions, file name and time."""
+    spec_hash = hash_lines([json.dumps({**spec, 'given': None}, sort_keys=True)])
     result = {
         **spec,
         **metrics,
@@ -100,9 +99,9 @@ def write_result(run, name, spec, metrics, classifier=None):
     return result
 
 
-def load_results(run, **wanted):
-    """The results in a run's folder whose entries are as `wanted`, the oldest first; also those of before they said
-    which images they were of."""
+def load_results(run, **entries):
+    """Load the results in a run's folder that have these entries, the oldest first; including results of early
+    versions, which do not name their images."""
     results = []
     for path, result in read_in_order(run.glob('evaluate_*.json')):
         result['protocol'] = RENAMED_VALUES['protocol'].get(str(result.get('protocol')), result.get('protocol'))
@@ -112,18 +111,18 @@ def load_results(run, **wanted):
             results.append(result)
         else:
             print_message('warning', f'{path} is damaged, or no result of evaluate: left out')
-    return [result for result in results if all(result.get(key) == value for key, value in wanted.items())]
+    return [result for result in results if all(result.get(key) == value for key, value in entries.items())]
 
 
-def find_classifier(args, checkpoint, where):
-    """The classifier that evaluate trained on this checkpoint for the images at the path `where`, or None.
+def find_classifier(args, checkpoint, images_path):
+    """Find the classifier of this checkpoint for the images at `images_path`. Returns its content, or None.
 
-    That of --classifier (its file, or the folder of a set), else of the set in which the images lie, else of the
-    checkpoint's own set, else the only one there is, but never another set's for images of the checkpoint's own. Of
-    several of one set the one with the highest accuracy on val; of equals, or of early files, the last.
-    Raises UserError where --classifier names none, WorkError for a damaged file.
+    In order: the one of --classifier (its file, or the folder of its dataset); of the dataset that contains the images;
+    of the checkpoint's dataset; the only one there is, unless the images belong to the checkpoint's dataset. Of several
+    for one dataset the one with the highest accuracy on val, then the newest.
+    Raises UserError if --classifier names none, WorkError for a damaged file.
     """
-    by_folder = {}  # the folder of a set: the best of its classifiers
+    by_folder = {}  # {folder of a dataset: the best of its classifiers}
     named = None
     for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
@@ -136,7 +135,7 @@ def find_classifier(args, checkpoint, where):
         if folder not in by_folder or classifier_sort_key(content) > classifier_sort_key(by_folder[folder]):
             by_folder[folder] = content
     chosen = named or pick_classifier(
-        args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), where.resolve()
+        args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), images_path.resolve()
     )
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
@@ -145,32 +144,35 @@ def find_classifier(args, checkpoint, where):
 
 
 def classifier_sort_key(classifier):
-    """The order of classifiers of one set: by accuracy, then by time."""
+    """Return the sort key of the classifiers of one dataset: accuracy, then time."""
     top1 = classifier.get('top1')
     return (top1 if isinstance(top1, float) else -1.0), classifier['when']
 
 
 def describe_classifier(classifier):
-    """A classifier in words: of which set, how good, when, with which settings that were given."""
+    """Describe a classifier: its dataset, accuracy, time and explicit settings."""
     spec = classifier['question']
-    given = ''.join(f', --{name}={spec["settings"][name]}' for name in spec.get('given', ()))
+    options_text = ''.join(f', --{name}={spec["settings"][name]}' for name in spec.get('given', ()))
     top1 = classifier.get('top1')
     accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
-    return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{given}; {classifier["file"]})'
+    return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{options_text}; {classifier["file"]})'
 
 
-def pick_classifier(args, by_folder, own, where):
-    """The one of `by_folder`, {folder of a set: its classifier}, that find_classifier means."""
+def pick_classifier(args, by_folder, own_folder, images_path):
+    """find_classifier among `by_folder`, {folder of a dataset: its classifier}. own_folder: the checkpoint's
+    dataset."""
     if args.classifier:
-        wanted = Path(os.path.realpath(resolve_path(args.classifier)))
-        if wanted not in by_folder:
-            known = ', '.join(f'{folder} ({content["file"]})' for folder, content in by_folder.items())
-            known = known or 'none: run evaluate first'
-            raise UserError(f'--classifier={args.classifier}: the sets that this checkpoint has one of are {known}')
-        return by_folder[wanted]
-    inside = [folder for folder in by_folder if where.is_relative_to(folder)]
+        folder_given = Path(os.path.realpath(resolve_path(args.classifier)))
+        if folder_given not in by_folder:
+            listed = ', '.join(f'{folder} ({content["file"]})' for folder, content in by_folder.items())
+            listed = listed or 'none: run evaluate first'
+            raise UserError(f'--classifier={args.classifier}: this checkpoint has classifiers for {listed}')
+        return by_folder[folder_given]
+    inside = [folder for folder in by_folder if images_path.is_relative_to(folder)]
     if inside:
         return by_folder[max(inside, key=lambda folder: len(folder.parts))]
-    if own in by_folder:
-        return by_folder[own]
-    return next(iter(by_folder.values())) if len(by_folder) == 1 and not where.is_relative_to(own) else None
+    if own_folder in by_folder:
+        return by_folder[own_folder]
+    return (
+        next(iter(by_folder.values())) if len(by_folder) == 1 and not images_path.is_relative_to(own_folder) else None
+    )

@@ -1,4 +1,4 @@
-"""Run an evaluation protocol on a model: check what it needs, time it, and write, print and log its result."""
+"""Run an evaluation protocol on a model, and write, print and log the result."""
 
 import math
 import time
@@ -17,15 +17,15 @@ from runtime.files import try_writing
 from runtime.messages import format_duration, log
 from runtime.trackers import make_tracker
 
-DRAWN = 1000  # classes up to which a confusion matrix is drawn: it takes their square in memory
+MAX_CONFUSION_CLASSES = 1000  # with more classes no confusion matrix is drawn
 NAN_HINT = 'a lower --probe_learning_rate or --finetune_learning_rate, or another checkpoint'
 
 
 def run_protocol(args, model, splits, checkpoint):
-    """Run --protocol on `model`, and write, print and log what came out. Returns the result.
+    """Run --protocol on `model`, and write, print and log the result. Returns the result.
 
-    splits: {'train', 'val', ...} of ImageDataset, for the protocols that use the checkpoint's own set. checkpoint: a
-    dict of its path, run (the folder for the results) and epoch.
+    splits: {'train', 'val', ...} of ImageDataset, for protocols on the checkpoint's dataset. checkpoint: a dict with
+    path, run (the folder for results) and epoch.
     """
     started, splits, protocol = time.monotonic(), protocol_splits(args, splits), find_protocol(args.protocol)
     run, epoch, name = checkpoint['run'], checkpoint['epoch'], results.result_name(args)
@@ -33,7 +33,7 @@ def run_protocol(args, model, splits, checkpoint):
     if not distributed.rank():
         try_writing(run / 'evaluate.json')
         try_writing(logs / f'{name}.png')
-    tracker = make_tracker(args, run)  # one that does not start is heard of before the work
+    tracker = make_tracker(args, run)  # raises before the work if it does not start
     with explain_oom(f'--protocol={args.protocol}', f'try a smaller {protocol.smaller}'):
         outcome = protocol.run(args, model, splits, checkpoint)
     result, scores = outcome.result, outcome.scores
@@ -45,11 +45,11 @@ def run_protocol(args, model, splits, checkpoint):
     log(format_result({**eval_spec, **result}))  # before anything can fail
     result = results.write_result(run, name, eval_spec, result, classifier)
     logger = Logger(logs, tracker=tracker)
-    if scores is not None and scores.shape[1] <= DRAWN:
+    if scores is not None and scores.shape[1] <= MAX_CONFUSION_CLASSES:
         import plots  # matplotlib takes half a second to import
 
         counts = confusion_matrix(scores, outcome.labels).cpu()
-        logger.picture(f'{name}_confusion', plots.to_pil(plots.draw_confusion(counts, outcome.classes)), epoch)
+        logger.picture(f'{name}_confusion', plots.figure_to_pil(plots.draw_confusion(counts, outcome.classes)), epoch)
     numbers = {
         **compare_scalars(result.get('rows', [])),
         **{key: result[key] for key in protocol.numbers if result.get(key) is not None},
@@ -62,30 +62,30 @@ def run_protocol(args, model, splits, checkpoint):
 
 
 def accuracies_by_class(args, outcome):
-    """{'mean_per_class', 'per_class'} in percent, of the classes that have images. Raises WorkError where scores are no
-    numbers."""
+    """Return {'mean_per_class', 'per_class'} in percent, of the classes with images. Raises WorkError if scores are not
+    finite."""
     if not outcome.scores.isfinite().all():
-        raise WorkError(f'the scores of --protocol={args.protocol} are no numbers (nan or infinite): try {NAN_HINT}')
+        raise WorkError(f'the scores of --protocol={args.protocol} are nan or infinite: try {NAN_HINT}')
     rates = class_accuracies(outcome.scores, outcome.labels).tolist()  # nan for a class without images in val
-    known = {name: rate for name, rate in zip(outcome.classes, rates, strict=True) if not math.isnan(rate)}
-    # The mean is what Pets, Flowers, Caltech and Aircraft are judged by.
-    return {'mean_per_class': sum(known.values()) / len(known), 'per_class': known}
+    accuracies = {name: rate for name, rate in zip(outcome.classes, rates, strict=True) if not math.isnan(rate)}
+    # The mean over classes is the usual metric of Pets, Flowers, Caltech and Aircraft.
+    return {'mean_per_class': sum(accuracies.values()) / len(accuracies), 'per_class': accuracies}
 
 
 def compare_scalars(rows):
-    """The numbers of the rows of --protocol=compare, for TensorBoard: of the checkpoint, and its gains."""
-    found = {}
+    """Return the TensorBoard scalars of --protocol=compare: accuracies of the checkpoint, and its gains."""
+    scalars = {}
     for i, row in enumerate(rows):
-        name = results.sanitize(row['name'].split(':')[0])
+        name = results.shorten_name(row['name'].split(':')[0])
         for column, numbers in row['columns'].items():
             key = 'gain' if i else 'top1'
-            found[f'{column.replace(" ", "_")}_{key}' + f'_over_{name}' * bool(i)] = numbers[key]
-    return found
+            scalars[f'{column.replace(" ", "_")}_{key}' + f'_over_{name}' * bool(i)] = numbers[key]
+    return scalars
 
 
 def protocol_splits(args, pretraining_splits):
-    """{'train', 'val'} that --protocol works on; pretraining_splits: the checkpoint's. Raises UserError for what it
-    will lack."""
+    """Return {'train', 'val'} for --protocol. pretraining_splits: those of the checkpoint's dataset. Raises UserError
+    if the protocol cannot run."""
     protocol = find_protocol(args.protocol)
     if distributed.world_size() > 1 and not protocol.several_ranks:
         raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')
@@ -93,7 +93,7 @@ def protocol_splits(args, pretraining_splits):
 
 
 def format_result(result):
-    """The result as people read it."""
+    """Format a result as text."""
     side = result['settings'].get('image_size', result['settings'].get('detection_size'))
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '

@@ -1,20 +1,20 @@
-"""Semi-supervised learning: the whole network is fine-tuned with few labels."""
+"""Semi-supervised learning: fine-tune the whole network with few labels."""
 
 import os
 
 import torch
 
 from dataloader.load_dataset import labeled_subset, select
-from protocols.finetune import FINETUNED, finetune, rows_per_class
+from protocols.finetune import FINETUNE_NAMES, finetune, rows_per_class
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, labeled_splits
 from runtime.console import print_message, printable
 from runtime.errors import UserError, resolve_path
 
 
-def semi(args, model, splits, _):
-    """Fine-tune on the labels of --label_fraction or --subset_list.
+def evaluate_semi_supervised(args, model, splits, _):
+    """Fine-tune on the labels of --label_fraction or --subset_list. Returns an Outcome.
 
-    With --baseline the same network is also trained from scratch on the same labels: what the pretraining is worth.
+    With --baseline the same network is also trained from scratch on these labels, for comparison.
     """
     few, val = select_labeled_fraction(args, labeled_subset(splits['train'])), splits['val']
     result, scores, labels = finetune(args, model.backbone, few, val)
@@ -23,86 +23,85 @@ def semi(args, model, splits, _):
 
 
 def select_labeled_fraction(args, train):
-    """The labelled images of --label_fraction or --subset_list. Raises UserError for a list that cannot be used."""
+    """Return the labeled images of --label_fraction or --subset_list. Raises UserError for an invalid list."""
     rows = (
         rows_from_list(args, train)
         if args.subset_list
         else class_balanced_rows(train.labels, args.label_fraction, args.random_seed)
     )
     if len(rows) < 2:
-        raise UserError('--protocol=semi: the labels are of one image; fine-tuning wants two')
+        raise UserError('--protocol=semi: only one image has a label; fine-tuning needs two')
     return select(train, rows)
 
 
 def class_balanced_rows(labels, fraction, seed):
-    """Row numbers of `fraction` of the images, at least one of every class, and the same number of every one, as far as
-    they have it: what a small class lacks, the larger ones give.
-
-    labels: N, int64, >= 0. The choice depends on the seed alone.
+    """Choose a fraction of the images, with the same number of each class and at least one; what small classes lack is
+    taken from larger ones. labels: N, int64, >= 0. Returns sorted row numbers.
     """
     groups = rows_per_class(labels, seed)
-    wanted, chosen, left = round(fraction * len(labels)), [], len(groups)
-    for rows in sorted(groups, key=len):  # the smallest first: what it has not is shared by those that follow
-        count = min(len(rows), max(1, round(wanted / left)))
+    remaining, chosen, classes_left = round(fraction * len(labels)), [], len(groups)
+    for rows in sorted(groups, key=len):  # smallest first, so that larger classes fill up
+        count = min(len(rows), max(1, round(remaining / classes_left)))
         chosen.append(rows[:count])
-        wanted, left = wanted - count, left - 1
+        remaining, classes_left = remaining - count, classes_left - 1
     return torch.cat(chosen).sort().values
 
 
 def rows_from_list(args, images):
-    """Row numbers of the images that --subset_list names, one a line: a file name, or class/name where names repeat.
+    """Read --subset_list: one file name per line, or class/name if names repeat. Returns sorted row numbers of the
+    images.
 
-    Raises UserError for a missing file, a name that is not among the images, or one that several have.
+    Raises UserError for a missing file, or an unknown or ambiguous name.
     """
     path = resolve_path(args.subset_list)
     if path.exists() and not path.is_file():
         raise UserError(f'--subset_list: {path} is no file')
     try:
         lines = path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines()
-        wanted = [os.fsdecode(line.strip()) for line in lines if line.strip()]
+        listed = [os.fsdecode(line.strip()) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f'--subset_list: {path} cannot be read: {error}') from None
     by_name = {}
     for row, name in enumerate(images.names):
         for key in {name, name.rsplit('/', 1)[-1]}:
             by_name.setdefault(key, []).append(row)
-    unknown = [name for name in wanted if name not in by_name]
-    if not wanted:
+    unknown = [name for name in listed if name not in by_name]
+    if not listed:
         raise UserError(f'--subset_list: {path} names no image')
     if unknown:
         raise UserError(
-            f'--subset_list: {len(unknown)} of its {len(wanted)} names are not in {images.folder}; the '
+            f'--subset_list: {len(unknown)} of its {len(listed)} names are not in {images.folder}; the '
             f'first is {printable(unknown[0])!r}'
         )
-    repeated = [name for name in wanted if len(by_name[name]) > 1]
+    repeated = [name for name in listed if len(by_name[name]) > 1]
     if repeated:
         raise UserError(
             f'--subset_list: {len(by_name[repeated[0]])} images of {images.folder} are named '
             f'{repeated[0]!r}: write <class>/{repeated[0]}'
         )
-    rows = torch.tensor(sorted({by_name[name][0] for name in wanted}))
-    if len(rows) < len(wanted):
-        print_message('warning', f'--subset_list: {len(wanted) - len(rows)} of its {len(wanted)} names are there twice')
-    none = sorted({*range(len(images.classes))} - {*images.labels[rows].tolist()})
-    if none:
-        first = printable(images.classes[none[0]])
+    rows = torch.tensor(sorted({by_name[name][0] for name in listed}))
+    if len(rows) < len(listed):
+        print_message('warning', f'--subset_list: {len(listed) - len(rows)} of its {len(listed)} names occur twice')
+    missing = sorted({*range(len(images.classes))} - {*images.labels[rows].tolist()})
+    if missing:
+        first = printable(images.classes[missing[0]])
         print_message(
-            'warning', f'--subset_list: {len(none)} of {len(images.classes)} classes have no image, such as {first}'
+            'warning', f'--subset_list: {len(missing)} of {len(images.classes)} classes have no image, such as {first}'
         )
     return rows
 
 
 def splits_for_semi(args, labels):
-    """labelled_splits, of which a list of labels can be used. Raises UserError."""
+    """labeled_splits, after checking that the label subset is valid. Raises UserError."""
     splits = labeled_splits(args, labels)
     select_labeled_fraction(args, labeled_subset(splits['train']))
     return splits
 
 
 PROTOCOL = Protocol(
-    run=semi,
+    run=evaluate_semi_supervised,
     splits=splits_for_semi,
-    numbers=FINETUNED,
+    numbers=FINETUNE_NAMES,
     smaller='--finetune_batch_size',
     details=lambda args: ['list' if args.subset_list else f'{args.label_fraction:g}'],
     unused=KNN_OPTIONS,

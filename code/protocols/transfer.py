@@ -1,4 +1,4 @@
-"""Transfer to another set of labelled images: logistic regression on frozen features, or fine-tuning."""
+"""Transfer to another labeled dataset: logistic regression on frozen features, or fine-tuning."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -7,19 +7,19 @@ from ckpt import sanitize_name
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
-from protocols.finetune import FINETUNED, finetune, rows_per_class
+from protocols.finetune import FINETUNE_NAMES, finetune, rows_per_class
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabeled
 from runtime.console import printable
 from runtime.errors import UserError, resolve_path
 from runtime.messages import progress
 from runtime.options import replace_args
 
-L2 = torch.logspace(5, -6, 45).tolist()  # the strengths that are tried, strong to weak (Kornblith et al., 1805.08974)
-HELD_OUT = 0.2  # share of train that chooses among them
+L2 = torch.logspace(5, -6, 45).tolist()  # l2 strengths to try, strong to weak (Kornblith et al., arXiv 1805.08974)
+HELD_OUT = 0.2  # share of train that is held out to choose the strength
 
 
-def transfer(args, model, splits, _):
-    """The Outcome of the backbone on the set of --transfer_path."""
+def evaluate_transfer(args, model, splits, _):
+    """Evaluate the backbone on the dataset of --transfer_path. Returns an Outcome."""
     own_args, train, val = target_args(args), labeled_subset(splits['train']), splits['val']
     if args.transfer == 'finetune':
         result, scores, labels = finetune(own_args, model.backbone, train, val)
@@ -30,29 +30,29 @@ def transfer(args, model, splits, _):
 
 
 def target_splits(args, _):
-    """{'train', 'val'} of the set of --transfer_path. Raises UserError for what is missing."""
+    """Return {'train', 'val'} of the dataset of --transfer_path. Raises UserError if something is missing."""
     if not args.transfer_path:
-        raise UserError('--protocol=transfer wants --transfer_path=FOLDER with train/<class>/ and val/<class>/')
-    where = resolve_path(args.transfer_path)
-    if not where.exists():
-        raise UserError(f'--transfer_path: {printable(where)} is not there')
+        raise UserError('--protocol=transfer needs --transfer_path=FOLDER with train/<class>/ and val/<class>/')
+    path = resolve_path(args.transfer_path)
+    if not path.exists():
+        raise UserError(f'--transfer_path: {printable(path)} is not there')
     splits = load_splits(target_args(args))
     train, val = labeled_subset(splits['train']), splits['val']
     if val is None or not len(train) or not (val.labels >= 0).all():
-        raise UserError(f'--transfer_path: {printable(where)} wants classes in train and, of every image, in val')
+        raise UserError(f'--transfer_path: {printable(path)} needs classes in train and, of every image, in val')
     if args.transfer == 'finetune' and len(train) < 2:
-        raise UserError(f'--transfer_path: {printable(where)} has one image to train on; fine-tuning wants two')
+        raise UserError(f'--transfer_path: {printable(path)} has one image to train on; fine-tuning needs two')
     return report_unlabeled({'train': splits['train'], 'val': val})
 
 
 def target_args(args):
-    """args of that set: no preset draws or fetches it."""
+    """Return args for the dataset of --transfer_path."""
     return replace_args(args, image_path=args.transfer_path, preset='imagenet')
 
 
 def logistic_eval(args, backbone, train, val):
-    """Multinomial logistic regression on the features of the centre crops, its l2 strength chosen on a held-out part of
-    train, then fitted to all of it. Returns (result, scores, labels)."""
+    """Evaluate multinomial logistic regression on the features of center crops. Its l2 strength is chosen on a held-out
+    part of train; then it is fitted to all of train. Returns (result, scores, labels)."""
     x, labels = extract_features(args, backbone, eval_loader(args, train), 'features of train')
     val_x, val_labels = extract_features(args, backbone, eval_loader(args, val), 'features of val')
     num_classes = len(val.classes)
@@ -71,8 +71,8 @@ def logistic_eval(args, backbone, train, val):
 
 
 def select_l2(args, x, labels, num_classes):
-    """(the l2 strength, its top-1 on the images held out of train to choose it by). At most half of a class is held
-    out; where no class has two images, none is: the middle strength, and None."""
+    """Choose the l2 strength. Returns (strength, its top-1 on the held-out images). If no class has two images, nothing
+    can be held out: returns the middle strength and None."""
     holdout = holdout_mask(labels.cpu(), args.random_seed).to(x.device)
     if not holdout.any():
         return L2[len(L2) // 2], None
@@ -85,7 +85,7 @@ def select_l2(args, x, labels, num_classes):
 
 
 def holdout_mask(labels, seed):
-    """Which rows (N bool) are held out: HELD_OUT of each class, at least one and at most half."""
+    """Return which rows are held out, N bool: HELD_OUT of each class, at least one and at most half."""
     holdout = torch.zeros(len(labels), dtype=torch.bool)
     for rows in rows_per_class(labels, seed):
         holdout[rows[: min(len(rows) // 2, max(1, round(HELD_OUT * len(rows))))]] = True
@@ -93,15 +93,16 @@ def holdout_mask(labels, seed):
 
 
 def logistic_regression(x, labels, num_classes, l2, warm_start=None, iterations=200):
-    """(weight, num_classes x d; bias, num_classes) that minimise sum of cross-entropies + l2 / 2 |weight|^2, by L-BFGS.
+    """Fit logistic regression by L-BFGS: minimize the sum of cross-entropies + l2 / 2 |weight|^2.
 
-    x: N x d; labels: N. warm_start: a solution to go on from, such as that of a stronger l2.
+    x: N x d; labels: N. warm_start: (weight, bias) to start from, such as the solution for a stronger l2. Returns
+    (weight, num_classes x d; bias, num_classes).
     """
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().item() or 1.0
-    x = (x - mean) / scale  # the same minimum, found in fewer steps; the solver's bounds fit no features that are small
+    x = (x - mean) / scale  # does not change the minimum; converges faster, and the tolerances fit any feature scale
     penalty = l2 / (2 * len(x) * scale**2)
-    shares = torch.bincount(labels, minlength=num_classes).to(x) / len(x)  # the best biases where all weights are zero
+    shares = torch.bincount(labels, minlength=num_classes).to(x) / len(x)  # log: the optimal biases for weight 0
     weight, bias = warm_start or (x.new_zeros(num_classes, x.shape[1]), shares.clamp(min=1e-6).log())
     weight, bias = (weight * scale).requires_grad_(), (bias + weight @ mean).requires_grad_()
     solver = torch.optim.LBFGS(
@@ -120,9 +121,9 @@ def logistic_regression(x, labels, num_classes, l2, warm_start=None, iterations=
 
 
 PROTOCOL = Protocol(
-    run=transfer,
+    run=evaluate_transfer,
     splits=target_splits,
-    numbers={**FINETUNED, 'held_out_top1': 'top-1 held out'},
+    numbers={**FINETUNE_NAMES, 'held_out_top1': 'top-1 held out'},
     smaller='--batch_size, or --finetune_batch_size',
     path=lambda args: args.transfer_path,
     details=lambda args: [args.transfer, sanitize_name(resolve_path(args.transfer_path).name)[:40]],

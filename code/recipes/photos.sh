@@ -1,6 +1,6 @@
 #!/bin/sh
 # Your own photographs: sh recipes/photos.sh FOLDER. FOLDER holds train/<class>/ and perhaps val/<class>/, or images.
-# Started again after a stop, it goes on where it was.
+# Started again after a stop, it continues where it stopped.
 set -eu
 folder=$(realpath "${1:?give the folder of images: sh recipes/photos.sh FOLDER}")
 shift

@@ -1,8 +1,8 @@
-"""Checkpoints of earlier commits, as the present one would have written them (train_state.TrainState.state_dict).
+"""Conversion of checkpoints of earlier versions to the current format (train_state.TrainState.state_dict).
 
-Format 3 has a group of parameters for each of backbone, projector and predictor in the optimizer; format 2 had backbone
-and projector in one. Format 2 counts a position in images. Format 1 (no number in the file) counted it in steps, and
-kept the loss and std of each of them; its first files had no step, scaler, random states or versions.
+Format 3 has three parameter groups in the optimizer: backbone, projector, predictor. Format 2 had backbone and
+projector in one group, and introduced positions in images. Format 1 (without a number in the file) had positions in
+steps, and the loss and std of each step; its first files had no step, scaler, random states or versions.
 """
 
 import torch
@@ -11,9 +11,9 @@ from config import OPTIONS, PRESETS
 from runtime.errors import WorkError
 from runtime.options import parse, preset_options, rename_options
 
-# What a run did before there were options for it.
+# The behavior of runs from before these options existed.
 BEFORE = {'channels': 'rgb', 'exif': 'ignore', 'npy_axes': 'auto', 'jitter': 'image'}
-FORMAT = 3  # of `content`; runtime/checkpoint_format.py reads the earlier ones
+FORMAT = 3
 
 
 DAMAGED = 'the checkpoint is damaged: its {} is missing, or is none; take another'
@@ -31,14 +31,15 @@ REQUIRED_TYPES = {
 
 
 def is_ours(content):
-    """Whether a file holds a run of ours, of any format."""
+    """Whether the content of a file is a checkpoint of this project, of any format."""
     keys = ('model', 'optimizer', 'args', 'epoch', 'loss')
     return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
 
 
 def upgrade(content):
-    """(content in the present format, the options that the file does not say). The options are checked values, and what
-    is missing among them is what the file's preset has. Raises UserError for a value that is no longer possible."""
+    """Convert a checkpoint to the current format. Returns (content, names of options that the file does not have). The
+    options are parsed, and missing ones get the value of the file's preset. Raises UserError for a value that is no
+    longer valid, WorkError for a damaged checkpoint."""
     if not isinstance(content.get('format', 1), int):
         raise WorkError(DAMAGED.format('format'))
     if content.get('format', 1) > FORMAT:
@@ -49,20 +50,22 @@ def upgrade(content):
     if content['format'] == 2:
         content = split_param_groups(content)
     saved = rename_options(content['args'])
-    said = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
+    options = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
     preset = (
-        {'preset': said['preset'], **(preset_options(said['preset']) if said['preset'] in PRESETS else {})}
-        if 'preset' in said
+        {'preset': options['preset'], **(preset_options(options['preset']) if options['preset'] in PRESETS else {})}
+        if 'preset' in options
         else {}
     )
     for name, value in BEFORE.items():
-        said.setdefault(name, value)
-    missing_options = {name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in said}
-    return {**content, 'args': {**missing_options, **said}}, sorted(missing_options)
+        options.setdefault(name, value)
+    missing_options = {
+        name: preset.get(name, option.default) for name, option in OPTIONS.items() if name not in options
+    }
+    return {**content, 'args': {**missing_options, **options}}, sorted(missing_options)
 
 
 def validate(content):
-    """Raise WorkError where a part of a checkpoint in the present format is missing, or is something else."""
+    """Raise WorkError if a part of a checkpoint is missing or has the wrong type."""
     for name, kind in REQUIRED_TYPES.items():
         if name not in content or not isinstance(content[name], kind):
             raise WorkError(DAMAGED.format(name))
@@ -76,8 +79,8 @@ def validate(content):
 
 
 def split_param_groups(content):
-    """Format 2 to 3. The projector has the last parameters of the first group, as many as its entries that are no
-    running statistics."""
+    """Convert format 2 to 3: move the projector's parameters, the last of the first group, into a group of their
+    own."""
     first, last = content['optimizer']['param_groups']
     statistics = ('running_mean', 'running_var', 'num_batches_tracked')
     ours = [name for name in content['model'] if name.startswith('projector.') and not name.endswith(statistics)]
@@ -87,7 +90,7 @@ def split_param_groups(content):
 
 
 def upgrade_v1(content):
-    """Format 1 to 2."""
+    """Convert format 1 to 2."""
     step, loss = content.get('step', 0), content['loss']
     losses, stds = content.get('seen') or (torch.zeros(0), torch.zeros(0))
     batch = content['args'].get('batch_size', OPTIONS['batch_size'].default)

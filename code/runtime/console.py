@@ -1,4 +1,5 @@
-"""Text for terminals, and lines on standard error, in colour where somebody sees it. Standard library only."""
+"""Text for terminals, messages on standard error, and output streams that survive closed pipes. Standard library
+only."""
 
 import contextlib
 import errno
@@ -12,19 +13,19 @@ import threading
 import unicodedata
 
 COLORS = {'error': 31, 'warning': 33}
-logging.getLogger('matplotlib').setLevel(logging.ERROR)  # before its import: where it keeps fonts is nobody's concern
+logging.getLogger('matplotlib').setLevel(logging.ERROR)  # before its import, which logs where its font cache is
 SILENCED = {'depth': 0, 'kept': None, 'lock': threading.Lock()}
 
 
 def with_options(line):
-    """A line with the settings that it names as `name` or `name=value` written as a command line takes them. What is
-    raised in dataloader/ names them so, for it is also used without a command line."""
+    """Write settings in a message, `name` or `name=value` in backticks, as options of the command line (--name=value).
+    dataloader/ uses backticks, because it can be used without the command line."""
     return re.sub(r'`(\w+(=[^`]*)?)`', r'--\1', str(line))
 
 
 def print_message(kind, line):
-    """Print `<kind>: <line>`; in the colour of its kind on a terminal, unless the environment has NO_COLOR
-    (no-color.org). kind: error or warning."""
+    """Print `<kind>: <line>` on standard error, in color on a terminal unless NO_COLOR is set (no-color.org). kind:
+    error or warning."""
     text = f'{kind}: {with_options(line)}'
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR'):
         text = f'\033[{COLORS[kind]}m{text}\033[0m'
@@ -32,18 +33,18 @@ def print_message(kind, line):
 
 
 def first_line(error):
-    """The first line of what an exception says; its kind where it says nothing."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def join_first(words, most=5):
-    """The first `most` of some words, and how many more there are."""
+    """Join the first `most` words, and the number of the others: 'a, b and 3 more'."""
     return ', '.join(words[:most]) + (f' and {len(words) - most} more' if len(words) > most else '')
 
 
 def format_columns(rows):
-    """Rows of as many cells each as lines of columns: what is no text escaped, wide letters (Chinese, Japanese, Korean)
-    taken for two."""
+    """Format rows of cells as aligned lines. Unprintable characters are escaped; wide ones (Chinese, Japanese, Korean)
+    take two columns."""
     rows = [[printable(cell) for cell in row] for row in rows]
     sizes = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return [
@@ -53,7 +54,7 @@ def format_columns(rows):
 
 
 def truncate(line, width):
-    """A line, of one that is wider than a terminal the beginning."""
+    """Truncate a line to the width of a terminal."""
     if display_width(line) <= width:
         return line
     ends = itertools.accumulate(map(display_width, line))
@@ -61,23 +62,22 @@ def truncate(line, width):
 
 
 def display_width(text):
-    """How many of a terminal's cells a text takes."""
+    """Return the number of terminal columns of a text."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF') for c in text)
 
 
 def printable(path):
-    """A path as it can be printed on one line of any terminal: what is no text, or would move the cursor, escaped."""
+    """Escape a path for printing on one line: undecodable bytes and control characters."""
     text = os.fspath(path)
     text = text if isinstance(text, str) else os.fsdecode(text)
     return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
 
 
 class PipeSafeIO(io.FileIO):
-    """An output whose reader may go away (`| head`, a closed terminal), or whose disk may be full: what is written then
-    is dropped, for what is said is no reason to end the work. A reader that goes has seen what it wanted; of a file it
-    is kept why it is not whole (`output_error`)."""
+    """A raw output stream that ignores write errors, so that a closed pipe (`| head`), a closed terminal or a full disk
+    does not end the run. `lost` has the error, unless the reader closed the pipe (see output_error)."""
 
     lost = ''
 
@@ -91,18 +91,18 @@ class PipeSafeIO(io.FileIO):
 
 
 def output_error():
-    """Why what went to standard output is not whole there; '' where it is."""
+    """Return why the standard output is incomplete; '' if it is complete."""
     sys.stdout.flush()
     return getattr(getattr(getattr(sys.stdout, 'buffer', None), 'raw', None), 'lost', '')
 
 
 def wrap_std_streams():
-    """Let standard output and error take any name of a file (what is no text is escaped) and outlast their readers, and
-    give Python an error stream that `silence_stderr` does not reach. One that is closed (2>&-) is as /dev/null."""
+    """Replace sys.stdout and sys.stderr by streams that escape unencodable text and ignore write errors. sys.stderr
+    gets its own file descriptor, which silence_stderr does not affect. Closed streams (2>&-) become /dev/null."""
     for name, number in (('stdin', 0), ('stdout', 1), ('stderr', 2)):
         if getattr(sys, name) is None:
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: the closed one's
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: that of the closed stream
             setattr(sys, name, open(os.devnull, 'w' if number else 'r'))  # noqa: SIM115
     for name, number in (('stdout', 1), ('stderr', 2)):
         stream = getattr(sys, name)
@@ -119,8 +119,8 @@ def wrap_std_streams():
 
 @contextlib.contextmanager
 def silence_stderr():
-    """What libraries below Python print on standard error (libjpeg, libtiff: pages on a damaged file) is dropped; they
-    also report it, and that is raised. Python's own stream is another (wrap_std_streams)."""
+    """Context manager that drops what C libraries print on standard error (libjpeg and libtiff for damaged files); the
+    errors are raised as well. sys.stderr is another stream (wrap_std_streams)."""
     with SILENCED['lock']:
         SILENCED['depth'] += 1
         if SILENCED['depth'] == 1:
@@ -137,7 +137,7 @@ def silence_stderr():
 
 
 def silence_stderr_forever():
-    """`silence_stderr`, for the rest of this process: one that reads images and nothing else."""
+    """silence_stderr for the rest of this process, a dataloader worker."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)

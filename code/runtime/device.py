@@ -1,4 +1,4 @@
-"""The device that a process computes on: choosing it, compiling for it, and its memory."""
+"""The device of a process: selection, torch.compile, memory."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from runtime.errors import UserError, WorkError
 
 
 def get_device(args):
-    """The torch device that --device means. Raises UserError where this machine does not have it."""
+    """Return the torch.device of --device. Raises UserError if this machine does not have it."""
     name = args.device
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -40,43 +40,43 @@ def get_device(args):
 
 
 def init_device(args):
-    """get_device, made this process's own, and the other processes joined: what every command begins with."""
+    """Initialize the device of --device and the process group. Returns the device."""
     device = get_device(args)
     if device.type == 'cuda':
-        torch.cuda.set_device(device.index or 0)  # where threads and pinned memory have their home, too
-        torch.set_float32_matmul_precision('high')  # TF32 where it is not bfloat16
+        torch.cuda.set_device(device.index or 0)  # also for threads and pinned memory
+        torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.benchmark = True
     init_process_group(device)
     return device
 
 
 def use_compile(args):
-    """Whether to torch.compile, as --compile says. Raises UserError where it is wanted and cannot be."""
+    """Whether --compile asks for torch.compile and it works. Raises UserError if it is True and does not work."""
     device = get_device(args)
     if args.compile == 'auto':
         return device.type == 'cuda' and not compile_unavailable_reason(device)
     if args.compile == 'True' and (reason := compile_unavailable_reason(device)):
-        raise UserError(f'--compile=True: {reason}; --compile=False goes without')
+        raise UserError(f'--compile=True: {reason}; --compile=False turns it off')
     return args.compile == 'True'
 
 
 @functools.cache
 def compile_unavailable_reason(device):
-    """Why torch.compile does not work here, in a few words; '' where it does: tried on a small function."""
+    """Return why torch.compile does not work here; '' if it does. It is tried on a small function."""
     if not any(shutil.which(name) for name in (os.environ.get('CC', 'cc'), 'gcc', 'clang')):
         return 'there is no C compiler (apt install gcc)'
     if not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')):
         return "Python's headers are missing (apt install python3-dev)"
     try:
         torch.compile(lambda x: (x + 1).relu())(torch.zeros(8, device=device))
-    except Exception as error:  # of a compiler, of Triton, of the driver
+    except Exception as error:  # from the compiler, Triton or the driver
         return f'torch.compile fails: {first_line(error)[:200]}'
     return ''
 
 
 def peak_memory(device):
-    """{'speed/memory_gigabytes': the most that this process held of its GPU since this was asked last, what a recorded
-    step keeps for itself included}; nothing of a CPU."""
+    """Return {'speed/memory_gigabytes': peak reserved GPU memory since the last call, including CUDA graphs}; {} on a
+    CPU."""
     if device.type != 'cuda':
         return {}
     peak = torch.cuda.max_memory_reserved(device)
@@ -85,18 +85,20 @@ def peak_memory(device):
 
 
 def is_oom(error):
-    """'the GPU' or 'the machine' where an exception says that it has no more memory, else None."""
+    """Return 'the GPU' or 'the machine' if an exception means that it is out of memory, else None."""
     if isinstance(error, torch.OutOfMemoryError):
         return 'the GPU'
-    # What torch raises on a CPU has no type of its own.
-    if isinstance(error, MemoryError) or 'DefaultCPUAllocator: can' in str(error):
+    # On a CPU torch raises a plain RuntimeError, and so does Python where no memory is left for a thread's stack.
+    words = ('DefaultCPUAllocator: can', "can't start new thread")
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
         return 'the machine'
     return None
 
 
 @contextlib.contextmanager
 def explain_oom(what, helps):
-    """Work whose lack of memory is a WorkError that names it, and what helps there."""
+    """Context manager that converts an out-of-memory error to a WorkError. what: what needed the memory; helps: a
+    hint."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,6 +1,6 @@
-"""Several processes that work on one run, as torchrun starts them; with one process every function here is trivial.
+"""Distributed training with the processes (ranks) that torchrun starts. With one process every function is trivial.
 
-Each process has a rank. All train the same model on their share of every batch; rank 0 alone writes and speaks.
+All ranks train the same model on their share of every batch; only rank 0 writes and prints.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from runtime.console import print_message
 from runtime.errors import UserError, WorkError
 from runtime.files import proc_stat
 
-STORE = {'store': None, 'others': []}  # what `init_process_group` found: the store, [machine, process] of each rank
-WARN_AFTER_S, INIT_TIMEOUT_S = 20.0, 600.0  # seconds, of waiting for the other processes
-SEQUENCE = itertools.count()  # of what goes through the store: all processes come to it in the same order
+STORE = {'store': None, 'places': []}  # set by init_process_group: the store, and [host name, pid] of each rank
+WARN_AFTER_S, INIT_TIMEOUT_S = 20.0, 600.0  # seconds of waiting for the other ranks
+SEQUENCE = itertools.count()  # numbers the keys in the store; all ranks use them in the same order
 
 
 def env_int(name, default):
-    """A number of the environment; what is none is refused by cli.py."""
+    """Return an integer of the environment, or the default; cli.py refuses invalid values."""
     text = os.environ.get(name, '')
     return int(text) if text.isdecimal() else default
 
@@ -39,60 +39,61 @@ def rank():
 
 
 def is_local_main():
-    """Whether this is the first process of this machine: the one that writes what its others read."""
+    """Whether this is the first rank of its machine, which writes the files that the others read."""
     return not env_int('LOCAL_RANK', 0)
 
 
 def world_size():
-    """The number of processes."""
+    """Return the number of ranks."""
     return env_int('WORLD_SIZE', 1)
 
 
 def local_world_size():
-    """The number of processes on this machine."""
+    """Return the number of ranks on this machine."""
     return env_int('LOCAL_WORLD_SIZE', 1)
 
 
 def init_process_group(device):
-    """Join the other processes: NCCL between GPUs, gloo between CPUs. device: this process's."""
+    """Initialize the process group, NCCL for GPUs or gloo for CPUs. device: of this rank. Raises WorkError if the other
+    ranks do not start."""
     if world_size() > 1 and not dist.is_initialized():
         ours = rank() == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
         address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
         waited = WaitLimit()
-        while not ours and not is_reachable(address):  # torch's own wait is deaf to signals
-            waited.on(
+        while not ours and not is_reachable(address):  # waiting in torch would block signals
+            waited.wait(
                 f'{address[0]}:{address[1]}, where number 0 of {world_size()} processes should be, does not answer'
             )
         store = dist.TCPStore(*address, is_master=ours)
-        # Each start has keys of its own in the store: with the last one's, gloo may look for processes that are gone.
+        # A prefix per launch: with the keys of an earlier launch gloo may look for processes that are gone.
         store = dist.PrefixStore(agree_on_launch_id(store), store)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
         STORE['store'] = store
         store.set(f'place_{rank()}', json.dumps([socket.gethostname(), os.getpid()]))
-        STORE['others'] = [json.loads(wait_for_key(f'place_{other}')) for other in range(world_size())]
+        STORE['places'] = [json.loads(wait_for_key(f'place_{other}')) for other in range(world_size())]
 
 
 class WaitLimit:
-    """Waiting for the other processes to start: said after a while, and over some day. They may come minutes apart,
-    where a cold disk serves many machines."""
+    """Waits for other ranks to start, with a warning after WARN_AFTER_S and an error after INIT_TIMEOUT_S. Ranks may
+    start minutes apart, if many machines load from a slow disk."""
 
     def __init__(self):
-        self.since, self.said = time.monotonic(), False
+        self.since, self.warned = time.monotonic(), False
 
-    def on(self, what):
-        """Wait a moment; raises WorkError where the time is up. what: is waited for, a sentence."""
+    def wait(self, what):
+        """Sleep for 50 ms. what: a sentence on what is missing. Raises WorkError after INIT_TIMEOUT_S."""
         waited = time.monotonic() - self.since
         if waited > INIT_TIMEOUT_S:
             raise WorkError(f'{what}; waited for {waited:.0f} s. Were all processes started, each with its own RANK?')
-        if waited > WARN_AFTER_S and not self.said:
-            self.said = True
+        if waited > WARN_AFTER_S and not self.warned:
+            self.warned = True
             print_message('warning', f'{what} yet; waiting up to {INIT_TIMEOUT_S:.0f} s')
         time.sleep(0.05)
 
 
 def is_reachable(address):
-    """Whether a port of another process can be reached."""
+    """Whether a TCP connection to (host, port) succeeds."""
     try:
         with socket.create_connection(address, timeout=1):
             return True
@@ -101,36 +102,37 @@ def is_reachable(address):
 
 
 def agree_on_launch_id(store):
-    """A name for this start of all processes, the same in each, and new: torchrun keeps its store when it restarts, and
-    counts restarts on each machine for itself. Each says hello by a name of its own, and rank 0 offers one to all until
-    all have found their hello in the offer."""
-    mine, others, waited = uuid.uuid4().hex, [str(other) for other in range(1, world_size())], WaitLimit()
+    """Agree on a new id for this launch, the same on all ranks. torchrun keeps its store when it restarts the ranks,
+    and counts restarts per machine. Each rank writes a random hello, and rank 0 offers its id with all hellos until
+    every rank has found its own among them."""
+    launch_id, other_ranks, waited = uuid.uuid4().hex, [str(other) for other in range(1, world_size())], WaitLimit()
     if not rank():
-        while not store.check([f'{mine}_{other}' for other in others]):
-            there = [other for other in others if store.check([f'hello_{other}'])]
-            hellos = {other: store.get(f'hello_{other}').decode() for other in there}
-            store.set('offer', json.dumps([mine, hellos]))
-            waited.on(f'{len(hellos) + 1} of {world_size()} processes have come')
-        return mine
-    store.set(f'hello_{rank()}', mine)
+        while not store.check([f'{launch_id}_{other}' for other in other_ranks]):
+            present = [other for other in other_ranks if store.check([f'hello_{other}'])]
+            hellos = {other: store.get(f'hello_{other}').decode() for other in present}
+            store.set('offer', json.dumps([launch_id, hellos]))
+            waited.wait(f'{len(hellos) + 1} of {world_size()} processes have started')
+        return launch_id
+    store.set(f'hello_{rank()}', launch_id)
     while True:
         name, hellos = json.loads(store.get('offer')) if store.check(['offer']) else ('', {})
-        if hellos.get(str(rank())) == mine:
+        if hellos.get(str(rank())) == launch_id:
             store.set(f'{name}_{rank()}', 'yes')
             return name
-        waited.on(f'number 0 of {world_size()} processes has not come')
+        waited.wait(f'number 0 of {world_size()} processes has not started')
 
 
-def destroy():
-    STORE['store'], STORE['others'] = None, []
+def destroy_process_group():
+    """Destroy the process group."""
+    STORE['store'], STORE['places'] = None, []
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def local_main_first():
-    """Within, the first process of each machine goes alone; the others follow when it is through, however long that
-    takes, and find what it has left on the disk. What it raises ends it, and with it the run."""
+    """Context manager: the first rank of each machine runs the block alone, then the others, which find its files. An
+    exception in the first rank ends the run."""
     if world_size() == 1 or not STORE['store']:
         yield
         return
@@ -143,30 +145,32 @@ def local_main_first():
 
 
 def wait_for_key(key):
-    """What another process has set, or sets some day, in the store. Waits in Python, where a signal is heard."""
+    """Return the value of a key in the store, when another rank has set it. Polls, because waiting in torch would block
+    signals."""
     while not STORE['store'].check([key]):
         time.sleep(0.05)
     return STORE['store'].get(key)
 
 
 def claim_message(line):
-    """Whether none of the other processes has said it: what all of them meet is one line, not one from each."""
+    """Whether this rank is the first to print a message, so that an error on all ranks is printed once."""
     if world_size() == 1 or not STORE['store']:
         return True
     try:
         return STORE['store'].add(f'said_{hashlib.sha256(line.encode(errors="replace")).hexdigest()}', 1) == 1
-    except RuntimeError:  # who keeps the store has gone
+    except RuntimeError:  # the process with the store has ended
         return True
 
 
 def dead_ranks():
-    """Which other processes of this run, on this machine, have ended, in words; '' where none has."""
+    """Describe which other ranks on this machine have ended; '' if none has. Waits up to 2 s, because the errors that
+    follow from a rank's end can arrive earlier."""
     host, ended = socket.gethostname(), []
-    end = time.monotonic() + 2.0  # what one's end does to the others may reach them first
-    while STORE['others'] and not ended and time.monotonic() < end:
+    end = time.monotonic() + 2.0
+    while STORE['places'] and not ended and time.monotonic() < end:
         ended = [
             f'{number} (process {pid})'
-            for number, (place, pid) in enumerate(STORE['others'])
+            for number, (place, pid) in enumerate(STORE['places'])
             if place == host and not is_alive(pid)
         ]
         time.sleep(0.1)
@@ -174,25 +178,24 @@ def dead_ranks():
 
 
 def is_alive(pid):
-    """Whether a process of this machine is there and no zombie; True where the system does not tell."""
+    """Whether a process of this machine runs and is no zombie; True if the system has no /proc."""
     return not proc_stat('self') or proc_stat(pid)[:1] not in ([], ['Z'])
 
 
 def wrap_ddp(model, device):
-    """What to call in place of `model` in training: gradients averaged and BN statistics shared between processes."""
+    """Wrap the model in DistributedDataParallel with synchronized BN. With one rank, returns the model."""
     if world_size() == 1:
         return model
     convert_sync_batchnorm(model)
     ddp = nn.parallel.DistributedDataParallel
-    # The running statistics are equal already: nothing has to be sent for them. (torch 2.14 has a new name for it.)
+    # The running statistics are equal on all ranks and need no broadcast. (torch 2.14 renamed the option.)
     known = inspect.signature(ddp).parameters
     options = {'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers': False}
     return ddp(model, [device.index] if device.type == 'cuda' else None, gradient_as_bucket_view=True, **options)
 
 
 def convert_sync_batchnorm(model):
-    """Turn every BN of `model` into a SyncBatchNorm, in place. Raises UserError for one that does more than BN and is
-    not known."""
+    """Convert every BN of `model` to SyncBatchNorm, in place. Raises UserError for unknown subclasses of BN."""
     for module in model.modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, SyncBatchNorm):
             continue
@@ -203,15 +206,15 @@ def convert_sync_batchnorm(model):
         else:
             kind = type(module).__name__
             raise UserError(
-                f'--backbone: its {kind} cannot be shared by processes: take one process, or another backbone'
+                f'--backbone: its {kind} cannot be synchronized over processes: use one process, or another backbone'
             )
     return model
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BN over the batches of all processes, all of one size. x: N x C or N x C x H x W.
+    """BN with statistics over the batches of all ranks, which have equal sizes. x: N x C or N x C x H x W.
 
-    torch's SyncBatchNorm runs on GPUs only, gathers where a sum does, and breaks a compiled graph at every layer.
+    torch's SyncBatchNorm runs on GPUs only, uses all_gather instead of all_reduce, and breaks compiled graphs.
     """
 
     def _check_input_dim(self, x):
@@ -230,17 +233,17 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SharedBatchNormAct(SyncBatchNorm):
-    """timm's BatchNormAct2d, which is a BN and the activation behind it."""
+    """SyncBatchNorm for timm's BatchNormAct2d, a BN followed by an activation."""
 
     def forward(self, x):
         return self.act(self.drop(super().forward(x)))
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """x, normalised by mean and variance over all processes; also the two. One sum over the processes each way.
+    """Normalize x by mean and variance over all ranks. Returns (y, mean, variance). One all_reduce in each direction.
 
-    Means and squares are summed in double precision, C numbers of each: in single a variance that is small beside the
-    mean would lose its digits. Of a half-precision x only itself is kept for the way back.
+    Means and squares are summed in double precision, because the difference loses digits if the variance is small
+    beside the mean. The backward pass stores x in its own precision.
     """
 
     @staticmethod
@@ -261,33 +264,33 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x, weight, mean, scale = ctx.saved_tensors
         axes, shape = reduce_dims_and_shape(x)
         normal, exact = (x - mean.view(shape)) * scale.view(shape), grad_output.to(mean.dtype)
-        of_bias, of_weight = exact.sum(axes), (exact * normal).sum(axes)
+        grad_bias, grad_weight = exact.sum(axes), (exact * normal).sum(axes)
         first, second = (
-            all_reduce_sum(torch.cat((of_bias, of_weight))) * (x.shape[1] / x.numel() / world_size())
+            all_reduce_sum(torch.cat((grad_bias, grad_weight))) * (x.shape[1] / x.numel() / world_size())
         ).chunk(2)
         factor = scale if weight is None else scale * weight
         back = (exact - first.view(shape) - normal * second.view(shape)) * factor.view(shape)
-        parameters = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(weight.dtype))
+        parameters = (None, None) if weight is None else (grad_weight.to(weight.dtype), grad_bias.to(weight.dtype))
         return cast(back, x.dtype), *parameters, None
 
 
 def cast(x, dtype):
-    """x.to(dtype), but where nothing is to do: in a graph that torch 2.11 compiles that loses the gradient."""
+    """x.to(dtype), skipped if x has the dtype: torch 2.11 loses the gradient of such a no-op in compiled graphs."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def reduce_dims_and_shape(x):
-    """The axes of x but its channels', and a shape that spreads a value per channel over x."""
+    """Return the axes of x except the channels', and a shape that broadcasts one value per channel over x."""
     return [axis for axis in range(x.ndim) if axis != 1], [1, -1] + [1] * (x.ndim - 2)
 
 
 def all_reduce_sum(x):
-    """The sum over the processes, as an operation that torch.compile keeps in its graph."""
+    """Return the sum of x over all ranks, as an operation that torch.compile can trace."""
     return collectives.wait_tensor(collectives.all_reduce(x, 'sum', dist.group.WORLD))
 
 
 def all_reduce_mean(numbers, device):
-    """The mean of each of some numbers over the processes, as a tuple."""
+    """Return the means of some numbers over all ranks, as a tuple."""
     if world_size() == 1:
         return tuple(numbers)
     x = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -296,15 +299,15 @@ def all_reduce_mean(numbers, device):
 
 
 def all_reduce_max(number, device):
-    """The largest of the processes' numbers, 1 on the device. All of them have to ask at the same place."""
-    asked = torch.full((1,), float(number), device=device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return asked
+    """Return the largest number over all ranks, a tensor of one element. All ranks must call it at the same point."""
+    value = torch.full((1,), float(number), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
 
 
 def all_gather_rows(x, count=None):
-    """The rows of all processes' x, one after the other. count: of all rows, cut into sampler.rank_slice; None: each
-    has as many."""
+    """Concatenate the rows of x of all ranks. count: total number of rows, split by sampler.rank_slice; None if all
+    ranks have equally many."""
     if world_size() == 1:
         return x
     most = len(x) if count is None else -(-count // world_size())
@@ -315,15 +318,15 @@ def all_gather_rows(x, count=None):
 
 
 def shard_range(count, whole=None):
-    """Where this process's `count` images lie in a batch: (the first, of how many). whole: of how many, where they are
-    cut into sampler.rank_slice; None: each has as many."""
+    """Return (first, total): the position of this rank's `count` images in a batch of all ranks. whole: the total, if
+    split by sampler.rank_slice; None if all ranks have equally many."""
     if whole is None:
         return rank() * count, world_size() * count
     return min(rank() * -(-whole // world_size()), whole - count), whole
 
 
 def broadcast_from_rank0(make):
-    """What make() gives in rank 0, in every process: plain data."""
+    """Call make() on rank 0 and return its result, JSON data, on all ranks."""
     if world_size() == 1:
         return make()
     key = f'same_{next(SEQUENCE)}'

@@ -1,4 +1,4 @@
-"""What the machine and its Python offer: packages, CPU cores, the memory allocator, a place for sockets."""
+"""The machine and its Python: optional packages, CPU cores, the memory allocator, the directory for sockets."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ from runtime.errors import ROOT, UserError
 
 
 def require_package(package, purpose):
-    """Import a package that only `purpose` (an option) needs. Raises UserError with the command that installs it."""
+    """Import an optional package. purpose: the option that needs it. Raises UserError with the install command."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -20,19 +20,19 @@ def require_package(package, purpose):
 
 
 def tune_malloc():
-    """Tell glibc to keep what is freed for the next step, where it would give it back to the system.
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
 
-    A CPU's batch is made of tensors of many megabytes, and to get their pages back one by one takes longer than to
-    work on them (measured in bench/README.md). Elsewhere than on Linux with glibc this does nothing.
+    On a CPU a batch consists of large tensors, and faulting their pages in again takes longer than computing them
+    (bench/README.md). Without glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block comes from mmap, which would return it when it is freed
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks from mmap, which are returned when freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim
 
 
 def reset_malloc(_=None):
-    """Undo tune_malloc: for a process that reads images, of which one may be a thousand times another."""
+    """Undo tune_malloc, for dataloader workers: image sizes vary, so kept memory would grow."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(-4, 65536)
@@ -41,10 +41,8 @@ def reset_malloc(_=None):
 
 
 def shorten_tmpdir():
-    """Give processes a place for their sockets whose path is short enough, whatever TMPDIR is.
-
-    The name of a socket has 108 bytes at most; with a longer one a process that reads images could not hand on what it
-    has read. multiprocessing asks tempfile once, and keeps the answer.
+    """Let multiprocessing put its sockets into /tmp if TMPDIR is long: the path of a socket has at most 108 bytes.
+    multiprocessing asks tempfile only once.
     """
     if len(os.fsencode(tempfile.gettempdir())) > 50 and os.access('/tmp', os.W_OK):
         before, tempfile.tempdir = tempfile.tempdir, '/tmp'
@@ -54,7 +52,7 @@ def shorten_tmpdir():
 
 @functools.cache
 def cpu_count():
-    """CPU cores this process may use: a job's share, or the quota of a container, not the machine's."""
+    """Return the number of CPU cores that this process may use, with affinity and container quotas."""
     from joblib import cpu_count  # scikit-learn brings it; it knows cgroups
 
     return cpu_count()

@@ -1,4 +1,4 @@
-"""The small files and system records that are read, and written, without torch: JSON, metrics.jsonl, CSV, /proc."""
+"""Reading and writing of small files without torch: JSON, metrics.jsonl, CSV, /proc."""
 
 import contextlib
 import csv
@@ -16,8 +16,8 @@ from runtime.errors import resolve_path, same_path
 
 
 def atomic_write(path, write):
-    """Let `write(temporary path)` make a file, then rename it to `path`: whole or not there, whatever stops us. A link
-    stays one; a pipe and a device are written to. Raises OSError with the name that was asked for."""
+    """Call `write(temporary path)`, then rename that file to `path`, so that `path` is never incomplete. A link stays a
+    link; pipes and devices are written directly. Raises OSError with the name `path`."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         with rename_os_error(path, path):
             write(path)
@@ -27,7 +27,7 @@ def atomic_write(path, write):
     aside = path.with_name(f'.{path.name[:50]}.{socket.gethostname()[:50]}.{os.getpid()}.part')
     try:
         with rename_os_error(path, aside):
-            aside.touch()  # torch would not say why it cannot
+            aside.touch()  # torch.save's error would not say why it fails
             write(aside)
             os.replace(aside, path)
     finally:
@@ -35,7 +35,7 @@ def atomic_write(path, write):
 
 
 def clear_parts(folder):
-    """Delete what writers of this machine that were killed have left in a folder (atomic_write)."""
+    """Delete temporary files of atomic_write in a folder whose process, on this machine, no longer exists."""
     ending = re.compile(rf'\..*\.{re.escape(socket.gethostname()[:50])}\.(\d+)\.part')
     for entry in os.scandir(folder) if folder.is_dir() and proc_stat('self') else ():
         if (match := ending.fullmatch(entry.name)) and not proc_stat(match[1]):
@@ -44,8 +44,8 @@ def clear_parts(folder):
 
 
 def try_writing(path):
-    """Raise OSError, with this name, where a file could not be written there: before the work whose outcome it is to
-    hold. Makes the folder."""
+    """Raise OSError, with the name `path`, if a file cannot be written there. Use it before long work. It creates the
+    folder."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         return  # a pipe, a device
     folder = path.resolve().parent
@@ -59,7 +59,7 @@ def try_writing(path):
 
 @contextlib.contextmanager
 def rename_os_error(path, aside):
-    """Errors in writing `aside` name `path`."""
+    """Context manager: OSErrors about `aside` name `path` instead."""
     try:
         yield
     except OSError as error:
@@ -68,14 +68,14 @@ def rename_os_error(path, aside):
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     except RuntimeError as error:
         if not any(word in str(error) for word in ('inline_container', 'PytorchStreamWriter', 'file write failed')):
-            raise  # of what is written, not of the file
-        # torch.save's way to say that it could not write
-        raise OSError(errno.EIO, f'cannot write {path}, is the disk full? What was there is whole') from error
+            raise  # another error
+        # torch.save raises RuntimeError if it cannot write
+        raise OSError(errno.EIO, f'cannot write {path}, is the disk full? The old file is intact') from error
 
 
 def csv_writer(rows):
-    """What atomic_write calls to write rows as a CSV file. A name is bytes: it is written as it is, whatever it is
-    in."""
+    """Return the function that writes rows as a CSV file, for atomic_write. Undecodable bytes in names are
+    preserved."""
 
     def write(aside):
         with open(aside, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
@@ -85,23 +85,22 @@ def csv_writer(rows):
 
 
 def read_json(path):
-    """A file of JSON as a dict; an empty one where it is not there, damaged, or no dict."""
+    """Read a JSON file as a dict; {} if it is missing, damaged, or no dict."""
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_metrics(path):
-    """The lines of a metrics file as dicts of `epoch`, an int, perhaps `time`, a text, and numbers; what is damaged,
-    cut short or something else is left out. Empty where there is no file. What dumps_nan_safe made null is nan
-    again."""
-    found = []
+    """Read metrics.jsonl: a list of dicts with `epoch` (int), perhaps `time` (text), and numbers. Damaged lines are
+    skipped; null becomes nan. [] if there is no file."""
+    entries = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
-        return found
+        return entries
     for line in lines:
         try:
             values = json.loads(line)
@@ -109,8 +108,8 @@ def read_metrics(path):
             continue
         if isinstance(values, dict) and type(values.get('epoch')) is int:
             values = {name: math.nan if value is None else value for name, value in values.items()}
-            found.append({name: value for name, value in values.items() if name == 'time' or is_number(value)})
-    return found
+            entries.append({name: value for name, value in values.items() if name == 'time' or is_number(value)})
+    return entries
 
 
 def is_number(value):
@@ -118,16 +117,15 @@ def is_number(value):
 
 
 def utc_timestamp():
-    """The time, to a microsecond, as text that sorts."""
+    """Return the current time in UTC with microseconds, as sortable text."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='microseconds')
 
 
 def written_time(content, path):
-    """When what a file holds came to be: as it says itself (`when`), for a copy has other times; of early files when
-    they were written."""
-    said = content.get('when')
-    if isinstance(said, str):
-        return said
+    """Return when a file was written, as text: its entry `when`, which copying preserves, else its mtime."""
+    time_text = content.get('when')
+    if isinstance(time_text, str):
+        return time_text
     try:
         written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
     except OSError:
@@ -136,19 +134,19 @@ def written_time(content, path):
 
 
 def read_in_order(paths):
-    """[(path, content)] of files of JSON, the oldest first by `written_time`."""
-    found = [(path, read_json(path)) for path in paths]
-    return sorted(found, key=lambda pair: (written_time(pair[1], pair[0]), pair[0].name))
+    """Read JSON files. Returns [(path, content)], sorted by written_time, the oldest first."""
+    contents = [(path, read_json(path)) for path in paths]
+    return sorted(contents, key=lambda pair: (written_time(pair[1], pair[0]), pair[0].name))
 
 
 def newest_run(folders):
-    """The run folder that was begun, or gone on with, last, by its run.json; None of none."""
-    found = [(written_time(read_json(folder / 'run.json'), folder / 'run.json'), folder) for folder in folders]
-    return max(found)[1] if found else None
+    """Return the run folder that was started or resumed last, by its run.json; None if there are none."""
+    by_time = [(written_time(read_json(folder / 'run.json'), folder / 'run.json'), folder) for folder in folders]
+    return max(by_time)[1] if by_time else None
 
 
 def dumps_nan_safe(value, **options):
-    """JSON text; a float that is no number becomes null, for other readers of JSON know none such."""
+    """Convert a value to JSON text. nan and infinity, which JSON does not have, become null."""
     return json.dumps(without_nan(value), **options)
 
 
@@ -161,7 +159,7 @@ def without_nan(value):
 
 
 def proc_stat(pid):
-    """What Linux says of a process: the fields of /proc/<pid>/stat from its state on; nothing where there is none."""
+    """Return the fields of /proc/<pid>/stat from the state on; [] if there is no such process, or no /proc."""
     try:
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
     except OSError:
@@ -169,7 +167,7 @@ def proc_stat(pid):
 
 
 def is_result_for(result, path):
-    """Whether a result is of the images at `path`, an --image_path; early ones do not say."""
+    """Whether a result is for the images at `path`, an --image_path; True for early results without a path."""
     images = result.get('images')
     return (
         not isinstance(images, dict)
@@ -179,6 +177,6 @@ def is_result_for(result, path):
 
 
 def stat_fingerprint(paths):
-    """What changes when one of the files at `paths` does: sizes and times, the time of change among them."""
-    found = [(str(path), os.stat(path)) for path in paths]
-    return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found])
+    """Return a text with sizes, mtimes and ctimes of files, which changes when a file changes."""
+    stats = [(str(path), os.stat(path)) for path in paths]
+    return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in stats])

@@ -1,4 +1,4 @@
-"""What a run tells people: a line, a progress bar, a log file."""
+"""Messages of a run: lines, progress bars, the log file."""
 
 import logging
 import logging.handlers
@@ -11,11 +11,11 @@ from runtime.distributed import rank
 
 LOGGER = logging.getLogger('simsiam')
 LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False  # who has a root handler would see each line twice
+LOGGER.propagate = False  # a root handler would print each line again
 
 
 class Console(logging.Handler):
-    """Standard output, above whatever progress bar is there."""
+    """A handler that prints to standard output, above a progress bar."""
 
     def emit(self, record):
         with tqdm.external_write_mode():
@@ -23,12 +23,12 @@ class Console(logging.Handler):
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """The log of a run. One that cannot be written any more is warned of once, and ends no run."""
+    """A handler for the log file of a run. A write error is warned of once and does not end the run."""
 
     def emit(self, record):
         try:
             super().emit(record)
-        except OSError:  # it was deleted, and cannot be opened again
+        except OSError:  # the file was deleted and cannot be opened again
             self.handleError(record)
 
     def handleError(self, record):
@@ -42,15 +42,15 @@ LOGGER.addHandler(CONSOLE)
 
 
 def log(line):
-    """One line on standard output and in the run's log (set_log_file), of the process that speaks for all."""
+    """Print one line on standard output and in the run's log file (set_log_file), on rank 0."""
     if not rank():
         LOGGER.info(with_options(line))
 
 
 def progress(items=None, title='', unit='batches', total=None, first=0):
-    """A progress bar around `items`, with rate and time left, gone when they are through.
+    """Return a progress bar around `items`, with rate and time left, which disappears at the end.
 
-    Only on a terminal, of the process that speaks for all, and not with --quiet.
+    It is shown on rank 0 if the output is a terminal, and not with --quiet.
     """
     return tqdm(
         items,
@@ -64,7 +64,7 @@ def progress(items=None, title='', unit='batches', total=None, first=0):
 
 
 def set_log_file(path):
-    """From now on, what is said is also written to the end of this file, and of no other."""
+    """Append all further log lines to this file, instead of an earlier one."""
     for handler in LOGGER.handlers[:]:
         if handler is not CONSOLE:
             LOGGER.removeHandler(handler)
@@ -75,12 +75,12 @@ def set_log_file(path):
 
 
 def set_quiet(quiet):
-    """Whether `log` and `progress` keep off the terminal. Warnings and errors do not."""
+    """Turn off `log` and `progress` on the terminal, or on again. Warnings and errors are still printed."""
     CONSOLE.setLevel(logging.CRITICAL if quiet else logging.NOTSET)
 
 
 def format_duration(seconds):
-    """Seconds as people say them."""
+    """Format a number of seconds: 2 h 5 min, 3 min 10 s, 8 s."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     if hours:

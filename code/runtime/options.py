@@ -1,4 +1,4 @@
-"""The options of a call: read from words, checked, and explained (--help). config.py has the options themselves."""
+"""Parsing, checking and --help of the options that config.py defines."""
 
 import difflib
 import functools
@@ -10,18 +10,18 @@ from config import OPTIONS, PRESETS, RENAMED_OPTIONS, RENAMED_VALUES, Config
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
-UNRESOLVED = ('auto', 'weights', 'dataset')  # of --mean, --std, --white_level, --channels: not known yet
-PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # of --mean and --std
-# Mean and standard deviation of the pixels of ImageNet, red, green and blue, in [0, 1].
+UNRESOLVED = ('auto', 'weights', 'dataset')  # values of --mean, --std, --white_level, --channels still to be resolved
+PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # values of --mean and --std besides numbers
+# Mean and standard deviation of ImageNet's pixels (red, green, blue) in [0, 1].
 IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
 def get_config(**options):
-    """The resolved options: defaults, then the preset, then `options` (strings as typed, or values).
+    """Resolve the options: defaults, then the preset, then `options` (strings as typed, or values). Returns a Config.
 
-    The result has one attribute per option, and `given`, the names that were set explicitly; `undecided`, whether the
-    preset depends on the images (engine/auto_preset.py), and `chosen`, the names that were set for them.
-    Raises UserError for an unknown name (naming the nearest one), a wrong type or a value out of range.
+    It has one attribute per option, and `given`: the names of explicit options; `undecided`: whether the preset depends
+    on the images (engine/auto_preset.py); `chosen`: the names of options that were chosen for the images.
+    Raises UserError for an unknown name (with the nearest one), a wrong type or a value out of range.
     """
     renamed = [name for name in options if RENAMED_OPTIONS.get(name) in options]
     if renamed:
@@ -30,8 +30,8 @@ def get_config(**options):
         )
     options = rename_options(options)
     for name, value in options.items():
-        if str(value).strip() == '':  # --resume="$RUN" where RUN is not set is not the same as no --resume
-            raise UserError(f'--{name} is given as nothing (a variable that is not set?): leave it out, or say what')
+        if str(value).strip() == '':  # such as --resume="$RUN" with RUN unset
+            raise UserError(f'--{name} is empty (a variable that is not set?): leave it out, or give a value')
     explicit = {name: parse(name, value) for name, value in options.items()}
     preset = explicit.get('preset', 'auto')
     undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in explicit)
@@ -46,14 +46,14 @@ def get_config(**options):
 
 
 def rename_options(options):
-    """{option: value} under the names of today (config.RENAMED_OPTIONS); an option that stands there under both names
-    has the newer one's value."""
+    """Rename options to their current names (config.RENAMED_OPTIONS). If an option is given under both names, the
+    current one counts."""
     renamed = {RENAMED_OPTIONS[name]: value for name, value in options.items() if name in RENAMED_OPTIONS}
     return {**renamed, **{name: value for name, value in options.items() if name not in RENAMED_OPTIONS}}
 
 
 def describe_renames(options):
-    """A line on each option, and each value, of a command line that is called otherwise now."""
+    """Return a message for each renamed option or value of a command line."""
     names = [f'--{old} is called --{new} now' for old, new in RENAMED_OPTIONS.items() if old in options]
     values = [
         f'--{name}={value} is called --{name}={RENAMED_VALUES[name][value]} now'
@@ -64,7 +64,7 @@ def describe_renames(options):
 
 
 def replace_args(args, **changes):
-    """A copy of args with other values, which still knows what was given explicitly."""
+    """Return a copy of args with changed values, and the same `given`, `undecided` and `chosen`."""
     copy = replace(args, **changes)
     copy.given, copy.undecided, copy.chosen = args.given, args.undecided, args.chosen
     return copy
@@ -72,30 +72,31 @@ def replace_args(args, **changes):
 
 @functools.cache
 def preset_options(preset):
-    """{option: value} of a preset."""
+    """Return the {option: value} of a preset."""
     pairs = (word.removeprefix('--').split('=', 1) for word in PRESETS[preset].split())
     return {name: parse(name, value) for name, value in pairs}
 
 
 def parse(name, value):
-    """`value` (a string from the command line, or already typed) as option `name` wants it; else UserError."""
+    """Convert `value` (a string from the command line, or a typed value) to the type of the option `name`. Raises
+    UserError for an invalid value."""
     if name not in OPTIONS:
         raise UserError(f'unknown option --{name}; the nearest is --{suggest_option(name)} (--help lists all)')
-    wanted, limits = OPTIONS[name].type, OPTIONS[name].metadata
+    option_type, limits = OPTIONS[name].type, OPTIONS[name].metadata
     value = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     text = str(value).strip()
     try:
-        if wanted is bool:
+        if option_type is bool:
             result = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[text.lower()]
-        elif wanted is int and isinstance(value, float) and value.is_integer():
+        elif option_type is int and isinstance(value, float) and value.is_integer():
             result = int(value)
         else:
-            result = str(value) if wanted is str and not limits['choices'] else wanted(text)
-        if wanted is float and not math.isfinite(result):
+            result = str(value) if option_type is str and not limits['choices'] else option_type(text)
+        if option_type is float and not math.isfinite(result):
             raise ValueError
     except (KeyError, ValueError):
-        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[wanted]
-        raise UserError(f'--{name} wants {kind}, not {text!r}: {limits["meaning"]}') from None
+        kind_text = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[option_type]
+        raise UserError(f'--{name} needs {kind_text}, not {text!r}: {limits["meaning"]}') from None
     if limits['choices'] and result not in limits['choices']:
         near = closest_match(text, limits['choices'])
         raise UserError(f'--{name} is one of {", ".join(limits["choices"])}, not {text!r}; the nearest is {near}')
@@ -117,8 +118,8 @@ def parse(name, value):
 
 
 def suggest_option(name):
-    """The option that somebody means who writes `name`: as the field's other programs call it, by its initials, by a
-    part of it, or spelled nearly as it is."""
+    """Suggest an option for an unknown name: by its name in other programs, its initials, a part of its name, or
+    similar spelling."""
     name = name.lower().replace('-', '_')
     for option, f in OPTIONS.items():
         if name in f.metadata['aliases'].split():
@@ -129,13 +130,13 @@ def suggest_option(name):
 
 
 def closest_match(word, words):
-    """The one of `words` that is spelled most like `word`."""
+    """Return the one of `words` with the most similar spelling."""
     return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]
 
 
 def help_text(command):
-    """The options that `command` uses, the most used first, then by theme, each with its default and meaning; and what
-    the presets change."""
+    """Return the --help of a command: its options with defaults and meanings, the most used first, then by theme; and
+    the presets."""
     names = [name for name, f in OPTIONS.items() if command in f.metadata['used_by']]
     often = sorted((name for name in names if OPTIONS[name].metadata['often']), key=common_rank)[:10]
     lines = ['Most used', *map(help_line, often)]
@@ -153,15 +154,15 @@ def common_rank(name):
 
 
 def options_by_theme():
-    """{theme: its options}, in the order of Config."""
-    found = {}
+    """Return {theme: names of its options}, in the order of Config."""
+    themes = {}
     for name, f in OPTIONS.items():
-        found.setdefault(f.metadata['theme'], []).append(name)
-    return found
+        themes.setdefault(f.metadata['theme'], []).append(name)
+    return themes
 
 
 def help_line(name):
-    """An option with its default, meaning and choices."""
+    """Format an option with its default, meaning and choices in one line."""
     f = OPTIONS[name]
     default = repr(f.default) if f.default == '' else f.default
     choices = f' [{" | ".join(f.metadata["choices"])}]' if f.metadata['choices'] else ''
@@ -169,7 +170,7 @@ def help_line(name):
 
 
 def option_help(name):
-    """All there is to say of one option. Raises UserError where there is none of this name."""
+    """Return the full help of one option. Raises UserError for an unknown name."""
     name = name.lstrip('-').replace('-', '_').lower()
     if name not in OPTIONS:
         raise UserError(f'--help={name}: there is no such option; the nearest is --help={suggest_option(name)}')
@@ -189,13 +190,13 @@ def option_help(name):
 
 
 def ignored_by_command(args, command):
-    """The explicitly given options that `command` has no use for, to be said and not silently dropped."""
+    """Return the explicit options that have no effect on `command`."""
     return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
 
 
 def ignored_in_train(args):
-    """(name, what takes its effect away) of each explicitly given option that does nothing in train beside others."""
-    found = {
+    """Return (name, reason) of each explicit option that has no effect on train because of another option."""
+    ignored = {
         '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
         '--predictor=none': ('pred_dim', 'fix_pred_lr') if args.predictor == 'none' else (),
         '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
@@ -207,17 +208,17 @@ def ignored_in_train(args):
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
-    return [(name, beside) for beside, names in found.items() for name in names if name in args.given]
+    return [(name, beside) for beside, names in ignored.items() for name in names if name in args.given]
 
 
 def repeat_options(args, *more):
-    """What a printed command has to repeat of this call: where its runs are, and `more` options, where given."""
+    """Return the explicit options that a printed command must repeat: --ckpt_path, --log_path and `more`."""
     named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
 
 
 def same_value(name, one, other):
-    """Whether two values of an option mean the same."""
+    """Whether two values of an option are equal; paths are equal if they are the same place."""
     return one == other or (
         OPTIONS[name].metadata['is_path']
         and bool(one)
@@ -227,8 +228,8 @@ def same_value(name, one, other):
 
 
 def channel_values(name, text):
-    """The values of --mean or --std (`name`), a number a channel, or one for all; ImageNet's where `text` is a word
-    that is not resolved yet. Raises UserError for what is neither of the words nor numbers."""
+    """Parse --mean or --std (`name`) to a tuple: one number per channel, or one for all; ImageNet's if `text` is a
+    word. Raises UserError for an invalid value."""
     if text.strip() in PIXEL_WORDS:
         return IMAGENET_PIXELS[name]
     try:
@@ -245,14 +246,13 @@ def channel_values(name, text):
 
 
 def expand_channel_values(name, text, count):
-    """channel_values as a list of `count` numbers."""
+    """Return channel_values as a list of `count` numbers."""
     values = channel_values(name, text)
     return [*(values * count if len(values) == 1 else values)]
 
 
 def channel_numbers(text):
-    """The numbers of --channels, from 1 on; () where they are red, green and blue, or not known yet. Raises
-    UserError."""
+    """Parse --channels to a tuple of channel numbers, from 1 on; () for auto and rgb. Raises UserError."""
     if text in ('auto', 'rgb'):
         return ()
     try:
@@ -269,8 +269,7 @@ def channel_numbers(text):
 
 
 def pixel_levels(text):
-    """(black, white) of --white_level; None where they are those of the type, or are to be measured. Raises
-    UserError."""
+    """Parse --white_level to (black, white); None for type and auto. Raises UserError."""
     if text in ('type', 'auto'):
         return None
     try:

@@ -1,34 +1,33 @@
-"""Which process trains a run: a file in the folder of the run. Standard library only."""
+"""The lock file in a run's folder, which names the process that trains it. Standard library only."""
 
 import os
 import socket
 
 from runtime.files import proc_stat, read_json
 
-LOCK_FILE = 'running.json'  # in the folder of a run that trains: by whom
+LOCK_FILE = 'running.json'
 
 
 def running_pid(folder):
-    """The number of the process of this machine, another than this, that trains the run of a folder; or None."""
-    mark = read_json(folder / LOCK_FILE)
-    here = mark.get('host') == socket.gethostname() and mark.get('pid') != os.getpid()
-    return mark['pid'] if here and mark.get('started') is not None and is_alive(mark) else None
+    """Return the pid of another process on this machine that trains the run, or None."""
+    lock = read_json(folder / LOCK_FILE)
+    is_other_process = lock.get('host') == socket.gethostname() and lock.get('pid') != os.getpid()
+    return lock['pid'] if is_other_process and lock.get('started') is not None and is_alive(lock) else None
 
 
 def is_alive(mark):
-    """Whether the process of this machine that wrote the mark still runs."""
+    """Whether the process on this machine that wrote the lock file still runs. mark: its content."""
     return process_start_time(mark.get('pid', 0)) == mark.get('started')
 
 
 def process_start_time(pid):
-    """When a process of this machine began, in the system's ticks: a number that a later one of the same pid has not;
-    None where there is none."""
+    """Return the start time of a process in clock ticks, which tells reused pids apart; None if it does not exist."""
     if proc_stat('self'):
         stat = proc_stat(pid)
         return stat[19] if stat else None
     if os.name == 'nt':  # os.kill would end it
         return ''
-    try:  # not Linux: whether it is there is all that can be told
+    try:  # not Linux: only check that it exists
         os.kill(pid, 0)
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, so that a resumed run draws what an unbroken one would."""
+"""Random generators that depend on a key only, so that a resumed run gets the same random numbers."""
 
 import hashlib
 
@@ -8,10 +8,9 @@ from runtime.distributed import rank
 
 
 def generator_for(*key):
-    """A CPU generator whose stream depends on `key` alone, such as (seed, 'views', epoch, step).
+    """Return a CPU generator seeded by `key`, such as (seed, 'views', epoch, step).
 
-    Nothing has to be saved or replayed to draw step 1000 of epoch 7 again: that is what makes a resumed run equal to
-    one that never stopped.
+    No generator state has to be saved: step 1000 of epoch 7 gets the same numbers in a resumed run.
     """
     return torch.Generator().manual_seed(derive_seed(key))
 
@@ -21,11 +20,11 @@ def derive_seed(key):
 
 
 def seed_step(*key):
-    """Let what a network itself draws in a step (dropout, stochastic depth, a detector's regions), which comes from
-    torch's own generators, depend on `key` alone. Each process draws its own."""
+    """Seed torch's global generators, which networks use for dropout and stochastic depth and detectors for sampling,
+    by `key` and the rank."""
     seed = derive_seed((*key, rank()))
     torch.default_generator.manual_seed(seed)
-    # torch.manual_seed would ask after every kind of device, and note who asks: a quarter of a millisecond each step.
+    # torch.manual_seed checks every kind of device, which takes a quarter of a millisecond per step.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
     elif torch.backends.mps.is_available():

@@ -1,19 +1,18 @@
-"""From a signal to the exit code, in order. Also the time limit, which ends a training the same way.
+"""Signals, from the handler to the exit code. --max_minutes ends a training the same way.
 
-1. `handle_signal`, the handler, keeps the number of the signal and raises Interrupted: at once, in the middle of
-   whatever is done.
-2. Within `defer_signals` (a training step, the writing of a checkpoint) it is raised at the end of the block instead.
-   With several ranks the whole epoch is deferred, for all ranks have to stop at the same step: they agree on it in
+1. The handler `handle_signal` records the signal and raises Interrupted in the main thread at once.
+2. Within `defer_signals` (a training step, writing a checkpoint) Interrupted is raised at the end of the block instead.
+   With several ranks the whole epoch is deferred, because all must stop at the same step, which they agree on in
    `sync_should_save`.
-3. `sync_should_save`, after every step, raises Interrupted where the time is up, and on several ranks where a signal
-   has come to any.
-4. engine/conclude.py catches Interrupted, calls `mark_handled` (no signal raises again), saves, and raises Interrupted
-   with a line.
-5. `train` ends its run and closes the tracker; cli.py leaves the process group, prints the line and exits with
-   128 + the number of the signal, and with 0 where the time was up.
+3. `sync_should_save`, called after every step, raises Interrupted after --max_minutes, and with several ranks if any of
+   them has received a signal.
+4. engine/conclude.py catches Interrupted, calls `mark_handled` so that no signal raises again, saves a checkpoint, and
+   raises Interrupted with a message.
+5. `train` closes the run and the tracker; cli.py destroys the process group, prints the message and exits with code
+   128 + signal number, or 0 after --max_minutes.
 
-A second SIGTERM or Ctrl-C, a second later or more, ends the process as if there were no handler; what comes sooner is
-taken for the same signal, for shells and batch systems send it twice.
+A second SIGTERM or SIGINT kills the process, unless it arrives within a second: shells and batch systems may send a
+signal twice.
 """
 
 import contextlib
@@ -23,19 +22,21 @@ import sys
 import threading
 import time
 
-# Of a batch system, a terminal, a connection that was closed, and a batch system's warning (sbatch --signal=USR1@120).
+# From a batch system, Ctrl-C, a closed connection, and a batch system's early warning (sbatch --signal=USR1@120).
 NAMES = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1')
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two
 ALARM = tuple(getattr(signal, name) for name in ('SIGALRM',) if hasattr(signal, name))
 REPEAT_WINDOW_S = 1.0  # seconds
-STATE = {'number': 0, 'when': 0.0, 'held': 0, 'heard': False, 'asked': None}  # asked: in the last exchange of the ranks
-ASK_EVERY = 10  # steps after which several processes ask one another
-CODE_TIME_UP, SAVE = 0.5, 0.25  # what they may wish beside a signal, by its number: the time is up, a checkpoint is due
+# number, when: the recorded signal and its time; deferred: depth of defer_signals blocks; handled: see mark_handled;
+# pending: function that returns the result of the last exchange between ranks.
+STATE = {'number': 0, 'when': 0.0, 'deferred': 0, 'handled': False, 'pending': None}
+SYNC_EVERY = 10  # steps between two exchanges of the ranks
+CODE_TIME_UP, CODE_SAVE = 0.5, 0.25  # exchanged besides signal numbers: the time is up, a checkpoint is due
 
 
 class Interrupted(BaseException):
-    """Raised where the work was asked to stop. number: the signal, 0 where the time is up. A BaseException, so that no
-    `except Exception` swallows it."""
+    """Raised when the process must stop. number: of the signal, 0 for the time limit. A BaseException, so that `except
+    Exception` does not catch it."""
 
     def __init__(self, number, line=''):
         super().__init__(line or f'{signal_name(number)}: stopped')
@@ -48,7 +49,8 @@ def signal_name(number):
 
 @contextlib.contextmanager
 def signal_handlers():
-    """Within, SIGNALS raise Interrupted; but for those that whoever started us had us ignore (nohup, a job with &)."""
+    """Context manager: SIGNALS raise Interrupted, except those that the parent process has set to be ignored
+    (nohup)."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, *ALARM)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -60,11 +62,11 @@ def signal_handlers():
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-        STATE.update(number=0, held=0, heard=False, asked=None)
+        STATE.update(number=0, deferred=0, handled=False, pending=None)
 
 
 def handle_signal(number, _):
-    """The handler."""
+    """Handle a signal: record it and raise Interrupted, unless deferred; a second one kills the process."""
     if not STATE['number']:
         STATE.update(number=number, when=time.monotonic())
         raise_if_stopped()
@@ -74,19 +76,19 @@ def handle_signal(number, _):
 
 
 def raise_if_stopped(*_):
-    """Raise Interrupted if a signal has come, unless it is deferred or has been raised to whoever saves and exits."""
-    if STATE['number'] and not STATE['held'] and not STATE['heard']:
+    """Raise Interrupted if a signal has been received, unless signals are deferred or handled already."""
+    if STATE['number'] and not STATE['deferred'] and not STATE['handled']:
         raise Interrupted(STATE['number'])
 
 
 def mark_handled():
-    """From here on no signal raises Interrupted: the code that saves and exits has control."""
-    STATE['heard'] = True
+    """Stop raising Interrupted: the caller saves and exits."""
+    STATE['handled'] = True
 
 
 def reraise_from_del(lost, otherwise):
-    """sys.unraisablehook: Python drops an exception that is raised in a __del__, so a Interrupted that was raised
-    there is raised again 20 ms later."""
+    """sys.unraisablehook that raises Interrupted again 20 ms later: Python drops exceptions in a __del__. otherwise:
+    the original hook."""
     if isinstance(lost.exc_value, Interrupted) and ALARM:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
     elif isinstance(lost.exc_value, Interrupted):
@@ -98,26 +100,23 @@ def reraise_from_del(lost, otherwise):
 
 @contextlib.contextmanager
 def defer_signals(active=True):
-    """Within, a signal waits; at the end it raises Interrupted. active: False does nothing, for code that is deferred
-    only where several ranks have to stop at the same step."""
-    STATE['held'] += active
+    """Context manager that defers signals: Interrupted is raised at the end of the block. active: False has no
+    effect."""
+    STATE['deferred'] += active
     try:
         yield
     finally:
-        STATE['held'] -= active
+        STATE['deferred'] -= active
     raise_if_stopped()
 
 
 def sync_should_save(step, last, deadline, save_is_due, device):
-    """Between two steps: raise Interrupted where the run must stop now; else return whether it must save a checkpoint
-    now.
+    """Between two steps, decide whether to stop or to save, the same on all ranks. Raises Interrupted if any rank has
+    received a signal or passed the deadline; otherwise returns whether a checkpoint is due on any rank.
 
-    It must stop where the time is up or a signal has come, on any of several ranks, and save where a checkpoint is
-    due on any: all do it at the same step.
-
-    step: how many are done of the epoch; last: whether that is all. deadline: by time.monotonic(), 0 is none.
-    Several processes all ask here, now and then, and on a GPU hear the answer when they ask again, but for an epoch's
-    first step and its last: to wait for it would let the queue run dry.
+    step: steps done in this epoch; last: whether it was the last one. deadline: in time.monotonic(), 0 for none.
+    Several ranks exchange their state every SYNC_EVERY steps. On a GPU the result is read at the next exchange, except
+    after the first and last step of an epoch, because waiting for it would synchronize with the GPU.
     """
     from runtime.distributed import all_reduce_max, world_size
     from runtime.tensors import async_tolist
@@ -128,17 +127,19 @@ def sync_should_save(step, last, deadline, save_is_due, device):
         if time_is_up:
             raise Interrupted(0)
         return save_is_due
-    if not last and (step - 1) % ASK_EVERY:
+    if not last and (step - 1) % SYNC_EVERY:
         return False
     before, now = (
-        STATE['asked'],
-        async_tolist(all_reduce_max(STATE['number'] or (CODE_TIME_UP if time_is_up else SAVE * save_is_due), device)),
+        STATE['pending'],
+        async_tolist(
+            all_reduce_max(STATE['number'] or (CODE_TIME_UP if time_is_up else CODE_SAVE * save_is_due), device)
+        ),
     )
     at_once = last or step == 1 or device.type == 'cpu'
-    STATE['asked'] = None if at_once else now
+    STATE['pending'] = None if at_once else now
     code = max((answer()[0] for answer in (before, now if at_once else None) if answer), default=0.0)
     if code:
-        STATE['asked'] = None  # what was asked before a checkpoint would ask for another one
+        STATE['pending'] = None  # it was sent before the checkpoint and would request another one
     if code >= CODE_TIME_UP:
         raise Interrupted(int(code))
     return code > 0

@@ -1,4 +1,4 @@
-"""A run's numbers in a tracker beside TensorBoard: Weights & Biases, trackio or MLflow, imported when asked for."""
+"""Experiment trackers besides TensorBoard: Weights & Biases, trackio, MLflow. They are imported when used."""
 
 import logging
 import os
@@ -15,39 +15,39 @@ PROJECT = 'simsiam'
 
 
 class Tracker:
-    """What `Logger` hands scalars to. log, finish: the tracker's own, log of ({tag: number}, epoch)."""
+    """An experiment tracker. log: function ({tag: number}, epoch); finish: function ()."""
 
     def __init__(self, name, log, finish):
         self.name, self.log_fn, self.finish = name, log, finish
 
     def log(self, epoch, values):
-        """A tracker that fails, for its network perhaps, is warned of once and ends no run."""
+        """Log scalars. An error, of the network for example, is warned of once and does not end the run."""
         try:
             self.log_fn(values, epoch)
         except Exception as error:
-            print_message('warning', f'--tracker={self.name} gets no more of this run: {one_line(error)}')
+            print_message('warning', f'--tracker={self.name} is turned off for this run: {one_line(error)}')
             self.log_fn = lambda *_: None
 
     def close(self):
         try:
             self.finish()
         except Exception as error:
-            print_message('warning', f'--tracker={self.name} did not end well: {one_line(error)}')
+            print_message('warning', f'--tracker={self.name} failed to close: {one_line(error)}')
 
 
 def one_line(error):
-    """What an exception says, on one line."""
+    """Return the message of an exception on one line."""
     return ' '.join(str(error).split())
 
 
 def import_tracker(args):
-    """The module of --tracker, None for none. Raises UserError where it is missing."""
+    """Import the module of --tracker; None for none. Raises UserError if it is not installed."""
     return None if args.tracker == 'none' else require_package(args.tracker, f'--tracker={args.tracker}')
 
 
 def make_tracker(args, run):
-    """The Tracker of --tracker for a run folder: the same entry there, whenever it is gone on with or evaluated; None
-    for none, and in all processes but the first. Raises UserError where its package is missing or it will not start."""
+    """Start the Tracker of --tracker for a run folder. Resuming or evaluating a run continues its entry. Returns None
+    for none, and on all ranks but 0. Raises UserError if the package is not installed or does not start."""
     if args.tracker == 'none' or rank():
         return None
     begun = ''.join(c for c in read_json(run / 'run.json').get('started', '') if c.isdigit())
@@ -59,13 +59,13 @@ def make_tracker(args, run):
         return Tracker(args.tracker, *start(package, args, run, run_id))
     except Exception as error:
         raise UserError(
-            f'--tracker={args.tracker} does not start: {one_line(error)}; --tracker=none goes without'
+            f'--tracker={args.tracker} does not start: {one_line(error)}; --tracker=none turns it off'
         ) from None
 
 
 def wandb(package, args, run, run_id):
-    """WANDB_PROJECT, WANDB_MODE=offline and whatever else it knows are its own. Its steps only rise: epochs are one
-    more number to it."""
+    """Start Weights & Biases, configured by its own variables (WANDB_PROJECT, WANDB_MODE). Its steps cannot decrease,
+    so the epoch is logged as a metric. Returns (log, finish)."""
     logs = resolve_path(args.log_path)
     entry = package.init(
         project=os.environ.get('WANDB_PROJECT', PROJECT),
@@ -82,13 +82,13 @@ def wandb(package, args, run, run_id):
 
 
 def trackio(package, args, run, run_id):
-    """Kept in TRACKIO_DIR, by default where `trackio show` looks."""
+    """Start trackio, which stores in TRACKIO_DIR. Returns (log, finish)."""
     package.init(project=PROJECT, name=run_id, config=asdict(args), resume='allow')
     return lambda values, epoch: package.log(values, step=epoch), package.finish
 
 
 def mlflow(package, args, run, run_id):
-    """In MLFLOW_TRACKING_URI, or else a file in the log folder."""
+    """Start MLflow, at MLFLOW_TRACKING_URI or in a file in the log folder. Returns (log, finish)."""
     for name in ('mlflow', 'alembic'):
         logging.getLogger(name).setLevel(logging.WARNING)
     logs = resolve_path(args.log_path)
@@ -101,7 +101,7 @@ def mlflow(package, args, run, run_id):
     known = package.search_runs(filter_string=f"tags.mark = '{run_id}'", output_format='list')
     if known:
         package.start_run(run_id=known[0].info.run_id)
-        before = known[0].data.params  # which stay as they were first said
+        before = known[0].data.params  # parameters cannot be changed
         now = {name: value for name, value in asdict(args).items() if name not in NOT_RESTORED_OPTIONS}
         package.set_tags({f'now {name}': value for name, value in now.items() if before.get(name) != str(value)})
     else:

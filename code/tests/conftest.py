@@ -15,6 +15,7 @@ from PIL import Image
 
 from dataloader.sources import demo
 from runtime import precision
+from runtime.messages import CONSOLE, LOGGER
 
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or behind a job with &: the runs would ignore it too
@@ -64,6 +65,16 @@ def untried(monkeypatch):
     monkeypatch.setattr(precision, 'bf16_benchmark_shared', lambda *_: {'ratio': 0.0, 'failed': 'not tried in a test'})
 
 
+@pytest.fixture(autouse=True)
+def close_log_files():
+    """After each test close the log file that it set: its folder is deleted, and no line could be written there."""
+    yield
+    for handler in LOGGER.handlers[:]:
+        if handler is not CONSOLE:
+            LOGGER.removeHandler(handler)
+            handler.close()
+
+
 def draw_folder(folder, counts, side=48, suffix='.png'):
     """A folder of drawn images, side x side pixels: folder/<split>/<kind>/<number><suffix>. counts: split to number."""
     generator = torch.Generator().manual_seed(5)
@@ -71,14 +82,14 @@ def draw_folder(folder, counts, side=48, suffix='.png'):
         for kind in KINDS:
             (folder / split / kind.__name__).mkdir(parents=True)
             for number in range(count):
-                image = Image.fromarray(demo.draw(kind, generator).numpy())
+                image = Image.fromarray(demo.draw_pattern(kind, generator).numpy())
                 image.resize((side, side)).save(folder / split / kind.__name__ / f'{number:03d}{suffix}')
     return folder
 
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):
-    """24 training and 8 validation images of each of three kinds, 48 px PNG: held in memory. To be read only."""
+    """24 training and 8 validation images of each of three kinds, 48 px PNG: kept in memory. To be read only."""
     return draw_folder(tmp_path_factory.mktemp('drawn') / 'set', {'train': 24, 'val': 8})
 
 

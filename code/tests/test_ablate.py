@@ -30,7 +30,7 @@ def outputs():
     return [torch.randn(7, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(4)]
 
 
-def test_the_loss_without_its_parts():
+def test_loss_variants_equal_their_formulas():
     p1, p2, z1, z2 = outputs()
     simsiam_loss(p1, p2, z1, z2).backward()
     assert z1.grad is None
@@ -42,7 +42,7 @@ def test_the_loss_without_its_parts():
     assert simsiam_loss(p1, p2, z1, z2).item() == pytest.approx((one_way + negative_cosine(p2, z1)).item() / 2)
 
 
-def test_cross_entropy_is_the_papers():
+def test_cross_entropy_equals_sum_formula():
     """-softmax(z) . log softmax(p), written with sums."""
     p, z, _, _ = (value.detach() for value in outputs())
     wanted = 0
@@ -56,7 +56,7 @@ def test_cross_entropy_is_the_papers():
 @pytest.mark.parametrize(
     ('bn', 'projector', 'predictor'), [('none', 0, 0), ('hidden', 1, 1), ('default', 2, 1), ('all', 2, 2)]
 )
-def test_bn_where_the_table_says(bn, projector, predictor):
+def test_proj_bn_variant_has_expected_bn_layers(bn, projector, predictor):
     """Counts of BN; a layer has a bias where no BN follows."""
     model = SimSiam(get_config(**SMALL, proj_bn=bn))
     for part, count in ((model.projector, projector), (model.predictor, predictor)):
@@ -79,7 +79,7 @@ def step(**options):
     return model, {name: not torch.equal(value, before[name]) for name, value in model.named_parameters()}
 
 
-def test_the_predictor_is_there_trained_or_not():
+def test_predictor_variant_is_mlp_identity_or_frozen():
     model, moved = step()
     assert moved['predictor.0.weight']
     model, moved = step(predictor='fixed')
@@ -91,7 +91,7 @@ def test_the_predictor_is_there_trained_or_not():
     assert torch.equal(p2, z2)
 
 
-def test_two_pairs_are_the_mean_of_both():
+def test_loss_symmetry_2x_equals_mean_of_two_pairs():
     model, views = SimSiam(get_config(**SMALL)).double(), torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
     set_learning_rates(optimizer, 0.0, 0.0, 0.0)
@@ -107,7 +107,7 @@ def test_two_pairs_are_the_mean_of_both():
     torch.testing.assert_close(gradient, sum(gradients) / 2, atol=1e-12, rtol=1e-9)
 
 
-def test_every_variant_is_made_of_options():
+def test_ablation_tables_use_existing_options():
     for rows in TABLES.values():
         for _, options, _ in rows:
             args = get_config(preset='demo')
@@ -116,7 +116,7 @@ def test_every_variant_is_made_of_options():
 
 
 @pytest.mark.parametrize('table', ['stopgrad', 'symmetric'])
-def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path, capsys, monkeypatch):
+def test_ablate_called_twice_reuses_finished_runs(table, drawn, tmp_path, capsys, monkeypatch):
     options = (
         *TINY,
         '--max_epochs=1',
@@ -151,12 +151,12 @@ def test_a_table_is_trained_evaluated_and_taken_up_again(table, drawn, tmp_path,
     assert asked.call_args[0][0].learning_rate == 0.123
 
 
-def test_a_variant_that_is_not_trained_to_its_end_is_gone_on_with(drawn, tmp_path, capsys):
+def test_ablate_resumes_unfinished_variant(drawn, tmp_path, capsys):
     """Whatever was measured of it meanwhile, and whatever of its end on other images."""
     options = ['ablate', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path), '--ablation=similarity']
     options = [*options, '--save_every_epochs=1']
     assert cli.main([*options, '--max_minutes=0.00001']) == 0
-    assert 'not all is trained; the same command goes on' in capsys.readouterr().out
+    assert 'not all variants are trained; the same command continues' in capsys.readouterr().out
     assert not (tmp_path / 'log/similarity.json').exists()
     assert cli.main(options) == 0
     rows = json.loads((tmp_path / 'log/similarity.json').read_text())
@@ -173,7 +173,7 @@ def test_a_variant_that_is_not_trained_to_its_end_is_gone_on_with(drawn, tmp_pat
     assert [row['std'] for row in again] == [row['std'] for row in rows]
 
 
-def test_a_table_of_a_runs_options(drawn, tmp_path):
+def test_ablate_from_run_uses_its_options(drawn, tmp_path):
     """--from_run: all that varies is the table; and a name of one's own keeps two tables apart."""
     paths = own_paths(tmp_path)
     given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', '--proj_dim=24', *paths]
@@ -189,7 +189,7 @@ def test_a_table_of_a_runs_options(drawn, tmp_path):
     }
 
 
-def test_the_schedules_of_the_papers_tables():
+def test_ablation_tables_have_published_warmup():
     """Ten epochs of 100 rise for batches from 1024 on and without BN; figure 2 is of before the constant rate."""
     args = get_config(preset='imagenet')
     schedules = {
@@ -207,12 +207,12 @@ def test_the_schedules_of_the_papers_tables():
 
 
 @pytest.mark.parametrize('name', ['ckpt_name=x', 'resume=auto', 'protocol=knn', 'evaluate_after=False'])
-def test_what_ablate_decides_is_not_to_be_given(name, capsys):
+def test_ablate_with_its_own_option_given_exits_2(name, capsys):
     assert cli.main(['ablate', f'--{name}']) == 2
     assert 'is not for ablate' in one_line(capsys.readouterr().err)
 
 
-def test_curves_are_drawn_where_the_numbers_are():
+def test_draw_curves_places_lines_at_values():
     """A line from the lower left to the upper right, one that falls, and a panel without measurements."""
     image = plots.draw_curves(
         [
@@ -220,14 +220,14 @@ def test_curves_are_drawn_where_the_numbers_are():
             plots.LineChart('b', [('up', [])]),
         ]
     )
-    pixels = np.asarray(plots.to_pil(image)).astype(int)
+    pixels = np.asarray(plots.figure_to_pil(image)).astype(int)
     blue = tuple(int(plots.COLORS[0][at : at + 2], 16) for at in (1, 3, 5))
     up = np.argwhere((pixels[:250] == blue).all(2))
     left, right = up[up[:, 1] < 120], up[(up[:, 1] > 330) & (up[:, 1] < 420)]
     assert left[:, 0].mean() > right[:, 0].mean() + 100
 
 
-def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
+def test_ablate_with_varied_option_given_exits_2(drawn, tmp_path, capsys):
     """Or two rows would be one run. What a variant makes of it, ten times the rate, is given as one likes."""
     for table, option in (
         ('stopgrad', '--stop_gradient=False'),
@@ -252,10 +252,10 @@ def test_what_a_table_varies_is_not_given(drawn, tmp_path, capsys):
     assert [own.learning_rate for _, _, _, own in plan_variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 
-def test_variants_that_cannot_be_trained_are_known_before_the_first_is(drawn, tmp_path, capsys):
+def test_ablate_checks_all_variants_before_training(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='batch_size')
     assert [own.batch_size for _, _, _, own in plan_variants(args)] == [64]  # of 72 images
-    assert capsys.readouterr().out.count('is left out, for there are 72 images') == 6
+    assert capsys.readouterr().out.count('is left out: there are only 72 images') == 6
     options = ['--ablation=symmetric', '--num_views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(['ablate', *options]) == 2
     assert '--loss_symmetry=false is for two views, not --num_views=3' in one_line(capsys.readouterr().err)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from dataloader import vision
 from dataloader.augment import blur, color, crop
-from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
+from dataloader.augment.augmentations import AUGMENTATIONS, get_augmentation
 from runtime.options import get_config
 from runtime.seeding import generator_for
 
@@ -28,7 +28,7 @@ def photos(n, height, width, seed=0):
 
 
 @pytest.mark.parametrize(('height', 'width', 'size'), [(32, 32, 32), (48, 40, 32), (30, 64, 12), (20, 20, 50)])
-def test_crop_resize_is_torchvisions_and_pils(height, width, size):
+def test_crop_resize_equals_torchvision_and_pil(height, width, size):
     x = (photos(16, height, width) * 255).round() / 255
     boxes, flips = MOCO.crop.sample(16, height, width, generator_for('boxes')).split([4, 1], 1)
     ours = crop.crop_resize(x, boxes, flips[:, 0], size)
@@ -42,7 +42,7 @@ def test_crop_resize_is_torchvisions_and_pils(height, width, size):
 
 
 @pytest.mark.parametrize(('height', 'width', 'size', 'ratio'), [(48, 48, 32, 1.0), (60, 44, 28, 0.875), (8, 9, 16, 1)])
-def test_plain_view_is_the_center_crop(height, width, size, ratio):
+def test_eval_view_equals_pil_center_crop(height, width, size, ratio):
     """As PIL resizes a part of an image: whole and cropped batches agree with it."""
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
     args = get_config(image_size=size, crop_ratio=ratio)
@@ -56,7 +56,7 @@ def test_plain_view_is_the_center_crop(height, width, size, ratio):
         torch.testing.assert_close(result, reference.pil_to_tensor(pil) / 255, atol=1.6 / 255, rtol=0)
 
 
-def test_normalize_is_torchvisions():
+def test_normalize_equals_torchvision():
     x = photos(2, 8, 8)
     wanted = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
     moments = vision.mean_std_of_args(get_config(), x.device)
@@ -73,10 +73,10 @@ OPERATIONS = (
 
 
 @pytest.mark.parametrize(('ours', 'theirs', 'factors'), OPERATIONS)
-def test_color_operations_are_torchvisions(ours, theirs, factors):
+def test_color_operations_equal_torchvision(ours, theirs, factors):
     x = photos(4, 9, 7)
-    x[0] = x[0, :1]  # a grey image has no hue
-    x[1] = torch.eye(3)[torch.arange(63) % 3].T.view(3, 9, 7)  # pure colours
+    x[0] = x[0, :1]  # a gray image has no hue
+    x[1] = torch.eye(3)[torch.arange(63) % 3].T.view(3, 9, 7)  # pure colors
     for factor in factors:
         result = ours(x.clone(), torch.full((4, 1, 1, 1), factor))
         wanted = torch.stack([theirs(image, factor) for image in x])
@@ -84,7 +84,7 @@ def test_color_operations_are_torchvisions(ours, theirs, factors):
         torch.testing.assert_close(result, wanted, atol=5e-4, rtol=0)
 
 
-def test_blur_is_a_gaussian():
+def test_blur_equals_convolution_with_gaussian():
     """A separate derivation: the border mirrored, then a convolution with the outer product of two Gaussians."""
     x, sigma = photos(5, 20, 20), torch.tensor([0.1, 0.4, 1.0, 1.7, 2.0])
     offsets = torch.arange(-6.0, 7.0)
@@ -98,7 +98,7 @@ def test_blur_is_a_gaussian():
     torch.testing.assert_close(blur.blur(x.clone(), sigma)[3:4][inside], wanted[inside], atol=1e-5, rtol=0)
 
 
-def test_blur_of_a_tiny_image():
+def test_blur_of_tiny_image_is_finite():
     x = photos(2, 4, 4)
     blurred = blur.blur(x.clone(), torch.tensor([0.1, 2.0]))
     torch.testing.assert_close(blurred[0], x[0], atol=1e-5, rtol=0)
@@ -116,7 +116,7 @@ def on_cpu(augmentation, x, draws):
     return x
 
 
-def test_the_operations_apply_each_images_own_draw():
+def test_augmentation_applies_each_images_parameters():
     """Against a loop over the images, with torchvision's operations in the order that was drawn."""
     x, draws = photos(40, 12, 12), draws_of(MOCO, 40, generator_for('colours'))
     ours = on_cpu(MOCO, x.clone(), draws)
@@ -137,7 +137,7 @@ def test_the_operations_apply_each_images_own_draw():
     assert 0 < untouched < 20  # none of it applies to 0.2 x 0.8 x 0.5 of the images
 
 
-def test_the_gpus_formulation_is_the_same():
+def test_on_gpu_equals_on_cpu():
     """on_gpu, which works on every image whatever was drawn, against on_cpu."""
     x, draws = photos(60, 24, 24), draws_of(MOCO, 60, generator_for('gpu'))
     for blurred, atol in ((1, 4e-3), (0, 1e-5)):
@@ -156,7 +156,7 @@ def gap(ours, theirs):
 
 
 @pytest.mark.parametrize(('height', 'width', 'name'), [(32, 32, 'moco'), (96, 24, 'moco'), (30, 40, 'simclr')])
-def test_crops_are_distributed_as_torchvisions(height, width, name):
+def test_crops_have_distribution_of_torchvision(height, width, name):
     """With 6,000 draws each, two samples of one distribution are further apart than 0.04 once in ten thousand times."""
     drawn, n = AUGMENTATIONS[name][0], 6000
     boxes, flips = drawn.sample(n, height, width, generator_for('crops')).split([4, 1], 1)
@@ -173,7 +173,7 @@ def test_crops_are_distributed_as_torchvisions(height, width, name):
 
 
 @pytest.mark.parametrize('name', ['moco', 'simclr'])
-def test_colors_are_distributed_as_stated(name):
+def test_color_parameters_have_stated_distribution(name):
     augmentation, n = get_augmentation(get_config(blur_prob=0.5), name), 24000
     jitter, gray, sigma = draws_of(augmentation, n, generator_for('colours'))
     gray, sigma, jittering = gray[:, 0], sigma[:, 0], augmentation.operations[0]
@@ -192,12 +192,12 @@ def test_colors_are_distributed_as_stated(name):
     assert len(orders) == math.factorial(4)
     share = counts / counts.sum()
     assert (share - 1 / 24).abs().max() < 0.007
-    # Which images are jittered, grey or blurred has nothing to do with one another.
+    # Which images are jittered, gray or blurred has nothing to do with one another.
     table = torch.stack((jittered, gray, blurred)).float()
     assert (torch.corrcoef(table) - torch.eye(3)).abs().max() < 0.03
 
 
-def test_two_views_are_fixed_by_the_generator_and_differ():
+def test_random_views_depend_on_generator_and_differ():
     images = (photos(6, 40, 40) * 255).to(torch.uint8)
     first, again, other = (vision.random_views(images, MOCO, generator_for(seed)) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other, strict=True):
@@ -207,7 +207,7 @@ def test_two_views_are_fixed_by_the_generator_and_differ():
     assert ((first[0] - first[1]).abs().amax((1, 2, 3)) > 0.1).all()
 
 
-def test_without_distortion_the_views_are_the_image():
+def test_views_without_operations_equal_image():
     plain = replace(
         get_augmentation(get_config(image_size=16), 'moco'),
         crop=crop.RandomResizedCrop(scale=(1, 1), ratio=(1, 1), flip=0),
@@ -227,7 +227,7 @@ def test_without_distortion_the_views_are_the_image():
 
 @pytest.mark.parametrize('name', ['moco', 'simclr', 'crop'])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
-def test_views_of_whole_images_are_those_of_the_gpu_and_of_the_crops(interpolation, name):
+def test_views_from_memory_gpu_and_crops_agree(interpolation, name):
     """The three ways to a view: whole images on a CPU, on a GPU (its operations, here on the CPU), and crops by
     torchvision's resize, as a dataloader worker cuts them."""
     images = (photos(12, 40, 48) * 255).round().to(torch.uint8)
@@ -247,7 +247,7 @@ def test_views_of_whole_images_are_those_of_the_gpu_and_of_the_crops(interpolati
     assert (workers - ours).abs().mean() < 0.03
 
 
-def test_simclr_distorts_more_than_moco():
+def test_simclr_augmentation_is_stronger_than_moco():
     moco, simclr = AUGMENTATIONS['moco'], AUGMENTATIONS['simclr']
     assert simclr[0].scale[0] < moco[0].scale[0]
     for name in ('brightness', 'contrast', 'saturation', 'hue'):

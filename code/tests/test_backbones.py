@@ -35,7 +35,7 @@ class Dropping(torch.nn.Module):
         return self.last_epoch_means(self.drop(self.body(x)))
 
 
-def test_what_a_network_draws_itself_is_fixed_by_the_seed(drawn, tmp_path, monkeypatch):
+def test_dropout_in_resumed_run_equals_unbroken_run(drawn, tmp_path, monkeypatch):
     """Dropout, stochastic depth: the same command gives the same losses, also where it was stopped on the way, and
     another seed gives others."""
     monkeypatch.setattr(simsiam, 'make_backbone', lambda *_: (Dropping(), 512))
@@ -78,14 +78,14 @@ WIDTHS = {
 }
 
 
-def test_of_every_family_there_is_one():
+def test_tested_networks_cover_every_torchvision_family():
     names = torchvision.models.list_models(module=torchvision.models)
     families = {re.match('[a-z]+', name)[0] for name in names}
     assert families - {'wide', 'resnet'} == {re.match('[a-z]+', name)[0] for name in WIDTHS}
 
 
 @pytest.mark.parametrize('name', WIDTHS)
-def test_a_network_of_torchvision_loses_its_classes(name):
+def test_torchvision_backbone_has_no_class_layer(name):
     """Where it can be, built and run without memory or arithmetic; no layer with a thousand outputs is left, nor a
     dropout at the end."""
     with torch.device('cpu' if name.startswith('regnet') else 'meta'):
@@ -101,7 +101,7 @@ def test_a_network_of_torchvision_loses_its_classes(name):
     ('name', 'width'),
     [('convnext_atto', 320), ('vit_tiny_patch16_224', 192), ('resnet18', 512), ('mobilenetv3_small_050', 1024)],
 )
-def test_networks_of_timm(name, width):
+def test_timm_backbone_returns_features(name, width):
     pytest.importorskip('timm')
     with torch.device('meta'):
         backbone, found = make_backbone(f'timm/{name}', 'imagenet', 224)
@@ -109,7 +109,7 @@ def test_networks_of_timm(name, width):
     assert backbone.training
 
 
-def test_a_vision_transformer_is_made_for_the_size_of_the_views():
+def test_vit_backbone_is_built_for_view_size():
     for name in ('vit_b_16', 'timm/vit_tiny_patch16_224'):
         with torch.device('meta'):
             assert make_backbone(name, 'imagenet', 64)[1] in (768, 192)
@@ -122,7 +122,7 @@ def zeros(backbone):
 @pytest.mark.parametrize(
     ('name', 'blocks'), [('small', 3), ('resnet18', 8), ('regnet_y_400mf', 16), ('resnext50_32x4d', 16)]
 )
-def test_residual_blocks_start_as_the_identity(name, blocks):
+def test_zero_init_sets_last_bn_weights_only(name, blocks):
     """Or not, and all else is as it was."""
     torch.manual_seed(0)
     backbone, _ = make_backbone(name, 'imagenet', 64)
@@ -133,14 +133,14 @@ def test_residual_blocks_start_as_the_identity(name, blocks):
     assert sum(different) == blocks
 
 
-def test_zero_init_is_said_where_there_is_nothing_to_start(capsys):
+def test_zero_init_without_residual_bn_warns(capsys):
     for name, said in (('small', False), ('mobilenet_v3_small', True)):
         args = get_config(preset='demo', backbone=name, stem='imagenet', image_size=64, zero_init=False)
         set_up.warn_ignored_options(args, build_model(args))
         assert (f'--zero_init has no effect with --backbone={name}' in capsys.readouterr().err) is said
 
 
-def test_residual_blocks_of_timm_start_as_the_identity():
+def test_zero_init_sets_last_bn_weights_of_timm():
     pytest.importorskip('timm')
     for name, blocks in (('resnet10t', 4), ('regnety_002', 13)):
         found = [zeros(make_backbone(f'timm/{name}', 'imagenet', 64, zero_init=wanted)[0]) for wanted in (True, False)]
@@ -153,25 +153,25 @@ def test_residual_blocks_of_timm_start_as_the_identity():
         ({'backbone': 'resnet49'}, r"none of torchvision's .* \(the nearest is resnet34\)"),
         ({'backbone': 'timm/resnet1'}, 'the nearest is timm/resnet'),
         ({'backbone': 'convnext_tiny', 'stem': 'cifar'}, "--stem=cifar is for torchvision's ResNets"),
-        ({'backbone': 'inception_v3', 'image_size': 32}, 'does not take images of 32 px'),
-        ({'backbone': 'vit_b_16', 'image_size': 100}, 'does not take images of 100 px'),
+        ({'backbone': 'inception_v3', 'image_size': 32}, 'does not accept images of 32 px'),
+        ({'backbone': 'vit_b_16', 'image_size': 100}, 'does not accept images of 100 px'),
         ({'backbone': 'fcn_resnet50'}, "none of torchvision's"),
-        ({'backbone': ' '}, 'is given as nothing'),
+        ({'backbone': ' '}, 'is empty'),
     ],
 )
-def test_what_cannot_be_a_backbone_is_said(options, said):
+def test_invalid_backbone_exits_2_with_reason(options, said):
     with pytest.raises(UserError, match=said):
         build_model(get_config(preset='imagenet', proj_dim=8, pred_dim=4, **options))
 
 
-def test_without_timm_the_command_that_installs_it_is_said(monkeypatch):
+def test_timm_backbone_without_timm_names_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
     with pytest.raises(UserError, match=r'requirements-extra\.txt'):
         build_model(get_config(backbone='timm/resnet18', proj_dim=8, pred_dim=4))
 
 
 @pytest.mark.parametrize('name', ['timm/convnext_atto', 'mobilenet_v3_small'])
-def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, capsys):
+def test_other_backbones_train_evaluate_and_export(name, drawn, tmp_path, capsys):
     """Through the commands; what its export can and cannot do, and the weights in another process."""
     pytest.importorskip('timm')
     paths = own_paths(tmp_path)
@@ -211,7 +211,7 @@ def test_another_network_trains_is_judged_and_exported(name, drawn, tmp_path, ca
     ('name', 'how'),
     [('vit_b_32', 'vit_b_32(image_size=32)'), ('timm/vit_tiny_patch16_224', 'pretrained=True')],
 )
-def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path, capsys, monkeypatch):
+def test_exported_vit_load_line_has_image_size(name, how, drawn, tmp_path, capsys, monkeypatch):
     """And another size than the network was made for is refused as that, not as a damaged file."""
     pytest.importorskip('timm')
 
@@ -238,12 +238,12 @@ def test_the_line_that_loads_an_export_says_the_size(name, how, drawn, tmp_path,
     assert f'--image_size=64: {name} was made for 32 px: leave the option out' in one_line(capsys.readouterr().err)
 
 
-def test_whatever_a_network_raises_on_a_size_is_the_sizes(monkeypatch):
+def test_exception_of_network_for_size_becomes_user_error(monkeypatch):
     def divides(name, **_):
         return 1 // 0
 
     monkeypatch.setattr(torchvision.models, 'get_model', divides)
-    with pytest.raises(ValueError, match='it does not take images of 20 px'):
+    with pytest.raises(ValueError, match='it does not accept images of 20 px'):
         make_backbone('vgg11', 'imagenet', 20)
 
 
@@ -259,7 +259,7 @@ def test_whatever_a_network_raises_on_a_size_is_the_sizes(monkeypatch):
     ],
 )
 @pytest.mark.parametrize('training', [False, True])
-def test_a_network_whose_bn_processes_share_is_the_same_network(name, training):
+def test_convert_sync_batchnorm_keeps_outputs_of_timm(name, training):
     """timm has the activation in its BN."""
     pytest.importorskip('timm')
     x, found = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
@@ -274,10 +274,10 @@ def test_a_network_whose_bn_processes_share_is_the_same_network(name, training):
     torch.testing.assert_close(found[1], found[0], atol=1e-8, rtol=1e-6)
 
 
-def test_a_bn_that_does_what_nobody_knows_is_not_shared():
+def test_convert_sync_batchnorm_of_unknown_bn_raises():
     class Own(torch.nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x).abs()
 
-    with pytest.raises(UserError, match='its Own cannot be shared by processes'):
+    with pytest.raises(UserError, match='its Own cannot be synchronized over processes'):
         distributed.convert_sync_batchnorm(torch.nn.Sequential(Own(3)))

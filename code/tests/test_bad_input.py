@@ -135,13 +135,13 @@ def trained(drawn, tmp_path_factory):
     return folder
 
 
-def test_the_table_has_every_case_and_no_other():
+def test_bad_input_table_matches_readme():
     assert list(rows()) == list(CASES)
     assert len(CASES) > 15
 
 
 @pytest.mark.parametrize('kind', CASES)
-def test_bad_input_is_one_line(kind, drawn, trained, tmp_path, capsys):
+def test_bad_input_prints_one_line(kind, drawn, trained, tmp_path, capsys):
     code, said = rows()[kind]
     case = Case(tmp_path, drawn, trained)
     before = {path: path.stat().st_size for path in (tmp_path / 'out/ckpt' / RUN).glob('loss_*')}
@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(kind, drawn, trained, tmp_path, capsys):
         assert all(path.stat().st_size == size for path, size in before.items())
 
 
-def test_unreadable_images_are_left_out_on_request(drawn, trained, tmp_path, capsys):
+def test_on_unreadable_skip_counts_and_lists_images(drawn, trained, tmp_path, capsys):
     """Counted, named in a file, and left out everywhere; they are not looked for again."""
     case = Case(tmp_path, drawn, trained)
     (case.images / 'train/dots/text.png').write_bytes(b'text')
@@ -179,7 +179,7 @@ def gray(path):
     return sum(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))) / 3
 
 
-def test_odd_images_are_read_as_the_readme_says(tmp_path):
+def test_unusual_image_formats_are_decoded(tmp_path):
     """CMYK, 16 bits, palette with transparency, animation, EXIF rotation, a single pixel, a very long side."""
     Image.new('CMYK', (20, 10), (0, 0, 0, 128)).save(tmp_path / 'cmyk.jpg', quality=95)
     assert gray(tmp_path / 'cmyk.jpg') == pytest.approx(127, abs=4)

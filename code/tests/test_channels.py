@@ -18,8 +18,8 @@ from pydicom.data import get_testdata_file
 import cli
 from ckpt import get_model_ckpt
 from conftest import TINY, one_line, own_paths
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.augment.channels import ChannelJitter, IntensityJitter
-from dataloader.augment.recipes import get_augmentation
 from dataloader.load_dataset import eval_loader, get_iterator, load_splits
 from dataloader.loading import arrays, crops, pixel_format
 from dataloader.loading.decode import ORIENTATION, decode, open_image
@@ -65,7 +65,7 @@ def read(content, name, npy_axes='auto'):
     st.sampled_from(('hwc', 'chw', 'hw')),
     st.booleans(),
 )
-def test_an_npy_file_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, axes, told):
+def test_npy_is_read_exactly_or_refused(channels, height, width, dtype, order, axes, told):
     pixels = values((channels, height, width), dtype)
     stored = {'hwc': pixels.transpose(1, 2, 0), 'chw': pixels, 'hw': pixels[0]}[axes]
     file = io.BytesIO()
@@ -92,7 +92,7 @@ def test_an_npy_file_is_read_as_it_is_or_refused_in_a_line(channels, height, wid
     st.sampled_from(('planar', 'chunky', 'pages')),
     st.sampled_from((None, 'zlib', 'tiled')),
 )
-def test_a_tiff_is_read_as_it_is_or_refused_in_a_line(channels, height, width, dtype, order, how, packed):
+def test_tiff_is_read_exactly_or_refused(channels, height, width, dtype, order, how, packed):
     pixels, file = values((channels, height, width), dtype), io.BytesIO()
     more = {'tile': (16, 16)} if packed == 'tiled' else {'compression': packed}
     if how == 'chunky' and channels > 1:
@@ -156,7 +156,7 @@ def batches_of(image_path, cache, **more):
     return args, torch.cat(views), torch.cat([eval_view(images, args) for images, _ in iterators['val']])
 
 
-def test_files_memory_a_cache_an_archive_and_workers_give_the_same_bits(five, tmp_path):
+def test_files_memory_cache_tar_and_workers_are_equal(five, tmp_path):
     pack_tar(five, tmp_path / 'tars')
     bands(tmp_path / 'npy', 'npy', {'train': 12, 'val': 6})
     files = batches_of(five, tmp_path / 'cache', cache_images='off')
@@ -179,21 +179,21 @@ def test_files_memory_a_cache_an_archive_and_workers_give_the_same_bits(five, tm
     torch.testing.assert_close(other[2], files[2][:, [4, 0]], atol=2e-3, rtol=0)  # one level of 4095
 
 
-def test_crops_are_of_the_type_of_the_file(five, tmp_path):
+def test_crops_keep_type_of_file(five, tmp_path):
     args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), channels='1-5', num_workers=0)
     images = load_splits(args)['val']
     assert images.pixel_format.dtype == 'uint16'
     (batch, _) = next(iter(eval_loader(args, images)))
     assert batch.dtype == torch.uint16
     whole = PixelFormat((1, 2, 3, 4, 5), True, 'uint16')
-    with images.store.opened(0) as image:
+    with images.store.open(0) as image:
         pixels = to_array(image, whole)
         same = crops.center_crop(image, 20, 1.0, 'bilinear', whole)
     assert np.array_equal(same[0].numpy(), pixels)
 
 
 @pytest.mark.parametrize('dtype', ['uint16', 'int16', 'int32', 'uint32', 'float16', 'float32'])
-def test_levels_and_normalization(dtype):
+def test_normalize_pixels_equals_float64_formula(dtype):
     """(x - black) / (white - black), cut to [0, 1], less the mean, by the std: in float64 by hand."""
     pixels = values((3, 2, 8, 8), dtype)
     low, high = float(pixels.min()), float(pixels.max())
@@ -205,7 +205,7 @@ def test_levels_and_normalization(dtype):
     torch.testing.assert_close(found, torch.from_numpy(wanted).float(), atol=2e-3, rtol=0)
 
 
-def test_a_picture_of_channels_is_three_that_people_see():
+def test_to_picture_of_n_channels_is_rgb():
     for channels, shown in (('1', [0, 0, 0]), ('1-2', [0, 1, None]), ('1-5', [0, 1, 2])):
         args = get_config(channels=channels)
         x = torch.randn(2, args.num_channels, 4, 4)
@@ -247,7 +247,7 @@ def turned(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize('cache', [{'cache_images': 'off'}, {}, {'cache_images': 'off', 'cache_short_side': 40}])
-def test_a_photograph_is_upright_whatever_its_orientation(turned, cache, tmp_path):
+def test_exif_orientation_is_applied_in_all_readers(turned, cache, tmp_path):
     """In training, in evaluation (kNN too reads these views), kept or not, and in detection."""
     args = get_config(
         preset='demo',
@@ -259,14 +259,14 @@ def test_a_photograph_is_upright_whatever_its_orientation(turned, cache, tmp_pat
         **cache,
     )
     images = get_iterator(args)['train'].dataset
-    recipe, level = get_augmentation(args, 'moco'), 9 if turned.name == 'jpeg' else 0
+    transform, level = get_augmentation(args, 'moco'), 9 if turned.name == 'jpeg' else 0
     plain, random = [], []
     for row in range(8):
-        with images.store.opened(row) as image:
+        with images.store.open(row) as image:
             plain.append(crops.center_crop(image, 24, 0.9, 'bilinear', images.pixel_format)[0].int())
         drawn = torch.Generator().manual_seed(1)
-        with images.store.opened(row) as image:
-            random.append(crops.random_crops(image, 2, recipe, drawn, True, images.pixel_format).int())
+        with images.store.open(row) as image:
+            random.append(crops.random_crops(image, 2, transform, drawn, True, images.pixel_format).int())
     for found in (plain, random):
         for other in found[1:]:
             assert (other - found[0]).abs().max() <= level
@@ -275,12 +275,12 @@ def test_a_photograph_is_upright_whatever_its_orientation(turned, cache, tmp_pat
     if turned.name == 'png':
         stored = replace_args(args, exif='ignore', cache_path=str(tmp_path / 'other'), cache_images='off')
         images = get_iterator(stored)['train'].dataset
-        with images.store.opened(2) as image:
+        with images.store.open(2) as image:
             lying = crops.center_crop(image, 24, 0.9, 'bilinear', images.pixel_format)[0].int()
         assert (lying - plain[0].flip(1, 2)).abs().max() <= 1
 
 
-def test_16_bit_dicom_is_checked_and_trained(tmp_path, capsys):
+def test_dicom_16_bit_checks_and_trains(tmp_path, capsys):
     """Files of pydicom's own wheel: signed and unsigned, with and without a rescale intercept, three sizes."""
     for name in ('CT_small', 'MR_small', 'MR_small_bigendian', 'MR_small_RLE', 'MR_small_implicit', 'examples_overlay'):
         for copy in range(4):
@@ -300,7 +300,7 @@ def test_16_bit_dicom_is_checked_and_trained(tmp_path, capsys):
     assert len(args.mean.split(',')) == 3
 
 
-def test_monochrome1_is_upright_in_brightness(tmp_path):
+def test_dicom_monochrome1_is_inverted(tmp_path):
     import pydicom
 
     dataset = pydicom.dcmread(get_testdata_file('MR_small.dcm'))
@@ -314,7 +314,7 @@ def test_monochrome1_is_upright_in_brightness(tmp_path):
     assert np.array_equal(arrays.open_dicom(tmp_path / 'inverse.dcm').pixels.astype(int), wanted)
 
 
-def test_the_fourth_channel_is_left_out_and_said_or_kept(tmp_path, capsys):
+def test_fourth_png_channel_is_dropped_with_message_or_kept(tmp_path, capsys):
     """Of a PNG, whose last channel is transparency or what an instrument put there."""
     pixels = values((12, 40, 40, 4), 'uint8')
     (tmp_path / 'set').mkdir()
@@ -323,14 +323,14 @@ def test_the_fourth_channel_is_left_out_and_said_or_kept(tmp_path, capsys):
     given = {'preset': 'demo', 'image_path': str(tmp_path / 'set'), 'cache_path': str(tmp_path), 'cache_images': 'off'}
     images = load_splits(get_config(**given))['train']
     assert images.pixel_format.is_rgb8
-    assert 'of 12 images that were looked at 12: transparency (the last channel) left out' in capsys.readouterr().out
+    assert 'of 12 images that were read 12: transparency (the last channel) left out' in capsys.readouterr().out
     images = load_splits(get_config(**given, channels='4,1'))['train']
-    with images.store.opened(3) as image:
+    with images.store.open(3) as image:
         assert np.array_equal(to_array(image, images.pixel_format), pixels[3].transpose(2, 0, 1)[[3, 0]])
 
 
 @pytest.mark.parametrize(('color', 'kept'), [(2, 3), (6, 3), (4, 3)])
-def test_a_png_of_16_bits_a_color_keeps_them(color, kept, tmp_path):
+def test_png_16_bit_color_keeps_depth(color, kept, tmp_path):
     """Which Pillow opens as 8 bits. color: PNG's own number, RGB, RGBA, gray with transparency."""
     import struct
     import zlib
@@ -356,13 +356,13 @@ def test_a_png_of_16_bits_a_color_keeps_them(color, kept, tmp_path):
     [
         ('x.npy', lambda: np.zeros((4, 4, 4)), 'it is unclear which of these are the channels'),
         ('x.npy', lambda: np.zeros(4), 'it is an array of 4, and an image has 2 or 3 axes'),
-        ('x.npy', lambda: np.zeros((3, 40, 40), complex), 'its numbers are complex128'),
-        ('x.npy', lambda: np.array([['a']]), 'its numbers are <U1'),
+        ('x.npy', lambda: np.zeros((3, 40, 40), complex), 'its type is complex128'),
+        ('x.npy', lambda: np.array([['a']]), 'its type is <U1'),
         ('x.npy', lambda: np.array([[{}]], dtype=object), 'allow_pickle=False'),
         ('x.npy', lambda: np.zeros((0, 3)), 'it is an array of 0 x 3'),
     ],
 )
-def test_what_is_no_image_is_refused_in_a_line(name, make, said):
+def test_array_that_is_no_image_is_refused(name, make, said):
     file = io.BytesIO()
     np.save(file, make())
     found, line = read(file.getvalue(), name)
@@ -371,7 +371,7 @@ def test_what_is_no_image_is_refused_in_a_line(name, make, said):
 
 
 @pytest.mark.parametrize('name', ['x.npy', 'x.tif', 'x.dcm', 'x.heic', 'x.png'])
-def test_damaged_files_are_refused_in_a_line(name):
+def test_damaged_array_file_is_refused(name):
     for content in (b'', b'no image', np.random.default_rng(0).bytes(3000), b'II*\0' + bytes(100)):
         found, line = read(content, name)
         assert found is None
@@ -391,12 +391,12 @@ def test_damaged_files_are_refused_in_a_line(name):
         ({'exif': 'maybe'}, '--exif is one of apply, ignore'),
     ],
 )
-def test_what_no_pixels_are_is_refused(options, said):
+def test_dicom_without_pixels_is_refused(options, said):
     with pytest.raises(UserError, match=said):
         get_config(**options)
 
 
-def test_an_image_of_other_channels_than_the_first_is_named(five, tmp_path, capsys):
+def test_image_with_other_channels_is_named(five, tmp_path, capsys):
     odd = bands(tmp_path / 'set', 'tif', {'train': 8, 'val': 4})
     tifffile.imwrite(odd / 'train/b/07.tif', values((7, 20, 20), 'uint16'), photometric='minisblack')
     given = [f'--image_path={odd}', *own_paths(tmp_path)]
@@ -404,13 +404,13 @@ def test_an_image_of_other_channels_than_the_first_is_named(five, tmp_path, caps
     line = one_line(capsys.readouterr().err)
     assert '07.tif: it has 7 channels, and the first image has 5; --channels=1,2,3,4,5 leaves the others out' in line
     assert cli.main(['train', *TINY, *given, '--batch_size=8', '--channels=1,8', '--cache_images=off']) == 1
-    assert 'it has 5 channels, and --channels=1,8 are wanted' in one_line(capsys.readouterr().err)
+    assert 'it has 5 channels, but --channels=1,8 is set' in one_line(capsys.readouterr().err)
     assert cli.main(['train', *TINY, *given, '--batch_size=8', '--mean=0.1,0.2']) == 2
     assert '--mean=0.1,0.2 is not one number for all of 5 channels nor one for each' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 5, 7, 13])
-def test_a_first_layer_is_adapted_as_timm_does(channels):
+def test_adapt_first_layer_equals_timm(channels):
     from timm.models import adapt_input_conv
 
     weight = torch.randn(8, 3, 5, 5)
@@ -418,7 +418,7 @@ def test_a_first_layer_is_adapted_as_timm_does(channels):
 
 
 @pytest.mark.parametrize('backbone', ['resnet18', 'timm/resnet10t', 'vit_b_32', 'mobilenet_v3_small'])
-def test_weights_of_three_channels_begin_a_run_of_five(backbone, five, tmp_path, capsys):
+def test_init_from_rgb_weights_trains_five_channels(backbone, five, tmp_path, capsys):
     torch.manual_seed(0)
     if backbone.startswith('timm/'):
         made = timm.create_model(backbone.removeprefix('timm/'))
@@ -439,7 +439,7 @@ def test_weights_of_three_channels_begin_a_run_of_five(backbone, five, tmp_path,
 
 
 @pytest.mark.parametrize('each', [True, False])
-def test_jitter_is_in_standard_deviations_of_a_channel(each):
+def test_intensity_jitter_is_relative_to_channel_std(each):
     """Contrast around the mean, and a shift: as drawn, of all channels alike or of each its own."""
     mean, std = (0.1, 0.2, 0.3, 0.4, 0.5), (0.01, 0.02, 0.03, 0.04, 0.05)
     jitter = ChannelJitter(0.4, 0.3, mean, std, 5, 0.8) if each else IntensityJitter(0.4, 0.3, mean, std, 0.8)
@@ -458,18 +458,18 @@ def test_jitter_is_in_standard_deviations_of_a_channel(each):
     assert (factors.shape[1], shifts.shape[1]) == ((5, 5) if each else (1, 1))
 
 
-def test_of_channels_that_are_no_colors_no_color_is_changed(five):
+def test_augmentation_of_n_channels_has_no_color_operations(five):
     for options, names in (
         ({'channels': '1-5'}, ['IntensityJitter', 'GaussianBlur']),
         ({'channels': '1-5', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
         ({'channels': 'rgb', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
         ({'channels': 'rgb'}, ['ColorJitter', 'RandomGrayscale', 'GaussianBlur']),
     ):
-        recipe = get_augmentation(get_config(**options), 'moco')
-        assert [type(operation).__name__ for operation in recipe.operations] == names
+        transform = get_augmentation(get_config(**options), 'moco')
+        assert [type(operation).__name__ for operation in transform.operations] == names
 
 
-def test_every_command_takes_five_channels(five, tmp_path, capsys):
+def test_five_channels_work_in_every_command(five, tmp_path, capsys):
     paths = own_paths(tmp_path)
     given = [*TINY, f'--image_path={five}', '--batch_size=8', '--white_level=auto', '--jitter=channel', *paths]
     assert cli.main(['train', *given, '--evaluate_after=True', '--backbone=timm/resnet10t', '--stem=imagenet']) == 0
@@ -487,7 +487,7 @@ def test_every_command_takes_five_channels(five, tmp_path, capsys):
         )
         more += ['--finetune_epochs=1', '--label_fraction=0.5'] if protocol == 'semi' else []
         assert cli.main(['evaluate', *of_run, f'--protocol={protocol}', *more]) == 0, protocol
-    assert cli.main(['infer', *of_run, f'--image_path={five}/val', f'{here}.csv', '--neighbours=2']) == 0
+    assert cli.main(['infer', *of_run, f'--image_path={five}/val', f'{here}.csv', '--neighbors=2']) == 0
     assert cli.main(['embed', *of_run, f'--image_path={five}/val', f'{here}.npz', '--projector_images=6']) == 0
     assert cli.main(['select', *of_run, f'{here}s.csv', '--num_select=3']) == 0
     assert cli.main(['report', *of_run, f'{here}.html']) == 0
@@ -502,7 +502,7 @@ def test_every_command_takes_five_channels(five, tmp_path, capsys):
     assert '--channels=1,2 contradicts the checkpoint' in capsys.readouterr().err
 
 
-def test_mean_and_std_of_the_dataset_are_measured_and_kept(drawn, tmp_path, capsys):
+def test_mean_std_dataset_is_measured_and_saved(drawn, tmp_path, capsys):
     given = [*TINY, f'--image_path={drawn}', '--mean=dataset', '--std=dataset', '--knn_every=0', *own_paths(tmp_path)]
     assert cli.main(['train', *given]) == 0
     (run,) = (tmp_path / 'ckpt').iterdir()
@@ -512,15 +512,15 @@ def test_mean_and_std_of_the_dataset_are_measured_and_kept(drawn, tmp_path, caps
         assert float(getattr(args, name).split(',')[0]) == pytest.approx(number.item(), abs=0.02)
     capsys.readouterr()
     assert cli.main(['train', *given[:-5], '--mean=weights', *given[-4:]]) == 2
-    assert '--mean=weights: no pretrained weights say theirs' in capsys.readouterr().err
+    assert '--mean=weights: no pretrained weights have it' in capsys.readouterr().err
 
 
-def test_levels_are_measured(five, tmp_path):
+def test_white_level_auto_is_measured(five, tmp_path):
     args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), channels='1-5')
     assert 4085 < float(measure_levels(args, load_splits(args)['train'].store)) <= 4095
 
 
-def test_where_torchvisions_decoders_are_gone_torchcodecs_give_the_same_pixels(monkeypatch, drawn_large):
+def test_torchcodec_decoders_equal_torchvision(monkeypatch, drawn_large):
     """And where both are, Pillow's do."""
     import importlib
     import sys
@@ -554,7 +554,7 @@ def view_of(path, pixel_format):
 
 
 @pytest.mark.parametrize('low', [-1e9, -3.4028235e38, -np.inf, np.nan])
-def test_a_pixel_without_data_does_not_reach_its_neighbors(low, tmp_path):
+def test_resize_clamps_no_data_pixels_first(low, tmp_path):
     pixels = np.random.default_rng(0).random((32, 32)).astype(np.float32)
     form = PixelFormat((1,), True, 'float32')
     np.save(tmp_path / 'whole.npy', pixels)
@@ -566,7 +566,7 @@ def test_a_pixel_without_data_does_not_reach_its_neighbors(low, tmp_path):
 
 
 @pytest.mark.parametrize('channels', ['1', 'rgb', 'auto'])
-def test_images_of_8_and_of_16_bits_in_one_set_are_as_bright(channels, tmp_path):
+def test_mixed_8_and_16_bit_images_have_equal_brightness(channels, tmp_path):
     """Half of the range of each, as gray PNG, as PNG of 16 bits a color, as TIFF and as floats."""
     (tmp_path / 'set').mkdir()
     for number in range(3):
@@ -584,7 +584,7 @@ def test_images_of_8_and_of_16_bits_in_one_set_are_as_bright(channels, tmp_path)
     assert (view - 128 / 255).abs().max() < 0.002
 
 
-def test_bands_beyond_the_colors_of_an_8_bit_tiff_are_kept(tmp_path):
+def test_tiff_8_bit_extra_bands_are_kept(tmp_path):
     """Aerial photographs: red, green, blue and near-infrared."""
     for count in (4, 5):
         pixels = values((count, 12, 12), 'uint8')
@@ -597,7 +597,7 @@ def test_bands_beyond_the_colors_of_an_8_bit_tiff_are_kept(tmp_path):
                 assert np.array_equal(to_array(image, PixelFormat((*range(1, count + 1),), True)), pixels)
 
 
-def test_the_transparency_of_a_tiff_of_16_bits_is_left_out_and_said(tmp_path):
+def test_tiff_16_bit_alpha_is_dropped_with_message(tmp_path):
     pixels = values((12, 12, 4), 'uint16')
     tifffile.imwrite(tmp_path / 'x.tif', pixels, photometric='rgb', extrasamples=['unassalpha'])
     with open_image(tmp_path / 'x.tif', 'x.tif') as image:
@@ -607,7 +607,7 @@ def test_the_transparency_of_a_tiff_of_16_bits_is_left_out_and_said(tmp_path):
 
 
 @pytest.mark.parametrize('axes', ['CZYX', 'ZCYX', 'CTYX', 'TZCYX'])
-def test_of_slices_and_times_the_first_is_taken(axes, tmp_path):
+def test_tiff_with_slices_and_times_uses_first(axes, tmp_path):
     sides = {'C': 3, 'Z': 5, 'T': 4, 'Y': 20, 'X': 24}
     pixels = values([sides[axis] for axis in axes], 'uint16')
     tifffile.imwrite(tmp_path / 'x.ome.tif', pixels, metadata={'axes': axes}, photometric='minisblack')
@@ -618,14 +618,14 @@ def test_of_slices_and_times_the_first_is_taken(axes, tmp_path):
     assert note.startswith('the first of ')
 
 
-def test_colors_of_print_are_converted_in_a_set_of_16_bits(tmp_path):
+def test_cmyk_image_in_16_bit_dataset_is_converted(tmp_path):
     Image.new('CMYK', (24, 24), (0, 255, 255, 0)).save(tmp_path / 'red.tif')
     with open_image(tmp_path / 'red.tif', 'red.tif') as image:
         pixels = to_array(image, PixelFormat(dtype='uint16'))
     assert pixels[:, 0, 0].tolist() == [65535, 0, 0]
 
 
-def test_8_bit_monochrome1_stays_8_bits(tmp_path):
+def test_dicom_8_bit_monochrome1_stays_8_bit(tmp_path):
     import pydicom
 
     dataset = pydicom.dcmread(get_testdata_file('image_dfl.dcm'))
@@ -637,14 +637,14 @@ def test_8_bit_monochrome1_stays_8_bits(tmp_path):
     assert np.array_equal(inverse, 255 - first)
 
 
-def test_the_order_of_axes_is_taken_of_one_channel_too(tmp_path):
+def test_npy_axes_applies_to_one_channel(tmp_path):
     (tmp_path / 'set').mkdir()
     pixels = values((8, 12, 12, 1), 'uint8')
     for number, image in enumerate(pixels):
         np.save(tmp_path / f'set/{number}.npy', image)
     args = get_config(preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path), npy_axes='hwc')
     images = load_splits(args)['train']
-    with images.store.opened(5) as image:
+    with images.store.open(5) as image:
         assert np.array_equal(to_array(image, images.pixel_format), pixels[5].transpose(2, 0, 1).repeat(3, 0))
 
 
@@ -653,16 +653,16 @@ def test_the_order_of_axes_is_taken_of_one_channel_too(tmp_path):
     [
         (['--mean=imagenet'], '--mean=imagenet is not one number for all of 5 channels nor one for each'),
         (['--augment_backend=worker'], '--augment_backend=worker is for red, green and blue of 8 bits'),
-        (['--mean=weights'], '--mean=weights: no pretrained weights say theirs'),
+        (['--mean=weights'], '--mean=weights: no pretrained weights have it'),
     ],
 )
-def test_settings_that_do_not_go_with_five_channels_are_named(options, said, five, tmp_path, capsys):
+def test_options_incompatible_with_five_channels_exit_2(options, said, five, tmp_path, capsys):
     given = [*TINY, f'--image_path={five}', '--batch_size=8', *options, *own_paths(tmp_path)]
     assert cli.main(['train', *given]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_run_of_other_channels_is_no_start_and_no_row(five, drawn, tmp_path, capsys):
+def test_run_with_other_channels_is_refused_as_start_and_row(five, drawn, tmp_path, capsys):
     assert cli.main(['train', *TINY, f'--image_path={five}', '--batch_size=8', *own_paths(tmp_path)]) == 0
     (run,) = (tmp_path / 'ckpt').iterdir()
     capsys.readouterr()
@@ -677,7 +677,7 @@ def test_a_run_of_other_channels_is_no_start_and_no_row(five, drawn, tmp_path, c
     assert f'--beside={run.name} takes --channels=1-5, and this one rgb' in capsys.readouterr().err
 
 
-def test_channels_are_packed_as_they_are_or_refused(five, tmp_path, capsys):
+def test_pack_keeps_channels_or_refuses(five, tmp_path, capsys):
     given = [f'--image_path={five}', f'--cache_path={tmp_path}/cache', f'--output={tmp_path}/packed']
     assert cli.main(['pack', *given, '--pack_short_side=16']) == 2
     assert '--pack_short_side writes JPEGs, of red, green and blue of 8 bits' in one_line(capsys.readouterr().err)
@@ -685,32 +685,32 @@ def test_channels_are_packed_as_they_are_or_refused(five, tmp_path, capsys):
     assert len(load_splits(get_config(image_path=f'{tmp_path}/packed', cache_path=str(tmp_path)))['train']) == 24
 
 
-def test_dark_images_of_16_bits_are_packed_by_their_levels(tmp_path):
+def test_pack_short_side_uses_white_level(tmp_path):
     (tmp_path / 'set').mkdir()
     for number in range(4):
         Image.fromarray(np.full((40, 40), 2048, np.uint16)).save(tmp_path / f'set/{number}.png')
     given = [f'--image_path={tmp_path}/set', f'--cache_path={tmp_path}/cache', f'--output={tmp_path}/packed']
     assert cli.main(['pack', *given, '--pack_short_side=16', '--white_level=4095']) == 0
     images = load_splits(get_config(image_path=f'{tmp_path}/packed', cache_path=str(tmp_path)))['train']
-    with images.store.opened(0) as image:
+    with images.store.open(0) as image:
         assert abs(int(np.asarray(image)[8, 8, 0]) - 128) <= 1
 
 
-def test_a_tiff_of_16_bits_that_lies_is_cropped_as_it_is_stored(tmp_path):
+def test_exif_ignore_crops_16_bit_tiff_as_stored(tmp_path):
     """--exif=ignore, beside images of 8 bits."""
     tifffile.imwrite(tmp_path / 'x.tif', values((40, 120), 'uint16'), extratags=[(274, 'H', 1, 6, True)])
     for exif, sides in ((True, (120, 40)), (False, (40, 120))):
         form = PixelFormat(dtype='uint8', exif=exif)
         with open_image(tmp_path / 'x.tif', 'x.tif') as image:
             assert to_array(image, PixelFormat((1,), True, 'uint16', exif=exif)).shape[1:] == sides
-            recipe = get_augmentation(get_config(image_size=16), 'moco')
+            transform = get_augmentation(get_config(image_size=16), 'moco')
             crop = crops.random_crops(
-                image, 2, recipe, torch.Generator().manual_seed(0), True, replace(form, dtype='uint16')
+                image, 2, transform, torch.Generator().manual_seed(0), True, replace(form, dtype='uint16')
             )
         assert crop.shape == (2, 3, 16, 16)
 
 
-def test_a_run_of_before_there_were_channels_goes_on_by_itself(drawn, tmp_path, capsys):
+def test_run_older_than_channels_resumes_unchanged(drawn, tmp_path, capsys):
     """As it was: lying as it is stored, red, green and blue."""
     given = [*TINY, f'--image_path={drawn}', '--resume=auto', '--knn_every=0', *own_paths(tmp_path)]
     assert cli.main(['train', *given, '--max_minutes=0.0001']) == 0
@@ -720,7 +720,7 @@ def test_a_run_of_before_there_were_channels_goes_on_by_itself(drawn, tmp_path, 
         del content['args'][name]
     torch.save(content, path)
     assert cli.main(['train', *given]) == 0
-    assert 'going on with model_name_simsiam_ckpt_0' in capsys.readouterr().out
+    assert 'resuming model_name_simsiam_ckpt_0' in capsys.readouterr().out
     (run,) = (tmp_path / 'ckpt').iterdir()
     args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
     assert (args.channels, args.exif) == ('rgb', 'ignore')

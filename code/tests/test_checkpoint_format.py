@@ -21,7 +21,7 @@ def old(name):
     return torch.load(OLD / name, weights_only=True)
 
 
-def test_what_a_file_does_not_say_is_its_presets(capsys):
+def test_upgrade_fills_missing_options_from_preset(capsys):
     """An option that is younger than the file, of a demo run: the demo's default, and it is said."""
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(OLD / 'da4e617')))
     unsaid = set(preset_options('demo')) - set(old('da4e617')['args'])
@@ -35,7 +35,7 @@ def test_what_a_file_does_not_say_is_its_presets(capsys):
     assert 'they are as in --preset=demo' in said
 
 
-def test_it_is_judged_as_it_was(drawn, tmp_path):
+def test_old_checkpoint_has_same_knn_accuracy(drawn, tmp_path):
     """kNN as that commit measured it on these images: 12 of 24."""
     run = tmp_path / 'ckpt/model_name_old_ckpt_0'
     run.mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_it_is_judged_as_it_was(drawn, tmp_path):
     assert load_results(run)[-1]['top1'] == 50.0
 
 
-def test_a_position_in_steps_is_one_in_images():
+def test_upgrade_converts_steps_to_images():
     before = old('6693c8e')
     assert (before['step'], before['args']['batch_size']) == (1, 16)
     now, _ = upgrade(before)
@@ -55,7 +55,7 @@ def test_a_position_in_steps_is_one_in_images():
 
 
 @pytest.mark.parametrize('name', ['da4e617', '6693c8e'])
-def test_it_goes_on(name, drawn, tmp_path, capsys):
+def test_old_checkpoint_resumes(name, drawn, tmp_path, capsys):
     run = tmp_path / 'ckpt/model_name_old_ckpt_0'
     run.mkdir(parents=True)
     content = old(name)
@@ -63,7 +63,7 @@ def test_it_goes_on(name, drawn, tmp_path, capsys):
     shutil.copy(OLD / name, run / f'loss_{content["loss"]:.4f}_epoch_{content["epoch"]}{step}')
     options = ('--resume=model_name_old_ckpt_0', '--max_epochs=2', f'--image_path={drawn}', '--knn_every=0')
     assert cli.main(['train', *options, *own_paths(tmp_path)]) == 0
-    assert 'going on with model_name_old_ckpt_0' in capsys.readouterr().out
+    assert 'resuming model_name_old_ckpt_0' in capsys.readouterr().out
     assert list(run.glob('loss_*_epoch_2'))
     assert not list(run.glob('*_step_*'))
 
@@ -88,14 +88,14 @@ def test_it_goes_on(name, drawn, tmp_path, capsys):
         ('scaler', 'GONE'),
     ],
 )
-def test_a_part_that_is_missing_or_none_is_damage(part, value):
+def test_checkpoint_with_missing_part_is_damaged(part, value):
     content, _ = upgrade(old('6693c8e'))
     content = {name: kept for name, kept in {**content, part: value}.items() if value != 'GONE' or name != part}
     with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing, or is none'):
         upgrade(content)
 
 
-def test_other_bytes_than_were_written_are_damage(tmp_path):
+def test_checkpoint_with_changed_bytes_is_damaged(tmp_path):
     """Within a weight, where torch would read them as numbers."""
     path = shutil.copy(OLD / '6693c8e', tmp_path / 'loss_0.0000_epoch_1')
     with zipfile.ZipFile(path) as parts:
@@ -109,6 +109,6 @@ def test_other_bytes_than_were_written_are_damage(tmp_path):
         get_model_ckpt(get_config(ckpt_name=str(path)))
 
 
-def test_a_later_format_is_told_as_that():
+def test_checkpoint_of_later_format_is_named():
     with pytest.raises(WorkError, match=f'of format {FORMAT + 1}, a later one than {FORMAT}: update this code'):
         upgrade({**old('6693c8e'), 'format': FORMAT + 1})

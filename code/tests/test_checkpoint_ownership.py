@@ -41,9 +41,7 @@ def two_runs(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize('options', [[], ['--keep_checkpoints=1']])
-def test_a_checkpoint_outside_its_run_goes_on_as_a_new_run_and_nothing_is_deleted(
-    options, two_runs, drawn, tmp_path, capsys
-):
+def test_resume_of_copied_checkpoint_starts_new_run(options, two_runs, drawn, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in two_runs.iterdir()}
     assert any('_images_' in name for name in before)
     assert len(before) == 5
@@ -51,13 +49,13 @@ def test_a_checkpoint_outside_its_run_goes_on_as_a_new_run_and_nothing_is_delete
     given = [f'--ckpt_name={two_runs}/{name}', '--max_epochs=3', '--knn_every=0', *own_paths(tmp_path), *options]
     assert cli.main(['train', *given]) == 0
     assert {path.name: path.read_bytes() for path in two_runs.iterdir()} == before
-    assert 'does not lie in the folder of its run' in capsys.readouterr().out
+    assert 'is not in the folder of its run' in capsys.readouterr().out
     run = tmp_path / 'ckpt' / RUN
     assert (run / 'run.json').is_file()
     assert checkpoints(run)[-1].name.endswith('_epoch_3')
 
 
-def test_what_was_copied_into_a_run_folder_is_not_deleted(two_runs, drawn, tmp_path):
+def test_pruning_keeps_copied_in_checkpoints(two_runs, drawn, tmp_path):
     """--keep_checkpoints, and the rule that a newer checkpoint replaces one from within an epoch, know whose it is."""
     assert train(tmp_path, drawn, '--max_epochs=1', '--random_seed=3') == 0
     run = tmp_path / 'ckpt' / RUN
@@ -73,7 +71,7 @@ def test_what_was_copied_into_a_run_folder_is_not_deleted(two_runs, drawn, tmp_p
     assert [name[-8:] for name in own] == ['_epoch_4']  # of its own the last alone, as --keep_checkpoints says
 
 
-def test_a_run_of_before_ownership_was_kept_goes_on_in_its_folder(drawn, tmp_path):
+def test_run_without_checkpoint_list_resumes_in_place(drawn, tmp_path):
     assert train(tmp_path, drawn, '--max_epochs=2', '--save_every_epochs=1') == 0
     run = tmp_path / 'ckpt' / RUN
     (run / WRITTEN).unlink()
@@ -89,7 +87,7 @@ SPELLINGS = ['{}', '{}/', '{}//', '{}/.', '{}/train/..', '{}/../{name}', '{link}
 
 
 @pytest.mark.parametrize('spelling', SPELLINGS)
-def test_a_path_is_compared_by_where_it_leads(spelling, drawn, tmp_path):
+def test_same_value_compares_resolved_paths(spelling, drawn, tmp_path):
     (tmp_path / 'link').symlink_to(drawn)
     text = spelling.format(drawn, name=drawn.name, link=tmp_path / 'link')
     assert same_path(text, drawn)
@@ -99,12 +97,12 @@ def test_a_path_is_compared_by_where_it_leads(spelling, drawn, tmp_path):
 
 
 @pytest.mark.parametrize('spelling', ['{}/', '{link}'])
-def test_a_finished_run_is_not_trained_anew_for_a_spelling(spelling, drawn, tmp_path, capsys):
+def test_resume_auto_with_other_path_spelling_finds_run(spelling, drawn, tmp_path, capsys):
     (tmp_path / 'link').symlink_to(drawn)
     assert train(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
     text = spelling.format(drawn, link=tmp_path / 'link')
     assert train(tmp_path, text, '--max_epochs=1', '--resume=auto') == 0
-    assert 'has its 1 epochs already' in capsys.readouterr().out
+    assert 'has all of its 1 epochs' in capsys.readouterr().out
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
@@ -120,7 +118,7 @@ def judged(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize('times', ['as they are', 'all the same', 'reversed'])
-def test_the_best_classifier_predicts_whatever_the_files_times(times, judged, tmp_path, capsys):
+def test_infer_uses_best_classifier_despite_file_times(times, judged, tmp_path, capsys):
     folder = shutil.copytree(judged, tmp_path / 'copy')
     run = folder / 'ckpt' / RUN
     files = sorted(run.glob('classifier_*'), key=lambda path: torch.load(path, weights_only=True)['when'])
@@ -151,7 +149,7 @@ def test_the_best_classifier_predicts_whatever_the_files_times(times, judged, tm
 
 
 @pytest.mark.parametrize('times', ['all the same', 'reversed'])
-def test_runs_shows_the_last_result_whatever_the_files_times(times, judged, tmp_path, capsys):
+def test_runs_shows_newest_result_despite_file_times(times, judged, tmp_path, capsys):
     folder = shutil.copytree(judged, tmp_path / 'copy')
     found = files.read_in_order((folder / 'ckpt' / RUN).glob('evaluate_linear*.json'))
     for number, (path, _) in enumerate(found[::-1]):
@@ -164,7 +162,7 @@ def test_runs_shows_the_last_result_whatever_the_files_times(times, judged, tmp_
     assert run_row(folder / 'ckpt' / RUN, read_run_options(folder / 'ckpt' / RUN))['linear'] == f'{last:.2f}'
 
 
-def test_the_newest_run_is_the_one_that_says_so(tmp_path):
+def test_newest_run_is_found_by_run_json(tmp_path):
     for number, when in enumerate(('2026-01-03', '2026-01-01', '2026-01-02')):
         (tmp_path / str(number)).mkdir()
         (tmp_path / f'{number}/run.json').write_text(json.dumps({'when': when}))
@@ -172,7 +170,7 @@ def test_the_newest_run_is_the_one_that_says_so(tmp_path):
     assert files.newest_run([*tmp_path.iterdir()]).name == '0'
 
 
-def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_path, monkeypatch, capsys):
+def test_checkpoint_is_recorded_before_it_is_written(drawn, tmp_path, monkeypatch, capsys):
     """A kill right after it was written leaves one that the run goes on with, in its own folder."""
 
     def killed_after(path, write):
@@ -188,11 +186,11 @@ def test_a_checkpoint_is_a_runs_own_from_the_moment_that_it_is_there(drawn, tmp_
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
     assert ckpt.was_written_by_run(path.parent, path)
     assert train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3', '--resume=auto') == 0
-    assert f'going on with {RUN} after epoch 2' in capsys.readouterr().out
+    assert f'resuming {RUN} after epoch 2' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]
 
 
-def test_of_two_checkpoints_of_one_epoch_the_later_is_the_newest_whatever_the_files_times(tmp_path):
+def test_newest_checkpoint_of_epoch_is_last_written(tmp_path):
     """--learning_rate was changed and an epoch trained again: a copy of the folder has lost its files' times."""
     for name, age in (('loss_-0.9000_epoch_2', 50), ('loss_-0.8000_epoch_2', 10), ('loss_-0.9500_epoch_2', 30)):
         record_checkpoint(tmp_path, tmp_path / name)

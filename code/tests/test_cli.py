@@ -69,7 +69,7 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / 'copy')
 
 
-def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
+def test_train_writes_checkpoints_scalars_and_picture(trained, drawn):
     folder, said = trained
     assert re.search(
         r'epoch 0/2  kNN [\d.]+ %  10 labels a class [\d.]+ %  '
@@ -118,7 +118,7 @@ def test_train_leaves_checkpoints_scalars_and_a_picture(trained, drawn):
         assert picture.width > 16 * 32
 
 
-def test_the_same_command_gives_the_same_run_beside_the_first(trained, drawn, tmp_path):
+def test_same_command_gives_equal_second_run(trained, drawn, tmp_path):
     shutil.copytree(trained[0], tmp_path / 'again')
     train(tmp_path / 'again', drawn, '--save_every_epochs=1', '--knn_every=1')
     path, content = newest(tmp_path / 'again', 1)
@@ -131,14 +131,14 @@ def test_the_same_command_gives_the_same_run_beside_the_first(trained, drawn, tm
     assert newest(tmp_path / 'other')[1]['loss'] != first['loss'], other.stdout
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
+def test_resumed_run_equals_unbroken_run(trained, drawn, tmp_path):
     """From epoch 1's checkpoint alone; named by the run, and without repeating the first command's options."""
     run_folder = tmp_path / 'ckpt' / f'{RUN}0'
     run_folder.mkdir(parents=True)
     shutil.copy(next((trained[0] / 'ckpt' / f'{RUN}0').glob('*_epoch_1')), run_folder)
     done = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert f'going on with {RUN}0 after epoch 1 (of 2 epochs)' in done.stdout
+    assert f'resuming {RUN}0 after epoch 1 (of 2 epochs)' in done.stdout
     path, content = newest(tmp_path)
     before, wanted = newest(trained[0])
     assert path.name == before.name
@@ -147,20 +147,20 @@ def test_a_resumed_run_equals_one_that_never_stopped(trained, drawn, tmp_path):
     events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
     assert [event.step for event in events.Scalars('pretraining/loss')] == [2]
     again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
-    assert 'has its 2 epochs already; --max_epochs=<more> goes on' in again.stdout
+    assert 'has all of its 2 epochs; --max_epochs=<more> continues it' in again.stdout
 
 
-def test_large_images_train_through_workers(drawn_large, tmp_path):
+def test_train_on_large_images_uses_workers(drawn_large, tmp_path):
     options = ('--batch_size=8', '--num_workers=2', '--blur_prob=0.5', '--augmentation=simclr', '--warmup_epochs=1')
     train(tmp_path, drawn_large, *options)
     train(tmp_path, drawn_large, *options)
     assert same(newest(tmp_path, 0)[1]['model'], newest(tmp_path, 1)[1]['model'])
 
 
-def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_path):
+def test_max_minutes_stops_with_resumable_checkpoint(trained, drawn, tmp_path):
     """Interrupted after its first step and resumed, the run ends as the one that never stopped."""
     said = train(tmp_path, drawn, '--max_minutes=0.0001').stdout
-    command = re.search(r'have passed: python3 cli.py (.*) goes on in epoch 1, after 16 images', said)[1]
+    command = re.search(r'have passed: python3 cli.py (.*) resumes it in epoch 1, after 16 images', said)[1]
     assert (newest(tmp_path)[1]['epoch'], newest(tmp_path)[1]['images']) == (0, 16)
     done = run(*shlex.split(command), *own_paths(tmp_path, 'cache'))
     assert done.returncode == 0, done.stderr
@@ -169,7 +169,7 @@ def test_a_time_limit_stops_with_a_checkpoint_that_goes_on(trained, drawn, tmp_p
     assert [event.step for event in events.Scalars('pretraining/loss')] == [1, 2]
 
 
-def test_a_locale_in_which_tensorboard_cannot_name_its_folder(drawn, tmp_path):
+def test_ascii_locale_with_unicode_log_path_exits_2(drawn, tmp_path):
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     given = [*TINY, f'--image_path={drawn}', f'--log_path={tmp_path}/\u00e9', *own_paths(tmp_path, 'ckpt', 'cache')]
     command = [sys.executable, 'cli.py', 'train', *given]
@@ -179,7 +179,7 @@ def test_a_locale_in_which_tensorboard_cannot_name_its_folder(drawn, tmp_path):
     assert [*(tmp_path / 'ckpt').iterdir()] == []
 
 
-def test_evaluate_then_infer(copied, drawn, tmp_path):
+def test_infer_uses_classifier_of_evaluate(copied, drawn, tmp_path):
     name = f'--ckpt_name={RUN}0'
     done = run('evaluate', name, *own_paths(copied))
     assert done.returncode == 0, done.stderr
@@ -218,7 +218,7 @@ def test_evaluate_then_infer(copied, drawn, tmp_path):
         assert 1 / 3 <= float(row['confidence']) <= 1
 
 
-def test_the_next_command_is_one_that_works(drawn, tmp_path, capsys):
+def test_printed_next_command_works(drawn, tmp_path, capsys):
     """As it is printed: after another tool's file, too, whose set nothing else says."""
     paths, folder = own_paths(tmp_path / 'a b'), tmp_path / 'a b'
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *paths]) == 0
@@ -229,13 +229,13 @@ def test_the_next_command_is_one_that_works(drawn, tmp_path, capsys):
         assert cli.main(['evaluate', f'--ckpt_name={name}', *small, *paths]) == 0
         command = re.search(r'^next +python3 cli.py (.*)$', capsys.readouterr().out, re.M)[1]
         assert cli.main([*shlex.split(command), output, *own_paths(folder, 'cache')]) == 0
-        given = ['infer', f'--ckpt_name={name}', f'--image_path={drawn}/val', '--neighbours=2', output, *paths]
+        given = ['infer', f'--ckpt_name={name}', f'--image_path={drawn}/val', '--neighbors=2', output, *paths]
         assert cli.main(given) == 0
-        assert (tmp_path / 'said_neighbours.png').is_file()
-        (tmp_path / 'said_neighbours.png').unlink()
+        assert (tmp_path / 'said_neighbors.png').is_file()
+        (tmp_path / 'said_neighbors.png').unlink()
 
 
-def test_without_protocol_it_is_linear(drawn, tmp_path, capsys):
+def test_evaluate_without_protocol_is_linear(drawn, tmp_path, capsys):
     """Whatever the run was judged by at its end; and --from_run is of one preset."""
     paths = own_paths(tmp_path)
     given = [
@@ -261,7 +261,7 @@ def test_without_protocol_it_is_linear(drawn, tmp_path, capsys):
         assert 'run.json is not there or damaged' in one_line(capsys.readouterr().err)
 
 
-def test_infer_without_a_classifier_asks_the_neighbors(trained, drawn, tmp_path):
+def test_infer_without_classifier_uses_knn(trained, drawn, tmp_path):
     """On a folder of the user's own, of any depth and sizes."""
     own = tmp_path / 'own'
     shutil.copytree(drawn / 'val/dots', own / 'deep/er')
@@ -280,7 +280,7 @@ def test_infer_without_a_classifier_asks_the_neighbors(trained, drawn, tmp_path)
     assert [row['file'] for row in rows] == ['a.png', *(f'deep/er/{i:03d}.png' for i in range(8))]
 
 
-def test_check_dataloader_describes_the_set(drawn, tmp_path):
+def test_check_dataloader_describes_splits(drawn, tmp_path):
     done = run(
         'check_dataloader',
         '--preset=demo',
@@ -301,7 +301,7 @@ def test_check_dataloader_describes_the_set(drawn, tmp_path):
         assert picture.width > 16 * 32
 
 
-def test_check_dataloader_names_every_unreadable_file(drawn, drawn_large, tmp_path):
+def test_check_dataloader_names_unreadable_files(drawn, drawn_large, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'train/dots/text.jpg').write_text('not an image')
     whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
@@ -321,18 +321,18 @@ def test_check_dataloader_names_every_unreadable_file(drawn, drawn_large, tmp_pa
 
 
 @pytest.mark.parametrize('size', ['small', 'large'])
-def test_an_unreadable_image_stops_train_with_its_name(size, drawn, drawn_large, tmp_path):
+def test_train_with_unreadable_image_stops_and_names_it(size, drawn, drawn_large, tmp_path):
     """Read ahead into memory, and met in a worker in the middle of an epoch."""
     folder = shutil.copytree(drawn if size == 'small' else drawn_large, tmp_path / 'set')
     (folder / 'train/dots/text.jpg').write_text('not an image')
     done = run('train', *TINY, '--batch_size=8', '--num_workers=2', f'--image_path={folder}', *own_paths(tmp_path))
     assert done.returncode == 1
-    assert f'cannot read the image {folder}/train/dots/text.jpg: it is no image that Pillow can read' in one_line(
+    assert f'cannot read the image {folder}/train/dots/text.jpg: it is not an image that Pillow can read' in one_line(
         done.stderr
     )
 
 
-def test_folders_that_cannot_work(drawn, tmp_path, capsys):
+def test_train_on_invalid_folder_exits_2(drawn, tmp_path, capsys):
     """(what is wrong, options, what is said): each one line, exit code 2, no run folder left behind."""
     (tmp_path / 'set/train').mkdir(parents=True)
     empty_class = shutil.copytree(drawn, tmp_path / 'hole')
@@ -350,7 +350,7 @@ def test_folders_that_cannot_work(drawn, tmp_path, capsys):
     assert not (tmp_path / 'ckpt').exists()
 
 
-def test_checkpoints_that_cannot_work(copied, tmp_path, capsys):
+def test_evaluate_of_invalid_checkpoint_fails_in_one_line(copied, tmp_path, capsys):
     folder = copied / 'ckpt' / f'{RUN}0'
     path, content = newest(copied)
     torch.save({**content, 'args': content['args'] | {'proj_dim': 64}}, folder / 'loss_-0.1000_epoch_3')
@@ -386,15 +386,15 @@ class Harmful:
         return open, (str(self.path), 'w')
 
 
-def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+def test_checkpoint_with_code_is_refused(tmp_path, capsys):
     (tmp_path / 'ckpt').mkdir()
     torch.save({'model': Harmful(tmp_path / 'harm')}, tmp_path / 'ckpt/bad')
     assert cli.main(['evaluate', '--ckpt_name=bad', f'--ckpt_path={tmp_path}/ckpt']) == 1
-    assert 'is not loaded: it wants to run io.open' in one_line(capsys.readouterr().err)
+    assert 'is not loaded: it would run io.open' in one_line(capsys.readouterr().err)
     assert not (tmp_path / 'harm').exists()
 
 
-def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
+def test_evaluate_without_ckpt_name_lists_checkpoints(trained, tmp_path, capsys):
     assert cli.main(['evaluate', f'--ckpt_path={trained[0]}/ckpt']) == 2
     said = capsys.readouterr()
     names = {path.name for path in (trained[0] / 'ckpt' / f'{RUN}0').iterdir()}
@@ -404,12 +404,12 @@ def test_evaluate_without_a_name_lists_what_there_is(trained, tmp_path, capsys):
         'log.txt',
         'metrics.jsonl',
     }
-    assert 'wants --ckpt_name' in one_line(said.err)
+    assert 'needs --ckpt_name' in one_line(said.err)
     assert cli.main(['evaluate', f'--ckpt_path={tmp_path}']) == 2
     assert 'no checkpoint in' in capsys.readouterr().out
 
 
-def test_unlabeled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys):
+def test_train_without_labels_names_disabled_metrics(drawn, tmp_path, capsys):
     (tmp_path / 'set/train').mkdir(parents=True)
     for number, file in enumerate(sorted((drawn / 'train').rglob('*.png'))):
         shutil.copy(file, tmp_path / f'set/train/{number}.png')
@@ -426,8 +426,8 @@ def test_unlabeled_images_pretrain_and_say_what_is_off(drawn, tmp_path, capsys):
     assert 'RankMe' in capsys.readouterr().out
 
 
-def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monkeypatch):
-    """The last agrees with what training noted; the best by the favoured measure is named, and is one of them. The
+def test_label_free_of_run_evaluates_all_checkpoints(copied, capsys, monkeypatch):
+    """The last agrees with what training noted; the best by the favored measure is named, and is one of them. The
     untrained network is measured once."""
     options, seen = ['evaluate', *own_paths(copied), '--protocol=label_free'], []
     measured = label_free.all_metrics
@@ -447,7 +447,7 @@ def test_all_checkpoints_of_a_run_are_judged_without_labels(copied, capsys, monk
     assert 'the best by' not in capsys.readouterr().out
 
 
-def test_adamw_trains_and_goes_on_as_if_it_had_not_stopped(drawn, tmp_path, capsys):
+def test_adamw_resumed_run_equals_unbroken_run(drawn, tmp_path, capsys):
     options = ['--optimizer=adamw', '--learning_rate=0.01']
     train(tmp_path / 'whole', drawn, *options)
     train(tmp_path / 'parts', drawn, *options, '--save_every_epochs=1', '--max_minutes=0.0000001')
@@ -456,10 +456,10 @@ def test_adamw_trains_and_goes_on_as_if_it_had_not_stopped(drawn, tmp_path, caps
     one, other = newest(tmp_path / 'whole')[1], newest(tmp_path / 'parts')[1]
     assert all(torch.equal(value, other['model'][name]) for name, value in one['model'].items())
     assert cli.main(['train', *TINY, f'--resume={RUN}0', '--optimizer=sgd', *own_paths(tmp_path / 'whole')]) == 2
-    assert 'the run goes on with adamw' in one_line(capsys.readouterr().err)
+    assert 'the resumed run uses adamw' in one_line(capsys.readouterr().err)
 
 
-def test_more_views_than_two_train(drawn, tmp_path, capsys):
+def test_train_with_four_views_runs(drawn, tmp_path, capsys):
     done = train(tmp_path, drawn, '--num_views=4', '--grad_accum_steps=2')
     assert re.search(r'epoch 2/2  loss -0\.\d+', done.stdout)
     assert newest(tmp_path)[1]['args']['num_views'] == 4
@@ -467,7 +467,7 @@ def test_more_views_than_two_train(drawn, tmp_path, capsys):
     assert '--loss_symmetry=2x is for two views' in one_line(capsys.readouterr().err)
 
 
-def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):
+def test_collapse_warning_is_printed_once(drawn, tmp_path):
     """A threshold that healthy runs are under too, for the warning's sake; the collapse itself is test_model.py's."""
     done = train(tmp_path, drawn, '--collapse_threshold=1', '--proj_bn=none')
     lines = done.stderr.strip().splitlines()
@@ -475,7 +475,7 @@ def test_a_collapsed_run_is_warned_of_once(drawn, tmp_path):
     assert re.search(r'warning: the model collapses: std 0\.\d+ .* Try --augmentation=moco', lines[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(drawn, tmp_path):
+def test_train_with_infinite_loss_stops(drawn, tmp_path):
     done = run(
         'train',
         *TINY,
@@ -492,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(drawn, tmp_path):
     assert re.search(r'the loss is nan in epoch \d+: try a lower --learning_rate', one_line('\n'.join(errors)))
 
 
-def test_quiet_says_nothing_and_the_log_has_it_all(trained, drawn, tmp_path):
+def test_quiet_prints_nothing_but_logs_to_file(trained, drawn, tmp_path):
     done = train(tmp_path, drawn, '--quiet')
     assert done.stdout == ''
     assert done.stderr == ''
@@ -503,7 +503,7 @@ def test_quiet_says_nothing_and_the_log_has_it_all(trained, drawn, tmp_path):
 
 
 @pytest.mark.parametrize('plain', [False, True])
-def test_colors_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
+def test_colors_and_bars_need_a_terminal(plain, drawn, tmp_path):
     """On a pseudo-terminal; in a pipe (every other test) there is neither."""
     command = [
         sys.executable,
@@ -513,7 +513,7 @@ def test_colors_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
         '--knn_k=5',
         '--collapse_threshold=1',
         '--proj_bn=none',
-        '--neighbours=3',
+        '--neighbors=3',
         f'--image_path={drawn}',
         *own_paths(tmp_path),
     ]
@@ -531,11 +531,11 @@ def test_colors_and_bars_only_on_a_terminal(plain, drawn, tmp_path):
     assert b'epoch 1/2: ' in seen  # the bar
     assert b'batches/s' in seen
     assert b'kNN: features of val: ' in seen
-    assert (b'\x1b[33mwarning: --neighbours has no effect on train\x1b[0m' in seen) is not plain
+    assert (b'\x1b[33mwarning: --neighbors has no effect on train\x1b[0m' in seen) is not plain
     assert (b'\x1b[33mwarning: the model collapses' in seen) is not plain
 
 
-def test_a_full_disk_or_a_stopped_save_leaves_no_half_checkpoint(tmp_path):
+def test_failed_save_leaves_no_partial_checkpoint(tmp_path):
     from runtime.atomic_write import atomic_write_on_main
 
     path = tmp_path / 'file'

@@ -16,7 +16,7 @@ from runtime.errors import UserError, resolve_path
 from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, options_by_theme, parse
 
 
-def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
+def test_option_aliases_are_unique():
     aliases = [name for f in OPTIONS.values() for name in f.metadata['aliases'].split()]
     assert len(aliases) == len({*aliases})
     assert not {*aliases} & {*OPTIONS}
@@ -40,7 +40,7 @@ def test_names_from_elsewhere_are_none_of_ours_and_mean_one():
         ('Momentom', 'momentum'),
     ],
 )
-def test_unknown_option_names_the_nearest(typed, meant, capsys):
+def test_unknown_option_suggests_nearest(typed, meant, capsys):
     assert cli.main(['train', f'--{typed}=1']) == 2
     assert f'unknown option --{typed}; the nearest is --{meant} ' in one_line(capsys.readouterr().err)
 
@@ -48,18 +48,18 @@ def test_unknown_option_names_the_nearest(typed, meant, capsys):
 @pytest.mark.parametrize(
     ('argument', 'said'),
     [
-        ('--batch_size=many', '--batch_size wants a whole number'),
-        ('--max_epochs=1.5', '--max_epochs wants a whole number'),
-        ('--learning_rate=fast', '--learning_rate wants a number'),
-        ('--learning_rate=nan', '--learning_rate wants a number'),
-        *((f'--{name}=', f'--{name} is given as nothing') for name in ('resume', 'ckpt_name', 'batch_size', 'quiet')),
-        *((f'--{name}= ', f'--{name} is given as nothing') for name in ('resume', 'output', 'batch_size')),
+        ('--batch_size=many', '--batch_size needs a whole number'),
+        ('--max_epochs=1.5', '--max_epochs needs a whole number'),
+        ('--learning_rate=fast', '--learning_rate needs a number'),
+        ('--learning_rate=nan', '--learning_rate needs a number'),
+        *((f'--{name}=', f'--{name} is empty') for name in ('resume', 'ckpt_name', 'batch_size', 'quiet')),
+        *((f'--{name}= ', f'--{name} is empty') for name in ('resume', 'output', 'batch_size')),
         *((f'--{name}', f'--{name} is given without a value') for name in OPTIONS if OPTIONS[name].type is not bool),
-        ('--resume=a --init_from=b', '--resume and --init_from say two starts'),
-        ('--ckpt_name=a --from_run=b', '--ckpt_name and --from_run say two starts'),
+        ('--resume=a --init_from=b', '--resume and --init_from name two starts'),
+        ('--ckpt_name=a --from_run=b', '--ckpt_name and --from_run name two starts'),
         ('--image_path=~nobody-of-this-name/x', 'no such user'),
         (f'--output={CODE}', 'is a folder: name a file in it'),
-        ('--evaluate_after=perhaps', '--evaluate_after wants True or False'),
+        ('--evaluate_after=perhaps', '--evaluate_after needs True or False'),
         ('--batch_size=1', '--batch_size must lie between 2 and'),
         ('--momentum=2', '--momentum must lie between 0.0 and'),
         ('--random_seed=-1', '--random_seed must lie between 0 and'),
@@ -72,7 +72,7 @@ def test_unknown_option_names_the_nearest(typed, meant, capsys):
         ('-', "'-' alone is not an option"),
     ],
 )
-def test_a_wrong_value_is_one_line_and_exit_code_2(argument, said, capsys):
+def test_invalid_value_exits_2(argument, said, capsys):
     assert cli.main(['train', '--preset=demo', *re.split(' (?=--)', argument)]) == 2
     assert said in one_line(capsys.readouterr().err)
 
@@ -80,18 +80,18 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(argument, said, capsys):
 @pytest.mark.parametrize(
     ('command', 'name'), [('infer', 'a.parquet'), ('infer', 'a.JSON'), ('runs', 'a.xlsx'), ('report', 'a.csv')]
 )
-def test_a_file_of_another_kind_is_not_written(command, name, tmp_path, capsys):
+def test_output_with_wrong_ending_exits_2(command, name, tmp_path, capsys):
     assert cli.main([command, f'--output={tmp_path / name}']) == 2
     assert f'{name}: {command} writes a .' in one_line(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_command(capsys):
+def test_unknown_command_suggests_nearest(capsys):
     assert cli.main(['trian']) == 2
     assert 'did you mean train?' in one_line(capsys.readouterr().err)
 
 
-def test_an_option_without_effect_is_said(capsys, tmp_path):
+def test_option_without_effect_warns(capsys, tmp_path):
     assert cli.main(['evaluate', '--momentum=0.5', f'--ckpt_path={tmp_path}']) == 2
     assert '--momentum has no effect on evaluate' in capsys.readouterr().err
 
@@ -107,7 +107,7 @@ def test_an_option_without_effect_is_said(capsys, tmp_path):
         ('pack', 'device amp backbone'),
     ],
 )
-def test_what_a_command_has_no_use_for(command, idle):
+def test_ignored_by_command_lists_unused_options(command, idle):
     given = {name: OPTIONS[name].default for name in idle.split()}
     assert ignored_by_command(get_config(preset='demo', **given), command) == sorted(given)
 
@@ -123,7 +123,7 @@ def test_what_a_command_has_no_use_for(command, idle):
         ('--protocol=label_free', 'cache_features subset_list'),
     ],
 )
-def test_what_a_stage_has_no_use_for(stage, idle):
+def test_ignored_by_protocol_lists_unused_options(stage, idle):
     words = dict(word.removeprefix('--').split('=') for word in stage.split())
     given = {name: OPTIONS[name].default for name in (*idle.split(), 'batch_size')} | words
     given = {name: 'x' if value == '' else value for name, value in given.items()}
@@ -146,12 +146,12 @@ def test_what_a_stage_has_no_use_for(stage, idle):
         ('momentum=0.5', []),
     ],
 )
-def test_what_is_idle_beside_another_option(words, names):
+def test_ignored_in_train_lists_overridden_options(words, names):
     args = get_config(preset='demo', **dict(word.split('=') for word in words.split()))
     assert [name for name, _ in ignored_in_train(args)] == names
 
 
-def test_help_answers_without_torch(tmp_path):
+def test_help_lists_options_without_importing_torch(tmp_path):
     """It lists every option of the command with its default, and imports no torch: that is what makes it quick."""
     (tmp_path / 'torch.py').write_text('raise SystemExit("torch was imported")')
     done = run('train', '--help', env={'PYTHONPATH': str(tmp_path), 'PATH': ''})
@@ -167,9 +167,9 @@ def test_help_answers_without_torch(tmp_path):
         'Data',
         'Views',
         'Model',
-        'The method, changed',
-        'Optimisation',
-        'Watching',
+        'Ablations of the method',
+        'Optimization',
+        'Metrics and checkpoints',
         'Evaluation',
         'Files',
     ]
@@ -183,7 +183,7 @@ def test_help_answers_without_torch(tmp_path):
     assert (typo.returncode, 'torch' in typo.stderr) == (2, False)
 
 
-def test_every_option_has_one_theme_and_a_full_account():
+def test_options_have_theme_meaning_and_commands():
     grouped = [name for names in options_by_theme().values() for name in names]
     assert grouped == [*OPTIONS]
     for name, option in OPTIONS.items():
@@ -193,7 +193,7 @@ def test_every_option_has_one_theme_and_a_full_account():
         assert all(command in said for command in option.metadata['used_by'])
 
 
-def test_every_option_is_used_somewhere():
+def test_options_are_read_somewhere():
     """An option that nobody reads is an option that is ignored."""
     sources = [path.read_text() for path in CODE.rglob('*.py') if 'tests' not in path.parts]
     text = '\n'.join(sources)
@@ -201,7 +201,7 @@ def test_every_option_is_used_somewhere():
         assert re.search(rf'args\.{name}\b', text), name
 
 
-def test_presets_are_the_papers():
+def test_presets_equal_published_settings():
     """Section 3 and appendix A for ImageNet, appendix D for CIFAR-10."""
     imagenet = {
         'backbone': 'resnet50',
@@ -236,7 +236,7 @@ def test_presets_are_the_papers():
     assert get_config(preset='cifar10', max_epochs='7').max_epochs == 7
 
 
-def test_auto_is_imagenet_where_its_data_is(tmp_path, monkeypatch):
+def test_preset_auto_is_imagenet_if_data_exists(tmp_path, monkeypatch):
     monkeypatch.setattr(options, 'ROOT', tmp_path)
     assert get_config().preset == 'demo'
     (tmp_path / 'data/imagenet/train').mkdir(parents=True)
@@ -244,7 +244,7 @@ def test_auto_is_imagenet_where_its_data_is(tmp_path, monkeypatch):
     assert get_config(preset='auto').preset == 'imagenet'
 
 
-def test_typed_values_pass_like_text():
+def test_parse_accepts_typed_values():
     args = get_config(batch_size=32.0, evaluate_after=True, learning_rate='1e-3')
     assert (args.batch_size, args.evaluate_after, args.learning_rate) == (32, True, 1e-3)
     assert args.given == {'batch_size', 'evaluate_after', 'learning_rate'}
@@ -252,7 +252,7 @@ def test_typed_values_pass_like_text():
         get_config(batch_size=True)
 
 
-def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
+def test_resolve_path_is_relative_to_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve_path('data/demo') == CODE.parent / 'data/demo'
     assert resolve_path('/somewhere').as_posix() == '/somewhere'
@@ -261,13 +261,13 @@ def test_relative_paths_start_at_the_repository(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('words', 'said'),
     [
-        (['--nooutput'], '--nooutput is not an option: --output=... says what it is'),
-        (['--no-quiet'], '--no-quiet is not an option: --quiet=... says what it is, False where it is no'),
-        (['-output'], "'-output' is not an option: they are given as --name=value"),
+        (['--nooutput'], '--nooutput is not an option: --output=<value> sets it'),
+        (['--no-quiet'], '--no-quiet is not an option: --quiet=<value> sets it'),
+        (['-output'], "'-output' is not an option: options are given as --name=value"),
         (['--output', '-sort=loss'], '--output is given without a value'),
     ],
 )
-def test_options_without_a_value_are_no_text(words, said, tmp_path, capsys, monkeypatch):
+def test_option_without_value_exits_2(words, said, tmp_path, capsys, monkeypatch):
     """Fire would take them for True and False, and a file would have that name."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(['runs', *words]) == 2
@@ -275,12 +275,12 @@ def test_options_without_a_value_are_no_text(words, said, tmp_path, capsys, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_help_of_an_option_without_a_command(capsys):
+def test_help_of_option_without_command_prints_it(capsys):
     assert cli.main(['--help=LEARNING_RATE']) == 0
     assert capsys.readouterr().out.startswith('--learning_rate, a number: ')
 
 
-def test_a_protocol_by_its_old_name_is_taken_and_the_new_one_said(tmp_path, capsys):
+def test_renamed_protocol_is_accepted_with_warning(tmp_path, capsys):
     assert get_config(preset='demo', protocol='spectrum').protocol == 'label_free'
     given = ['evaluate', '--protocol=spectrum', '--ckpt_name=none', f'--ckpt_path={tmp_path}']
     assert cli.main(given) == 2
@@ -288,7 +288,7 @@ def test_a_protocol_by_its_old_name_is_taken_and_the_new_one_said(tmp_path, caps
 
 
 @pytest.mark.parametrize(('old', 'new'), RENAMED_OPTIONS.items())
-def test_an_option_by_its_old_name_is_taken_and_the_new_one_said(old, new, tmp_path, capsys):
+def test_renamed_option_is_accepted_with_warning(old, new, tmp_path, capsys):
     """On a command line, in the options of a run and in a checkpoint; both names at once are refused."""
     limits, kind = OPTIONS[new].metadata, OPTIONS[new].type
     value = limits['choices'][-1] if limits['choices'] else limits['low'] or (True if kind is bool else 1)
@@ -302,7 +302,7 @@ def test_an_option_by_its_old_name_is_taken_and_the_new_one_said(old, new, tmp_p
     assert old not in OPTIONS
 
 
-def test_a_checkpoint_with_the_old_names_of_options_is_read(drawn, tmp_path):
+def test_checkpoint_with_renamed_options_loads(drawn, tmp_path):
     options = ['--max_epochs=1', '--save_every_epochs=7', '--blur_prob=0.25', f'--image_path={drawn}']
     assert cli.main(['train', *TINY, *options, *own_paths(tmp_path)]) == 0
     (path,) = (tmp_path / 'ckpt').glob('*/loss_*')

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataloader.augment.recipes import AUGMENTATIONS, get_augmentation
+from dataloader.augment.augmentations import AUGMENTATIONS, get_augmentation
 from dataloader.cache.decoded import build_resized_cache
 from dataloader.loading import crops
 from dataloader.loading.decode import draft_downscale, open_image, rgb
@@ -67,7 +67,7 @@ def reference(image, size, count, name, seed):
     return torch.stack(wanted)
 
 
-def recipe(name, size):
+def transform(name, size):
     return get_augmentation(get_config(image_size=size), name)
 
 
@@ -76,22 +76,22 @@ def generator(seed):
 
 
 def gaps(ours, wanted):
-    """(largest, mean) difference in grey levels."""
+    """(largest, mean) difference in gray levels."""
     difference = (ours.int() - wanted.int()).abs()
     return difference.max().item(), difference.float().mean().item()
 
 
 @every_day
 @given(sizes, views, names, st.integers(0, 2**31), st.sampled_from(('JPEG', 'PNG')), st.booleans())
-def test_a_crop_is_the_references(size, view, name, seed, kind, halve):
-    """Within two grey levels; where the JPEG decoder left out detail, within three on average (the edges of a block of
+def test_random_crops_equal_pil_within_two_levels(size, view, name, seed, kind, halve):
+    """Within two gray levels; where the JPEG decoder left out detail, within three on average (the edges of a block of
     its pixels are not those of the crop; a picture of 162 x 173 at 8 px was off by 2.008)."""
     content = encoded(picture(*size, seed), kind)
     with open_image(io.BytesIO(content), 'whole') as image:
         whole = rgb(image)
     wanted = reference(whole, view, 2, name, seed)
     with open_image(io.BytesIO(content), 'cut') as image:
-        ours = crops.random_crops(image, 2, recipe(name, view), generator(seed), halve)
+        ours = crops.random_crops(image, 2, transform(name, view), generator(seed), halve)
         shrunk = image.size != whole.size
     assert (ours.shape, ours.dtype) == ((2, 3, view, view), torch.uint8)
     most, mean = gaps(ours, wanted)
@@ -102,7 +102,7 @@ def test_a_crop_is_the_references(size, view, name, seed, kind, halve):
 
 @every_day
 @given(sizes, views, st.floats(0.1, 1.0), st.integers(0, 2**31))
-def test_the_center_crop_is_the_references(size, view, ratio, seed):
+def test_center_crop_equals_pil(size, view, ratio, seed):
     image = picture(*size, seed)
     ours = crops.center_crop(image, view, ratio)
     side = min(image.size) * ratio
@@ -113,7 +113,7 @@ def test_the_center_crop_is_the_references(size, view, ratio, seed):
 
 @every_day
 @given(st.integers(1, 5000), st.integers(1, 5000), st.floats(0.5, 60))
-def test_a_shrunk_image_is_as_large_as_it_says(height, width, factor):
+def test_draft_downscale_returns_true_factor(height, width, factor):
     """The decoder rounds an odd side up: a box of the whole, divided by what shrink returns, lies inside."""
     height = min(height, max(1, LARGEST // width))
     factor = min(factor, min(height, width))
@@ -127,7 +127,7 @@ def test_a_shrunk_image_is_as_large_as_it_says(height, width, factor):
 
 @settings(every_day, max_examples=max(40, EXAMPLES // 4))
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4), views, st.integers(0, 99))
-def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, seed):
+def test_all_readers_give_equal_crops(tmp_path_factory, all_sizes, view, seed):
     """Files, the same files in a tar, in memory, and in the file of resized images, where none is larger."""
     folder = tmp_path_factory.mktemp('stores')
     names = [f'{number}.png' for number in range(len(all_sizes))]
@@ -142,25 +142,25 @@ def test_every_store_gives_the_same_crops(tmp_path_factory, all_sizes, view, see
         open_archives([folder / 'train.tar'], folder / 'cache', progress)[1],
         build_resized_cache(files, folder, 300, crops.RGB8, folder / 'cache'),
     ]
-    with files.opened(0) as image:
+    with files.open(0) as image:
         pixels = torch.from_numpy(np.array(rgb(image))).permute(2, 0, 1)[None]
     for row in range(len(names)):
         found = []
         for store in [*stores, Memory(PathArray(names[:1]), pixels)] if row == 0 else stores:
-            with store.opened(row) as image:
-                found.append(crops.random_crops(image, 2, recipe('moco', view), generator(seed)))
+            with store.open(row) as image:
+                found.append(crops.random_crops(image, 2, transform('moco', view), generator(seed)))
         assert all(torch.equal(crop, found[0]) for crop in found)
 
 
 @pytest.mark.parametrize(
     ('width', 'height', 'view'), [(2048, 1365, 224), (500, 375, 32), (375, 500, 32), (1021, 67, 8)]
 )
-def test_odd_photographs(width, height, view):
+def test_crops_of_extreme_sizes_work(width, height, view):
     """The sizes at which training on photographs ended: 19 of 900 draws failed, or one of some thousand."""
     content = encoded(picture(height, width), 'JPEG')
     shrunk = 0
     for seed in range(300):
         with open_image(io.BytesIO(content), 'image') as image:
-            crops.random_crops(image, 2, recipe('moco', view), generator(seed))
+            crops.random_crops(image, 2, transform('moco', view), generator(seed))
             shrunk += image.size != (width, height)
     assert shrunk

@@ -18,7 +18,7 @@ from torchvision import datasets
 from commands.pack import pack
 from dataloader import vision
 from dataloader.augment import crop
-from dataloader.augment.recipes import AUGMENTATIONS
+from dataloader.augment.augmentations import AUGMENTATIONS
 from dataloader.cache import decoded
 from dataloader.load_dataset import eval_loader, get_iterator, labeled_subset, load_splits
 from dataloader.loading.decode import decode
@@ -46,7 +46,7 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / 'copy')
 
 
-def test_labels_are_the_folders(drawn):
+def test_labels_follow_folders(drawn):
     args = options(drawn)
     iterators = get_iterator(args)
     assert set(iterators) == {'train', 'val', 'test'}
@@ -63,7 +63,7 @@ def test_labels_are_the_folders(drawn):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(file).convert('RGB')))
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own(drawn):
+def test_epoch_has_every_image_once_in_new_order(drawn):
     batches = get_iterator(options(drawn))['train']
     orders = []
     for epoch in (0, 1, 0):
@@ -78,7 +78,7 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own(drawn):
     assert sum(len(labels) for _, labels in get_iterator(options(drawn, batch_size=50))['val']) == 24  # not here
 
 
-def test_workers_change_nothing(drawn_large):
+def test_batches_with_and_without_workers_are_equal(drawn_large):
     """Large images: crops cut in processes equal those cut here; they are fixed by the seed, new in every epoch."""
     epochs = {}
     for workers in (0, 2):
@@ -95,9 +95,9 @@ def test_workers_change_nothing(drawn_large):
 
 
 @pytest.mark.parametrize(('side', 'atol', 'mean'), [(150, 1.6 / 255, 0.4 / 255), (1100, 15 / 255, 1 / 255)])
-def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
-    """The device path's, within the rounding to whole grey levels; of a photo that the JPEG decoder halved, within
-    one grey level on average."""
+def test_worker_crops_use_sampled_boxes(side, atol, mean, drawn, tmp_path):
+    """The device path's, within the rounding to whole gray levels; of a photo that the JPEG decoder halved, within
+    one gray level on average."""
     small = torch.nn.functional.interpolate(
         torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)), (side, side), mode='bicubic'
     )
@@ -115,8 +115,8 @@ def test_crops_are_those_that_were_drawn(side, atol, mean, drawn, tmp_path):
         assert (crops - wanted).abs().mean() < mean
 
 
-def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_large, tmp_path):
-    """A folder of images that are too large for memory, and the same pixels held in memory."""
+def test_eval_view_from_memory_and_workers_is_equal(drawn_large, tmp_path):
+    """A folder of images that are too large for memory, and the same pixels kept in memory."""
     args = options(drawn_large)
     from_workers = eval_loader(args, load_splits(args)['val'])
     images = from_workers.dataset
@@ -126,10 +126,10 @@ def test_the_evaluation_view_is_the_same_from_memory_and_from_workers(drawn_larg
     for start, batch in zip(range(0, 12, 8), from_workers, strict=True):
         ours = vision.eval_view(prepare_batch(args, batch)[0], args)
         wanted = vision.eval_view(pixels[start : start + 8], args)
-        torch.testing.assert_close(ours, wanted, atol=0.04, rtol=0)  # 1.6 grey levels over the channel's std
+        torch.testing.assert_close(ours, wanted, atol=0.04, rtol=0)  # 1.6 gray levels over the channel's std
 
 
-def test_images_of_several_sizes_are_not_held_in_memory(drawn, tmp_path):
+def test_images_of_different_sizes_are_not_cached_in_memory(drawn, tmp_path):
     folder = copy_of(drawn, tmp_path)
     Image.new('RGB', (60, 20), 'red').save(folder / 'train/dots/odd.png')
     splits = load_splits(options(folder))
@@ -143,7 +143,7 @@ def unreadable(*_, **__):
     raise AssertionError('a file was decoded')
 
 
-def test_decoded_images_are_kept_until_a_file_changes(drawn, tmp_path, monkeypatch):
+def test_decoded_cache_is_used_until_file_changes(drawn, tmp_path, monkeypatch):
     folder = copy_of(drawn, tmp_path)
     first = load_splits(options(folder))
     with monkeypatch.context() as patch:
@@ -160,7 +160,7 @@ def test_decoded_images_are_kept_until_a_file_changes(drawn, tmp_path, monkeypat
     assert torch.equal(load_splits(options(folder))['train'].pixels, changed.pixels)
 
 
-def test_cache_images_off_and_on(drawn, drawn_large, tmp_path):
+def test_cache_images_off_and_on_are_obeyed(drawn, drawn_large, tmp_path):
     assert load_splits(options(drawn, cache_images='off'))['train'].pixels is None
     assert load_splits(options(drawn_large, cache_images='on'))['train'].pixels.shape == (24, 3, 150, 150)
     folder = copy_of(drawn, tmp_path)
@@ -169,7 +169,7 @@ def test_cache_images_off_and_on(drawn, drawn_large, tmp_path):
         load_splits(options(folder, cache_images='on'))
 
 
-def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
+def test_cache_short_side_resizes_once(drawn_large, tmp_path, monkeypatch):
     """The shorter side as asked, smaller images as they are, no file decoded the second time."""
     folder = copy_of(drawn_large, tmp_path)
     tall = Image.effect_noise((200, 301), 60).convert('RGB')
@@ -182,7 +182,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
     train = load_splits(args)['train']
     resized = {}
     for row, name in enumerate(train.names):
-        with train.store.opened(row) as image:
+        with train.store.open(row) as image:
             resized[name] = np.asarray(image)
     np.testing.assert_array_equal(resized['dots/tiny.png'], np.asarray(small))
     wanted = tall.resize((100, 150), Image.Resampling.BILINEAR)
@@ -205,7 +205,7 @@ def test_large_images_resized_on_disk(drawn_large, tmp_path, monkeypatch):
 
 
 def views_of(args, epochs):
-    """Every view of some epochs, in the order of drawing, normalised."""
+    """Every view of some epochs, in the order of drawing, normalized."""
     batches = get_iterator(args)['train']
     views = []
     for epoch in range(epochs):
@@ -216,8 +216,8 @@ def views_of(args, epochs):
 
 
 @pytest.mark.parametrize('size', ['small', 'large'])
-def test_device_and_worker_views_are_of_one_distribution(size, drawn, drawn_large):
-    """Torchvision's transforms against ours on the same images: mean, contrast, colourfulness and detail of a view."""
+def test_device_and_worker_views_have_equal_statistics(size, drawn, drawn_large):
+    """Torchvision's transforms against ours on the same images: mean, contrast, colorfulness and detail of a view."""
     folder, epochs = (drawn, 14) if size == 'small' else (drawn_large, 42)
     ours = views_of(options(folder, blur_prob=0.5), epochs)
     theirs = views_of(options(folder, blur_prob=0.5, augment_backend='worker'), epochs)
@@ -236,7 +236,7 @@ def test_device_and_worker_views_are_of_one_distribution(size, drawn, drawn_larg
         assert gap / len(a) < 0.065  # of 2,000 views each: once in two thousand times with equal distributions
 
 
-def test_flat_train_pretrains_without_labels(drawn, tmp_path):
+def test_flat_train_folder_has_no_labels(drawn, tmp_path):
     (tmp_path / 'train').mkdir()
     for number, file in enumerate(sorted((drawn / 'train').rglob('*.png'))):
         shutil.copy(file, tmp_path / f'train/{number}.png')
@@ -247,7 +247,7 @@ def test_flat_train_pretrains_without_labels(drawn, tmp_path):
     assert len(labeled_subset(iterators['train'].dataset)) == 0
 
 
-def test_test_may_be_flat_and_is_not_val(drawn, tmp_path):
+def test_flat_test_folder_is_separate_from_val(drawn, tmp_path):
     folder = copy_of(drawn, tmp_path)
     (folder / 'test').mkdir()
     Image.new('RGB', (48, 48)).save(folder / 'test/1.png')
@@ -256,7 +256,7 @@ def test_test_may_be_flat_and_is_not_val(drawn, tmp_path):
     assert len(iterators['val'].dataset) == 24
 
 
-def test_what_begins_with_a_dot_is_left_out(drawn, tmp_path):
+def test_hidden_files_are_skipped(drawn, tmp_path):
     folder = copy_of(drawn, tmp_path)
     (folder / 'train/.cache').mkdir()
     (folder / 'train/dots/.thumb.png').write_text('no image')
@@ -265,7 +265,7 @@ def test_what_begins_with_a_dot_is_left_out(drawn, tmp_path):
     assert (len(train), train.classes) == (72, ['checks', 'dots', 'stripes'])
 
 
-def test_layouts_that_cannot_work(drawn, tmp_path):
+def test_invalid_layout_raises_user_error(drawn, tmp_path):
     folder = copy_of(drawn, tmp_path)
     Image.new('RGB', (48, 48)).save(folder / 'train/stray.png')
     with pytest.raises(UserError, match='beside them the image stray.png'):
@@ -284,16 +284,16 @@ def test_layouts_that_cannot_work(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['CMYK', 'P', 'L', 'LA', 'RGBA', '1', 'I;16'])
-def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
+def test_image_modes_are_converted_to_rgb(mode, tmp_path):
     image = Image.new('I;16', (10, 12), 300) if mode == 'I;16' else Image.new('RGB', (10, 12), 'teal').convert(mode)
     path = tmp_path / ('image.jpg' if mode == 'CMYK' else 'image.png')
     image.save(path)
     assert (decode(path).mode, decode(path).size) == ('RGB', (10, 12))
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path, drawn_large):
+def test_file_that_is_no_image_is_named(tmp_path, drawn_large):
     (tmp_path / 'text.jpg').write_text('not an image')
-    with pytest.raises(WorkError, match='text.jpg: it is no image that Pillow can read'):
+    with pytest.raises(WorkError, match='text.jpg: it is not an image that Pillow can read'):
         decode(tmp_path / 'text.jpg')
     whole = next((drawn_large / 'train').rglob('*.jpg')).read_bytes()
     (tmp_path / 'half.jpg').write_bytes(whole[: len(whole) // 2])
@@ -306,7 +306,7 @@ def digest(path):
 
 
 @pytest.mark.parametrize('kind', ['cifar10', 'cifar100'])
-def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
+def test_cifar_files_of_torchvision_load(kind, tmp_path, monkeypatch):
     """Small files in the sets' own format, with the checksums that torchvision asks for replaced by theirs."""
     cls = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[kind]
     folder = tmp_path / kind / cls.base_folder
@@ -352,8 +352,8 @@ def test_torchvisions_cifar_files(kind, tmp_path, monkeypatch):
             np.testing.assert_array_equal(fetched[name].pixels.numpy(), images.pixels.numpy())
 
 
-def test_torchvisions_stl10_files(tmp_path, monkeypatch):
-    """Its unlabelled images are pretrained on, and take no part in kNN and the probe."""
+def test_stl10_files_load_with_unlabeled_images(tmp_path, monkeypatch):
+    """Its unlabeled images are pretrained on, and take no part in kNN and the probe."""
     folder = tmp_path / 'stl10' / datasets.STL10.base_folder
     folder.mkdir(parents=True)
     rng, data = np.random.default_rng(0), {}
@@ -376,12 +376,12 @@ def test_torchvisions_stl10_files(tmp_path, monkeypatch):
     assert (bank.labels.tolist(), len(bank.names)) == ([0, 1, 0], 3)
 
 
-def test_download_wants_a_set_it_knows(tmp_path):
+def test_download_of_unknown_dataset_exits_2(tmp_path):
     with pytest.raises(UserError, match='`download` fetches cifar10, cifar100 or stl10'):
         load_splits(options(tmp_path / 'mine', download=True))
 
 
-def test_the_demo_is_drawn_once_and_whole(tmp_path, monkeypatch):
+def test_demo_dataset_is_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, 'TRAIN_PER_CLASS', 2)
     monkeypatch.setattr(demo, 'VAL_PER_CLASS', 1)
     folder = tmp_path / 'demo'
@@ -404,11 +404,11 @@ def test_the_demo_is_drawn_once_and_whole(tmp_path, monkeypatch):
     assert [file.read_bytes() for file in files] == [content for _, content in before]
 
 
-def test_gray_levels_do_not_give_the_demos_classes_away():
+def test_demo_classes_are_not_separable_by_gray_levels():
     """kNN on an image's mean, spread and a 4 x 4 thumbnail: near chance (10 %), where SimSiam gets past 85 %."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(1500) % 10
-    images = torch.stack([demo.draw(demo.PATTERNS[label], generator) for label in labels]).float() / 255
+    images = torch.stack([demo.draw_pattern(demo.PATTERNS[label], generator) for label in labels]).float() / 255
     thumbnails = torch.nn.functional.adaptive_avg_pool2d(images[:, None], 4).flatten(1)
     levels = torch.stack((images.mean((1, 2)) - 0.5, images.std((1, 2))), 1)
     for features in (levels, thumbnails - thumbnails.mean(0)):

@@ -40,13 +40,13 @@ def workers_of(process):
 @pytest.mark.parametrize(
     ('number', 'helps'),
     [
-        (signal.SIGKILL, 'SIGKILL, as the system does where memory runs out: try a lower --num_workers'),
-        (signal.SIGBUS, 'SIGBUS, as where /dev/shm is full: docker run --shm-size=8g'),
-        (signal.SIGSEGV, 'SIGSEGV, a fault in a library that reads images: --num_workers=0 shows at which one'),
-        (signal.SIGTERM, 'SIGTERM, by somebody else'),
+        (signal.SIGKILL, 'SIGKILL, as the system does when memory runs out: try a lower --num_workers'),
+        (signal.SIGBUS, 'SIGBUS, as happens when /dev/shm is full: docker run --shm-size=8g'),
+        (signal.SIGSEGV, 'SIGSEGV, a crash in an image library: --num_workers=0 shows which image'),
+        (signal.SIGTERM, 'SIGTERM, by another process'),
     ],
 )
-def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large, tmp_path):
+def test_killed_worker_error_names_signal_and_remedy(number, helps, drawn_large, tmp_path):
     process = start(tmp_path, drawn_large)
     os.kill(workers_of(process)[0], number)
     began = time.monotonic()
@@ -54,11 +54,11 @@ def test_the_end_of_a_process_is_told_from_its_signal(number, helps, drawn_large
     assert process.returncode == 1
     assert time.monotonic() - began < 30
     line = one_line(errors)
-    assert line.startswith(f'error: a process that reads images was ended by {helps}')
-    assert line.endswith('--resume=auto goes on from the last checkpoint')
+    assert line.startswith(f'error: a dataloader worker was killed by {helps}')
+    assert line.endswith('--resume=auto resumes from the last checkpoint')
 
 
-def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
+def test_hung_workers_end_the_run(drawn_large, monkeypatch):
     monkeypatch.setattr(loader, 'HANG_TIMEOUT_S', 4.0)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=2, num_workers=2)
     batches = get_iterator(args)['train']
@@ -68,7 +68,7 @@ def test_processes_that_hang_end_the_run(drawn_large, monkeypatch):
     for worker in batches.workers:
         os.kill(worker.pid, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(WorkError, match='the processes that read images have done nothing for 4 s'):
+    with pytest.raises(WorkError, match='the dataloader workers have done nothing for 4 s'):
         for _ in iterator:
             pass
     assert 3 < time.monotonic() - began < 20
@@ -93,7 +93,7 @@ del iterator, batches
 """
 
 
-def test_a_process_that_died_while_it_looked_whether_all_is_over(drawn_large):
+def test_worker_killed_while_holding_lock_is_detected(drawn_large):
     """As one does, now and then, of a group that is ended by one signal: what it held it holds for ever."""
     program = DIED_WITH_THE_LOCK.format(code=str(CODE), images=str(drawn_large))
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60, check=False)
@@ -101,7 +101,7 @@ def test_a_process_that_died_while_it_looked_whether_all_is_over(drawn_large):
 
 
 @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
-def test_where_workers_import_everything_anew_threads_read_what_is_measured(method, drawn_large, monkeypatch):
+def test_spawn_uses_threads_for_evaluation(method, drawn_large, monkeypatch):
     """As on macOS. The same images in the same order, and workers for the training alone."""
     monkeypatch.setattr(loader, 'start_method', lambda: method)
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
@@ -114,7 +114,7 @@ def test_where_workers_import_everything_anew_threads_read_what_is_measured(meth
             assert torch.equal(one, other)
 
 
-def test_a_fault_in_a_thread_is_raised(drawn_large, monkeypatch):
+def test_exception_in_reader_thread_is_raised(drawn_large, monkeypatch):
     monkeypatch.setattr(loader, 'start_method', lambda: 'spawn')
     args = get_config(preset='demo', image_path=str(drawn_large), batch_size=8, num_workers=2)
     val = get_iterator(args)['val']
@@ -123,7 +123,7 @@ def test_a_fault_in_a_thread_is_raised(drawn_large, monkeypatch):
         list(val)
 
 
-def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
+def test_slow_workers_do_not_end_the_run(drawn_large, monkeypatch):
     """A batch that takes longer than several looks at the processes, and than the patience with idle ones."""
     monkeypatch.setattr(loader, 'POLL_S', 0.2)
     monkeypatch.setattr(loader, 'HANG_TIMEOUT_S', 1.0)
@@ -142,7 +142,7 @@ def test_processes_that_are_slow_do_not(drawn_large, monkeypatch):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_fault_of_ours_is_shown_as_one(workers, drawn_large, tmp_path, monkeypatch, capsys):
+def test_bug_in_worker_prints_its_traceback(workers, drawn_large, tmp_path, monkeypatch, capsys):
     """With its place, and where to report it; not as the death of a process or for lack of memory."""
     monkeypatch.setattr('dataloader.loading.crops.random_crops', lambda *_: {}['DataLoader worker (pid 7) is killed'])
     command = ['train', *TINY, f'--image_path={drawn_large}', '--batch_size=8', '--knn_every=0', *own_paths(tmp_path)]
@@ -150,19 +150,19 @@ def test_a_fault_of_ours_is_shown_as_one(workers, drawn_large, tmp_path, monkeyp
     errors = capsys.readouterr().err
     assert 'Traceback (most recent call last)' in errors
     assert "KeyError: 'DataLoader worker (pid 7) is killed'" in errors
-    assert errors.strip().splitlines()[-1].startswith('error: this is a fault of this program, not of yours')
+    assert errors.strip().splitlines()[-1].startswith('error: this is a bug of this program')
     assert 'was ended by' not in errors
 
 
-def test_a_fault_elsewhere_too(drawn, tmp_path, monkeypatch, capsys):
+def test_bug_in_main_process_prints_its_traceback(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('train.train_step', lambda *_: int('Connection to a DataLoader worker'))
     assert cli.main(['train', *TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)]) == 1
     errors = capsys.readouterr().err
     assert 'ValueError: invalid literal' in errors
-    assert 'this is a fault of this program' in errors
+    assert 'this is a bug of this program' in errors
 
 
-def test_a_long_tmpdir_changes_nothing(drawn_large, tmp_path):
+def test_train_with_long_tmpdir_works(drawn_large, tmp_path):
     """A socket's name holds 108 bytes: the processes printed that, and the run hung."""
     folder = tmp_path / ('x' * 100)
     folder.mkdir()
@@ -196,7 +196,7 @@ def small_shm(megabytes):
     return command if possible else None
 
 
-def test_a_small_shared_memory_is_named(tmp_path):
+def test_full_shared_memory_is_named(tmp_path):
     command = small_shm(1)
     if not command:
         pytest.skip('no mount of its own can be made here')
@@ -223,13 +223,13 @@ def test_a_small_shared_memory_is_named(tmp_path):
     )
     assert done.returncode == 1, done.stdout
     assert re.search(
-        r'error: (/dev/shm has no room for a batch|a process that reads images was ended by SIGBUS, as '
+        r'error: (/dev/shm has no room for a batch|a dataloader worker was killed by SIGBUS, as '
         r'where /dev/shm is full).*docker run --shm-size=8g',
         one_line(done.stderr),
     )
 
 
-def test_memory_that_runs_out_is_told_with_what_helps_there():
+def test_out_of_memory_error_names_remedy():
     for error, place in (
         (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate'), 'the GPU'),
         (MemoryError(), 'the machine'),
@@ -247,7 +247,7 @@ def test_memory_that_runs_out_is_told_with_what_helps_there():
         raise RuntimeError('a fault')
 
 
-def test_the_cpus_memory_that_runs_out_is_one_line(drawn, tmp_path):
+def test_out_of_memory_on_cpu_is_one_line(drawn, tmp_path):
     """With a limit on the address space, and views that do not fit below it."""
     command = [
         'sh',
@@ -267,14 +267,14 @@ def test_the_cpus_memory_that_runs_out_is_one_line(drawn, tmp_path):
     ]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
-    if done.returncode != 1 or 'fault' in done.stderr:
+    if done.returncode != 1 or 'bug of this program' in done.stderr:
         assert 'libtorch' in done.stderr or 'cannot allocate' in done.stderr.lower(), done.stderr
         pytest.skip('this build of torch does not load below the limit')
     assert 'the machine has not enough memory' in one_line(done.stderr)
 
 
 @pytest.mark.parametrize('quiet', [True, False])
-def test_a_batch_that_nobody_takes_any_more_is_no_fault(quiet):
+def test_worker_outliving_main_process_prints_nothing(quiet):
     """The first process ends while a worker hands it a batch; an exception elsewhere is shown as ever."""
     code = f"""
 import multiprocessing.resource_sharer as sharer, sys, time

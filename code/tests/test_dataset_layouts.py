@@ -22,7 +22,7 @@ from dataloader.load_dataset import get_iterator, load_splits, load_unlabeled
 from dataloader.loading.decode import image_extensions
 from dataloader.readers.files import Files
 from dataloader.sources import find
-from dataloader.sources.folder import scan
+from dataloader.sources.folder import scan_images
 from protocols.protocol import missing_labels_reason
 from runtime.errors import UserError, WorkError
 from runtime.options import get_config
@@ -69,7 +69,7 @@ trees = st.dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(trees)
-def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
+def test_classes_and_labels_equal_image_folder(tmp_path_factory, tree):
     """Any names, any depth: ImageFolder's classes, its numbers, its class for every file."""
     root = tmp_path_factory.mktemp('tree')
     for owner, files in tree.items():
@@ -87,21 +87,21 @@ def test_classes_and_numbers_are_torchvisions(tmp_path_factory, tree):
 
 
 @pytest.mark.parametrize('val', ['val', 'valid', 'validation', 'Valid'])
-def test_val_may_be_called_otherwise(val, drawn, tmp_path):
+def test_val_folder_aliases_are_found(val, drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'val').rename(folder / val)
     splits = load_splits(options(folder))
     assert (len(splits['train']), len(splits['val'])) == (72, 24)
 
 
-def test_two_folders_for_one_split_are_asked_about(drawn, tmp_path):
+def test_two_folders_for_one_split_exit_2(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     shutil.copytree(folder / 'val', folder / 'validation')
     with pytest.raises(UserError, match='has both val and validation: which of them is val'):
         load_splits(options(folder))
 
 
-def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
+def test_folder_of_class_folders_gets_held_out_val(drawn, tmp_path, capsys):
     """Without train/: classes as ImageFolder's, and a tenth of each held out, said in a line."""
     folder = shutil.copytree(drawn / 'train', tmp_path / 'mine')
     splits = load_splits(options(folder))
@@ -117,20 +117,20 @@ def test_a_folder_of_class_folders(drawn, tmp_path, capsys):
     assert load_splits(options(folder, val_fraction=0.5))['val'].labels.bincount().tolist() == [12, 12, 12]
 
 
-def test_options_that_do_nothing_to_these_images_are_said(drawn, tmp_path, capsys):
-    """A share for val where there is val; smaller files of what is held in memory. Where they do something, not."""
+def test_data_options_without_effect_warn(drawn, tmp_path, capsys):
+    """A share for val where there is val; smaller files of what is kept in memory. Where they do something, not."""
     load_splits(options(drawn, val_fraction=0.2, cache_short_side=20, jpeg_draft=True))
     said = capsys.readouterr().err
     assert re.search(r'--val_fraction has no effect: \S+val is val', said)
     for name in ('cache_short_side', 'jpeg_draft'):
-        assert f'--{name} has no effect: images this small are held in memory' in said
+        assert f'--{name} has no effect: images this small are kept in memory' in said
     mine = shutil.copytree(drawn / 'train', tmp_path / 'mine')
     load_splits(options(mine, val_fraction=0.2, cache_short_side=20, cache_images='off'))
     load_splits(options(drawn))
     assert 'has no effect' not in capsys.readouterr().err
 
 
-def test_a_split_that_is_held_out_hardly_moves_as_the_set_grows(drawn, tmp_path):
+def test_stratified_holdout_is_stable_when_images_are_added(drawn, tmp_path):
     folder = shutil.copytree(drawn / 'train', tmp_path / 'mine')
     before = set(load_splits(options(folder))['val'].names)
     picture(folder / 'dots/new.png')
@@ -138,7 +138,7 @@ def test_a_split_that_is_held_out_hardly_moves_as_the_set_grows(drawn, tmp_path)
 
 
 @pytest.mark.parametrize(('count', 'held'), [(1, 0), (2, 1), (3, 1), (30, 3)])
-def test_small_classes_keep_an_image_for_training(count, held, tmp_path):
+def test_stratified_holdout_leaves_images_in_small_classes(count, held, tmp_path):
     for owner in 'ab':
         for number in range(count):
             picture(tmp_path / f'mine/{owner}/{number}.png')
@@ -147,7 +147,7 @@ def test_small_classes_keep_an_image_for_training(count, held, tmp_path):
     assert (len(splits['val']) if splits['val'] else 0) == 2 * held
 
 
-def test_a_plain_folder_of_pictures(tmp_path):
+def test_plain_folder_has_no_classes(tmp_path):
     """At any depth; pictures beside folders, or a single folder, make no classes."""
     for name in ('a.png', 'trip/b.png', 'trip/day 2/c.PNG', 'z.png'):
         picture(tmp_path / 'mine' / name)
@@ -159,7 +159,7 @@ def test_a_plain_folder_of_pictures(tmp_path):
     assert split_names(tmp_path / 'camera') == {'train': dict.fromkeys(['DCIM/1.png', 'DCIM/2.png'])}
 
 
-def test_it_trains_and_is_judged(tmp_path):
+def test_folder_of_class_folders_trains_evaluates_and_infers(tmp_path):
     """A folder of class folders, as it lies there, from the command line to a submission."""
     folder = draw_folder(tmp_path / 'mine', {'train': 24})
     folder = (folder / 'train').rename(tmp_path / 'classes')
@@ -178,7 +178,7 @@ def test_it_trains_and_is_judged(tmp_path):
     assert 'the kNN monitor is off' in done.stdout
 
 
-def test_lists(drawn, tmp_path, capsys):
+def test_path_list_is_read(drawn, tmp_path, capsys):
     """A path a line, a class after a tab; relative to the list, or absolute; byte order mark, blank lines, CR LF."""
     files = sorted((drawn / 'train').rglob('*.png'))[::7]
     for name in ('here.png', 'there.png'):
@@ -201,7 +201,7 @@ def test_lists(drawn, tmp_path, capsys):
     assert (len(splits['train']), len(splits['val'])) == (len(files), 1)
 
 
-def test_an_image_counts_once(drawn, tmp_path, capsys):
+def test_path_list_with_repeated_image_counts_it_once(drawn, tmp_path, capsys):
     """However often, and by whatever path, a list names it: val would have what is trained on."""
     files = sorted((drawn / 'train').rglob('*.png'))[:40]
     again = [f'{file.parent}/../{file.parent.name}/./{file.name}' for file in files]
@@ -220,16 +220,16 @@ def test_an_image_counts_once(drawn, tmp_path, capsys):
         ('\n\n', 'names no image'),
         ('n01440764_18.JPEG 0\n', 'there is no file .*n01440764_18.JPEG 0'),
         ('{"a": 1}', 'there is no file'),
-        ('a\0b.png', 'is no list of paths'),
+        ('a\0b.png', 'is not a list of paths'),
         ('.', 'which is no file'),
-        ('x' * 5000, 'is no list of paths'),
+        ('x' * 5000, 'is not a list of paths'),
         ('mine.txt\ta\nmine.txt\tb', 'mine.txt in two classes, a and b: leave one line out'),
         ('mine.txt\ta\n./mine.txt\tb', './mine.txt in two classes'),
         ('mine.txt\n'.encode('utf-16'), 'is in UTF-16: save it as UTF-8'),
         ('mine.txt\ta\t0\n', 'has a third column, behind mine.txt'),
     ],
 )
-def test_lists_that_cannot_work(text, said, tmp_path):
+def test_invalid_path_list_exits_2(text, said, tmp_path):
     (tmp_path / 'mine.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         load_splits(options(tmp_path / 'mine.txt'))
@@ -252,23 +252,23 @@ SYSTEMS = (
 
 @pytest.mark.parametrize('where', ['train', 'train/dots', '.'])
 @pytest.mark.parametrize('name', SYSTEMS)
-def test_folders_of_systems_are_no_classes_and_are_not_trained_on(where, name, drawn, tmp_path):
+def test_system_folders_are_skipped(where, name, drawn, tmp_path):
     folder = shutil.copytree(drawn if where != '.' else drawn / 'train', tmp_path / 'set')
     picture(folder / where / name / 'thumbnail.jpg.png')
     train = load_splits(options(folder))['train']
     assert train.classes == ['checks', 'dots', 'stripes']
     assert len(train) == (72 if where != '.' else 66)
-    found = scan(folder / where)
-    assert [entry.rstrip('/').split('/')[-1] for entry in found.passed] == [name]
+    found = scan_images(folder / where)
+    assert [entry.rstrip('/').split('/')[-1] for entry in found.skipped_folders] == [name]
 
 
-def test_what_counts_as_an_image_is_pillows_list(tmp_path):
+def test_image_extensions_equal_those_of_pillow(tmp_path):
     assert {b'.jfif', b'.avif', b'.jp2', b'.jpe', b'.pnm', b'.jpg', b'.webp', b'.tiff', b'.qoi'} <= image_extensions()
     assert not {b'.txt', b'.mpg', b'.h5', b'.eps', b'.pdf', b'.csv', b''} & image_extensions()
 
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.JPE', '.jp2', '.pnm', '.avif', '.webp', '.tga', '.ppm', '.JPG'])
-def test_every_ending_is_trained_on(suffix, tmp_path):
+def test_every_image_ending_is_found(suffix, tmp_path):
     kinds = {
         '.jfif': 'JPEG',
         '.jpe': 'JPEG',
@@ -290,7 +290,7 @@ def test_every_ending_is_trained_on(suffix, tmp_path):
     assert labels.tolist() == [0, 0]
 
 
-def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
+def test_skipped_files_are_counted_and_logged(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     for name, count in (('notes.txt', 1), ('film.mpg', 2), ('README', 1), ('Thumbs.db', 1), ('raw.CR2', 3)):
         for number in range(count):
@@ -301,10 +301,9 @@ def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
     done = run('check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={folder}', *own_paths(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (
-        'train  no images for Pillow, and not read: 3 .cr2, 2 .mpg, 1 (hidden), 1 (neither file nor folder), '
-        '1 (no ending), 1 .txt'
+        'train  not images, not read: 3 .cr2, 2 .mpg, 1 (hidden), 1 (neither file nor folder), 1 (no ending), 1 .txt'
     ) in done.stdout
-    assert 'not gone into: dots/@eaDir/, stripes/up/ (a link to a folder that holds it)' in done.stdout
+    assert 'skipped folders: dots/@eaDir/, stripes/up/ (a link to a folder that holds it)' in done.stdout
     assert 'train  72 images' in done.stdout
     (folder / 'beside').mkdir()
     shutil.rmtree(folder / 'val')
@@ -315,13 +314,13 @@ def test_what_is_left_out_is_counted_and_said(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('target', ['..', '../..', '.', '../../..', '../dots/../../train'])
-def test_a_link_that_leads_back_is_not_followed(target, drawn, tmp_path):
+def test_link_to_parent_folder_is_not_followed(target, drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'train/dots/up').symlink_to(target)
     assert len(load_splits(options(folder))['train']) == 72
 
 
-def test_other_links_are_followed(drawn, tmp_path):
+def test_links_to_other_folders_are_followed(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'train/dots').rename(tmp_path / 'elsewhere')
     (folder / 'train/dots').symlink_to(tmp_path / 'elsewhere')
@@ -337,7 +336,7 @@ def test_other_links_are_followed(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('target', ['nowhere.png', 'lost.png'])
-def test_a_link_that_leads_nowhere_is_an_unreadable_image(target, drawn, tmp_path, capsys):
+def test_broken_link_is_an_unreadable_image(target, drawn, tmp_path, capsys):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'train/dots/lost.png').symlink_to(target)
     with pytest.raises(WorkError, match='cannot read the image .*lost.png: (No such file|Too many levels)'):
@@ -361,7 +360,7 @@ ODD_NAMES = (
 )
 
 
-def test_names_are_bytes(drawn, tmp_path):
+def test_undecodable_file_names_work_everywhere(drawn, tmp_path):
     """From reading to every output; nothing is encoded, printed or globbed as if it were text."""
     folder = shutil.copytree(drawn, tmp_path / 'set [1] *')
     for split, owner in (('train', 'dots'), ('val', 'dots'), ('train', 'checks')):
@@ -381,7 +380,7 @@ def test_names_are_bytes(drawn, tmp_path):
             '--on_unreadable=skip',
             '--cache_short_side=32',
         ],
-        ['infer', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', '--neighbours=3'],
+        ['infer', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', '--neighbors=3'],
         ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.npz', '--projector_images=40'],
         ['embed', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/features.csv'],
         ['report', '--ckpt_name=model_name_simsiam_ckpt_0'],
@@ -399,7 +398,7 @@ def test_names_are_bytes(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('more', [{'cache_short_side': 64}, {'on_unreadable': 'skip'}, {'cache_images': 'on'}])
-def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
+def test_held_out_val_has_own_cache_files(more, tmp_path, capsys):
     """train and the val held out of the same folder: neither takes the other's file for its own."""
     for number in range(24):
         picture(tmp_path / f'set/{"ab"[number % 2]}/{number:02d}.png', size=(120, 120))
@@ -418,24 +417,24 @@ def test_what_is_held_out_keeps_caches_of_its_own(more, tmp_path, capsys):
         splits['train'].read(0, 1, 'moco')
 
 
-def test_an_image_that_can_be_read_again_is_no_longer_left_out(tmp_path, monkeypatch):
+def test_image_readable_again_is_used_again(tmp_path, monkeypatch):
     """A right, a network's disk: what fails for a while leaves no trace in the file, so its time says nothing."""
     for number in range(6):
         picture(tmp_path / f'set/{number}.png', size=(120, 120))
-    opened, failing = Files.opened, {'2.png', '4.png'}
+    opened, failing = Files.open, {'2.png', '4.png'}
 
     def fails(store, index):
         if store.names[index] in failing:
             raise WorkError(f'cannot read {store.names[index]}')
         return opened(store, index)
 
-    monkeypatch.setattr(Files, 'opened', fails)
+    monkeypatch.setattr(Files, 'open', fails)
     for left, wanted in (({'2.png', '4.png'}, 4), ({'4.png'}, 5), ({'4.png'}, 5), (set(), 6), (set(), 6)):
         failing.intersection_update(left)
         assert len(load_splits(options(tmp_path / 'set', on_unreadable='skip'))['train']) == wanted
 
 
-def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path):
+def test_unreadable_first_image_does_not_set_size(tmp_path):
     """The size of the set is reckoned from one that can."""
     for number in range(3):
         picture(tmp_path / f'set/{number}.png', size=(200, 200))
@@ -445,7 +444,7 @@ def test_a_first_image_that_cannot_be_read_tells_nothing_of_the_others(tmp_path)
         assert not load_splits(options(tmp_path / 'set'))['train'].is_in_memory()
 
 
-def test_folders_deeper_than_pythons_stack_and_names_as_long_as_there_are(tmp_path):
+def test_very_deep_folders_and_long_names_are_scanned(tmp_path):
     before = os.getcwd()
     os.chdir(tmp_path)
     try:
@@ -470,23 +469,23 @@ def test_folders_deeper_than_pythons_stack_and_names_as_long_as_there_are(tmp_pa
         subprocess.run(['rm', '-r', tmp_path / ('n' * 255)], check=True)  # shutil's way is recursive
 
 
-def test_a_name_too_long_to_exist_is_bad_use(tmp_path, capsys):
+def test_image_path_longer_than_allowed_exits_2(tmp_path, capsys):
     for option in ('image_path', 'ckpt_name', 'output', 'log_path', 'init_from'):
         assert cli.main(['infer', '--preset=demo', '--ckpt_name=none', f'--{option}={"n" * 5000}']) == 2
     assert cli.main(['train', '--preset=demo', f'--model_name={"n" * 300}']) == 2
     assert 'File name too long' in capsys.readouterr().err
 
 
-def test_an_unreadable_name_is_one_line(drawn, tmp_path):
+def test_message_with_control_characters_is_one_line(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     with open(os.fsencode(folder) + b'/train/dots/caf\xe9\n\x1b.png', 'wb') as file:
         file.write(b'no image')
     done = run('train', *TINY, f'--image_path={folder}', *own_paths(tmp_path))
     assert done.returncode == 1
-    assert re.search(r'caf\\udce9\\n\\x1b.png: it is no image that Pillow can read', one_line(done.stderr))
+    assert re.search(r'caf\\udce9\\n\\x1b.png: it is not an image that Pillow can read', one_line(done.stderr))
 
 
-def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_path):
+def test_outdated_cache_file_is_deleted(drawn_large, tmp_path):
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
     args = options(folder, cache_short_side=100, cache_path=str(tmp_path / 'cache [1] *'))
     old = load_splits(args)['train'].store.memmap_path
@@ -498,7 +497,7 @@ def test_an_outdated_cache_goes_whatever_the_folder_is_called(drawn_large, tmp_p
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='only root can become somebody who may not read')
-def test_a_folder_that_may_not_be_read_is_said_to_be(drawn, tmp_path):
+def test_folder_without_permission_is_named(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'train/dots').chmod(0)
     for path in [tmp_path, *tmp_path.parents][:4]:
@@ -516,10 +515,10 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
-    assert re.match('UserError the folder .*train/dots may not be read: Permission denied', done.stdout), done.stderr
+    assert re.match('UserError the folder .*train/dots cannot be read: Permission denied', done.stdout), done.stderr
 
 
-def test_a_place_with_no_images_says_what_is_there(tmp_path):
+def test_folder_without_images_names_its_files(tmp_path):
     (tmp_path / 'set').mkdir()
     for name in ('a.txt', 'b.txt', 'c.pdf'):
         (tmp_path / 'set' / name).write_text('x')
@@ -527,13 +526,13 @@ def test_a_place_with_no_images_says_what_is_there(tmp_path):
         load_splits(options(tmp_path / 'set'))
 
 
-def test_one_file_is_a_set_for_infer(drawn):
+def test_infer_accepts_one_file(drawn):
     path = next((drawn / 'val').rglob('*.png'))
     images = load_unlabeled(options(drawn), path)
     assert list(images.names) == [path.name]
 
 
-def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_path):
+def test_scan_time_does_not_depend_on_number_of_classes(tmp_path):
     """40,000 files in 20 and in 4,000 classes: the counts are right, and both take a like time of the CPU."""
     import time
 
@@ -553,7 +552,7 @@ def test_a_large_folder_is_found_in_time_that_does_not_depend_on_classes(tmp_pat
     assert taken[4000] < 5 * taken[20] + 0.5
 
 
-def test_a_name_list_is_small_and_right():
+def test_path_array_is_small_and_correct():
     rng = random.Random(0)
     names = [''.join(rng.choice('abc/é\udce9') for _ in range(rng.randint(1, 12))) for _ in range(500)]
     kept = find.PathArray(names)
@@ -565,9 +564,9 @@ def test_a_name_list_is_small_and_right():
         kept[500]
 
 
-def test_what_lies_beside_the_splits_is_named(drawn, tmp_path, capsys):
+def test_unread_entries_beside_splits_are_named(drawn, tmp_path, capsys):
     folder = shutil.copytree(drawn, tmp_path / 'set')
-    picture(folder / 'unlabelled' / 'a.png')
+    picture(folder / 'unlabeled' / 'a.png')
     picture(folder / 'stray.png')
     (folder / '.git').mkdir()
     load_splits(options(folder))
@@ -575,12 +574,12 @@ def test_what_lies_beside_the_splits_is_named(drawn, tmp_path, capsys):
         (folder / name).write_text('x')
     load_splits(options(folder))
     said = capsys.readouterr().err
-    assert f'not read: stray.png, testing.zip, train.txt, unlabelled, val.tar.gz, beside train in {folder}\n' in said
+    assert f'not read: stray.png, testing.zip, train.txt, unlabeled, val.tar.gz, beside train in {folder}\n' in said
     load_splits(options(drawn))
     assert 'not read' not in capsys.readouterr().err
 
 
-def test_splits_a_few_folders_down_are_found(drawn, tmp_path, capsys):
+def test_nested_splits_are_found(drawn, tmp_path, capsys):
     """As unzipped into a folder of its own; what lies beside, or a link that leads back, makes it another set."""
     shutil.copytree(drawn, tmp_path / 'set/photos/2024')
     assert {name: len(names) for name, names in split_names(tmp_path / 'set').items()} == {'train': 72, 'val': 24}
@@ -594,7 +593,7 @@ def test_splits_a_few_folders_down_are_found(drawn, tmp_path, capsys):
         load_splits(options(tmp_path / 'loop'))
 
 
-def test_splits_with_a_year(drawn, tmp_path):
+def test_split_folders_with_year_are_found(drawn, tmp_path):
     """COCO's."""
     for name in ('train', 'val'):
         shutil.copytree(drawn / name, tmp_path / f'set/{name}2017')
@@ -604,16 +603,16 @@ def test_splits_with_a_year(drawn, tmp_path):
         load_splits(options(tmp_path / 'set'))
 
 
-def test_a_split_that_cannot_be_reached_is_not_passed_over(drawn, tmp_path):
+def test_unreachable_split_exits_2(drawn, tmp_path):
     folder = shutil.copytree(drawn, tmp_path / 'set')
     shutil.rmtree(folder / 'val')
     (folder / 'val').symlink_to('/nowhere/val')
-    with pytest.raises(UserError, match='set/val is a link that leads nowhere'):
+    with pytest.raises(UserError, match='set/val is a broken link'):
         load_splits(options(folder))
 
 
 @pytest.mark.parametrize('kind', ['unknown', 'empty'])
-def test_a_test_folder_that_is_of_no_use_stops_nothing(kind, drawn, tmp_path, capsys):
+def test_unusable_test_folder_is_ignored_with_message(kind, drawn, tmp_path, capsys):
     """Kaggle's test/unknown, whose classes are a secret; a folder that was never filled."""
     folder = shutil.copytree(drawn, tmp_path / 'set')
     (folder / 'test').mkdir()
@@ -625,28 +624,29 @@ def test_a_test_folder_that_is_of_no_use_stops_nothing(kind, drawn, tmp_path, ca
         assert re.search(r"set/test has the class 'unknown', which \S+train has not: its images count as without", said)
     else:
         assert splits['test'] is None
-        assert 'set/test holds no images that Pillow can open (nothing else either); there is no test then' in said
+        assert 'set/test holds no images that Pillow can open (nothing else either); test is ignored' in said
 
 
-def test_what_keeps_folders_from_being_classes_is_said(tmp_path, capsys):
+def test_reason_for_no_classes_is_logged(tmp_path, capsys):
     for name in ('cat/1.png', 'cat/2.png', 'dog/1.png', 'cover.png'):
         picture(tmp_path / 'set' / name)
     assert not load_splits(options(tmp_path / 'set'))['train'].classes
     assert re.search(
-        'set has 2 folders of images, which are no classes for there are 1 images beside them, the first cover.png',
+        'set has 2 folders of images, which are not classes, because there are 1 images beside them, the first '
+        'cover.png',
         capsys.readouterr().out,
     )
 
 
-def test_one_class_says_nothing(tmp_path, capsys):
+def test_dataset_with_one_class_warns(tmp_path, capsys):
     for number in range(4):
         picture(tmp_path / f'set/train/dogs/{number}.png')
     load_splits(options(tmp_path / 'set'))
-    assert "set/train has one class, 'dogs': accuracies say nothing" in capsys.readouterr().err
+    assert "set/train has one class, 'dogs': accuracies are meaningless" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['train.txt', 'train.tar', 'val.tar', 'mine.tar', 'mine.txt'])
-def test_a_pipe_is_not_waited_for(name, drawn, tmp_path):
+def test_pipe_instead_of_file_exits_2(name, drawn, tmp_path):
     """Where a list or an archive is expected."""
     folder = tmp_path / 'set'
     folder.mkdir()
@@ -657,7 +657,7 @@ def test_a_pipe_is_not_waited_for(name, drawn, tmp_path):
         load_splits(options(folder / name if 'mine' in name else folder))
 
 
-def test_a_class_may_not_be_called_train(drawn, tmp_path, capsys):
+def test_class_called_train_exits_2(drawn, tmp_path, capsys):
     """COCO and VOC have such a class: beside it others would not be trained on."""
     shutil.copytree(drawn / 'train', tmp_path / 'set')
     sorted((tmp_path / 'set').iterdir())[0].rename(tmp_path / 'set/train')
@@ -668,19 +668,19 @@ def test_a_class_may_not_be_called_train(drawn, tmp_path, capsys):
     assert 'warning: not read: stripes, beside train' in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_class_is_said(drawn, tmp_path, capsys):
+def test_folder_without_images_is_logged_as_no_class(drawn, tmp_path, capsys):
     shutil.copytree(drawn / 'train', tmp_path / 'set')
     (tmp_path / 'set/phone').mkdir()
     (tmp_path / 'set/phone/1.raw').write_text('x')
     assert len(load_splits(options(tmp_path / 'set'))['train'].classes) == 3
     said = capsys.readouterr().out
-    assert 'set: no class is phone, with no images that Pillow can open' in said
-    assert 'train  no images for Pillow, and not read: 1 .raw' in said
+    assert 'set: not a class: phone (no images that Pillow can open)' in said
+    assert 'train  not images, not read: 1 .raw' in said
 
 
 @pytest.mark.parametrize('how', ['exchanged', 'written'])
 @pytest.mark.parametrize('kept', ['in memory', 'resized', 'archive'])
-def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tmp_path):
+def test_files_of_equal_size_and_mtime_have_different_fingerprint(kept, how, tmp_path):
     """As mv leaves them, or a copy that keeps times (rsync -t, unzip)."""
     side = 48 if kept == 'in memory' else 120
     files = [tmp_path / f'set/train/{name}/1.bmp' for name in 'ab']
@@ -697,7 +697,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
         store = load_splits(options(where, **more))['train'].store
         found = []
         for row in range(2):
-            with store.opened(row) as image:
+            with store.open(row) as image:
                 found.append(image.convert('RGB').getpixel((3, 3)) == (255, 0, 0))
         return found
 
@@ -721,7 +721,7 @@ def test_images_of_one_size_and_time_are_not_taken_for_one_another(kept, how, tm
 
 
 @pytest.mark.parametrize('fraction', [0.1, 0])
-def test_why_nothing_is_held_out(fraction, tmp_path):
+def test_reason_for_no_val_is_logged(fraction, tmp_path):
     for name in 'abcdefgh':
         picture(tmp_path / f'set/{name}/1.png')
     said = missing_labels_reason(load_splits(options(tmp_path / 'set', val_fraction=fraction)))
@@ -732,13 +732,13 @@ def test_why_nothing_is_held_out(fraction, tmp_path):
 @pytest.mark.parametrize(
     ('name', 'where', 'said'),
     [
-        ('set.zip', 'set.zip', 'set.zip is packed: unpack it, and point `image_path` at the folder'),
-        ('set/train.zip', 'set', 'unpack what is packed first'),
-        ('set/train.tar.gz', 'set', 'unpack what is packed first'),
-        ('set/pictures.tar', 'set', 'archives are read by their names: train.tar, or train-000000.tar'),
+        ('set.zip', 'set.zip', 'set.zip is compressed: unpack it, and point `image_path` at the folder'),
+        ('set/train.zip', 'set', 'unpack compressed files first'),
+        ('set/train.tar.gz', 'set', 'unpack compressed files first'),
+        ('set/pictures.tar', 'set', 'archives are recognized by their names: train.tar, or train-000000.tar'),
     ],
 )
-def test_what_is_packed_otherwise_is_told_what_helps(name, where, said, tmp_path):
+def test_compressed_files_give_hint(name, where, said, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b'PK\0\0')
     with pytest.raises(UserError, match=re.escape(said)):
@@ -746,7 +746,7 @@ def test_what_is_packed_otherwise_is_told_what_helps(name, where, said, tmp_path
 
 
 @pytest.mark.parametrize('name', ['n' * 90, '测试', 'a b'])
-def test_splits_never_share_a_cache_file(name, drawn_large, tmp_path):
+def test_cache_file_names_are_unique_per_split(name, drawn_large, tmp_path):
     """Names that are cut or spelled otherwise in that of the file; the folder beside, whose name becomes the same."""
     other = {'测试': '训练', 'a b': 'a_b'}.get(name, name + 'm')
     cache = tmp_path / 'cache'
@@ -762,7 +762,7 @@ def test_splits_never_share_a_cache_file(name, drawn_large, tmp_path):
     assert len([path for path in cache.glob('*unreadable.txt') if path.read_text()]) == 2
 
 
-def test_a_file_that_is_made_anew_stays_with_who_reads_it(drawn_large, tmp_path):
+def test_replaced_cache_file_stays_readable_for_open_readers(drawn_large, tmp_path):
     """Another command on the same images, after one has changed: its workers may open the old file no more."""
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
     first = get_iterator(options(folder, cache_short_side=40, num_workers=1))

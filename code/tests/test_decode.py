@@ -15,7 +15,7 @@ from dataloader.loading.decode import decode, open_image
 from dataloader.loading.pixel_settings import range_warning
 from runtime.errors import WorkError
 
-# Of each mode: how to make a picture of it, the value that --white_level names (0: none), the grey level of it in RGB.
+# Of each mode: how to make a picture of it, the value that --white_level names (0: none), the gray level of it in RGB.
 DEEP = [
     (np.uint16, 65535, 0, 255),
     (np.uint16, 32768, 0, 128),
@@ -40,7 +40,7 @@ DEEP = [
 
 
 @pytest.mark.parametrize(('kind', 'value', 'white', 'gray'), DEEP)
-def test_more_than_eight_bits(kind, value, white, gray, tmp_path):
+def test_rgb_of_16_bit_image_uses_white_level(kind, value, white, gray, tmp_path):
     Image.fromarray(np.full((6, 8), value, kind)).save(tmp_path / 'deep.tiff')
     image = decode(tmp_path / 'deep.tiff', levels=(0, white) if white else None)
     assert (image.mode, image.size) == ('RGB', (8, 6))
@@ -50,7 +50,7 @@ def test_more_than_eight_bits(kind, value, white, gray, tmp_path):
 @pytest.mark.parametrize(
     ('value', 'white', 'gray'), [(0, 0, 0), (65535, 0, 255), (2**31 + 5, 0, 255), (2**31, 2**32 - 1, 128)]
 )
-def test_unsigned_32_bits(value, white, gray, tmp_path):
+def test_tiff_of_unsigned_32_bits_is_read(value, white, gray, tmp_path):
     """Which Pillow reads, as signed ones, and does not write."""
     tags = {256: 4, 257: 4, 258: 32, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 4, 279: 64}
     entries = b''.join(struct.pack('<HHII', tag, 4, 1, number) for tag, number in tags.items())
@@ -65,7 +65,7 @@ def test_unsigned_32_bits(value, white, gray, tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['I;16B', 'I;16'])
-def test_either_order_of_bytes(mode, tmp_path):
+def test_tiff_of_either_byte_order_is_read(mode, tmp_path):
     data = np.full((4, 4), 32768, '>u2' if mode == 'I;16B' else '<u2')
     image = Image.frombytes(mode, (4, 4), data.tobytes())
     image.save(tmp_path / 'deep.tiff')
@@ -73,7 +73,7 @@ def test_either_order_of_bytes(mode, tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LA', 'LAB'])
-def test_eight_bits(mode, tmp_path):
+def test_rgb_of_8_bit_image_is_unchanged(mode, tmp_path):
     if mode == 'LAB':
         image = Image.merge('LAB', [Image.new('L', (8, 8), level) for level in (255, 128, 128)])
     else:
@@ -84,7 +84,7 @@ def test_eight_bits(mode, tmp_path):
     assert np.asarray(decode(tmp_path / 'light.tiff')).min() > 250
 
 
-def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
+def test_dataset_with_small_range_warns(tmp_path):
     """A 12-bit scan in 16 bits; with the option that the warning names it is gone."""
     rng = np.random.default_rng(0)
     (tmp_path / 'set/train').mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
     ('dtype', 'low', 'top', 'levels', 'said'),
     [
         ('uint8', 0, 250.0, None, None),
-        ('uint8', 0, 63.0, None, 'grey levels up to 63 of 255'),
+        ('uint8', 0, 63.0, None, 'gray levels up to 63 of 255'),
         ('uint16', 0, 60000, None, None),
         ('uint16', 0, 1023, None, '`white_level=1023`'),
         ('float32', 0, 255, None, '1 is white already: `white_level=255`'),
@@ -119,7 +119,7 @@ def test_a_set_that_uses_little_of_its_range_is_warned_of(tmp_path):
         ('uint8', 0, 250.0, (0, 4095), '`white_level` has no effect: the images have 8 bits'),
     ],
 )
-def test_what_is_said_of_a_range(dtype, low, top, levels, said):
+def test_range_warning_covers_all_cases(dtype, low, top, levels, said):
     line = range_warning(dtype, low, top, levels)
     assert line is None if said is None else re.search(said, line)
 
@@ -154,7 +154,7 @@ def damage(content, rng):
     return bytes(content)
 
 
-def test_damaged_files_are_read_or_named(tmp_path):
+def test_damaged_files_decode_or_raise_work_error(tmp_path):
     """1,000 of them: RGB or a WorkError of one line, and nothing else."""
     rng, named = random.Random(0), 0
     kinds = list(samples())
@@ -173,7 +173,7 @@ def test_damaged_files_are_read_or_named(tmp_path):
     assert 100 < named < 990
 
 
-def test_libraries_below_python_print_nothing(tmp_path):
+def test_damaged_files_print_nothing_from_c_libraries(tmp_path):
     """libjpeg, libtiff and Pillow have pages to say of damaged files: one line of ours is printed for each."""
     rng, kinds = random.Random(1), [sample for sample in samples() if sample[0] in ('jpeg', 'tiff', 'png')]
     (tmp_path / 'set/train').mkdir(parents=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import cli
 from ckpt import build_model, get_model_ckpt
 from conftest import TINY, one_line, own_paths
-from dataloader.detection.dataset import decode_mask, load_boxes
+from dataloader.detection.dataset import decode_mask, load_detection_dataset
 from dataloader.detection.validate import decode_rle_counts, is_mask
 from protocols import detection
 from protocols.detection import average_precision, encode_rle, make_detector
@@ -28,7 +28,7 @@ KINDS = {'disc': 'red', 'square': 'blue'}
 
 
 def scenes(count, seed):
-    """(image of 96 x 80 px, [(kind, left, top, right, bottom)]), one to three bright shapes on grey noise each."""
+    """(image of 96 x 80 px, [(kind, left, top, right, bottom)]), one to three bright shapes on gray noise each."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         noise = torch.randint(90, 140, (80, 96, 3), generator=generator, dtype=torch.uint8)
@@ -90,9 +90,12 @@ def voc(folder, counts):
     return folder
 
 
-def test_both_formats_say_the_same(tmp_path):
+def test_coco_and_voc_give_equal_datasets(tmp_path):
     counts = {'train': 5, 'val': 3}
-    ours, theirs = load_boxes(coco(tmp_path / 'coco', counts), True), load_boxes(voc(tmp_path / 'voc', counts), False)
+    ours, theirs = (
+        load_detection_dataset(coco(tmp_path / 'coco', counts), True),
+        load_detection_dataset(voc(tmp_path / 'voc', counts), False),
+    )
     for split, count in counts.items():
         assert len(ours[split]) == len(theirs[split]) == count
         for i, (_, shapes) in enumerate(scenes(count, len(split))):
@@ -131,8 +134,8 @@ def spoil(path, split, change):
             'annotation 2 has no box of four numbers within 1,000,000 pixels but',
         ),
         ({'bbox': None}, False, 'is not in the COCO format'),
-        ({'category_id': 99}, False, 'annotation 2 is of a category that is not there, 99'),
-        ({'image_id': 5}, False, 'annotation 2 is of an image that is not there, 5'),
+        ({'category_id': 99}, False, 'annotation 2 is of an unknown category, 99'),
+        ({'image_id': 5}, False, 'annotation 2 is of an unknown image, 5'),
         ({'segmentation': None}, True, 'annotation 2 has no mask'),
         ({'segmentation': []}, True, 'annotation 2 has no mask'),
         ({'segmentation': [[1, 2, 3]]}, True, 'annotation 2 has no mask'),
@@ -151,33 +154,33 @@ def spoil(path, split, change):
         ),
     ],
 )
-def test_an_annotation_that_cannot_be_used_is_named_before_the_work(entry, masks, said, split, tmp_path):
+def test_invalid_annotation_is_named_before_training(entry, masks, said, split, tmp_path):
     coco(tmp_path / 'set', {'train': 3, 'val': 3})
     spoil(tmp_path / 'set', split, lambda table: table['annotations'][1].update(entry))
     with pytest.raises(WorkError, match=said):
-        load_boxes(tmp_path / 'set', masks)
+        load_detection_dataset(tmp_path / 'set', masks)
 
 
 @pytest.mark.parametrize(
     ('spoiling', 'said'),
     [
         (lambda table: table['images'][1].update(id='a'), 'the ids of the images are neither all numbers nor all text'),
-        (lambda table: table['images'][1].update(id=100), 'the ids of the images are not of one each: 100 is there'),
+        (lambda table: table['images'][1].update(id=100), 'the ids of the images are not unique: 100 occurs'),
         (lambda table: table['categories'][0].update(id=None), 'the ids of the categories are neither all numbers'),
-        (lambda table: table['categories'][0].update(id=3), 'the ids of the categories are not of one each: 3 is'),
+        (lambda table: table['categories'][0].update(id=3), 'the ids of the categories are not unique: 3 occurs'),
         (lambda table: table['categories'][0].pop('name'), "is not in the COCO format: KeyError('name')"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_named_before_the_work(spoiling, said, tmp_path):
+def test_invalid_table_is_named_before_training(spoiling, said, tmp_path):
     coco(tmp_path / 'set', {'train': 3, 'val': 2})
     spoil(tmp_path / 'set', 'train', spoiling)
     with pytest.raises(WorkError, match=re.escape(said)):
-        load_boxes(tmp_path / 'set', False)
+        load_detection_dataset(tmp_path / 'set', False)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 300))
-def test_run_lengths_are_those_of_cocos_library(seed, height, width):
+def test_decode_rle_counts_equals_pycocotools(seed, height, width):
     mask = np.random.default_rng(seed).random((height, width)) < 0.3
     coded = encode_rle(torch.from_numpy(mask))
     assert is_mask({'size': [height, width], 'counts': coded['counts'].decode()}, height, width)
@@ -189,7 +192,7 @@ def test_run_lengths_are_those_of_cocos_library(seed, height, width):
 
 
 @pytest.mark.parametrize('made', [coco, voc])
-def test_images_that_are_not_there_are_named_before_the_work(made, tmp_path):
+def test_missing_image_is_named_before_training(made, tmp_path):
     made(tmp_path / 'set', {'train': 3, 'val': 2})
     sorted(path for path in tmp_path.glob('set/*/*') if path.suffix in ('.png', '.jpg'))[-1].unlink()  # of val
     args = get_config(protocol='detection', detection_path=str(tmp_path / 'set'), cache_path=str(tmp_path))
@@ -199,7 +202,7 @@ def test_images_that_are_not_there_are_named_before_the_work(made, tmp_path):
         detection.load_detection_splits(args)
 
 
-def test_what_is_difficult_excuses_nothing_but_itself():
+def test_voc_difficult_object_ignores_only_itself():
     """VOC overlooks what is found of it, by its own overlap; nine boxes inside a large difficult one are wrong."""
     box = {'image_id': 0, 'category_id': 1, 'iscrowd': 0}
     table = {
@@ -218,7 +221,7 @@ def test_what_is_difficult_excuses_nothing_but_itself():
     assert average_precision(table, [right, *small], 'bbox')[1] == pytest.approx(10)
 
 
-def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
+def test_boxes_without_area_are_dropped_with_message(trained, tmp_path, capsys):
     def change(table):
         for box in table['annotations']:
             del box['id']
@@ -228,9 +231,9 @@ def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
 
     for split in ('train', 'val'):
         coco(tmp_path / split, {'train': 3, 'val': 3})
-        before = load_boxes(tmp_path / split, False)[split]
+        before = load_detection_dataset(tmp_path / split, False)[split]
         spoil(tmp_path / split, split, change)
-        after = load_boxes(tmp_path / split, False)[split]
+        after = load_detection_dataset(tmp_path / split, False)[split]
         assert (after.left_out, len(after.table['annotations'])) == (4, len(before.table['annotations']))
         assert after.number == before.number
     detection.load_detection_splits(get_config(preset='demo', detection_path=f'{tmp_path}/val'))
@@ -243,11 +246,11 @@ def test_boxes_of_no_use_are_left_out_and_said(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('made', [coco, voc])
-def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path, capsys):
+def test_unreadable_images_are_dropped_with_boxes(made, tmp_path, capsys):
     """Damaged, empty and missing ones, of both splits; where none is left that is said."""
     made(tmp_path / 'set', {'train': 4, 'val': 3})
     options = {'preset': 'demo', 'detection_path': f'{tmp_path}/set', 'cache_path': f'{tmp_path}/cache'}
-    splits = load_boxes(tmp_path / 'set', False)
+    splits = load_detection_dataset(tmp_path / 'set', False)
     of_train, of_val = ([boxes.folder / name for name in boxes.names] for boxes in splits.values())
     of_train[1].write_bytes(of_train[1].read_bytes()[:300])
     of_train[2].write_bytes(b'')
@@ -279,7 +282,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_boxes(made, tmp_path
     ],
 )
 @pytest.mark.parametrize('mark', ['', '  1', ' -1', '\r'])
-def test_a_voc_image_is_called_as_people_call_them(image, said, mark, tmp_path):
+def test_voc_image_names_with_blanks_and_other_endings_are_found(image, said, mark, tmp_path):
     """Blanks in names, other endings, or a name that only the annotation says; lists with the mark of a class."""
     voc(tmp_path, {'train': 1, 'val': 1})
     name = image.rsplit('.', 1)[0]
@@ -290,7 +293,7 @@ def test_a_voc_image_is_called_as_people_call_them(image, said, mark, tmp_path):
     (tmp_path / f'Annotations/{name}.xml').write_text(old.read_text().replace('<size>', f'{filename}<size>'))
     old.unlink()
     (tmp_path / 'ImageSets/Main/train.txt').write_bytes(f'{name}{mark}\n\n'.encode())
-    boxes = load_boxes(tmp_path, False)['train']
+    boxes = load_detection_dataset(tmp_path, False)['train']
     assert boxes.names == [file]
     assert boxes[0, False][0].shape == (3, 80, 96)
 
@@ -303,12 +306,12 @@ def test_a_voc_image_is_called_as_people_call_them(image, said, mark, tmp_path):
         ('<xmax>', '<xmax>nan</xmax><xmax>', 'is not in the VOC format'),
     ],
 )
-def test_a_voc_object_that_cannot_be_used_is_named(old, new, said, tmp_path):
+def test_invalid_voc_object_is_named(old, new, said, tmp_path):
     voc(tmp_path, {'train': 4, 'val': 2})
     for path in (tmp_path / 'Annotations').iterdir():
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(WorkError, match=said):
-        load_boxes(tmp_path, False)
+        load_detection_dataset(tmp_path, False)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +326,7 @@ def test_a_voc_object_that_cannot_be_used_is_named(old, new, said, tmp_path):
         ('train', None),
     ],
 )
-def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
+def test_voc_lists_prefers_trainval_and_test(lists, pair, tmp_path):
     """The field's convention where both are there: trainval to test (paper, table 5)."""
     voc(tmp_path, {'train': 2, 'val': 1})
     for path in (tmp_path / 'ImageSets/Main').iterdir():
@@ -333,13 +336,13 @@ def test_which_lists_of_a_voc_folder_train_and_judge(lists, pair, tmp_path):
         (tmp_path / f'ImageSets/Main/{name}.txt').write_text('\n'.join(names[:2] if 'train' in name else names[2:]))
     if pair is None:
         with pytest.raises(UserError, match='has neither trainval.txt and test.txt nor train.txt and val.txt'):
-            load_boxes(tmp_path, False)
+            load_detection_dataset(tmp_path, False)
         return
-    splits = load_boxes(tmp_path, False)
+    splits = load_detection_dataset(tmp_path, False)
     assert (splits['train'].split, splits['val'].split) == pair
 
 
-def test_coordinates_stay_in_full_precision(trained):
+def test_detector_heads_run_in_float32(trained):
     """In bfloat16 the width of a small box far from the corner would be rounded away, and its logarithm is nan."""
     args, model, _ = get_model_ckpt(
         get_config(ckpt_name=RUN, ckpt_path=f'{trained}/ckpt', amp='off', detection_size=120)
@@ -354,10 +357,10 @@ def test_coordinates_stay_in_full_precision(trained):
     assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
-def test_average_precision_of_known_cases(tmp_path):
+def test_average_precision_of_known_detections(tmp_path):
     """All right: 100. Half of the objects found, the rest missed: precision 1 up to recall 1/2, 51 of COCO's 101 points
     of recall. Boxes whose overlap is 0.6: right at the thresholds 0.5, 0.55, 0.6 of ten."""
-    table = load_boxes(coco(tmp_path / 'coco', {'train': 2, 'val': 40}), False)['val'].table
+    table = load_detection_dataset(coco(tmp_path / 'coco', {'train': 2, 'val': 40}), False)['val'].table
     table['annotations'] = [dict(box, category_id=7) for box in table['annotations']]
     table['categories'] = [{'id': 7, 'name': 'disc'}]
     first = {box['image_id']: box for box in table['annotations']}
@@ -396,7 +399,7 @@ def run(folder, *options):
     assert code == 0
 
 
-def test_faster_rcnn_learns_a_voc_folder(trained, tmp_path, capsys, monkeypatch):
+def test_faster_rcnn_learns_voc_folder(trained, tmp_path, capsys, monkeypatch):
     """With 64 regions of an image in the loss and not 512, which take most of the time."""
     fewer = functools.partial(detection.FasterRCNN, box_batch_size_per_image=64)
     monkeypatch.setattr(detection, 'FasterRCNN', fewer)
@@ -421,7 +424,7 @@ class Scale(torch.nn.Module):
         return 0.1 * x
 
 
-def test_the_pyramid_is_the_same_for_small_features():
+def test_pyramid_does_not_depend_on_feature_scale():
     """The first stage's features a tenth as large: what the detector sees is not."""
     args, images = get_config(preset='demo', device='cpu'), torch.randn(4, 3, 48, 48)
     levels = []
@@ -434,7 +437,7 @@ def test_the_pyramid_is_the_same_for_small_features():
         assert features.std() > 0.3
 
 
-def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_path):
+def test_mask_rcnn_and_random_init_run_on_coco_folder(trained, tmp_path):
     folder = coco(tmp_path / 'coco', {'train': 4, 'val': 3})
     run(
         trained,
@@ -448,25 +451,25 @@ def test_mask_rcnn_and_the_random_baseline_run_on_a_coco_folder(trained, tmp_pat
     assert {'AP', 'AP50', 'AP75', 'mask_AP', 'mask_AP50', 'mask_AP75'} <= set(result)
 
 
-def test_folders_that_cannot_work(trained, tmp_path, capsys):
+def test_detection_on_invalid_folder_exits_2(trained, tmp_path, capsys):
     with pytest.raises(UserError, match='neither annotations/ .COCO. nor ImageSets/Main/ .VOC.'):
-        load_boxes(tmp_path, False)
+        load_detection_dataset(tmp_path, False)
     folder = coco(tmp_path / 'coco', {'train': 2, 'val': 2})
     path = folder / 'annotations/instances_val2017.json'
     table = json.loads(path.read_text())
     table['images'][0]['file_name'] = '../../secret.png'
     path.write_text(json.dumps(table))
     with pytest.raises(WorkError, match="name '../../secret.png', which is not inside"):
-        load_boxes(folder, False)
+        load_detection_dataset(folder, False)
     path.write_text('{"images": []}')
     with pytest.raises(WorkError, match='is not in the COCO format'):
-        load_boxes(folder, False)
+        load_detection_dataset(folder, False)
     path.unlink()
     with pytest.raises(UserError, match=r'there is no .*instances_val\*.json'):
-        load_boxes(folder, False)
+        load_detection_dataset(folder, False)
     folder = voc(tmp_path / 'voc', {'train': 2, 'val': 2})
-    with pytest.raises(UserError, match='masks, which the VOC format has not'):
-        load_boxes(folder, True)
+    with pytest.raises(UserError, match='masks, which the VOC format does not have'):
+        load_detection_dataset(folder, True)
     (folder / 'Annotations/val_000.xml').write_text('<annotation>')
     name = f'--ckpt_name={RUN}'
     assert cli.main(['evaluate', '--protocol=detection', name, f'--detection_path={folder}', *own_paths(trained)]) == 1

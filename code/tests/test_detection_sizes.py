@@ -10,7 +10,7 @@ from PIL import Image
 import cli
 from config import PROTOCOLS
 from conftest import TINY, one_line, own_paths
-from dataloader.detection.dataset import load_boxes
+from dataloader.detection.dataset import load_detection_dataset
 from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from runtime.errors import WorkError
 from runtime.options import get_config
@@ -61,17 +61,17 @@ def share_inside(boxes):
 
 @pytest.mark.parametrize('orientation', ORIENTATIONS)
 @pytest.mark.parametrize('make', [coco, voc])
-def test_pictures_are_read_upright(make, orientation, tmp_path):
+def test_detection_images_are_upright(make, orientation, tmp_path):
     make(tmp_path / 'set', COUNTS if make is coco else {'train': 3, 'val': 2})
-    plain = share_inside(load_boxes(tmp_path / 'set', False)['train'])
-    boxes = load_boxes(turned(tmp_path / 'set', orientation), False)['train']
+    plain = share_inside(load_detection_dataset(tmp_path / 'set', False)['train'])
+    boxes = load_detection_dataset(turned(tmp_path / 'set', orientation), False)['train']
     assert share_inside(boxes) == pytest.approx(plain, abs=0.02)
     assert plain > 0.9
     assert boxes[0, False][0].shape[1:] == (80, 96)
 
 
 @pytest.mark.parametrize('orientation', [6, 8])
-def test_boxes_of_the_picture_as_it_is_stored_are_read_so(orientation, tmp_path):
+def test_boxes_for_stored_orientation_use_stored_image(orientation, tmp_path):
     """A tool that does not know EXIF has annotated what is stored: its table has that size."""
     coco(tmp_path / 'set', COUNTS)
     for path in (tmp_path / 'set').glob('*2017/*.png'):
@@ -80,14 +80,14 @@ def test_boxes_of_the_picture_as_it_is_stored_are_read_so(orientation, tmp_path)
         exif = Image.Exif()
         exif[274] = orientation
         image.save(path, exif=exif)
-    boxes = load_boxes(tmp_path / 'set', False)['train']
+    boxes = load_detection_dataset(tmp_path / 'set', False)['train']
     assert boxes[0, False][0].shape[1:] == (80, 96)
     assert share_inside(boxes) > 0.9
 
 
 @pytest.mark.parametrize('make', [coco, voc])
 @pytest.mark.parametrize('scale', [0.5, 2])
-def test_files_of_another_size_than_was_annotated_are_an_error_that_names_both(make, scale, tmp_path):
+def test_image_size_other_than_annotated_raises(make, scale, tmp_path):
     make(tmp_path / 'set', COUNTS)
     paths = [*(tmp_path / 'set').glob('train2017/*.png'), *(tmp_path / 'set').glob('JPEGImages/*.jpg')]
     for path in paths:
@@ -96,16 +96,16 @@ def test_files_of_another_size_than_was_annotated_are_an_error_that_names_both(m
         image.resize((round(96 * scale), round(80 * scale))).save(path)
     size = f'{round(96 * scale)} x {round(80 * scale)}'
     with pytest.raises(WorkError, match=rf'3 of the 3 images have another size .* 96 x 80 pixels there, {size}'):
-        load_boxes(tmp_path / 'set', False)
+        load_detection_dataset(tmp_path / 'set', False)
 
 
 @pytest.mark.parametrize('unknown', ['0', '', None])
-def test_a_size_that_is_unknown_is_the_files(unknown, tmp_path):
+def test_unknown_image_size_is_taken_from_file(unknown, tmp_path):
     """Old labelling tools write 0: no box is dropped for it."""
     for make in (coco, voc):
         folder = tmp_path / make.__name__
         make(folder, COUNTS)
-        wanted = load_boxes(folder, False)['train']
+        wanted = load_detection_dataset(folder, False)['train']
         for path in folder.glob('annotations/*.json'):
             table = json.loads(path.read_text())
             for image in table['images']:
@@ -124,36 +124,36 @@ def test_a_size_that_is_unknown_is_the_files(unknown, tmp_path):
                 else:
                     size.find(side).text = unknown
             tree.write(path)
-        boxes = load_boxes(folder, False)['train']
+        boxes = load_detection_dataset(folder, False)['train']
         assert boxes.left_out == wanted.left_out
         assert boxes.labels.tolist() == wanted.labels.tolist()
         assert [image['width'] for image in boxes.table['images']] == [96] * 3
 
 
-def test_images_of_16_bits_are_read_by_white_level(tmp_path):
+def test_detection_images_of_16_bits_use_white_level(tmp_path):
     coco(tmp_path / 'set', COUNTS)
     for path in (tmp_path / 'set').glob('*2017/*.png'):
         with Image.open(path) as image:
             gray = np.asarray(image.convert('L')).astype(np.uint16) * 16
         Image.fromarray(gray).save(path)
-    dark = load_boxes(tmp_path / 'set', False)['train'][0, False][0]
-    bright = load_boxes(tmp_path / 'set', False, (0.0, 4095.0))['train'][0, False][0]
+    dark = load_detection_dataset(tmp_path / 'set', False)['train'][0, False][0]
+    bright = load_detection_dataset(tmp_path / 'set', False, (0.0, 4095.0))['train'][0, False][0]
     assert dark.max() < 0.1
     assert bright.mean() > 0.3
 
 
-def test_one_image_of_one_value_is_refused_before_the_work(tmp_path, capsys):
+def test_detection_batch_of_one_small_image_exits_2(tmp_path, capsys):
     coco(tmp_path / 'set', COUNTS)
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *own_paths(tmp_path)]) == 0
     capsys.readouterr()
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=detection', f'--detection_path={tmp_path}/set']
     small = ['--detection_batch_size=1', '--detection_size=32', '--num_workers=0']
     assert cli.main([*given, *small, *own_paths(tmp_path)]) == 2
-    assert 'BN wants more than one value' in one_line(capsys.readouterr().err)
+    assert 'BN needs more than one value' in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_options_without_effect_are_said_and_are_no_settings(protocol):
+def test_options_without_effect_warn_and_are_not_in_spec(protocol):
     args, unused = get_config(preset='demo', protocol=protocol), find_protocol(protocol).unused
     for name in unused:
         assert not has_effect(args, name)
@@ -165,7 +165,7 @@ CHANGES = {'knn_k': '3', 'knn_temperature': '5', 'knn_raw_pixels': 'True', 'val_
 
 
 @pytest.mark.parametrize('protocol', ['semi', 'transfer', 'label_free'])
-def test_options_that_are_said_to_have_no_effect_have_none(protocol, drawn, tmp_path, capsys):
+def test_options_declared_unused_do_not_change_results(protocol, drawn, tmp_path, capsys):
     """The result is the same file, with the same numbers."""
     given = ['train', *TINY, '--max_epochs=1', '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0

@@ -17,7 +17,7 @@ import warm
 import cli
 from conftest import CODE, TINY, Python, draw_folder, one_line, own_paths, wait_for
 from dataloader import vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import eval_loader, get_iterator
 from dataloader.loading.sampler import EpochBatchSampler
 from protocols.results import load_results
@@ -42,7 +42,7 @@ def run(*command):
     return begin(*command).done()
 
 
-def test_two_processes_make_the_step_of_one(tmp_path):
+def test_two_ranks_compute_step_of_one(tmp_path):
     """Loss, every gradient, weight and running statistic after three steps, in double precision, to 1e-10. BN
     statistics are shared (torch's SyncBatchNorm has no CPU path; ours has the same formula)."""
     for name, start in (('one', []), ('two', TORCHRUN)):
@@ -72,7 +72,7 @@ def as_one_of(monkeypatch):
 
 
 @pytest.mark.parametrize('world', [2, 4])
-def test_no_image_is_seen_twice_or_left_out(world, drawn, tmp_path, as_one_of):
+def test_ranks_split_images_without_overlap(world, drawn, tmp_path, as_one_of):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), batch_size=8, num_workers=0)
     whole = [[key[0] for key in keys] for keys in get_iterator(args)['train'].batch_sampler]
     shares, in_turn = [], []
@@ -90,14 +90,14 @@ def test_no_image_is_seen_twice_or_left_out(world, drawn, tmp_path, as_one_of):
 
 
 @pytest.mark.parametrize(('blur', 'atol'), [(0.0, 1e-5), (0.5, 0.05)])
-def test_every_process_draws_what_one_would(blur, atol):
+def test_ranks_sample_views_of_one_process(blur, atol):
     """Views of the parts of a batch are those of the whole batch (a blur reaches as far as the largest of a batch)."""
     images = torch.randint(0, 256, (8, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
-    recipe = get_augmentation(get_config(image_size=24, blur_prob=blur), 'moco')
+    transform = get_augmentation(get_config(image_size=24, blur_prob=blur), 'moco')
 
     def views(place, these):
-        return vision.random_views(these, recipe, generator_for(1), place=place)
+        return vision.random_views(these, transform, generator_for(1), shard=place)
 
     whole = views((0, 8), images)
     for rank in range(4):
@@ -112,7 +112,7 @@ def losses_of(said):
     return [(float(loss), float(top1)) for loss, top1 in re.findall(r'epoch \d/3  loss (\S+) .* kNN (\S+) %', said)]
 
 
-def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
+def test_run_with_two_ranks_equals_run_with_one(drawn, tmp_path):
     """The whole command: losses, kNN and linear accuracy, and one set of files."""
     said = {}
     for name, start in (('one', []), ('two', TORCHRUN)):
@@ -146,14 +146,14 @@ def test_a_run_of_two_processes_is_the_run_of_one(drawn, tmp_path):
     assert re.search(r'top-1 .*', done.stdout)[0] == re.search(r'top-1 .*', alone.stdout)[0]
 
 
-def test_what_processes_cannot_share(drawn, as_one_of, capsys, monkeypatch):
+def test_batch_not_divisible_by_ranks_exits_2(drawn, as_one_of, capsys, monkeypatch):
     as_one_of(0, 3)
     monkeypatch.setattr(device, 'init_process_group', lambda device: None)
     assert cli.main(['train', *TINY, f'--image_path={drawn}']) == 2
-    assert '--batch_size=16 cannot be shared by 3 processes' in capsys.readouterr().err
+    assert '--batch_size=16 cannot be split over 3 processes' in capsys.readouterr().err
 
 
-def test_what_all_processes_meet_is_said_once(as_one_of, capsys, monkeypatch):
+def test_error_of_all_ranks_is_printed_once(as_one_of, capsys, monkeypatch):
     """By the first of them; what one alone meets, by that one; also where the store has gone."""
     as_one_of(0, 2)
     monkeypatch.setitem(distributed.STORE, 'store', torch.distributed.HashStore())
@@ -183,7 +183,7 @@ def workers_of(parent):
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds processes in /proc, which only Linux has')
-def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_path):
+def test_dead_rank_ends_others_and_restart_resumes(drawn, tmp_path):
     options = [
         *TINY,
         '--batch_size=8',
@@ -205,12 +205,12 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
     wait_for(lambda: not os.path.exists(f'/proc/{other}') or workers_of(process.pid).get(0) != other, 20)
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert re.search(rf'going on with {RUN} (after epoch \d|in epoch \d, after \d+ images) ', said), said
+    assert re.search(rf'resuming {RUN} (after epoch \d|in epoch \d, after \d+ images) ', said), said
     one, two = (
         torch.load(next((tmp_path / name / 'ckpt' / RUN).glob('loss_*_epoch_4')), weights_only=True)
         for name in ('whole', 'broken')
     )
-    if f'going on with {RUN} after epoch' in said:
+    if f'resuming {RUN} after epoch' in said:
         assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
     for name, value in one['model'].items():  # BN's means may have those of the step in which the other one died
         if 'running' in name:
@@ -219,7 +219,7 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_resumes(drawn, tmp_pa
             assert torch.equal(two['model'][name], value), name
 
 
-def test_an_epoch_that_two_processes_go_on_with_has_both_ones_loss(drawn, tmp_path):
+def test_checkpoint_within_epoch_has_loss_of_all_ranks(drawn, tmp_path):
     """One of them writes the checkpoint: what the other has seen of the epoch is in it, where the time was up as where
     a checkpoint was due."""
     options = [*TINY, '--batch_size=8', '--max_epochs=4', '--knn_every=0', f'--image_path={drawn}', '--resume=auto']
@@ -244,7 +244,7 @@ def test_an_epoch_that_two_processes_go_on_with_has_both_ones_loss(drawn, tmp_pa
     assert found['killed'] == pytest.approx(found['whole'], abs=1e-6)
 
 
-def test_one_process_of_a_machine_prepares_and_the_others_read(drawn_large, tmp_path):
+def test_local_main_first_prepares_files_once(drawn_large, tmp_path):
     """Into an empty cache, and a set that is drawn: all processes want it at once."""
     options = (
         *TINY,
@@ -263,7 +263,7 @@ def test_one_process_of_a_machine_prepares_and_the_others_read(drawn_large, tmp_
     assert sorted(re.findall(r'rank \d: .*', done.stdout)) == ['rank 0: drew 150, has 120', 'rank 1: drew 0, has 120']
 
 
-def test_more_processes_than_images_to_judge(tmp_path):
+def test_evaluate_with_more_ranks_than_images_works(tmp_path):
     folder = draw_folder(tmp_path / 'set', {'train': 16, 'val': 1})
     four = [word.replace('=2', '=4') for word in TORCHRUN]
     options = (*TINY, '--max_epochs=1', f'--image_path={folder}', *own_paths(tmp_path))
@@ -282,7 +282,7 @@ def trained(drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize(('world', 'batch', 'cached'), [(3, 64, True), (2, 700, False), (4, 71, False)])
-def test_a_linear_evaluation_of_several_processes_is_that_of_one(world, batch, cached, trained, tmp_path):
+def test_linear_with_several_ranks_equals_one(world, batch, cached, trained, tmp_path):
     """However the batch can be cut, and with a last one of one image: 72 are trained on. The classifier is the same."""
     copied = shutil.copytree(trained, tmp_path / 'run')
     weights = {}
@@ -305,7 +305,7 @@ def test_a_linear_evaluation_of_several_processes_is_that_of_one(world, batch, c
 
 @pytest.mark.parametrize('world', [2, 3, 4])
 @pytest.mark.parametrize(('count', 'size', 'drop_last'), [(10, 4, False), (9, 4, False), (3, 8, False), (12, 4, True)])
-def test_the_parts_of_shuffled_batches_are_the_whole(count, size, drop_last, world, as_one_of):
+def test_all_gather_rows_restores_shuffled_batches(count, size, drop_last, world, as_one_of):
     """As distributed.all_gather_rows joins them, each as long as the largest; an image that fills a place is cut
     off."""
     whole = EpochBatchSampler(count, size, 0, 'crop', shuffled=True, drop_last=drop_last)
@@ -324,12 +324,12 @@ def test_the_parts_of_shuffled_batches_are_the_whole(count, size, drop_last, wor
         assert joined[: len(batch)] == batch
 
 
-def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_path):
+def test_infer_and_embed_with_two_ranks_equal_one(drawn, tmp_path):
     assert cli.main(['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
     written = {}
     for name, start in (('one', []), ('two', TORCHRUN)):
         for command, file in (('infer', 'o.csv'), ('embed', 'f.csv')):
-            more = ('--neighbours=3',) if command == 'infer' else ('--projector_images=5',)
+            more = ('--neighbors=3',) if command == 'infer' else ('--projector_images=5',)
             output = tmp_path / f'{name}_{file}'
             argv = (command, f'--ckpt_name={RUN}', f'--output={output}', '--amp=off', *more, *own_paths(tmp_path))
             done = run(*start, 'cli.py', *argv)
@@ -347,28 +347,28 @@ def test_predictions_and_features_of_two_processes_are_those_of_one(drawn, tmp_p
 
 
 @pytest.mark.parametrize('command', ['report', 'export', 'pack', 'check_dataloader'])
-def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
+def test_single_process_command_with_torchrun_exits_2(command, as_one_of, capsys):
     as_one_of(1, 2)
     with pytest.raises(SystemExit, match='2'):  # what both have to say is said by the first
         cli.main([command])
     assert not capsys.readouterr().err
     as_one_of(0, 2)
     assert cli.main([command]) == 2
-    assert capsys.readouterr().err == f'error: {command} is the work of one process: start it without torchrun\n'
+    assert capsys.readouterr().err == f'error: {command} runs in one process: start it without torchrun\n'
 
 
 @pytest.mark.parametrize(
     ('environment', 'said'),
     [
-        ({'WORLD_SIZE': 'abc'}, 'WORLD_SIZE=abc is in the environment, and no number; torchrun sets it'),
-        ({'WORLD_SIZE': '-2'}, 'WORLD_SIZE=-2 is in the environment, and no number'),
-        ({'RANK': ''}, 'RANK= is in the environment, and no number'),
-        ({'LOCAL_RANK': '1.5'}, 'LOCAL_RANK=1.5 is in the environment, and no number'),
+        ({'WORLD_SIZE': 'abc'}, 'WORLD_SIZE=abc is in the environment and is not a number; torchrun sets it'),
+        ({'WORLD_SIZE': '-2'}, 'WORLD_SIZE=-2 is in the environment and is not a number'),
+        ({'RANK': ''}, 'RANK= is in the environment and is not a number'),
+        ({'LOCAL_RANK': '1.5'}, 'LOCAL_RANK=1.5 is in the environment and is not a number'),
         ({'RANK': '1'}, 'RANK=1 is in the environment, of WORLD_SIZE=1 processes'),
         ({'LOCAL_RANK': '1'}, 'LOCAL_RANK=1 is in the environment, of LOCAL_WORLD_SIZE=1 processes'),
         ({'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '8'}, 'LOCAL_RANK=1 is in the environment, of LOCAL_WORLD_SIZE=1'),
-        ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0 is in the environment, and no number of processes'),
-        ({'LOCAL_WORLD_SIZE': '00'}, 'LOCAL_WORLD_SIZE=00 is in the environment, and no number of processes'),
+        ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0 is in the environment and is not a number of processes'),
+        ({'LOCAL_WORLD_SIZE': '00'}, 'LOCAL_WORLD_SIZE=00 is in the environment and is not a number of processes'),
         (
             {'WORLD_SIZE': '4', 'RANK': '3', 'LOCAL_RANK': '2', 'LOCAL_WORLD_SIZE': '2'},
             'LOCAL_RANK=2 is in the environment, of LOCAL_WORLD_SIZE=2',
@@ -386,7 +386,7 @@ def test_what_is_the_work_of_one_process_says_so(command, as_one_of, capsys):
         ),
     ],
 )
-def test_an_environment_that_cannot_be_is_bad_use(environment, said, capsys, monkeypatch):
+def test_invalid_torchrun_environment_exits_2(environment, said, capsys, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cli.main(['train', '--preset=demo']) == 2
@@ -395,7 +395,7 @@ def test_an_environment_that_cannot_be_is_bad_use(environment, said, capsys, mon
 
 @pytest.mark.parametrize('environment', [{}, {'WORLD_SIZE': '1', 'RANK': '0'}])
 @pytest.mark.parametrize('port', ['tcp://10.0.0.7:29500', '', '65536'])
-def test_one_process_reads_no_port(environment, port, monkeypatch):
+def test_single_process_ignores_master_port(environment, port, monkeypatch):
     """Kubernetes sets MASTER_PORT=tcp://... where a service is called master."""
     for name, value in {**environment, 'MASTER_PORT': port}.items():
         monkeypatch.setenv(name, value)
@@ -404,7 +404,7 @@ def test_one_process_reads_no_port(environment, port, monkeypatch):
 
 @pytest.mark.parametrize('rank', [0, 1])
 @pytest.mark.parametrize('stopped', [False, True])
-def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, drawn, tmp_path):
+def test_missing_ranks_warn_then_fail(rank, stopped, drawn, tmp_path):
     """A signal is heard the while; when the time is up that is an error."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -426,16 +426,16 @@ def test_processes_that_never_come_are_not_waited_for_in_silence(rank, stopped, 
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1
         assert re.search(r'waited for [12] s. Were all processes started, each with its own RANK?', said)
-    assert ('1 of 2 processes have come yet' if not rank else 'should be, does not answer yet') in said
+    assert ('1 of 2 processes have started yet' if not rank else 'should be, does not answer yet') in said
 
 
-def test_what_srun_starts_apart_is_said(capsys, monkeypatch):
+def test_srun_without_torchrun_warns(capsys, monkeypatch):
     monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '2')
     assert cli.main(['train', '--preset=nothing']) == 2
     assert 'srun has started 2 processes, and each trains a run of its own' in capsys.readouterr().err
 
 
-def test_machines_that_count_restarts_for_themselves_find_one_another(tmp_path):
+def test_launch_id_is_agreed_after_separate_restarts(tmp_path):
     """torchrun counts on each machine apart, and keeps its store: a start's own keys may depend on neither."""
     store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     shared = {

@@ -38,9 +38,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize('command', COMMANDS)
-def test_a_place_that_may_not_be_written_is_told_before_the_work(
-    command, trained, drawn, tmp_path, monkeypatch, capsys
-):
+def test_unwritable_output_fails_before_work(command, trained, drawn, tmp_path, monkeypatch, capsys):
     """No image is read before. As on a disk that may only be read, which the right to everything does not help with."""
     given = [option.format(out=tmp_path / 'out') for option in COMMANDS[command]]
     if command in ('pack', 'check_dataloader'):
@@ -62,7 +60,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(
     assert 'Read-only file system' in one_line(capsys.readouterr().err)
 
 
-def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, capsys):
+def test_result_is_printed_before_it_is_written(trained, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device', 'x.json')
 
@@ -74,7 +72,7 @@ def test_the_numbers_are_printed_before_they_are_written(trained, monkeypatch, c
     assert 'No space left' in said.err
 
 
-def test_a_tracker_that_does_not_start_is_told_before_the_work(trained, monkeypatch, capsys):
+def test_failing_tracker_exits_before_evaluation(trained, monkeypatch, capsys):
     def refused(*_):
         raise UserError('--tracker=wandb does not start')
 
@@ -103,7 +101,7 @@ runpy.run_path('cli.py', run_name='__main__')
 
 
 @pytest.mark.parametrize('command', ['help', 'train', 'tar'])
-def test_it_runs_where_posix_names_are_missing(command, drawn, tmp_path):
+def test_commands_run_without_posix_modules(command, drawn, tmp_path):
     paths = own_paths(tmp_path)
     argv = {
         'help': ['--help'],
@@ -125,7 +123,7 @@ def test_it_runs_where_posix_names_are_missing(command, drawn, tmp_path):
 @pytest.mark.parametrize(
     'error', [MemoryError(), MemoryError(''), torch.OutOfMemoryError(''), MemoryError('of\nlines')]
 )
-def test_an_error_without_a_text_is_told_all_the_same(error, monkeypatch, capsys):
+def test_exception_without_message_is_printed(error, monkeypatch, capsys):
     def out_of_memory(*_):
         raise error
 
@@ -135,8 +133,8 @@ def test_an_error_without_a_text_is_told_all_the_same(error, monkeypatch, capsys
     assert 'has not enough memory' in one_line(capsys.readouterr().err)
 
 
-def test_evaluation_is_left_out_where_the_time_is_up(drawn, tmp_path, capsys):
+def test_evaluate_after_is_skipped_after_max_minutes(drawn, tmp_path, capsys):
     given = ['train', *TINY, '--max_epochs=1', f'--image_path={drawn}', '--evaluate_after=True', '--max_minutes=0.0001']
     assert cli.main([*given, *own_paths(tmp_path)]) == 0
-    assert '--evaluate_after is left out' in capsys.readouterr().out
+    assert '--evaluate_after is skipped' in capsys.readouterr().out
     assert not list(tmp_path.rglob('evaluate_*.json'))

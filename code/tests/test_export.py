@@ -1,4 +1,4 @@
-"""To and from other tools: their checkpoints here, our backbone there, features as files, neighbours as a picture."""
+"""To and from other tools: their checkpoints here, our backbone there, features as files, neighbors as a picture."""
 
 import csv
 import pickle
@@ -76,7 +76,7 @@ def load(path, **options):
     return get_model_ckpt(get_config(preset='imagenet', ckpt_name=str(path), **options))
 
 
-def test_the_official_layout_gives_the_same_p_and_z(tmp_path):
+def test_official_checkpoint_gives_equal_p_and_z(tmp_path):
     """In both modes of BN. The release's projector is as wide as d inside; ours is as wide throughout; the test takes
     the paper's own case, where both are equal."""
     official = randomised(Official(width=512))
@@ -116,7 +116,7 @@ def moco_file(path, backbone):
     )
 
 
-def test_a_moco_encoder_and_a_plain_resnet_give_the_same_features(tmp_path):
+def test_moco_and_torchvision_layouts_give_equal_features(tmp_path):
     plain = randomised(torchvision.models.resnet18(), 2)
     torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
     plain.fc = nn.Identity()
@@ -137,7 +137,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize('command', ['evaluate', 'infer', 'export', 'embed', 'train'])
-def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_path, capsys):
+def test_incomplete_checkpoint_is_refused(command, drawn, tmp_path, capsys):
     """One key renamed, one shape changed, one key too many, a pickle that would run code: nothing is loaded loosely."""
     state = save_official(tmp_path / 'good', Official(width=512))
     state = torch.load(state, weights_only=True)['state_dict']
@@ -152,7 +152,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
         ('reshaped', {'state_dict': reshaped}, 2, f'size mismatch: {ours}.bias is (7,) in place of (256,)'),
         ('more', {'state_dict': more}, 2, 'unexpected: backbone.layer3.0.extra'),
         ('moco', {'state_dict': moco}, 2, 'missing: backbone.bn1.weight'),
-        ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it wants to run io.open'),
+        ('harmful', {'state_dict': state, 'extra': Harmful(tmp_path / 'harm')}, 1, 'it would run io.open'),
         ('other', {'elsewhere': state}, 1, 'its first keys: elsewhere'),
     ):
         torch.save(content, tmp_path / name)
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(command, drawn, tmp_pat
 
 
 @pytest.mark.parametrize('start', [[], ['--from_run=model_name_before_ckpt_0']])
-def test_a_backbone_alone_brings_no_settings(start, drawn, tmp_path, capsys):
+def test_backbone_without_heads_trains_new_heads(start, drawn, tmp_path, capsys):
     """Its heads are new, as the call or --from_run has them; and trained, so that they are judged."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'backbone.pth')
     sizes = {'proj_layers': 2, 'proj_dim': 24, 'pred_dim': 6}
@@ -192,7 +192,7 @@ def test_a_backbone_alone_brings_no_settings(start, drawn, tmp_path, capsys):
     )
 
 
-def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
+def test_init_from_other_tools_weights_trains(drawn, tmp_path, capsys):
     path = save_official(tmp_path / 'official.pth.tar', randomised(Official(width=512)))
     images = ('--preset=imagenet', f'--image_path={drawn}', '--image_size=32', '--batch_size=16')
     still = ('--max_epochs=1', '--learning_rate=0', '--weight_decay=0', '--knn_every=0', *own_paths(tmp_path))
@@ -217,7 +217,10 @@ def test_training_starts_from_another_tools_weights(drawn, tmp_path, capsys):
         )
         == 2
     )
-    assert 'is no run of ours to go on with; start a new one from its weights: --init_from=' in capsys.readouterr().err
+    assert (
+        'is not a run of this project and cannot be resumed; start a new run from its weights: --init_from='
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope='module')
@@ -246,7 +249,7 @@ def features(model):
         return model.backbone.eval()(views())
 
 
-def test_export_to_torchvision(ours, tmp_path):
+def test_export_torchvision_loads_there(ours, tmp_path):
     export(ours[0], 'torchvision', tmp_path / 'b.pth')
     there = torchvision.models.resnet18()
     there.fc = nn.Identity()
@@ -257,7 +260,7 @@ def test_export_to_torchvision(ours, tmp_path):
     torch.testing.assert_close(features(back), features(ours[1]))
 
 
-def test_export_to_timm(ours, tmp_path):
+def test_export_timm_loads_there(ours, tmp_path):
     timm = pytest.importorskip('timm')
     export(ours[0], 'timm', tmp_path / 'b')
     there = timm.create_model(f'local-dir:{tmp_path}/b', pretrained=True)
@@ -265,7 +268,7 @@ def test_export_to_timm(ours, tmp_path):
         torch.testing.assert_close(there.eval()(views()), features(ours[1]), atol=1e-4, rtol=1e-4)
 
 
-def test_export_to_safetensors(ours, tmp_path):
+def test_export_safetensors_loads_there(ours, tmp_path):
     from safetensors.torch import load_file
 
     export(ours[0], 'safetensors', tmp_path / 'b.safetensors')
@@ -276,7 +279,7 @@ def test_export_to_safetensors(ours, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['resnet18', 'small'])
-def test_export_to_onnx(kind, ours, tmp_path):
+def test_export_onnx_runs_for_any_batch_size(kind, ours, tmp_path):
     """For any number of images, not only the example's."""
     onnxruntime = pytest.importorskip('onnxruntime')
     path, model = ours
@@ -304,7 +307,7 @@ def detectron2_names():
     return {f'{name}.{part}' for name in convolutions for part in ('weight', *norm)}
 
 
-def test_export_to_detectron2(ours, tmp_path):
+def test_export_detectron2_has_its_names(ours, tmp_path):
     state = torchvision.models.resnet50().state_dict()
     names = {
         name
@@ -327,7 +330,7 @@ def test_export_to_detectron2(ours, tmp_path):
 
 
 @pytest.mark.parametrize('form', ['torchvision', 'timm', 'detectron2'])
-def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
+def test_export_of_unsupported_backbone_exits_2(form, tmp_path, capsys):
     for options, said in (
         ({'preset': 'demo'}, '--backbone=small'),
         ({'preset': 'cifar10', 'proj_dim': 8}, '--stem=cifar'),
@@ -342,7 +345,7 @@ def test_export_refuses_what_the_tool_has_not(form, tmp_path, capsys):
     assert not (tmp_path / 'b').exists()
 
 
-def test_embed_writes_a_table_for_viewers(ours, drawn, tmp_path):
+def test_embed_parquet_has_viewer_columns(ours, drawn, tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     options = [f'--ckpt_name={ours[0]}', f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache')]
     for file in ('f.parquet', 'f.npz'):
@@ -361,7 +364,7 @@ def test_embed_writes_a_table_for_viewers(ours, drawn, tmp_path):
         np.testing.assert_allclose(near['distances'], np.sort(1 - unit @ unit[row])[:16].clip(0), atol=1e-5)
 
 
-def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
+def test_embed_npz_and_csv_have_features_and_names(ours, drawn, tmp_path, monkeypatch):
     name = f'--ckpt_name={ours[0]}'
     options = [name, f'--image_path={drawn}', *own_paths(tmp_path, 'log', 'cache')]
     for file in ('f.npz', 'f.csv'):
@@ -396,7 +399,7 @@ def test_embed_writes_features_and_names(ours, drawn, tmp_path, monkeypatch):
         embedding.embed(get_config(output='f.txt', ckpt_name=str(ours[0])))
 
 
-def test_nearest_is_a_brute_force_search():
+def test_topk_neighbors_equals_brute_force():
     generator = torch.Generator().manual_seed(5)
     queries, bank = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
     cosine, rows = topk_neighbors(queries, bank, 3)
@@ -407,13 +410,13 @@ def test_nearest_is_a_brute_force_search():
         assert values.tolist() == pytest.approx([every[i] for i in wanted], abs=1e-6)
 
 
-def test_infer_shows_the_neighbors(drawn, tmp_path):
+def test_infer_neighbors_saves_picture(drawn, tmp_path):
     options = (f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *options]) == 0
     output = tmp_path / 'out.csv'
-    options = (f'--output={output}', '--neighbours=3', f'--image_path={drawn}/train/dots')
+    options = (f'--output={output}', '--neighbors=3', f'--image_path={drawn}/train/dots')
     assert cli.main(['infer', f'--ckpt_name={RUN}', *options, *own_paths(tmp_path, 'ckpt', 'cache')]) == 0
-    with Image.open(tmp_path / 'out_neighbours.png') as picture:
+    with Image.open(tmp_path / 'out_neighbors.png') as picture:
         image = np.asarray(picture)
     # The queries are training images: the nearest of each is itself, so the first two pictures of a row are the same.
     for row in range(12):
@@ -423,7 +426,7 @@ def test_infer_shows_the_neighbors(drawn, tmp_path):
         np.testing.assert_array_equal(query, first)
 
 
-def test_an_unreadable_classifier_is_one_line(ours, drawn, tmp_path, capsys):
+def test_damaged_classifier_fails_in_one_line(ours, drawn, tmp_path, capsys):
     (ours[0].parent / 'classifier_1').write_text('text')
     code = cli.main(
         [

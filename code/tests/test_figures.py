@@ -22,25 +22,25 @@ def figures_outside(text):
 
 
 @pytest.mark.parametrize('page', tables.PAGES, ids=lambda path: str(path.relative_to(CODE.parent)))
-def test_every_table_is_what_its_files_say(page):
+def test_tables_equal_their_result_files(page):
     found = tables.MARK.findall(page.read_text())
     assert found
     for _, name, shown, _ in found:
         assert shown == getattr(tables, name)(), f'{name}: python3 bench/tables.py writes it anew'
 
 
-def test_no_other_figure_stands_in_results():
+def test_results_page_has_no_other_figures():
     text = (CODE.parent / 'README.md').read_text()
     assert not figures_outside(text.split('\n## Results\n', 1)[1].split('\n## ', 1)[0])
     assert not figures_outside((CODE / 'results/README.md').read_text())
 
 
-def test_a_figure_without_its_file_would_be_seen():
+def test_figure_without_file_is_detected():
     assert figures_outside('kNN 91.3, or 40 % of it; `--learning_rate=0.5` is code') == ['91.3', '40 %']
     assert not figures_outside('<!-- figures: demo -->\n| 91.3 |\n<!-- end -->')
 
 
-def test_the_files_are_those_of_runs_and_name_no_place():
+def test_result_files_are_of_runs_without_paths():
     names = {path.name for path in (CODE / 'results').iterdir() if path.is_dir()}
     assert names
     for name in names:
@@ -54,7 +54,7 @@ def test_the_files_are_those_of_runs_and_name_no_place():
 
 
 @pytest.mark.parametrize('change', [0.3, -5.0])
-def test_another_number_in_a_file_is_another_table(change, monkeypatch):
+def test_changed_result_file_changes_table(change, monkeypatch):
     before, result = tables.clothing(), tables.result
     monkeypatch.setattr(tables, 'result', lambda *of: {**result(*of), 'top1': result(*of)['top1'] + change})
     assert tables.clothing() != before

@@ -3,7 +3,7 @@
 Tensors without content (FakeTensorMode) say that they are on a GPU: a wrong device, a wrong type, and anything that
 would wait for a GPU's answer (item, a choice by a value, a shape by a value) is an error. torch.compile with
 fullgraph=True raises where it would fall back. Not shown: values and speed of kernels, cuDNN, NCCL, the way back
-through the network on a GPU (autograd wants a real one). Tests of these want a GPU, and are skipped without.
+through the network on a GPU (autograd needs a real one). Tests of these want a GPU, and are skipped without.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ckpt import build_model
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import resolve_num_workers
 from dataloader.readers.memory import Memory
@@ -61,7 +61,7 @@ def images_of(device, crops):
 
 
 @pytest.mark.parametrize('crops', [False, True])
-def test_views_stay_on_the_gpu(crops, no_content):
+def test_random_views_do_not_synchronize(crops, no_content):
     table, moments = torch.zeros(32, 15, device=GPU), torch.zeros(2, 3, 1, 1, device=GPU)
     views = vision.augment_gpu(images_of(GPU, crops), table, MOCO, moments, 2)
     for view in views:
@@ -69,7 +69,7 @@ def test_views_stay_on_the_gpu(crops, no_content):
         assert view.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_forward_and_loss_stay_on_the_gpu(no_content):
+def test_forward_and_loss_do_not_synchronize(no_content):
     with GPU:
         model = SimSiam(get_config(**SMALL)).train()
         views = [torch.zeros(16, 3, 32, 32) for _ in range(2)]
@@ -82,7 +82,7 @@ def test_forward_and_loss_stay_on_the_gpu(no_content):
 
 
 @pytest.mark.parametrize('parts', [1, 2])
-def test_a_step_waits_for_nothing(parts, no_content):
+def test_train_step_does_not_synchronize(parts, no_content):
     """Forward, loss, way back and update; that the test can fail is the last line."""
     model = SimSiam(get_config(**SMALL)).train()
     optimizer, views = make_sgd(model, 0.9, 1e-4), [torch.zeros(16, 3, 32, 32) for _ in range(2)]
@@ -91,17 +91,17 @@ def test_a_step_waits_for_nothing(parts, no_content):
         train_step(model, optimizer, views, lambda *outputs: simsiam_loss(*outputs) * simsiam_loss(*outputs).item())
 
 
-def test_knn_stays_on_the_gpu(no_content):
+def test_knn_does_not_synchronize(no_content):
     found = TopKSearch(torch.zeros(30, 8, device=GPU), 5)
     for first in (0, 40):
-        found.see(torch.zeros(40, 8, device=GPU), first)
+        found.update(torch.zeros(40, 8, device=GPU), first)
     labels = torch.zeros(80, dtype=torch.int64, device=GPU)
     scores = weighted_vote(found.cosine, labels[found.rows], 7, 0.1)
     assert (scores.shape, scores.device) == ((30, 7), GPU)
 
 
 @pytest.mark.parametrize(('side', 'device', 'many'), [(32, GPU, 3136), (224, GPU, 64), (4000, GPU, 1), (32, 'cpu', 0)])
-def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, device, many, no_content):
+def test_gpu_eval_batch_of_small_images_is_large(side, device, many, no_content):
     pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
     images = ImageDataset(get_config(image_size=32), None, Memory([], pixels), torch.zeros(2), [])
     assert load_dataset.gpu_eval_batch(images) == many
@@ -109,7 +109,7 @@ def test_a_frozen_network_takes_small_images_of_a_gpu_by_the_thousand(side, devi
     assert load_dataset.gpu_eval_batch(at_224) == min(many, 64)  # they are enlarged
 
 
-def test_the_probe_waits_for_nothing(no_content):
+def test_train_probe_does_not_synchronize(no_content):
     def pairs_of(_):
         for _ in range(3):
             yield torch.zeros(16, 8), torch.zeros(16, dtype=torch.int64)
@@ -120,8 +120,8 @@ def test_the_probe_waits_for_nothing(no_content):
 
 
 @pytest.mark.parametrize('crops', [False, True])
-def test_the_views_are_one_graph_and_the_cpus(crops):
-    """All of it, from bytes to normalised views, without a break; and what the CPU's path makes of the same table."""
+def test_augmentation_compiles_to_one_graph_equal_to_cpu(crops):
+    """All of it, from bytes to normalized views, without a break; and what the CPU's path makes of the same table."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, images_of('cpu', crops).shape, dtype=torch.uint8, generator=generator)
     table = vision.sample(32, MOCO, generator_for(1), None if crops else images.shape[-2:])
@@ -138,7 +138,7 @@ def test_the_views_are_one_graph_and_the_cpus(crops):
 
 
 @pytest.mark.parametrize(('backbone', 'shared'), [('small', True), ('resnet50', False)])
-def test_the_network_is_one_graph(backbone, shared):
+def test_network_compiles_to_one_graph(backbone, shared):
     """With the BN of several processes, too, there and back."""
     torch._dynamo.reset()
     model = build_model(get_config(**SMALL, backbone=backbone)).train()
@@ -157,7 +157,7 @@ def test_the_network_is_one_graph(backbone, shared):
 
 
 @pytest.mark.parametrize(('dtype', 'shared'), [(None, True), (torch.bfloat16, True), (None, False)])
-def test_the_networks_one_graph_has_its_gradients(dtype, shared):
+def test_compiled_network_has_all_gradients(dtype, shared):
     """In float32 torch 2.11 lost those of shared BN and of all before it: what trained was the last layer."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -184,7 +184,7 @@ def gradients(dtype, shared, backend):
     return {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
 
 
-def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
+def test_missing_compiler_is_named(monkeypatch, tmp_path):
     """--compile=auto goes on without; --compile=True says why not."""
     cases = {
         'there is no C compiler (apt install gcc)': lambda m: m.setenv('PATH', str(tmp_path)),
@@ -207,7 +207,7 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
                 patch.setattr(device.os.path, 'exists', lambda _: True)
             breaks(patch)
             assert compile_unavailable_reason(torch.device('cpu')) == said
-            with pytest.raises(UserError, match='--compile=False goes without'):
+            with pytest.raises(UserError, match='--compile=False turns it off'):
                 use_compile(get_config(compile='True'))
             patch.setattr(device, 'get_device', lambda _: GPU)
             monkeypatch.setattr(device, 'compile_unavailable_reason', lambda _, said=said: said)
@@ -216,11 +216,11 @@ def test_a_compiler_that_is_not_there_is_said(monkeypatch, tmp_path):
     compile_unavailable_reason.cache_clear()
 
 
-def test_a_short_run_is_not_compiled(monkeypatch):
+def test_short_run_is_not_compiled(monkeypatch):
     """To compile takes longer than the demo."""
     monkeypatch.setattr(set_up, 'get_device', lambda _: GPU)
     monkeypatch.setattr(set_up, 'compile_unavailable_reason', lambda _: 'no compiler')
-    assert set_up.why_not_compile(get_config(), 15 * 62) == '930 steps would not pay for it'
+    assert set_up.why_not_compile(get_config(), 15 * 62) == '930 steps are too few for it'
     assert set_up.why_not_compile(get_config(), 800 * 97) == 'no compiler'
     assert set_up.why_not_compile(get_config(compile='True'), 930) == ''
     monkeypatch.setattr(set_up, 'get_device', lambda _: torch.device('cpu'))
@@ -237,7 +237,7 @@ def test_a_short_run_is_not_compiled(monkeypatch):
         ((6, 1), False, None),
     ],
 )
-def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
+def test_amp_auto_follows_gpu_capability(capability, bf16, found, monkeypatch):
     """V100, T4 and RTX 20 have no bfloat16, but cores for float16."""
     monkeypatch.setattr('runtime.precision.get_device', lambda _: GPU)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: bf16)
@@ -245,7 +245,7 @@ def test_precision_by_the_gpu(capability, bf16, found, monkeypatch):
     assert precision(get_config(amp='auto')) == found
 
 
-def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
+def test_ranks_get_own_gpu_and_share_of_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr('dataloader.loading.loader.cpu_count', lambda: 128)
@@ -265,7 +265,7 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(monkeypatch):
         get_device(get_config())
 
 
-def test_what_a_step_takes_is_known_before_it():
+def test_estimate_step_bytes_equals_measured_memory():
     """For the paper's ResNet-50 at 224 px in bfloat16 12, 24 and 47 GB at 128, 256 and 512 images were counted."""
     args = get_config(preset='imagenet', device='cpu')
     model = build_model(args)
@@ -297,7 +297,7 @@ def test_what_a_step_takes_is_known_before_it():
         ({'batch_size': 510}, '--grad_accum_steps=15 takes'),  # 8 would cut no equal parts
     ],
 )
-def test_the_views_of_a_batch_are_counted(options, said):
+def test_memory_estimate_includes_views(options, said):
     """ResNet-50 at 224 px on a card with 8.4 GB free: views are made all at once, before the parts of a step."""
     args = get_config(preset='imagenet', device='cpu', **options)
     line, helps = memory_estimate.describe_step_memory(args, build_model(args), torch.bfloat16, 6e9)
@@ -334,7 +334,7 @@ def recorded(*given):
     return cuda_graph.CudaGraphStep(*given, force=True)
 
 
-def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
+def test_cuda_graph_capture_failure_continues_eagerly(capsys, monkeypatch):
     """In one line, with the same numbers."""
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
@@ -343,7 +343,7 @@ def test_a_step_that_cannot_be_recorded_goes_on(capsys, monkeypatch):
     assert (step.graph, step.disabled) == (None, True)
     assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
     assert capsys.readouterr().err.splitlines() == [
-        'warning: a step cannot be recorded as a CUDA graph, and is launched as before: not here'
+        'warning: the step cannot be captured as a CUDA graph, and runs as before: not here'
     ]
 
 
@@ -388,7 +388,7 @@ def on_tape(monkeypatch):
 
 
 @pytest.mark.usefixtures('on_tape')
-def test_a_replayed_step_is_the_step_at_other_rates():
+def test_cuda_graph_replay_uses_current_views_and_rates():
     """On a CPU; views and rates are those of each step."""
     plain, _ = losses_of(20, rising, plainly)
     found, step = losses_of(20, rising, recorded)
@@ -400,7 +400,7 @@ def test_a_replayed_step_is_the_step_at_other_rates():
 
 
 @pytest.mark.usefixtures('on_tape')
-def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
+def test_cuda_graph_with_wrong_replay_is_not_used(monkeypatch, capsys):
     """As with rates that are part of the record; and what was tried leaves no trace."""
     with_rates = cuda_graph.CudaGraphStep.run_with_tensor_lr
     monkeypatch.setattr(
@@ -410,7 +410,7 @@ def test_a_record_that_does_something_else_is_not_used(monkeypatch, capsys):
     )
     found, step = losses_of(12, rising, recorded)
     assert (step.graph, step.disabled) == (None, True)
-    assert 'replayed it does something else' in capsys.readouterr().err
+    assert 'a replay gives another result' in capsys.readouterr().err
     assert found == pytest.approx(losses_of(12, rising, plainly)[0], abs=1e-4)
 
 
@@ -418,9 +418,9 @@ def broken_graph(*_, **__):
     raise RuntimeError('not here\nand a hundred lines')
 
 
-def test_a_graph_is_made_where_it_can_be(monkeypatch):
+def test_cuda_graph_auto_is_used_if_possible(monkeypatch):
     assert not cuda_graph.should_use_graph(get_config(device='cpu'))
-    with pytest.raises(UserError, match='--cuda_graph=True: it wants a CUDA GPU; --cuda_graph=False goes without'):
+    with pytest.raises(UserError, match='--cuda_graph=True: it needs a CUDA GPU; --cuda_graph=False turns it off'):
         cuda_graph.should_use_graph(get_config(device='cpu', cuda_graph='True'))
     monkeypatch.setattr(cuda_graph, 'get_device', lambda _: GPU)
     monkeypatch.setattr(cuda_graph, 'precision', lambda args: {'fp16': torch.float16}.get(args.amp))
@@ -435,7 +435,7 @@ def test_a_graph_is_made_where_it_can_be(monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize('compiled', [False, True])
-def test_a_recorded_step_is_the_step(compiled, monkeypatch):
+def test_cuda_graph_step_equals_eager_step(compiled, monkeypatch):
     """Loss by loss, at rates that change."""
     if compiled:
         monkeypatch.setattr(SimSiam, 'train', lambda model: model.compile() or torch.nn.Module.train(model))
@@ -446,7 +446,7 @@ def test_a_recorded_step_is_the_step(compiled, monkeypatch):
 
 
 @needs_gpu
-def test_views_on_a_gpu_are_the_cpus():
+def test_views_on_gpu_equal_cpu():
     images = torch.randint(0, 256, (16, 3, 40, 48), dtype=torch.uint8)
     for compiled in (False, use_compile(get_config())):
         ours = vision.random_views(images.cuda(), MOCO, generator_for(1), compiled=compiled)
@@ -458,7 +458,7 @@ def test_views_on_a_gpu_are_the_cpus():
 
 @needs_gpu
 @pytest.mark.parametrize('compiled', [False, True])
-def test_bn_shared_by_nccl_is_bn(compiled):
+def test_sync_batchnorm_with_nccl_equals_bn(compiled):
     """One process among itself, in float32: what NCCL sums in a step, in one compiled graph or not, is what it was."""
 
     def shared(step, model, _):
@@ -479,7 +479,7 @@ def test_bn_shared_by_nccl_is_bn(compiled):
 
 @needs_gpu
 @pytest.mark.parametrize('dtype', [torch.bfloat16, None])
-def test_a_step_takes_the_memory_that_is_told(dtype):
+def test_memory_estimate_equals_peak_on_gpu(dtype):
     """The paper's ResNet-50 at 224 px, not compiled; what is said has a tenth more."""
     args = get_config(preset='imagenet')
     model = build_model(args).cuda().to(memory_format=torch.channels_last).train()
@@ -506,7 +506,7 @@ def test_a_step_takes_the_memory_that_is_told(dtype):
         ('--cache_images=off', '--num_workers=2', '--compile=True'),
     ],
 )
-def test_training_on_a_gpu(options, drawn, tmp_path):
+def test_train_on_gpu_learns(options, drawn, tmp_path):
     done = run('train', *TINY, f'--image_path={drawn}', '--device=cuda', *options, *own_paths(tmp_path))
     assert (done.returncode, done.stderr) == (0, '')
     assert 'cuda' in done.stdout

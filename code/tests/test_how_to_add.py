@@ -1,4 +1,4 @@
-"""What code/README.md says of how to add something, done: a protocol, an option, an operation, a recipe."""
+"""What code/README.md says of how to add something, done: a protocol, an option, an operation, a transform."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def call(code, *words):
     return done.stdout + done.stderr
 
 
-def test_a_protocol_is_one_file_and_one_line(drawn, tmp_path):
+def test_new_protocol_needs_one_file_and_one_line(drawn, tmp_path):
     code, paths = copy_of_code(tmp_path), own_paths(tmp_path)
     (code / 'protocols/toy.py').write_text(TOY)
     add_line(code / 'config.py', 'PROTOCOLS = {', "    'toy': 'the class of the image before',")
@@ -66,7 +66,7 @@ def test_a_protocol_is_one_file_and_one_line(drawn, tmp_path):
     assert 'as before' in (tmp_path / 'report.html').read_text()
 
 
-def test_an_option_is_a_line_and_its_meaning(drawn, tmp_path):
+def test_new_option_needs_one_line_and_meaning(drawn, tmp_path):
     code = copy_of_code(tmp_path)
     line = '    grad_clip: float = option(0.0, between=(0.0, 100.0))\n    """largest norm of the gradient; 0: any"""'
     add_line(code / 'config.py', 'class OptimizationOptions:', line)
@@ -100,12 +100,14 @@ class Invert:
 """
 
 
-def test_an_operation_is_a_class_and_a_recipe_is_a_line_and_a_choice(drawn, tmp_path):
+def test_new_operation_and_augmentation_need_class_and_lines(drawn, tmp_path):
     code = copy_of_code(tmp_path)
     row = "    'mild': (RandomResizedCrop(scale=(0.5, 1.0)), RandomGrayscale(0.5), Invert(0.3)),"
-    recipes = code / 'dataloader/augment/recipes.py'
-    add_line(recipes, 'AUGMENTATIONS = {', row)
-    recipes.write_text(recipes.read_text().replace('AUGMENTATIONS = {', f'{INVERT}\n\nAUGMENTATIONS = {{', 1))
+    augmentations = code / 'dataloader/augment/augmentations.py'
+    add_line(augmentations, 'AUGMENTATIONS = {', row)
+    augmentations.write_text(
+        augmentations.read_text().replace('AUGMENTATIONS = {', f'{INVERT}\n\nAUGMENTATIONS = {{', 1)
+    )
     config = code / 'config.py'
     choices = "augmentation: str = option('moco', ('moco', 'simclr')"
     assert f'    {choices}' in config.read_text()

@@ -13,7 +13,7 @@ from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric import representation
 from metric.feature_std import feature_std
 from model.simsiam import SimSiam
-from protocols.collapse_verdict import judge_collapse, judge_metrics
+from protocols.collapse_verdict import judge_collapse, judge_run_metrics
 from protocols.label_free import projector_batch_stats, view_features
 from runtime.options import get_config
 
@@ -30,13 +30,13 @@ def with_singular_values(values, n=400, seed=0, mean=0.0):
 @pytest.mark.parametrize(
     ('more', 'word'), [({}, 'collapsed'), ({'std_judged': 0.95}, 'healthy'), ({'std_batch': 0.95}, 'healthy')]
 )
-def test_an_std_by_averages_of_few_steps_is_no_collapse(more, word):
+def test_verdict_uses_largest_measured_std(more, word):
     """One rule for train, evaluate and report: the largest std that was measured."""
     now, before = {'std': 0.3, 'rank': 10.0, 'area': 0.8}, {'std': 0.9, 'rank': 100.0, 'area': 0.9}
     assert judge_collapse({**now, **more}, before)[0] == word
 
 
-def test_a_start_from_other_weights_is_told_so():
+def test_verdict_of_run_from_weights_names_start():
     now, before = {'std': 0.99, 'rank': 11.0, 'area': 0.8}, {'std': 0.9, 'rank': 11.6, 'area': 0.9}
     word, said = judge_collapse(now, before, 'at the start')
     assert word == 'nothing learned'
@@ -44,7 +44,7 @@ def test_a_start_from_other_weights_is_told_so():
     assert 'ten times as much' not in said
 
 
-def test_z_by_the_statistics_of_what_is_looked_at():
+def test_projector_batch_stats_uses_batch_statistics():
     """Of other images than BN's averages are of: z lies off its mean by these, and around it by its own."""
     projector = SimSiam(get_config(preset='demo')).projector.eval()
     x = torch.randn(200, projector[0].in_features, generator=torch.Generator().manual_seed(0)) + 20
@@ -56,8 +56,8 @@ def test_z_by_the_statistics_of_what_is_looked_at():
     assert not projector.training
 
 
-def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
-    """In memory or in files, which workers read or this process, whatever the batch: to a grey level or two."""
+def test_view_features_do_not_depend_on_storage(drawn, tmp_path):
+    """In memory or in files, which workers read or this process, whatever the batch: to a gray level or two."""
     model, found = SimSiam(get_config(preset='demo')), []
     for held, workers, size in (('on', 0, 16), ('off', 0, 16), ('off', 2, 7)):
         args = get_config(
@@ -80,7 +80,7 @@ def test_the_views_are_the_same_wherever_the_images_are(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('d', [2, 16, 100])
-def test_of_an_isotropic_spectrum(d):
+def test_spectrum_measures_of_isotropic_features(d):
     x = with_singular_values([3.0] * d)
     assert representation.rankme(x) == pytest.approx(d, rel=1e-4)
     assert representation.cumulative_spectrum_auc(x) == pytest.approx(1 / 2 + 1 / (2 * d), abs=1e-9)
@@ -88,19 +88,19 @@ def test_of_an_isotropic_spectrum(d):
         assert representation.alpha_req(x) == pytest.approx(0, abs=1e-9)
 
 
-def test_of_one_direction_and_of_none():
+def test_spectrum_measures_of_rank_one_and_zero_features():
     one = with_singular_values([5.0] + [0.0] * 9)
     assert representation.rankme(one) == pytest.approx(1, abs=1e-3)
     assert representation.cumulative_spectrum_auc(one) == pytest.approx(1, abs=1e-9)
     assert math.isnan(representation.alpha_req(one))
     same = torch.ones(50, 8)
-    assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centred: the mean is a direction
+    assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centerd: the mean is a direction
     assert representation.cumulative_spectrum_auc(same) == 1.0
     assert representation.rankme(torch.zeros(5, 3)) == 1.0
 
 
 @pytest.mark.parametrize('alpha', [0.5, 1.0, 2.0])
-def test_of_a_power_law(alpha):
+def test_alpha_req_of_power_law_is_its_exponent(alpha):
     values = [i ** (-alpha / 2) for i in range(1, 101)]  # eigenvalues are their squares
     x = with_singular_values(values, mean=7.0)
     assert representation.alpha_req(x) == pytest.approx(alpha, abs=1e-6)
@@ -112,7 +112,7 @@ def test_of_a_power_law(alpha):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(0, 1000), st.floats(0.01, 100))
-def test_bounds_scale_and_rotation(n, d, seed, factor):
+def test_spectrum_measures_are_bounded_and_invariant(n, d, seed, factor):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
     turn, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
     for measure in (representation.rankme, representation.cumulative_spectrum_auc):
@@ -121,7 +121,7 @@ def test_bounds_scale_and_rotation(n, d, seed, factor):
     assert 0.5 <= representation.cumulative_spectrum_auc(x) <= 1
 
 
-def test_lidar_is_what_a_generalised_eigenproblem_says():
+def test_lidar_equals_generalized_eigenproblem():
     """With scipy's eigh of the pair, and n - 1 equal discriminants where images differ alike."""
     linalg = pytest.importorskip('scipy.linalg')
     generator = torch.Generator().manual_seed(3)
@@ -137,7 +137,7 @@ def test_lidar_is_what_a_generalised_eigenproblem_says():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 8), st.integers(0, 1000))
-def test_ranks_are_a_count_by_hand(n, d, seed):
+def test_positive_ranks_equal_brute_force(n, d, seed):
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
     if seed % 3 == 0:
@@ -152,7 +152,7 @@ def test_ranks_are_a_count_by_hand(n, d, seed):
     )
 
 
-def test_retrieval_where_all_or_nobody_is_found():
+def test_view_retrieval_of_equal_and_random_views():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     assert representation.view_retrieval_top1(x, 3 * x).item() == 100
     assert representation.geometric_mean_rank(x, x) == 1
@@ -161,7 +161,7 @@ def test_retrieval_where_all_or_nobody_is_found():
     assert representation.geometric_mean_rank(same, same) == pytest.approx(50, rel=1e-5)
 
 
-def test_alignment_and_uniformity():
+def test_alignment_and_uniformity_of_known_features():
     x = torch.eye(4)
     assert representation.alignment(x, 2 * x) == pytest.approx(0)
     assert representation.alignment(x, -x) == pytest.approx(4)
@@ -169,7 +169,7 @@ def test_alignment_and_uniformity():
     assert representation.uniformity(torch.ones(3, 2)) == pytest.approx(0)
 
 
-def test_of_outputs():
+def test_output_statistics_of_known_outputs():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, 8, generator=generator)
     found = representation.output_statistics(z, with_singular_values([1.0, 1.0] + [0.0] * 6, 4000).float())
@@ -186,7 +186,7 @@ def test_of_outputs():
 
 
 @pytest.mark.parametrize('n', [2, 3, 5])
-def test_the_loss_of_n_views(n):
+def test_loss_of_n_views_equals_formula(n):
     """Each p against the mean of the others' z; of two views SimSiam to the bit, and its gradient through p alone."""
     generator = torch.Generator().manual_seed(n)
     p, z = torch.randn(2, n, 6, 4, generator=generator).requires_grad_().unbind()
@@ -216,7 +216,7 @@ BEFORE = {'std': 0.3, 'rank': 150.0, 'area': 0.88}
         ({'std': 0.98, 'rank': 40.0, 'area': 0.82, 'correlation': 0.97}, 'partly collapsed'),
     ],
 )
-def test_the_verdict_is_that_of_the_numbers(now, word):
+def test_verdict_follows_thresholds(now, word):
     said = judge_collapse(now, BEFORE)
     assert said[0] == word
     assert f'{now["std"]:.2f}' in said[1]
@@ -224,5 +224,5 @@ def test_the_verdict_is_that_of_the_numbers(now, word):
         {'epoch': epoch, **{f'pretraining/{name}': value for name, value in values.items()}}
         for epoch, values in ((0, BEFORE), (3, now))
     ]
-    assert judge_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
-    assert judge_metrics(lines[1:]) is judge_metrics([]) is None
+    assert judge_run_metrics([lines[0], {'epoch': 1, 'pretraining/loss': 0.1}, lines[1]]) == said
+    assert judge_run_metrics(lines[1:]) is judge_run_metrics([]) is None

@@ -44,7 +44,7 @@ def rows(root, *options):
     return {row['run']: row for row in list_runs.runs(get_config(ckpt_path=str(root / 'ckpt'), **dict(options)))}
 
 
-def test_what_each_run_is(tmp_path, capsys):
+def test_runs_table_has_state_and_metrics(tmp_path, capsys):
     here = run_lock.lock_content()
     made(tmp_path, 'a')
     made(tmp_path, 'b', epoch=1, learning_rate=0.5)
@@ -92,7 +92,7 @@ DAMAGED = (
 
 
 @pytest.mark.parametrize('name', ['run.json', 'metrics.jsonl', 'evaluate_linear_1.json', list_runs.LOCK_FILE])
-def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, capsys):
+def test_damaged_run_does_not_affect_others(name, tmp_path, capsys):
     whole = made(tmp_path, 'whole', epoch=2)
     (whole / 'evaluate_linear_1.json').write_text('{"protocol": "linear", "epoch": 2, "top1": 50.0}')
     alone = rows(tmp_path)['whole']
@@ -106,10 +106,10 @@ def test_a_damaged_file_of_one_run_is_nothing_to_the_others(name, tmp_path, caps
         assert {**found['whole'], 'options': ''} == {**alone, 'options': ''}
     for folder in (tmp_path / 'ckpt').iterdir():
         results.load_results(folder, protocol='linear')
-        collapse_verdict.judge_metrics(read_metrics(folder / 'metrics.jsonl'))
+        collapse_verdict.judge_run_metrics(read_metrics(folder / 'metrics.jsonl'))
 
 
-def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
+def test_epoch_0_metrics_are_not_shown(tmp_path, capsys):
     folder = made(tmp_path, 'a', epoch=2)
     lines = [{'epoch': 0, 'pretraining/knn_top1': 40.0}, {'epoch': 1, 'pretraining/loss': -0.1}]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -119,7 +119,7 @@ def test_what_the_untrained_network_had_is_not_the_runs(tmp_path, capsys):
     assert [rows(tmp_path)['a'][name] for name in ('knn', 'linear')] == ['40.00', '50.00']
 
 
-def test_the_accuracy_on_other_images_is_not_the_runs(tmp_path, capsys):
+def test_accuracy_on_other_dataset_is_not_shown(tmp_path, capsys):
     folder = made(tmp_path, 'a', epoch=2, image_path='/one')
     for path, top1 in (('/one', 50.0), ('/two', 80.0)):
         result = {'protocol': 'linear', 'epoch': 2, 'top1': top1, 'images': {'path': path}}
@@ -127,7 +127,7 @@ def test_the_accuracy_on_other_images_is_not_the_runs(tmp_path, capsys):
     assert rows(tmp_path)['a']['linear'] == '50.00'
 
 
-def test_a_number_that_is_none_is_last_and_disturbs_no_order(tmp_path, capsys):
+def test_nan_is_sorted_last(tmp_path, capsys):
     for name, rank in (('a', 3.0), ('b', None), ('c', 1.0), ('d', 2.0)):
         folder = made(tmp_path, name)
         (folder / 'metrics.jsonl').write_text(json.dumps({'epoch': 1, 'pretraining/rank': rank}) + '\n')
@@ -135,7 +135,7 @@ def test_a_number_that_is_none_is_last_and_disturbs_no_order(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('column', list_runs.COLUMNS)
-def test_it_is_sorted_by_any_column_the_best_first(column, tmp_path):
+def test_runs_are_sorted_by_any_column(column, tmp_path):
     for number, name in enumerate(random.Random(1).sample('abcdefg', 7)):
         folder = made(tmp_path, name, epoch=number % 4)
         if number == 3:
@@ -147,7 +147,7 @@ def test_it_is_sorted_by_any_column_the_best_first(column, tmp_path):
     assert keys == sorted(keys, reverse=list_runs.COLUMNS[column])
 
 
-def test_two_runs_side_by_side(tmp_path, capsys):
+def test_diff_shows_options_that_differ(tmp_path, capsys):
     made(tmp_path, 'a')
     made(tmp_path, 'b', epoch=1, learning_rate=0.5)
     paths = [f'--ckpt_path={tmp_path}/ckpt']
@@ -155,14 +155,14 @@ def test_two_runs_side_by_side(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[1].split() == ['--learning_rate', '0.05', '0.5']
     assert ['epoch', '3/3', '1/3'] in [line.split() for line in said]
-    for wrong, why in (('a,x', 'no run x'), ('a', 'wants two runs')):
+    for wrong, why in (('a,x', 'no run x'), ('a', 'needs two runs')):
         assert cli.main(['runs', f'--diff={wrong}', *paths]) == 2
         assert why in one_line(capsys.readouterr().err)
     assert cli.main(['runs', f'--ckpt_path={tmp_path}/none']) == 2
     assert 'there is no run in' in one_line(capsys.readouterr().err)
 
 
-def test_a_thousand_runs_take_no_two_seconds_and_no_torch(tmp_path):
+def test_thousand_runs_are_listed_without_torch(tmp_path):
     for number in range(1000):
         made(tmp_path, f'model_name_x_ckpt_{number}', learning_rate=number / 100)
     command = [
@@ -185,7 +185,7 @@ def test_a_thousand_runs_take_no_two_seconds_and_no_torch(tmp_path):
         assert len(list(csv.DictReader(file))) == 1000
 
 
-def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
+def test_run_state_changes_from_running_to_lost_to_finished(drawn, tmp_path):
     """Killed in the middle; gone on with, it ends, and its mark with it."""
     options = [
         *TINY,
@@ -214,7 +214,7 @@ def test_a_real_run_is_running_then_lost_then_finished(drawn, tmp_path):
     assert (row['state'], row['epoch']) == ('finished', f'{epoch + 1}/{epoch + 1}')
 
 
-def test_a_table_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+def test_unwritable_csv_keeps_old_file(tmp_path, monkeypatch):
     made(tmp_path, 'a')
     table = tmp_path / 'runs.csv'
     table.write_text('as it was')
@@ -236,7 +236,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_json_that_any_reader_takes(value):
+def test_dumps_nan_safe_writes_valid_json(value):
     """What is no number becomes null, and nothing else changes."""
 
     def refuse(name):
@@ -253,7 +253,7 @@ def test_json_that_any_reader_takes(value):
 
 
 @pytest.mark.parametrize('before', ['', '{"epoch": 0}\n', '{"epoch": 0}\n{"epoch": 1, "pretrai', '{"epo'])
-def test_a_line_that_was_cut_takes_none_with_it(before, tmp_path):
+def test_incomplete_metrics_line_is_skipped(before, tmp_path):
     """As a kill or a full disk leaves it; the next line stands for itself."""
     path = tmp_path / 'metrics.jsonl'
     path.write_text(before)
@@ -266,14 +266,14 @@ def test_a_line_that_was_cut_takes_none_with_it(before, tmp_path):
 
 
 @given(st.lists(st.text(st.characters(exclude_characters='\0')) | st.sampled_from(('a;b', '"', 'x\ny')), min_size=1))
-def test_names_in_one_cell_come_back(names):
+def test_join_names_is_reversible(names):
     """infer's top5, whatever the classes are called; a class has a name, so one alone is not empty."""
     if names != ['']:
         cell = io.StringIO(join_names(names), newline='')
         assert next(csv.reader(cell, delimiter=';')) == names
 
 
-def test_the_table_goes_where_it_is_told(tmp_path, capsys):
+def test_runs_output_follows_links_and_pipes(tmp_path, capsys):
     """Through a link, into a pipe; a folder that is full of others' text, and a name that moves the cursor."""
     made(tmp_path, 'a\n\x1b[2J')
     (tmp_path / 'link.csv').symlink_to(tmp_path / 'target.csv')
@@ -290,7 +290,7 @@ def test_the_table_goes_where_it_is_told(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
-def test_a_full_disk_is_said_of_the_file(tmp_path, capsys):
+def test_full_disk_error_names_file(tmp_path, capsys):
     made(tmp_path, 'a')
     (tmp_path / 'full').symlink_to('/dev/full')
     assert cli.main(['runs', f'--ckpt_path={tmp_path}/ckpt', f'--output={tmp_path}/full']) == 1
@@ -298,7 +298,7 @@ def test_a_full_disk_is_said_of_the_file(tmp_path, capsys):
     assert Path('/dev/full').is_char_device()
 
 
-def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
+def test_unreadable_json_is_skipped(tmp_path, capsys):
     folder = made(tmp_path, 'a')
     (folder / 'metrics.jsonl').write_text('[' * 100_000 + '\n{"epoch": 1, "pretraining/loss": 1' + '0' * 400 + '}\n')
     (folder / 'run.json').write_text('[' * 100_000)
@@ -307,7 +307,7 @@ def test_json_that_nobody_can_read_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('name', ['run', 'ナイキ_ckpt_0', '가방', 'e\u0301te\u0301', '照片\n照片', '', '🙂'])
-def test_columns_stand_below_one_another(name):
+def test_format_columns_aligns_wide_characters(name):
     """In cells of a terminal, of which a wide letter takes two and an accent of its own none."""
     lines = console.format_columns([['run', 'epoch'], [name, '7'], ['x' * 20, '12']])
     assert len(lines) == 3

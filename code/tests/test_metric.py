@@ -17,8 +17,8 @@ def cosine(a, b):
 
 @pytest.mark.parametrize('temperature', [0.001, 0.01, 0.1, 1.0])
 @pytest.mark.parametrize('far', [0.0, 0.5, 1.5])
-def test_votes_are_shares_whatever_the_temperature(temperature, far):
-    """Against double precision and the plain formula, with neighbours that are all `far` from the query; the nearest
+def test_weighted_vote_equals_formula_for_any_temperature(temperature, far):
+    """Against double precision and the plain formula, with neighbors that are all `far` from the query; the nearest
     alone votes where the temperature is small."""
     cosine = (torch.tensor([[1.0, 0.99, 0.6], [0.7, 0.6, 0.6]], dtype=torch.float64) - far).clamp(min=-1)
     shares = knn.weighted_vote(cosine.float(), torch.tensor([[2, 0, 0], [1, 2, 2]]), 3, temperature)
@@ -31,7 +31,7 @@ def test_votes_are_shares_whatever_the_temperature(temperature, far):
 
 
 @pytest.mark.parametrize(('k', 'temperature', 'piece'), [(1, 0.1, 7), (5, 0.1, 1024), (20, 0.5, 3), (500, 0.1, 10)])
-def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
+def test_knn_scores_equal_brute_force(k, temperature, piece, monkeypatch):
     monkeypatch.setattr(knn, 'BANK_CHUNK', piece)
     monkeypatch.setattr(knn, 'QUERY_CHUNK', 10)
     generator = torch.Generator().manual_seed(1)
@@ -49,8 +49,8 @@ def test_knn_is_a_brute_force_count(k, temperature, piece, monkeypatch):
         assert row == pytest.approx([vote / sum(votes) for vote in votes], abs=1e-9)
 
 
-def test_knn_of_the_bank_itself():
-    """A feature's nearest neighbour is itself; at a low temperature its own label wins, in single precision too."""
+def test_knn_of_bank_itself_returns_own_label():
+    """A feature's nearest neighbor is itself; at a low temperature its own label wins, in single precision too."""
     bank = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(50) % 7
     scores = knn_scores(100 * bank, bank, labels, 7, 10, 0.001)
@@ -58,13 +58,13 @@ def test_knn_of_the_bank_itself():
     assert torch.isfinite(scores).all()
 
 
-def test_neighbors_are_fewer_where_classes_are_small():
+def test_clip_k_limits_to_class_size():
     labels = torch.arange(30) % 3
     assert (clip_k(200, labels), clip_k(4, labels), clip_k(200, labels[:2])) == (10, 4, 1)
 
 
 @pytest.mark.parametrize('k', [1, 2, 5, 9])
-def test_topk_is_a_brute_force_count(k):
+def test_topk_accuracy_equals_brute_force(k):
     generator = torch.Generator().manual_seed(3)
     scores, labels = torch.randn(200, 6, generator=generator), torch.randint(6, (200,), generator=generator)
     right = 0
@@ -73,7 +73,7 @@ def test_topk_is_a_brute_force_count(k):
     assert topk_accuracy(scores, labels, k) == pytest.approx(100 * right / 200)
 
 
-def test_confusion_is_a_brute_force_count():
+def test_confusion_matrix_equals_brute_force():
     generator = torch.Generator().manual_seed(4)
     scores, labels = torch.randn(80, 5, generator=generator), torch.randint(4, (80,), generator=generator)
     counts = [[0] * 5 for _ in range(5)]
@@ -82,7 +82,7 @@ def test_confusion_is_a_brute_force_count():
     assert confusion_matrix(scores, labels).tolist() == counts
 
 
-def test_spread_is_one_on_the_sphere_and_zero_in_collapse():
+def test_feature_std_is_one_on_sphere_and_zero_in_collapse():
     z = torch.randn(20000, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in z[:50].tolist()]
     by_hand = 0

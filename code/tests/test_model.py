@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataloader import vision
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.sources import demo
 from loss.negative_cosine import negative_cosine, simsiam_loss
 from metric.feature_std import feature_std
@@ -22,7 +22,7 @@ SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
 
 
 def double_model(**options):
-    """A SimSiam in double precision, every parameter random (the zero-initialised ones would hide mistakes)."""
+    """A SimSiam in double precision, every parameter random (the zero-initialized ones would hide mistakes)."""
     model = SimSiam(get_config(**SMALL | options)).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -97,7 +97,7 @@ def views(n=6, side=8):
     return torch.randn(2, n, 3, side, side, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-def test_forward_and_loss_are_the_papers():
+def test_forward_and_loss_equal_paper_formula():
     model, (view1, view2) = double_model(), views()
     outputs = [value.detach().numpy() for value in model(view1, view2)]
     (p1, z1), (p2, z2) = (naive_forward(view.numpy(), numbers(model)) for view in (view1, view2))
@@ -107,7 +107,7 @@ def test_forward_and_loss_are_the_papers():
     assert loss == pytest.approx(naive_loss(p1, p2, z1, z2), abs=1e-12)
 
 
-def test_gradients_hold_z_constant():
+def test_gradients_treat_z_as_constant():
     """Of every parameter, along a random direction: a finite difference of the naive loss with z kept as it was."""
     model, (view1, view2) = double_model(), views()
     simsiam_loss(*model(view1, view2)).backward()
@@ -138,7 +138,7 @@ def test_gradients_hold_z_constant():
     assert differs > 10  # the stop-gradient shows in the encoder's gradients
 
 
-def test_each_view_goes_through_alone():
+def test_forward_processes_views_separately():
     """Changing one view leaves the other's z as it was, to the bit; BN's running statistics are updated twice."""
     model, (view1, view2) = double_model(), views()
     once = copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_each_view_goes_through_alone():
     assert model.projector[1].num_batches_tracked == 2
 
 
-def test_d_is_minus_one_for_parallel_and_zero_for_orthogonal_vectors():
+def test_negative_cosine_of_known_vectors():
     p = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     assert negative_cosine(p, 5 * p) == pytest.approx(-1)
     assert negative_cosine(p, p.flip(1)) == pytest.approx(0)
@@ -155,7 +155,7 @@ def test_d_is_minus_one_for_parallel_and_zero_for_orthogonal_vectors():
 
 
 @pytest.mark.parametrize(('layers', 'relus'), [(1, 0), (2, 1), (3, 2)])
-def test_projector_has_bn_everywhere_and_no_affine_or_relu_at_its_end(layers, relus):
+def test_projector_has_bn_and_no_affine_or_relu_at_end(layers, relus):
     projector = SimSiam(get_config(**SMALL, proj_layers=layers)).projector
     kinds = [type(module).__name__ for module in projector]
     assert (kinds.count('Linear'), kinds.count('BatchNorm1d'), kinds.count('ReLU')) == (layers, layers, relus)
@@ -164,7 +164,7 @@ def test_projector_has_bn_everywhere_and_no_affine_or_relu_at_its_end(layers, re
     assert all(module.affine for module in projector[:-1] if isinstance(module, torch.nn.BatchNorm1d))
 
 
-def test_sizes_are_the_published_networks():
+def test_parameter_counts_equal_published_networks():
     """Parameters of torchvision's ResNets without their last layer, and of the paper's heads on ResNet-50."""
     for name, stem, features, count in (
         ('resnet18', 'imagenet', 512, 11_176_512),
@@ -181,7 +181,7 @@ def test_sizes_are_the_published_networks():
 
 
 @pytest.mark.parametrize('name', ['small', 'resnet18', 'resnet50'])
-def test_residual_blocks_start_as_the_identity(name):
+def test_new_model_has_zero_init_residual_blocks(name):
     backbone, _ = make_backbone(name, 'cifar', 32)
     blocks = [m for m in backbone.modules() if hasattr(m, 'downsample')]
     assert blocks
@@ -191,7 +191,7 @@ def test_residual_blocks_start_as_the_identity(name):
         assert block.bn1.weight.all()
 
 
-def test_the_cifar_stem_keeps_the_resolution():
+def test_cifar_stem_keeps_resolution():
     """3 x 3, stride 1, no max-pool: the first stage sees all 32 x 32 pixels; the ImageNet stem leaves 8 x 8."""
     sides = {}
     for stem in ('cifar', 'imagenet'):
@@ -203,7 +203,7 @@ def test_the_cifar_stem_keeps_the_resolution():
     assert sides == {'cifar': 32, 'imagenet': 8}
 
 
-def test_the_readmes_import():
+def test_simsiam_imports_from_sota_ssl_models():
     model = SimSiamOfTheReadme(get_config(**SMALL))
     p1, p2, z1, z2 = model(*views().float())
     assert {tuple(t.shape) for t in (p1, p2, z1, z2)} == {(6, 12)}
@@ -212,14 +212,14 @@ def test_the_readmes_import():
 def pretrain(stop_gradient, steps=150, n=512):
     """(loss, std) of every step of one short run on the demo's drawings, with stop-gradient or without."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.stack([demo.draw(demo.PATTERNS[i % 10], generator) for i in range(n)])
-    recipe = get_augmentation(get_config(image_size=8, blur_prob=0.0), 'moco')
+    images = torch.stack([demo.draw_pattern(demo.PATTERNS[i % 10], generator) for i in range(n)])
+    transform = get_augmentation(get_config(image_size=8, blur_prob=0.0), 'moco')
     images = images[:, None, ::3, ::3].expand(-1, 3, -1, -1).contiguous()
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', stem='imagenet', proj_dim=64, pred_dim=16))
     optimizer, history = make_sgd(model, 0.9, 5e-4), []
     for step in range(steps):
-        view1, view2 = vision.random_views(images, recipe, generator_for(step))
+        view1, view2 = vision.random_views(images, transform, generator_for(step))
         rate = lr_schedule(step / steps, 0, 0.2)
         set_learning_rates(optimizer, rate, rate, 0.2 if stop_gradient else rate)
         p1, p2, z1, z2 = model(view1, view2)
@@ -234,7 +234,7 @@ def pretrain(stop_gradient, steps=150, n=512):
     return history
 
 
-def test_without_stop_gradient_the_run_collapses_and_with_it_not():
+def test_training_collapses_without_stop_gradient():
     """Figure 2. The BN at the end of the projector gives every channel mean 0 and variance 1 over the batch of n, so
     that std x sqrt(d) can fall to about 2 / sqrt(n) = 0.09, all images but one alike, and no further."""
     with_stop, without = pretrain(True, steps=60), pretrain(False)

@@ -40,7 +40,7 @@ def kaggle(folder, drawn, table=True):
 
 
 @pytest.mark.parametrize('below', ['', 'ILSVRC'])
-def test_imagenet_as_kaggle_packs_it_is_understood_at_its_root(below, drawn, tmp_path):
+def test_kaggle_imagenet_is_found_at_its_root(below, drawn, tmp_path):
     root = kaggle(tmp_path / 'kaggle', drawn) / below
     splits = load_splits(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
     plain = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path / 'cache')))
@@ -51,18 +51,18 @@ def test_imagenet_as_kaggle_packs_it_is_understood_at_its_root(below, drawn, tmp
     assert len(splits['test']) == len(splits['val']) == 24
 
 
-def test_kaggles_val_without_its_table_has_no_classes(drawn, tmp_path, capsys):
+def test_kaggle_imagenet_without_csv_has_unlabeled_val(drawn, tmp_path, capsys):
     root = kaggle(tmp_path / 'kaggle', drawn, table=False)
     parts = find_split_sources(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
     assert (parts['val'].labels == -1).all()
-    assert 'LOC_val_solution.csv, which is not there' in capsys.readouterr().out
+    assert 'LOC_val_solution.csv, which does not exist' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('text', ['', 'ImageId,PredictionString\n', 'a,b\n1,2\n', 'ImageId,PredictionString\nx,\n'])
-def test_a_damaged_table_of_kaggle_is_failed_work(text, drawn, tmp_path):
+def test_kaggle_imagenet_with_damaged_csv_fails(text, drawn, tmp_path):
     root = kaggle(tmp_path / 'kaggle', drawn)
     (root / 'LOC_val_solution.csv').write_text(text)
-    with pytest.raises(WorkError, match='LOC_val_solution.csv is damaged, or not of these images'):
+    with pytest.raises(WorkError, match='LOC_val_solution.csv is damaged, or for other images'):
         find_split_sources(get_config(preset='demo', image_path=str(root), cache_path=str(tmp_path / 'cache')))
 
 
@@ -77,7 +77,7 @@ BELOW = {
 
 
 @pytest.mark.parametrize('case', BELOW)
-def test_splits_below_a_plain_folder_are_asked_about(case, drawn, tmp_path, capsys):
+def test_splits_in_subfolders_exit_2(case, drawn, tmp_path, capsys):
     folders, meant = BELOW[case]
     for folder in folders:
         shutil.copytree(drawn / 'val', tmp_path / 'root' / folder)
@@ -91,7 +91,7 @@ def test_splits_below_a_plain_folder_are_asked_about(case, drawn, tmp_path, caps
 @pytest.mark.parametrize(
     'folders', [['a', 'b'], ['trainers/x', 'values/y'], ['a/train', 'b/train'], ['strain/a', 'val_a/b']]
 )
-def test_folders_that_are_called_otherwise_are_classes_as_before(folders, drawn, tmp_path):
+def test_folders_with_other_names_are_classes(folders, drawn, tmp_path):
     for folder in folders:
         shutil.copytree(drawn / 'val/checks', tmp_path / 'root' / folder)
     parts = find_split_sources(
@@ -121,7 +121,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize('kind', KEYS)
-def test_names_of_shards_are_unique_where_they_are_written(kind, drawn, tmp_path, capsys):
+def test_shard_names_are_unique_in_outputs(kind, drawn, tmp_path, capsys):
     keys, marked = KEYS[kind]
     shards(tmp_path / 'set', (3, 8), keys)
     for path in (tmp_path / 'set').iterdir():
@@ -147,7 +147,7 @@ def test_names_of_shards_are_unique_where_they_are_written(kind, drawn, tmp_path
     assert 'val-{000000..000002}.tar' in capsys.readouterr().out
 
 
-def test_a_picture_that_cannot_be_a_jpeg_is_named_itself(tmp_path, capsys):
+def test_pack_of_image_too_wide_for_jpeg_names_it(tmp_path, capsys):
     """70,000 x 100 px with a shorter side of 256: wider than the library writes."""
     draw_folder(tmp_path / 'set', {'train': 3})
     Image.new('L', (70_000, 100)).save(tmp_path / 'set/train/checks/wide.png')
@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_a_jpeg_is_named_itself(tmp_path, capsys):
     assert 'wide.png' in capsys.readouterr().err
 
 
-def test_what_fails_in_an_item_is_not_the_disk(tmp_path):
+def test_runtime_error_of_writer_is_not_reported_as_full_disk(tmp_path):
     """A RuntimeError of what is written is not told as a full disk."""
     from runtime.files import atomic_write
 
@@ -182,7 +182,7 @@ def test_what_fails_in_an_item_is_not_the_disk(tmp_path):
         atomic_write(tmp_path / 'x', full)
 
 
-def test_splits_that_are_asked_about_are_bad_use(tmp_path, drawn):
+def test_ambiguous_splits_exit_2(tmp_path, drawn):
     shutil.copytree(drawn, tmp_path / 'root/set')
     shutil.copytree(drawn / 'val', tmp_path / 'root/more')
     with pytest.raises(UserError, match='folders called .* lie below'):

@@ -8,7 +8,7 @@ from optimizer.sgd import lr_schedule, make_adamw, make_sgd, set_learning_rates
 from runtime.options import get_config
 
 
-def test_the_cosine_is_torchs():
+def test_lr_schedule_equals_torch_cosine():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
     for step in range(51):
@@ -17,14 +17,14 @@ def test_the_cosine_is_torchs():
         scheduler.step()
 
 
-def test_warmup_rises_linearly_and_then_the_cosine_takes_over():
+def test_lr_schedule_with_warmup_is_linear_then_cosine():
     rates = [lr_schedule(epoch / 10, 0.2, 1.0) for epoch in range(11)]
     assert rates[:3] == pytest.approx([0, 0.5, 1])
     assert rates[6] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(0)
 
 
-def test_three_groups_hold_every_parameter_once_and_all_decay():
+def test_sgd_step_equals_formula_with_decay_on_all():
     """The update v = momentum v + g + wd w; w = w - lr v, by hand, with the predictor's own rate; BN and biases too."""
     torch.manual_seed(0)
     model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
@@ -44,7 +44,7 @@ def test_three_groups_hold_every_parameter_once_and_all_decay():
 
 
 @pytest.mark.parametrize('make', [lambda model: make_sgd(model, 0.9, 1e-4), lambda model: make_adamw(model, 1e-4)])
-def test_three_groups_hold_every_parameter_once(make):
+def test_param_groups_hold_every_parameter_once(make):
     model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4))
     optimizer = make(model)
     set_learning_rates(optimizer, 0.1, 0.1, 0.2)

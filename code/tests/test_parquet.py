@@ -44,7 +44,7 @@ def options(path, tmp_path, **more):
 
 
 @pytest.mark.parametrize('metadata', [True, False])
-def test_the_images_and_classes_are_those_of_the_files(drawn, tmp_path, metadata):
+def test_parquet_images_and_labels_equal_files(drawn, tmp_path, metadata):
     folder = hub(tmp_path / 'hub', drawn, metadata=metadata)
     wanted = load_splits(options(drawn, tmp_path))
     for more in ({}, {'cache_images': 'off'}):
@@ -54,13 +54,13 @@ def test_the_images_and_classes_are_those_of_the_files(drawn, tmp_path, metadata
             assert found[split].classes == (CLASSES if metadata else ['0', '1', '2'])
             assert torch.equal(found[split].labels, wanted[split].labels)
             for row in (0, 5, len(found[split]) - 1, 3):
-                with found[split].store.opened(row) as image:
+                with found[split].store.open(row) as image:
                     assert np.array_equal(np.asarray(image.convert('RGB')), wanted[split].pixels[row].permute(1, 2, 0))
     assert len({*found['train'].names}) == 72
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_run_is_that_of_the_files_to_the_bit(drawn, tmp_path, workers):
+def test_run_on_parquet_equals_run_on_files(drawn, tmp_path, workers):
     folder = hub(tmp_path / 'hub', drawn)
     given = [*TINY, '--cache_images=off', f'--num_workers={workers}']
     for path in (drawn, folder):
@@ -70,7 +70,7 @@ def test_a_run_is_that_of_the_files_to_the_bit(drawn, tmp_path, workers):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_one_file_a_single_split_and_infer(drawn, tmp_path, capsys):
+def test_parquet_single_file_trains_and_infers(drawn, tmp_path, capsys):
     folder = hub(tmp_path / 'hub', drawn, shards=1)
     file = folder / 'data/train-00000-of-00001.parquet'
     images = load_splits(options(file, tmp_path))
@@ -83,7 +83,7 @@ def test_one_file_a_single_split_and_infer(drawn, tmp_path, capsys):
     assert len((tmp_path / 'out.csv').read_text().splitlines()) == 25
 
 
-def test_random_access_keeps_little(tmp_path, monkeypatch):
+def test_parquet_random_access_has_bounded_cache(tmp_path, monkeypatch):
     """A hundred row groups, of which two fit: what is kept stays below that."""
     rng, images = np.random.default_rng(0), []
     for _ in range(100):
@@ -96,7 +96,7 @@ def test_random_access_keeps_little(tmp_path, monkeypatch):
     store = source_from_parquet([tmp_path / 'train.parquet']).store
     tracemalloc.start()
     for row in rng.permutation(100).tolist():
-        with store.opened(row) as image:
+        with store.open(row) as image:
             assert image.size == (100, 100)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -104,7 +104,7 @@ def test_random_access_keeps_little(tmp_path, monkeypatch):
     assert held < 1_000_000 < sum(map(len, images))
 
 
-def test_labels_without_a_number_are_none(drawn, tmp_path):
+def test_parquet_missing_label_is_minus_one(drawn, tmp_path):
     table = pa.table({'image': [b'x'] * 4, 'label': pa.array([1, -1, None, 0], pa.int64())})
     about = {'info': {'features': {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': ['a', 'b']}}}}
     table = table.replace_schema_metadata({b'huggingface': json.dumps(about).encode()})
@@ -125,16 +125,16 @@ def test_labels_without_a_number_are_none(drawn, tmp_path):
         (lambda path: pq.write_table(pa.table({'image': [b'x'] * 9}), path), 1, 'cannot read the image'),
     ],
 )
-def test_what_cannot_be_read_is_a_line(make, code, said, tmp_path, capsys):
+def test_damaged_parquet_fails_in_one_line(make, code, said, tmp_path, capsys):
     (tmp_path / 'set').mkdir()
     make(tmp_path / 'set/train.parquet')
     assert cli.main(['train', *TINY, '--batch_size=2', f'--image_path={tmp_path}/set', *own_paths(tmp_path)]) == code
     assert said in one_line(capsys.readouterr().err)
 
 
-def test_a_val_alone_is_refused(drawn, tmp_path, capsys):
+def test_parquet_without_train_exits_2(drawn, tmp_path, capsys):
     hub(tmp_path / 'hub', drawn)
     for path in (tmp_path / 'hub/data').glob('train*'):
         path.unlink()
     assert cli.main(['train', *TINY, f'--image_path={tmp_path}/hub', *own_paths(tmp_path)]) == 2
-    assert 'no train: what is there to be trained on?' in one_line(capsys.readouterr().err)
+    assert 'no train: which images are for training?' in one_line(capsys.readouterr().err)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import cli
-from config import GOING_ON
+from config import INIT_FROM_DEFAULTS
 from conftest import draw_folder, own_paths
 from dataloader.load_dataset import find_split_sources
 from engine import auto_preset
@@ -30,7 +30,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_small_images_of_one_size_are_cifars_and_photographs_are_photos(drawn, photographs):
+def test_preset_auto_chooses_cifar10_or_photos(drawn, photographs):
     assert choose(drawn).preset == 'cifar10'
     args = choose(photographs)
     assert (args.preset, args.image_size, args.batch_size) == ('photos', 128, 16)
@@ -51,7 +51,7 @@ def test_small_images_of_one_size_are_cifars_and_photographs_are_photos(drawn, p
         {'learning_rate': 0.7, 'evaluate_after': False},
     ],
 )
-def test_what_is_given_stays(given, photographs):
+def test_preset_photos_keeps_explicit_options(given, photographs):
     args = choose(photographs, **given)
     for name, value in given.items():
         assert getattr(args, name) == value
@@ -61,12 +61,12 @@ def test_what_is_given_stays(given, photographs):
         assert args.init_from == 'imagenet'
 
 
-def test_preset_photos_is_for_small_images_too(drawn):
+def test_preset_photos_works_for_small_images(drawn):
     args = choose(drawn, preset='photos')
     assert (args.preset, args.image_size) == ('photos', 64)
 
 
-def test_without_image_path_the_preset_is_what_it_was():
+def test_preset_auto_without_image_path_is_unchanged():
     args = get_config()
     assert (args.undecided, args.preset) == (False, 'demo')
 
@@ -82,7 +82,7 @@ def test_without_image_path_the_preset_is_what_it_was():
         (50_000, 80, 256, 6),
     ],
 )
-def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, epochs, monkeypatch):
+def test_preset_photos_has_constant_number_of_steps(count, gigabytes, batch, epochs, monkeypatch):
     """On a CPU (0 gigabytes) and on GPUs; epochs have a least and a most."""
     device = torch.device('cuda' if gigabytes else 'cpu')
     monkeypatch.setattr(auto_preset, 'get_device', lambda args: device)
@@ -95,18 +95,18 @@ def test_steps_stay_near_a_number_whatever_the_images(count, gigabytes, batch, e
     assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
 
 
-def test_a_million_images_begin_with_random_weights(monkeypatch):
+def test_preset_photos_of_a_million_images_uses_random_weights(monkeypatch):
     part = types.SimpleNamespace(labels=torch.zeros(auto_preset.FROM_SCRATCH), classes=[])
     options = auto_preset.choose_photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
     assert options['init_from'] == ''
 
 
-def test_train_and_check_dataloader_of_a_folder_say_what_they_chose(photographs, tmp_path, capsys):
+def test_train_and_check_dataloader_log_chosen_options(photographs, tmp_path, capsys):
     assert cli.main(['check_dataloader', f'--image_path={photographs}', '--num_workers=0', *own_paths(tmp_path)]) == 0
-    assert 'photos       72 images of about 150 x 150 px, 3 classes, on cpu' in capsys.readouterr().out
+    assert 'photos           72 images of about 150 x 150 px, 3 classes, on cpu' in capsys.readouterr().out
 
 
-def test_a_folder_is_trained_from_pretrained_weights_to_a_table(photographs, tmp_path, monkeypatch, capsys):
+def test_train_on_folder_uses_pretrained_weights_and_compares(photographs, tmp_path, monkeypatch, capsys):
     """As a beginner types it, with the weights where torchvision would have put them; --resume=auto finds it again."""
     import torchvision
 
@@ -120,7 +120,7 @@ def test_a_folder_is_trained_from_pretrained_weights_to_a_table(photographs, tmp
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
     for words in (
-        "network    resnet18, torchvision's ImageNet weights",
+        "backbone       resnet18, torchvision's ImageNet weights",
         'from pretrained weights: --freeze_bn=True',
         'epoch 0/2',
         'start: imagenet',
@@ -129,13 +129,17 @@ def test_a_folder_is_trained_from_pretrained_weights_to_a_table(photographs, tmp
         assert words in said, words
     (run,) = (tmp_path / 'ckpt').iterdir()
     args = read_json(run / 'run.json')['args']
-    assert (args['preset'], args['init_from'], args['freeze_bn']) == ('photos', 'imagenet', GOING_ON['freeze_bn'])
+    assert (args['preset'], args['init_from'], args['freeze_bn']) == (
+        'photos',
+        'imagenet',
+        INIT_FROM_DEFAULTS['freeze_bn'],
+    )
     assert cli.main(argv) == 0
-    assert 'has its 2 epochs already' in capsys.readouterr().out
+    assert 'has all of its 2 epochs' in capsys.readouterr().out
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
-def test_without_a_network_training_begins_with_random_weights_and_says_so(photographs, tmp_path, monkeypatch, capsys):
+def test_train_without_network_access_warns_and_uses_random_weights(photographs, tmp_path, monkeypatch, capsys):
     def offline(*given, **more):
         raise OSError('no network')
 
@@ -145,7 +149,7 @@ def test_without_a_network_training_begins_with_random_weights_and_says_so(photo
     short = ['--max_epochs=1', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--num_workers=0', '--labels=1']
     assert cli.main(['train', f'--image_path={photographs}', *short, '--amp=off', *own_paths(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert 'could not be fetched: no network' in said.err
+    assert 'could not be downloaded: no network' in said.err
     assert 'training begins with random weights' in said.err
     assert 'untrained' in said.out
     given = ['train', f'--image_path={photographs}', *short, '--init_from=imagenet', *own_paths(tmp_path)]

@@ -51,7 +51,7 @@ def child(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('name', ENDS)
-def test_what_the_trial_comes_to(name, child, tmp_path, monkeypatch):
+def test_bf16_benchmark_decides_precision(name, child, tmp_path, monkeypatch):
     code, dtype, said, remembered = ENDS[name]
     if name == 'too long':
         monkeypatch.setattr(precision, 'TIMEOUT_S', 1)
@@ -64,14 +64,14 @@ def test_what_the_trial_comes_to(name, child, tmp_path, monkeypatch):
     assert precision.resolve_amp(args).amp == ('bf16' if dtype else 'off')
 
 
-def test_bf16_that_would_end_the_process_is_refused(child, tmp_path):
+def test_amp_bf16_with_illegal_instruction_exits_2(child, tmp_path):
     child(ENDS['illegal instruction'][0])
     args = get_config(preset='demo', device='cpu', amp='bf16', cache_path=str(tmp_path))
     with pytest.raises(UserError, match='an illegal instruction on this CPU; try --amp=off'):
         precision.precision(args)
 
 
-def test_another_network_batch_or_machine_is_tried_anew(child, monkeypatch, tmp_path):
+def test_bf16_benchmark_is_cached_per_network_batch_and_machine(child, monkeypatch, tmp_path):
     times = child(ENDS['faster'][0])
     known = {'preset': 'demo', 'device': 'cpu', 'cache_path': str(tmp_path)}
     for changes, count in (({}, 1), ({'random_seed': 1}, 1), ({'batch_size': 32}, 2), ({'proj_dim': 64}, 3)):
@@ -85,20 +85,20 @@ def test_another_network_batch_or_machine_is_tried_anew(child, monkeypatch, tmp_
     assert len(json.loads((tmp_path / 'precision.json').read_text())) == 1
 
 
-def test_a_run_keeps_its_precision(child, capsys, tmp_path):
+def test_resumed_run_keeps_precision(child, capsys, tmp_path):
     child(ENDS['faster'][0])
     args = get_config(preset='demo', device='cpu', cache_path=str(tmp_path))
     assert precision.inherit_amp(args, 'off').amp == 'off'
     assert precision.inherit_amp(args, 'bf16').amp == 'bf16'
     assert precision.inherit_amp(args, 'auto').amp == 'off'  # of before this was settled at a run's start
     assert precision.inherit_amp(get_config(preset='demo', device='cpu', amp='off'), 'bf16').amp == 'off'
-    assert capsys.readouterr().out == 'trying bfloat16 on this CPU, once for this network and batch\n'
+    assert capsys.readouterr().out == 'benchmarking bfloat16 on this CPU, once for this network and batch\n'
     assert precision.inherit_amp(args, 'fp16').amp == 'off'
-    assert 'the run began with --amp=fp16, and goes on in float32' in capsys.readouterr().out
+    assert 'the run began with --amp=fp16 and continues in float32' in capsys.readouterr().out
 
 
 @needs_bf16
-def test_the_trial_itself():
+def test_bf16_benchmark_measures_ratio():
     found = precision.run_in_subprocess(
         json.dumps({'backbone': 'small', 'image_size': 16, 'proj_dim': 32, 'batch_size': 8})
     )
@@ -107,7 +107,7 @@ def test_the_trial_itself():
 
 
 @needs_bf16
-def test_bfloat16_is_close_to_float32():
+def test_bf16_step_is_close_to_float32():
     args = get_config(preset='demo')
     generator, losses, features = torch.Generator().manual_seed(0), {}, {}
     views = [channels_last(torch.randn(32, 3, 32, 32, generator=generator)) for _ in range(2)]
@@ -123,7 +123,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 @needs_bf16
-def test_resume_in_bfloat16_is_equal_to_the_bit(drawn, tmp_path):
+def test_resumed_run_in_bf16_equals_unbroken_run(drawn, tmp_path):
     common = [*TINY, '--amp=bf16', f'--image_path={drawn}', '--knn_every=0', '--save_every_epochs=1', '--max_epochs=3']
     cache = own_paths(tmp_path, 'cache')
     assert run('train', *common, *cache, *own_paths(tmp_path / 'whole', 'ckpt', 'log')).returncode == 0

@@ -71,7 +71,7 @@ NETWORKS = ('timm/tf_efficientnet_lite0', 'timm/convnext_atto', 'timm/vit_tiny_p
 
 
 @pytest.mark.parametrize('backbone', [*NETWORKS, 'convnext_tiny', 'timm/resnet18', 'timm/regnetx_002', 'squeezenet1_1'])
-def test_weights_in_the_networks_own_layout_are_read_under_any_prefix(backbone, tmp_path):
+def test_match_keys_accepts_any_prefix(backbone, tmp_path):
     """With --backbone; the features are those of the network that the file was made from."""
     if backbone.startswith('timm/vit'):
         network, x, wanted = network_of(backbone, 224)
@@ -93,7 +93,7 @@ def test_weights_in_the_networks_own_layout_are_read_under_any_prefix(backbone, 
         assert (args.mean, args.std, args.interpolation) == tuple(expected[n] for n in ('mean', 'std', 'interpolation'))
 
 
-def test_position_embeddings_of_another_size_are_fitted_by_timm(tmp_path):
+def test_position_embeddings_are_interpolated_by_timm(tmp_path):
     network, _, _ = network_of('timm/vit_tiny_patch16_224', 224)
     torch.save(network.state_dict(), tmp_path / 'file.pth')
     args = get_config(backbone='timm/vit_tiny_patch16_224', ckpt_name=f'{tmp_path}/file.pth', image_size=96)
@@ -112,7 +112,7 @@ def test_position_embeddings_of_another_size_are_fitted_by_timm(tmp_path):
 
 MISFITS = {
     'another network': (lambda state: timm.create_model('convnext_atto').state_dict(), 'begin with stem.0.weight'),
-    'a weight missing': (lambda state: {n: v for n, v in state.items() if n != 'bn2.weight'}, 'and the network wants'),
+    'a weight missing': (lambda state: {n: v for n, v in state.items() if n != 'bn2.weight'}, 'and the network needs'),
     'another shape': (lambda state: {**state, 'conv_head.weight': torch.zeros(3, 3)}, 'conv_head.weight is (3, 3)'),
     'nothing': (lambda state: {}, 'its keys begin with none'),
 }
@@ -120,7 +120,7 @@ MISFITS = {
 
 @pytest.mark.parametrize('misfit', MISFITS)
 @pytest.mark.parametrize('option', ['ckpt_name', 'init_from'])
-def test_what_does_not_fit_is_refused_with_the_keys_of_both_sides(misfit, option, drawn, tmp_path, capsys):
+def test_weights_that_do_not_fit_name_keys_of_both_sides(misfit, option, drawn, tmp_path, capsys):
     make, said = MISFITS[misfit]
     torch.save(make(timm.create_model(LITE).state_dict()), tmp_path / 'file.pth')
     command = ['evaluate', '--protocol=knn'] if option == 'ckpt_name' else ['train', '--batch_size=8']
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_the_keys_of_both_sides(misfit, option
         (['--ckpt_name=timm/test_vit.no_such_tag'], 'timm has no'),
     ],
 )
-def test_weights_that_nobody_has_are_bad_use(options, said, drawn, tmp_path, capsys):
+def test_unknown_pretrained_weights_exit_2(options, said, drawn, tmp_path, capsys):
     assert cli.main(['evaluate', *options, f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
     assert said in one_line(capsys.readouterr().err)
 
@@ -204,7 +204,7 @@ def cli_with_hub(tmp_path, address, *argv):
     )
 
 
-def test_timms_weights_are_fetched_from_the_hub_and_judged_without_a_run(hub, drawn, tmp_path):
+def test_timm_weights_are_downloaded_and_evaluated(hub, drawn, tmp_path):
     """`timm/<name>` as --ckpt_name; a second call finds them on the disk, without the hub."""
     from safetensors.torch import save
 
@@ -227,17 +227,17 @@ def test_timms_weights_are_fetched_from_the_hub_and_judged_without_a_run(hub, dr
     assert result['settings']['mean'] == args.mean == '0.5,0.5,0.5'
 
 
-def test_weights_that_cannot_be_fetched_are_failed_work_in_a_line(drawn, tmp_path):
+def test_failed_download_of_weights_is_one_line(drawn, tmp_path):
     argv = [f'--image_path={drawn}', '--image_size=32', *own_paths(tmp_path)]
     done = cli_with_hub(tmp_path, '', 'evaluate', f'--ckpt_name=timm/{LITE}', *argv)
     assert done.returncode == 1
     error = one_line(done.stderr)
-    assert f'the weights timm/{LITE} of timm/{LITE} could not be fetched' in error
+    assert f'the weights timm/{LITE} of timm/{LITE} could not be downloaded' in error
     assert f'--ckpt_name=FILE --backbone=timm/{LITE}' in error
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v3_small', 'squeezenet1_1'])
-def test_torchvisions_weights_are_judged_without_a_run(name, drawn, tmp_path, monkeypatch, capsys):
+def test_torchvision_weights_are_evaluated(name, drawn, tmp_path, monkeypatch, capsys):
     """From where torchvision would have put them."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path / 'hub/checkpoints').mkdir(parents=True)
@@ -263,30 +263,30 @@ def test_torchvisions_weights_are_judged_without_a_run(name, drawn, tmp_path, mo
         ('[0,0,0]', (0, 0, 0)),
     ],
 )
-def test_mean_is_imagenets_or_numbers(text, values):
+def test_mean_accepts_words_and_numbers(text, values):
     assert channel_values('mean', text) == values
 
 
 @pytest.mark.parametrize('text', ['half', '124,116,104', '0.1,0.2,nan', '-0.1', 'inf', ',', '1e-9,x'])
 @pytest.mark.parametrize('name', ['mean', 'std'])
-def test_what_is_no_mean_is_refused(name, text):
+def test_invalid_mean_exits_2(name, text):
     with pytest.raises(UserError, match=f'--{name} is auto, imagenet, weights, dataset, or numbers'):
         get_config(**{name: text})
 
 
-def test_a_std_of_0_is_refused():
+def test_std_of_zero_exits_2():
     with pytest.raises(UserError, match='--std is auto, imagenet'):
         get_config(std='0,0.5,0.5')
 
 
-def test_every_view_is_normalized_by_the_options(drawn):
+def test_all_views_use_mean_and_std(drawn):
     """Plain views, random views of whole images and of crops: mean 0.5, std 0.25 in place of ImageNet's."""
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     usual = get_config(image_size=32, crop_ratio=1.0)
     other = replace_args(usual, mean='0.5', std='0.25')
     pixels = vision.denormalize(vision.eval_view(images, usual), usual)
     torch.testing.assert_close(vision.eval_view(images, other), (pixels - 0.5) / 0.25, atol=1e-5, rtol=0)
-    from dataloader.augment.recipes import get_augmentation
+    from dataloader.augment.augmentations import get_augmentation
 
     for batch in (images, torch.stack((images, images), 1)):
         for one, two in zip(
@@ -300,7 +300,7 @@ def test_every_view_is_normalized_by_the_options(drawn):
 
 
 @pytest.mark.parametrize(('height', 'width', 'size'), [(48, 48, 32), (60, 44, 28), (33, 70, 16), (20, 20, 32)])
-def test_bicubic_crops_are_pils(height, width, size):
+def test_bicubic_crops_equal_pil(height, width, size):
     """Whole images on the device, and crops in a dataloader worker."""
     images = (photos(3, height, width) * 255).round().to(torch.uint8)
     args = get_config(image_size=size, crop_ratio=0.875, interpolation='bicubic')
@@ -318,8 +318,8 @@ def test_bicubic_crops_are_pils(height, width, size):
     torch.testing.assert_close(ours, wanted.clamp(0, 1), atol=2e-3, rtol=0)
 
 
-def test_preprocessing_of_weights_is_kept_in_a_checkpoint(drawn, tmp_path, capsys):
-    """train from a file that wants another mean; every command uses it without being told, --mean overrules."""
+def test_checkpoint_keeps_preprocessing_of_weights(drawn, tmp_path, capsys):
+    """train from a file that needs another mean; every command uses it without being told, --mean overrules."""
     torch.manual_seed(1)
     torch.save(timm.create_model(LITE).state_dict(), tmp_path / 'file.pth')
     argv = ['train', '--preset=imagenet', f'--init_from={tmp_path}/file.pth', f'--backbone=timm/{LITE}', '--amp=off']
@@ -338,7 +338,7 @@ def test_preprocessing_of_weights_is_kept_in_a_checkpoint(drawn, tmp_path, capsy
     assert (other.mean, other.std) == ('imagenet', '0.5,0.5,0.5')
 
 
-def test_features_with_another_mean_are_those_of_normalized_pixels(drawn):
+def test_features_use_given_mean_and_std(drawn):
     args = get_config(preset='demo', image_path=str(drawn), mean='0.2,0.3,0.4', std='0.5', device='cpu')
     val = load_splits(args)['val']
     x, _ = extract_features(args, nn.Flatten(), eval_loader(args, val), '')
@@ -348,7 +348,7 @@ def test_features_with_another_mean_are_those_of_normalized_pixels(drawn):
     torch.testing.assert_close(x, (raw - mean) / 0.5, atol=1e-5, rtol=0)
 
 
-def test_average_of_weights():
+def test_average_weights_equals_formula():
     args = get_config(preset='demo')
     one, two = (
         build_model(args).backbone.state_dict(),

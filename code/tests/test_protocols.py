@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from conftest import TINY, draw_folder, one_line, own_paths
-from dataloader.augment.recipes import get_augmentation
+from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import load_splits, select, supervised_loader
 from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import PathArray
@@ -32,7 +32,7 @@ from runtime.seeding import generator_for
 RUN = 'model_name_simsiam_ckpt_0'
 
 
-def test_lars_is_its_papers():
+def test_lars_step_equals_formula():
     """Equation 6 and algorithm 1, in numpy: v = m v + lr eta |w| / (|g| + b |w|) (g + b w); w = w - v."""
     rng = np.random.default_rng(0)
     start = [rng.standard_normal((3, 4)), rng.standard_normal(5), np.zeros(3)]
@@ -69,7 +69,7 @@ def accuracy(weight, bias, x, labels):
     return 100 * (x @ weight.T + bias).argmax(1).eq(labels).double().mean().item()
 
 
-def test_the_probe_agrees_with_scikit_learn():
+def test_train_probe_agrees_with_scikit_learn():
     """On the same features, within half a point."""
     x, labels = clusters(6000, 1)
     val_x, val_labels = clusters(6000, 2)
@@ -86,8 +86,8 @@ def test_the_probe_agrees_with_scikit_learn():
 
 
 @pytest.mark.parametrize('l2', [0.01, 1.0, 100.0])
-def test_logistic_regression_is_scikit_learns(l2):
-    """The same weights: scikit-learn's C is 1 / l2, and neither penalises the bias."""
+def test_logistic_regression_equals_scikit_learn(l2):
+    """The same weights: scikit-learn's C is 1 / l2, and neither penalizes the bias."""
     x, labels = clusters(1500, 3)
     weight, bias = logistic_regression(x.double(), labels, 10, l2, iterations=2000)
     theirs = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=5000).fit(x.double(), labels)
@@ -97,7 +97,7 @@ def test_logistic_regression_is_scikit_learns(l2):
 
 @pytest.mark.parametrize('scale', [100.0, 0.1, 0.003, 0.0003])
 @pytest.mark.parametrize('l2', [1e-6, 1e-3, 1.0, 1e3])
-def test_logistic_regression_of_features_of_any_size(scale, l2):
+def test_logistic_regression_converges_for_any_feature_scale(scale, l2):
     """In single precision, within its 200 steps, from nothing or from a stronger one."""
     x, labels = clusters(600, 3)
     x = x * scale
@@ -114,7 +114,7 @@ def test_logistic_regression_of_features_of_any_size(scale, l2):
         assert loss(*logistic_regression(x, labels, 10, l2, start)) == pytest.approx(wanted, abs=2e-3)
 
 
-def test_a_step_is_of_the_given_size_whatever_the_batches():
+def test_train_probe_does_not_depend_on_loader_batches():
     """A batch of 4096 that does not fit into memory at once gives the same classifier as one that does."""
     x, labels = clusters(1000, 4)
     args = get_config(preset='cifar10', probe_epochs=3, probe_learning_rate=1.0)
@@ -128,7 +128,7 @@ def test_a_step_is_of_the_given_size_whatever_the_batches():
     assert [len(part) for part, _ in rebatch([(x, labels)], 300)] == [300, 300, 300, 100]
 
 
-def test_kept_features_are_those_of_the_first_passes(drawn):
+def test_cache_features_equal_those_of_first_epochs(drawn):
     args = get_config(
         preset='demo', image_path=str(drawn), cache_path=str(drawn.parent / 'c'), cache_epochs=2, crop_scale=0.3
     )
@@ -140,7 +140,7 @@ def test_kept_features_are_those_of_the_first_passes(drawn):
     assert (len(sums[0]), torch.allclose(sums[0], sums[1])) == (72, False)
 
 
-def test_the_labels_are_balanced_and_fixed_by_the_seed():
+def test_label_fraction_is_balanced_and_seeded():
     labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 3)
     rows = class_balanced_rows(labels, 0.1, 0)
     assert torch.bincount(labels[rows]).tolist() == [39, 38, 3]  # what the small class lacks, the others give
@@ -151,7 +151,7 @@ def test_the_labels_are_balanced_and_fixed_by_the_seed():
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.floats(0.0001, 1.0), st.integers(0, 5))
-def test_few_labels_of_classes_of_any_size(counts, fraction, seed):
+def test_label_fraction_covers_classes_of_any_size(counts, fraction, seed):
     """As many as the fraction says, one of each class or more; none has two more than another that has some left."""
     labels = torch.cat([torch.full((count,), 2 * number) for number, count in enumerate(counts)])  # with gaps
     rows = class_balanced_rows(labels, fraction, seed)
@@ -163,7 +163,7 @@ def test_few_labels_of_classes_of_any_size(counts, fraction, seed):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8))
-def test_what_is_held_out_leaves_every_class_some(counts):
+def test_holdout_mask_leaves_images_in_every_class(counts):
     labels = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
     spare = holdout_mask(labels, 0)
     for number, count in enumerate(counts):
@@ -172,7 +172,7 @@ def test_what_is_held_out_leaves_every_class_some(counts):
         assert some >= (count > 1)
 
 
-def test_transfer_with_one_image_a_class(drawn, tmp_path):
+def test_transfer_with_one_image_per_class_works(drawn, tmp_path):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path))
     train = load_splits(args)['train']
     one = select(train, class_balanced_rows(train.labels, 0.0001, 0))
@@ -181,7 +181,7 @@ def test_transfer_with_one_image_a_class(drawn, tmp_path):
     assert result['top1'] > 20
 
 
-def test_a_subset_list_as_it_is_published(drawn, tmp_path):
+def test_subset_list_in_published_format_is_read(drawn, tmp_path):
     """One `n02105855_2933.JPEG` a line; names that several classes have want their class."""
     images = load_splits(get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path)))['train']
     names = PathArray(name.replace('/', '/x_' + name.split('/')[0]) for name in images.names)
@@ -245,7 +245,7 @@ FEW = ('--finetune_epochs=3', '--finetune_batch_size=16')
         ),
     ],
 )
-def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, trained, tmp_path, capsys):
+def test_protocols_write_result_scalars_and_picture(name, options, keys, trained, tmp_path, capsys):
     """A table, a JSON file, scalars, and a confusion picture whose counts give the accuracy."""
     other = draw_folder(tmp_path / 'other', {'train': 12, 'val': 6})
     options = [option.format(other=other) for option in options]
@@ -266,7 +266,7 @@ def test_every_protocol_ends_with_the_same_kind_of_result(name, options, keys, t
         assert min(picture.size) > 100
 
 
-def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys):
+def test_finetune_learns_and_keeps_checkpoint(trained, capsys):
     before = next((trained / 'ckpt' / RUN).glob('loss_*')).read_bytes()
     options = (
         '--protocol=semi',
@@ -282,13 +282,13 @@ def test_finetuning_learns_and_the_checkpoint_is_left_as_it_was(trained, capsys)
 
 
 @pytest.mark.parametrize('scale', [0.05, 0.5])
-def test_the_smallest_crop_is_an_option(scale):
-    recipe = get_augmentation(get_config(crop_scale=scale), 'crop')
-    crops = recipe.crop.sample(3000, 96, 96, generator_for('crops'))
+def test_crop_scale_sets_smallest_crop(scale):
+    transform = get_augmentation(get_config(crop_scale=scale), 'crop')
+    crops = transform.crop.sample(3000, 96, 96, generator_for('crops'))
     area = crops[:, 2] * crops[:, 3] / 96**2
     assert scale - 0.02 < area.min() < scale + 0.05
     assert area.max() > 0.95
-    assert not recipe.changes_pixels
+    assert not transform.changes_pixels
     assert 0.45 < crops[:, 4].mean() < 0.55
 
 
@@ -296,19 +296,19 @@ def test_the_smallest_crop_is_an_option(scale):
     ('options', 'said'),
     [
         (('--protocol=linaer',), 'the nearest is linear'),
-        (('--protocol=transfer',), 'wants --transfer_path=FOLDER'),
+        (('--protocol=transfer',), 'needs --transfer_path=FOLDER'),
         (('--protocol=transfer', '--transfer_path=/nowhere'), '/nowhere is not there'),
         (('--protocol=semi', '--subset_list=/nowhere.txt'), '--subset_list: /nowhere.txt cannot be read'),
-        (('--protocol=detection',), 'wants --detection_path=FOLDER'),
+        (('--protocol=detection',), 'needs --detection_path=FOLDER'),
         (('--label_fraction=0',), '--label_fraction must lie between'),
     ],
 )
-def test_what_cannot_work_is_one_line(options, said, trained, capsys):
+def test_invalid_protocol_setup_exits_2(options, said, trained, capsys):
     assert cli.main(['evaluate', f'--ckpt_name={RUN}', *own_paths(trained), *options]) == 2
     assert said in one_line(capsys.readouterr().err)
 
 
-def test_an_extra_package_that_is_missing_is_named(trained, capsys, monkeypatch):
+def test_missing_package_names_install_command(trained, capsys, monkeypatch):
     import importlib
 
     real = importlib.import_module
@@ -319,7 +319,7 @@ def test_an_extra_package_that_is_missing_is_named(trained, capsys, monkeypatch)
     assert error.endswith('code/requirements-extra.txt')
 
 
-def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
+def test_protocol_warns_of_unused_options(drawn, tmp_path, capsys):
     paths = (f'--image_path={drawn}', *own_paths(tmp_path))
     assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *paths]) == 0
     for protocol, said in (('knn', True), ('label_free', True), ('linear', False)):
@@ -334,10 +334,10 @@ def test_a_stage_says_what_it_has_no_use_for(drawn, tmp_path, capsys):
     [
         (b'\xef\xbb\xbfchecks/000.png\r\ndots/001.png\r\nstripes/002.png', 3, ''),
         (b'checks/000.png\ndots/001.png', 2, '1 of 3 classes have no image, such as stripes'),
-        (b'checks/000.png\nchecks/000.png\ndots/001.png\nstripes/002.png', 3, '1 of its 4 names are there twice'),
+        (b'checks/000.png\nchecks/000.png\ndots/001.png\nstripes/002.png', 3, '1 of its 4 names occur twice'),
     ],
 )
-def test_a_list_of_labels_as_people_write_it(content, rows, said, drawn, tmp_path, capsys):
+def test_subset_list_with_bom_and_blank_lines_is_read(content, rows, said, drawn, tmp_path, capsys):
     path = tmp_path / 'list.txt'
     path.write_bytes(content)
     args = get_config(preset='demo', image_path=str(drawn), subset_list=str(path), protocol='semi')
@@ -345,7 +345,7 @@ def test_a_list_of_labels_as_people_write_it(content, rows, said, drawn, tmp_pat
     assert said in capsys.readouterr().err
 
 
-def test_labels_of_one_image_are_too_few_and_names_may_be_bytes(drawn, tmp_path):
+def test_semi_with_one_label_exits_2(drawn, tmp_path):
     folder = tmp_path / 'set'
     shutil.copytree(drawn, folder)
     name = os.fsencode(folder / 'train/dots') + b'/caf\xe9.png'
@@ -355,11 +355,11 @@ def test_labels_of_one_image_are_too_few_and_names_may_be_bytes(drawn, tmp_path)
     path.write_bytes(b'caf\xe9.png\nchecks/000.png')
     assert len(select_labeled_fraction(args, load_splits(args)['train'])) == 2
     path.write_bytes(b'caf\xe9.png')
-    with pytest.raises(UserError, match='the labels are of one image; fine-tuning wants two'):
+    with pytest.raises(UserError, match='only one image has a label; fine-tuning needs two'):
         select_labeled_fraction(args, load_splits(args)['train'])
 
 
-def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):
+def test_unlabeled_images_are_counted(drawn, tmp_path, trained, capsys):
     """In train they are left out, and that is said; in val they are refused, with their number."""
     names = {split: sorted((drawn / split).rglob('*.png')) for split in ('train', 'val')}
     for split, paths in names.items():
@@ -378,17 +378,17 @@ def test_images_without_a_class_are_counted(drawn, tmp_path, trained, capsys):
     assert cli.main([*given, f'--image_path={tmp_path}']) == 2
     assert '12 of the 24 images of' in one_line(capsys.readouterr().err)
     assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 2
-    assert 'wants classes in train and, of every image, in val' in one_line(capsys.readouterr().err)
+    assert 'needs classes in train and, of every image, in val' in one_line(capsys.readouterr().err)
 
 
-def test_measures_that_compare_images_want_some(tmp_path, trained, capsys):
+def test_label_free_with_few_images_exits_2(tmp_path, trained, capsys):
     folder = draw_folder(tmp_path / 'set', {'train': 4, 'val': 1})
     given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=label_free', f'--image_path={folder}')
     assert cli.main(given) == 2
-    assert 'has 12, and it wants 20' in one_line(capsys.readouterr().err)
+    assert 'has 12, and it needs 20' in one_line(capsys.readouterr().err)
 
 
-def test_any_name_of_a_folder_names_a_result(drawn, tmp_path, trained):
+def test_result_file_name_is_valid_for_any_folder(drawn, tmp_path, trained):
     folder = tmp_path / ('n' * 240)
     shutil.copytree(drawn, folder)
     given = ('evaluate', f'--ckpt_name={RUN}', *own_paths(trained), '--protocol=transfer')
@@ -398,7 +398,7 @@ def test_any_name_of_a_folder_names_a_result(drawn, tmp_path, trained):
 
 
 @pytest.mark.parametrize('protocol', ['semi', 'transfer'])
-def test_finetuning_that_runs_away_is_no_result(protocol, trained, drawn, tmp_path, capsys, monkeypatch):
+def test_finetune_with_infinite_loss_fails(protocol, trained, drawn, tmp_path, capsys, monkeypatch):
     """Scores that are no numbers would be an accuracy: all images the first class."""
     folder = shutil.copytree(trained / 'ckpt', tmp_path / 'ckpt')
     before = {*folder.rglob('evaluate_*')}

@@ -139,7 +139,7 @@ def run_shell(block, clone, folder):
 
 
 @pytest.mark.parametrize('block', SHELL, ids=first_command)
-def test_commands(block, clone):
+def test_readme_commands_run(block, clone):
     done = run_shell(block, clone, clone if block.startswith(TOP) else clone / 'code')
     if 'make train' in block:
         (clone / 'made').write_text(done.stdout)
@@ -157,16 +157,16 @@ RECIPES = {
 }
 
 
-def test_every_recipe_is_tried():
+def test_all_recipes_are_tested():
     assert set(RECIPES) == {path.name for path in (CODE / 'recipes').iterdir()}
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_recipes(name, clone):
+def test_recipe_scripts_run(name, clone):
     run_shell(f'recipes/{name} {" ".join(RECIPES[name])}', clone, clone / 'code')
 
 
-def test_make_train_learns_and_prints_what_the_page_shows(clone):
+def test_make_train_prints_what_readme_shows(clone):
     """Four of its fifteen epochs. Needs the test of its block, which runs it."""
     if not (clone / 'made').is_file():
         pytest.skip('make train was not among the tests that ran')
@@ -183,7 +183,7 @@ def test_make_train_learns_and_prints_what_the_page_shows(clone):
     assert float(re.search(r'^top-1 +([\d.]+) %$', said, re.M)[1]) > 65
 
 
-def test_the_pseudocode_is_the_loss():
+def test_readme_pseudocode_equals_loss():
     space = {'normalize': lambda x: normalize(x, dim=1)}
     exec('def D' + PYTHON[0].split('def D', 1)[1], space)
     p1, p2, z1, z2 = torch.randn(4, 6, 9, dtype=torch.float64, requires_grad=True)
@@ -191,7 +191,7 @@ def test_the_pseudocode_is_the_loss():
     assert loss.item() == pytest.approx(simsiam_loss(p1, p2, z1, z2).item(), abs=1e-12)
 
 
-def test_the_python_of_usage():
+def test_readme_python_example_runs():
     view1, view2 = torch.randn(2, 4, 3, 32, 32)
     space = {'view1': view1, 'view2': view2}
     exec(PYTHON[1], space)
@@ -199,7 +199,7 @@ def test_the_python_of_usage():
     assert space['model'].backbone(view1).shape == (4, 512)
 
 
-def test_every_option_and_file_that_is_named_is_there():
+def test_options_and_files_named_in_pages_exist():
     text = '\n'.join(PAGES.values()).replace('-ckpt_', '')
     options = {name.replace('-', '_') for name in re.findall(r'(?<![\w-])--([a-z][a-z0-9_-]+)', text)}
     assert options - set(OPTIONS) - OF_OTHERS == set()
@@ -212,7 +212,7 @@ def test_every_option_and_file_that_is_named_is_there():
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page):
+def test_links_in_pages_exist(page):
     text = PAGES[page]
     headings = {
         re.sub(r'[^\w -]', '', line).strip().lower().replace(' ', '-') for line in re.findall(r'^#+ (.*)$', text, re.M)
@@ -231,11 +231,11 @@ def commands_in(text):
     return {line.partition('#')[0].strip() for line in lines} - {''}
 
 
-def test_every_command_of_the_tutorial_is_one_of_the_readme():
+def test_tutorial_commands_are_tested():
     """Which are run, in this order."""
     assert commands_in(PAGES[CODE / 'TUTORIAL.md']) <= commands_in(README)
     assert len(commands_in(PAGES[CODE / 'TUTORIAL.md'])) > 8
 
 
-def test_the_first_page_is_read_in_five_minutes():
+def test_readme_is_at_most_200_lines():
     assert len(README.splitlines()) <= 200

@@ -27,7 +27,7 @@ from test_nested_splits import shards
 RUN = 'model_name_simsiam_ckpt_0'
 
 
-def test_workers_are_as_many_as_a_quota_allows(monkeypatch):
+def test_resolve_num_workers_respects_cpu_quota(monkeypatch):
     monkeypatch.setattr(joblib, 'cpu_count', lambda: 3)
     environment.cpu_count.cache_clear()
     assert environment.cpu_count() == 3
@@ -48,7 +48,7 @@ SHARDS = {
 
 
 @pytest.mark.parametrize('kind', SHARDS)
-def test_shards_are_found_by_their_names(kind, tmp_path):
+def test_shards_are_found_by_name(kind, tmp_path):
     files, below, wanted = SHARDS[kind]
     shards(tmp_path / 'made', (1, 8), lambda shard, number: f'{number:06d}.png')
     for name in files:
@@ -59,7 +59,7 @@ def test_shards_are_found_by_their_names(kind, tmp_path):
     assert {name: len(part.labels) for name, part in parts.items()} == wanted
 
 
-def test_braces_that_name_what_is_not_there(tmp_path):
+def test_braces_with_missing_archives_exit_2(tmp_path):
     shards(tmp_path / 'set', (1, 2), lambda shard, number: f'{number}.png')
     for braces, said in (('{000000..000004}', '4 are not there'), ('{000002..000001}', 'names no archive')):
         path = tmp_path / f'set/val-{braces}.tar'
@@ -67,7 +67,7 @@ def test_braces_that_name_what_is_not_there(tmp_path):
             find_split_sources(get_config(preset='demo', image_path=str(path), cache_path=str(tmp_path / 'cache')))
 
 
-def test_a_class_in_two_spellings_of_unicode_is_one(drawn, tmp_path):
+def test_class_names_are_unicode_normalized(drawn, tmp_path):
     """train from a Mac (NFD), val from elsewhere (NFC); both in one split are asked about."""
     names = {form: unicodedata.normalize(form, 'éclair') for form in ('NFC', 'NFD')}
     for split, form in (('train', 'NFD'), ('val', 'NFC')):
@@ -82,17 +82,17 @@ def test_a_class_in_two_spellings_of_unicode_is_one(drawn, tmp_path):
         load_splits(args)
 
 
-def test_of_two_annotation_files_none_is_taken(tmp_path, capsys):
-    from dataloader.detection.dataset import load_boxes
+def test_two_annotation_files_exit_2(tmp_path, capsys):
+    from dataloader.detection.dataset import load_detection_dataset
 
     coco(tmp_path / 'set', {'train': 2, 'val': 1})
     annotations = tmp_path / 'set/annotations'
     shutil.copy(annotations / 'instances_train2017.json', annotations / 'instances_train2014.json')
     with pytest.raises(UserError, match='instances_train2014.json and instances_train2017.json: which of them'):
-        load_boxes(tmp_path / 'set', False)
+        load_detection_dataset(tmp_path / 'set', False)
 
 
-def test_accuracies_of_classes_are_those_of_the_confusion_matrix():
+def test_class_accuracies_equal_confusion_matrix():
     scores, labels = torch.randn(60, 7), torch.randint(0, 6, (60,))
     counts = confusion_matrix(scores, labels).double()
     wanted = 100 * counts.diag() / counts.sum(1)
@@ -101,7 +101,7 @@ def test_accuracies_of_classes_are_those_of_the_confusion_matrix():
     assert class_accuracies(many, torch.arange(10)).shape == (6000,)
 
 
-def test_what_a_killed_writer_left_is_deleted_and_nothing_else(tmp_path):
+def test_clear_parts_deletes_only_files_of_dead_writers(tmp_path):
     host = socket.gethostname()[:50]
     process = subprocess.Popen(['true'])
     process.wait()
@@ -113,7 +113,7 @@ def test_what_a_killed_writer_left_is_deleted_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {alive.name, other.name, plain.name}
 
 
-def test_versions_name_the_commit_of_this_code_alone(tmp_path, monkeypatch):
+def test_library_versions_ignore_outer_repository(tmp_path, monkeypatch):
     """Where the code lies in somebody's repository, and is none itself."""
     subprocess.run(['git', 'init', '-q', str(tmp_path)], check=True)
     given = ['-c', 'user.name=x', '-c', 'user.email=x@x', 'commit', '-q', '--allow-empty', '-m', 'x']
@@ -129,7 +129,7 @@ def test_versions_name_the_commit_of_this_code_alone(tmp_path, monkeypatch):
     library_versions.cache_clear()
 
 
-def test_a_printed_command_names_a_run_that_lies_elsewhere_by_its_path(drawn, tmp_path, capsys):
+def test_printed_command_names_run_outside_ckpt_path_by_path(drawn, tmp_path, capsys):
     given = ['train', *TINY, '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main([*given, '--max_epochs=1']) == 0
     run = tmp_path / 'ckpt' / RUN
@@ -145,7 +145,7 @@ def test_a_printed_command_names_a_run_that_lies_elsewhere_by_its_path(drawn, tm
     assert ROOT.is_dir()
 
 
-def test_a_class_that_lost_all_its_images_is_named(drawn, tmp_path, capsys):
+def test_class_without_readable_images_warns(drawn, tmp_path, capsys):
     shutil.copytree(drawn, tmp_path / 'set')
     for path in (tmp_path / 'set/train/dots').iterdir():
         path.write_bytes(b'x')
@@ -156,7 +156,7 @@ def test_a_class_that_lost_all_its_images_is_named(drawn, tmp_path, capsys):
     assert 'no image of the class dots can be read' in capsys.readouterr().err
 
 
-def test_an_export_says_what_c4_has_not(drawn, tmp_path, capsys):
+def test_detectron2_export_of_resnet18_names_fpn(drawn, tmp_path, capsys):
     given = ['train', *TINY, '--backbone=resnet18', '--stem=imagenet', '--max_epochs=1', '--knn_every=0']
     assert cli.main([*given, f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
     given = [
@@ -167,13 +167,13 @@ def test_an_export_says_what_c4_has_not(drawn, tmp_path, capsys):
         f'--ckpt_path={tmp_path}/ckpt',
     ]
     assert cli.main(given) == 0
-    assert 'C4 wants bottlenecks' in capsys.readouterr().out
+    assert 'C4 needs bottlenecks' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ('told', 'system', 'wanted'), [(None, 'linux', 'fork'), ('spawn', 'linux', None), (None, 'darwin', None)]
 )
-def test_workers_are_forked_on_linux_unless_told_otherwise(told, system, wanted, monkeypatch):
+def test_start_method_is_fork_on_linux(told, system, wanted, monkeypatch):
     """Python 3.14's default on Linux is forkserver."""
     monkeypatch.setattr(loader.multiprocessing, 'get_start_method', lambda allow_none: told)
     monkeypatch.setattr(loader.sys, 'platform', system)

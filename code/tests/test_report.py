@@ -97,11 +97,11 @@ def show(chromium):
     assert not errors
 
 
-def test_the_page_is_whole_in_itself(page):
+def test_report_has_no_external_resources(page):
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert 'http' not in text
-    for heading in ('Results, %', 'Training', 'The space of features', 'Doubles', 'Nearest neighbours', 'Confusion'):
+    for heading in ('Results, %', 'Training', 'The space of features', 'Doubles', 'Nearest neighbors', 'Confusion'):
         assert f'<h2>{heading}</h2>' in text
     for said in ('linear, epoch 2', '--proj_dim', '2 of 2', '<p class="verdict'):
         assert said in text
@@ -113,7 +113,7 @@ def test_the_page_is_whole_in_itself(page):
             assert np.asarray(image.convert('L')).std() > 1
 
 
-def test_what_the_script_works_on(page):
+def test_report_data_matches_images(page):
     data = data_of(page.read_text())
     assert len(data['names']) == len(data['labels']) == len(data['maps'][0]['points']) == 96
     assert data['splits'] == ['train', 'val']
@@ -128,7 +128,7 @@ def test_what_the_script_works_on(page):
         assert value == pytest.approx(logged[epoch]['pretraining/knn_top1'])
 
 
-def test_names_are_text_and_not_mark_up(page, show):
+def test_names_in_report_are_escaped(page, show):
     assert '<b onclick' not in page.read_text()
     tab = show(page)
     assert ODD.replace('/', '∕') in tab.locator('#classes').inner_text()
@@ -137,7 +137,7 @@ def test_names_are_text_and_not_mark_up(page, show):
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [360, 1200])
-def test_nothing_is_wider_than_the_window(page, show, width, scheme):
+def test_report_fits_window_width(page, show, width, scheme):
     tab = show(page, width, color_scheme=scheme)
     assert tab.evaluate('document.documentElement.scrollWidth') == width
     ink, paper = (tab.evaluate(f'getComputedStyle(document.body).{name}') for name in ('color', 'backgroundColor'))
@@ -168,7 +168,7 @@ def apart(tab, data):
     return int((torch.cdist(points, points) + 9 * torch.eye(len(points))).min(1).values.argmax())
 
 
-def test_pointing_shows_an_image_and_a_click_its_neighbors(page, show):
+def test_map_hover_shows_image_and_click_neighbors(page, show):
     tab, data = show(page), data_of(page.read_text())
     row = apart(tab, data)
     tab.mouse.move(*place_of(tab, row))
@@ -178,13 +178,13 @@ def test_pointing_shows_an_image_and_a_click_its_neighbors(page, show):
     buttons = tab.locator('#chosen button')
     titles = [buttons.nth(i).get_attribute('title') for i in range(buttons.count())]
     assert titles == [data['names'][i] for i in (row, *data['maps'][0]['near'][row])]
-    buttons.nth(2).click()  # a neighbour is chosen in turn
+    buttons.nth(2).click()  # a neighbor is chosen in turn
     assert tab.locator('#chosen button').first.get_attribute('title') == titles[2]
     tab.mouse.move(2, 2)
     assert tab.locator('#tip').is_hidden()
 
 
-def test_a_thumbnail_is_the_image_it_says(page, show):
+def test_thumbnail_equals_image(page, show):
     """Its pixels, against the file's."""
     tab, data = show(page), data_of(page.read_text())
     for row in (0, 31, 32, 95):
@@ -198,7 +198,7 @@ def test_a_thumbnail_is_the_image_it_says(page, show):
         assert np.abs(found - wanted).mean() < 12
 
 
-def test_classes_and_splits_are_switched(page, show):
+def test_map_toggles_classes_and_splits(page, show):
     tab = show(page)
     every = drawn(tab)
     boxes = tab.locator('#classes input')
@@ -216,7 +216,7 @@ def test_classes_and_splits_are_switched(page, show):
     assert drawn(tab) == 0
 
 
-def test_the_map_by_keyboard(page, show):
+def test_map_works_by_keyboard(page, show):
     tab = show(page)
     tab.locator('#marks').focus()
     for key in ('ArrowRight', 'ArrowRight', 'ArrowUp', 'ArrowUp', 'Enter'):
@@ -234,7 +234,7 @@ def test_the_map_by_keyboard(page, show):
     assert tab.locator('#tip').is_hidden()
 
 
-def test_what_is_wider_than_the_window_scrolls_by_keyboard(page, show):
+def test_wide_tables_scroll_by_keyboard(page, show):
     tab = show(page, 360)
     wide = [area for area in tab.locator('.scroll').all() if area.evaluate('x => x.scrollWidth > x.clientWidth')]
     assert wide
@@ -245,14 +245,14 @@ def test_what_is_wider_than_the_window_scrolls_by_keyboard(page, show):
         tab.wait_for_function('document.activeElement.scrollLeft > 0')
 
 
-def test_the_map_by_touch(page, show):
+def test_map_works_by_touch(page, show):
     tab, data = show(page, 360, has_touch=True), data_of(page.read_text())
     row = apart(tab, data)
     tab.touchscreen.tap(*place_of(tab, row))
     assert tab.locator('#chosen button').first.get_attribute('title') == data['names'][row]
 
 
-def test_curves_tell_their_values(page, show):
+def test_curves_show_values_on_hover(page, show):
     tab, data = show(page), data_of(page.read_text())
     chart = tab.locator('.chart[data-chart=loss]')
     chart.hover()
@@ -267,7 +267,7 @@ def test_curves_tell_their_values(page, show):
     assert f'epoch {max(lines) - 1}' in tab.locator('#tip').inner_text()
 
 
-def test_where_the_script_thinks_a_line_runs(page, show):
+def test_script_positions_match_drawn_curves(page, show):
     """The point that the script takes for the last epoch's is where the picture has its mark."""
     tab, chart = show(page), data_of(page.read_text())['charts']['loss']
     epoch, value = chart['lines'][0][1][-1]
@@ -288,7 +288,7 @@ def test_where_the_script_thinks_a_line_runs(page, show):
     assert min(away) < 2
 
 
-def test_several_runs_over_one_another(comparison, show):
+def test_report_of_several_runs_overlays_curves(comparison, show):
     data = data_of(comparison.read_text())
     assert [of['run'] for of in data['maps']] == [RUN, OTHER]
     assert [name for name, _ in data['charts']['loss']['lines']] == [RUN, OTHER]
@@ -304,7 +304,7 @@ def test_several_runs_over_one_another(comparison, show):
     assert tab.evaluate('onScreen(0)') != before
 
 
-def test_ten_thousand_points(page, show, tmp_path):
+def test_report_of_ten_thousand_images_responds(page, show, tmp_path):
     """A page of that many images opens, and answers."""
     text, data = page.read_text(), data_of(page.read_text())
     many, rows = 10_000, np.random.default_rng(0).integers(len(data['labels']), size=10_000)
@@ -322,7 +322,7 @@ def test_ten_thousand_points(page, show, tmp_path):
     assert drawn(tab) > 20_000
 
 
-def test_what_a_run_has_not_is_left_out(folder, tmp_path, show):
+def test_report_skips_missing_sections(folder, tmp_path, show):
     """Images without classes or val, no logs, measures that are no numbers: a page all the same."""
     images, names = tmp_path / 'flat', []
     images.mkdir()
@@ -345,7 +345,7 @@ def test_what_a_run_has_not_is_left_out(folder, tmp_path, show):
 DAMAGED = (b'', b'{"protocol"', b'\xff', b'[]', b'{"a": 1}', b'{"protocol": "linear", "epoch": 1, "top1": "x"}')
 
 
-def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
+def test_report_skips_damaged_files_with_message(folder, tmp_path, capsys):
     """Results, pictures and metrics of a run, and the checkpoint of one of several."""
     copied = shutil.copytree(folder, tmp_path / 'copied')
     for number, content in enumerate(DAMAGED):
@@ -364,20 +364,20 @@ def test_damaged_files_are_left_out_and_said(folder, tmp_path, capsys):
     assert cli.main(['report', f'--ckpt_name={OTHER},', *own_paths(copied)]) == 2
 
 
-def test_a_loss_that_is_no_number_is_no_point():
+def test_report_skips_nan_points():
     made = plots.draw_curves(
         [plots.LineChart('a', [('up', [(0, 0.0), (1, 1.0)])]), plots.LineChart('b', [('none', [])])]
     )
     assert 'not measured' in plots.figure_to_svg(made, 'x')
 
 
-def test_neighbors_of_another_class_are_framed_in_orange():
+def test_neighbor_grid_frames_other_class_in_orange():
     image = np.asarray(plots.neighbor_grid([[torch.zeros(3, 8, 8)] * 3], ['one'], [[True, False]], side=40))
     right, wrong = (np.argwhere((image == color).all(2))[:, 1] for color in ((0, 114, 178), (213, 94, 0)))
     assert 50 < right.min() < right.max() < wrong.min()
 
 
-def test_a_plane_keeps_neighbors_together():
+def test_tsne_2d_keeps_groups_together():
     """Thirty groups in 32 dimensions: two main axes lay them over one another."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(30, 32, generator=generator)
@@ -389,13 +389,13 @@ def test_a_plane_keeps_neighbors_together():
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 9, 10, 11])
-def test_a_plane_of_few(count):
+def test_tsne_2d_of_few_rows_works(count):
     points = tsne_2d(torch.randn(count, 7))
     assert points.shape == (count, 2)
     assert np.isfinite(points).all()
 
 
-def test_without_val_no_image_is_its_own_neighbor(tmp_path):
+def test_neighbors_without_val_exclude_query(tmp_path):
     """Not where it has a double either; and one image alone has none."""
     folder = draw_folder(tmp_path / 'set', {'train': 4})
     for path in [*folder.glob('train/*/*')]:
@@ -415,25 +415,25 @@ def test_without_val_no_image_is_its_own_neighbor(tmp_path):
     assert [len(row) for row in report.nearest_neighbor_rows(run)] == [1]
 
 
-def test_report_without_a_name(capsys):
+def test_report_without_ckpt_name_exits_2(capsys):
     assert cli.main(['report']) == 2
-    assert 'report wants --ckpt_name=<run>' in one_line(capsys.readouterr().err)
+    assert 'report needs --ckpt_name=<run>' in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('name', ['$', '$a', 'a$b$c', '\udcff', 'ü', '犬', '<b>', '_^{', '\\frac', 'a\nb', ' ', ''])
-def test_names_of_classes_in_pictures(name):
+def test_class_names_in_plots_are_escaped(name):
     """What a folder may be called is drawn as it is, wherever a picture names classes."""
     for drawn in (
         plots.draw_confusion(torch.tensor([[3, 1], [0, 2]]), [name, 'other']),
         plots.draw_scatter(np.random.rand(4, 2), np.array([0, 1, 0, -1]), [name, 'other']),
         plots.draw_curves([plots.LineChart(name, [(name, [(0, 1.0), (1, 2.0)]), ('other', [(0, 1.0)])])]),
     ):
-        assert np.asarray(plots.to_pil(drawn)).std() > 1
+        assert np.asarray(plots.figure_to_pil(drawn)).std() > 1
         assert '<svg' in plots.figure_to_svg(drawn, 'x')
 
 
 @pytest.mark.parametrize('letters', [3, 24, 40, 200])
-def test_a_confusion_has_room_for_the_names_of_classes(letters):
+def test_draw_confusion_has_room_for_long_names(letters):
     """The matrix keeps most of the width that it has without names, however long these are."""
     classes = [f'{i}' * letters for i in range(6)]
     drawn = plots.draw_confusion(torch.eye(6, dtype=torch.int64) * 4, classes)
@@ -443,13 +443,13 @@ def test_a_confusion_has_room_for_the_names_of_classes(letters):
     assert axes.get_title('left') == '24 of 24 right'
 
 
-def test_a_line_stays_in_its_chart():
+def test_draw_chart_keeps_lines_in_axes():
     panel = plots.LineChart('std', [('a', [(1, 0.9), (2, 1.414), (3, float('nan'))])], (0, 1.1))
     (axes,) = plots.draw_curves([panel]).axes
     assert axes.get_ylim()[1] > 1.414
 
 
-def test_what_was_measured_before_training_is_not_the_checkpoints(drawn, tmp_path):
+def test_report_numbers_are_of_the_checkpoints_epoch(drawn, tmp_path):
     """kNN of every fifth epoch: an earlier checkpoint has none, a later one says of which epoch it is."""
     options = [
         *TINY,
@@ -469,7 +469,7 @@ def test_what_was_measured_before_training_is_not_the_checkpoints(drawn, tmp_pat
         assert [name for name in names if name.startswith('kNN')] == ([said] if said else []), epoch
 
 
-def test_two_checkpoints_of_a_run_are_told_apart(folder, capsys):
+def test_report_of_two_checkpoints_names_epochs(folder, capsys):
     (path,) = (folder / 'ckpt' / RUN).glob('loss_*')
     assert cli.main(['report', f'--ckpt_name={path},{path}', *own_paths(folder)]) == 2
     assert 'names a checkpoint twice' in one_line(capsys.readouterr().err)

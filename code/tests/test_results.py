@@ -53,7 +53,7 @@ def infer(copied, output, *options):
         return {row['prediction'].removeprefix('other_') != row['prediction'] for row in csv.DictReader(file)}
 
 
-def test_a_classifier_labels_its_own_classes(copied, drawn, other, tmp_path, capsys):
+def test_classifier_is_used_for_its_dataset_only(copied, drawn, other, tmp_path, capsys):
     """Of set A, then of set B: A's images never get B's classes."""
     out, (ours, theirs) = tmp_path / 'o.csv', ({False}, {True})
     evaluate(copied, f'--image_path={other}')
@@ -73,12 +73,12 @@ def test_a_classifier_labels_its_own_classes(copied, drawn, other, tmp_path, cap
     capsys.readouterr()
     argv = ['infer', f'--ckpt_name={RUN}', f'--classifier={tmp_path}', *own_paths(copied, 'ckpt', 'cache')]
     assert cli.main(argv) == 2
-    assert 'the sets that this checkpoint has one of are' in one_line(capsys.readouterr().err)
+    assert 'this checkpoint has classifiers for' in one_line(capsys.readouterr().err)
     files = [result['images']['path'] for result in load_results(copied / 'ckpt' / RUN, protocol='linear')]
     assert sorted(files) == sorted(map(str, (drawn, other)))  # asked again, a question has its file again
 
 
-def test_what_a_result_says(copied, drawn, capsys):
+def test_result_has_spec_versions_and_time(copied, drawn, capsys):
     evaluate(copied, '--protocol=knn', '--knn_k=7')
     (result,) = load_results(copied / 'ckpt' / RUN)
     assert result['checkpoint'] == next((copied / 'ckpt' / RUN).glob('loss_*')).name
@@ -91,7 +91,7 @@ def test_what_a_result_says(copied, drawn, capsys):
     assert json.loads((copied / 'ckpt' / RUN / result['file']).read_text()) == result
 
 
-def test_two_lists_of_labels_are_two_questions(copied, drawn, tmp_path):
+def test_different_subset_lists_have_different_files(copied, drawn, tmp_path):
     for name, count in (('1percent.txt', 1), ('10percent.txt', 3)):
         kinds = ('checks', 'dots', 'stripes')
         (tmp_path / name).write_text(''.join(f'{kind}/{i:03d}.png\n' for kind in kinds for i in range(count)))
@@ -99,7 +99,7 @@ def test_two_lists_of_labels_are_two_questions(copied, drawn, tmp_path):
     assert sorted(result['num_train'] for result in load_results(copied / 'ckpt' / RUN)) == [3, 9]
 
 
-def test_no_two_questions_share_a_file(drawn, tmp_path):
+def test_different_specs_have_different_files(drawn, tmp_path):
     """Whatever is asked otherwise: each setting, the images, the weights."""
     cache = f'{tmp_path}/cache'
     args = get_config(preset='demo', image_path=str(drawn), cache_path=cache)

@@ -30,7 +30,7 @@ from test_cli import same
 from train import train_step
 
 RUN = 'model_name_simsiam_ckpt_0'
-GOES_ON = rf'python3 cli.py train --resume={RUN} --ckpt_path=\S+ --log_path=\S+ goes on'  # as own_paths has them
+RESUMES = rf'python3 cli.py train --resume={RUN} --ckpt_path=\S+ --log_path=\S+ resumes it'  # as own_paths has them
 # 30 epochs of 9 steps, a checkpoint within an epoch after nearly every step.
 LONG = (
     *TINY,
@@ -82,7 +82,7 @@ def assert_same_end(folder, whole):
     assert same(content['optimizer'], wanted['optimizer'])
 
 
-def test_killed_and_started_again_it_ends_the_same(whole, drawn, tmp_path):
+def test_killed_and_restarted_run_equals_unbroken_run(whole, drawn, tmp_path):
     """kill -9 three times; the same command goes on each time."""
     seen = []
     for _ in range(3):
@@ -93,17 +93,17 @@ def test_killed_and_started_again_it_ends_the_same(whole, drawn, tmp_path):
     process = start(tmp_path, drawn, '--resume=auto')
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert re.search(rf'going on with {RUN} in epoch \d+, after \d+ images \(of 30 epochs\)', said)
+    assert re.search(rf'resuming {RUN} in epoch \d+, after \d+ images \(of 30 epochs\)', said)
     assert_same_end(tmp_path, whole)
 
 
 @pytest.mark.parametrize(('number', 'code', 'name'), [(signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'SIGINT')])
-def test_a_signal_saves_and_says_how_to_go_on(number, code, name, whole, drawn, tmp_path):
+def test_signal_saves_checkpoint_and_prints_resume_command(number, code, name, whole, drawn, tmp_path):
     process = start(tmp_path, drawn)
     _, (_, errors) = stop_in_an_epoch(process, tmp_path, number)
     assert process.returncode == code
     where = r'(after epoch \d+|in epoch \d+, after \d+ images)'
-    assert re.fullmatch(rf'{name}: saved {where}; {GOES_ON}\n', errors)
+    assert re.fullmatch(rf'{name}: saved {where}; {RESUMES}\n', errors)
     assert f'stopped by {name} ' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
     process = start(tmp_path, drawn, f'--resume={RUN}')
     _, errors = process.communicate(timeout=200)
@@ -111,7 +111,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, name, whole, drawn, 
     assert_same_end(tmp_path, whole)
 
 
-def test_stopped_among_worker_processes(drawn_large, tmp_path):
+def test_signal_to_process_group_with_workers_saves(drawn_large, tmp_path):
     """Images decoded by workers, the signal sent to all processes as a terminal and SLURM do."""
     options = ('--num_workers=2', '--max_epochs=30', '--blur_prob=0.5')
     process = start(tmp_path / 'whole', drawn_large, *options)
@@ -131,7 +131,7 @@ def test_stopped_among_worker_processes(drawn_large, tmp_path):
     assert_same_end(tmp_path / 'cut', tmp_path / 'whole')
 
 
-def test_a_second_signal_ends_at_once():
+def test_second_signal_kills_process():
     """After a second; what comes sooner is the same wish again: a shell and a batch system send it twice."""
     code = (
         'import os, signal, sys, time\nfrom runtime import signals\n'
@@ -152,22 +152,22 @@ def short(folder, images, *options):
     return cli.main(['train', *TINY, '--knn_every=0', f'--image_path={images}', *own_paths(folder), *options])
 
 
-def test_resume_auto(drawn, tmp_path, capsys):
+def test_resume_auto_finds_run_or_starts_one(drawn, tmp_path, capsys):
     """Without a run it starts one; it goes on with an unfinished one; other options are named; a finished one stays."""
     limited = ('--max_minutes=0.0001', '--max_epochs=3', '--resume=auto')
     assert short(tmp_path, drawn, *limited) == 0
     assert short(tmp_path, drawn, *limited) == 0
-    assert f'going on with {RUN} in epoch 1, after 16 images (of 3 epochs)' in capsys.readouterr().out
+    assert f'resuming {RUN} in epoch 1, after 16 images (of 3 epochs)' in capsys.readouterr().out
     assert short(tmp_path, drawn, *limited, '--momentum=0.8', '--weight_decay=0') == 2
     assert one_line(capsys.readouterr().err) == (
         f'error: --resume=auto: the unfinished run {RUN} has momentum=0.9 (not 0.8), weight_decay=0.0005 (not 0.0); '
-        f'--resume={RUN} goes on with it, without --resume a new run starts'
+        f'--resume={RUN} resumes it, without --resume a new run starts'
     )
     assert short(tmp_path, drawn, f'--resume={RUN}', '--momentum=0.8', '--max_epochs=3') == 0
     assert short(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
     assert (tmp_path / 'ckpt' / RUN.replace('_0', '_1')).is_dir()
     assert short(tmp_path, drawn, '--max_epochs=1', '--resume=auto') == 0
-    assert f'{RUN.replace("_0", "_1")} has its 1 epochs already' in capsys.readouterr().out
+    assert f'{RUN.replace("_0", "_1")} has all of its 1 epochs' in capsys.readouterr().out
     assert not (tmp_path / 'ckpt' / RUN.replace('_0', '_2')).is_dir()
     capsys.readouterr()
     assert short(tmp_path, drawn, '--resume=nothing') == 2
@@ -176,7 +176,7 @@ def test_resume_auto(drawn, tmp_path, capsys):
     assert 'the newest there is --resume=' in said
 
 
-def test_other_images_than_the_run_began_with_are_said(drawn, tmp_path, capsys):
+def test_resume_with_other_images_warns(drawn, tmp_path, capsys):
     """One that is gone; the same, said again nowhere; one that is called otherwise."""
     images = shutil.copytree(drawn, tmp_path / 'set')
     limited = ('--max_minutes=0.0001', '--max_epochs=3', '--resume=auto')
@@ -194,7 +194,7 @@ def test_other_images_than_the_run_began_with_are_said(drawn, tmp_path, capsys):
         assert (f'{images}/train has {number} images to train on, with other names or classes' in said) == warned
 
 
-def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys):
+def test_resume_from_older_checkpoint_starts_new_run(drawn, tmp_path, capsys):
     """What its run did after it stays; the new one has the whole history, and ends as the old one did."""
     assert short(tmp_path, drawn, '--max_epochs=3', '--save_every_epochs=1', '--model_name=first', '--knn_every=1') == 0
     first, second = (tmp_path / 'ckpt' / f'model_name_first_ckpt_{number}' for number in (0, 1))
@@ -203,7 +203,10 @@ def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys
     capsys.readouterr()
     options = (*TINY, f'--ckpt_name={older}', '--max_epochs=3', '--knn_every=1', *own_paths(tmp_path))
     said = run('train', *options, f'--image_path={drawn}').stdout
-    assert f'{first.name} has gone further than {older.name}, and stays as it is: this goes on as the new run' in said
+    assert (
+        f'{first.name} has newer checkpoints than {older.name} and stays unchanged: this continues as the new run'
+        in said
+    )
     assert 'verdict' in said
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
     assert sorted(path.name for path in second.glob('loss_*')) == [
@@ -216,7 +219,7 @@ def test_an_older_checkpoint_goes_on_as_a_run_of_its_own(drawn, tmp_path, capsys
     assert len([*(tmp_path / 'ckpt').glob('model_name_first_*')]) == 2
 
 
-def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path, capsys):
+def test_init_from_is_saved_and_needs_no_preset(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, '--max_epochs=1', '--model_name=first') == 0
     began = f'--init_from={tmp_path}/ckpt/model_name_first_ckpt_0'
     own = (f'--image_path={drawn}', '--knn_every=1', *own_paths(tmp_path), '--model_name=second', '--resume=auto')
@@ -231,36 +234,36 @@ def test_weights_to_begin_from_are_remembered_and_need_no_preset(drawn, tmp_path
         assert run_json['args']['preset'] == 'cifar10'
         assert cli.main([*again, '--max_epochs=2', '--warmup_epochs=2']) == 0
     said = capsys.readouterr().out
-    assert 'going on with model_name_second_ckpt_0' in said
+    assert 'resuming model_name_second_ckpt_0' in said
     assert 'beside the start (' in said  # the verdict's words
     other = ('train', *TINY, *own, '--max_epochs=1')  # another beginning, after that one was finished
     assert cli.main(other) == 0
     assert (tmp_path / 'ckpt/model_name_second_ckpt_1').is_dir()
 
 
-def test_a_finished_run_without_its_metrics_stays_finished(drawn, tmp_path, capsys):
+def test_resume_of_finished_run_without_metrics_trains_nothing(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, '--max_epochs=1') == 0
     (tmp_path / 'ckpt' / RUN / 'metrics.jsonl').unlink()
     for option in ('--resume=auto', f'--resume={RUN}'):
         capsys.readouterr()
         assert short(tmp_path, drawn, '--max_epochs=1', option) == 0
         said = capsys.readouterr()
-        assert (f'{RUN} has its 1 epochs already' in said.out, said.err) == (True, '')
+        assert (f'{RUN} has all of its 1 epochs' in said.out, said.err) == (True, '')
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
-def test_an_older_checkpoint_that_has_its_epochs_leaves_its_run_alone(drawn, tmp_path):
+def test_resume_from_older_finished_checkpoint_changes_nothing(drawn, tmp_path):
     assert short(tmp_path, drawn, '--max_epochs=2', '--knn_every=1', '--save_every_epochs=1') == 0
     folder = tmp_path / 'ckpt' / RUN
     older = next(folder.glob('*_epoch_1'))
     before = (folder / 'metrics.jsonl').read_bytes()
     options = (*TINY, f'--ckpt_name={older}', '--max_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path))
-    assert 'has its 1 epochs already' in run('train', *options).stdout
+    assert 'has all of its 1 epochs' in run('train', *options).stdout
     assert (folder / 'metrics.jsonl').read_bytes() == before
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
-def test_a_run_that_is_trained_is_not_trained_twice(drawn, tmp_path, capsys):
+def test_resume_of_running_run_exits_2(drawn, tmp_path, capsys):
     """It is told by its process, not by the mark alone: one that was killed leaves that."""
     assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
     folder, other = tmp_path / 'ckpt' / RUN, subprocess.Popen(['sleep', '60'])
@@ -282,21 +285,21 @@ def test_a_run_that_is_trained_is_not_trained_twice(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, f'--resume={RUN}', '--max_epochs=3') == 0
 
 
-def test_a_run_keeps_its_name(drawn, tmp_path, capsys):
+def test_resume_with_other_model_name_exits_2(drawn, tmp_path, capsys):
     assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
     capsys.readouterr()
     assert short(tmp_path, drawn, f'--resume={RUN}', '--model_name=other') == 2
-    assert '--model_name=other: the run that goes on is called simsiam' in one_line(capsys.readouterr().err)
+    assert '--model_name=other: the resumed run is called simsiam' in one_line(capsys.readouterr().err)
 
 
-def test_a_checkpoint_that_goes_while_others_are_looked_for(tmp_path):
+def test_checkpoints_ignores_files_deleted_meanwhile(tmp_path):
     """Its run keeps the last ones alone, or it was a link to what is gone."""
     (tmp_path / 'loss_-0.5000_epoch_1').touch()
     (tmp_path / 'loss_-0.6000_epoch_2').symlink_to(tmp_path / 'gone')
     assert checkpoints(tmp_path) == [tmp_path / 'loss_-0.5000_epoch_1']
 
 
-def test_keep_last_prunes_the_oldest(drawn, tmp_path):
+def test_keep_checkpoints_deletes_oldest(drawn, tmp_path):
     assert (
         short(
             tmp_path,
@@ -312,7 +315,22 @@ def test_keep_last_prunes_the_oldest(drawn, tmp_path):
     assert names == ['4', '5']
 
 
-def test_a_run_repeats_from_its_folder(drawn, tmp_path):
+def test_resume_keeps_evaluation_and_first_command(drawn, tmp_path):
+    """The printed command names the run only: what it was to be evaluated by, and how it is saved, comes from the
+    run."""
+    first = ('--max_epochs=1', '--evaluate_after=True', '--protocol=knn', '--keep_checkpoints=1')
+    assert run('train', *TINY, *first, f'--image_path={drawn}', *own_paths(tmp_path)).returncode == 0
+    folder = tmp_path / 'ckpt' / RUN
+    command = json.loads((folder / 'run.json').read_text())['command']
+    assert run('train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)).returncode == 0
+    epochs = {json.loads(path.read_text())['epoch'] for path in folder.glob('evaluate_knn_*.json')}
+    assert epochs == {1, 2}
+    assert [path.name[-1] for path in folder.glob('loss_*')] == ['2']
+    about = json.loads((folder / 'run.json').read_text())
+    assert about['command'] == command != about['resume_command']
+
+
+def test_from_run_repeats_run(drawn, tmp_path):
     options = (*TINY, '--knn_every=0', '--max_epochs=1', '--proj_dim=24', '--learning_rate=0.3')
     assert run('train', *options, f'--image_path={drawn}', *own_paths(tmp_path)).returncode == 0
     about = json.loads((tmp_path / 'ckpt' / RUN / 'run.json').read_text())
@@ -329,7 +347,7 @@ def test_a_run_repeats_from_its_folder(drawn, tmp_path):
     assert one['args']['proj_dim'] == two['args']['proj_dim'] == 24
 
 
-def test_the_random_generators_are_put_back():
+def test_resume_restores_random_generators():
     states = rng_states()
     first = random.random(), np.random.rand(), torch.rand(1).item()
     torch.save(states, buffer := __import__('io').BytesIO())
@@ -338,7 +356,7 @@ def test_the_random_generators_are_put_back():
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
 
 
-def test_parts_of_a_step_have_the_mean_of_their_gradients():
+def test_grad_accum_steps_average_gradients():
     model = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
     other = SimSiam(get_config(preset='demo', proj_dim=8, pred_dim=4)).double()
     other.load_state_dict(model.state_dict())
@@ -354,7 +372,7 @@ def test_parts_of_a_step_have_the_mean_of_their_gradients():
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a POSIX shell')
-def test_a_full_disk_leaves_the_last_checkpoint_whole(drawn, tmp_path):
+def test_full_disk_keeps_last_checkpoint(drawn, tmp_path):
     """A limit on the size of a file, as a disk that has room for small ones only."""
     assert short(tmp_path, drawn, '--max_epochs=1') == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / 'ckpt' / RUN).glob('loss_*')}
@@ -377,17 +395,17 @@ def kill_a_worker(process):
     return errors
 
 
-def test_a_worker_that_dies_is_one_line(drawn_large, tmp_path):
+def test_killed_worker_is_reported_in_one_line(drawn_large, tmp_path):
     """Killed as the system does it when memory runs out."""
     process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400')
     end = time.time() + 60
     while not list((tmp_path / 'ckpt' / RUN).glob('loss_*')) and time.time() < end:
         time.sleep(0.01)
     errors = kill_a_worker(process)
-    assert 'a process that reads images was ended by SIGKILL' in one_line(errors)
+    assert 'a dataloader worker was killed by SIGKILL' in one_line(errors)
 
 
-def test_a_new_run_does_not_write_into_the_log_of_another(tmp_path):
+def test_new_run_does_not_reuse_log_folder(tmp_path):
     """Of one that was deleted, or whose checkpoints lie elsewhere."""
     args = get_config(ckpt_path=str(tmp_path / 'ckpt'), log_path=str(tmp_path / 'log'))
     (tmp_path / 'log/model_name_simsiam_ckpt_0').mkdir(parents=True)

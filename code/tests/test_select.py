@@ -27,13 +27,13 @@ def clusters(sizes, d=8, spread=0.05, seed=0):
 
 
 @pytest.mark.parametrize('way', [subset_selection.typiclust, subset_selection.k_center_greedy])
-def test_every_cluster_gets_one_before_any_gets_two(way):
+def test_typiclust_covers_all_clusters_first(way):
     x, labels = clusters([40, 30, 20, 5])
     rows = way(x, 4)
     assert sorted(labels[rows].tolist()) == [0, 1, 2, 3]
 
 
-def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
+def test_typiclust_selects_typical_of_largest_cluster_first():
     x, labels = clusters([60, 20])
     first, second = subset_selection.typiclust(x, 2).tolist()
     assert labels[first] == 0
@@ -49,14 +49,14 @@ def test_the_typical_one_is_in_the_middle_and_the_largest_cluster_comes_first():
     st.integers(0, 50),
     st.sampled_from([subset_selection.typiclust, subset_selection.k_center_greedy]),
 )
-def test_as_many_as_wanted_and_none_twice(n, count, seed, way):
+def test_select_returns_count_distinct_rows(n, count, seed, way):
     x = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
     rows = way(x, count, seed).tolist()
     assert len(rows) == len({*rows}) == min(n, count)
     assert all(0 <= row < n for row in rows)
 
 
-def test_k_center_takes_the_farthest():
+def test_k_center_greedy_selects_farthest():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
     rows, directions = subset_selection.k_center_greedy(x, 10).tolist(), subset_selection.center_and_normalize(x)
     for i in range(1, 10):
@@ -66,7 +66,7 @@ def test_k_center_takes_the_farthest():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 50), st.floats(-0.5, 0.9))
-def test_groups_are_those_that_chains_of_pairs_join(n, seed, least):
+def test_near_groups_are_connected_components(n, seed, least):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     d = subset_selection.center_and_normalize(x)
     joined = [{i, *(j for j in range(n) if i != j and d[i] @ d[j] > least)} for i in range(n)]
@@ -83,7 +83,7 @@ def test_groups_are_those_that_chains_of_pairs_join(n, seed, least):
         assert row != other
 
 
-def test_frames_of_a_fixed_camera_are_a_line_each():
+def test_near_groups_of_4000_equal_images_uses_little_memory():
     """4,000 alike: eight million pairs, in one group."""
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * 1e-4 + torch.eye(8)[0]
     x = torch.cat((x, torch.randn(100, 8)))
@@ -92,7 +92,7 @@ def test_frames_of_a_fixed_camera_are_a_line_each():
     assert len(rows) == len(groups) == len(near) == len(cosines) <= 4100
 
 
-def test_the_odd_one_is_found():
+def test_outliers_finds_odd_image():
     x, _ = clusters([30, 30, 1])
     rows, near = subset_selection.outliers(x, 3)
     assert rows[0] == 60
@@ -100,7 +100,7 @@ def test_the_odd_one_is_found():
 
 
 @pytest.mark.parametrize('count', [2, 4, 12])
-def test_one_image_again_and_again_is_double(count):
+def test_near_groups_of_equal_images_is_one_group(count):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(count, -1) + 1
     rows, groups, _, cosines = subset_selection.near_groups(x, 0.99)
     assert (rows.tolist(), groups.tolist()) == ([*range(count)], [0] * count)
@@ -113,7 +113,7 @@ def test_one_image_again_and_again_is_double(count):
         assert sorted(subset_selection.typiclust(x, count).tolist()) == [*range(count)]
 
 
-def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeypatch):
+def test_select_finds_copied_images(drawn, tmp_path, capsys, monkeypatch):
     """A training image copied into another class and one into val are found, at the head of the list."""
     folder = shutil.copytree(drawn, tmp_path / 'set')
     first, second = sorted((folder / 'train').rglob('*.png'))[:2]
@@ -150,7 +150,7 @@ def test_the_command_names_what_was_made_double(drawn, tmp_path, capsys, monkeyp
     assert 'the newest is --ckpt_name=' in one_line(capsys.readouterr().err)
 
 
-def test_images_that_are_all_alike_are_not_odd():
+def test_outliers_of_equal_images_are_typical():
     """Nor are those that lie at the mean of the others."""
     _, near = subset_selection.outliers(torch.ones(6, 4), 3)
     assert near.tolist() == pytest.approx([1.0, 1.0, 1.0])

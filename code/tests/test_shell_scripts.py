@@ -60,7 +60,7 @@ def docker(tmp_path):
     return call
 
 
-def test_docker_is_called_from_anywhere_with_any_folder(docker, tmp_path):
+def test_docker_script_runs_from_any_folder(docker, tmp_path):
     (tmp_path / 'a:b').mkdir()
     done, calls = docker('train', DATA=f'{tmp_path}/a:b')
     assert (done.returncode, calls) == (2, [])
@@ -82,7 +82,7 @@ def test_docker_is_called_from_anywhere_with_any_folder(docker, tmp_path):
     assert not (tmp_path / 'elsewhere/data').exists()
 
 
-def test_docker_runs_the_given_command_on_data(docker):
+def test_docker_script_passes_command_and_mounts_data(docker):
     done, calls = docker('evaluate', '--ckpt_name=some run')
     assert done.returncode == 0, done.stderr
     assert calls[0] == 'build --tag simsiam .'
@@ -95,7 +95,7 @@ def test_docker_runs_the_given_command_on_data(docker):
     assert (docker.top / 'data').is_dir()
 
 
-def test_docker_gives_back_the_exit_code_of_the_command(docker):
+def test_docker_script_returns_exit_code(docker):
     assert docker('train', '--batchsize=4', RUN_CODE='2')[0].returncode == 2
 
 
@@ -106,38 +106,38 @@ def test_docker_gives_back_the_exit_code_of_the_command(docker):
         ('{"runc":{}}', '[{"Source":"cdi","ID":"nvidia.com/gpu=all"}]', ' --device nvidia.com/gpu=all simsiam train'),
     ],
 )
-def test_docker_uses_gpus_and_trains_by_default(runtimes, devices, wanted, docker):
+def test_docker_script_uses_gpus_and_trains_by_default(runtimes, devices, wanted, docker):
     _, calls = docker(RUNTIMES=runtimes, DEVICES=devices, GPU='1')
     assert calls[-1].endswith(wanted)
 
 
 @pytest.mark.parametrize('command', [['runs'], ['pack', '--output=x'], ['train', '--help'], ['--help=views'], ['help']])
-def test_docker_wants_no_gpu_for_what_needs_none(command, docker):
+def test_docker_script_without_gpu_need_requests_none(command, docker):
     done, calls = docker(*command, GPU='1', RUNTIMES='{"runc":{}}')
     assert done.returncode == 0, done.stderr
     assert calls[-1].endswith(' simsiam ' + ' '.join(command))
 
 
-def test_docker_goes_without_a_gpu_where_there_is_none_or_none_is_wanted(docker):
+def test_docker_script_runs_without_gpu(docker):
     _, calls = docker('train', RUNTIMES=WITH_NVIDIA)
     assert '--gpus' not in calls[-1]
     _, calls = docker('train', '--device=cpu', GPU='1')
     assert calls[-1].endswith(' simsiam train --device=cpu')
 
 
-def test_docker_files_belong_to_who_called_sudo(docker):
+def test_docker_script_under_sudo_keeps_owner(docker):
     (docker.top / 'data').mkdir()
     _, calls = docker('train', SUDO_UID='1234', SUDO_GID='567')
     assert '--user 1234:567 ' in calls[-1]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root may give a folder to another')
-def test_docker_makes_data_for_who_called_sudo(docker):
+def test_docker_script_under_sudo_creates_data_for_user(docker):
     docker('train', SUDO_UID='1234', SUDO_GID='567')
     assert ((docker.top / 'data').stat().st_uid, (docker.top / 'data').stat().st_gid) == (1234, 567)
 
 
-def test_docker_pushes_where_a_registry_is_named(docker, tmp_path):
+def test_docker_script_pushes_to_named_registry(docker, tmp_path):
     (tmp_path / 'mine').mkdir()
     _, calls = docker('train', REGISTRY='registry.example/me/', IMAGE='simsiam:1', DATA=f'{tmp_path}/mine')
     name = 'registry.example/me/simsiam:1'
@@ -147,19 +147,19 @@ def test_docker_pushes_where_a_registry_is_named(docker, tmp_path):
     assert not (docker.top / 'data').exists()
 
 
-def test_docker_takes_data_from_where_it_is_called(docker, tmp_path):
+def test_docker_script_resolves_data_in_current_folder(docker, tmp_path):
     (tmp_path / 'mine').mkdir()
     _, calls = docker('train', DATA=f'{tmp_path.relative_to("/")}/mine')  # the fixture calls it in /
     assert f'--volume {tmp_path}/mine:/home/data ' in calls[-1]
 
 
-def test_docker_shows_tensorboard_on_a_port_of_this_machine_alone(docker):
+def test_docker_script_binds_tensorboard_to_localhost(docker):
     done, calls = docker('tensorboard', PORT='7007', GPU='1')
     assert 'TensorBoard: http://localhost:7007' in done.stdout
     assert '--publish 127.0.0.1:7007:6006 --entrypoint tensorboard simsiam --logdir /home/data/logs' in calls[-1]
 
 
-def test_docker_runs_torchrun(docker):
+def test_docker_script_runs_torchrun(docker):
     _, calls = docker('torchrun', '--nproc_per_node=8', 'cli.py', 'train')
     assert calls[-1].endswith(' --entrypoint torchrun simsiam --nproc_per_node=8 cli.py train')
 
@@ -184,7 +184,7 @@ def test_docker_runs_torchrun(docker):
         ),
     ],
 )
-def test_docker_says_in_a_line_what_is_missing(environment, said, docker):
+def test_docker_script_names_missing_argument(environment, said, docker):
     done, calls = docker('train', **environment)
     assert done.returncode == (2 if 'DATA' in environment else 1)
     assert not [call for call in calls if call.startswith('run')]
@@ -192,7 +192,7 @@ def test_docker_says_in_a_line_what_is_missing(environment, said, docker):
     assert line.startswith(said)
 
 
-def test_docker_that_is_not_there(docker):
+def test_docker_script_without_docker_fails_in_one_line(docker):
     (docker.bin / 'docker').unlink()
     for name in ('bash', 'dirname', 'id', 'env'):
         (docker.bin / name).symlink_to(shutil.which(name))
@@ -203,7 +203,7 @@ def test_docker_that_is_not_there(docker):
     )
 
 
-def test_the_image_works_as_somebody_without_a_name_or_a_place_to_write_but_data(drawn, tmp_path):
+def test_docker_image_files_work_for_unknown_user(drawn, tmp_path):
     """The Dockerfile's files, laid out as it says; a user whom the system does not know."""
     if os.getuid() != 0 or not shutil.which('setpriv'):
         pytest.skip('to become another user takes root and setpriv')
@@ -252,7 +252,7 @@ def test_the_image_works_as_somebody_without_a_name_or_a_place_to_write_but_data
     assert json.loads((home / f'data/checkpoints/{run}/run.json').read_text())['versions']['commit'] == 'abc123'
 
 
-def test_the_context_of_the_image_is_small_and_has_what_the_dockerfile_copies():
+def test_docker_context_is_small_and_complete():
     kept = [line[1:] for line in (ROOT / '.dockerignore').read_text().splitlines() if line.startswith('!')]
     assert kept == ['requirements.txt', 'code']
     assert {'code/tests', 'code/results'} <= {*(ROOT / '.dockerignore').read_text().splitlines()}
@@ -273,7 +273,7 @@ def test_shell_scripts_pass_shellcheck():
     subprocess.run([checker, *scripts], check=True)
 
 
-def test_requirements_are_bounded_and_installable_from_code():
+def test_requirements_have_bounds():
     lines = (ROOT / 'requirements.txt').read_text().split()
     packages = {re.match(r'[A-Za-z-]+', line)[0].lower() for line in lines}  # Jinja2 without its number
     assert packages == {
@@ -285,7 +285,7 @@ def test_requirements_are_bounded_and_installable_from_code():
     assert (CODE / 'requirements.txt').read_text() == '-r ../requirements.txt\n'
 
 
-def test_nothing_else_at_the_top():
+def test_top_level_has_only_expected_entries():
     """The layout of the first README."""
     listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -307,7 +307,7 @@ def test_nothing_else_at_the_top():
     }
 
 
-def test_ctrl_c_stops_what_a_gpu_measures(tmp_path):
+def test_gpu_script_stops_on_ctrl_c(tmp_path):
     """bench/gpu.sh at its first measurement, on a terminal: neither this one nor the next goes on."""
     text = (CODE / 'bench/gpu.sh').read_text()
     start = text[: text.index("python3 -c 'import torch;")]
@@ -328,7 +328,7 @@ def test_ctrl_c_stops_what_a_gpu_measures(tmp_path):
     assert b'two' not in said
 
 
-def test_a_gpu_measures_the_images_that_are_named(tmp_path):
+def test_gpu_script_passes_image_path(tmp_path):
     """bench/gpu.sh with a python3 that writes down how it was called: a folder named relative to code/ reaches every
     command whole, for to those a relative path starts elsewhere."""
     shutil.copytree(CODE / 'bench', tmp_path / 'code/bench')

@@ -15,7 +15,7 @@ import torch
 
 from conftest import CODE, TINY, draw_folder, one_line, own_paths, run
 from runtime import signals
-from test_resume import GOES_ON, LONG, RUN, kill_a_worker, start
+from test_resume import LONG, RESUMES, RUN, kill_a_worker, start
 
 # (epochs, images) that are saved by then; None: there is nothing to save.
 SAVED = {
@@ -45,7 +45,7 @@ def rows(tmp_path_factory):
 
 @pytest.mark.parametrize('number', signals.SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize('moment', stop_table.MOMENTS)
-def test_a_signal(moment, number, rows):
+def test_signal_saves_checkpoint_in_every_phase(moment, number, rows):
     row = rows[moment, number.name]
     assert row['code'] == 128 + number
     assert row['seconds'] < 30
@@ -53,7 +53,7 @@ def test_a_signal(moment, number, rows):
     assert line.startswith(f'{number.name}: ')
     assert row['saved'] == SAVED[moment]
     if SAVED[moment] and moment != 'in the evaluation':
-        assert re.search(f'{GOES_ON}$', line)
+        assert re.search(f'{RESUMES}$', line)
         assert 'saved ' in line
     assert row['again'] == 0
     assert row['same'], 'the run that went on ends otherwise'
@@ -61,7 +61,7 @@ def test_a_signal(moment, number, rows):
         assert row['epochs'] == [0, 1, 2, 3]  # the metrics of each epoch, once
 
 
-def test_the_group_at_the_start_of_epochs(drawn_large, tmp_path):
+def test_signal_to_group_at_epoch_start_saves(drawn_large, tmp_path):
     """As SLURM does it: all processes at once, while the first batch of an epoch is awaited from workers."""
     options = ('--num_workers=2', '--max_epochs=30', '--knn_every=0')
     for time_of in (0.0, 0.02, 0.05):
@@ -74,11 +74,11 @@ def test_the_group_at_the_start_of_epochs(drawn_large, tmp_path):
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 143, errors
-        assert re.fullmatch(rf'SIGTERM: saved .*; {GOES_ON}\n', errors)
+        assert re.fullmatch(rf'SIGTERM: saved .*; {RESUMES}\n', errors)
 
 
-def test_a_hangup_that_is_ignored_stays_ignored(drawn, tmp_path):
-    """nohup: whoever starts a run so wants it to outlast the terminal."""
+def test_ignored_hangup_stays_ignored(drawn, tmp_path):
+    """nohup: such a run must outlast the terminal."""
     command = f'trap "" HUP; exec "{sys.executable}" cli.py train {" ".join(LONG)} --image_path={drawn}'
     process = subprocess.Popen(
         ['bash', '-c', f'{command} {" ".join(own_paths(tmp_path))}'],
@@ -95,7 +95,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(drawn, tmp_path):
 
 
 @pytest.mark.parametrize('reader', ['head -1', 'true'])
-def test_a_reader_that_goes_away_ends_nothing(reader, drawn, tmp_path):
+def test_closed_pipe_does_not_end_training(reader, drawn, tmp_path):
     """The log file has what the reader did not want to see."""
     options = ' '.join((*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)))
     command = f'"{sys.executable}" cli.py train {options} | {reader}; exit ${{PIPESTATUS[0]}}'
@@ -106,11 +106,11 @@ def test_a_reader_that_goes_away_ends_nothing(reader, drawn, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
-def test_an_output_on_a_full_disk_ends_nothing(drawn, tmp_path):
+def test_full_disk_for_stdout_does_not_end_training(drawn, tmp_path):
     options = ' '.join((*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path)))
     command = f'"{sys.executable}" cli.py train {options} > /dev/full'
     done = subprocess.run(['bash', '-c', command], cwd=CODE, capture_output=True, text=True, timeout=200, check=False)
-    lost = 'what was printed is not whole: No space left on device\n'
+    lost = 'the output is incomplete: No space left on device\n'
     assert (done.returncode, done.stderr) == (0, f'warning: {lost}')
     listed = ('runs', *own_paths(tmp_path, 'ckpt'))
     for command, code in ((listed, 1), (('--help',), 1), (('--help',), 0)):
@@ -120,30 +120,30 @@ def test_an_output_on_a_full_disk_ends_nothing(drawn, tmp_path):
         assert (done.returncode, done.stderr) == (code, f'error: {lost}' if code else '')
 
 
-def test_the_dead_worker_costs_no_step(drawn_large, tmp_path):
+def test_dead_worker_saves_steps_done(drawn_large, tmp_path):
     """What was done since the last checkpoint is saved on the way out, and said where the run goes on."""
     process = start(tmp_path, drawn_large, '--num_workers=2', '--max_epochs=400', '--save_every_minutes=0')
     log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
     while time.time() < end and not (log.exists() and 'epoch 2/400' in log.read_text()):
         time.sleep(0.01)
     errors = kill_a_worker(process)
-    assert 'was ended by SIGKILL' in one_line(errors)
+    assert 'was killed by SIGKILL' in one_line(errors)
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*')
     assert torch.load(path, weights_only=True)['epoch'] >= 2
 
 
 @pytest.mark.parametrize('options', [('--batch_size=16',), ('--batch_size=5',), ('--grad_accum_steps=2',)])
-def test_a_run_goes_on_with_another_batch(options, drawn, tmp_path):
+def test_resume_with_other_batch_size_continues_at_same_image(options, drawn, tmp_path):
     """A position is counted in images: another batch goes on where the last one was, and no image is seen twice."""
     small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
     assert run('train', *small, '--batch_size=8', '--max_minutes=0.00001').returncode == 0
     done = run('train', *small[len(TINY) :], f'--resume={RUN}', *options)
     assert (done.returncode, done.stderr) == (0, '')
-    assert f'going on with {RUN} in epoch 1, after 8 images' in done.stdout
+    assert f'resuming {RUN} in epoch 1, after 8 images' in done.stdout
     assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2'))
 
 
-def test_a_run_goes_on_with_fewer_images(drawn, tmp_path):
+def test_resume_with_fewer_images_ends_epoch(drawn, tmp_path):
     """More were seen in the epoch than there are now: it is over."""
     small = (*TINY, f'--image_path={drawn}', '--knn_every=0', *own_paths(tmp_path))
     assert run('train', *small, '--batch_size=40', '--max_minutes=0.00001', '--max_epochs=3').returncode == 0
@@ -156,7 +156,7 @@ def test_a_run_goes_on_with_fewer_images(drawn, tmp_path):
     assert list((tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_3'))
 
 
-def test_minutes_between_saves_go_on_across_epochs(drawn, tmp_path):
+def test_save_every_minutes_counts_across_epochs(drawn, tmp_path):
     """Epochs shorter than --save_every_minutes: it fires all the same."""
     process = start(tmp_path, drawn, '--save_every_minutes=0.02', '--max_epochs=4000')  # 1.2 s; an epoch takes some 0.1
     end = time.time() + 60
@@ -191,7 +191,7 @@ except signals.Interrupted as end:
 
 
 @pytest.mark.parametrize('place', ['alone', 'held', 'caught'])
-def test_a_signal_is_heard_where_python_drops_exceptions(place):
+def test_signal_in_del_is_raised_again(place):
     """In a __del__ an exception is printed and gone: it is raised again, and nothing is printed."""
     done = subprocess.run(
         [sys.executable, '-c', SWALLOWED, place], cwd=CODE, capture_output=True, text=True, timeout=15, check=False
@@ -200,7 +200,7 @@ def test_a_signal_is_heard_where_python_drops_exceptions(place):
 
 
 @pytest.mark.parametrize('closed', ['2>&-', '<&- >&- 2>&-'])
-def test_outputs_that_are_closed_end_nothing(closed, drawn, tmp_path):
+def test_closed_streams_do_not_end_training(closed, drawn, tmp_path):
     options = ' '.join((*TINY, f'--image_path={drawn}', '--max_epochs=1', '--knn_every=0', *own_paths(tmp_path)))
     done = subprocess.run(['bash', '-c', f'"{sys.executable}" cli.py train {options} {closed}'], cwd=CODE, check=False)
     assert done.returncode == 0
@@ -208,7 +208,7 @@ def test_outputs_that_are_closed_end_nothing(closed, drawn, tmp_path):
     assert 'pretraining done' in (tmp_path / 'ckpt' / RUN / 'log.txt').read_text()
 
 
-def test_a_log_folder_that_goes_away_ends_nothing(drawn, tmp_path):
+def test_deleted_log_folder_does_not_end_training(drawn, tmp_path):
     process = start(tmp_path, drawn, '--max_epochs=16')
     log, end = tmp_path / 'ckpt' / RUN / 'log.txt', time.time() + 60
     while time.time() < end and not (log.exists() and 'epoch 2/' in log.read_text()):
@@ -217,6 +217,6 @@ def test_a_log_folder_that_goes_away_ends_nothing(drawn, tmp_path):
     said, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert len(errors.splitlines()) == 1
-    assert errors.startswith('warning: TensorBoard gets no more of this run')
+    assert errors.startswith('warning: TensorBoard is turned off for this run')
     lines = (tmp_path / 'ckpt' / RUN / 'metrics.jsonl').read_text().splitlines()
     assert [json.loads(line)['epoch'] for line in lines] == [*range(17)]

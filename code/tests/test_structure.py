@@ -84,29 +84,29 @@ def floors(graph):
     return level
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_modules_have_no_import_circle():
     floors(imports(CODE))
 
 
-def test_rooms_stand_on_few_floors_without_a_circle():
+def test_folders_have_few_layers_without_circle():
     level = floors(between_rooms(CODE))
     assert len(level) <= MOST_ROOMS
     assert max(level.values()) <= MOST_FLOORS
 
 
-def test_leaf_folders_import_no_other_room():
+def test_leaf_folders_import_no_other_folder():
     graph = between_rooms(CODE)
     assert {name: graph[name] for name in LEAVES if graph[name]} == {}
 
 
-def test_code_holds_few_entries():
+def test_code_folder_has_few_entries():
     own = {path.name for path in CODE.iterdir() if not path.name.startswith(('.', '__'))}
     assert len(own - set(FIXED)) <= MOST_ENTRIES
     folders = {path.name for path in CODE.iterdir() if path.is_dir()}
     assert not [name for name in own if name.endswith('.py') and name.removesuffix('.py') in folders]
 
 
-def test_a_circle_is_found(tmp_path):
+def test_import_circle_is_detected(tmp_path):
     for name, text in {'a.py': 'import b', 'b.py': 'def f():\n    from c import d', 'c/d.py': 'import a'}.items():
         Path(tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -115,7 +115,7 @@ def test_a_circle_is_found(tmp_path):
             floors(graph)
 
 
-def test_the_dataloader_names_settings_and_no_option_of_the_command_line():
+def test_dataloader_messages_use_backticks_not_options():
     """`white_level`, not --white_level; console.with_options writes the dashes where a command says it."""
     named = {
         path.name for path in (CODE / 'dataloader').rglob('*.py') for name in OPTIONS if f'--{name}' in path.read_text()

@@ -91,7 +91,7 @@ def packed(request, drawn_large, tmp_path):
     )
 
 
-def test_an_archive_is_as_its_files_to_the_bit(packed, drawn_large):
+def test_tar_images_equal_files(packed, drawn_large):
     files, archive = load_splits(options(drawn_large)), load_splits(options(packed))
     for name in ('train', 'val'):
         assert list(archive[name].names) == list(files[name].names)
@@ -104,7 +104,7 @@ def test_an_archive_is_as_its_files_to_the_bit(packed, drawn_large):
             assert torch.equal(labels, right)
 
 
-def test_training_and_resume_as_with_files(drawn_large, tmp_path):
+def test_train_and_resume_on_tar_equal_files(drawn_large, tmp_path):
     top = tarred(drawn_large, tmp_path / 'packed')
     runs = {}
     for name, images in (('files', drawn_large), ('tar', top)):
@@ -125,7 +125,7 @@ def test_training_and_resume_as_with_files(drawn_large, tmp_path):
     assert same(runs['files']['optimizer'], runs['tar']['optimizer'])
 
 
-def test_an_archive_is_indexed_once(drawn_large, tmp_path, monkeypatch):
+def test_tar_index_is_built_once(drawn_large, tmp_path, monkeypatch):
     top = tarred(drawn_large, tmp_path / 'packed')
     first = load_splits(options(top))['train']
     with monkeypatch.context() as patch:
@@ -136,12 +136,12 @@ def test_an_archive_is_indexed_once(drawn_large, tmp_path, monkeypatch):
     assert len(load_splits(options(top))['train']) == len(first) + 1
 
 
-def test_small_images_of_an_archive_are_held_in_memory(drawn, tmp_path):
+def test_small_images_of_tar_are_cached_in_memory(drawn, tmp_path):
     train = load_splits(options(tarred(drawn, tmp_path / 'packed')))['train']
     assert torch.equal(train.pixels, load_splits(options(drawn))['train'].pixels)
 
 
-def test_webdataset_shards(tmp_path):
+def test_webdataset_shards_have_classes_of_cls_files(tmp_path):
     """A key's image and its class beside it; numbers are sorted as numbers; other members are counted."""
     for shard in range(2):
         members = []
@@ -153,7 +153,7 @@ def test_webdataset_shards(tmp_path):
     assert splits['train'].classes == ['9', '10', '11']
     assert splits['train'].labels.tolist() == [0, 1, 2] * 4
     part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
-    assert dict(part.others) == {'.json': 12}
+    assert dict(part.other_files) == {'.json': 12}
 
 
 @pytest.mark.parametrize(
@@ -166,15 +166,15 @@ def test_webdataset_shards(tmp_path):
         (('1.jpg', '1.cls=cat', '1.jpg', '1.cls=dog'), ['dog'], {'(an older one of the same name)': 1}),
     ],
 )
-def test_names_in_an_archive(members, labels, others, tmp_path):
+def test_undecodable_names_in_tar_work(members, labels, others, tmp_path):
     pairs = [member.partition('=') for member in members]
     write(tmp_path / 'train.tar', [(name, owner.encode() if owner else png()) for name, _, owner in pairs])
     part = find.find_splits(tmp_path, tmp_path / 'cache', archives_bar)['train']
     assert [part.classes[label] for label in part.labels] == labels
-    assert dict(part.others) == others
+    assert dict(part.other_files) == others
 
 
-def test_a_key_is_its_shards_own(tmp_path):
+def test_equal_keys_in_two_shards_are_separate(tmp_path):
     """Shards that count from 0 again: neither images nor classes are taken for one another's."""
     for shard, kind in enumerate(('dog', 'cat')):
         write(tmp_path / f'train-{shard:06d}.tar', [('0.jpg', png(size=(40 + shard, 30))), ('0.cls', kind.encode())])
@@ -182,12 +182,12 @@ def test_a_key_is_its_shards_own(tmp_path):
     assert [part.classes[label] for label in part.labels] == ['dog', 'cat']
     widths = []
     for i in range(2):
-        with part.store.opened(i) as image:
+        with part.store.open(i) as image:
             widths.append(image.width)
     assert widths == [40, 41]
 
 
-def test_an_archive_and_shards_for_one_split_are_asked_about(drawn_large, tmp_path):
+def test_archive_and_shards_for_one_split_exit_2(drawn_large, tmp_path):
     path = tarred(drawn_large, tmp_path / 'set') / 'train.tar'
     shutil.copy(path, path.with_name('train-000000.tar'))
     shutil.copy(path, path.with_name('train-000001.tar'))
@@ -228,7 +228,7 @@ def devkit(path, wnids, truth):
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """ImageNet as it is downloaded, of three classes of one colour each."""
+    """ImageNet as it is downloaded, of three classes of one color each."""
     top, colors = tmp_path / 'imagenet', {'n03': 'red', 'n01': 'lime', 'n02': 'blue'}
     inner = []
     for wnid, color in colors.items():
@@ -245,7 +245,7 @@ def imagenet(tmp_path):
     return top
 
 
-def test_imagenet_as_it_is_downloaded(imagenet):
+def test_imagenet_archives_are_read(imagenet):
     splits = load_splits(options(imagenet, cache_images='off'))
     assert splits['train'].classes == splits['val'].classes == ['n01', 'n02', 'n03']
     assert splits['train'].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -254,11 +254,11 @@ def test_imagenet_as_it_is_downloaded(imagenet):
     channel = {0: 1, 1: 2, 2: 0}  # lime, blue, red
     for images in (splits['train'], splits['val']):
         for row, label in enumerate(images.labels.tolist()):
-            with images.store.opened(row) as image:
+            with images.store.open(row) as image:
                 assert np.asarray(image.convert('RGB'))[0, 0].argmax() == channel[label]
 
 
-def test_imagenet_without_its_devkit_or_with_a_damaged_one(imagenet):
+def test_imagenet_without_devkit_fails(imagenet):
     kit = imagenet / 'ILSVRC2012_devkit_t12.tar.gz'
     content = kit.read_bytes()
     for damaged in (b'', content[: len(content) // 2], b'text', png()):
@@ -276,7 +276,7 @@ def link(name, target, kind):
     return name, member
 
 
-def test_a_hard_link_is_an_image_whatever_its_first_name_is(tmp_path):
+def test_hard_link_in_tar_is_an_image(tmp_path):
     """Hidden, without an ending, before it or behind."""
     members = [
         ('.store/1', png()),
@@ -290,13 +290,13 @@ def test_a_hard_link_is_an_image_whatever_its_first_name_is(tmp_path):
     write(tmp_path / 'set/train.tar', members)
     part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png', 'b/3.png']
-    assert dict(part.others) == {'(hidden)': 1, '(no ending)': 2, '(a link, or no plain file)': 1}
+    assert dict(part.other_files) == {'(hidden)': 1, '(no ending)': 2, '(a link, or no plain file)': 1}
     for row in range(3):
-        with part.store.opened(row) as image:
+        with part.store.open(row) as image:
             assert image.size == (40, 30)
 
 
-def test_what_is_stored_with_holes_is_said(tmp_path, capsys):
+def test_sparse_member_in_tar_is_skipped_with_message(tmp_path, capsys):
     picture = tmp_path / 'a' / '1.bmp'
     picture.parent.mkdir()
     Image.new('RGB', (300, 300)).save(picture)
@@ -304,10 +304,10 @@ def test_what_is_stored_with_holes_is_said(tmp_path, capsys):
     subprocess.run(['fallocate', '-d', str(picture)], check=True)
     subprocess.run(['tar', '-S', '-cf', 'set.tar', 'a'], cwd=tmp_path, check=True)
     assert len(load_splits(options(tmp_path / 'set.tar'))['train']) == 1
-    assert 'not read: 1 (stored with holes: tar it without -S)' in capsys.readouterr().out
+    assert 'not read: 1 (sparse: tar it without -S)' in capsys.readouterr().out
 
 
-def test_classes_of_cls_files_are_bytes(tmp_path, capsys):
+def test_cls_files_may_have_undecodable_names(tmp_path, capsys):
     """Two that are no UTF-8 are two; a mark of UTF-8 is no part of one; one beside no image says nothing."""
     owners = [b'B\xe4r', b'B\xfcr', b'\xef\xbb\xbfHund']
     members = [(f'{i}.png', png()) for i in range(7)]
@@ -322,14 +322,14 @@ def test_classes_of_cls_files_are_bytes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('make', [gzip.compress, bz2.compress, lzma.compress])
-def test_what_is_called_tar_and_is_packed(make, tmp_path):
+def test_compressed_file_called_tar_names_format(make, tmp_path):
     write(tmp_path / 'whole.tar', [('a/1.png', png()), ('b/1.png', png())])
     (tmp_path / 'set.tar').write_bytes(make((tmp_path / 'whole.tar').read_bytes()))
-    with pytest.raises(WorkError, match='set.tar is no .tar but .*, and cannot be read at random: unpack it'):
+    with pytest.raises(WorkError, match='set.tar is not a .tar but .*, without random access: unpack it'):
         load_splits(options(tmp_path / 'set.tar'))
 
 
-def test_hostile_members_are_left_out_and_counted(tmp_path):
+def test_hostile_tar_members_are_skipped_and_counted(tmp_path):
     members = [
         ('a/1.png', png()),
         ('b/2.png', png()),
@@ -348,7 +348,7 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
     write(tmp_path / 'set/train.tar', members)
     part = find.find_splits(tmp_path / 'set', tmp_path / 'cache', archives_bar)['train']
     assert list(part.store.names) == ['a/1.png', 'b/2.png']
-    assert dict(part.others) == {
+    assert dict(part.other_files) == {
         '(a path out of the folder)': 3,
         '(a link, or no plain file)': 4,
         '(hidden)': 2,
@@ -357,7 +357,7 @@ def test_hostile_members_are_left_out_and_counted(tmp_path):
     }
 
 
-def test_a_size_that_lies_is_refused(tmp_path):
+def test_tar_member_with_false_size_is_refused(tmp_path):
     path = write(tmp_path / 'set/train.tar', [('a/1.png', png()), ('b/2.png', png())])
     content = bytearray(path.read_bytes())
     second = content.index(b'b/2.png')
@@ -375,7 +375,7 @@ def test_a_size_that_lies_is_refused(tmp_path):
 @pytest.mark.parametrize(
     'content', [b'', b'text', b'\0' * 600, b'\x1f\x8b' + bytes(range(200)), bytes(range(256)) * 9, png()]
 )
-def test_what_is_no_archive_is_one_line(name, content, tmp_path):
+def test_file_that_is_no_tar_fails_in_one_line(name, content, tmp_path):
     (tmp_path / 'set').mkdir()
     (tmp_path / 'set' / name).write_bytes(content)
     with pytest.raises((UserError, WorkError)) as caught:
@@ -383,7 +383,7 @@ def test_what_is_no_archive_is_one_line(name, content, tmp_path):
     assert '\n' not in str(caught.value)
 
 
-def test_archives_cut_short_anywhere(drawn_large, tmp_path):
+def test_tar_truncated_anywhere_raises_or_has_fewer_images(drawn_large, tmp_path):
     """At every place: a WorkError or fewer images, never anything else."""
     whole = (tarred(drawn_large, tmp_path / 'packed') / 'train.tar').read_bytes()
     for end in range(0, len(whole), max(1, len(whole) // 60)):
@@ -398,7 +398,7 @@ def test_archives_cut_short_anywhere(drawn_large, tmp_path):
 
 
 @pytest.mark.parametrize('damage', ['header', 'cut in a header', 'cut between'])
-def test_a_damaged_header_loses_no_image_in_silence(damage, drawn_large, tmp_path, capsys):
+def test_tar_with_damaged_header_fails(damage, drawn_large, tmp_path, capsys):
     path = tarred(drawn_large, tmp_path / 'set') / 'train.tar'
     (tmp_path / 'set/val.tar').unlink()
     with tarfile.open(path) as archive:
@@ -408,15 +408,15 @@ def test_a_damaged_header_loses_no_image_in_silence(damage, drawn_large, tmp_pat
     path.write_bytes({'header': content, 'cut in a header': content[: at + 100], 'cut between': content[:at]}[damage])
     if damage == 'cut between':
         assert len(load_splits(options(tmp_path / 'set', val_fraction=0.0))['train']) == 10
-        assert 'train.tar stops without the mark that ends an archive' in capsys.readouterr().out
+        assert 'train.tar has no end-of-archive mark' in capsys.readouterr().out
         load_splits(options(tmp_path / 'set', val_fraction=0.0))  # by the index that was kept
-        assert 'train.tar stops without the mark that ends an archive' in capsys.readouterr().out
+        assert 'train.tar has no end-of-archive mark' in capsys.readouterr().out
     else:
         with pytest.raises(WorkError, match=f'train.tar is damaged: there is no header at byte {at}'):
             load_splits(options(tmp_path / 'set'))
 
 
-def test_an_archive_of_shards_is_refused_and_one_with_cls_files_has_its_splits(tmp_path):
+def test_tar_of_shards_exits_2_and_tar_with_cls_has_splits(tmp_path):
     kinds = {'png': png(), 'cls': b'dog'}
     places = [f'{split}/{number}' for split in ('train', 'val') for number in range(3)]
     write(tmp_path / 'one.tar', [(f'{place}.{kind}', kinds[kind]) for place in places for kind in kinds])
@@ -438,7 +438,7 @@ def test_an_archive_of_shards_is_refused_and_one_with_cls_files_has_its_splits(t
         (('a/1.png', 'a/1.gif', 'b/1'), None),
     ],
 )
-def test_what_is_packed_is_what_was_there(names, classes, side, tmp_path):
+def test_pack_keeps_images_names_and_classes(names, classes, side, tmp_path):
     """As many images, under as many names, of the same classes, wherever they lay and whatever they were called."""
     for name in names:
         (tmp_path / 'set' / name).parent.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ def test_what_is_packed_is_what_was_there(names, classes, side, tmp_path):
     assert sorted(after.labels.tolist()) == sorted(before.labels.tolist())
 
 
-def test_more_shards_than_files_may_be_open(tmp_path):
+def test_more_shards_than_open_file_limit_work(tmp_path):
     for number in range(40):
         write(tmp_path / f'set/train-{number:06d}.tar', [('a/1.png', png()), ('b/1.png', png())])
     code = (
@@ -466,24 +466,24 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_archive_that_changes_under_a_run_is_one_line(drawn_large, tmp_path):
+def test_tar_changed_during_run_fails_in_one_line(drawn_large, tmp_path):
     top = tarred(drawn_large, tmp_path / 'packed')
     train = load_splits(options(top, cache_images='off'))['train']
     os.truncate(top / 'train.tar', 2048)
     with pytest.raises(WorkError, match='the archive has changed or is cut short'):
-        train.store.opened(len(train) - 1)
+        train.store.open(len(train) - 1)
 
 
 @pytest.mark.parametrize('ending', ['.tar.gz', '.tgz', '.tar.xz'])
-def test_packed_archives_are_refused_with_what_helps(ending, tmp_path):
+def test_compressed_archives_are_refused_with_hint(ending, tmp_path):
     path = tmp_path / f'set{ending}'
     path.write_bytes(b'')
     done = run('check_dataloader', '--preset=demo', f'--image_path={path}', *own_paths(tmp_path, 'log', 'cache'))
     assert done.returncode == 2
-    assert re.search('is packed, and cannot be read at random: make a .tar of it', one_line(done.stderr))
+    assert re.search('is compressed, without random access: make a .tar of it', one_line(done.stderr))
 
 
-def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
+def test_pack_short_side_is_deterministic(drawn_large, tmp_path):
     for name in ('one', 'two'):
         done = run(
             'pack',
@@ -499,16 +499,16 @@ def test_pack_makes_images_smaller_and_the_same_bytes(drawn_large, tmp_path):
     again = run('pack', f'--image_path={drawn_large}', f'--output={tmp_path}/one', *own_paths(tmp_path, 'cache'))
     assert again.returncode == 2
     assert 'holds train-000000.tar already: pack into another folder' in one_line(again.stderr)
-    assert 'pack wants --output' in one_line(run('pack', f'--image_path={drawn_large}').stderr)
+    assert 'pack needs --output' in one_line(run('pack', f'--image_path={drawn_large}').stderr)
 
 
-def test_pack_names_a_damaged_image_or_leaves_it_out(drawn_large, tmp_path):
+def test_pack_with_damaged_image_fails_or_skips(drawn_large, tmp_path):
     folder = shutil.copytree(drawn_large, tmp_path / 'set')
     (folder / 'train/dots/000.jpg').write_bytes(b'text')
     command = ['pack', f'--image_path={folder}', '--pack_short_side=64', *own_paths(tmp_path, 'cache')]
     done = run(*command, f'--output={tmp_path}/one')
     assert done.returncode == 1
-    assert 'dots/000.jpg: it is no image that Pillow can read' in one_line(done.stderr)
+    assert 'dots/000.jpg: it is not an image that Pillow can read' in one_line(done.stderr)
     assert not list((tmp_path / 'one').glob('*'))
     done = run(*command, f'--output={tmp_path}/two', '--on_unreadable=skip')
     assert done.returncode == 0
@@ -516,7 +516,7 @@ def test_pack_names_a_damaged_image_or_leaves_it_out(drawn_large, tmp_path):
 
 
 @pytest.mark.parametrize('depth', range(1, 5))
-def test_archives_packed_with_a_longer_path_are_their_folders(depth, drawn_large, tmp_path):
+def test_tar_with_leading_folders_is_read(depth, drawn_large, tmp_path):
     """tar cf train.tar data/photos/train; tar cf all.tar data/photos."""
     files, inside = load_splits(options(drawn_large)), ['data', 'my', 'old', 'photos'][:depth]
     holder = tmp_path.joinpath('tree', *inside)
@@ -535,10 +535,10 @@ def test_archives_packed_with_a_longer_path_are_their_folders(depth, drawn_large
             assert torch.equal(found[name].labels, files[name].labels)
 
 
-def test_one_archive_is_asked_about_as_a_folder_is(tmp_path, capsys):
+def test_ambiguous_splits_in_tar_exit_2(tmp_path, capsys):
     """Splits without train; two of one kind; what lies beside them."""
     write(tmp_path / 'a.tar', [('test/a/1.png', png()), ('val/a/1.png', png())])
-    with pytest.raises(UserError, match='a.tar has test, val and no train'):
+    with pytest.raises(UserError, match='a.tar has test, val but no train'):
         load_splits(options(tmp_path / 'a.tar'))
     members = [(f'{name}/{kind}/1.png', png()) for name in ('train', 'val', 'validation') for kind in 'ab']
     write(tmp_path / 'b.tar', members)
@@ -552,7 +552,7 @@ def test_one_archive_is_asked_about_as_a_folder_is(tmp_path, capsys):
     assert 'not read: 0, 1, 2, 3, 4, beside train in ' in capsys.readouterr().out
 
 
-def test_a_second_name_of_a_file_is_an_image(tmp_path):
+def test_hard_link_to_earlier_member_is_an_image(tmp_path):
     """tar stores it as a hard link: of a member before it, in the same archive, under the name that it has there."""
     folder = tmp_path / 'set'
     for kind in 'ab':
@@ -564,28 +564,28 @@ def test_a_second_name_of_a_file_is_an_image(tmp_path):
     files, archive = (load_splits(options(path, val_fraction=0.0))['train'] for path in (folder, tmp_path / 'packed'))
     assert list(archive.names) == list(files.names)
     for row in range(4):
-        with archive.store.opened(row) as image, files.store.opened(row) as wanted:
+        with archive.store.open(row) as image, files.store.open(row) as wanted:
             assert image.convert('RGB').tobytes() == wanted.convert('RGB').tobytes()
 
 
 @pytest.mark.parametrize('kind', ['v7', 'ustar', 'gnu', 'posix'])
-def test_archives_joined_by_cat_are_refused_in_every_format(kind, tmp_path):
+def test_concatenated_tars_of_any_format_are_refused(kind, tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
         (tmp_path / name / '1.png').write_bytes(png())
         subprocess.run(['tar', f'--format={kind}', '-cf', f'{name}.tar', name], cwd=tmp_path, check=True)
     (tmp_path / 'set.tar').write_bytes((tmp_path / 'a.tar').read_bytes() + (tmp_path / 'b.tar').read_bytes())
-    with pytest.raises(WorkError, match='another archive behind its end, as from cat'):
+    with pytest.raises(WorkError, match='another archive after its end, as from cat'):
         load_splits(options(tmp_path / 'set.tar'))
 
 
-def test_archives_joined_by_cat_are_no_archive(tmp_path):
+def test_concatenated_tars_are_refused(tmp_path):
     """tar itself reads the first alone, in silence."""
     one, two = (write(tmp_path / f'{kind}.tar', [(f'{kind}/1.png', png())]) for kind in 'ab')
     joined = tmp_path / 'set/train.tar'
     joined.parent.mkdir()
     joined.write_bytes(one.read_bytes() + two.read_bytes())
-    with pytest.raises(WorkError, match='another archive behind its end, as from cat: tar --concatenate'):
+    with pytest.raises(WorkError, match='another archive after its end, as from cat: tar --concatenate'):
         load_splits(options(joined.parent))
     joined.write_bytes(one.read_bytes() + bytes(100_000))
     assert len(load_splits(options(joined.parent, val_fraction=0.0))['train']) == 1
@@ -628,7 +628,7 @@ CROWDED = {
 
 
 @pytest.mark.parametrize('case', CROWDED)
-def test_pack_loses_no_image_and_no_class(case, tmp_path):
+def test_pack_keeps_every_image_and_class(case, tmp_path):
     path, count = CROWDED[case](tmp_path / 'from')
     before = load_splits(options(path, val_fraction=0.0))['train']
     args = ['pack', f'--image_path={path}', f'--output={tmp_path}/to', '--val_fraction=0', *own_paths(tmp_path)]
@@ -640,14 +640,14 @@ def test_pack_loses_no_image_and_no_class(case, tmp_path):
     )
 
 
-def test_pack_refuses_its_own_folder(drawn, tmp_path, capsys):
+def test_pack_into_image_folder_exits_2(drawn, tmp_path, capsys):
     for output in (drawn, tmp_path / 'train.tar'):
         paths = own_paths(tmp_path, 'cache')
         assert cli.main(['pack', f'--image_path={drawn}', f'--output={output}', *paths]) == 2
         assert 'name another folder, for the archives' in one_line(capsys.readouterr().err)
 
 
-def test_infer_reads_what_pack_writes(drawn, tmp_path):
+def test_infer_reads_packed_archives(drawn, tmp_path):
     """Images without classes; a list or an archive of test alone; one archive of splits, which are as a folder's."""
     paths = own_paths(tmp_path)
     assert cli.main(['train', *TINY, '--knn_every=0', '--max_epochs=1', f'--image_path={drawn}', *paths]) == 0

@@ -71,7 +71,7 @@ def in_mlflow(folder):
 
 
 @pytest.mark.parametrize('name', ['wandb', 'trackio', 'mlflow'])
-def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
+def test_tracker_gets_scalars_of_tensorboard(name, drawn, tmp_path, monkeypatch):
     """A run that is stopped in its first epoch, gone on with, and evaluated: one entry."""
     for variable in ('WANDB_PROJECT', 'MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_NAME'):
         monkeypatch.delenv(variable, raising=False)
@@ -101,21 +101,21 @@ def test_what_tensorboard_gets_arrives(name, drawn, tmp_path, monkeypatch):
     assert found[2]['results/linear_top1'] == pytest.approx(result['top1'])
 
 
-def test_a_package_that_is_missing(drawn, tmp_path, capsys, monkeypatch):
+def test_missing_tracker_package_exits_2(drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     assert cli.main(['train', *TINY, '--tracker=wandb', f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
     assert '--tracker=wandb needs wandb: pip3 install' in one_line(capsys.readouterr().err)
     assert not (tmp_path / 'ckpt').exists()
 
 
-def test_a_tracker_that_will_not_start(drawn, tmp_path, capsys, monkeypatch):
+def test_failing_tracker_start_exits_2(drawn, tmp_path, capsys, monkeypatch):
     pytest.importorskip('mlflow')
     monkeypatch.setenv('MLFLOW_TRACKING_URI', 'sqlite:////dev/null/no.db')
     assert cli.main(['train', *TINY, '--tracker=mlflow', f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
-    assert '--tracker=none goes without' in capsys.readouterr().err
+    assert '--tracker=none turns it off' in capsys.readouterr().err
 
 
-def test_a_tracker_that_fails_on_the_way_is_warned_of_once(capsys):
+def test_failing_tracker_warns_once(capsys):
     def fails(*_):
         raise ConnectionError('the network\nis gone')
 
@@ -125,10 +125,10 @@ def test_a_tracker_that_fails_on_the_way_is_warned_of_once(capsys):
     tracker.close()
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 2
-    assert 'gets no more of this run: the network is gone' in said[0]
+    assert 'is turned off for this run: the network is gone' in said[0]
 
 
-def test_a_tracker_that_does_not_start_leaves_no_run(drawn, tmp_path, capsys, monkeypatch):
+def test_failing_tracker_start_leaves_no_run_folder(drawn, tmp_path, capsys, monkeypatch):
     def refuses(*_):
         raise OSError('no such server')
 

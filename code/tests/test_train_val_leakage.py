@@ -121,14 +121,14 @@ def links_to_other_files(folder):
         (links_to_other_files, False),
     ],
 )
-def test_files_of_two_splits_are_said(made, shared, photos, capsys):
+def test_files_shared_by_splits_warn(made, shared, photos, capsys):
     made(photos)
     load_splits(options(photos))
     said = capsys.readouterr().err
-    assert ('what is judged on them was learned' in said) == shared
+    assert ('accuracy on them is overestimated' in said) == shared
 
 
-def test_an_image_in_both_lists_of_a_detection_set_is_said(tmp_path, capsys):
+def test_image_in_both_detection_splits_warns(tmp_path, capsys):
     voc(tmp_path / 'set', {'train': 3, 'val': 3})
     asked = get_config(preset='demo', detection_path=f'{tmp_path}/set')
     load_detection_splits(asked)
@@ -141,7 +141,7 @@ def test_an_image_in_both_lists_of_a_detection_set_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('held_out', [False, True])
-def test_a_copy_is_found_by_its_pixels(held_out, packed, drawn, tmp_path, capsys):
+def test_check_dataloader_finds_copies_by_pixels(held_out, packed, drawn, tmp_path, capsys):
     """Of a file, of one in an archive, and of what is held out, whatever the copy is called; and its copy in train."""
     folder = shutil.copytree(drawn, tmp_path / 'set')
     classes = sorted((folder / 'train').iterdir())
@@ -160,10 +160,10 @@ def test_a_copy_is_found_by_its_pixels(held_out, packed, drawn, tmp_path, capsys
     out, err = capsys.readouterr()
     assert 'images of val are in train too, pixel by pixel' in err
     assert held_out or 'other.png, in train' in err
-    assert 'images are there once more: the same pixels in another file' in out
+    assert 'images are duplicates: the same pixels as another file' in out
 
 
-def test_a_set_without_copies_says_nothing(drawn, tmp_path, capsys):
+def test_dataset_without_copies_does_not_warn(drawn, tmp_path, capsys):
     paths = own_paths(tmp_path, 'log', 'cache')
     assert cli.main(['check_dataloader', '--preset=demo', '--batch_size=8', f'--image_path={drawn}', *paths]) == 0
     out, err = capsys.readouterr()

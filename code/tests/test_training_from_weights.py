@@ -10,7 +10,7 @@ from torch import nn
 import ckpt
 import cli
 from ckpt import FEW, GAIN, GAIN_ERROR, build_model, checkpoints, get_model_ckpt
-from config import GOING_ON
+from config import INIT_FROM_DEFAULTS
 from conftest import CODE, own_paths
 from engine import set_up
 from model.weights import average_weights
@@ -63,7 +63,7 @@ def is_statistic(name):
     return name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
 
 
-def test_the_backbone_waits_for_the_heads_and_its_statistics_never_move(run):
+def test_heads_epochs_freeze_backbone_and_bn_statistics(run):
     states = [state_of(run, epoch)['model'] for epoch in range(4)]
     for name, value in states[0].items():
         later = [torch.equal(value, state[name]) for state in states[1:]]
@@ -73,9 +73,9 @@ def test_the_backbone_waits_for_the_heads_and_its_statistics_never_move(run):
             assert later == [False] * 3
 
 
-def test_rates_are_of_backbone_projector_and_predictor(run):
+def test_learning_rates_are_per_part(run):
     lines = read_metrics(run / 'ckpt' / RUN / 'metrics.jsonl')[1:]
-    scale = GOING_ON['backbone_lr_scale']
+    scale = INIT_FROM_DEFAULTS['backbone_lr_scale']
     assert lines[0]['schedule/learning_rate_backbone'] == 0
     for line in lines[1:]:
         wanted = scale * line['schedule/learning_rate_projector']
@@ -91,7 +91,7 @@ def test_rates_are_of_backbone_projector_and_predictor(run):
         (['--heads_epochs=5'], {'statistic': False, 'affine': False, 'weight': False}),
     ],
 )
-def test_every_part_is_an_option(options, moves, drawn, pretrained, tmp_path):
+def test_init_from_defaults_can_be_overridden(options, moves, drawn, pretrained, tmp_path):
     given = ['--max_epochs=1', '--heads_epochs=0', '--knn_every=0', *options]
     assert train(tmp_path, drawn, pretrained, *given) == 0
     first, last = (state_of(tmp_path, epoch)['model'] for epoch in (0, 1))
@@ -108,23 +108,23 @@ def test_every_part_is_an_option(options, moves, drawn, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(('steps', 'epochs'), [(1, 80), (7, 12), (41, 2), (48, 2), (80, 1), (5000, 1)])
-def test_projector_and_predictor_alone_have_80_steps_whatever_an_epoch_has(steps, epochs, capsys):
+def test_heads_epochs_auto_is_80_steps(steps, epochs, capsys):
     args = set_up.set_heads_epochs(get_config(heads_epochs=-1, max_epochs=epochs + 1), steps)
     assert args.heads_epochs == epochs
     assert f'for {epochs} epochs of {steps} steps' in capsys.readouterr().out
     assert set_up.set_heads_epochs(get_config(heads_epochs=3), steps).heads_epochs == 3
 
 
-def test_a_run_too_short_for_its_backbone_is_told_so_and_can_go_on(drawn, pretrained, tmp_path, capsys):
+def test_run_shorter_than_heads_epochs_warns_and_resumes(drawn, pretrained, tmp_path, capsys):
     for _ in range(2):
         assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=-1', '--resume=auto') == 0
         said = capsys.readouterr()
         assert '--max_epochs=1 is not more than --heads_epochs=27' in said.err
-    assert 'has its 1 epochs already' in said.out
+    assert 'has all of its 1 epochs' in said.out
     assert read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']['heads_epochs'] == 27  # of 3 steps
 
 
-def test_a_run_goes_on_to_the_bit_over_the_end_of_the_heads_epochs(run, drawn, pretrained, tmp_path):
+def test_resume_across_heads_epochs_equals_unbroken_run(run, drawn, pretrained, tmp_path):
     for minutes in ('0.0001', '0'):
         given = [
             '--max_epochs=3',
@@ -141,12 +141,12 @@ def test_a_run_goes_on_to_the_bit_over_the_end_of_the_heads_epochs(run, drawn, p
     assert keys[0] == keys[1] == [0, 1, 2, 3]
 
 
-def test_what_is_evaluated_is_the_average_with_the_start(run):
+def test_evaluate_uses_average_with_start(run):
     (path,) = (run / 'ckpt' / RUN).glob('loss_*_epoch_3')
     content = torch.load(path, weights_only=True)
     args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'))
     trained = {n.removeprefix('backbone.'): v for n, v in content['model'].items() if n.startswith('backbone.')}
-    assert args.start_share == GOING_ON['start_share']
+    assert args.start_share == INIT_FROM_DEFAULTS['start_share']
     wanted = average_weights(content['start'], trained, args.start_share)
     assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
     _, raw, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'), training=True)
@@ -155,7 +155,7 @@ def test_what_is_evaluated_is_the_average_with_the_start(run):
     assert all(torch.equal(value, content['start'][name]) for name, value in other.backbone.state_dict().items())
 
 
-def lines_of(values, errors=0.5):
+def metrics_lines(values, errors=0.5):
     """metrics.jsonl of a run whose accuracy with few labels had these gains, and its rank falls."""
     lines = [{'epoch': 0, FEW: 50.0, 'pretraining/rank': 10.0, 'pretraining/area': 0.7, 'pretraining/std': 1.0}]
     for epoch, gain in enumerate(values, 1):
@@ -168,6 +168,7 @@ def lines_of(values, errors=0.5):
 ENDS = {
     'rising': ([1.0, 2.0, 3.0], 3, 'better than the start'),
     'rising and falling': ([1.0, 4.0, -3.0], 2, 'better than the start'),
+    'a little better': ([0.2, 0.6, 0.4], 2, 'perhaps better than the start'),
     'within its error': ([0.1, 0.4, 0.2], 0, 'no better than the start'),
     'nothing': ([0.0, 0.0, 0.0], 0, 'no better than the start'),
     'worse': ([-1.0, -5.0, -13.0], 0, 'worse than the start'),
@@ -175,12 +176,12 @@ ENDS = {
 
 
 @pytest.mark.parametrize('end', ENDS)
-def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
+def test_best_checkpoint_is_never_below_start(end, run, tmp_path, capsys):
     """What infer, select, report and export take, and the verdict; the loss and the rank look good in all of them."""
     gains, best, word = ENDS[end]
     shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
     folder = tmp_path / 'ckpt' / RUN
-    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines_of(gains)))
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in metrics_lines(gains)))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == best
     assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
@@ -194,24 +195,25 @@ def test_the_best_is_never_below_the_start(end, run, tmp_path, capsys):
     assert named['epoch'] == 1
 
 
-def test_without_labels_the_start_is_taken(run, tmp_path):
+def test_best_checkpoint_without_labels_is_start(run, tmp_path):
     """The rank falls in runs that become better and in runs that become worse."""
     shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
     folder = tmp_path / 'ckpt' / RUN
-    lines = [{name: value for name, value in line.items() if 'few' not in name} for line in lines_of([1.0, 2.0, 3.0])]
+    complete = metrics_lines([1.0, 2.0, 3.0])
+    lines = [{name: value for name, value in line.items() if 'few' not in name} for line in complete]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == 0
     assert collapse_verdict.judge_run(folder, 3, args)[0] == 'not known to be better than the start'
 
 
-def test_a_collapsed_run_is_called_that():
-    lines = lines_of([1.0, -30.0])
+def test_collapsed_run_from_weights_has_collapsed_verdict():
+    lines = metrics_lines([1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    assert collapse_verdict.judge_metrics(lines, 'at the start')[0] == 'collapsed'
+    assert collapse_verdict.judge_run_metrics(lines, 'at the start')[0] == 'collapsed'
 
 
-def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_path, monkeypatch):
+def test_keep_checkpoints_keeps_start_and_best(drawn, pretrained, tmp_path, monkeypatch):
     """Epoch 1 is made the best; of the others --keep_checkpoints and --save_every_epochs decide."""
     shares = iter((0.5, 0.9, 0.6, 0.6, 0.6))
 
@@ -227,7 +229,7 @@ def test_start_and_best_are_kept_whatever_keep_last_says(drawn, pretrained, tmp_
     assert ckpt.find_best_epoch(tmp_path / 'ckpt' / RUN) == 1
 
 
-def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
+def test_run_from_random_weights_reports_last_epoch(drawn, tmp_path):
     given = ['train', *SMALL, '--max_epochs=2', '--save_every_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0
     folder = tmp_path / 'ckpt' / RUN
@@ -237,17 +239,19 @@ def test_runs_from_random_weights_report_their_last_epoch(drawn, tmp_path):
     assert all(FEW in line and GAIN not in line for line in lines)
 
 
-def test_weights_of_our_own_run_bring_no_settings(run, drawn, tmp_path):
-    """Our own checkpoints go on as their options say; those of others get GOING_ON, said in a line."""
+def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
+    """Our own checkpoints go on as their options say; those of others get INIT_FROM_DEFAULTS, said in a line."""
     given = ['train', *SMALL, '--max_epochs=1', f'--init_from={run}/ckpt/{RUN}', f'--image_path={drawn}']
     assert cli.main([*given, *own_paths(tmp_path)]) == 0
     args = read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']
-    assert [args[name] for name in GOING_ON] == [get_config(preset='imagenet').__dict__[name] for name in GOING_ON]
+    assert [args[name] for name in INIT_FROM_DEFAULTS] == [
+        get_config(preset='imagenet').__dict__[name] for name in INIT_FROM_DEFAULTS
+    ]
     theirs = read_json(run / 'ckpt' / RUN / 'run.json')['args']
-    assert {name: theirs[name] for name in GOING_ON} == {**GOING_ON, 'heads_epochs': 1}
+    assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {**INIT_FROM_DEFAULTS, 'heads_epochs': 1}
 
 
-def test_rows_are_paired_and_the_first_is_the_checkpoint(run, drawn, tmp_path, capsys):
+def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
     """The JSON, the table, the same draws in each row; a row of the same weights gains nothing."""
     name = next((run / 'ckpt' / RUN).glob('loss_*_epoch_0'))
     shutil.copytree(run, tmp_path / 'own')
@@ -268,14 +272,14 @@ def test_rows_are_paired_and_the_first_is_the_checkpoint(run, drawn, tmp_path, c
     assert first['columns']['1 a class']['spread'] >= 0
 
 
-def test_errors_of_a_row_and_of_a_gain():
+def test_mean_and_error_equals_formula():
     """By hand: the mean of n values has the standard deviation / sqrt(n); a gain that all images share has none."""
     values = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     assert compare.mean_and_error(values)[1] == pytest.approx(100 * 0.5 / 2)
     assert compare.mean_and_error(values - (values - 0.25))[1] == pytest.approx(0)
 
 
-def test_draws_have_as_many_of_each_class_and_differ(drawn):
+def test_draw_rows_is_balanced_and_differs(drawn):
     labels = torch.tensor([0] * 30 + [1] * 12 + [2] * 2)
     draws = few_labels.draw_label_subsets(labels, 10, 5)
     assert len(draws) == 5
@@ -283,18 +287,18 @@ def test_draws_have_as_many_of_each_class_and_differ(drawn):
         assert torch.bincount(labels[rows]).tolist() == [10, 10, 2]
         assert len(rows.unique()) == 22
     assert len({tuple(rows.tolist()) for rows in draws}) == 5
-    assert torch.equal(draws[3], few_labels.draw_rows(labels, 10, 3))
+    assert torch.equal(draws[3], few_labels.draw_label_subset(labels, 10, 3))
     many = torch.arange(1000).repeat(30)
     assert len(few_labels.draw_label_subsets(many, 10, 5)) == 2  # MOST_ROWS
 
 
 @pytest.mark.parametrize('text', ['', '0', 'ten', '1,,5', '-1,5', '1.5'])
-def test_numbers_of_labels_that_are_none(text):
+def test_invalid_labels_option_exits_2(text):
     with pytest.raises(UserError, match='--labels has numbers of labels a class'):
         compare.parse_label_counts(text)
 
 
-def test_two_processes_measure_what_one_does(drawn, pretrained, tmp_path):
+def test_few_labels_with_two_ranks_equal_one(drawn, pretrained, tmp_path):
     """Few labels and kNN at the start, and every row of the table at the end."""
     given = [*SMALL, f'--init_from={pretrained}', f'--image_path={drawn}', '--max_epochs=1', '--evaluate_after=True']
     given += ['--labels=1,3', '--heads_epochs=1', '--beside=start']
@@ -315,7 +319,7 @@ def test_two_processes_measure_what_one_does(drawn, pretrained, tmp_path):
             assert other['columns'][column]['top1'] == pytest.approx(cell['top1'], abs=5)
 
 
-def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
+def test_monitor_few_labels_equal_compare(drawn, tmp_path):
     """The monitor's streaming pass over the bank, and compare with all features at once."""
     from dataloader.load_dataset import eval_loader, load_splits
 
@@ -323,13 +327,15 @@ def test_what_is_watched_is_what_is_compared(drawn, tmp_path):
     splits, backbone = load_splits(args), build_model(args).backbone
     bank, val = (eval_loader(args, splits[name]) for name in ('train', 'val'))
     top1, right = few_labels.measure_labels(args, backbone, bank, val)
-    found = compare.measure(args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS)
+    found = compare.measure_backbone(
+        args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS
+    )
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
     assert (right - found[f'{few_labels.WATCHED} a class']['right']).abs().max() <= 0.2 + 1e-9
     assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} a class']['right'].mean().item(), abs=0.02)
 
 
-def test_labeled_test_images_are_judged_and_val_is_not(run, drawn, tmp_path):
+def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / 'set')
     shutil.copytree(drawn / 'val', tmp_path / 'set/test')
     shutil.rmtree(next((tmp_path / 'set/test').iterdir()))

@@ -1,5 +1,5 @@
 'use strict'
-// What the report page does: values of curves under the pointer; the map, its thumbnails, toggles and neighbours.
+// What the report page does: values of curves under the pointer; the map, its thumbnails, toggles and neighbors.
 const data = JSON.parse(document.getElementById('data').textContent)
 const at = id => document.getElementById(id)
 const tip = at('tip')
@@ -103,7 +103,7 @@ function place() {
 }
 
 function shape(path, label, x, y, r) {
-  const kind = label < 0 ? 0 : Math.floor(label / data.colours.length) % 4
+  const kind = label < 0 ? 0 : Math.floor(label / data.colors.length) % 4
   if (kind === 0) { path.moveTo(x + r, y); path.arc(x, y, r, 0, 7) }
   else if (kind === 1) path.rect(x - r * .9, y - r * .9, r * 1.8, r * 1.8)
   else {
@@ -114,7 +114,7 @@ function shape(path, label, x, y, r) {
 }
 
 const ink = () => getComputedStyle(document.body).color
-const colour = label => label < 0 ? ink() : data.colours[label % data.colours.length]
+const color = label => label < 0 ? ink() : data.colors[label % data.colors.length]
 
 function sized(canvas) {
   const ratio = devicePixelRatio || 1
@@ -137,7 +137,7 @@ function draw() {
     shape(paths.get(label), label, across[row], down[row], r)
   }
   pen.globalAlpha = .75
-  for (const [label, path] of paths) { pen.fillStyle = colour(label); pen.fill(path) }
+  for (const [label, path] of paths) { pen.fillStyle = color(label); pen.fill(path) }
   mark()
 }
 
@@ -269,7 +269,7 @@ function toggle(text, hidden, key, label) {
   if (label !== undefined) {
     const swatch = element('canvas', '', { width: 28, height: 28 }), pen = swatch.getContext('2d'), path = new Path2D()
     shape(path, label, 14, 14, 9)
-    pen.fillStyle = colour(label)
+    pen.fillStyle = color(label)
     pen.fill(path)
     line.append(swatch)
   }

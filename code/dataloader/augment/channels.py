@@ -1,24 +1,23 @@
-"""Brightness and contrast of images whose channels are no colors: of all channels alike, or of each its own.
+"""Brightness and contrast for images whose channels are not red, green and blue.
 
-Both are in units of each channel's standard deviation over the dataset: an instrument may use a small part of its
-range, where a factor of the pixels themselves would move an image by many times what tells it from others.
-torchvision has no such transform: `augment_backend=worker` is refused where these are used.
+Both are relative to each channel's standard deviation over the dataset. An instrument may use a small part of its
+range; a factor on the pixel values would then shift an image by many times the variation between images. torchvision
+has no such transform, so `augment_backend=worker` is refused with these operations.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-# ImageNet's mean in its standard deviations: what a brightness factor of 1 + s moves a photograph's mean by is s of it.
-SHIFT = 1.9
+SHIFT = 1.9  # ImageNet's mean in its standard deviations: a brightness factor of 1 + s shifts the mean by s times this
 
 
 @dataclass(frozen=True)
 class IntensityJitter:
-    """x to mean + contrast x (x - mean) + shift x std, contrast and shift the same for all channels of an image.
+    """x -> mean + factor * (x - mean) + shift * std, with the same factor and shift for all channels of an image.
 
-    contrast: within 1 - contrast and 1 + contrast; the shift within SHIFT x brightness either way; mean, std: a number
-    a channel; prob: of jittering an image at all.
+    factor: in [1 - contrast, 1 + contrast]; shift: in [-1, 1] * SHIFT * brightness; mean, std: one number per channel;
+    prob: probability of the operation.
     """
 
     brightness: float
@@ -30,7 +29,7 @@ class IntensityJitter:
     columns = 2
 
     def sample(self, n, generator):
-        """n x 2 float32: the factor of contrast, and the shift in standard deviations; 1 and 0 for none."""
+        """Sample n x 2 float32: factor and shift; 1 and 0 for no change."""
         return draw_affine(n, 1, self, generator)
 
     def on_cpu(self, x, draws):
@@ -42,7 +41,7 @@ class IntensityJitter:
 
 @dataclass(frozen=True)
 class ChannelJitter:
-    """IntensityJitter with a factor and a shift of its own for each channel."""
+    """IntensityJitter with a separate factor and shift for each channel."""
 
     brightness: float
     contrast: float
@@ -56,7 +55,7 @@ class ChannelJitter:
         return 2 * self.channels
 
     def sample(self, n, generator):
-        """n x 2C float32: the factors, then the shifts."""
+        """Sample n x 2C float32: the factors, then the shifts."""
         return draw_affine(n, self.channels, self, generator)
 
     def on_cpu(self, x, draws):
@@ -67,7 +66,7 @@ class ChannelJitter:
 
 
 def draw_affine(n, channels, jitter, generator):
-    """n x 2 channels float32: factors and shifts of a jitter."""
+    """Sample factors and shifts of a jitter, n x (2 * channels) float32."""
     drawn = 2 * torch.rand(n, 2 * channels, generator=generator) - 1
     apply = (torch.rand(n, 1, generator=generator) < jitter.prob).float()
     factors, shifts = (apply * drawn).chunk(2, 1)
@@ -75,7 +74,7 @@ def draw_affine(n, channels, jitter, generator):
 
 
 def apply_affine(x, draws, jitter):
-    """x, N x C x S x S, by factors and shifts, N x 2 or N x 2C."""
+    """Apply factors and shifts, N x 2 or N x 2C, to x, N x C x S x S."""
     mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (jitter.mean, jitter.std))
     factors, shifts = draws[..., None, None].chunk(2, 1)
     return mean + factors * (x - mean) + shifts * std

@@ -1,4 +1,4 @@
-"""Color jitter and grayscale: each operation as a CPU does it, on the images that it is for, and as a GPU does."""
+"""Color jitter and grayscale. On a CPU an operation runs on the images that it changes, on a GPU on all of them."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ import torch
 from dataloader.augment.batch import apply_to_subset
 
 GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R 601
-# Where on the circle the waves of red, green and blue (hue) have their valley or peak.
+# Positions on the hue circle where red, green and blue have their minimum or maximum (see `hue`).
 HUE_PHASE = torch.tensor((1 / 2, 1 / 3, 2 / 3)).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation times a random factor, the hue turned, in random order.
+    """Random brightness, contrast, saturation and hue, in random order.
 
-    The first three factors are within 1 - strength and 1 + strength; the hue turns by as much as its strength either
-    way, in turns of the color circle. prob: of jittering an image at all.
+    The factors of the first three are in [1 - strength, 1 + strength]; the hue shift is in [-strength, strength], in
+    turns of the color circle. prob: probability of the operation.
     """
 
     brightness: float
@@ -29,10 +29,11 @@ class ColorJitter:
     columns = 8
 
     def sample(self, n, generator):
-        """n x 8 float32: the four factors (of the hue: turns), and the place of each in the order, or 4 (never)."""
+        """Sample n x 8 float32: the four factors (for hue: turns), and the position of each in the order, or 4 for
+        none."""
         strengths = torch.tensor((self.brightness, self.contrast, self.saturation, self.hue))
         factors = 1 + strengths * (2 * torch.rand(n, 4, generator=generator) - 1)
-        factors[:, 3] -= 1  # a turn, not a factor
+        factors[:, 3] -= 1  # turns, not a factor
         op_order = torch.rand(n, 4, generator=generator).argsort(1)
         apply = torch.rand(n, generator=generator) < self.prob
         return torch.cat((factors, op_order.masked_fill(~apply[:, None], 4).float()), 1)
@@ -46,8 +47,9 @@ class ColorJitter:
         return x
 
     def on_gpu(self, x, draws):
-        """More arithmetic, but no step depends on what was drawn, so it compiles into a few kernels. Three of the four
-        operations are one: the way from a base (black, the mean grey, each pixel's grey) towards the image, and beyond.
+        """Compute all four operations for all images at each position, and select. This compiles into few kernels.
+        Three of the four are one operation: interpolation between a base (black, the mean gray, the gray image) and the
+        image.
         """
         factors, op_order = draws.split(4, 1)
         for position in range(4):
@@ -59,7 +61,7 @@ class ColorJitter:
             x = torch.where(
                 is_brightness | is_contrast | is_saturation,
                 moved,
-                torch.where(is_hue, hue_all(x, factors[:, 3, None, None]), x),
+                torch.where(is_hue, hue_gpu(x, factors[:, 3, None, None]), x),
             )
         return x
 
@@ -70,14 +72,14 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class RandomGrayscale:
-    """Every channel the luma."""
+    """Convert images to grayscale with probability prob; the three channels become the luma."""
 
     prob: float = 0.2
 
     columns = 1
 
     def sample(self, n, generator):
-        """n x 1 float32: 1 for an image that becomes gray."""
+        """Sample n x 1 float32: 1 for an image that becomes gray, else 0."""
         return (torch.rand(n, 1, generator=generator) < self.prob).float()
 
     def on_cpu(self, x, draws):
@@ -91,12 +93,12 @@ class RandomGrayscale:
 
 
 def luma(x):
-    """N x 3 x S x S to N x 1 x S x S."""
+    """Return the luma, N x 1 x S x S, of x, N x 3 x S x S."""
     red, green, blue = x.split(1, 1)
     return (GRAY[0] * red).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
 
 
-# Each of these overwrites x (new memory costs as much as the arithmetic) and returns it.
+# These functions overwrite x and return it: allocating memory takes as long as the arithmetic.
 def to_grayscale(x, _):
     return x.copy_(luma(x))
 
@@ -115,24 +117,23 @@ def saturation(x, factor):
 
 
 def hue(x, hue_shift):
-    """Turn the hue in HSV space, with value and saturation kept. hue_shift: N x 1 x 1 x 1, of the circle, in [-1/2,
-    1/2].
+    """Shift the hue in HSV space; value and saturation stay. hue_shift: N x 1 x 1 x 1, in turns, in [-1/2, 1/2].
 
-    Each channel is a wave of the hue t, the three a third of a turn apart: low + chroma x clamp(|6 t - 3| - 1, 0, 1),
-    here with the constants taken out of the clamp.
+    Each channel is low + chroma * clamp(|6 t - 3| - 1, 0, 1) of the hue t, shifted by a third of a turn between
+    channels; here the constants are moved out of the clamp.
     """
     red, green, blue = x.unbind(1)
     high, low = torch.maximum(red, green), torch.minimum(red, green)
     torch.maximum(high, blue, out=high)
     torch.minimum(low, blue, out=low)
-    # In sixths, times chroma: +-(1 + g + b - r) of the colour stretched to [0, 1], + where green is above blue. As one
-    # expression, for a choice (torch.where) takes as long as all the rest.
+    # The hue in sixths of a turn, times chroma: +-(1 + g + b - r) of the color scaled to [0, 1], + if green > blue. One
+    # expression, because torch.where would take as long as everything else.
     work = green - blue
     angle = (green + blue).sub_(red).add_(high).sub_(low, alpha=2)
     torch.copysign(angle, work, out=angle)
-    chroma = (high - low).mul_(6)  # 0 for grey, whose angle is 0 too
+    chroma = (high - low).mul_(6)  # 0 for gray, whose angle is 0 as well
     angle.div_(torch.clamp(chroma, min=1e-8, out=work)).add_(1 + hue_shift[:, 0]).frac_()
-    # The waves of green and blue, with peaks at 1/3 and 2/3, lie within one turn; red's, with its peak at 0, does not.
+    # Green and blue have their maximum at 1/3 and 2/3, within the turn; red has it at 0, so its minimum is used.
     low.sub_(chroma, alpha=1 / 6)
     high.add_(chroma, alpha=1 / 6)
     torch.sub(angle[:, None], HUE_PHASE, out=x).abs_().clamp_(1 / 6, 1 / 3)
@@ -142,8 +143,8 @@ def hue(x, hue_shift):
     return x
 
 
-def hue_all(x, hue_shift):
-    """`hue` for a GPU: in new memory, for torch.compile does not trace out=, and fuses this. hue_shift: N x 1 x 1."""
+def hue_gpu(x, hue_shift):
+    """`hue` for a GPU, without in-place operations, which torch.compile does not trace. hue_shift: N x 1 x 1."""
     red, green, blue = x.unbind(1)
     high, low = x.amax(1), x.amin(1)
     angle = torch.copysign(green + blue - red + high - 2 * low, green - blue)

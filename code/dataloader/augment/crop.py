@@ -1,4 +1,4 @@
-"""Random resized crops, and how a box of each image is resized, a batch at a time."""
+"""Random resized crops, and resizing of one box per image for a whole batch."""
 
 import math
 from dataclasses import dataclass
@@ -11,30 +11,30 @@ from dataloader.augment.batch import apply_separable
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Cut a random box, resize it to the view, and perhaps flip it (a flip only turns the resize round).
+    """Crop a random box, resize it to the view size, and flip it horizontally at random.
 
-    scale: share of the image's area; ratio: width to height; flip: probability.
+    scale: range of the box's share of the image area; ratio: range of width / height; flip: probability.
     """
 
     scale: tuple = (0.2, 1.0)
     ratio: tuple = (3 / 4, 4 / 3)
     flip: float = 0.5
 
-    columns = 5  # of `sample`
+    columns = 5
 
     def sample(self, n, height, width, generator):
-        """Crops of n images of height x width pixels, as torchvision's RandomResizedCrop draws them: n x 5 float32 on
-        the CPU: top, left, height and width, which are whole numbers, and 1 for a flip.
+        """Sample boxes for n images of height x width pixels, with the distribution of torchvision's RandomResizedCrop.
+        Returns n x 5 float32 on the CPU: top, left, height and width (whole numbers), and 1 for a flip.
 
-        Of ten candidates the first that fits is taken; the fallback is the largest centre crop within the ratio.
+        The first of ten candidates that fits is taken; otherwise the largest center crop within the ratio.
         """
         (low, high), (thin, wide) = self.scale, self.ratio
-        drawn = torch.rand(n, 41, generator=generator).numpy()  # numpy: an image alone is a tenth of torch's overhead
+        drawn = torch.rand(n, 41, generator=generator).numpy()  # for one image NumPy has a tenth of torch's overhead
         area = height * width * (low + (high - low) * drawn[:, :10])
         ratio = np.exp(math.log(thin) + (math.log(wide) - math.log(thin)) * drawn[:, 10:20])
         w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-        every, first = np.arange(n), fits.argmax(1)  # the first True of a row
+        every, first = np.arange(n), fits.argmax(1)  # argmax: the first candidate that fits
         w, h, top, left = w[every, first], h[every, first], drawn[every, 20 + first], drawn[every, 30 + first]
         flips = drawn[:, 40] < self.flip
         boxes = np.stack((np.floor(top * (height - h + 1)), np.floor(left * (width - w + 1)), h, w, flips), 1)
@@ -45,24 +45,23 @@ class RandomResizedCrop:
         return torch.from_numpy(boxes).float()
 
     def torchvision(self, v2, size, interpolation):
-        """The reference, without the flip."""
+        """Return torchvision's transform, without the flip."""
         return v2.RandomResizedCrop(size, self.scale, self.ratio, v2.InterpolationMode(interpolation))
 
 
 def center_box(height, width, crop_ratio):
-    """The evaluation crop as (top, left, height, width), in pixels of the image, fractional."""
+    """Return the box of the evaluation crop, (top, left, height, width), in fractional pixels of the image."""
     side = min(height, width) * crop_ratio
     return (height - side) / 2, (width - side) / 2, side, side
 
 
 def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False, white=1.0):
-    """Cut every image's box and resize it to size x size, antialiased bilinear or bicubic as PIL and torchvision do.
+    """Resize one box of each image to size x size, with PIL's and torchvision's antialiased bilinear or bicubic filter.
 
-    A resize is linear and separable, so each image's is two small matrices, rows and columns: one batched product
-    each, whatever the boxes. A flip only turns the columns' matrix round. clip_to_box: pixels beyond the box count for
-    nothing (crop, then resize) or do count (resize the whole, then crop). x: N x 3 x H x W; boxes: N x 4; flips: N, or
-    None; on x's device; white: the largest value of x. Returns N x 3 x S x S; of a cubic filter, which overshoots,
-    clamped to [0, white].
+    Resizing is linear and separable: two small matrices per image, for rows and columns, and two batched products. A
+    flip reverses the matrix of the columns. x: N x C x H x W; boxes: N x 4; flips: N, or None; all on one device.
+    clip_to_box: True ignores pixels outside the box (crop, then resize), False uses them (resize, then crop). white:
+    the largest value of x; the result of the bicubic filter is clamped to [0, white]. Returns N x C x S x S.
     """
     height, width = x.shape[-2:]
     top, left, h, w = boxes.to(x.dtype).unbind(1)
@@ -73,17 +72,18 @@ def crop_resize(x, boxes, flips, size, clip_to_box=True, cubic=False, white=1.0)
 
 
 def resize_weights(start, length, side, size, clip_to_box, flips=None, cubic=False):
-    """Weights that take an axis of `side` pixels, cut to [start, start + length), to `size` pixels, where flips turned.
+    """Return the matrices that resize the interval [start, start + length) of an axis of `side` pixels to `size`
+    pixels, reversed if flips is 1.
 
-    start, length, flips: N. Returns N x size x side, rows that sum to 1. The filter is a triangle as wide as the larger
-    of one source and one target pixel, or Keys' cubic with a = -1/2, as in PIL, of twice that width.
+    start, length, flips: N. Returns N x size x side; rows sum to 1. The filter is a triangle, or Keys' cubic with a =
+    -1/2 as in PIL, scaled to the larger of a source and a target pixel.
     """
     pixels_per_output = (length / size)[:, None]
     output_centers = torch.arange(size, device=start.device, dtype=start.dtype)[None] + 0.5
     if flips is not None:
         output_centers = output_centers + flips[:, None] * (size - 2 * output_centers)
     pixels = torch.arange(side, device=start.device, dtype=start.dtype) + 0.5
-    if clip_to_box:  # the others are too far away to count
+    if clip_to_box:  # an infinite distance gives pixels outside the box the weight 0
         begin, end = start[:, None], (start + length)[:, None]
         pixels = pixels.where((pixels > begin) & (pixels < end), math.inf)[:, None]
     centers = (start[:, None] + output_centers * pixels_per_output)[:, :, None]
@@ -93,7 +93,7 @@ def resize_weights(start, length, side, size, clip_to_box, flips=None, cubic=Fal
 
 
 def keys_cubic(x):
-    """Keys' cubic filter with a = -1/2 at the distances x >= 0."""
+    """Evaluate Keys' cubic filter with a = -1/2 at the distances x >= 0."""
     x = x.clamp(max=2)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, far)

@@ -1,4 +1,5 @@
-"""What is done once with all images of a store: held in memory, made smaller on disk, tried."""
+"""Operations on all images of a reader: decode them into memory, resize them into a cache on disk, find unreadable
+ones."""
 
 import contextlib
 import os
@@ -23,14 +24,15 @@ from runtime.environment import cpu_count
 from runtime.errors import UserError, WorkError
 from runtime.messages import log, progress
 
-SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # held without being asked: images up to this side (px), sets up to this size
+SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # `cache_images=auto` decodes images up to this side (px) and total size
 
 
 def decode_to_memory(store, where, policy, pixel_format, cache_path):
-    """A Memory of the store's images, where `policy` (`cache_images`) says so; else None. where: the folder's path.
+    """Decode all images into a Memory reader if `policy` (`cache_images`) says so, else return None. where: the folder
+    of the images.
 
-    auto: all are of one size, up to SMALL_SIDE pixels, and fit. on: all are of one size. Raises UserError where `on`
-    cannot be, WorkError naming the first image that cannot be read, and how many there are.
+    auto: if all have one size, up to SMALL_SIDE pixels, and fit. on: if all have one size. Raises UserError if `on` is
+    impossible, WorkError for unreadable images.
     """
     if policy == 'off':
         return None
@@ -62,17 +64,16 @@ def decode_to_memory(store, where, policy, pixel_format, cache_path):
 
 
 def first_image_size(store):
-    """Width and height of the first image that can be opened; of none 1 and 1: reading them all will tell why."""
+    """Return (width, height) of the first readable image, or (1, 1) if there is none; the error is reported later."""
     for row in range(len(store.names)):
-        with contextlib.suppress(WorkError), store.opened(row) as image:
+        with contextlib.suppress(WorkError), store.open(row) as image:
             return stored_and_upright_size(image)[1]
     return 1, 1
 
 
 def build_resized_cache(store, where, side, pixel_format, cache_path):
-    """A MemmapReader of the store's images, the shorter side `side` pixels; smaller images are kept as they are.
-
-    Built once, with a progress bar. Raises WorkError for an image that cannot be read.
+    """Build a cache of the images with a shorter side of `side` pixels, or use an existing one. Returns a MemmapReader.
+    Smaller images are not enlarged. Raises WorkError for an unreadable image.
     """
     path, mark = (
         cache_file.cache_file(cache_path, where.parent, where.name, f'side{side}'),
@@ -97,7 +98,7 @@ def build_resized_cache(store, where, side, pixel_format, cache_path):
     if path.parent.is_dir():
         for other in os.scandir(path.parent):
             if other.name.startswith(f'{path.stem}_') and other.name.endswith('.bin'):
-                os.unlink(other.path)  # made from what the images were before
+                os.unlink(other.path)  # of an earlier state of the images
     atomic_write_on_main(flat, write)
     sizes = torch.tensor(sizes)
     ends = count * sizes.prod(1).cumsum(0)
@@ -107,9 +108,9 @@ def build_resized_cache(store, where, side, pixel_format, cache_path):
 
 
 def resize_short_side(store, row, side, pixel_format=RGB8):
-    """Image `row` with a shorter side of `side` pixels, or as it is where it is smaller: height x width x 3 uint8, or
-    channels x height x width of the format's type."""
-    with store.opened(row) as image:
+    """Decode image `row` and resize its shorter side to `side` pixels, if it is larger. Returns H x W x 3 uint8, or
+    C x H x W of the format's type."""
+    with store.open(row) as image:
         if not pixel_format.is_rgb8:
             return resize_array(to_array(image, pixel_format), side)
         if isinstance(image, ArrayImage):
@@ -126,7 +127,7 @@ def resize_short_side(store, row, side, pixel_format=RGB8):
 
 
 def resize_array(pixels, side):
-    """resize_short_side of C x H x W."""
+    """resize_short_side for an array, C x H x W."""
     scale = side / min(pixels.shape[1:])
     if scale >= 1:
         return pixels
@@ -136,31 +137,33 @@ def resize_array(pixels, side):
 
 
 def readable_rows(store, where, cache_path, pixel_format=RGB8):
-    """Row numbers of the images that can be read. All are decoded, once; the others are named in a file, said, and
-    tried again each time: it may have been a right, or the disk. Raises WorkError where none can."""
+    """Return the row numbers of the readable images. The first call decodes all; later ones retry the unreadable ones,
+    whose cause may be gone. They are listed in a file and logged. Raises WorkError if no image is readable."""
     path, mark = (
         cache_file.cache_file(cache_path, where.parent, where.name, 'unreadable'),
         f'{store.digest()} {pixel_format.key()}',
     )
     unreadable_rows, named = cache_file.load(path, mark), path.with_suffix('.txt')
-    before = unreadable_rows
+    previous = unreadable_rows
     if unreadable_rows is None or unreadable_rows:
         some = store if unreadable_rows is None else store.select(torch.tensor(unreadable_rows))
         errors = [
-            found for found in map_images(some, f'checking {cache_title(where)}', lambda _: None, pixel_format) if found
+            failure
+            for failure in map_images(some, f'checking {cache_title(where)}', lambda _: None, pixel_format)
+            if failure
         ]
-        unreadable_rows = [error.row if before is None else before[error.row] for error in errors]
-    if unreadable_rows != before:
+        unreadable_rows = [error.row if previous is None else previous[error.row] for error in errors]
+    if unreadable_rows != previous:
         cache_file.save(path, {'mark': mark, 'content': unreadable_rows})
-    where_named = f'they are named in {named}'
-    if unreadable_rows != (before or []):
+    where_listed = f'they are named in {named}'
+    if unreadable_rows != (previous or []):
         text = ''.join(f'{error}\n' for error in errors)
         try:
             atomic_write_on_main(
                 named, lambda aside: aside.write_text(text, encoding='utf-8', errors='backslashreplace')
             )
         except OSError as error:
-            where_named = f'{printable(named)} cannot be written ({error.strerror}); what would stand there:\n{text}'
+            where_listed = f'{printable(named)} cannot be written ({error.strerror}); its content would be:\n{text}'
     rows = torch.ones(len(store.names), dtype=torch.bool).index_fill_(
         0, torch.tensor(unreadable_rows, dtype=torch.int64), False
     )
@@ -169,38 +172,36 @@ def readable_rows(store, where, cache_path, pixel_format=RGB8):
     if unreadable_rows:
         log(
             f'{len(unreadable_rows)} of {len(store.names)} images of {printable(where)} cannot be read and are left '
-            f'out; {where_named}'
+            f'out; {where_listed}'
         )
     return rows.nonzero()[:, 0]
 
 
 def decode_all(store, title, pixel_format=RGB8):
-    """Read every image. Returns (N x C x H x W of the format's type or None, list of WorkErrors); (None, []) at the
-    first image that has another size than the others."""
-    kept, errors = None, []
+    """Decode every image. Returns (N x C x H x W of the format's type, or None; list of WorkErrors). Returns (None, [])
+    if sizes differ."""
+    images, errors = None, []
     for row, image in enumerate(map_images(store, title, lambda image: image, pixel_format)):
         if isinstance(image, WorkError):
             errors.append(image)
             continue
-        if kept is None:
-            kept = np.empty((len(store.names), *image.shape), image.dtype)
-        if image.shape != kept.shape[1:]:
+        if images is None:
+            images = np.empty((len(store.names), *image.shape), image.dtype)
+        if image.shape != images.shape[1:]:
             return None, []
-        kept[row] = image
-    return kept, errors
+        images[row] = image
+    return images, errors
 
 
 def map_images(store, title, fn, pixel_format=RGB8):
-    """Of each image in turn what `fn` makes of its pixels (pixel_format.to_array), or the WorkError, with its `row`,
-    where it cannot be read.
-
-    fn: called in threads.
+    """Yield fn(pixels) for each image in order; pixels: from pixel_format.to_array. For an unreadable image it yields
+    the WorkError, with its row number as `row`. fn is called in threads.
     """
     rows = range(len(store.names))
 
     def read(row):
         try:
-            with store.opened(row) as image:
+            with store.open(row) as image:
                 pixels = to_array(image, pixel_format)
         except WorkError as error:
             error.row = row
@@ -212,7 +213,7 @@ def map_images(store, title, fn, pixel_format=RGB8):
 
 
 def ordered_map(pool, function, items, ahead=256):
-    """Results in the order of the items, at most `ahead` of them waiting: large images must not pile up in memory."""
+    """Yield function(item) in the order of the items, with at most `ahead` results in memory."""
     for start in range(0, len(items), ahead):
         yield from pool.map(function, items[start : start + ahead])
 

@@ -1,9 +1,9 @@
-"""Boxes (and masks) in the format of COCO.
+"""Boxes and masks in the COCO format.
 
 annotations/instances_<split>*.json, images in <split>*/ (such as train2017/) or images/<split>*/
 
-Masks are drawn, and APs measured, by pycocotools. The table is read by json: pycocotools' COCO does the same, prints
-as it does, checks nothing, and is an extra that boxes without masks need for their AP alone.
+pycocotools decodes masks and computes AP. The JSON is read directly: pycocotools' COCO class prints while it reads and
+does not validate.
 """
 
 import json
@@ -12,9 +12,9 @@ from dataloader.detection.validate import validate
 from runtime.errors import UserError, WorkError
 
 
-def coco_split(folder, split, masks):
-    """(folder of the images, name of the split there, table, boxes left out) of `split`, train or val. Raises UserError
-    where it is not there, WorkError where it cannot be used."""
+def read_coco_split(folder, split, masks):
+    """Read a split, train or val. Returns (folder of the images, name of the split, table, number of dropped boxes).
+    Raises UserError if it is missing, WorkError if it is invalid."""
     files = sorted((folder / 'annotations').glob(f'instances_{split}*.json'))
     if not files:
         raise UserError(f'`detection_path`: there is no {folder}/annotations/instances_{split}*.json')

@@ -1,4 +1,4 @@
-"""Images with boxes (and masks), from a folder in the format of COCO or of VOC, as one COCO-style table."""
+"""A detection dataset: images with boxes, and perhaps masks, from a folder in the COCO or VOC format."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataloader.detection.coco import coco_split
-from dataloader.detection.voc import voc_classes, voc_lists, voc_split
+from dataloader.detection.coco import read_coco_split
+from dataloader.detection.voc import find_voc_lists, list_voc_classes, read_voc_split
 from dataloader.loading.decode import decode
 from dataloader.loading.loader import catch_as_value
 from runtime.errors import UserError, WorkError
@@ -16,14 +16,14 @@ from runtime.errors import UserError, WorkError
 
 @dataclass
 class DetectionDataset(Dataset):
-    """The images of one split. table: images, annotations and categories as COCO's JSON has them."""
+    """The images of one split. table: images, annotations and categories as in COCO's JSON."""
 
     folder: Path
-    split: str  # its name in the folder
+    split: str  # name of the split in the folder
     table: dict
-    left_out: int  # boxes without an area, or outside of their image
+    left_out: int  # dropped boxes: without area, or outside of the image
     masks: bool
-    levels: tuple | None = None  # of decode.rgb
+    levels: tuple | None = None  # see decode.rgb
 
     def __post_init__(self):
         self.boxes_by_image = {image['id']: [] for image in self.table['images']}
@@ -33,11 +33,11 @@ class DetectionDataset(Dataset):
         self.number = {category: i + 1 for i, category in enumerate(ids)}
 
     def has_boxes(self):
-        """Whether there is one to learn from, or to be judged by: a crowd is neither."""
+        """Whether there is a box that is no crowd; crowds are neither trained on nor evaluated."""
         return any(not box['iscrowd'] for box in self.table['annotations'])
 
     def select(self, rows):
-        """The images of these row numbers, with their boxes."""
+        """Return the images with these row numbers, and their boxes."""
         images = [self.table['images'][row] for row in rows]
         ids = {image['id'] for image in images}
         boxes = [box for box in self.table['annotations'] if box['image_id'] in ids]
@@ -52,29 +52,29 @@ class DetectionDataset(Dataset):
 
     @property
     def labels(self):
-        """How many boxes each image has."""
+        """Number of boxes of each image."""
         return torch.tensor([len(self.boxes_by_image[image['id']]) for image in self.table['images']])
 
     def __getitems__(self, keys):
-        """Two tuples, of images and of targets, or an exception (loader.catch_as_value)."""
+        """Load a batch: a tuple of images and a tuple of targets, or an exception (loader.catch_as_value)."""
         return catch_as_value(lambda: tuple(zip(*map(self.__getitem__, keys), strict=True)))
 
     def __getitem__(self, key):
-        """key: (index, whether to mirror). Returns (3 x H x W in [0, 1], target of torchvision's detectors)."""
+        """key: (index, whether to flip). Returns (3 x H x W in [0, 1], target as torchvision's detectors expect it)."""
         index, hflip = key
         entry = self.table['images'][index]
         picture = decode(self.folder / entry['file_name'], levels=self.levels, upright=not entry.get('stored'))
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-        kept = [box for box in self.boxes_by_image[entry['id']] if not box['iscrowd']]
-        boxes = torch.tensor([box['bbox'] for box in kept], dtype=torch.float32).view(-1, 4)
+        annotations = [box for box in self.boxes_by_image[entry['id']] if not box['iscrowd']]
+        boxes = torch.tensor([box['bbox'] for box in annotations], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height to left, top, right, bottom
         target = {
             'boxes': boxes,
-            'labels': torch.tensor([self.number[box['category_id']] for box in kept], dtype=torch.int64),
+            'labels': torch.tensor([self.number[box['category_id']] for box in annotations], dtype=torch.int64),
             'image_id': entry['id'],
         }
         if self.masks:
-            masks = [decode_mask(box['segmentation'], *image.shape[1:]) for box in kept]
+            masks = [decode_mask(box['segmentation'], *image.shape[1:]) for box in annotations]
             if other := {tuple(mask.shape) for mask in masks} - {tuple(image.shape[1:])}:
                 raise WorkError(f'{entry["file_name"]} has {tuple(image.shape[1:])} pixels, and a mask {other.pop()}')
             target['masks'] = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
@@ -86,12 +86,12 @@ class DetectionDataset(Dataset):
         return image, target
 
 
-def load_boxes(folder, masks, levels=None):
-    """{'train': DetectionDataset, 'val': DetectionDataset} of a folder in either format. levels: of decode.rgb. Raises
-    UserError where it is in neither."""
+def load_detection_dataset(folder, masks, levels=None):
+    """Load {'train', 'val'} of DetectionDataset from a folder in the COCO or VOC format. levels: see decode.rgb. Raises
+    UserError for other layouts."""
     if (folder / 'annotations').is_dir():
         splits = {
-            split: DetectionDataset(*coco_split(folder, split, masks), masks, levels) for split in ('train', 'val')
+            split: DetectionDataset(*read_coco_split(folder, split, masks), masks, levels) for split in ('train', 'val')
         }
         names = [{each['id']: each['name'] for each in splits[split].table['categories']} for split in splits]
         if names[0] != names[1]:
@@ -99,15 +99,17 @@ def load_boxes(folder, masks, levels=None):
         return splits
     if (folder / 'ImageSets/Main').is_dir():
         if masks:
-            raise UserError('`detector=mask_rcnn` wants masks, which the VOC format has not: take faster_rcnn or COCO')
-        numbers = {name: number + 1 for number, name in enumerate(voc_classes(folder))}
-        found = zip(('train', 'val'), voc_lists(folder), strict=True)
-        return {split: DetectionDataset(*voc_split(folder, path, numbers), masks, levels) for split, path in found}
+            raise UserError(
+                '`detector=mask_rcnn` needs masks, which the VOC format does not have: take faster_rcnn or COCO'
+            )
+        numbers = {name: number + 1 for number, name in enumerate(list_voc_classes(folder))}
+        lists = zip(('train', 'val'), find_voc_lists(folder), strict=True)
+        return {split: DetectionDataset(*read_voc_split(folder, path, numbers), masks, levels) for split, path in lists}
     raise UserError(f'`detection_path`: {folder} has neither annotations/ (COCO) nor ImageSets/Main/ (VOC)')
 
 
 def decode_mask(segmentation, height, width):
-    """A COCO segmentation (polygons or run lengths) as height x width uint8, 1 inside."""
+    """Decode a COCO segmentation (polygons or run lengths) to height x width uint8, 1 inside."""
     from pycocotools import mask
 
     if isinstance(segmentation, list):

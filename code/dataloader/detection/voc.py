@@ -1,9 +1,9 @@
-"""Boxes in the format of VOC.
+"""Boxes in the VOC format.
 
 Annotations/*.xml, JPEGImages/, ImageSets/Main/{trainval and test, or train and val}.txt; no masks
 
-Not by torchvision.datasets.VOCDetection: it wants VOCdevkit/VOC<year> above these folders, one of six years, and .jpg,
-and gives the text of each element, unchecked; its reading would take the place of `parse_xml` alone.
+torchvision.datasets.VOCDetection is not used: it requires VOCdevkit/VOC<year> above these folders, one of six years and
+.jpg, and returns unchecked text; it would only replace `parse_xml`.
 """
 
 import glob
@@ -16,11 +16,11 @@ from dataloader.detection.validate import validate
 from dataloader.loading.decode import is_image
 from runtime.errors import UserError, WorkError
 
-CLASS_FLAG = re.compile(r'\s+(1|0|-1)$')  # behind each name in a list of one class
+CLASS_FLAG = re.compile(r'\s+(1|0|-1)$')  # after each name in the list of one class
 
 
-def voc_classes(folder):
-    """The names of all classes that are annotated, sorted."""
+def list_voc_classes(folder):
+    """Return the sorted names of all annotated classes."""
     return sorted(
         {
             object_class(obj, path)
@@ -31,16 +31,16 @@ def voc_classes(folder):
 
 
 def object_class(obj, path):
-    """The class of an object. Raises WorkError."""
+    """Return the class of an object. Raises WorkError if it has none."""
     name = (obj.findtext('name') or '').strip()
     if not name:
         raise WorkError(f'{path} has an object without a name')
     return name
 
 
-def voc_lists(folder):
-    """The lists to train and to judge by: trainval and test, the field's convention (paper, table 5), or train and val,
-    whichever pair is there."""
+def find_voc_lists(folder):
+    """Return the paths of the lists for training and evaluation: trainval and test (paper, table 5), else train and
+    val, else train and test. Raises UserError if there is no such pair."""
     lists = folder / 'ImageSets/Main'
     for train, val in (('trainval', 'test'), ('train', 'val'), ('train', 'test')):
         if (lists / f'{train}.txt').is_file() and (lists / f'{val}.txt').is_file():
@@ -48,9 +48,9 @@ def voc_lists(folder):
     raise UserError(f'`detection_path`: {lists} has neither trainval.txt and test.txt nor train.txt and val.txt')
 
 
-def voc_split(folder, path, numbers):
-    """(folder of the images, name of the split, table, boxes left out) of the list at `path`. numbers: {class: its
-    number}. Raises WorkError for what cannot be used."""
+def read_voc_split(folder, path, numbers):
+    """Read the split of the list at `path`. numbers: {class: number}. Returns (folder of the images, name of the split,
+    table, number of dropped boxes). Raises WorkError for invalid annotations."""
     images, boxes, image_dir = [], [], folder / 'JPEGImages'
     for number, line in enumerate(read_image_names(path)):
         file = folder / f'Annotations/{line}.xml'
@@ -75,7 +75,7 @@ def voc_split(folder, path, numbers):
 
 
 def read_image_names(path):
-    """What a list names: images without their endings."""
+    """Read a list of image names without endings."""
     try:
         lines = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines()]
     except UnicodeDecodeError as error:
@@ -83,17 +83,19 @@ def read_image_names(path):
     return [line for line in lines if line]
 
 
-def find_image(image_dir, name, said):
-    """The file in `image_dir` of the image `name`: .jpg as in VOC, or what its annotation says, or another ending."""
-    for file in (f'{name}.jpg', said or ''):
+def find_image(image_dir, name, annotated_name):
+    """Return the file name of an image in `image_dir`: <name>.jpg, the name in its annotation, or another ending."""
+    for file in (f'{name}.jpg', annotated_name or ''):
         if file and (image_dir / file).is_file():
             return file
-    others = sorted(path.name for path in image_dir.glob(f'{glob.escape(name)}.*') if is_image(os.fsencode(path.name)))
-    return others[0] if others else f'{name}.jpg'  # whoever reads it says that it is not there
+    candidates = sorted(
+        path.name for path in image_dir.glob(f'{glob.escape(name)}.*') if is_image(os.fsencode(path.name))
+    )
+    return candidates[0] if candidates else f'{name}.jpg'  # reported as missing when it is read
 
 
 def object_box(obj):
-    """Left, top, width and height of an object; VOC counts pixels from 1, both ends included."""
+    """Return [left, top, width, height] of an object. VOC counts pixels from 1 and includes both ends."""
     left, top, right, bottom = (float(obj.find('bndbox').findtext(side)) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
     box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
     if not all(map(math.isfinite, box)):

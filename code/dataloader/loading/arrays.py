@@ -1,6 +1,6 @@
-"""Images that are arrays: .npy, TIFF of many bands or of more than 8 bits, DICOM; and the channels of Pillow's images.
+"""Images with any number of channels and any type: .npy, TIFF, DICOM; and all channels of Pillow images.
 
-An array is channels x height x width, in the type of the file and the machine's byte order.
+Arrays are channels x height x width, in the type of the file and the machine's byte order.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ import torch
 
 from dataloader.loading.image_decoders import decode_png
 
-MAX_CHANNELS = 16  # that an axis of an .npy file may have to be taken for its channels
-TYPES = ('uint8', 'int8', 'uint16', 'int16', 'uint32', 'int32', 'float16', 'float32')  # that are kept as they are
-PNG_16_BIT = ';16B'  # the end of Pillow's name for such pixels
+MAX_CHANNELS = 16  # the largest axis of an .npy file that can be the channels
+TYPES = ('uint8', 'int8', 'uint16', 'int16', 'uint32', 'int32', 'float16', 'float32')  # supported types
+PNG_16_BIT = ';16B'  # suffix of Pillow's raw mode for 16-bit PNGs
 
 
 class ArrayImage:
-    """An image with as much of Pillow's interface as is used here, and its pixels. pixels: C x H x W; rgb: whether its
-    three channels are red, green and blue; note: what of the file is left out, or ''; fp: the bytes of the file;
-    orientation: as EXIF numbers it."""
+    """An image as an array, with the part of Pillow's interface that is used here. pixels: C x H x W; rgb: whether the
+    channels are red, green and blue; note: what is not read of the file, or ''; fp: the file's bytes; orientation: the
+    EXIF number."""
 
     mode, info, orientation = 'array', {}, 1
 
@@ -36,18 +36,19 @@ class ArrayImage:
 
 
 def to_native_type(pixels):
-    """An array in the machine's byte order, its type one of TYPES. Raises ValueError for one that is no picture's."""
+    """Convert an array to the machine's byte order and one of TYPES. Raises ValueError for other types."""
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype == np.float64:
         pixels = pixels.astype(np.float32)
     if pixels.dtype.newbyteorder('=').name not in TYPES:
-        raise ValueError(f'its numbers are {pixels.dtype}; those that are read are {", ".join(TYPES)}')
+        raise ValueError(f'its type is {pixels.dtype}; supported are {", ".join(TYPES)}')
     return np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder('='), copy=False))
 
 
 def open_npy(file):
-    """An .npy file (of bytes); which of its axes are the channels is asked when they are read. Raises ValueError."""
+    """Open an .npy file (BytesIO) as an ArrayImage; read_channels decides which axis has the channels. Raises
+    ValueError for arrays that are no images."""
     pixels = np.load(file, allow_pickle=False)
     if pixels.ndim not in (2, 3) or not pixels.size:
         raise ValueError(f'it is an array of {describe_shape(pixels)}, and an image has 2 or 3 axes')
@@ -61,14 +62,15 @@ def open_npy(file):
 
 
 def to_channels_first(pixels, axes):
-    """C x H x W of an .npy file's three axes. axes: auto, hwc or chw. Raises ValueError where auto cannot tell."""
+    """Reorder the axes of an .npy array to C x H x W. axes: auto, hwc or chw. Raises ValueError if auto is
+    ambiguous."""
     axes = axes if axes != 'auto' else guess_axis_order(pixels.shape)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if axes == 'hwc' else pixels
 
 
 def guess_axis_order(sides):
-    """'chw' or 'hwc' of an array's three sides: the channels are the end that may be some and is less than both other
-    sides, where the other end may not. Raises ValueError where that does not tell."""
+    """Guess 'chw' or 'hwc' from the three sides of an array: the channels are the first or last axis, at most
+    MAX_CHANNELS long, and the other end is longer. Raises ValueError if both or neither end fits."""
     first, middle, last = sides
     may_be_first, may_be_last = first <= MAX_CHANNELS, last <= MAX_CHANNELS
     if may_be_first != may_be_last and min(first, last) < middle:
@@ -84,8 +86,8 @@ def describe_shape(array):
 
 
 def open_tiff(file):
-    """A TIFF file (of bytes) by tifffile: its first series, whose bands or pages are the channels. Raises ValueError,
-    and whatever tifffile does."""
+    """Open a TIFF file (BytesIO) with tifffile as an ArrayImage: the first series, with bands or pages as channels.
+    Raises ValueError, and tifffile's exceptions."""
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
@@ -97,7 +99,7 @@ def open_tiff(file):
         orientation = int(page.tags.valueof(274, default=1))
         note = f'the first of {len(tiff.series)} sets of pages' if len(tiff.series) > 1 else ''
         note = 'transparency (the last channel) left out' if rgb and alpha else note
-    bands = sorted((axis for axis in axes if axis not in 'YX'), key='SC'.find, reverse=True)  # C, then S, then others
+    bands = sorted((axis for axis in axes if axis not in 'YX'), key='SC'.find, reverse=True)  # C before S before others
     for other in bands[1:]:
         note = f'the first of {pixels.shape[axes.index(other)]} along the axis {other}'  # slices, times, pages
         pixels, axes = pixels.take(0, axes.index(other)), axes.replace(other, '', 1)
@@ -114,8 +116,8 @@ def open_tiff(file):
 
 
 def open_dicom(file):
-    """A DICOM file (of bytes) by pydicom: rescaled (slope and intercept), black at its smallest value. Raises
-    ValueError, and whatever pydicom does."""
+    """Open a DICOM file (BytesIO) with pydicom as an ArrayImage, with rescale slope and intercept applied and
+    MONOCHROME1 inverted. Raises ValueError, and pydicom's exceptions."""
     import pydicom
     from pydicom.pixels import convert_color_space
 
@@ -138,7 +140,7 @@ def open_dicom(file):
         pixels = pixels * np.uint8(255)
     elif photometric == 'MONOCHROME1' and pixels.dtype == np.uint8:
         pixels = np.uint8(2 ** int(dataset.BitsStored) - 1) - pixels
-    elif photometric == 'MONOCHROME1':  # its smallest value is white
+    elif photometric == 'MONOCHROME1':  # the smallest value is white
         bits, signed = int(dataset.BitsStored), int(dataset.get('PixelRepresentation', 0))
         ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
         pixels = smallest_type((ends * slope + intercept).sum() - pixels.astype(np.float64))
@@ -146,12 +148,12 @@ def open_dicom(file):
 
 
 def apply_rescale(pixels, slope, intercept):
-    """slope x pixels + intercept, in whole numbers where it gives some."""
+    """Return slope * pixels + intercept, as integers if all values are whole numbers."""
     return pixels if (slope, intercept) == (1, 0) else smallest_type(pixels.astype(np.float64) * slope + intercept)
 
 
 def smallest_type(values):
-    """float64 values as the smallest signed type that holds them as they are, else float32."""
+    """Convert float64 values to int16 or int32 if that is exact, else to float32."""
     if (values == np.rint(values)).all():
         for kind in (np.int16, np.int32):
             if np.iinfo(kind).min <= values.min() and values.max() <= np.iinfo(kind).max:
@@ -160,8 +162,8 @@ def smallest_type(values):
 
 
 def read_channels(image, npy_axes='auto'):
-    """All channels of an opened image, C x H x W, in the type of its file; of Pillow's not upright yet. Raises
-    ValueError where the channels of an .npy file are not to be told."""
+    """Read all channels of an opened image, C x H x W, in the type of its file. EXIF orientation is not applied. Raises
+    ValueError if the axes of an .npy file are ambiguous."""
     if isinstance(image, ArrayImage):
         return to_channels_first(image.pixels, npy_axes) if image.format == 'NPY' else image.pixels
     if is_16_bit_png(image):
@@ -171,18 +173,18 @@ def read_channels(image, npy_axes='auto'):
     pixels = np.asarray(image)
     tags = getattr(image, 'tag_v2', None)
     if pixels.dtype == np.int32 and tags is not None and tags.get(339, (1,)) == (1,):
-        pixels = pixels.view(np.uint32)  # Pillow takes a TIFF's unsigned 32 bits for signed ones
+        pixels = pixels.view(np.uint32)  # Pillow reads unsigned 32-bit TIFFs as signed
     return to_native_type(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
 def is_16_bit_png(image):
-    """Whether Pillow would make 8 bits of 16: of a PNG that is not gray."""
+    """Whether an image is a 16-bit color PNG, which Pillow would convert to 8 bits."""
     tile = getattr(image, 'tile', None)
     return image.format == 'PNG' and bool(tile) and str(tile[0][3]).endswith(PNG_16_BIT) and len(image.getbands()) > 1
 
 
 def read_16_bit_png(image):
-    """A PNG of 16 bits a channel. Raises ValueError where there is no decoder for it."""
+    """Read a 16-bit color PNG. Raises ValueError if no decoder is installed."""
     if decode_png is None:
         raise ValueError('colors of 16 bits in a PNG: pip3 install torchcodec reads them')
     image.fp.seek(0)
@@ -190,7 +192,7 @@ def read_16_bit_png(image):
 
 
 def read_bytes(source):
-    """A file of the bytes of `source`, a path or a file of bytes."""
+    """Return a BytesIO with the content of `source`, a path or a BytesIO."""
     if isinstance(source, io.BytesIO):
         source.seek(0)
         return source

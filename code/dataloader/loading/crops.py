@@ -1,4 +1,5 @@
-"""From an opened image to what is handed on: random resized crops or the center crop, S x S, of the file's type."""
+"""Crop and resize an opened image in a dataloader worker: random resized crops or the center crop, in the file's
+type."""
 
 import torch
 from PIL import Image
@@ -22,11 +23,11 @@ RGB8 = PixelFormat()
 
 
 def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_format=RGB8):
-    """`views` random resized crops, perhaps flipped, from one decoding: views x C x S x S, of the format's channels and
-    type.
+    """Make random resized crops, perhaps flipped, from one decoding. Returns views x C x S x S, with the channels and
+    type of pixel_format.
 
-    image: as decode.open_image gives it. augmentation: of recipes. jpeg_draft: let the JPEG decoder leave out detail
-    (decode.draft_downscale).
+    image: from decode.open_image. augmentation: augmentations.Augmentation. jpeg_draft: decode JPEGs at a lower
+    resolution if the crops allow it (decode.draft_downscale).
     """
     size, how = augmentation.size, augmentation.interpolation
     if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
@@ -34,10 +35,11 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
         boxes = augmentation.crop.sample(views, *pixels.shape[2:], generator)
         return torch.cat([resize_box(pixels, box, size, how, pixel_format.levels) for box in boxes.tolist()])
     turn = exif_transpose_method(image) if pixel_format.exif else None
-    upright = pixel_format.exif or image.format == 'TIFF'  # which Pillow always turns
+    upright = pixel_format.exif or image.format == 'TIFF'  # Pillow always rotates TIFFs
     width, height = stored_and_upright_size(image)[1] if upright else image.size
     boxes = augmentation.crop.sample(views, height, width, generator)
-    # Of an image that is turned the detail is left out where each row and column stands for as many, whichever is last.
+    # A rotated image is only downscaled if its sides are multiples of 8: the last row or column would stand for fewer
+    # pixels, and the rotation would move it.
     jpeg_draft = jpeg_draft and (turn is None or not (width % 8 or height % 8))
     downscale = draft_downscale(image, boxes[:, 2:4].min().item() / size) if jpeg_draft else 1
     if downscale > 1:
@@ -48,10 +50,10 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
         pixels = (pixels if turn is None else turn_upright(pixels, turn))[None]
     crops = torch.empty(views, 3, size, size, dtype=torch.uint8)
     for out, (top, left, height, width, flip) in zip(crops, boxes.tolist(), strict=True):
-        if downscale > 1:  # a box of the whole image, in pixels that stand for `downscale` of its own: exact
+        if downscale > 1:  # the box in pixels of the downscaled image; PIL takes fractions
             box = (left / downscale, top / downscale, (left + width) / downscale, (top + height) / downscale)
             crop = to_uint8_tensor(image.resize((size, size), RESAMPLING[how], box=box))
-        else:  # the same to a grey level, three times as fast
+        else:  # equal to PIL within one gray level, and three times as fast
             crop = pixels[:, :, int(top) : int(top + height), int(left) : int(left + width)]
             crop = crop.contiguous(memory_format=torch.channels_last)
             crop = interpolate(crop, (size, size), mode=how, antialias=True)[0]
@@ -60,8 +62,8 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
 
 
 def resize_box(pixels, box, size, how, levels):
-    """The box (top, left, height, width, flip) of an image, 1 x C x H x W, as 1 x C x S x S of its type, cut to
-    levels."""
+    """Crop a box (top, left, height, width, flip) of an image, 1 x C x H x W, and resize it to 1 x C x S x S of the
+    same type, clamped to levels."""
     top, left, height, width, flip = box
     crop = pixels[:, :, int(top) : int(top + height), int(left) : int(left + width)]
     crop = interpolate(cut_to_levels(crop, levels)[0], (size, size), mode=how, antialias=True)
@@ -69,8 +71,8 @@ def resize_box(pixels, box, size, how, levels):
 
 
 def center_crop(image, size, ratio, how='bilinear', pixel_format=RGB8):
-    """The view for evaluation: 1 x C x size x size, of the format's channels and type. ratio: share of the shorter
-    side. how: of RESAMPLING."""
+    """Make the center crop for evaluation, 1 x C x size x size, with the channels and type of pixel_format. ratio: its
+    share of the shorter side. how: a key of RESAMPLING."""
     if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
         pixels = torch.from_numpy(to_array(image, pixel_format))[None]
         box = torch.tensor([center_box(*pixels.shape[2:], ratio)])
@@ -88,19 +90,19 @@ def center_crop(image, size, ratio, how='bilinear', pixel_format=RGB8):
 
 
 def cut_to_levels(pixels, levels):
-    """(pixels as floats between black and white, (black, white)): what lies beyond, as where a sensor has no data, is
-    to have no part in what it is resized to."""
+    """Clamp pixels to black and white before resizing, so that markers such as no-data values do not spread. Returns
+    (floats, (black, white))."""
     black, white = level_range(levels, str(pixels.dtype).removeprefix('torch.'))
     return to_float(pixels).clamp(black, white), (black, white)
 
 
 def to_float(pixels):
-    """Pixels of any type as floats to calculate with; whole numbers of 32 bits as float64, which holds them."""
+    """Convert pixels of any type to float32, or to float64 for 32-bit integers, which float32 cannot hold."""
     return pixels.double() if pixels.dtype in (torch.int32, torch.uint32) else pixels.float()
 
 
 def from_float(values, dtype):
-    """Floats as the nearest values of a type."""
+    """Convert floats to the nearest values of a type."""
     if dtype.is_floating_point:
         return values.to(dtype)
     limits = torch.iinfo(dtype)

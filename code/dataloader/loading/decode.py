@@ -1,4 +1,4 @@
-"""One image: which files are images, how one is opened, and how it becomes RGB, whatever it is opened as."""
+"""Open and decode one image: file endings, formats, conversion to RGB, EXIF orientation."""
 
 import contextlib
 import functools
@@ -16,14 +16,14 @@ from dataloader.loading.image_decoders import decode_jpeg
 from runtime.console import printable
 from runtime.errors import WorkError
 
-MAX_PIXELS = 10**8  # more is refused: a small file can unpack to any number
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # ours is the stricter limit
-warnings.filterwarnings('ignore', module=r'PIL\.')  # what Pillow thinks of damaged metadata; errors are errors
-logging.getLogger('PIL').addHandler(logging.NullHandler())  # it also says those, and they are raised
-# Formats that Pillow recognises and cannot read itself: films, and what it would start Ghostscript for.
+MAX_PIXELS = 10**8  # larger images are refused: a small file can decompress to any size
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+warnings.filterwarnings('ignore', module=r'PIL\.')  # warnings about damaged metadata; errors are raised
+logging.getLogger('PIL').addHandler(logging.NullHandler())  # errors are raised as well
+# Formats that Pillow recognizes but cannot decode itself: videos, and EPS, which needs Ghostscript.
 UNSUPPORTED_FORMATS = ('MPEG', 'EPS')
-BITS = 258  # TIFF's tag: of each channel
-# Formats that are read where a package is installed: its name, and what pip calls it.
+BITS = 258  # TIFF tag: bits per channel
+# Formats that need a package: {ending: (module, name on PyPI)}.
 PACKAGES = {
     '.dcm': ('pydicom', 'pydicom'),
     '.dicom': ('pydicom', 'pydicom'),
@@ -36,7 +36,8 @@ logging.getLogger('pydicom').addHandler(logging.NullHandler())
 
 @functools.cache
 def image_extensions():
-    """The endings of the files that can be opened, lower case, as bytes: {b'.jpg', b'.avif', b'.npy', b'.dcm', ...}."""
+    """Return the endings of files that can be opened, lower case, as bytes: {b'.jpg', b'.avif', b'.npy', b'.dcm',
+    ...}."""
     Image.init()
     if find_spec('pillow_heif'):
         import pillow_heif
@@ -57,23 +58,23 @@ def image_extensions():
 
 
 def install_hint(endings):
-    """What pip3 installs to read files with one of these endings, in words; '' where that is nothing."""
+    """Return a hint with the packages that read files with these endings; '' if there are none."""
     packages = {pip for ending, (package, pip) in PACKAGES.items() if ending in endings and not find_spec(package)}
     return f'; pip3 install {" ".join(sorted(packages))} reads more of them' if packages else ''
 
 
 def is_image(name):
-    """Whether a file of this name (bytes) counts as an image."""
+    """Whether a file with this name (bytes) is an image, by its ending."""
     dot = name.rfind(b'.')
     return dot > 0 and name[dot:].lower() in image_extensions()
 
 
 @contextlib.contextmanager
 def open_image(source, name):
-    """An image as PIL opens it, its pixels not read yet: rgb and arrays.read_channels do.
+    """Context manager that opens an image without decoding it; rgb and arrays.read_channels decode.
 
-    source: a path, or a file of bytes; name: of the image. Raises WorkError with its name where it cannot be opened, as
-    they do where it cannot be read.
+    source: a path or a BytesIO. name: for messages, and its ending gives the format. Raises WorkError with the name if
+    it cannot be opened.
     """
     with wrap_pillow_errors(name):
         image = open_by_format(source, os.fsdecode(name))
@@ -88,8 +89,8 @@ def open_image(source, name):
 
 
 def open_by_format(source, name):
-    """An image of Pillow's, its pixels not read yet, or an arrays.ArrayImage. name: whose ending tells the format."""
-    image_extensions()  # registers the readers that Pillow does not bring
+    """Open an image with Pillow, or as an arrays.ArrayImage. name: its ending gives the format."""
+    image_extensions()  # registers pillow-heif
     ending = os.path.splitext(name)[1].lower() or sniff_ending(source)
     if ending == '.npy':
         return arrays.open_npy(arrays.read_bytes(source))
@@ -108,18 +109,18 @@ def open_by_format(source, name):
         image.note = lost and f'{lost}, for tifffile is not installed (pip3 install tifffile)'
         return image
     try:
-        found = arrays.open_tiff(arrays.read_bytes(source))
-    except Exception:  # tifffile reads some compressions with other packages alone
+        array_image = arrays.open_tiff(arrays.read_bytes(source))
+    except Exception:  # tifffile needs further packages for some compressions
         if lost:
             raise
         return image
     image.close()
-    return found
+    return array_image
 
 
 def sniff_ending(source):
-    """The ending that a file without one would have, by its first bytes; '' of one that Pillow knows. source: a path,
-    or a file of bytes."""
+    """Return the ending for a file without one, from its first bytes; '' for formats that Pillow recognizes. source: a
+    path or a BytesIO."""
     head = arrays.read_bytes(source).read(132)
     if head.startswith(b'\x93NUMPY'):
         return '.npy'
@@ -129,18 +130,18 @@ def sniff_ending(source):
 
 
 def describe_tiff_loss(image):
-    """What Pillow leaves out of an opened TIFF, or mistakes, in a few words; '' where it is nothing."""
+    """Describe what Pillow would not read, or read wrongly, of an opened TIFF; '' if it reads all."""
     if image.format != 'TIFF':
         return ''
     tags = image.tag_v2
     samples, bits, photometric = tags.get(277, 1), max(tags.get(BITS, (8,))), tags.get(262, 1)
     if bits > 8 and tags.prefix == b'MM' and tags.get(259, 1) != 1:
-        return 'its order of bytes is mistaken'
+        return 'its byte order is read wrongly'
     if samples > 1 and bits > 8:
         return 'channels of more than 8 bits become 8, or are not read'
     colors = {0: 1, 1: 1, 2: 3}.get(photometric, samples)
     if samples > colors and not (samples == colors + 1 and tags.get(338, (0,))[0] in (1, 2)):
-        return f'some of {samples} channels are not read'  # beyond the colors and their transparency
+        return f'some of {samples} channels are not read'  # more than colors and alpha
     if samples == 1 and photometric in (0, 1) and getattr(image, 'n_frames', 1) > 1:
         return 'the first of several pages is taken'
     return ''
@@ -148,46 +149,47 @@ def describe_tiff_loss(image):
 
 @contextlib.contextmanager
 def wrap_pillow_errors(name):
-    """What Pillow raises on the bytes of a file as a WorkError with its name. Only for calls of Pillow that read: what
-    goes wrong elsewhere is no fault of the file."""
+    """Context manager that converts exceptions of Pillow to WorkError with the image's name. Use it only around
+    decoding: other exceptions are not the file's fault."""
     try:
         yield
     except WorkError:
         raise
     except MemoryError:
-        raise WorkError(f'cannot read the image {printable(name)}: it takes more memory than there is') from None
+        raise WorkError(f'cannot read the image {printable(name)}: it needs more memory than there is') from None
     except Exception as error:  # Pillow's plugins raise anything on damaged bytes: struct.error, KeyError, EOFError...
         raise WorkError(f'cannot read the image {printable(name)}: {error_text(error)}') from None
 
 
 def error_text(error):
-    """What an exception of Pillow means, in a few words."""
+    """Return a short text for an exception of Pillow."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'it is no image that Pillow can read'
+        return 'it is not an image that Pillow can read'
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return printable(' '.join(str(error).split())) or type(error).__name__
 
 
 def rgb(image, levels=None):
-    """An opened image of one or three colours in RGB, 8 bits; an animation is its first picture.
+    """Decode an opened image as an 8-bit RGB PIL image; of an animation the first frame.
 
-    Where a pixel has more than 8 bits, `levels` are those that become black and white (None: 0, and 65535 for integers,
-    1 for floats); what lies beyond is cut. PIL would make white of most. Raises WorkError where it cannot be read.
+    levels: (black, white) for pixels of more than 8 bits (None: 0, and 65535 for integers, 1 for floats); values beyond
+    are clamped. (PIL would clamp all above 255.) Raises WorkError if it cannot be decoded.
     """
     with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
         return to_rgb(image, levels)
 
 
 def level_range(levels, dtype):
-    """(black, white) of a type, by its name: 0 and 255 for uint8; else `levels`, where they are given, or 0 and 65535
-    for integers, 0 and 1 for floats."""
+    """Return (black, white) of a type: (0, 255) for uint8, else `levels` if given, else (0, 65535) for integers and
+    (0, 1) for floats. dtype: its name."""
     if dtype == 'uint8':
         return 0.0, 255.0
     return levels or (0.0, 1.0 if dtype.startswith('float') else 65535.0)
 
 
 def to_rgb(image, levels):
+    """rgb without the conversion of exceptions."""
     is_array = isinstance(image, arrays.ArrayImage)
     if is_array or image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image):
         pixels = arrays.read_channels(image)
@@ -212,8 +214,8 @@ def to_rgb(image, levels):
     return image.convert('RGB')
 
 
-ORIENTATION = 274  # EXIF's tag: how a picture is to be turned to stand upright
-TURNS = {
+ORIENTATION = 274  # EXIF tag
+TURNS = {  # the transposition that makes an image of each EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -225,28 +227,28 @@ TURNS = {
 
 
 def turn_upright(x, turn):
-    """A tensor, ... x H x W, turned as Pillow's transpose does. turn: of TURNS."""
+    """Transpose a tensor, ... x H x W, as Pillow's Image.transpose does. turn: a value of TURNS."""
     x = x.transpose(-1, -2) if turn in (TURNS[5], TURNS[6], TURNS[7], TURNS[8]) else x
     axes = {TURNS[2]: (-1,), TURNS[3]: (-1, -2), TURNS[4]: (-2,), TURNS[6]: (-1,), TURNS[7]: (-1, -2), TURNS[8]: (-2,)}
     return x.flip(axes[turn]) if turn in axes else x
 
 
 def exif_transpose_method(image):
-    """How an opened image is turned to stand upright, of TURNS; None where it does. Pillow turns a TIFF itself."""
+    """Return the transposition (of TURNS) that makes an opened image upright, or None. Pillow applies it to TIFFs."""
     if isinstance(image, arrays.ArrayImage):
         return TURNS.get(image.orientation)
     if image.format == 'TIFF':
         return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # damaged EXIF is no orientation
+    except Exception:  # damaged EXIF
         return None
 
 
 def stored_and_upright_size(image):
-    """((width, height) as the file has it, (width, height) upright) of an opened image."""
+    """Return the (width, height) of an opened image as stored, and the (width, height) upright."""
     stored = image.size
-    if image.format == 'TIFF' and not isinstance(image, arrays.ArrayImage):  # Pillow turns it as it opens or loads it
+    if image.format == 'TIFF' and not isinstance(image, arrays.ArrayImage):  # Pillow applies the orientation
         stored = image.tag_v2[256], image.tag_v2[257]
         return stored, stored[::-1] if image.tag_v2.get(ORIENTATION, 1) in (5, 6, 7, 8) else stored
     turned = exif_transpose_method(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
@@ -254,10 +256,10 @@ def stored_and_upright_size(image):
 
 
 def draft_downscale(image, factor):
-    """Let the JPEG decoder leave out detail that a resize by `factor` would: half of the factor at the most.
+    """Let the JPEG decoder downscale an image that will be resized by `factor`, at most to twice the final size.
 
-    Returns the pixels of the image that one of the shrunk image stands for, along each side: 1, 2, 4 or 8. The last of
-    a row or column may stand for fewer: an odd side is rounded up.
+    Returns the downscaling per side: 1, 2, 4 or 8. Sides are rounded up, so the last row or column may stand for fewer
+    pixels.
     """
     spare = max((f for f in (8, 4, 2) if f <= factor / 2), default=1)
     width = image.width
@@ -267,11 +269,10 @@ def draft_downscale(image, factor):
 
 
 def decode(source, name=None, min_side=None, levels=None, upright=False):
-    """A file as a PIL image in RGB.
+    """Decode a file as an RGB PIL image.
 
-    min_side: the side that the image is wanted with at least; a JPEG is then decoded to 1/2, 1/4 or 1/8 of its sides,
-    as long as the shorter one stays twice as long. levels: of rgb. upright: turned as its EXIF says. Raises WorkError
-    where it cannot be read.
+    min_side: the smallest side needed; JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as the shorter side stays at
+    least twice as long. levels: see rgb. upright: apply EXIF orientation. Raises WorkError if it cannot be decoded.
     """
     with open_image(source, name or source) as image:
         if min_side:
@@ -282,12 +283,12 @@ def decode(source, name=None, min_side=None, levels=None, upright=False):
 
 
 def to_uint8_tensor(image, levels=None):
-    """An opened image in RGB as 3 x H x W uint8.
+    """Decode an opened image as a 3 x H x W uint8 RGB tensor.
 
-    A whole JPEG goes through image_decoders: the same library and the same pixels as PIL's, without two copies.
+    JPEGs at full size are decoded by image_decoders: the same library and pixels as PIL, with two copies less.
     """
-    if decode_jpeg and image.format == 'JPEG' and image.mode in ('RGB', 'L') and not image.decoderconfig:  # not shrunk
+    if decode_jpeg and image.format == 'JPEG' and image.mode in ('RGB', 'L') and not image.decoderconfig:  # full size
         image.fp.seek(0)
-        with contextlib.suppress(RuntimeError):  # a damaged file: PIL says what is wrong with it
+        with contextlib.suppress(RuntimeError):  # damaged: PIL gives the better message
             return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
     return torch.from_numpy(np.array(rgb(image, levels))).permute(2, 0, 1)

@@ -1,8 +1,8 @@
-"""JPEG and PNG decoders that give tensors: torchvision's, or torchcodec's where torchvision's are gone.
+"""JPEG and PNG decoders that return tensors: torchvision's, or torchcodec's in versions where torchvision has none.
 
-decode_jpeg(data): RGB, 3 x H x W uint8; decode_png(data): as the file has it, C x H x W, uint8 or uint16. data: the
-bytes of a file, a tensor. Both are None where neither package has them: Pillow reads JPEGs too, and takes a third
-longer. The pixels are the same.
+decode_jpeg(data): 3 x H x W uint8 RGB. decode_png(data): C x H x W, uint8 or uint16, as in the file. data: the bytes of
+the file as a uint8 tensor. Both are None if neither package has them; Pillow then decodes JPEGs, to the same pixels,
+and takes a third longer.
 """
 
 import warnings
@@ -30,5 +30,5 @@ except (ImportError, AttributeError):
         def decode_png(data):
             return decoders.decode_png(data, mode='UNCHANGED', output_dtype='auto')
 
-    except (ImportError, OSError, RuntimeError):  # not there, or of another version of torch
+    except (ImportError, OSError, RuntimeError):  # not installed, or for another version of torch
         decode_jpeg = decode_png = None

@@ -1,7 +1,7 @@
-"""How the images of a set become numbers: which channels, of which type, between which levels, turned upright or not.
+"""The pixel format of a dataset: channels, type, black and white levels, EXIF orientation.
 
-Sets whose images are red, green and blue of 8 bits, or gray, go through Pillow and uint8 (decode.py). All others are
-arrays of the type of their files until they are on the device (arrays.py); only then are they floats.
+Images of 8-bit red, green and blue, or gray, are read by Pillow as uint8 (decode.py). All others are arrays that keep
+the type of their files until they are on the device (arrays.py).
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ from runtime.options import channel_numbers, pixel_levels
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """channels: numbers from 1 on; () for red, green and blue. exact: whether an image has no others. dtype: of NumPy.
-    levels: (black, white); None for those of the type (level_range). exif: whether images are turned upright. npy_axes:
-    of arrays.read_channels."""
+    """channels: channel numbers from 1 on; () for red, green and blue. exact: whether images may have no others. dtype:
+    name of a NumPy type. levels: (black, white), None for those of the type (level_range). exif: whether to apply EXIF
+    orientation. npy_axes: see arrays.read_channels."""
 
     channels: tuple = ()
     exact: bool = False
@@ -29,7 +29,7 @@ class PixelFormat:
 
     @property
     def is_rgb8(self):
-        """Whether images are red, green and blue of 8 bits, the format of JPEGs."""
+        """Whether images are 8-bit red, green and blue."""
         return not self.channels and self.dtype == 'uint8'
 
     @property
@@ -37,18 +37,18 @@ class PixelFormat:
         return len(self.channels) or 3
 
     def decoded(self):
-        """The format of what was read in this format and kept."""
+        """Return the format of images that were decoded with this format and cached."""
         return self if self.is_rgb8 else replace(self, channels=(*range(1, self.count + 1),), exact=True)
 
     def key(self):
-        """What tells files that keep decoded images apart."""
+        """Return a text that differs between formats, for the fingerprint of caches."""
         return f'{self.channels} {self.exact} {self.dtype} {self.levels} {self.exif} {self.npy_axes}'
 
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What an opened image holds. color: rgb, gray or other; note: what is converted or left out when it becomes red,
-    green and blue, or ''."""
+    """The content of an opened image. color: rgb, gray or other. note: what is converted or left out when it is read as
+    RGB, or ''."""
 
     channels: int
     dtype: str
@@ -57,14 +57,14 @@ class ImageKind:
 
 
 def format_from_options(args, dtype='uint8'):
-    """PixelFormat of the options."""
+    """Build a PixelFormat from the options."""
     channels, levels = channel_numbers(args.channels), pixel_levels(args.white_level)
     return PixelFormat(channels, '-' in args.channels, dtype, levels, args.exif == 'apply', args.npy_axes)
 
 
 def to_array(image, pixel_format):
-    """An opened image as C x H x W, of the format's channels and type. Raises WorkError where it has not these
-    channels, cannot be read, or has another type than fits."""
+    """Decode an opened image to C x H x W with the channels and type of the format. Raises WorkError if it lacks the
+    channels, cannot be decoded, or its type does not fit."""
     with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
         if pixel_format.channels:
             pixels = pick_channels(arrays.read_channels(image, pixel_format.npy_axes), pixel_format)
@@ -76,22 +76,22 @@ def to_array(image, pixel_format):
 
 
 def pick_channels(pixels, pixel_format):
-    """The wanted channels of C x H x W. Raises ValueError where there are fewer."""
+    """Select the channels of the format from C x H x W. Raises ValueError if some are missing."""
     channels = pixel_format.channels
-    wanted = ','.join(map(str, channels))
+    channels_text = ','.join(map(str, channels))
     if max(channels) > len(pixels):
-        raise ValueError(f'it has {len(pixels)} channels, and `channels={wanted}` are wanted')
+        raise ValueError(f'it has {len(pixels)} channels, but `channels={channels_text}` is set')
     if pixel_format.exact and len(pixels) > len(channels):
         raise ValueError(
-            f'it has {len(pixels)} channels, and the first image has {len(channels)}; `channels={wanted}` leaves the '
-            'others out'
+            f'it has {len(pixels)} channels, and the first image has {len(channels)}; `channels={channels_text}` '
+            'leaves the others out'
         )
     return pixels if channels == (*range(1, len(pixels) + 1),) else pixels[[channel - 1 for channel in channels]]
 
 
 def cast_to_format(pixels, pixel_format):
-    """Pixels in the format's type. What is no number becomes 0. Where black and white of the two types differ, as those
-    of 8 and of 16 bits, the pixels are stretched. Raises ValueError where the type does not hold each value."""
+    """Cast pixels to the format's type; nan becomes 0. If black and white of the two types differ (8 and 16 bits), the
+    values are rescaled. Raises ValueError if the type cannot hold them."""
     dtype = pixel_format.dtype
     if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
         pixels = np.nan_to_num(pixels)
@@ -101,7 +101,7 @@ def cast_to_format(pixels, pixel_format):
         level_range(pixel_format.levels, name) for name in (pixels.dtype.name, dtype)
     )
     if not np.can_cast(pixels.dtype, dtype) and not (pixels.dtype.kind in 'iu' and np.dtype(dtype).kind == 'f'):
-        raise ValueError(f'its numbers are {pixels.dtype}, and those of the others {dtype}')
+        raise ValueError(f'its type is {pixels.dtype}, and that of the others {dtype}')
     if (black, white) != (new_black, new_white):
         pixels = (pixels.astype(np.float64) - black) / (white - black) * (new_white - new_black) + new_black
         pixels = np.rint(pixels) if np.dtype(dtype).kind in 'iu' else pixels
@@ -109,8 +109,8 @@ def cast_to_format(pixels, pixel_format):
 
 
 def read_rgb(image, pixel_format):
-    """Red, green and blue of an opened image, 3 x H x W, in the type of its file, or in 8 bits; gray is three times the
-    same. Raises ValueError where its channels are no colors."""
+    """Read red, green and blue, 3 x H x W, in the type of the file or in 8 bits; gray is repeated. Raises ValueError if
+    the channels are no colors."""
     is_array = isinstance(image, arrays.ArrayImage)
     deep = image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image)
     if not is_array and (pixel_format.dtype == 'uint8' or not deep):
@@ -124,7 +124,7 @@ def read_rgb(image, pixel_format):
 
 
 def image_kind(image, npy_axes='auto'):
-    """ImageKind of an opened image. Raises WorkError where it cannot be read."""
+    """Return the ImageKind of an opened image. Raises WorkError if it cannot be read."""
     if isinstance(image, arrays.ArrayImage):
         with wrap_pillow_errors(image.named):
             pixels = arrays.read_channels(image, npy_axes)
@@ -154,7 +154,7 @@ def image_kind(image, npy_axes='auto'):
 
 
 def find_dtype(kinds):
-    """The type, by name, that holds the pixels of all these ImageKind."""
+    """Return the name of the smallest type that holds the pixels of all `kinds`."""
     names = {kind.dtype for kind in kinds} or {'uint8'}
-    found = np.result_type(*names)
-    return 'float32' if found == np.float64 else found.name
+    dtype = np.result_type(*names)
+    return 'float32' if dtype == np.float64 else dtype.name

@@ -1,4 +1,4 @@
-"""Which image when, with which seed, for which process: the order of an epoch."""
+"""The order of the images in an epoch, their seeds, and their distribution over ranks."""
 
 import torch
 
@@ -7,11 +7,11 @@ from runtime.seeding import generator_for
 
 
 class EpochBatchSampler:
-    """The batches of one epoch, as (index, seed of its views, augmentation) of every image: the DataLoader's order.
+    """A batch sampler. A batch is a list of (index, seed of its views, augmentation name), one per image.
 
-    What an epoch holds depends on `seed`, the epoch's number and the augmentation alone. drop_last: without the last,
-    smaller batch, whose BN statistics would differ. Of several processes each gets its part of every batch (shuffled;
-    where there is none for it, an image that another has) or of the whole.
+    An epoch depends only on `seed`, its number and the augmentation. drop_last: skip the last, smaller batch, whose BN
+    statistics would differ. With several ranks each gets its part of every batch if shuffled (at least one image, which
+    another rank may have too), else its part of the whole.
     """
 
     def __init__(self, count, batch_size, seed, augmentation, shuffled, drop_last):
@@ -20,20 +20,20 @@ class EpochBatchSampler:
         self.start_epoch(0, augmentation)
 
     def start_epoch(self, epoch, augmentation, first=0):
-        """Name the epoch that the next iteration gives, and how many images of it (shuffled) are done."""
+        """Set the epoch of the next iteration, and how many of its images (if shuffled) are done already."""
         self.epoch, self.augmentation, self.start_index = epoch, augmentation, first
 
     def __len__(self):
-        """Batches of the epoch that are left."""
-        left = max(0, self.count - self.start_index) if self.shuffled else len(rank_slice(range(self.count)))
-        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+        """Number of remaining batches of the epoch."""
+        remaining = max(0, self.count - self.start_index) if self.shuffled else len(rank_slice(range(self.count)))
+        return remaining // self.batch_size if self.drop_last else -(-remaining // self.batch_size)
 
     def sizes(self):
-        """Images of each batch (shuffled), of all processes together."""
+        """Return the size of each batch over all ranks, if shuffled."""
         return [min(self.batch_size, self.count - self.start_index - i * self.batch_size) for i in range(len(self))]
 
     def permutation_and_seeds(self):
-        """The order of the epoch's images and a seed for each, N int64 both, of all processes."""
+        """Return the order of the epoch's images and a seed for each, both N int64, for all ranks."""
         generator = generator_for(self.seed, 'order', self.epoch)
         order = torch.randperm(self.count, generator=generator) if self.shuffled else torch.arange(self.count)
         return order, torch.randint(2**62, (self.count,), generator=generator)
@@ -52,6 +52,6 @@ class EpochBatchSampler:
 
 
 def rank_slice(rows):
-    """This process's part of what all of them work through: so many of the rows in their order."""
+    """Return this rank's part of the rows: a contiguous slice."""
     each = -(-len(rows) // world_size())
     return rows[rank() * each : (rank() + 1) * each]

@@ -1,4 +1,4 @@
-"""Images that were decoded and made smaller once, in one file on disk that is mapped into memory."""
+"""Reader of images that were decoded and resized into one file, which is memory-mapped."""
 
 import contextlib
 import functools
@@ -10,15 +10,15 @@ from dataloader.loading.arrays import ArrayImage
 
 
 class MemmapReader:
-    """path: the file of the pixels, image after image: height x width x 3 uint8 each (is_rgb8), or channels x height x
-    width of dtype. index: N x (offset in values, height, width)."""
+    """path: the file of the pixels, one image after the other: H x W x 3 uint8 if pixel_format.is_rgb8, else C x H x W
+    of its dtype. index: N x 3, (offset in values, height, width)."""
 
     def __init__(self, names, path, index, pixel_format):
         self.names, self.memmap_path, self.index, self.pixel_format = names, path, index, pixel_format
-        memmap(path, pixel_format.dtype)  # now: another run may make it anew, and what is open stays as it is
+        memmap(path, pixel_format.dtype)  # open it now: another run may replace the file later
 
     @contextlib.contextmanager
-    def opened(self, index):
+    def open(self, index):
         offset, height, width = self.index[index].tolist()
         count = self.pixel_format.count
         values = memmap(self.memmap_path, self.pixel_format.dtype)[offset : offset + count * height * width]
@@ -31,7 +31,7 @@ class MemmapReader:
         return MemmapReader(self.names.select(rows), self.memmap_path, self.index[rows], self.pixel_format)
 
     def digest(self):
-        raise TypeError('what is a cache already needs none')
+        raise TypeError('a cache is not cached again')
 
 
 @functools.cache

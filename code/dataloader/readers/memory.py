@@ -1,4 +1,4 @@
-"""Images of one size, decoded, in memory (of a GPU where they fit)."""
+"""Reader of decoded images of one size, in memory or on a GPU."""
 
 import contextlib
 
@@ -8,14 +8,14 @@ from dataloader.loading.arrays import ArrayImage
 
 
 class Memory:
-    """pixels: N x C x H x W. is_rgb8: whether these are red, green and blue of 8 bits; else they are the channels and
-    of the type that the images are wanted with (pixel_format.PixelFormat)."""
+    """pixels: N x C x H x W. is_rgb8: whether they are 8-bit red, green and blue; else they have the channels and type
+    of the pixel format."""
 
     def __init__(self, names, pixels, is_rgb8=True):
         self.names, self.pixels, self.is_rgb8 = names, pixels, is_rgb8
 
     @contextlib.contextmanager
-    def opened(self, index):
+    def open(self, index):
         pixels = self.pixels[index].cpu()
         yield Image.fromarray(pixels.permute(1, 2, 0).numpy()) if self.is_rgb8 else ArrayImage(pixels.numpy(), 'array')
 
@@ -23,4 +23,4 @@ class Memory:
         return Memory(self.names.select(rows), self.pixels[rows.to(self.pixels.device)], self.is_rgb8)
 
     def digest(self):
-        raise TypeError('what is in memory already needs no cache')
+        raise TypeError('images in memory are not cached')

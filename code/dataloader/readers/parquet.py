@@ -1,4 +1,4 @@
-"""Images in Parquet files, as the Hugging Face hub has them, read where they lie."""
+"""Reader of images in Parquet files, as the Hugging Face hub stores them."""
 
 import functools
 import hashlib
@@ -12,29 +12,29 @@ from runtime.console import printable
 from runtime.errors import WorkError
 from runtime.files import stat_fingerprint
 
-CACHE_BYTES = 128 * 2**20  # of images that a process keeps: a row group is read as a whole, for one of its images
+CACHE_BYTES = 128 * 2**20  # row groups that a process keeps: one image needs its whole row group
 
 
 class Parquet:
-    """files: paths. column: of the images, a struct of bytes and path, or bytes. Of each image: its name, the number of
-    its file, its row group there, its row in that."""
+    """files: paths. column: name of the image column, bytes or a struct of bytes and path. names, file_index, groups,
+    rows: of each image its name, the number of its file, its row group and its row there."""
 
     def __init__(self, files, column, names, file_index, groups, rows):
         self.files, self.column, self.names = files, column, names
         self.file_index, self.groups, self.rows = file_index, groups, rows  # N each, int64 arrays
 
-    def opened(self, index):
-        """Image `index` as decode.open_image has it. Raises WorkError."""
+    def open(self, index):
+        """Open image `index` (decode.open_image, a context manager). Raises WorkError."""
         path = self.files[self.file_index[index]]
         name = f'{path}: {self.names[index]}'
         try:
-            found = read_group(path, int(self.groups[index]), self.column)[int(self.rows[index])]
-        except Exception as error:  # of pyarrow, on damaged bytes
+            cell = read_group(path, int(self.groups[index]), self.column)[int(self.rows[index])]
+        except Exception as error:  # pyarrow raises various types on damaged files
             raise WorkError(f'cannot read the file {printable(path)}: {str(error).splitlines()[0]}') from None
-        content, beside = (found.get('bytes'), found.get('path')) if isinstance(found, dict) else (found, None)
-        if content is None and beside:
-            beside = os.path.join(os.path.dirname(path), beside)
-            return open_image(beside, beside)
+        content, image_path = (cell.get('bytes'), cell.get('path')) if isinstance(cell, dict) else (cell, None)
+        if content is None and image_path:
+            image_path = os.path.join(os.path.dirname(path), image_path)
+            return open_image(image_path, image_path)
         return open_image(io.BytesIO(content or b''), name)
 
     def select(self, rows):
@@ -50,13 +50,13 @@ class Parquet:
 
 
 class GroupCache:
-    """The images of the row groups that were asked for last, up to CACHE_BYTES, but one at least."""
+    """A cache of the most recently used row groups, at most CACHE_BYTES, but at least one."""
 
     def __init__(self):
         self.lock, self.groups, self.size = threading.Lock(), OrderedDict(), 0
 
     def get(self, key, read):
-        """The images of the group `key`, from here or from `read`."""
+        """Return the images of the group `key`, from the cache or from read()."""
         with self.lock:
             if key in self.groups:
                 self.groups.move_to_end(key)
@@ -75,7 +75,7 @@ def cache_of_process(_):
 
 
 def read_group(path, group, column):
-    """The values of a column in one row group, a list. What was read is kept for the next image of the group."""
+    """Return the values of a column in one row group, as a list, cached for the next image of the group."""
 
     def read():
         table = open_parquet(path, os.getpid()).read_row_group(group, columns=[column], use_threads=False)
@@ -86,7 +86,7 @@ def read_group(path, group, column):
 
 @functools.cache
 def open_parquet(path, _):
-    """An open file, one for each process: its position is its own."""
+    """Open a file. The second argument is the process id: forked processes must not share a file position."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path)

@@ -1,4 +1,4 @@
-"""Images in tar archives, read where they lie."""
+"""Reader of images in tar archives, without unpacking."""
 
 import errno
 import functools
@@ -22,23 +22,24 @@ READING = threading.Lock()
 
 
 class Tar:
-    """archives: paths. Of each image: its name, the number of its archive, where its bytes begin there, how many."""
+    """archives: paths. names, archive_index, offsets, sizes: of each image its name, the number of its archive, and the
+    offset and number of its bytes there."""
 
-    def __init__(self, archives, names, which, offsets, sizes):
+    def __init__(self, archives, names, archive_index, offsets, sizes):
         self.archives, self.names = archives, names
-        self.archive_index, self.offsets, self.sizes = which, offsets, sizes  # N each, int64 arrays
+        self.archive_index, self.offsets, self.sizes = archive_index, offsets, sizes  # N each, int64 arrays
 
-    def opened(self, index):
+    def open(self, index):
         archive = self.archives[self.archive_index[index]]
-        wanted = int(self.sizes[index])
+        size = int(self.sizes[index])
         try:
-            found = read_at(open_fd(archive), wanted, int(self.offsets[index]))
+            content = read_at(open_fd(archive), size, int(self.offsets[index]))
         except OSError as error:
             raise WorkError(f'cannot read the archive {printable(archive)}: {error.strerror}') from None
         name = f'{archive}: {self.names[index]}'
-        if len(found) < wanted:
+        if len(content) < size:
             raise WorkError(f'cannot read the image {printable(name)}: the archive has changed or is cut short')
-        return open_image(io.BytesIO(found), name)
+        return open_image(io.BytesIO(content), name)
 
     def select(self, rows):
         rows = rows.numpy() if hasattr(rows, 'numpy') else rows
@@ -54,8 +55,8 @@ class Tar:
 
 
 def read_at(file, count, offset):
-    """Bytes of an open file from an offset on: by position where the system has that, so that processes and threads may
-    share the file; on Windows one thread at a time."""
+    """Read `count` bytes of an open file at an offset. pread needs no file position, so processes and threads can share
+    the file; on Windows a lock serializes threads."""
     if hasattr(os, 'pread'):
         return os.pread(file, count, offset)
     with READING:
@@ -65,8 +66,8 @@ def read_at(file, count, offset):
 
 @functools.cache
 def open_fd(archive):
-    """An open archive: read by position, so processes and threads may share it. There may be thousands of them: where
-    the usual limit of open files is reached, it is raised as far as it may be."""
+    """Open an archive and keep it open. There may be thousands; at the limit of open files, the soft limit is raised to
+    the hard one."""
     flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
     try:
         return os.open(Path(archive), flags)

@@ -1,4 +1,4 @@
-"""What is said of a set before it is used: what lies there and is not read, and what two splits have in common."""
+"""Notes and warnings about a dataset: files that are not read, and images that two splits share."""
 
 import os
 import re
@@ -15,102 +15,105 @@ from runtime.distributed import rank
 from runtime.messages import log
 from runtime.tensors import evenly_spaced
 
-LINK_SAMPLE = 1000  # images of a split, to see whether links are among them
+LINK_SAMPLE = 1000  # images of a split that are checked for links
 LISTS = ('.txt', '.tar', *COMPRESSED_SUFFIXES)
 
 
-def log_dataset_notes(root, parts):
-    """Say it of these SplitSource, {split: SplitSource}, of the set at `root`."""
-    if (unread := unread_entries(root, parts)) and not rank():
-        said = ', '.join(printable(name) for name in unread[:5]) + (' ...' if len(unread) > 5 else '')
+def log_dataset_notes(root, sources):
+    """Log notes on the splits, {split: SplitSource}, of the dataset at `root`."""
+    if (unread := unread_entries(root, sources)) and not rank():
+        names = ', '.join(printable(name) for name in unread[:5]) + (' ...' if len(unread) > 5 else '')
         print_message(
-            'warning', f'not read: {said}, beside {printable(parts["train"].where.name)} in {printable(root)}'
+            'warning', f'not read: {names}, beside {printable(sources["train"].location.name)} in {printable(root)}'
         )
-    for name, part in parts.items():
-        if not part.cache_subdir:
-            log_split_notes(name, part)
+    for name, source in sources.items():
+        if not source.cache_subdir:
+            log_split_notes(name, source)
         if name != 'train':
-            warn_train_test_overlap(parts['train'], part)
+            warn_train_test_overlap(sources['train'], source)
 
 
-def log_split_notes(name, part):
-    if part.others:
-        said = ', '.join(f'{count} {kind}' for kind, count in sorted(part.others.items(), key=lambda x: (-x[1], x[0])))
-        log(f'{name:5}  no images for Pillow, and not read: {said}{install_hint(part.others)}')
-    if part.passed:
-        log(f'{name:5}  not gone into: {join_first(part.passed)}')
-    without = int((part.labels < 0).sum())
-    if 0 < without < len(part.labels):
-        log(f'{name:5}  {without} of {len(part.labels)} images have no class')
+def log_split_notes(name, source):
+    if source.other_files:
+        counts = ', '.join(
+            f'{count} {kind}' for kind, count in sorted(source.other_files.items(), key=lambda x: (-x[1], x[0]))
+        )
+        log(f'{name:5}  not images, not read: {counts}{install_hint(source.other_files)}')
+    if source.skipped_folders:
+        log(f'{name:5}  skipped folders: {join_first(source.skipped_folders)}')
+    num_unlabeled = int((source.labels < 0).sum())
+    if 0 < num_unlabeled < len(source.labels):
+        log(f'{name:5}  {num_unlabeled} of {len(source.labels)} images have no class')
 
 
-def warn_ignored_data_options(args, parts, train):
-    """Say which given options do nothing to these images."""
-    held = train.pixels is not None and 'images this small are held in memory'
+def warn_ignored_data_options(args, sources, train):
+    """Warn of explicit options that have no effect on these images."""
+    reason_in_memory = train.pixels is not None and 'images this small are kept in memory'
     reasons = {
-        'cache_short_side': held,
-        'jpeg_draft': held,
-        'val_fraction': 'val' in parts and not parts['val'].cache_subdir and f'{printable(parts["val"].where)} is val',
+        'cache_short_side': reason_in_memory,
+        'jpeg_draft': reason_in_memory,
+        'val_fraction': 'val' in sources
+        and not sources['val'].cache_subdir
+        and f'{printable(sources["val"].location)} is val',
     }
     for name, reason in reasons.items():
         if reason and name in args.given and not rank():
             print_message('warning', f'`{name}` has no effect: {reason}')
 
 
-def unread_entries(root, parts):
-    """Names of what lies in `root` beside the splits and could be meant: folders and images, where the splits are
-    folders there, and archives and lists that are called as a split which is made of something else."""
-    places = {part.where for part in parts.values()}
-    if not root.is_dir() or not all(place.parent == root for place in places):
+def unread_entries(root, sources):
+    """Return names in `root` that are not read but may be meant to be: folders and images beside the folders of splits,
+    and archives or lists named like a split."""
+    locations = {source.location for source in sources.values()}
+    if not root.is_dir() or not all(location.parent == root for location in locations):
         return []
-    found = set()
-    if all(place.is_dir() for place in places):
+    entries = set()
+    if all(location.is_dir() for location in locations):
         files, folders = list_folder(root)
-        found = {*map(os.fsdecode, files), *map(os.fsdecode, folders)}
-    from_folder = {split_from_filename(place.name): place.is_dir() for place in places}
+        entries = {*map(os.fsdecode, files), *map(os.fsdecode, folders)}
+    from_folder = {split_from_filename(location.name): location.is_dir() for location in locations}
     for name in os.listdir(root):
         split = split_from_filename(name)
         if split and name.lower().endswith(LISTS) and from_folder.get(split, True):
-            found.add(name)
-    return sorted(found - {place.name for place in places})
+            entries.add(name)
+    return sorted(entries - {location.name for location in locations})
 
 
 def split_from_filename(name):
-    """train of train-000000.tar: the split that an archive, a list or a folder is called as, or None."""
+    """Return the split in the name of an archive, a list or a folder (train of train-000000.tar), or None."""
     return split_from_folder_name(re.split(r'[-.]', name)[0])
 
 
 def warn_train_test_overlap(train, other):
-    """Warn where images of another split are files of train's: by links, or as lines of two lists. That an image was
-    copied is told by check_dataloader, which reads them all."""
+    """Warn if images of another split are the same files as images of train, by links or in two lists. check_dataloader
+    finds copies."""
     if rank() or not (may_share_files(train) or may_share_files(other)):
         return
-    others = [*file_ids(other)]  # the smaller of the two: of train only what is wanted is kept
-    wanted = {known for _, known in others}
-    trained_on = {known for _, known in file_ids(train) if known in wanted}
-    if same := [row for row, known in others if known in trained_on]:
+    other_ids = [*file_ids(other)]
+    other_set = {file_id for _, file_id in other_ids}
+    train_ids = {file_id for _, file_id in file_ids(train) if file_id in other_set}
+    if shared_rows := [row for row, file_id in other_ids if file_id in train_ids]:
         print_message(
             'warning',
-            f'{len(same)} of the {len(other.labels)} images of {printable(other.where)} are files of '
-            f'{printable(train.where)} too, the first {printable(other.store.names[same[0]])}: what is judged on them '
-            'was '
-            'learned',
+            f'{len(shared_rows)} of the {len(other.labels)} images of {printable(other.location)} are files of '
+            f'{printable(train.location)} too, the first {printable(other.store.names[shared_rows[0]])}: accuracy on '
+            'them is overestimated',
         )
 
 
-def may_share_files(part):
-    """Whether a split may have files of another place: it is a list, or an archive or some of its images are reached by
-    links. Of many images some are looked at, for links come in numbers."""
-    if isinstance(part.store, Tar):
-        return any(os.path.islink(path) or os.stat(path).st_nlink > 1 for path in part.store.archives)
-    if not isinstance(part.store, Files):
+def may_share_files(source):
+    """Whether a split may share files with another: it is a list, or an archive or some of a sample of its images are
+    links."""
+    if isinstance(source.store, Tar):
+        return any(os.path.islink(path) or os.stat(path).st_nlink > 1 for path in source.store.archives)
+    if not isinstance(source.store, Files):
         return False
-    if not os.path.isdir(part.where):
+    if not os.path.isdir(source.location):
         return True
-    top = os.path.realpath(part.store.folder)
+    top = os.path.realpath(source.store.folder)
     real = {}
-    for row in evenly_spaced(len(part.labels), LINK_SAMPLE).tolist():
-        folder, name = os.path.split(os.path.join(top, part.store.names.bytes_at(row)))
+    for row in evenly_spaced(len(source.labels), LINK_SAMPLE).tolist():
+        folder, name = os.path.split(os.path.join(top, source.store.names.bytes_at(row)))
         if folder not in real:
             real[folder] = os.path.realpath(folder)
         try:
@@ -119,16 +122,16 @@ def may_share_files(part):
             continue
         if real[folder] != os.path.normpath(folder) or status.st_nlink > 1 or stat.S_ISLNK(status.st_mode):
             return True
-    return os.path.islink(part.where)
+    return os.path.islink(source.location)
 
 
-def file_ids(part):
-    """(row, what tells the bytes of its image from all others on this machine) of the images that are there."""
-    store = part.store
+def file_ids(source):
+    """Yield (row, identity of the file: device, inode and offset) of the existing images."""
+    store = source.store
     if isinstance(store, Tar):
         files = [(status.st_dev, status.st_ino) for status in map(os.stat, store.archives)]
-        for row, (which, offset) in enumerate(zip(store.archive_index.tolist(), store.offsets.tolist(), strict=True)):
-            yield row, (*files[which], offset)
+        for row, (archive, offset) in enumerate(zip(store.archive_index.tolist(), store.offsets.tolist(), strict=True)):
+            yield row, (*files[archive], offset)
     elif isinstance(store, Files):
         for row in range(len(store.names)):
             try:

@@ -1,7 +1,7 @@
-"""The demo set: ten kinds of pattern, drawn by code so that a newcomer sees SimSiam learn without any download.
+"""The demo dataset: ten kinds of patterns, drawn by code, to try SimSiam without a download.
 
-The class is the kind of pattern and nothing else. Angle, phase and period are random, the two grey levels too (either
-may be the brighter), and noise lies over everything: neither colour nor position gives the class away.
+The class is the kind of pattern. Angle, phase, period, both gray levels and noise are random, so that neither color nor
+position reveals the class.
 """
 
 import math
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-SIDE, OVERSAMPLE = 48, 3  # pixels of an image, and drawn points per pixel and axis (averaged: smooth edges)
+SIDE, OVERSAMPLE = 48, 3  # pixels of an image; points per pixel and axis, which are averaged
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
-VERSION = '1'  # of the drawings; a folder made by another version is drawn again
+VERSION = '1'  # a folder of another version is drawn again
 
 
-def sign(where):
+def sign(mask):
     """+1 where True, -1 elsewhere."""
-    return torch.where(where, 1.0, -1.0)
+    return torch.where(mask, 1.0, -1.0)
 
 
 def square_wave(t):
@@ -27,8 +27,8 @@ def square_wave(t):
     return sign(t % 1 < 0.5)
 
 
-# Each kind maps points to a shade in [-1, 1]; every part of a picture shows it, so that any crop can be told.
-# x, y: side x side, in periods, rotated and shifted at random; r: a generator for what else is random.
+# A pattern maps points to a shade in [-1, 1]; it fills the image, so that every crop shows it.
+# x, y: coordinates of the points, in periods, rotated and shifted at random; r: a generator.
 def stripes(x, y, r):
     return square_wave(x)
 
@@ -64,13 +64,13 @@ def plaids(x, y, r):
 
 
 def blocks(x, y, r):
-    """A mosaic: every cell is ink or ground at random."""
+    """A mosaic of random black and white cells."""
     cells = sign(torch.rand(64, 64, generator=r) < 0.5)
     return cells[(1.6 * x).floor().long() % 64, (1.6 * y).floor().long() % 64]
 
 
 def clouds(x, y, r):
-    """A smooth random field: a few waves of random direction and phase."""
+    """A smooth random field: a sum of six waves with random direction and phase."""
     angle, phase = torch.rand(2, 6, generator=r) * 2 * math.pi
     waves = torch.cos(2.4 * (x[..., None] * angle.cos() + y[..., None] * angle.sin()) + phase)
     return (waves.sum(-1) / 2.5).clamp(-1, 1)
@@ -79,8 +79,8 @@ def clouds(x, y, r):
 PATTERNS = (blocks, bricks, checks, clouds, dots, plaids, rings, stripes, triangles, zigzags)
 
 
-def draw(kind, generator):
-    """One image of `kind` (a function of KINDS): SIDE x SIDE grey levels, uint8; `generator` makes every choice."""
+def draw_pattern(kind, generator):
+    """Draw an image of the pattern `kind` (a function of PATTERNS): SIDE x SIDE uint8."""
     angle, shift_x, shift_y, size, level, contrast, polarity = torch.rand(7, generator=generator).tolist()
     turn, period = 2 * math.pi * angle, 7.5 + 4.5 * size  # pixels
     axis = (torch.arange(SIDE * OVERSAMPLE) + 0.5) / OVERSAMPLE - SIDE / 2
@@ -88,7 +88,7 @@ def draw(kind, generator):
     x = (column * math.cos(turn) + row * math.sin(turn)) / period + shift_x
     y = (row * math.cos(turn) - column * math.sin(turn)) / period + shift_y
     shade = kind(x, y, generator).reshape(SIDE, OVERSAMPLE, SIDE, OVERSAMPLE).mean((1, 3))
-    half = 0.17 + 0.15 * contrast  # of the distance between the two grey levels
+    half = 0.17 + 0.15 * contrast  # of the distance between the two gray levels
     middle = 0.5 + 0.6 * (level - 0.5) * (1 - 2 * half)
     gray = middle + (half if polarity < 0.5 else -half) * shade
     gray = gray + 0.06 * torch.randn(SIDE, SIDE, generator=generator)
@@ -96,9 +96,8 @@ def draw(kind, generator):
 
 
 def write_demo_dataset(folder, progress):
-    """Draw the set into `folder`/{train,val}/<kind>/<number>.png, once; complete or not there at all.
-
-    progress: wraps an iterable to show how far it is (tqdm). Raises nothing of its own.
+    """Draw the dataset into `folder`/{train,val}/<kind>/<number>.png, unless it exists. It is renamed into place when
+    it is complete. progress: wraps an iterable in a progress bar.
     """
     folder = Path(folder)
     marker = folder / 'made_by_demo.txt'
@@ -115,7 +114,7 @@ def write_demo_dataset(folder, progress):
     for split, kind, number in progress(jobs):
         path = aside / split / kind.__name__ / f'{number:04d}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw(kind, generator).numpy()).save(path)
+        Image.fromarray(draw_pattern(kind, generator).numpy()).save(path)
     (aside / marker.name).write_text(VERSION)
     shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""Which splits a folder, an archive or a list has, and the class of each image.
+"""Find the splits of a folder, an archive or a list, and the class of each image. Layouts:
 
 FOLDER/{train,val,test}/<class>/...   or flat; val may be called valid or validation
 FOLDER/<class>/...                    two or more folders of images: classes, as torchvision's ImageFolder has them
@@ -18,7 +18,7 @@ import torch
 from dataloader.loading.decode import is_image
 from dataloader.readers.files import Files
 from dataloader.sources import imagenet, parquet_files
-from dataloader.sources.folder import list_folder, scan
+from dataloader.sources.folder import list_folder, scan_images
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.path_list import read_path_list
 from dataloader.sources.split_names import SPLIT_ALIASES, require_train, split_from_folder_name
@@ -40,17 +40,16 @@ from runtime.console import printable
 from runtime.errors import UserError
 from runtime.messages import log
 
-# A folder's name in names that stand one after the other: it follows a / (or begins), and ends in one.
+# Matches a folder called like a split in the concatenated names of images.
 BELOW = re.compile(
     rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLIT_ALIASES) + rb')(?:[-_ ]?20\d\d)?)/', re.I
 )
 
 
 def find_splits(root, cache_path, progress):
-    """{'train': SplitSource, 'val': SplitSource, ...} of what `image_path` names, the splits that are there; train
-    always is.
+    """Find the splits of `image_path`: {'train': SplitSource, ...}, with val and test if they exist.
 
-    progress: messages.progress. Raises UserError where there are no images, or the layout is none of the above.
+    progress: messages.progress. Raises UserError if there are no images, or the layout is none of the above.
     """
     if archives := expand_braces(root):
         return {'train': source_from_shards(archives, cache_path, progress)}
@@ -63,16 +62,16 @@ def find_splits(root, cache_path, progress):
             else splits_in_archive(root, cache_path, progress)
         )
     if archives := imagenet.find_archives(root):
-        found = {}
+        scanned = {}
         for name, path in archives.items():
             images, store, _ = open_archives([path], cache_path, progress)
             if name == 'train':
-                found[name] = source_from_class_folders(path, images, store)
+                scanned[name] = source_from_class_folders(path, images, store)
             else:
-                found[name] = SplitSource(
-                    path, store, *imagenet.val_labels(root, images.names), images.others, images.passed
+                scanned[name] = SplitSource(
+                    path, store, *imagenet.val_labels(root, images.names), images.other_files, images.skipped_folders
                 )
-        return found
+        return scanned
     if kaggle := imagenet.find_kaggle_layout(root):
         return source_from_kaggle(root, *kaggle, cache_path, progress)
     places = split_locations(root)
@@ -82,58 +81,59 @@ def find_splits(root, cache_path, progress):
             return find_splits(inner, cache_path, progress)
         if archives := list_numbered_archives(root):
             return {'train': source_from_shards(archives, cache_path, progress)}
-        found = scan_with_progress(root, progress)
-        check_no_splits_below(root, found.names)
-        return {'train': source_guess_classes(root, found, Files(root, found.names))}
+        scanned = scan_with_progress(root, progress)
+        check_no_splits_below(root, scanned.names)
+        return {'train': source_guess_classes(root, scanned, Files(root, scanned.names))}
     require_train(root, {name: paths[0].name for name, paths in places.items()})
     check_train_is_not_a_class(root, places)
-    parts = {name: load_location(paths, cache_path, progress) for name, paths in places.items() if name != 'test'}
+    sources = {name: load_location(paths, cache_path, progress) for name, paths in places.items() if name != 'test'}
     if 'test' in places:
         try:
-            parts['test'] = load_location(places['test'], cache_path, progress)
-        except UserError as error:  # nothing is trained or judged on it
-            log(f'{error}; there is no test then')
-    return parts
+            sources['test'] = load_location(places['test'], cache_path, progress)
+        except UserError as error:  # test is optional
+            log(f'{error}; test is ignored')
+    return sources
 
 
 def source_from_kaggle(root, folder, table, cache_path, progress):
-    """The SplitSource of ImageNet as Kaggle packs it: val's labels are in a table, test has none."""
+    """Return {split: SplitSource} of ImageNet as Kaggle packs it: the labels of val are in a CSV file, test has
+    none."""
     log(f'{printable(root)} is ImageNet as Kaggle packs it: {printable(folder.relative_to(root))}')
-    parts = {}
+    sources = {}
     for name in ('train', 'val', 'test'):
         if (folder / name).is_dir():
-            parts[name] = load_location([folder / name], cache_path, progress)
-    if 'val' in parts and not parts['val'].classes:
+            sources[name] = load_location([folder / name], cache_path, progress)
+    if 'val' in sources and not sources['val'].classes:
         if table is None:
-            log(f'the labels of val are in {imagenet.SOLUTION}, which is not there: val has no classes')
+            log(f'the labels of val are in {imagenet.SOLUTION}, which does not exist: val has no classes')
         else:
-            val = parts['val']
-            val.labels = imagenet.val_labels_from_csv(table, val.store.names, parts['train'].classes)
-            val.classes = parts['train'].classes
-    return parts
+            val = sources['val']
+            val.labels = imagenet.val_labels_from_csv(table, val.store.names, sources['train'].classes)
+            val.classes = sources['train'].classes
+    return sources
 
 
 def check_no_splits_below(root, names):
-    """Raise UserError where images that are about to be taken for one set lie in folders called train and val, or test:
-    what is to be judged on would be trained on."""
-    found = {}
+    """Raise UserError if images that would become one split lie in folders called train and val or test: the network
+    would be trained on its evaluation images."""
+    matches = {}
     for match in BELOW.finditer(names.data):
-        found.setdefault(split_from_folder_name(os.fsdecode(match[1])), match)
-        if 'train' in found and len(found) > 1:
+        matches.setdefault(split_from_folder_name(os.fsdecode(match[1])), match)
+        if 'train' in matches and len(matches) > 1:
             break
-    if 'train' in found and len(found) > 1:
-        first = next(name for name in names if f'/{os.fsdecode(found["train"][1])}/' in f'/{name}')
-        above = first[: f'/{first}'.index(f'/{os.fsdecode(found["train"][1])}/')].rstrip('/')
-        kinds = ' and '.join(printable(match[1]) for match in found.values())
+    if 'train' in matches and len(matches) > 1:
+        first = next(name for name in names if f'/{os.fsdecode(matches["train"][1])}/' in f'/{name}')
+        above = first[: f'/{first}'.index(f'/{os.fsdecode(matches["train"][1])}/')].rstrip('/')
+        kinds = ' and '.join(printable(match[1]) for match in matches.values())
         raise UserError(
             f'{printable(root)} has no splits itself, and folders called {kinds} lie below it: is '
-            f'{printable(root / above)} '
-            'meant? Name that as `image_path`; to train on all of it as one set, call them otherwise'
+            f'{printable(root / above)} meant? Name that as `image_path`; to train on all of it as one dataset, '
+            'rename them'
         )
 
 
 def find_nested_root(root):
-    """The folder with splits that lies in `root` alone, a few levels down; or None."""
+    """Return the folder with splits if `root` contains nothing else, up to five levels down; else None."""
     folder = root
     for _ in range(5):
         files, folders = list_folder(folder)
@@ -146,18 +146,17 @@ def find_nested_root(root):
 
 
 def check_train_is_not_a_class(root, places):
-    """Raise UserError where the folder train, the only split, may be a class: it has none, and lies beside folders of
-    images."""
+    """Raise UserError if the folder train may be a class: it is the only split, has no class folders, and lies beside
+    other folders of images."""
     train = places['train'][0]
     if len(places) > 1 or not train.is_dir() or list_folder(train)[1]:
         return
-    found = [os.fsdecode(name) for name in sorted(list_folder(root)[1]) if os.fsdecode(name) != train.name]
-    full = [printable(name) for name in found if list_folder(root / name)[0]]
-    if len(full) > 1:
+    siblings = [os.fsdecode(name) for name in sorted(list_folder(root)[1]) if os.fsdecode(name) != train.name]
+    with_images = [printable(name) for name in siblings if list_folder(root / name)[0]]
+    if len(with_images) > 1:
         raise UserError(
-            f'{printable(root)}: is {printable(train.name)} a class, as {full[0]} and {full[1]} beside it seem to be, '
-            'or all '
-            'that is to be trained on? Call the class otherwise, or point `image_path` at train'
+            f'{printable(root)}: is {printable(train.name)} a class, as {with_images[0]} and {with_images[1]} beside '
+            'it seem to be, or the training split? Rename the class, or point `image_path` at train'
         )
 
 
@@ -166,26 +165,26 @@ def has_splits_here(folder):
 
 
 def load_single_source(path, cache_path, progress):
-    """All images of a folder at any depth, an archive, a list, or one file, as a SplitSource without labels (a list may
-    have some). Raises UserError where there are none."""
+    """Return a SplitSource of all images of a folder, an archive, a list or one file, without labels (a list may have
+    some). Raises UserError if there are none."""
     if path.is_dir():
         if shards := parquet_files.find_shards(path):
             return parquet_files.source_from_parquet(
                 next(shards[name] for name in ('test', 'val', 'train') if name in shards)
             )
-        found = scan_with_progress(path, progress)
-        if not len(found.names) and (places := list_splits(path)):  # archives, or lists
+        scanned = scan_with_progress(path, progress)
+        if not len(scanned.names) and (places := list_splits(path)):  # archives, or lists
             paths = next(places[name] for name in ('test', 'val', 'train') if name in places)
             return load_location(paths, cache_path, progress)
-        return source_unlabeled(path, found, Files(path, found.names))
+        return source_unlabeled(path, scanned, Files(path, scanned.names))
     if not path.is_file():
         is_what = 'is neither a file nor a folder' if path.exists() else 'is not there'
         raise UserError(f'{printable(path)} {is_what}')
     if path.suffix.lower() == '.parquet':
         return parquet_files.source_from_parquet([path])
     if is_tar(path):
-        found, store, _ = open_archives([path], cache_path, progress)
-        return source_unlabeled(path, found, store)
+        scanned, store, _ = open_archives([path], cache_path, progress)
+        return source_unlabeled(path, scanned, store)
     if is_image(os.fsencode(path.name)):
         return SplitSource(path, Files(path.parent, PathArray([path.name])), torch.tensor([-1]), [])
     return read_path_list(path)
@@ -196,32 +195,32 @@ def is_tar(path):
 
 
 def has_splits(root):
-    """Whether a folder is laid out for training."""
+    """Whether a folder has splits."""
     return has_splits_here(root) or bool(find_nested_root(root))
 
 
 def split_locations(root):
-    """`list_splits`, but for a val.txt or test.tar beside other things, which makes no splits of them."""
-    found = list_splits(root)
-    return found if 'train' in found or any(paths[0].is_dir() for paths in found.values()) else {}
+    """list_splits, but empty if there is only a val.txt or test.tar among other files."""
+    locations = list_splits(root)
+    return locations if 'train' in locations or any(paths[0].is_dir() for paths in locations.values()) else {}
 
 
 def list_splits(root):
-    """{split: [its folder, its list, or its archives]} of the splits that `root` holds, in the order of
-    SPLIT_ALIASES."""
+    """Return {split: [its folder, its list, or its archives]} of the splits in `root`. Raises UserError if a split is
+    ambiguous."""
     folders, archives, lists = {}, {}, {}
     try:
         entries = sorted(root.iterdir())
     except OSError as error:
-        raise UserError(f'the folder {printable(root)} may not be read: {error.strerror}') from None
+        raise UserError(f'the folder {printable(root)} cannot be read: {error.strerror}') from None
     for path in entries:
         lower = path.name.lower()
         match = ARCHIVE.fullmatch(lower)
         archive = SPLIT_ALIASES.get(match[1]) if match else None
         listed = SPLIT_ALIASES.get(path.stem.lower()) if path.suffix.lower() == '.txt' else None
         if (split_from_folder_name(lower) or archive or listed) and path.is_symlink() and not path.exists():
-            raise UserError(f'{printable(path)} is a link that leads nowhere')
-        if (archive or listed) and not path.is_file():  # a pipe would be waited for
+            raise UserError(f'{printable(path)} is a broken link')
+        if (archive or listed) and not path.is_file():  # reading a pipe would block
             raise UserError(f'{printable(path)} is no file')
         if split_from_folder_name(lower) and path.is_dir():
             folders.setdefault(split_from_folder_name(lower), []).append(path)
@@ -229,29 +228,29 @@ def list_splits(root):
             archives.setdefault(archive, []).append(path)
         elif listed:
             lists.setdefault(listed, []).append(path)
-    found = {}
+    locations = {}
     for name in ('train', 'val', 'test'):
         for kind in (folders, archives, lists):
-            if name in kind and name not in found:
-                found[name] = kind[name]
+            if name in kind and name not in locations:
+                locations[name] = kind[name]
                 stems = {re.sub(r'\d+\.tar$|\..*', '', path.name.lower()) for path in kind[name]}
                 if len(stems) > 1 or (kind is folders and len(kind[name]) > 1):
-                    said = ' and '.join(printable(kind[name][i].name) for i in (0, -1))
-                    raise UserError(f'{printable(root)} has both {said}: which of them is {name}?')
-    return found
+                    both_names = ' and '.join(printable(kind[name][i].name) for i in (0, -1))
+                    raise UserError(f'{printable(root)} has both {both_names}: which of them is {name}?')
+    return locations
 
 
 def load_location(paths, cache_path, progress):
-    """The SplitSource of one split: its folder, its list, or its archives."""
+    """Return the SplitSource of one split. paths: its folder, its list, or its archives."""
     if paths[0].is_dir():
         if archives := list_numbered_archives(paths[0]):
             return source_from_shards(archives, cache_path, progress)
-        found = scan_with_progress(paths[0], progress)
-        return source_from_class_folders(paths[0], found, Files(paths[0], found.names))
+        scanned = scan_with_progress(paths[0], progress)
+        return source_from_class_folders(paths[0], scanned, Files(paths[0], scanned.names))
     if not is_tar(paths[0]):
         return read_path_list(paths[0])
     return source_from_shards(paths, cache_path, progress)
 
 
 def scan_with_progress(folder, progress):
-    return scan(folder, lambda names: progress(names, f'looking through {printable(folder.name)}', 'folders'))
+    return scan_images(folder, lambda names: progress(names, f'looking through {printable(folder.name)}', 'folders'))

@@ -1,4 +1,4 @@
-"""What lies in a folder: its images at any depth, and everything else, counted."""
+"""Scan a folder: its images at any depth, and counts of all other files."""
 
 import os
 from collections import Counter
@@ -11,7 +11,7 @@ from dataloader.sources.path_array import PathArray
 from runtime.console import printable
 from runtime.errors import UserError
 
-# What systems put beside people's files, lower case; so is whatever begins with a dot.
+# Names of system files and folders, lower case. Names that begin with a dot are skipped as well.
 SYSTEM_NAMES = {
     b'@eadir',
     b'@recycle',
@@ -31,27 +31,25 @@ SYSTEM_NAMES = {
 
 @dataclass
 class FolderScan:
-    """The images of a folder: those that lie in it, then folder by folder, sorted. Names are relative to it."""
+    """The images of a folder: first those directly in it, then folder by folder, sorted. Names are relative to it."""
 
     names: PathArray
-    folders: list  # of the folders right below, sorted by name (str)
+    folders: list  # names of the direct subfolders, sorted
     counts: list  # images in each of them
-    others: Counter  # what is no image: ending (str) to count
-    passed: list = field(default_factory=list)  # what was not gone into: folders of systems, links that lead back
+    other_files: Counter  # what is no image: ending (str) to count
+    skipped_folders: list = field(default_factory=list)  # system folders, and links to a parent folder
 
     @property
     def num_root_images(self):
-        """The number of images that lie in the folder itself; they come first."""
+        """Number of images directly in the folder; they come first."""
         return len(self.names) - sum(self.counts)
 
 
-def scan(folder, progress=iter):
-    """FolderScan of a folder. progress: wraps the iteration over the folders right below it. Raises UserError where a
-    folder may not be read.
-
-    Links are followed, but for those that lead to a folder which holds them.
+def scan_images(folder, progress=iter):
+    """Scan a folder. Returns a FolderScan. progress: wraps the iteration over the direct subfolders. Links are
+    followed, except to a parent folder. Raises UserError if a folder cannot be read.
     """
-    found = FolderScan(PathArray(), [], [], Counter())
+    result = FolderScan(PathArray(), [], [], Counter())
     top = os.fsencode(os.path.realpath(folder))
     parents = {inode(os.path.realpath(top))}
     above = top
@@ -59,27 +57,27 @@ def scan(folder, progress=iter):
         above = up
         parents.add(inode(above))
     data, lengths = bytearray(), []
-    below = scan_folder(top, b'', found)
+    below = scan_folder(top, b'', result)
     append_paths(below[0], b'', data, lengths)
     for name in progress(sorted(below[1], key=os.fsdecode)):
         before = len(lengths)
-        scan_tree(top + b'/' + name, name + b'/', parents, found, data, lengths)
-        found.folders.append(os.fsdecode(name))
-        found.counts.append(len(lengths) - before)
-    found.names = PathArray.from_buffer(data, np.cumsum(lengths, dtype=np.int64))
-    return found
+        scan_tree(top + b'/' + name, name + b'/', parents, result, data, lengths)
+        result.folders.append(os.fsdecode(name))
+        result.counts.append(len(lengths) - before)
+    result.names = PathArray.from_buffer(data, np.cumsum(lengths, dtype=np.int64))
+    return result
 
 
-def scan_tree(path, prefix, parents, found, data, lengths):
-    """Add the images under `path` (bytes), whose names begin with `prefix`. parents: identities of what holds it."""
-    todo = [(path, prefix, parents)]  # no recursion: folders can lie deeper than Python's stack
+def scan_tree(path, prefix, parents, result, data, lengths):
+    """Add the images under `path` (bytes), whose names begin with `prefix`. parents: inodes of the parent folders."""
+    todo = [(path, prefix, parents)]  # no recursion: folders can be nested deeper than Python's stack
     while todo:
         path, prefix, parents = todo.pop()
         me = inode(path)
         if me in parents:
-            found.passed.append(f'{printable(prefix)} (a link to a folder that holds it)')
+            result.skipped_folders.append(f'{printable(prefix)} (a link to a folder that holds it)')
             continue
-        files, folders = scan_folder(path, prefix, found)
+        files, folders = scan_folder(path, prefix, result)
         append_paths(files, prefix, data, lengths)
         inner = parents | {me} if folders else parents
         for name in sorted(folders, key=os.fsdecode, reverse=True):
@@ -87,11 +85,11 @@ def scan_tree(path, prefix, parents, found, data, lengths):
 
 
 def list_folder(folder):
-    """(images, folders) right in a folder (a Path): names as bytes."""
+    """Return (images, folders) directly in a folder (a Path), names as bytes."""
     return scan_folder(os.fsencode(folder), b'', FolderScan(PathArray(), [], [], Counter()))
 
 
-def scan_folder(path, prefix, found):
+def scan_folder(path, prefix, result):
     """(image files, folders) right in `path`, names as bytes; the rest is counted in `found`."""
     files, folders = [], []
     try:
@@ -100,38 +98,38 @@ def scan_folder(path, prefix, found):
                 name = entry.name
                 kind = entry_kind(entry)
                 if name[0] == 46 or name.lower() in SYSTEM_NAMES:  # a dot
-                    record_skipped(name, prefix, kind == 'folder', found)
+                    record_skipped(name, prefix, kind == 'folder', result)
                 elif kind == 'file':
-                    files.append(name) if is_image(name) else found.others.update([file_extension(name)])
+                    files.append(name) if is_image(name) else result.other_files.update([file_extension(name)])
                 elif kind == 'folder':
                     folders.append(name)
                 elif kind == 'lost' and is_image(name):
-                    files.append(name)  # a link that leads nowhere: whoever reads it will say so
+                    files.append(name)  # a broken link: reported when it is read
                 else:
-                    found.others['(neither file nor folder)'] += 1
+                    result.other_files['(neither file nor folder)'] += 1
     except OSError as error:
-        raise UserError(f'the folder {printable(path)} may not be read: {error.strerror}') from None
+        raise UserError(f'the folder {printable(path)} cannot be read: {error.strerror}') from None
     return files, folders
 
 
 def entry_kind(entry):
-    """file, folder, lost (a link that leads nowhere or in a circle), or other: a pipe would be waited for."""
+    """Return 'file', 'folder', 'lost' (a broken or circular link) or 'other' (a pipe, a device)."""
     try:
         return 'file' if entry.is_file() else 'folder' if entry.is_dir() else 'lost' if entry.is_symlink() else 'other'
     except OSError:
         return 'lost'
 
 
-def record_skipped(name, prefix, is_folder, found):
-    """Note what belongs to the system, or is hidden."""
+def record_skipped(name, prefix, is_folder, result):
+    """Count a hidden or system file, or list such a folder."""
     if is_folder:
-        found.passed.append(printable(prefix + name) + '/')
+        result.skipped_folders.append(printable(prefix + name) + '/')
     else:
-        found.others['(hidden)'] += 1
+        result.other_files['(hidden)'] += 1
 
 
 def append_paths(files, prefix, data, lengths):
-    """Add these names, sorted, to the bytes and lengths of all."""
+    """Append sorted names to the buffer `data` and to `lengths`."""
     files.sort()
     data += b''.join([prefix + name for name in files])
     before = len(prefix)
@@ -139,7 +137,7 @@ def append_paths(files, prefix, data, lengths):
 
 
 def file_extension(name):
-    """The ending of a file's name (bytes), for people."""
+    """Return the ending of a file name (bytes) as text."""
     dot = name.rfind(b'.')
     return printable(name[dot:].lower()) if dot > 0 else '(no ending)'
 

@@ -1,4 +1,5 @@
-"""ImageNet (ILSVRC 2012) as it is downloaded: a tar of class tars, a tar of images, and their labels in the devkit."""
+"""ImageNet (ILSVRC 2012) as downloaded: a tar of class tars, a tar of validation images, and their labels in the
+devkit."""
 
 import csv
 import io
@@ -17,17 +18,17 @@ VAL_GROUND_TRUTH, META = 'data/ILSVRC2012_validation_ground_truth.txt', 'data/me
 
 
 def find_archives(root):
-    """{split: archive} of those that `root` holds, {} without the training images."""
-    found = {name: root / file for name, file in ARCHIVES.items() if (root / file).is_file()}
-    return found if 'train' in found else {}
+    """Return {split: archive} of the archives in `root`; {} without the training images."""
+    archives = {name: root / file for name, file in ARCHIVES.items() if (root / file).is_file()}
+    return archives if 'train' in archives else {}
 
 
 KAGGLE, SOLUTION = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC'), 'LOC_val_solution.csv'
 
 
 def find_kaggle_layout(root):
-    """(the folder of train/, val/ and test/ of ImageNet as Kaggle packs it, the file with val's labels or None) where
-    `root` is the competition's folder, or ILSVRC in it; else None."""
+    """Return (folder with train/, val/ and test/, CSV file with the labels of val or None) if `root` is Kaggle's folder
+    of ImageNet, or ILSVRC in it; else None."""
     for inner in KAGGLE:
         folder = root / inner
         if (folder / 'train').is_dir():
@@ -37,8 +38,8 @@ def find_kaggle_layout(root):
 
 
 def val_labels_from_csv(table, names, classes):
-    """Labels of the validation images, N int64, by Kaggle's table: ImageId, then the class and a box, and so on.
-    classes: those of train. Raises WorkError where it is damaged or lacks an image."""
+    """Read the labels of the validation images, N int64, from Kaggle's CSV file (ImageId; class and box, ...). classes:
+    those of train. Raises WorkError if it is damaged or lacks an image."""
     try:
         with open(table, newline='', encoding='utf-8') as file:
             rows = csv.DictReader(file)
@@ -46,14 +47,14 @@ def val_labels_from_csv(table, names, classes):
         number = {name: i for i, name in enumerate(classes)}
         return torch.tensor([number[owner[name.rsplit('/', 1)[-1].rsplit('.', 1)[0]]] for name in names])
     except (OSError, KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise WorkError(f'{printable(table)} is damaged, or not of these images: {error!r}') from None
+        raise WorkError(f'{printable(table)} is damaged, or for other images: {error!r}') from None
 
 
 def val_labels(root, names):
-    """(labels of the validation images, N int64, the classes' names: WordNet ids, sorted as train's folders are).
+    """Read the labels of the validation images from the devkit. Returns (N int64, sorted class names: WordNet ids).
 
-    names: of the images, in any order: each ends in its number. Raises UserError where the devkit is missing,
-    WorkError where it is damaged.
+    names: of the images, in any order; each ends in its number. Raises UserError if the devkit is missing, WorkError if
+    it is damaged.
     """
     devkit = root / DEVKIT
     if not devkit.is_file():
@@ -70,8 +71,8 @@ def val_labels(root, names):
         wnid = {int(row[0]): str(row[1]) for row in synsets['synsets'].tolist() if int(row[4]) == 0}
         classes = sorted(wnid.values())
         number = {name: i for i, name in enumerate(classes)}
-        of_image = [number[wnid[identity]] for identity in truth]
-        labels = [of_image[int(re.search(r'(\d+)\.\w+$', name)[1]) - 1] for name in names]
+        image_labels = [number[wnid[identity]] for identity in truth]
+        labels = [image_labels[int(re.search(r'(\d+)\.\w+$', name)[1]) - 1] for name in names]
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, IndexError, TypeError) as error:
-        raise WorkError(f'{printable(devkit)} is damaged, or not of these images: {error!r}') from None
+        raise WorkError(f'{printable(devkit)} is damaged, or for other images: {error!r}') from None
     return torch.tensor(labels), classes

@@ -1,4 +1,4 @@
-"""Which splits and classes Parquet files have: those of the Hugging Face hub, data/train-00000-of-00005.parquet."""
+"""Find the splits and classes of Parquet files, named as on the Hugging Face hub: data/train-00000-of-00005.parquet."""
 
 import json
 import re
@@ -20,22 +20,22 @@ IMAGE_COLUMNS, LABEL_COLUMNS = ('image', 'img', 'picture'), ('label', 'labels', 
 
 
 def find_shards(root):
-    """{split: its Parquet files} of a folder, or of its folder data; {} where there are none."""
+    """Return {split: its Parquet files} of a folder, or of its subfolder data; {} if there are none."""
     for folder in (root, root / 'data'):
-        found = {}
+        shards = {}
         for path in sorted(folder.glob('*.parquet')) if folder.is_dir() else ():
             match = SHARD.fullmatch(path.name.lower())
             if match and match[1] in SPLIT_ALIASES:
-                found.setdefault(SPLIT_ALIASES[match[1]], []).append(path)
-        if found:
-            require_train(root, {name: paths[0].name for name, paths in found.items()})
-            return found
+                shards.setdefault(SPLIT_ALIASES[match[1]], []).append(path)
+        if shards:
+            require_train(root, {name: paths[0].name for name, paths in shards.items()})
+            return shards
     return {}
 
 
 def source_from_parquet(paths):
-    """The SplitSource of one split, in these files. Raises UserError where pyarrow is not there, or no column holds
-    images, WorkError for a damaged file."""
+    """Return the SplitSource of one split in Parquet files. Raises UserError if pyarrow is not installed or no column
+    has images, WorkError for a damaged file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -54,8 +54,8 @@ def source_from_parquet(paths):
             table = file.read(columns=columns, use_threads=False) if columns else None
         except pa.ArrowException as error:
             raise WorkError(f'cannot read the file {printable(path)}: {str(error).splitlines()[0]}') from None
-        kept = [each['path'] for each in table.column(image).to_pylist()] if is_struct else [None] * sum(rows)
-        names += [f'{path.stem}/{row:07d}_{name or "image"}' for row, name in enumerate(kept)]
+        file_names = [each['path'] for each in table.column(image).to_pylist()] if is_struct else [None] * sum(rows)
+        names += [f'{path.stem}/{row:07d}_{name or "image"}' for row, name in enumerate(file_names)]
         labels += table.column(label).to_pylist() if label else [None] * sum(rows)
         parts += [(number, group, row) for group, count in enumerate(rows) for row in range(count)]
     if not parts:
@@ -67,12 +67,12 @@ def source_from_parquet(paths):
 
 
 def find_columns(schema, path):
-    """(column of the images, column of the labels or '', classes or None) by what the hub writes into a schema, else by
-    their names. Raises UserError where there is no column of images."""
+    """Find the columns of images and labels from the hub's metadata in the schema, else from their names. Returns
+    (image column, label column or '', class names or None). Raises UserError if there is no image column."""
     import pyarrow as pa
 
-    about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
-    features = about.get('info', {}).get('features', {})
+    hub_info = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
+    features = hub_info.get('info', {}).get('features', {})
     kinds = {name: value.get('_type') for name, value in features.items() if isinstance(value, dict)}
     images = [name for name, kind in kinds.items() if kind == 'Image' and name in schema.names]
     if not images:
@@ -91,15 +91,15 @@ def find_columns(schema, path):
 
 
 def holds_bytes(kind, pa):
-    """Whether a column of this type may hold images: bytes, or a struct of bytes and path."""
+    """Whether a column of this type can have images: bytes, or a struct of bytes and path."""
     if pa.types.is_struct(kind):
         return any(field.name == 'bytes' for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def number_labels(labels, classes):
-    """(N int64, names of the classes) of the values of a column of labels: numbers of `classes`, or, where that is
-    None, whatever tells them apart; none is -1."""
+    """Convert label values to (N int64, class names). classes: names if the values are class numbers; None to use the
+    distinct values as classes. A missing label is -1."""
     if all(label is None for label in labels):
         return torch.full((len(labels),), -1), []
     if classes:
@@ -113,5 +113,5 @@ def number_labels(labels, classes):
 
 
 def join_shard_names(paths):
-    """One path that stands for all files of a split."""
+    """Return one path that stands for all files of a split, for messages."""
     return paths[0] if len(paths) == 1 else paths[0].with_name(f'{paths[0].stem.split("-")[0]}-*.parquet')

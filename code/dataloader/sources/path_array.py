@@ -1,4 +1,4 @@
-"""A million names in the memory that they take on disk."""
+"""A compact array of file names."""
 
 import hashlib
 import os
@@ -7,10 +7,10 @@ import numpy as np
 
 
 class PathArray:
-    """A sequence of names (str), kept as their bytes one after the other.
+    """A sequence of file names (str), stored as one bytes object.
 
-    A list of as many strings takes three times the memory, and every process that looks at one copies it: Python counts
-    references inside the objects. A name is bytes, not text (os.fsdecode turns what is no text into surrogates).
+    A list of strings takes three times the memory, and forked processes copy it, because Python counts references in
+    the objects. Names are bytes; os.fsdecode converts undecodable ones to surrogates.
     """
 
     def __init__(self, names=()):
@@ -21,7 +21,7 @@ class PathArray:
 
     @classmethod
     def from_buffer(cls, data, ends):
-        """From the bytes of all names and where each ends (int64)."""
+        """Build it from the concatenated names and their end offsets (int64)."""
         new = cls.__new__(cls)
         new.data, new.end_offsets = bytes(data), ends
         return new
@@ -30,7 +30,7 @@ class PathArray:
         return len(self.end_offsets)
 
     def bytes_at(self, index):
-        """Name `index` as bytes."""
+        """Return name `index` as bytes."""
         index = range(len(self.end_offsets))[index]
         return self.data[self.end_offsets[index - 1] if index else 0 : self.end_offsets[index]]
 
@@ -41,16 +41,16 @@ class PathArray:
         return (self[index] for index in range(len(self)))
 
     def digest(self, more=b''):
-        """What other names, or another order, have otherwise. more: bytes that count as well."""
-        found = hashlib.blake2b(self.data, digest_size=6)
-        found.update(self.end_offsets.tobytes())
-        found.update(more)
-        return found.hexdigest()
+        """Return a digest of the names and their order. more: bytes to include."""
+        hashed = hashlib.blake2b(self.data, digest_size=6)
+        hashed.update(self.end_offsets.tobytes())
+        hashed.update(more)
+        return hashed.hexdigest()
 
     def index(self, name):
-        """Where `name` stands. Raises ValueError."""
+        """Return the index of `name`. Raises ValueError."""
         return list(self).index(name)
 
     def select(self, rows):
-        """Those of these row numbers, in this order."""
+        """Return the names with these row numbers, in this order."""
         return PathArray(self.bytes_at(int(row)) for row in rows)

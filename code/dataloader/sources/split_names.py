@@ -18,12 +18,12 @@ YEAR_SUFFIX = re.compile(r'[-_ ]?20\d\d$')  # COCO's train2017
 
 
 def split_from_folder_name(name):
-    """The split that a folder of this name is, or None."""
+    """Return the split for a folder with this name, or None."""
     return SPLIT_ALIASES.get(YEAR_SUFFIX.sub('', name.lower()))
 
 
 def require_train(root, names):
-    """Raise UserError where a set has splits, {split: its name there}, and none to train on."""
+    """Raise UserError if a dataset has splits but no train. names: {split: its name in the folder}."""
     if 'train' not in names:
-        said = ', '.join(sorted(map(printable, names.values())))
-        raise UserError(f'{printable(root)} has {said} and no train: what is there to be trained on?')
+        present = ', '.join(sorted(map(printable, names.values())))
+        raise UserError(f'{printable(root)} has {present} but no train: which images are for training?')

@@ -1,4 +1,4 @@
-"""A split before an image of it is opened: where its images come from, and the class of each."""
+"""SplitSource: the images of a split, before any is opened, and their classes."""
 
 import hashlib
 from collections import Counter
@@ -13,82 +13,93 @@ from runtime.errors import UserError
 from runtime.messages import log
 
 COMPRESSED_SUFFIXES = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
-EMPTY_FOLDER_HINTS = {  # of what lies in place of images
-    ('.tar',): '; archives are read by their names: train.tar, or train-000000.tar and so on',
-    COMPRESSED_SUFFIXES: '; unpack what is packed first',
+EMPTY_FOLDER_HINTS = {  # hints by the endings of files in a folder without images
+    ('.tar',): '; archives are recognized by their names: train.tar, or train-000000.tar and so on',
+    COMPRESSED_SUFFIXES: '; unpack compressed files first',
 }
 
 
 @dataclass
 class SplitSource:
-    """The images of a split. labels: N, int64, numbers of `classes`; -1: none."""
+    """The images of a split. store: a reader; labels: N, int64, indices of `classes`, -1 for no label."""
 
-    where: Path
+    location: Path
     store: object
     labels: torch.Tensor
     classes: list
-    others: Counter = field(default_factory=Counter)  # what lies there and is no image, by ending
-    passed: list = field(default_factory=list)  # folders that were not gone into
-    cache_subdir: str = ''  # what is held out of a folder keeps its cache files apart from those of the rest
+    other_files: Counter = field(default_factory=Counter)  # number of other files by ending
+    skipped_folders: list = field(default_factory=list)  # system folders and links to parents
+    cache_subdir: str = ''  # of a held-out val, whose cache files must differ from those of train
 
     def select(self, rows):
         return replace(self, store=self.store.select(rows), labels=self.labels[rows])
 
 
-def stratified_holdout(part, fraction):
-    """(train, val): of each class the same share of `part`, at least one image of two or more, goes to val.
+def stratified_holdout(source, fraction):
+    """Split `source` into (train, val): the same share of each class goes to val, at least one of two or more images.
 
-    Which ones depends on their names alone: not on a seed, and hardly on what is added later.
+    The choice depends only on the images' names: not on a seed, and little on images that are added later.
     """
-    names, chosen = part.store.names, []
-    counts = (part.labels + 1).bincount(minlength=len(part.classes) + 1).tolist()  # the first: without a label
-    for rows in part.labels.argsort(stable=True).split(counts)[1:]:
+    names, chosen = source.store.names, []
+    counts = (source.labels + 1).bincount(minlength=len(source.classes) + 1).tolist()  # index 0: images without label
+    for rows in source.labels.argsort(stable=True).split(counts)[1:]:
         rows = rows.tolist()
         count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
         rows.sort(key=lambda row: hashlib.blake2b(names.bytes_at(row), digest_size=8).digest())
         chosen += rows[: max(0, count)]
-    held = torch.zeros(len(names), dtype=torch.bool)
-    held[chosen] = True
-    train, val = (part.select(mask.nonzero()[:, 0]) for mask in (~held, held))
+    in_val = torch.zeros(len(names), dtype=torch.bool)
+    in_val[chosen] = True
+    train, val = (source.select(mask.nonzero()[:, 0]) for mask in (~in_val, in_val))
     return train, replace(val, cache_subdir='held_out')
 
 
-def source_from_class_folders(where, found, store):
-    """The SplitSource of a split: its folders are its classes. Raises UserError where images lie beside them, or a
-    class is empty (torchvision's ImageFolder refuses both, or drops the images)."""
-    if not found.folders or not len(found.names):
-        return source_unlabeled(where, found, store)
-    if found.num_root_images:
-        stray = printable(found.names[0])
+def source_from_class_folders(location, scanned, store):
+    """Return a SplitSource whose classes are the folders. Raises UserError if there are images beside them, or a class
+    is empty."""
+    if not scanned.folders or not len(scanned.names):
+        return source_unlabeled(location, scanned, store)
+    if scanned.num_root_images:
+        stray = printable(scanned.names[0])
         raise UserError(
-            f'{printable(where)} has class folders, and beside them the image {stray}: move it into a class'
+            f'{printable(location)} has class folders, and beside them the image {stray}: move it into a class'
         )
-    for name, count in zip(found.folders, found.counts, strict=True):
+    for name, count in zip(scanned.folders, scanned.counts, strict=True):
         if not count:
-            raise UserError(f'the class folder {printable(where / name)} holds no images: fill or delete it')
-    labels = torch.repeat_interleave(torch.tensor(found.counts))
-    return SplitSource(where, store, labels, found.folders, found.others, found.passed)
+            raise UserError(f'the class folder {printable(location / name)} holds no images: fill or delete it')
+    labels = torch.repeat_interleave(torch.tensor(scanned.counts))
+    return SplitSource(location, store, labels, scanned.folders, scanned.other_files, scanned.skipped_folders)
 
 
-def source_guess_classes(where, found, store):
-    """The SplitSource of a folder that has no splits: two or more folders of images, and none beside them, are
-    classes."""
-    full = [(name, count) for name, count in zip(found.folders, found.counts, strict=True) if count]
-    if len(full) < 2 or found.num_root_images:
-        if len(full) > 1:
-            stray = f'{found.num_root_images} images beside them, the first {printable(found.names[0])}'
-            log(f'{printable(where)} has {len(full)} folders of images, which are no classes for there are {stray}')
-        return source_unlabeled(where, found, store)
-    if none := [printable(name) for name, count in zip(found.folders, found.counts, strict=True) if not count]:
-        log(f'{printable(where)}: no class is {join_first(none)}, with no images that Pillow can open')
-    labels = torch.repeat_interleave(torch.tensor([count for _, count in full]))
-    return SplitSource(where, store, labels, [name for name, _ in full], found.others, found.passed)
+def source_guess_classes(location, scanned, store):
+    """Return the SplitSource of a folder without splits. Two or more folders of images are its classes, if there are no
+    images beside them."""
+    with_images = [(name, count) for name, count in zip(scanned.folders, scanned.counts, strict=True) if count]
+    if len(with_images) < 2 or scanned.num_root_images:
+        if len(with_images) > 1:
+            stray = f'{scanned.num_root_images} images beside them, the first {printable(scanned.names[0])}'
+            log(
+                f'{printable(location)} has {len(with_images)} folders of images, which are not classes, because '
+                f'there are {stray}'
+            )
+        return source_unlabeled(location, scanned, store)
+    if empty := [printable(name) for name, count in zip(scanned.folders, scanned.counts, strict=True) if not count]:
+        log(f'{printable(location)}: not a class: {join_first(empty)} (no images that Pillow can open)')
+    labels = torch.repeat_interleave(torch.tensor([count for _, count in with_images]))
+    return SplitSource(
+        location, store, labels, [name for name, _ in with_images], scanned.other_files, scanned.skipped_folders
+    )
 
 
-def source_unlabeled(where, found, store):
-    if not len(found.names):
-        other = ', '.join(f'{count} {kind}' for kind, count in found.others.most_common(5)) or 'nothing else either'
-        helps = [install_hint(found.others)]
-        helps += [hint for endings, hint in EMPTY_FOLDER_HINTS.items() if not found.others.keys().isdisjoint(endings)]
-        raise UserError(f'{printable(where)} holds no images that Pillow can open ({other}){"".join(helps)}')
-    return SplitSource(where, store, torch.full((len(found.names),), -1), [], found.others, found.passed)
+def source_unlabeled(location, scanned, store):
+    if not len(scanned.names):
+        other = (
+            ', '.join(f'{count} {kind}' for kind, count in scanned.other_files.most_common(5)) or 'nothing else either'
+        )
+        helps = [install_hint(scanned.other_files)]
+        helps += [
+            hint for endings, hint in EMPTY_FOLDER_HINTS.items() if not scanned.other_files.keys().isdisjoint(endings)
+        ]
+        raise UserError(f'{printable(location)} holds no images that Pillow can open ({other}){"".join(helps)}')
+    return SplitSource(
+        location, store, torch.full((len(scanned.names),), -1), [], scanned.other_files, scanned.skipped_folders
+    )

@@ -1,4 +1,4 @@
-"""Which splits and classes tar archives have: those of the folders that were packed."""
+"""Find the splits and classes of tar archives: those of the folders that were packed."""
 
 import os
 import re
@@ -20,44 +20,44 @@ BRACES = re.compile(r'(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)')  # as WebDataset and she
 
 
 def source_from_shards(paths, cache_path, progress):
-    """The SplitSource of one split, in these archives."""
-    found, store, by_cls = open_archives(paths, cache_path, progress)
+    """Return the SplitSource of one split in these archives."""
+    scanned, store, by_cls = open_archives(paths, cache_path, progress)
     labels, classes = by_cls or (None, [])
-    where = join_shard_names(paths)
+    location = join_shard_names(paths)
     match = ARCHIVE.fullmatch(paths[0].name.lower())
-    own, whole = SPLIT_ALIASES.get(match[1]) if match else None, (found, store, labels)
-    while len(found.folders) == 1 and not found.num_root_images:  # tar cf train.tar photos/train
-        name = found.folders[0]
-        found, store, labels = subfolder(found, store, 0, labels)
-        if own and split_from_folder_name(name) == own:
-            return source_from_scan(where, found, store, labels, classes)
-    return source_from_scan(where, *whole, classes)
+    named_split, whole = SPLIT_ALIASES.get(match[1]) if match else None, (scanned, store, labels)
+    while len(scanned.folders) == 1 and not scanned.num_root_images:  # tar cf train.tar photos/train
+        name = scanned.folders[0]
+        scanned, store, labels = subfolder(scanned, store, 0, labels)
+        if named_split and split_from_folder_name(name) == named_split:
+            return source_from_scan(location, scanned, store, labels, classes)
+    return source_from_scan(location, *whole, classes)
 
 
 def list_numbered_archives(folder):
-    """The numbered archives right in a folder, in order."""
+    """Return the numbered archives directly in a folder, sorted."""
     return sorted(path for path in folder.iterdir() if NUMBERED.fullmatch(path.name.lower()) and path.is_file())
 
 
 def expand_braces(path):
-    """The archives that a path with braces names, train-{000000..000002}.tar; [] of another. Raises UserError where one
-    is not there."""
+    """Expand a path with braces, train-{000000..000002}.tar, to the archives; [] without braces. Raises UserError if
+    one does not exist."""
     match = BRACES.fullmatch(path.name)
     if not match:
         return []
     before, first, last, after = match.groups()
     paths = [path.with_name(f'{before}{number:0{len(first)}d}{after}') for number in range(int(first), int(last) + 1)]
-    if gone := [each for each in paths if not each.is_file()]:
+    if missing := [each for each in paths if not each.is_file()]:
         raise UserError(
-            f'{printable(path)} names {len(paths)} archives, and {len(gone)} are not there: {printable(gone[0])}'
+            f'{printable(path)} names {len(paths)} archives, and {len(missing)} are not there: {printable(missing[0])}'
         )
     if not paths:
-        raise UserError(f'{printable(path)} names no archive: the first number is the larger')
+        raise UserError(f'{printable(path)} names no archive: the first number is larger than the last')
     return paths
 
 
 def join_shard_names(paths):
-    """One path that names all archives, as a shell would: val-{000000..000002}.tar."""
+    """Return one path that stands for all archives, with braces: val-{000000..000002}.tar."""
     if len(paths) == 1:
         return paths[0]
     first, last = (path.name.removesuffix('.tar') for path in (paths[0], paths[-1]))
@@ -66,64 +66,74 @@ def join_shard_names(paths):
 
 
 def splits_in_archive(path, cache_path, progress):
-    """The splits of one archive, which may be packed as a folder of them, or as folders that hold such a one."""
-    found, store, by_cls = open_archives([path], cache_path, progress)
+    """Find the splits of one archive, in which they may be nested in further folders. Returns {split: SplitSource}."""
+    scanned, store, by_cls = open_archives([path], cache_path, progress)
     labels, classes = by_cls or (None, [])
     while True:
-        named = [(name, ARCHIVE.fullmatch(f'{name}.tar')) for name in found.folders]  # an archive in it is a folder
+        named = [(name, ARCHIVE.fullmatch(f'{name}.tar')) for name in scanned.folders]  # nested archives are folders
         if shards := [name for name, match in named if match and match[2] and match[1] in SPLIT_ALIASES]:
             raise UserError(
                 f'{printable(path)} holds the shards {printable(shards[0])}, ...: unpack it (tar xf) into a folder'
             )
-        if splits := split_folders(path, found):
+        if splits := split_folders(path, scanned):
             return {
-                name: source_from_scan(path / name, *subfolder(found, store, row, labels), classes)
+                name: source_from_scan(path / name, *subfolder(scanned, store, row, labels), classes)
                 for name, row in splits.items()
             }
-        if len(found.folders) != 1 or found.num_root_images:
+        if len(scanned.folders) != 1 or scanned.num_root_images:
             break
-        found, store, labels = subfolder(found, store, 0, labels)
+        scanned, store, labels = subfolder(scanned, store, 0, labels)
     if by_cls:
-        return {'train': source_from_scan(path, found, store, labels, classes)}
-    return {'train': source_guess_classes(path, found, store)}
+        return {'train': source_from_scan(path, scanned, store, labels, classes)}
+    return {'train': source_guess_classes(path, scanned, store)}
 
 
-def split_folders(path, found):
-    """{split: the number of its folder} in an archive. Raises UserError as for folders; what lies beside is said."""
+def split_folders(path, scanned):
+    """Return {split: number of its folder} in an archive, and log what is not read. Raises UserError for two folders of
+    one split."""
     rows = {}
-    for row, name in enumerate(found.folders):
+    for row, name in enumerate(scanned.folders):
         if (split := split_from_folder_name(name)) in rows:
-            both = f'{printable(found.folders[rows[split]])} and {printable(name)}'
-            raise UserError(f'{printable(path)} has both {both}: which of them is {split}?')
+            two_folders = f'{printable(scanned.folders[rows[split]])} and {printable(name)}'
+            raise UserError(f'{printable(path)} has both {two_folders}: which of them is {split}?')
         if split:
             rows[split] = row
     if rows:
-        require_train(path, {split: found.folders[row] for split, row in rows.items()})
-        beside = [name for row, name in enumerate(found.folders) if row not in rows.values()]
-        if beside or found.num_root_images:
-            said = [
+        require_train(path, {split: scanned.folders[row] for split, row in rows.items()})
+        beside = [name for row, name in enumerate(scanned.folders) if row not in rows.values()]
+        if beside or scanned.num_root_images:
+            unread = [
                 *map(printable, beside[:5]),
-                *([f'{found.num_root_images} images in no folder'] if found.num_root_images else []),
+                *([f'{scanned.num_root_images} images in no folder'] if scanned.num_root_images else []),
             ]
-            log(f'not read: {", ".join(said)}, beside {printable(found.folders[rows["train"]])} in {printable(path)}')
+            log(
+                f'not read: {", ".join(unread)}, beside {printable(scanned.folders[rows["train"]])} in '
+                f'{printable(path)}'
+            )
     return rows
 
 
-def source_from_scan(where, found, store, labels, classes):
-    """The SplitSource of an archive's images: of the classes that .cls files name, or else of its folders."""
+def source_from_scan(location, scanned, store, labels, classes):
+    """Return the SplitSource of an archive's images, with the classes of .cls files, else of its folders."""
     if labels is None:
-        return source_from_class_folders(where, found, store)
-    return SplitSource(where, store, labels, classes, found.others, found.passed)
+        return source_from_class_folders(location, scanned, store)
+    return SplitSource(location, store, labels, classes, scanned.other_files, scanned.skipped_folders)
 
 
-def subfolder(found, store, row, labels=None):
-    """(FolderScan, store, labels) of what lies in folder number `row` of `found`."""
-    start = found.num_root_images + sum(found.counts[:row])
-    end = start + found.counts[row]
+def subfolder(scanned, store, row, labels=None):
+    """Return (FolderScan, store, labels) of the folder number `row` of `scanned`."""
+    start = scanned.num_root_images + sum(scanned.counts[:row])
+    end = start + scanned.counts[row]
     store, labels = store.select(range(start, end)), None if labels is None else labels[start:end]
-    cut = len(os.fsencode(found.folders[row])) + 1
+    cut = len(os.fsencode(scanned.folders[row])) + 1
     names = [store.names.bytes_at(i)[cut:] for i in range(len(store.names))]
     store.names = PathArray(names)
     tops = Counter(os.fsdecode(name.split(b'/', 1)[0]) for name in names if b'/' in name)
     folders = sorted(tops)
-    return FolderScan(store.names, folders, [tops[name] for name in folders], found.others, found.passed), store, labels
+    return (
+        FolderScan(
+            store.names, folders, [tops[name] for name in folders], scanned.other_files, scanned.skipped_folders
+        ),
+        store,
+        labels,
+    )

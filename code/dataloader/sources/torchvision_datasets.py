@@ -1,4 +1,4 @@
-"""torchvision's own files of CIFAR-10, CIFAR-100 and STL-10: fetched, and read as splits."""
+"""CIFAR-10, CIFAR-100 and STL-10 in torchvision's files: download them, and read them as splits."""
 
 import contextlib
 import io
@@ -16,14 +16,16 @@ DATASET_FOLDERS = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-pyth
 
 
 def detect_dataset(root):
-    """Which of torchvision's own sets the folder holds: a key of DATASET_FOLDERS, or None; train/ goes before them."""
+    """Return which dataset of torchvision the folder has: a key of DATASET_FOLDERS, or None, also if there is
+    train/."""
     if (root / 'train').is_dir():
         return None
     return next((kind for kind, name in DATASET_FOLDERS.items() if (root / name).is_dir()), None)
 
 
 def torchvision_splits(root, kind):
-    """{'train': SplitSource, 'val': SplitSource}: val is its test set; STL-10's unlabelled images are train's too."""
+    """Return {'train': SplitSource, 'val': SplitSource}; val is the test set, and STL-10's unlabeled images are in
+    train. Raises WorkError if files are missing or damaged."""
     from torchvision import datasets
 
     splits = {}
@@ -46,14 +48,14 @@ def torchvision_splits(root, kind):
 
 
 def download(root):
-    """Fetch CIFAR-10, CIFAR-100 or STL-10, whichever the folder is named after, through torchvision."""
+    """Download the dataset that the folder is named after (CIFAR-10, CIFAR-100 or STL-10) with torchvision."""
     from torchvision import datasets
 
     if root.name not in DATASET_FOLDERS:
         raise UserError(f'`download` fetches cifar10, cifar100 or stl10: end `image_path` in one of them, not {root}')
-    log(f'fetching {root.name} into {root} (checked, and kept if it is there)')
+    log(f'downloading {root.name} into {root} (verified, and not repeated if it exists)')
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             getattr(datasets, root.name.upper())(root, download=True)
     except (RuntimeError, OSError) as error:
-        raise WorkError(f'could not fetch {root.name}: {error}; try again, or put its files into {root}') from None
+        raise WorkError(f'could not download {root.name}: {error}; try again, or put its files into {root}') from None

@@ -15,10 +15,10 @@ from runtime.options import get_config
 if __name__ == '__main__':
     demo.TRAIN_PER_CLASS, demo.VAL_PER_CLASS = 12, 3
     load_dataset.ROOT, drawn = Path(sys.argv[1]), []
-    draw = demo.draw
-    demo.draw = lambda *given: drawn.append(None) or draw(*given)
+    draw = demo.draw_pattern
+    demo.draw_pattern = lambda *given: drawn.append(None) or draw(*given)
     distributed.init_process_group(torch.device('cpu'))
     folder = f'{sys.argv[1]}/data/demo'
     splits = load_dataset.load_splits(get_config(preset='demo', image_path=folder, cache_path=f'{sys.argv[1]}/cache'))
     print(f'rank {distributed.rank()}: drew {len(drawn)}, has {len(splits["train"])}', flush=True)
-    distributed.destroy()
+    distributed.destroy_process_group()

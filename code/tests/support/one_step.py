@@ -33,4 +33,4 @@ if __name__ == '__main__':
     if not distributed.rank():
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.save({'losses': losses, 'gradients': gradients, 'state': model.state_dict()}, sys.argv[1])
-    distributed.destroy()
+    distributed.destroy_process_group()

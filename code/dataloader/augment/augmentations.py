@@ -1,16 +1,17 @@
-"""The recipes of augmentation: which operations a view goes through, in this order, and how strong they are.
+"""The augmentations: the operations of each, in order, with their strengths.
 
-A recipe is a RandomResizedCrop and the operations after it. To add a recipe, add a line to AUGMENTATIONS and its name
-to `augmentation` and `warmup_augmentation` in config.py. To add an operation, write a class like RandomGrayscale
-(color.py) and put it in a recipe. It has
+An augmentation is a RandomResizedCrop followed by operations. To add one, add a line to AUGMENTATIONS and its name to
+`augmentation` and `warmup_augmentation` in config.py. To add an operation, write a class like RandomGrayscale
+(color.py) and use it in an augmentation. It has
 
-    prob                  the share of the views that it changes; where that is 0 it is left out
-    columns               how many numbers `sample` draws for a view
-    sample(n, generator)  what is random of n views: n x columns float32, on the CPU, from the CPU's generator
-    on_cpu(x, draws)      the views changed; x: N x 3 x S x S in [0, 1], may be overwritten; draws: of sample
-    on_gpu(x, draws)      the same for all views at once, in new memory, with no step that depends on what was drawn
-    torchvision(v2)       the reference: a transform of torchvision.transforms.v2 (handed in: few need it imported) of a
-                          PIL image, whose values are 0 to 255
+    prob                  probability of changing a view; operations with 0 are left out
+    columns               how many random numbers `sample` returns for a view
+    sample(n, generator)  the random parameters of n views: n x columns float32, from a CPU generator
+    on_cpu(x, draws)      the changed views; x: N x C x S x S in [0, 1], may be overwritten; draws: from sample
+    on_gpu(x, draws)      the same, not in place, without control flow that depends on draws
+    torchvision(v2)       the reference: a transform of torchvision.transforms.v2 (passed in, as importing it is slow)
+                          for PIL images
+
 """
 
 from dataclasses import dataclass, replace
@@ -43,25 +44,25 @@ AUGMENTATIONS = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A recipe, and what the options say of it."""
+    """An augmentation with the options that belong to it."""
 
     crop: RandomResizedCrop
     operations: tuple  # after the crop, in this order
     size: int  # side of a view, in pixels
-    interpolation: str  # 'bilinear' or 'bicubic', of the crop's resize
-    mean: object  # `mean` and `std`
-    std: object
-    levels: tuple | None = None  # of decode.level_range
+    interpolation: str  # 'bilinear' or 'bicubic', for the crop
+    mean: object  # the option `mean`
+    std: object  # the option `std`
+    levels: tuple | None = None  # see decode.level_range
 
     @property
     def changes_pixels(self):
-        """Whether a view is more than a crop."""
+        """Whether any operation besides the crop changes views."""
         return any(operation.prob for operation in self.operations)
 
 
 def get_augmentation(args, name):
-    """The recipe `name` of AUGMENTATIONS under the options: `blur_prob` in place of a blur's own probability, and
-    `crop_scale` as the smallest crop of 'crop'."""
+    """Return the Augmentation `name` of AUGMENTATIONS with the options: `blur_prob` replaces the probability of a blur,
+    `crop_scale` the smallest crop of 'crop'."""
     crop, *operations = AUGMENTATIONS[name]
     if name == 'crop':
         crop = replace(crop, scale=(args.crop_scale, 1.0))
@@ -76,24 +77,24 @@ def get_augmentation(args, name):
 
 
 def replace_color_operations(operations, args):
-    """The operations for images whose channels are not red, green and blue, or that are jittered channel by channel:
-    of ColorJitter brightness and contrast alone; no hue, saturation and grayscale."""
+    """Replace color operations, for images whose channels are not red, green and blue, or with `jitter=channel`:
+    ColorJitter becomes brightness and contrast; saturation, hue and grayscale are removed. Returns the operations."""
     mean, std = (channel_values(name, getattr(args, name)) for name in ('mean', 'std'))
-    found = []
+    replaced = []
     for operation in operations:
         if isinstance(operation, ColorJitter):
             strengths = operation.brightness, operation.contrast, mean, std
             if args.jitter == 'channel':
-                found.append(ChannelJitter(*strengths, args.num_channels, operation.prob))
+                replaced.append(ChannelJitter(*strengths, args.num_channels, operation.prob))
             else:
-                found.append(IntensityJitter(*strengths, operation.prob))
+                replaced.append(IntensityJitter(*strengths, operation.prob))
         elif not isinstance(operation, RandomGrayscale):
-            found.append(operation)
-    return tuple(found)
+            replaced.append(operation)
+    return tuple(replaced)
 
 
 def describe_augmentation(args):
-    """What becomes of an augmentation's colours where channels are none, in a line; '' where they are."""
+    """Describe the replacement of color operations in a line; '' if there is none."""
     if args.jitter == 'channel':
         return 'augmentation: a gain and an offset for each channel (`jitter=channel`); no hue, saturation, grayscale'
     if channel_numbers(args.channels):

@@ -1,10 +1,10 @@
-"""What runs that began with pretrained weights came to, beside these weights, on val and on test.
+"""Runs from pretrained weights compared with these weights, on val and on test.
 
-    python3 bench/going_on.py --runs=RUN1,RUN2 --ckpt_path=... --output=results/going_on.json
+python3 bench/from_pretrained.py --runs=RUN1,RUN2 --ckpt_path=... --output=results/pretrained.json
 
-Of each run: its checkpoints as they are, and the last one's backbone averaged with the start's by 0.75, 0.5 and 0.25
-of the start. kNN with 20 neighbours, logistic regression on all labels and on 30, 10, 5 and 1 a class (five draws, the
-same for all), top-1 in percent with its standard error; gains over the start paired by image.
+For each run: its first and last checkpoint (--every=True: all), and the last backbone averaged with the start by 0.75,
+0.5 and 0.25. kNN with 20 neighbors, logistic regression on all labels and on 30, 10, 5 and 1 per class (five subsets,
+the same for all); top-1 in percent with its standard error; gains over the start are paired by image.
 """
 
 import json
@@ -24,28 +24,32 @@ from protocols.features import extract_features
 from runtime.console import format_columns
 from runtime.errors import resolve_path
 from runtime.files import read_json
-from runtime.options import get_config
+from runtime.options import get_config, rename_options
 
 SHARES = (0.75, 0.5, 0.25)
 LABELS, DRAWS = (30, 10, 5, 1), 5
+SHOWN = (  # options of a run that are kept with its rows
+    *('init_from', 'backbone', 'image_size', 'learning_rate', 'max_epochs', 'random_seed', 'num_views', 'freeze_bn'),
+    *('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation'),
+)
 
 
 def judge(args, backbone, splits):
     """{split: {column: share of draws in which each image is right}} of val and test."""
-    found = {
+    features = {
         name: extract_features(args, backbone.eval(), eval_loader(args, labeled_subset(images)), name)
         for name, images in splits.items()
         if images is not None
     }
-    classes, judged = len(splits['train'].classes), {}
+    classes, results = len(splits['train'].classes), {}
     for name in ('val', 'test'):
-        if name in found:
-            columns = compute_columns(args, found['train'], found[name], classes, LABELS, DRAWS)
-            judged[name] = {column: values['right'] for column, values in columns.items()}
-    return judged
+        if name in features:
+            columns = compute_columns(args, features['train'], features[name], classes, LABELS, DRAWS)
+            results[name] = {column: values['right'] for column, values in columns.items()}
+    return results
 
 
-def numbers(judged, start):
+def summarize(results, start):
     """What `judge` gave as numbers, with the gains over the start."""
     names = ('top1', 'error', 'gain', 'gain_error')
     return {
@@ -55,49 +59,38 @@ def numbers(judged, start):
             )
             for column, right in columns.items()
         }
-        for split, columns in judged.items()
+        for split, columns in results.items()
     }
 
 
-def rows_of(folder, options):
+def measure_run(folder, options, every):
     """{row: numbers} of a run: its start, its checkpoints as they are, and the last one averaged with the start."""
-    found, rows, splits = checkpoints(folder), {}, None
-    first = next(path for path in found if CHECKPOINT_RE.fullmatch(path.name)[2] == '0')
+    paths, rows, splits = checkpoints(folder), {}, None
+    first = next(path for path in paths if CHECKPOINT_RE.fullmatch(path.name)[2] == '0')
     weights = None
-    for path in (first, *(path for path in found if path != first)):
+    for path in (first, *(path for path in paths[0 if every else -1 :] if path != first)):
         args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), knn_k=20, **options), training=True)
         splits = splits or load_splits(args)
         epoch = f'epoch {CHECKPOINT_RE.fullmatch(path.name)[2]}'
-        judged = judge(args, model.backbone, splits)
+        results = judge(args, model.backbone, splits)
         if path == first:
-            start, weights, epoch = judged, {**model.backbone.state_dict()}, 'start'
-        rows[epoch] = numbers(judged, start)
+            start, weights, epoch = results, {**model.backbone.state_dict()}, 'start'
+        rows[epoch] = summarize(results, start)
     trained = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     for share in SHARES:
         model.backbone.load_state_dict(average_weights(weights, trained, share))
-        rows[f'{epoch}, {share:g} of the start'] = numbers(judge(args, model.backbone, splits), start)
+        rows[f'{epoch}, {share:g} of the start'] = summarize(judge(args, model.backbone, splits), start)
     return rows, clip_k(20, labeled_subset(splits['train']).labels)
 
 
-def main(runs, output, ckpt_path='data/checkpoints', **options):
+def main(runs, output, ckpt_path='data/checkpoints', every=False, **options):
     written = resolve_path(output)
     known = read_json(written)
     for name in runs if isinstance(runs, tuple | list) else str(runs).split(','):
         folder = resolve_path(ckpt_path) / name
-        about = read_json(folder / 'run.json')['args']
-        rows, _ = rows_of(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options})
-        kept = (
-            'init_from',
-            'backbone',
-            'image_size',
-            'learning_rate',
-            'max_epochs',
-            'random_seed',
-            'views',
-            'freeze_bn',
-        )
-        kept += ('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation')
-        options_of_run = {option: about[option] for option in kept} | {'init_from': Path(about['init_from']).name}
+        about = rename_options(read_json(folder / 'run.json')['args'])
+        rows, _ = measure_run(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options}, every)
+        options_of_run = {option: about[option] for option in SHOWN} | {'init_from': Path(about['init_from']).name}
         known[about['model_name']] = {'options': options_of_run, 'rows': rows}
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(json.dumps(known, indent=1) + '\n')
