@@ -135,7 +135,7 @@ def start_from_weights(args):
             else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         )
         ours = replace_args(args)
-        ours.given = args.given | {'preset', 'channels'}  # another tool's file sets only the architecture
+        ours.explicit = args.explicit | {'preset', 'channels'}  # another tool's file sets only the architecture
         loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
     model.has_heads = True  # new ones if the file has none
     weight_options = {name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)}
@@ -143,7 +143,7 @@ def start_from_weights(args):
         weight_options |= {'mean': args.mean, 'std': args.std}
     args = replace_args(args, **weight_options)
     if checkpoint['layout'] != 'ours' and not args.from_run:
-        defaults = {name: value for name, value in INIT_FROM_DEFAULTS.items() if name not in args.given}
+        defaults = {name: value for name, value in INIT_FROM_DEFAULTS.items() if name not in args.explicit}
         args = replace_args(args, **defaults)
         options_text = ' '.join(f'--{name}={getattr(args, name)}' for name in INIT_FROM_DEFAULTS)
         log(f'from pretrained weights: {options_text}')
@@ -158,7 +158,7 @@ def check_off_the_shelf(args, name):
     """Check that torchvision or timm can have the weights `name` for --backbone. Returns (args with the backbone of the
     weights, its name in timm or ''). Raises UserError."""
     timm_name = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
-    if timm_name and 'backbone' in args.given and args.backbone != f'timm/{timm_name.split(".")[0]}':
+    if timm_name and 'backbone' in args.explicit and args.backbone != f'timm/{timm_name.split(".")[0]}':
         raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
     if timm_name:
         args = replace_args(args, backbone=f'timm/{timm_name.split(".")[0]}')
@@ -212,7 +212,7 @@ def make_foreign_checkpoint(source, path, run):
 def apply_preprocessing(args, preprocessing):
     """Set the preprocessing of weights, except explicit options. Their image size is only used with --preset=imagenet.
     Returns args."""
-    keep = {*args.given} | ({'image_size'} if args.preset != 'imagenet' else set())
+    keep = {*args.explicit} | ({'image_size'} if args.preset != 'imagenet' else set())
     keep -= {name for name in ('mean', 'std') if getattr(args, name) == 'weights'}
     if args.num_channels != 3:
         keep |= {'mean', 'std'}
@@ -267,7 +267,7 @@ def load_foreign(args, path, content):
 
     Without --preset the options are those of imagenet, or of cifar10 if the stem is for small images.
     """
-    named = 'backbone' in args.given and args.backbone not in RESNET_BLOCKS
+    named = 'backbone' in args.explicit and args.backbone not in RESNET_BLOCKS
     converted = None if named else convert_state_dict(content)
     if named:
         return load_network(args, path, find_tensors(content))
@@ -286,7 +286,7 @@ def load_foreign(args, path, content):
         raise UserError(f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}')
     if 'stem' not in shapes:
         raise UserError(f'{path} holds a ResNet with an unknown stem (a deep stem?)')
-    if 'preset' not in args.given:
+    if 'preset' not in args.explicit:
         args = apply_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
     of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
     merged = merge_saved_options(args, {**asdict(args), **shapes}, path, of_backbone)
@@ -319,7 +319,7 @@ def content_hash(path):
 
 def load_network(args, path, tensors):
     """load_checkpoint for a state dict in the layout of the network --backbone, under any prefix."""
-    if 'preset' not in args.given and args.preset == 'demo':
+    if 'preset' not in args.explicit and args.preset == 'demo':
         args = apply_preset(args, 'imagenet')
     args = apply_preprocessing(args, find_preprocessing(args.backbone))
     model = build_model(args)
@@ -349,13 +349,13 @@ def load_timm_folder(args, path):
         raise UserError(
             f'{path} is not a folder of weights: it needs config.json, with "architecture", and model.safetensors'
         )
-    if 'backbone' in args.given and args.backbone != f'timm/{name}':
+    if 'backbone' in args.explicit and args.backbone != f'timm/{name}':
         raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
     cfg = config.get('pretrained_cfg')
     args = replace_args(args, backbone=f'timm/{name}')
     if isinstance(cfg, dict):
         args = apply_preprocessing(args, preprocessing_from_timm_folder(cfg))
-        args.given = args.given | {*PREPROCESSING}
+        args.explicit = args.explicit | {*PREPROCESSING}
     return load_network(args, weights, load_file(weights))
 
 
@@ -378,9 +378,9 @@ def sanitize_name(name):
 
 def apply_preset(args, preset):
     """Return args with the defaults of another preset."""
-    explicit = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
+    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
     new_args = replace_args(get_config(preset=preset), **explicit)
-    new_args.given = args.given
+    new_args.explicit = args.explicit
     return new_args
 
 
@@ -406,17 +406,17 @@ def merge_saved_options(args, saved, path, locked_options):
     """Merge the options of a checkpoint with args: explicit options and local ones are from args. Returns a Config.
     Raises UserError if one of `locked_options` is given with another value."""
     for name in locked_options:
-        if name in args.given and getattr(args, name) != saved.get(name):
+        if name in args.explicit and getattr(args, name) != saved.get(name):
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
             )
-    explicit = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
+    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
     for name in ('white_level', 'mean', 'std'):
         if explicit.get(name) in UNRESOLVED:
             log(f'--{name}={explicit.pop(name)} applies to new runs; this one has --{name}={saved[name]}')
     merged = Config(**{**saved, **explicit})
-    merged.given = args.given
+    merged.explicit = args.explicit
     return merged
 
 

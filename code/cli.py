@@ -108,8 +108,12 @@ def read_options(command, positional, options):
         or args.ckpt_name
         or args.resume not in ('', 'auto')
     ):
-        args.undecided = False
-    has_choice = {'preset', 'ckpt_name', 'from_run'} & args.given or args.resume not in ('', 'auto') or args.undecided
+        args.preset_from_images = False
+    has_choice = (
+        {'preset', 'ckpt_name', 'from_run'} & args.explicit
+        or args.resume not in ('', 'auto')
+        or args.preset_from_images
+    )
     if not has_choice and not args.quiet and command in ('train', 'check_dataloader'):
         state = 'exists' if args.preset == 'imagenet' else 'does not exist'
         print(f'preset=auto: data/imagenet/train {state}, so the preset is {args.preset}', flush=True)

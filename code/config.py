@@ -450,11 +450,11 @@ class Config(
 ):
     """All options, one attribute each. (A dataclass takes its fields from the last base to the first.)
 
-    Three attributes are no options. given: names of explicit options; undecided: whether the preset depends on the
-    images (engine/auto_preset.py); chosen: names of options that were chosen for the images.
+    Three attributes are no options. explicit: names of the options of the call; preset_from_images: whether the preset
+    is still to be chosen from the images (engine/auto_preset.py); set_from_images: names of options that were.
     """
 
-    given, undecided, chosen = frozenset(), False, frozenset()
+    explicit, preset_from_images, set_from_images = frozenset(), False, frozenset()
 
     @property
     def num_channels(self):

@@ -57,7 +57,7 @@ def warn_ignored_options(args):
     """Warn of explicit options that the protocol does not use."""
     for name in ignored_by_protocol(args):
         print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
-    if args.subset_list and 'label_fraction' in args.given and args.protocol == 'semi':
+    if args.subset_list and 'label_fraction' in args.explicit and args.protocol == 'semi':
         print_message('warning', '--label_fraction has no effect beside --subset_list')
 
 

@@ -41,7 +41,7 @@ def infer(args):
         names = list_checkpoints(args)
         hint = f'the newest is --ckpt_name={names[-1]}' if names else 'train one first: python3 cli.py train'
         raise UserError(f'infer needs --ckpt_name=<run>/<checkpoint>; {hint}')
-    requested_path = resolve_path(args.image_path) if 'image_path' in args.given else None
+    requested_path = resolve_path(args.image_path) if 'image_path' in args.explicit else None
     output = resolve_path(args.output or 'data/submission.csv')
     args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
     classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
@@ -161,7 +161,7 @@ def load_to_predict(args, requested_path, output):
     requested_path: the explicit --image_path, or None. Raises the errors of get_model_ckpt and images_to_predict, and
     OSError if `output` cannot be written, before any image is read.
     """
-    args.given -= {'image_path'}  # keep the checkpoint's image_path, which has the training images
+    args.explicit -= {'image_path'}  # keep the checkpoint's image_path, which has the training images
     init_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     if not distributed.rank():

@@ -25,7 +25,7 @@ def ablate(args):
     the finished rows.
     """
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
-        if name in args.given:
+        if name in args.explicit:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
     rows, planned = [], plan_variants(args)
@@ -38,7 +38,7 @@ def ablate(args):
             log(f'{args.ablation}: not all variants are trained; the same command continues')
             return rows
         rows.append({'variant': variant, 'options': options, **result_row(args, *result), 'paper': paper})
-    named = 'model_name' in args.given
+    named = 'model_name' in args.explicit
     base = resolve_path(args.log_path) / (f'{args.model_name}_{args.ablation}' if named else args.ablation)
     save_table(base, rows)
     log('\n' + format_markdown(rows))
@@ -69,14 +69,14 @@ def plan_variants(args):
         init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
-        if fixed := sorted(args.given & {name for name, value in options.items() if not callable(value)}):
+        if fixed := sorted(args.explicit & {name for name, value in options.items() if not callable(value)}):
             raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
         variant_args = replace_args(
             args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
         )
-        variant_args.given = args.given | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        variant_args.explicit = args.explicit | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
             log(f'{args.ablation}: {variant} is left out: there are only {images} images')

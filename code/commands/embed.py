@@ -36,7 +36,7 @@ def embed(args):
     parquet = require_package('pyarrow.parquet', output.name) if output.suffix == '.parquet' else None
     if not args.ckpt_name:
         raise UserError('embed needs --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
-    requested_path = resolve_path(args.image_path) if 'image_path' in args.given else None
+    requested_path = resolve_path(args.image_path) if 'image_path' in args.explicit else None
     args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
     features = features.cpu()

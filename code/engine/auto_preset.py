@@ -26,9 +26,9 @@ SCRATCH = {'backbone': 'resnet18', 'learning_rate': 0.05, 'proj_layers': 3}  # i
 
 
 def choose_preset(args, sources):
-    """Choose the preset for the images if the call did not (`args.undecided`). Returns new args. sources: the result of
-    load_dataset.find_split_sources."""
-    if not args.undecided:
+    """Choose the preset for the images if the call did not (`args.preset_from_images`). Returns new args.
+    sources: the result of load_dataset.find_split_sources."""
+    if not args.preset_from_images:
         return args
     train, sizes = sources['train'], sample_image_sizes(sources['train'].store)
     small = len({*sizes}) == 1 and max(sizes[0]) <= MAX_SMALL_SIDE
@@ -42,11 +42,11 @@ def choose_preset(args, sources):
 
 
 def apply_options(args, options):
-    """Set the options that were not given explicitly. Returns new args, whose `chosen` has their names, for
+    """Set the options that were not given explicitly. Returns new args, whose `set_from_images` has their names, for
     --resume=auto."""
-    options = {name: value for name, value in options.items() if name not in args.given}
+    options = {name: value for name, value in options.items() if name not in args.explicit}
     new_args = replace_args(args, **options)
-    new_args.undecided, new_args.chosen = False, {*options}
+    new_args.preset_from_images, new_args.set_from_images = False, {*options}
     return new_args
 
 
@@ -75,8 +75,8 @@ def choose_photo_options(args, train, sizes, has_val):
     options['image_size'] = int(max(64, min(top, short // 32 * 32)))
     batch = choose_batch_size(device, count)
     options['batch_size'] = batch
-    batch = args.batch_size if 'batch_size' in args.given else batch
-    if options['init_from'] or 'init_from' in args.given:
+    batch = args.batch_size if 'batch_size' in args.explicit else batch
+    if options['init_from'] or 'init_from' in args.explicit:
         epochs = max(MIN_EPOCHS, min(MAX_EPOCHS, round(STEPS * batch / count)))
     else:
         epochs = max(100, min(800, round(40_000 * batch / count)))
@@ -88,9 +88,9 @@ def choose_photo_options(args, train, sizes, has_val):
 
 def choose_network(args, count, device):
     """Choose the network and its weights. Returns {'backbone', 'init_from'}."""
-    if 'init_from' in args.given:
+    if 'init_from' in args.explicit:
         return {'init_from': args.init_from}
-    if 'backbone' in args.given:
+    if 'backbone' in args.explicit:
         without_weights = args.backbone == 'small' or args.stem == 'cifar'
         return {'init_from': '' if without_weights else 'timm' if args.backbone.startswith('timm/') else 'imagenet'}
     if count >= FROM_SCRATCH:
@@ -140,4 +140,4 @@ def switch_to_random_weights(args, error):
     )
     epochs = max(100, min(800, 40_000 * args.batch_size // 3000))
     options = {**SCRATCH, 'init_from': '', 'max_epochs': epochs}
-    return replace_args(args, **{name: value for name, value in options.items() if name not in args.given})
+    return replace_args(args, **{name: value for name, value in options.items() if name not in args.explicit})

@@ -235,12 +235,12 @@ def args_from_run(args):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'--from_run: {path} is not there or damaged') from None
     saved = {name: parse(name, value) for name, value in rename_options(saved).items() if name in OPTIONS}
-    if 'preset' in args.given and args.preset != saved.get('preset', args.preset):
+    if 'preset' in args.explicit and args.preset != saved.get('preset', args.preset):
         raise UserError(
             f'--preset={args.preset}: the options of --from_run={args.from_run} are those of '
             f'--preset={saved["preset"]} and more: leave one out'
         )
-    explicit = {name: getattr(args, name) for name in (*args.given, *NOT_RESTORED_OPTIONS)}
+    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
     return replace_args(args, **{**saved, **explicit})
 
 
@@ -258,7 +258,7 @@ def resolve_resume(args):
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
-    from_weights = (weight_options - args.given if args.init_from else set()) | {*args.chosen}
+    from_weights = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
     from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run saves the resolved number
     for run in reversed(list_run_dirs(args)):
@@ -267,7 +267,7 @@ def resolve_resume(args):
             continue
         raw = read_checkpoint(paths[-1])
         content, _ = upgrade(raw)
-        saved, unknown = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.given
+        saved, unknown = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.explicit
         differing = [
             f
             for f in OPTIONS.values()

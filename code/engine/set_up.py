@@ -45,7 +45,7 @@ def setup_run(args):
         args = resolve_mean_std(args, sources['train'].store)
     check_batch_and_warmup(args)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
-    if (args.init_from or args.preset == 'photos') and 'protocol' not in args.given:
+    if (args.init_from or args.preset == 'photos') and 'protocol' not in args.explicit:
         args = replace_args(args, protocol='compare')  # compares the run with its start
     import_tracker(args)  # raises before anything is written, like the following checks
     should_use_graph(args)
@@ -82,7 +82,7 @@ def choose_options(args):
         log(f'train --ckpt_name={args.ckpt_name} is called --resume={args.ckpt_name} now')
         args = replace_args(args, resume=args.ckpt_name)
     args = args_from_run(args) if args.from_run else args
-    sources = find_split_sources(args) if args.undecided else None
+    sources = find_split_sources(args) if args.preset_from_images else None
     args = choose_preset(args, sources) if sources else args
     return (resolve_resume(args) if args.resume else args), sources
 
@@ -93,7 +93,7 @@ def load_start(args):
     try:
         args, model, checkpoint = get_model_ckpt(args, training=True)
     except WorkError as error:
-        if 'init_from' not in args.chosen or args.ckpt_name:
+        if 'init_from' not in args.set_from_images or args.ckpt_name:
             raise
         args, model, checkpoint = get_model_ckpt(switch_to_random_weights(args, error))
     if not checkpoint:
@@ -113,7 +113,7 @@ def load_start(args):
             f'--optimizer={args.optimizer}: the resumed run uses {before["optimizer"]}; for a new run from its '
             f'weights use --init_from={args.ckpt_name}'
         )
-    kept = {name: before[name] for name in RESUMED_OPTIONS if name not in args.given}
+    kept = {name: before[name] for name in RESUMED_OPTIONS if name not in args.explicit}
     return replace_args(args, **kept), model, checkpoint
 
 
@@ -153,7 +153,7 @@ def set_heads_epochs(args, steps):
 def warn_ignored_options(args, model):
     """Warn of explicit options that have no effect with the others, or on this network."""
     ignored = ignored_in_train(args)
-    if 'zero_init' in args.given and not any(find_last_bn_layers(model.backbone)):
+    if 'zero_init' in args.explicit and not any(find_last_bn_layers(model.backbone)):
         ignored.append(('zero_init', f'--backbone={args.backbone}'))
     for name, beside in ignored if not distributed.rank() else ():
         print_message('warning', f'--{name} has no effect with {beside}')

@@ -140,7 +140,7 @@ def row_args(args, name, backbone=''):
     if args.num_channels == 3:
         shared |= {'mean': 'imagenet', 'std': 'imagenet'}
     loaded = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
-    loaded.given = {*SHARED_OPTIONS} - {'channels'} | ({'backbone'} if backbone else set())
+    loaded.explicit = {*SHARED_OPTIONS} - {'channels'} | ({'backbone'} if backbone else set())
     return loaded
 
 

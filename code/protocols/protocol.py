@@ -69,7 +69,7 @@ def has_effect(args, name):
 
 def ignored_by_protocol(args):
     """Return the explicit options that have no effect on the protocol of `args`."""
-    return sorted(name for name in args.given if not has_effect(args, name))
+    return sorted(name for name in args.explicit if not has_effect(args, name))
 
 
 def labeled_splits(args, pretraining_splits):

@@ -53,7 +53,7 @@ def eval_spec(args, splits, checkpoint):
         },
         'preset': args.preset,
         'settings': settings,
-        'given': sorted(name for name in args.given if name in settings),
+        'given': sorted(name for name in args.explicit if name in settings),
     }
 
 

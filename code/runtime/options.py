@@ -19,8 +19,7 @@ IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 def get_config(**options):
     """Resolve the options: defaults, then the preset, then `options` (strings as typed, or values). Returns a Config.
 
-    It has one attribute per option, and `given`: the names of explicit options; `undecided`: whether the preset depends
-    on the images (engine/auto_preset.py); `chosen`: the names of options that were chosen for the images.
+    It has one attribute per option, and `explicit`, `preset_from_images` and `set_from_images` (see Config).
     Raises UserError for an unknown name (with the nearest one), a wrong type or a value out of range.
     """
     renamed = [name for name in options if RENAMED_OPTIONS.get(name) in options]
@@ -34,14 +33,14 @@ def get_config(**options):
             raise UserError(f'--{name} is empty (a variable that is not set?): leave it out, or give a value')
     explicit = {name: parse(name, value) for name, value in options.items()}
     preset = explicit.get('preset', 'auto')
-    undecided = preset == 'photos' or (preset == 'auto' and 'image_path' in explicit)
+    preset_from_images = preset == 'photos' or (preset == 'auto' and 'image_path' in explicit)
     if preset == 'auto':
         explicit.pop('preset', None)
-        preset = 'imagenet' if undecided or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+        preset = 'imagenet' if preset_from_images or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
     if 'beside' in explicit and 'protocol' not in explicit:
         explicit['protocol'] = 'compare'
     args = Config(**{**preset_options(preset), **explicit, 'preset': preset})
-    args.given, args.undecided = set(explicit), undecided
+    args.explicit, args.preset_from_images = set(explicit), preset_from_images
     return args
 
 
@@ -64,9 +63,10 @@ def describe_renames(options):
 
 
 def replace_args(args, **changes):
-    """Return a copy of args with changed values, and the same `given`, `undecided` and `chosen`."""
+    """Return a copy of args with changed values. Its attributes that are no options stay."""
     copy = replace(args, **changes)
-    copy.given, copy.undecided, copy.chosen = args.given, args.undecided, args.chosen
+    for name in ('explicit', 'preset_from_images', 'set_from_images'):
+        setattr(copy, name, getattr(args, name))
     return copy
 
 
@@ -191,7 +191,7 @@ def option_help(name):
 
 def ignored_by_command(args, command):
     """Return the explicit options that have no effect on `command`."""
-    return sorted(name for name in args.given if command not in OPTIONS[name].metadata['used_by'])
+    return sorted(name for name in args.explicit if command not in OPTIONS[name].metadata['used_by'])
 
 
 def ignored_in_train(args):
@@ -208,12 +208,12 @@ def ignored_in_train(args):
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
-    return [(name, beside) for beside, names in ignored.items() for name in names if name in args.given]
+    return [(name, beside) for beside, names in ignored.items() for name in names if name in args.explicit]
 
 
 def repeat_options(args, *more):
     """Return the explicit options that a printed command must repeat: --ckpt_path, --log_path and `more`."""
-    named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.given]
+    named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.explicit]
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
 
 

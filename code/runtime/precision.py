@@ -107,7 +107,7 @@ def inherit_amp(args, checkpoint_amp):
     checkpoint_amp: --amp of the checkpoint; auto, in early checkpoints, was float32 on a CPU. If this machine does not
     support it, the run continues in float32, with a message.
     """
-    if 'amp' in args.given:
+    if 'amp' in args.explicit:
         return args
     args = replace_args(
         args, amp='off' if checkpoint_amp == 'auto' and get_device(args).type == 'cpu' else checkpoint_amp

@@ -248,7 +248,7 @@ def test_ablate_with_varied_option_given_exits_2(drawn, tmp_path, capsys):
         assert f'{name} is what --ablation={table} varies: leave it out' in one_line(capsys.readouterr().err)
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='collapse')
     args = replace_args(args, learning_rate=0.01, batch_size=64)
-    args.given |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
+    args.explicit |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
     assert [own.learning_rate for _, _, _, own in plan_variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 

@@ -19,7 +19,7 @@ import cli
 from ckpt import get_model_ckpt
 from conftest import TINY, one_line, own_paths
 from dataloader.augment.augmentations import get_augmentation
-from dataloader.augment.channels import ChannelJitter, IntensityJitter
+from dataloader.augment.channels import IntensityJitter
 from dataloader.load_dataset import eval_loader, get_iterator, load_splits
 from dataloader.loading import arrays, crops, pixel_format
 from dataloader.loading.decode import ORIENTATION, decode, open_image
@@ -442,7 +442,7 @@ def test_init_from_rgb_weights_trains_five_channels(backbone, five, tmp_path, ca
 def test_intensity_jitter_is_relative_to_channel_std(each):
     """Contrast around the mean, and a shift: as drawn, of all channels alike or of each its own."""
     mean, std = (0.1, 0.2, 0.3, 0.4, 0.5), (0.01, 0.02, 0.03, 0.04, 0.05)
-    jitter = ChannelJitter(0.4, 0.3, mean, std, 5, 0.8) if each else IntensityJitter(0.4, 0.3, mean, std, 0.8)
+    jitter = IntensityJitter(0.4, 0.3, mean, std, 5 if each else 1, 0.8)
     draws = jitter.sample(4000, generator_for('jitter'))
     assert draws.shape == (4000, jitter.columns)
     y = torch.randn(4000, 5, 2, 2)
@@ -460,13 +460,14 @@ def test_intensity_jitter_is_relative_to_channel_std(each):
 
 def test_augmentation_of_n_channels_has_no_color_operations(five):
     for options, names in (
-        ({'channels': '1-5'}, ['IntensityJitter', 'GaussianBlur']),
-        ({'channels': '1-5', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
-        ({'channels': 'rgb', 'jitter': 'channel'}, ['ChannelJitter', 'GaussianBlur']),
+        ({'channels': '1-5'}, ['IntensityJitter 1', 'GaussianBlur']),
+        ({'channels': '1-5', 'jitter': 'channel'}, ['IntensityJitter 5', 'GaussianBlur']),
+        ({'channels': 'rgb', 'jitter': 'channel'}, ['IntensityJitter 3', 'GaussianBlur']),
         ({'channels': 'rgb'}, ['ColorJitter', 'RandomGrayscale', 'GaussianBlur']),
     ):
         transform = get_augmentation(get_config(**options), 'moco')
-        assert [type(operation).__name__ for operation in transform.operations] == names
+        shown = [f'{type(each).__name__} {getattr(each, "groups", "")}'.strip() for each in transform.operations]
+        assert shown == names
 
 
 def test_five_channels_work_in_every_command(five, tmp_path, capsys):

@@ -247,7 +247,7 @@ def test_preset_auto_is_imagenet_if_data_exists(tmp_path, monkeypatch):
 def test_parse_accepts_typed_values():
     args = get_config(batch_size=32.0, evaluate_after=True, learning_rate='1e-3')
     assert (args.batch_size, args.evaluate_after, args.learning_rate) == (32, True, 1e-3)
-    assert args.given == {'batch_size', 'evaluate_after', 'learning_rate'}
+    assert args.explicit == {'batch_size', 'evaluate_after', 'learning_rate'}
     with pytest.raises(UserError, match='whole number'):
         get_config(batch_size=True)
 
@@ -294,7 +294,7 @@ def test_renamed_option_is_accepted_with_warning(old, new, tmp_path, capsys):
     value = limits['choices'][-1] if limits['choices'] else limits['low'] or (True if kind is bool else 1)
     args = get_config(preset='demo', **{old: value})
     assert getattr(args, new) == parse(new, value)
-    assert new in args.given
+    assert new in args.explicit
     assert cli.main(['evaluate', f'--{old}={value}', '--ckpt_name=none', f'--ckpt_path={tmp_path}']) == 2
     assert f'--{old} is called --{new} now' in capsys.readouterr().err
     assert cli.main(['evaluate', f'--{old}={value}', f'--{new}={value}']) == 2

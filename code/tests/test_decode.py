@@ -173,6 +173,20 @@ def test_damaged_files_decode_or_raise_work_error(tmp_path):
     assert 100 < named < 990
 
 
+def test_image_without_pixels_is_refused(tmp_path):
+    """A damaged header of a TIFF can say a height of 0, and Pillow opens it."""
+    Image.new('RGB', (6, 4)).save(tmp_path / 'x.tiff')
+    content = bytearray((tmp_path / 'x.tiff').read_bytes())
+    fields = (struct.pack('<HHI', 257, kind, 1) for kind in (3, 4))  # ImageLength, a SHORT or a LONG
+    entry = next(content.index(field) for field in fields if field in content)
+    content[entry + 8 : entry + 12] = bytes(4)
+    (tmp_path / 'x.tiff').write_bytes(content)
+    np.save(tmp_path / 'x.npy', np.zeros((0, 5, 3), np.uint8))
+    for name in ('x.tiff', 'x.npy'):
+        with pytest.raises(WorkError, match=f'cannot read the image .*{name}: '), open_image(tmp_path / name, name):
+            pass
+
+
 def test_damaged_files_print_nothing_from_c_libraries(tmp_path):
     """libjpeg, libtiff and Pillow have pages to say of damaged files: one line of ours is printed for each."""
     rng, kinds = random.Random(1), [sample for sample in samples() if sample[0] in ('jpeg', 'tiff', 'png')]

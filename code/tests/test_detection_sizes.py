@@ -157,7 +157,7 @@ def test_options_without_effect_warn_and_are_not_in_spec(protocol):
     args, unused = get_config(preset='demo', protocol=protocol), find_protocol(protocol).unused
     for name in unused:
         assert not has_effect(args, name)
-    args.given = {*unused, 'random_seed'}
+    args.explicit = {*unused, 'random_seed'}
     assert ignored_by_protocol(args) == sorted(unused)
 
 

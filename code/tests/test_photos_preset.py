@@ -17,7 +17,7 @@ from runtime.options import get_config
 
 def choose(folder, **options):
     args = get_config(image_path=str(folder), device='cpu', **options)
-    return auto_preset.choose_preset(args, find_split_sources(args) if args.undecided else None)
+    return auto_preset.choose_preset(args, find_split_sources(args) if args.preset_from_images else None)
 
 
 @pytest.fixture(scope='session')
@@ -68,7 +68,7 @@ def test_preset_photos_works_for_small_images(drawn):
 
 def test_preset_auto_without_image_path_is_unchanged():
     args = get_config()
-    assert (args.undecided, args.preset) == (False, 'demo')
+    assert (args.preset_from_images, args.preset) == (False, 'demo')
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ An augmentation is a RandomResizedCrop followed by operations. To add one, add a
 from dataclasses import dataclass, replace
 
 from dataloader.augment.blur import GaussianBlur
-from dataloader.augment.channels import ChannelJitter, IntensityJitter
+from dataloader.augment.channels import IntensityJitter
 from dataloader.augment.color import ColorJitter, RandomGrayscale
 from dataloader.augment.crop import RandomResizedCrop
 from runtime.options import channel_numbers, channel_values, pixel_levels
@@ -83,11 +83,9 @@ def replace_color_operations(operations, args):
     replaced = []
     for operation in operations:
         if isinstance(operation, ColorJitter):
-            strengths = operation.brightness, operation.contrast, mean, std
-            if args.jitter == 'channel':
-                replaced.append(ChannelJitter(*strengths, args.num_channels, operation.prob))
-            else:
-                replaced.append(IntensityJitter(*strengths, operation.prob))
+            groups = args.num_channels if args.jitter == 'channel' else 1
+            strengths = operation.brightness, operation.contrast
+            replaced.append(IntensityJitter(*strengths, mean, std, groups, operation.prob))
         elif not isinstance(operation, RandomGrayscale):
             replaced.append(operation)
     return tuple(replaced)

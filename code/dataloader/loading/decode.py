@@ -79,11 +79,11 @@ def open_image(source, name):
     with wrap_pillow_errors(name):
         image = open_by_format(source, os.fsdecode(name))
     with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise WorkError(
-                f'cannot read the image {printable(name)}: it has {image.width} x {image.height} pixels, more '
-                f'than {MAX_PIXELS:,}'
-            )
+        pixels, sides = image.width * image.height, f'{image.width} x {image.height}'
+        if not pixels:  # a damaged header: Pillow opens it all the same
+            raise WorkError(f'cannot read the image {printable(name)}: it has {sides} pixels')
+        if pixels > MAX_PIXELS:
+            raise WorkError(f'cannot read the image {printable(name)}: it has {sides} pixels, more than {MAX_PIXELS:,}')
         image.named = name
         yield image
 

@@ -72,7 +72,10 @@ def to_array(image, pixel_format):
             pixels = read_rgb(image, pixel_format)
         pixels = cast_to_format(pixels, pixel_format)
         turn = exif_transpose_method(image) if pixel_format.exif else None
-        return pixels if turn is None else np.ascontiguousarray(turn_upright(torch.from_numpy(pixels), turn).numpy())
+        if turn is None:
+            return pixels
+        upright = turn_upright(torch.from_numpy(pixels.copy()), turn)  # Pillow's arrays may be read-only
+        return np.ascontiguousarray(upright.numpy())
 
 
 def pick_channels(pixels, pixel_format):

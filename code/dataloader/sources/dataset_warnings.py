@@ -57,7 +57,7 @@ def warn_ignored_data_options(args, sources, train):
         and f'{printable(sources["val"].location)} is val',
     }
     for name, reason in reasons.items():
-        if reason and name in args.given and not rank():
+        if reason and name in args.explicit and not rank():
             print_message('warning', f'`{name}` has no effect: {reason}')
 
 
