@@ -16,7 +16,7 @@ from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric import subset_selection
 from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
-from protocols.transfer import logistic_regression
+from protocols.logistic import logistic_regression
 from runtime.device import init_device
 from runtime.errors import resolve_path
 from runtime.options import get_config

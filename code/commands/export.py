@@ -71,8 +71,8 @@ def check_format(args):
     """Raise UserError if --format does not support this backbone."""
     if not is_supported(args.backbone, args.stem, args.format):
         raise UserError(
-            f'--format={args.format} has no --backbone={args.backbone} --stem={args.stem} by these names; '
-            f'try --format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
+            f'--format={args.format} does not support --backbone={args.backbone} --stem={args.stem}: '
+            f'--format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
         )
     if args.format in ('torchvision', 'detectron2') and args.num_channels != 3:
         raise UserError(

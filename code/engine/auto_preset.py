@@ -22,6 +22,7 @@ MAX_SMALL_SIDE = 64  # px: images of one size up to this get --preset=cifar10
 STEPS = 600  # training steps of a run that starts from pretrained weights
 MIN_EPOCHS, MAX_EPOCHS = 6, 100  # of such a run
 FROM_SCRATCH = 1_000_000  # images from which a run starts from random weights
+LARS_FROM = 100_000  # images from which linear evaluation takes the paper's LARS: fewer give it too few steps
 SCRATCH = {'backbone': 'resnet18', 'learning_rate': 0.05, 'proj_layers': 3}  # if no pretrained weights are available
 
 
@@ -82,6 +83,7 @@ def choose_photo_options(args, train, sizes, has_val):
         epochs = max(100, min(800, round(40_000 * batch / count)))
     options['max_epochs'] = epochs
     options['knn_every'] = max(1, epochs // 6)
+    options['probe_optimizer'] = 'lbfgs' if count < LARS_FROM else 'lars'
     options['evaluate_after'] = bool(has_val and (train.labels >= 0).any())
     return options
 

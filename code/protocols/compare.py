@@ -49,7 +49,7 @@ def compare_backbones(args, model, splits, checkpoint):
     for row in rows:
         for cell in row['columns'].values():
             del cell['right']
-    log(f'compare: judged on the {len(judged)} images of {judged.folder.name}')
+    log(f'compare: evaluated on the {len(judged)} images of {judged.folder.name}')
     result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
     return Outcome(result)
 

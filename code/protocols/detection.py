@@ -52,7 +52,7 @@ def evaluate_detection(args, model, splits, _):
     """
     train, val = splits['train'], splits['val']
     masks = train.masks
-    log(f'{resolve_path(args.detection_path).name}: trained on {train.split}, judged on {val.split}')
+    log(f'{resolve_path(args.detection_path).name}: trained on {train.split}, evaluated on {val.split}')
     backbone = (build_model(args) if args.detector_init == 'random' else model).backbone
     detector = make_detector(args, backbone, len(train.table['categories']), masks).to(get_device(args))
     train_detector(args, detector, train)

@@ -9,7 +9,7 @@ from ckpt import WATCHED
 from metric.knn import clip_k, weighted_vote
 from protocols.features import extract_features
 from protocols.knn import nearest_in_bank
-from protocols.transfer import logistic_regression
+from protocols.logistic import logistic_regression
 from runtime.device import explain_oom
 from runtime.distributed import all_reduce_sum, world_size
 from runtime.seeding import generator_for

@@ -20,8 +20,8 @@ from metric.accuracy import topk_accuracy
 from metric.feature_std import feature_std
 from protocols.collapse_verdict import OF_FEATURES, judge_collapse
 from protocols.features import check_finite, concat_into_buffer, eval_mode, extract_features
+from protocols.logistic import logistic_regression
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
-from protocols.transfer import logistic_regression
 from runtime.console import printable
 from runtime.device import explain_oom, get_device
 from runtime.distributed import all_gather_rows, rank, world_size

@@ -9,24 +9,72 @@ from optimizer.lars import Lars
 from optimizer.sgd import lr_schedule
 from protocols.features import augmented_features, concat_into_buffer, extract_features
 from protocols.knn import REFERENCES, knn_scores_from_loader, untrained_baselines
+from protocols.logistic import fit_logistic_regression
 from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
+from runtime.console import print_message
 from runtime.device import get_device
+from runtime.distributed import rank
 from runtime.messages import progress
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
 # {--probe_optimizer: (base learning rate, x batch / 256, batch size)}: paper, appendix A; MoCo's for SGD.
 PROBE_DEFAULTS = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
+PROBE_OPTIONS = ('probe_epochs', 'probe_batch_size', 'probe_learning_rate', 'cache_features', 'cache_epochs')
+MIN_LARS_STEPS = 1000  # a step changes the weights by about 0.03 % of their norm
 
 
 def evaluate_linear(args, model, splits, _):
     """Train a linear classifier on the frozen backbone, and evaluate it and kNN. Returns an Outcome.
 
-    Training uses random resized crops and flips, new ones in every epoch, or with --cache_features those of
-    --cache_epochs epochs. Evaluation uses center crops. The classifier of the last epoch is reported.
+    The classifier is trained by train_on_crops or, with --probe_optimizer=lbfgs, is fit_logistic_regression on center
+    crops. Evaluation uses center crops.
     """
     train, val = labeled_subset(splits['train']), splits['val']
+    if not rank():
+        warn_of_options(args, len(train))
     backbone, num_classes = model.backbone.eval(), len(val.classes)
+    bank, val_loader = eval_loader(args, train), eval_loader(args, val)
+    if args.probe_optimizer == 'lbfgs':
+        x, labels = extract_features(args, backbone, bank, 'features of train')
+        weight, bias, about = fit_logistic_regression(args, x, labels, num_classes)
+        about['features'] = 'center crops'
+    else:
+        weight, bias, about = train_on_crops(args, backbone, train, num_classes)
+    val_features, val_labels = extract_features(args, backbone, val_loader, 'features of val')
+    scores = val_features @ weight.T + bias
+    votes = knn_scores_from_loader(args, backbone, bank, val_features, num_classes)
+    result = {
+        'top1': topk_accuracy(scores, val_labels, 1),
+        'top5': topk_accuracy(scores, val_labels, 5),
+        'knn_top1': topk_accuracy(votes, val_labels, 1),
+        **untrained_baselines(args, bank, val_loader),
+        **about,
+        'optimizer': args.probe_optimizer,
+        'num_train': len(train),
+        'num_val': len(val_labels),
+    }
+    return Outcome(result, scores, val_labels, val.classes, {'weight': weight.cpu(), 'bias': bias.cpu()})
+
+
+def warn_of_options(args, count):
+    """Warn of options without effect, and of LARS with so few steps that the classifier stays near its random
+    weights. count: images of train."""
+    if args.probe_optimizer == 'lbfgs':
+        for name in sorted({*PROBE_OPTIONS} & args.explicit):
+            print_message('warning', f'--{name} has no effect with --probe_optimizer=lbfgs')
+    steps = args.probe_epochs * -(-count // (args.probe_batch_size or PROBE_DEFAULTS['lars'][1]))
+    if args.probe_optimizer == 'lars' and steps < MIN_LARS_STEPS:
+        print_message(
+            'warning',
+            f'--probe_optimizer=lars takes {steps} steps on {count} images, and needs thousands (28,170 on ImageNet): '
+            'its top-1 will be far too low; --probe_optimizer=lbfgs',
+        )
+
+
+def train_on_crops(args, backbone, train, num_classes):
+    """Train the classifier by LARS or SGD on random resized crops and flips, new ones in every epoch, or with
+    --cache_features those of --cache_epochs epochs. Returns (weight, bias, {'features'}); the last epoch counts."""
     size = min(args.probe_batch_size or PROBE_DEFAULTS[args.probe_optimizer][1], len(train))
     crops = supervised_loader(args, train, drop_last=False, for_frozen_backbone=True)
     if args.cache_features:
@@ -37,22 +85,8 @@ def evaluate_linear(args, model, splits, _):
             return augmented_features(args, backbone, crops, epoch)
 
     weight, bias = train_probe(args, epoch_features, len(train), size, num_classes)
-
-    bank, val_loader = eval_loader(args, train), eval_loader(args, val)
-    val_features, val_labels = extract_features(args, backbone, val_loader, 'features of val')
-    scores = val_features @ weight.T + bias
-    votes = knn_scores_from_loader(args, backbone, bank, val_features, num_classes)
-    result = {
-        'top1': topk_accuracy(scores, val_labels, 1),
-        'top5': topk_accuracy(scores, val_labels, 5),
-        'knn_top1': topk_accuracy(votes, val_labels, 1),
-        **untrained_baselines(args, bank, val_loader),
-        'features': f'{args.cache_epochs} passes, kept' if args.cache_features else 'new crops in every epoch',
-        'optimizer': args.probe_optimizer,
-        'num_train': len(train),
-        'num_val': len(val_labels),
-    }
-    return Outcome(result, scores, val_labels, val.classes, {'weight': weight.cpu(), 'bias': bias.cpu()})
+    features = f'{args.cache_epochs} passes, kept' if args.cache_features else 'new crops in every epoch'
+    return weight, bias, {'features': features}
 
 
 def train_probe(args, epoch_features, count, size, num_classes):
@@ -132,7 +166,7 @@ def convert_for_cache(args, pairs, count):
 PROTOCOL = Protocol(
     run=evaluate_linear,
     splits=labeled_splits,
-    numbers={**TOP, 'knn_top1': 'kNN top-1', **REFERENCES},
+    numbers={**TOP, 'held_out_top1': 'top-1 held out', 'knn_top1': 'kNN top-1', **REFERENCES},
     smaller='--batch_size, or --cache_epochs',
     several_ranks=True,
 )

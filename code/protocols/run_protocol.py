@@ -95,9 +95,10 @@ def protocol_splits(args, pretraining_splits):
 def format_result(result):
     """Format a result as text."""
     side = result['settings'].get('image_size', result['settings'].get('detection_size'))
+    held_out = 'test' if result.get('judged_on') == 'test' else 'validation'
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
-        f'validation images, {format_duration(result["seconds"])}',
+        f'{held_out} images, {format_duration(result["seconds"])}',
         f'images {result["images"]["path"]}, {side} px, preset {result["preset"]}'
         + ''.join(f', --{name}={result["settings"][name]}' for name in result['given']),
         *(

@@ -340,7 +340,7 @@ def test_export_of_unsupported_backbone_exits_2(form, tmp_path, capsys):
         path = saved(tmp_path, args, model)
         assert cli.main(['export', f'--ckpt_name={path}', f'--format={form}', f'--output={tmp_path}/b']) == 2
         error = one_line(capsys.readouterr().err)
-        assert f'--format={form} has no --backbone=' in error
+        assert f'--format={form} does not support --backbone=' in error
         assert said in error
     assert not (tmp_path / 'b').exists()
 

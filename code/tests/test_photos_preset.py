@@ -36,6 +36,7 @@ def test_preset_auto_chooses_cifar10_or_photos(drawn, photographs):
     assert (args.preset, args.image_size, args.batch_size) == ('photos', 128, 16)
     assert args.init_from
     assert args.evaluate_after
+    assert args.probe_optimizer == 'lbfgs'  # LARS would take 90 steps
 
 
 @pytest.mark.parametrize(

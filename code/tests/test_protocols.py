@@ -1,5 +1,6 @@
 """Evaluation protocols: optimizers and classifiers against independent ones, and each protocol as a user runs it."""
 
+import csv
 import os
 import shutil
 from dataclasses import replace
@@ -21,10 +22,11 @@ from dataloader.readers.memory import Memory
 from dataloader.sources.path_array import PathArray
 from optimizer.lars import Lars
 from protocols import finetune
-from protocols.linear import cache_features, rebatch, train_probe
+from protocols.linear import cache_features, rebatch, train_probe, warn_of_options
+from protocols.logistic import holdout_mask, logistic_regression
 from protocols.results import load_results
 from protocols.semi import class_balanced_rows, rows_from_list, select_labeled_fraction
-from protocols.transfer import holdout_mask, logistic_eval, logistic_regression
+from protocols.transfer import logistic_eval
 from runtime.errors import UserError
 from runtime.options import get_config
 from runtime.seeding import generator_for
@@ -172,6 +174,44 @@ def test_holdout_mask_leaves_images_in_every_class(counts):
         assert some >= (count > 1)
 
 
+def test_lbfgs_probe_is_logistic_regression_and_infer_uses_it(trained, drawn, tmp_path, capsys):
+    """Transfer to the same images fits the same classifier. Options of LARS and SGD have no effect: a warning."""
+    paths = own_paths(trained)
+    options = [f'--ckpt_name={RUN}', '--probe_optimizer=lbfgs', '--probe_epochs=3', *paths]
+    assert cli.main(['evaluate', *options]) == 0
+    said = capsys.readouterr()
+    assert said.err == 'warning: --probe_epochs has no effect with --probe_optimizer=lbfgs\n'
+    linear = load_results(trained / 'ckpt' / RUN, protocol='linear')[-1]
+    other = ['--protocol=transfer', f'--transfer_path={drawn}']
+    assert cli.main(['evaluate', f'--ckpt_name={RUN}', *other, *paths]) == 0
+    transfer = load_results(trained / 'ckpt' / RUN, protocol='transfer')[-1]
+    assert [linear[name] for name in ('top1', 'l2', 'held_out_top1')] == [
+        transfer[name] for name in ('top1', 'l2', 'held_out_top1')
+    ]
+    capsys.readouterr()
+    output = tmp_path / 'submission.csv'
+    assert cli.main(['infer', f'--ckpt_name={RUN}', f'--image_path={drawn}/val', f'--output={output}', *paths]) == 0
+    rows = list(csv.reader(output.read_text().splitlines()))[1:]
+    right = sum(row[0].split('/')[-2] == row[1] for row in rows)
+    assert 100 * right / len(rows) == pytest.approx(linear['top1'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'count', 'warns'),
+    [
+        ({}, 2640, True),  # 90 steps
+        ({}, 1_281_167, False),
+        ({'probe_batch_size': 64}, 2640, False),
+        ({'probe_optimizer': 'sgd'}, 100, False),
+        ({'probe_optimizer': 'lbfgs'}, 100, False),
+    ],
+)
+def test_lars_with_few_steps_warns(options, count, warns, capsys):
+    warn_of_options(get_config(preset='imagenet', **options), count)
+    said = capsys.readouterr().err
+    assert ('will be far too low; --probe_optimizer=lbfgs' in said) is warns
+
+
 def test_transfer_with_one_image_per_class_works(drawn, tmp_path):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path))
     train = load_splits(args)['train']
@@ -226,6 +266,11 @@ FEW = ('--finetune_epochs=3', '--finetune_batch_size=16')
             'linear',
             ('--protocol=linear', '--cache_features=False', '--probe_epochs=3', '--probe_optimizer=lars'),
             {'top1', 'top5', 'knn_top1', 'knn_top1_untrained'},
+        ),
+        (
+            'linear',
+            ('--protocol=linear', '--probe_optimizer=lbfgs'),
+            {'top1', 'top5', 'knn_top1', 'knn_top1_untrained', 'l2', 'held_out_top1'},
         ),
         ('knn', ('--protocol=knn', '--knn_raw_pixels=True'), {'top1', 'top5', 'knn_top1_untrained', 'knn_top1_pixels'}),
         (

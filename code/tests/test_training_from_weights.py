@@ -335,7 +335,7 @@ def test_monitor_few_labels_equal_compare(drawn, tmp_path):
     assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} a class']['right'].mean().item(), abs=0.02)
 
 
-def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path):
+def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path, capsys):
     shutil.copytree(drawn, tmp_path / 'set')
     shutil.copytree(drawn / 'val', tmp_path / 'set/test')
     shutil.rmtree(next((tmp_path / 'set/test').iterdir()))
@@ -344,3 +344,4 @@ def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path):
     assert cli.main([*given, '--num_workers=0', *own_paths(tmp_path / 'own')]) == 0
     result = read_json(next((tmp_path / 'own/ckpt' / RUN).glob('evaluate_compare_*.json')))
     assert (result['judged_on'], result['num_val']) == ('test', 16)
+    assert '72 training and 16 test images' in capsys.readouterr().out

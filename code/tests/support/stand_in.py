@@ -68,7 +68,9 @@ def smaller(command, options):
     if command == 'evaluate':
         said = dict(option.partition('=')[::2] for option in options)
         protocol = 'compare' if '--beside' in said else said.get('--protocol', 'linear')
-        own = [] if protocol == 'transfer' and said.get('--transfer') != 'finetune' else JUDGE.get(protocol, [])
+        by_lbfgs = protocol == 'linear' and '_photos_' in said.get('--ckpt_name', '')  # nothing to shorten
+        logistic = protocol == 'transfer' and said.get('--transfer') != 'finetune'
+        own = [] if logistic or by_lbfgs else JUDGE.get(protocol, [])
         demo = any(option == '--ckpt_name=model_name_simsiam_ckpt_0' for option in options)  # 5,000 drawings are many
         own_set = protocol not in ('transfer', 'detection')
         small = (
