@@ -426,7 +426,7 @@ def log_missing_options(path, preset, names):
     names = [name for name in of_training if name not in NOT_RESTORED_OPTIONS]
     if names:
         options_text = join_first([f'--{name}' for name in names], MAX_LISTED_KEYS)
-        log(f'{path.name} is older than {options_text}: they are as in --preset={preset}')
+        log(f'{path.name} is older than the options {options_text}: they are those of --preset={preset}')
 
 
 def load_state_strictly(model, state, path):
@@ -451,7 +451,7 @@ def load_state_strictly(model, state, path):
     if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
         raise WorkError(f'{path} holds weights that are nan or infinite: take another checkpoint')
     if problems:
-        raise UserError(f'{path} holds the weights of another architecture than it says; {"; ".join(problems)}')
+        raise UserError(f'{path} has weights that do not match its options; {"; ".join(problems)}')
     model.load_state_dict({**model.state_dict(), **state})
 
 

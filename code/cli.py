@@ -168,7 +168,7 @@ def check_torchrun_env(command):
     local_world = min(world, env.get('LOCAL_WORLD_SIZE', world))
     for name, size, count in (('RANK', 'WORLD_SIZE', world), ('LOCAL_RANK', 'LOCAL_WORLD_SIZE', local_world)):
         if env.get(name, 0) >= count:
-            raise UserError(f'{name}={env[name]} is in the environment, of {size}={count} processes; {hint}')
+            raise UserError(f'{name}={env[name]} is in the environment and must be below {size}={count}; {hint}')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
     if world > 1 and missing:
         raise UserError(f'WORLD_SIZE={world} is in the environment, and {missing[0]} is not; {hint}')
@@ -179,7 +179,7 @@ def check_torchrun_env(command):
         print_message(
             'warning',
             f'srun has started {os.environ["SLURM_STEP_NUM_TASKS"]} processes, and each trains a run of its own; to '
-            'train one together start one task a machine with torchrun (README)',
+            'train one together start one torchrun task per machine (runtime/README.md)',
         )
 
 
@@ -221,7 +221,7 @@ def main(argv):
         return 128 + end.number
     except Exception as error:
         if place := 'runtime.device' in sys.modules and sys.modules['runtime.device'].is_oom(error):
-            return print_error(f'{place} has not enough memory: {first_line(error)}')
+            return print_error(f'{place} is out of memory: {first_line(error)}')
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             return print_error(f'torch.compile fails: {first_line(error)[:200]}; --compile=False turns it off')
         if dead_ranks := 'runtime.distributed' in sys.modules and sys.modules['runtime.distributed'].dead_ranks():

@@ -91,7 +91,8 @@ def theme(title, used_by=EVAL_COMMANDS, only=()):
                 metadata = {'aliases': '', 'often': 0, 'local': False, 'is_path': False, **value.metadata}
                 metadata['only'] = metadata['only'] or only
                 metadata['used_by'] = metadata['used_by'] or (EVAL_COMMANDS if metadata['only'] else used_by)
-                metadata['meaning'] = ', '.join(metadata['only']) + ': ' * bool(metadata['only']) + MEANINGS[name]
+                protocols = ', '.join(metadata['only']).replace('finetune', 'transfer=finetune')
+                metadata['meaning'] = protocols + ': ' * bool(protocols) + MEANINGS[name]
                 if isinstance(metadata['choices'], dict):
                     metadata['meaning'] += ' ' + '; '.join(
                         f'{choice}: {meaning}' for choice, meaning in metadata['choices'].items()
@@ -331,7 +332,7 @@ class FinetuneOptions:
     finetune_epochs: int = option(50, between=(1, 100000))
     """epochs"""
     finetune_batch_size: int = option(256, between=(2, 65536))
-    """images a step"""
+    """images per step"""
     finetune_learning_rate: float = option(0.05, between=(0.0, 100.0))
     """base learning rate of the backbone, x batch / 256"""
     head_learning_rate: float = option(1.0, between=(0.0, 1000.0))
@@ -359,7 +360,7 @@ class DetectionOptions:
     detection_epochs: int = option(12, between=(1, 1000))
     """epochs"""
     detection_batch_size: int = option(16, between=(1, 1024))
-    """images a step"""
+    """images per step"""
     detection_learning_rate: float = option(0.02, between=(0.0, 10.0))
     """learning rate, x batch / 16"""
     detection_size: int = option(800, between=(32, 4096))

@@ -28,13 +28,10 @@ def evaluate(args):
     such as labels.
     """
     if not args.ckpt_name:
-        names = list_checkpoints(args)
-        log(
-            '\n'.join(names)
-            if names
-            else f'no checkpoint in {resolve_path(args.ckpt_path)} yet: run python3 cli.py train'
-        )
-        raise UserError('evaluate needs --ckpt_name=<run>/<checkpoint>, one of those listed')
+        if not (names := list_checkpoints(args)):
+            raise UserError(f'there is no checkpoint in {resolve_path(args.ckpt_path)} yet: python3 cli.py train')
+        log('\n'.join(names))
+        raise UserError('evaluate needs --ckpt_name=<run> or <run>/<checkpoint>: those above')
     init_device(args)
     import_tracker(args)  # raises before the work if it is not installed
     paths = run_checkpoints(args, args.ckpt_name) if args.protocol == 'label_free' else []

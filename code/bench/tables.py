@@ -323,8 +323,8 @@ def recipe():
     epochs = (0, 1, 2, 3, 5, 10, 15, 20, 25, 50, 54, 75, 99, 100)
     recorded = curve('recipe_recorded', 'knn_top1')
     ours = {
-        'here, JPEGs, none': curve('recipe', 'knn_top1'),
-        'the same, its steps recorded': {**recorded, 99: result('recipe_recorded', 'knn')['top1']},
+        'this code, JPEGs, no warm-up': curve('recipe', 'knn_top1'),
+        'the same, with a CUDA graph': {**recorded, 99: result('recipe_recorded', 'knn')['top1']},
         'the same on a CPU': curve('recipe_cpu', 'knn_top1'),
     }
     rows = [
@@ -386,7 +386,7 @@ def choice():
         found = json.loads((RESULTS / f'choice_{kind}.json').read_text())['top1']
         for way, counts in found.items():
             cells = [f'{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})' for values in counts.values()]
-            rows.append([f'{NAMES[kind]}, {way}', *cells])
+            rows.append([f'{NAMES[kind]}, {way.replace("kcentre", "kcenter")}', *cells])
     return markdown(['labeled', *(f'{count}' for count in (10, 20, 50, 100))], rows)
 
 
@@ -405,7 +405,7 @@ def draw_recipe():
     """results/recipe.png: the curves of `recipe` and `warm` over one another."""
     ours = {
         'here, ResNet-18, JPEGs, no warm-up': curve('recipe', 'knn_top1'),
-        'the same, its steps recorded': curve('recipe_recorded', 'knn_top1'),
+        'the same, with a CUDA graph': curve('recipe_recorded', 'knn_top1'),
         'here, small network, JPEGs, no warm-up': curve('warm_none', 'knn_top1'),
         'here, small network, JPEGs, 10 warm-up epochs': curve('warm_warmup', 'knn_top1'),
         'here, small network, JPEGs, last BN of residual blocks at one': curve('zero_ones', 'knn_top1'),
@@ -486,7 +486,8 @@ def pretrained_changes():
             rows = runs.get(f'{kind}_{end}')
             cell = rows and pretrained_row(rows, share)['10 a class']
             cells.append(f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' if cell else '')
-        lines.append([title, *cells])
+        if any(cells):
+            lines.append([title, *cells])
     return markdown(['change', 'clothing', 'groceries'], lines)
 
 

@@ -57,7 +57,11 @@ def check_dataloader(args):
     )
     for name, batches in iterators.items():
         if batches is None:
-            text = 'none' if name == 'test' else 'none: no kNN monitor in train, no evaluate'
+            text = (
+                'none'
+                if name == 'test'
+                else 'none: no kNN in train; evaluate only by --protocol=label_free, transfer or detection'
+            )
         elif name == 'test' and batches is iterators['val']:
             text = 'none of its own: it is val'
         else:
@@ -89,7 +93,7 @@ def read_and_hash_all(args, sources):
         if name == 'train':
             trained_on = {known: row for row, known in enumerate(digests) if known}
             if twice := len([*filter(None, digests)]) - len(trained_on):
-                log(f'train  {twice} images are duplicates: the same pixels as another file')
+                log(f'train  {twice} images have the same pixels as another one of train; select lists near-duplicates')
         elif same := [row for row, known in enumerate(digests) if known in trained_on]:
             other = sources['train'].store.names[trained_on[digests[same[0]]]]
             print_message(

@@ -187,7 +187,7 @@ def find_split_sources(args):
     if kind := detect_dataset(root):
         return torchvision_splits(root, kind)
     if not root.exists() and not expand_braces(root):
-        hint = 'or try the demo: `preset=demo` alone'
+        hint = 'or run `preset=demo` without `image_path`'
         if root.name in DATASET_FOLDERS:
             hint = f'or fetch it: `download=True`; {hint}'
         raise UserError(

@@ -43,7 +43,7 @@ TABLES = {
         ('asymmetric', {'loss_symmetry': 'false'}, 64.8),
         ('asymmetric, 2 pairs', {'loss_symmetry': '2x'}, 67.3),
     ),
-    'collapse': (  # not from the paper: causes of collapse and remedies (README.md, When it collapses)
+    'collapse': (  # not from the paper: causes of collapse and remedies (results/README.md, What goes wrong)
         ('as it is', {}, ''),
         ('no stop-gradient', {'stop_gradient': False}, ''),
         ('no predictor', {'predictor': 'none'}, ''),

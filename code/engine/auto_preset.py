@@ -54,16 +54,16 @@ def apply_options(args, options):
 def sample_image_sizes(store):
     """Return (width, height) of up to SIZE_SAMPLE evenly spaced images. Unreadable images are skipped. Raises UserError
     if none can be opened."""
-    rows, sizes = evenly_spaced(len(store.names), SIZE_SAMPLE), []
+    rows, sizes, reason = evenly_spaced(len(store.names), SIZE_SAMPLE), [], ''
     with silence_stderr():
         for row in rows.tolist():
             try:
                 with store.open(row) as image:
                     sizes.append(image.size)
-            except Exception:  # reported when the images are read
-                continue
+            except Exception as error:  # reported when the images are read
+                reason = reason or str(error)
     if not sizes:
-        raise UserError('none of the images that were read can be opened: check_dataloader names each')
+        raise UserError(f'none of {len(rows)} images, spread over train, can be opened; the first: {reason}')
     return sizes
 
 

@@ -101,8 +101,8 @@ class RunDir:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f'the loss is {loss} in epoch {state.epoch + (state.images > 0)}: try a lower --learning_rate (now '
-                f'{self.args.learning_rate}); found {self.describe_position(state)}; the last good checkpoint is '
-                f'{self.path or "none"}'
+                f'{self.args.learning_rate}); detected {self.describe_position(state)}; '
+                f'{f"the last good checkpoint is {self.path}" if self.path else "there is no checkpoint yet"}'
             )
 
     @staticmethod
@@ -220,8 +220,8 @@ def write_run_json(run, args, images):
     if not rank() and isinstance(earlier, dict) and earlier != record['images']:
         print_message(
             'warning',
-            f'{printable(images.folder)} has {len(images)} images to train on, with other names or classes than the '
-            f'{earlier.get("number")} that {run.name} has seen: it continues with them',
+            f'the {len(images)} training images of {printable(images.folder)} differ in names or classes from the '
+            f'{earlier.get("number")} of {run.name}: it continues with the new ones',
         )
     if not rank():
         atomic_write_on_main(run / 'run.json', lambda aside: aside.write_text(json.dumps(record, indent=2) + '\n'))
@@ -237,8 +237,8 @@ def args_from_run(args):
     saved = {name: parse(name, value) for name, value in rename_options(saved).items() if name in OPTIONS}
     if 'preset' in args.explicit and args.preset != saved.get('preset', args.preset):
         raise UserError(
-            f'--preset={args.preset}: the options of --from_run={args.from_run} are those of '
-            f'--preset={saved["preset"]} and more: leave one out'
+            f'--preset={args.preset} contradicts --from_run={args.from_run}, which has --preset={saved["preset"]}: '
+            'leave one out'
         )
     explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
     return replace_args(args, **{**saved, **explicit})

@@ -33,10 +33,10 @@ SELECTION_METRIC = 'rank'  # smaller is better; code/results/README.md compares 
 STD_COLLAPSED, STD_PARTIAL, MAX_CORRELATION, RANK_RATIO_LEARNED = 0.5, 0.9, 0.8, 0.7
 
 FOR_COLLAPSED = (
-    'Is the stop-gradient there, is the predictor trained, has the projector BN? README.md, When it collapses'
+    'Is the stop-gradient there, is the predictor trained, has the projector BN? results/README.md, What goes wrong'
 )
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
-FOR_NO_MORE = 'It was no worse at the start; evaluate --protocol=label_free judges it beside an untrained network'
+FOR_NO_MORE = 'It is no better than at the start; evaluate --protocol=label_free compares it with an untrained network'
 FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 

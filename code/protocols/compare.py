@@ -96,7 +96,10 @@ def iter_backbones(args, model, checkpoint):
         else:
             other_args, other, _ = get_model_ckpt(row_args(args, name))
             if other_args.num_channels != args.num_channels:
-                raise UserError(f'--beside={name} takes --channels={other_args.channels}, and this one {args.channels}')
+                raise UserError(
+                    f'--beside={name} has --channels={other_args.channels}, and the checkpoint {args.channels}: '
+                    'leave it out'
+                )
         yield (
             row_title(name, other_args, args),
             other_args,
@@ -177,12 +180,14 @@ def format_table(rows):
     """Format rows as lines of text; below each row is the gain of the first row over it."""
     columns = [*rows[0]['columns']]
     lines = [['backbone', *columns]]
+    before, found, epoch = rows[0]['name'].rpartition('_epoch_')
+    gaining = f'epoch {epoch}' if found else rows[0]['name']
     for row in rows:
         cells = [row['columns'][column] for column in columns]
         lines.append([row['name'], *(f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells)])
         if 'gain' in cells[0]:
             gains = [f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' for cell in cells]
-            lines.append([f'  {rows[0]["name"].split("_epoch_")[-1]} over it', *gains])
+            lines.append([f'  gain of {gaining}', *gains])
     return format_columns(lines)
 
 

@@ -70,7 +70,7 @@ def load_detection_splits(args, _=None):
             f'--protocol=detection is for red, green and blue, and this backbone takes --channels={args.channels}'
         )
     if not find_pyramid_layers(args.backbone):
-        raise UserError(f'--protocol=detection makes its pyramid of a ResNet or of small, not of {args.backbone}')
+        raise UserError(f'--protocol=detection needs a ResNet or small as backbone, not {args.backbone}')
     if not args.detection_path:
         raise UserError('--protocol=detection needs --detection_path=FOLDER in the format of COCO or VOC')
     splits = load_detection_dataset(
@@ -87,8 +87,8 @@ def load_detection_splits(args, _=None):
             )
         if not boxes.has_boxes():
             raise UserError(
-                f'--detection_path: {resolve_path(args.detection_path)} has no boxes in {boxes.split} (a crowd, or '
-                'what is difficult, is neither learned nor judged)'
+                f'--detection_path: {resolve_path(args.detection_path)} has no boxes in {boxes.split} (crowd and '
+                'difficult ones are ignored)'
             )
         if boxes.left_out:
             log(f'{boxes.split}: {boxes.left_out} boxes have no area or lie outside of their image, and are left out')
@@ -166,8 +166,8 @@ def train_detector(args, detector, train):
     size = min(args.detection_batch_size, len(train))
     if size == 1 and args.detection_size <= LAST_STRIDE:  # the last map of a square image has one value
         raise UserError(
-            f'--detection_size={args.detection_size}: BN needs more than one value, and one image of that size has '
-            f'one in its last map: --detection_batch_size=2, or a size above {LAST_STRIDE}'
+            f'--detection_size={args.detection_size}: too small for BN with one image per step, whose last '
+            f'feature map is one pixel: --detection_batch_size=2, or a size above {LAST_STRIDE}'
         )
     steps = len(train) // size
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)

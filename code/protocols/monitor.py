@@ -194,7 +194,7 @@ class Monitor:
             f'the model collapses: std {std:.3f} (healthy near 1, threshold {self.args.collapse_threshold}) at loss '
             f'{loss:.4f} in epoch {state.epoch + (state.images > 0)}: all images get nearly the same z, so the loss '
             'falls and nothing is learned. Try --augmentation=moco, or --warmup_epochs=10 with '
-            '--warmup_augmentation=moco, or a lower --learning_rate; README.md, When it collapses, has more',
+            '--warmup_augmentation=moco, or a lower --learning_rate; more: results/README.md, What goes wrong',
         )
 
     def close(self):

@@ -33,7 +33,9 @@ def target_splits(args, _):
     splits = load_splits(target_args(args))
     train, val = labeled_subset(splits['train']), splits['val']
     if val is None or not len(train) or not (val.labels >= 0).all():
-        raise UserError(f'--transfer_path: {printable(path)} needs classes in train and, of every image, in val')
+        raise UserError(
+            f'--transfer_path: {printable(path)} needs class folders in train, and a class for every image of val'
+        )
     if args.transfer == 'finetune' and len(train) < 2:
         raise UserError(f'--transfer_path: {printable(path)} has one image to train on; fine-tuning needs two')
     return report_unlabeled({'train': splits['train'], 'val': val})

@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 python3 cli.py check_dataloader --image_path="$folder"
 python3 cli.py train --image_path="$folder" --model_name=photos --resume=auto "$@"
 python3 cli.py report --ckpt_name=model_name_photos_ckpt_0
-python3 cli.py export --ckpt_name=model_name_photos_ckpt_0 --format=torchvision
+python3 cli.py export --ckpt_name=model_name_photos_ckpt_0 --format=timm

@@ -16,7 +16,7 @@ BEFORE = {'channels': 'rgb', 'exif': 'ignore', 'npy_axes': 'auto', 'jitter': 'im
 FORMAT = 3
 
 
-DAMAGED = 'the checkpoint is damaged: its {} is missing, or is none; take another'
+DAMAGED = 'the checkpoint is damaged: its {} is missing or invalid; use another one'
 REQUIRED_TYPES = {
     'model': dict,
     'optimizer': dict,
@@ -43,7 +43,7 @@ def upgrade(content):
     if not isinstance(content.get('format', 1), int):
         raise WorkError(DAMAGED.format('format'))
     if content.get('format', 1) > FORMAT:
-        raise WorkError(f'the checkpoint is of format {content["format"]}, a later one than {FORMAT}: update this code')
+        raise WorkError(f'the checkpoint is of format {content["format"]}, newer than {FORMAT}: update this code')
     if content.get('format', 1) == 1:
         content = upgrade_v1(content)
     validate(content)

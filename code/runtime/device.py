@@ -103,5 +103,5 @@ def explain_oom(what, helps):
         yield
     except (RuntimeError, MemoryError) as error:
         if place := is_oom(error):
-            raise WorkError(f'{place} has not enough memory for {what}: {helps}') from None
+            raise WorkError(f'{place} is out of memory for {what}: {helps}') from None
         raise

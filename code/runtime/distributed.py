@@ -61,9 +61,7 @@ def init_process_group(device):
         address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
         waited = WaitLimit()
         while not ours and not is_reachable(address):  # waiting in torch would block signals
-            waited.wait(
-                f'{address[0]}:{address[1]}, where number 0 of {world_size()} processes should be, does not answer'
-            )
+            waited.wait(f'rank 0 of {world_size()} at {address[0]}:{address[1]} does not answer')
         store = dist.TCPStore(*address, is_master=ours)
         # A prefix per launch: with the keys of an earlier launch gloo may look for processes that are gone.
         store = dist.PrefixStore(agree_on_launch_id(store), store)
@@ -174,7 +172,7 @@ def dead_ranks():
             if place == host and not is_alive(pid)
         ]
         time.sleep(0.1)
-    return f'of the {world_size()} processes of this run number {", ".join(ended)} has ended' if ended else ''
+    return f'rank {", ".join(ended)} of {world_size()} has died' if ended else ''
 
 
 def is_alive(pid):

@@ -33,7 +33,10 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
     def handleError(self, record):
         error = sys.exc_info()[1]
-        print_message('warning', f'no more lines in {self.baseFilename}: {getattr(error, "strerror", None) or error}')
+        print_message(
+            'warning',
+            f'cannot write {self.baseFilename}, its lines end here: {getattr(error, "strerror", None) or error}',
+        )
         LOGGER.removeHandler(self)
 
 

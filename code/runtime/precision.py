@@ -184,7 +184,7 @@ def run_in_subprocess(options):
     try:
         result = json.loads(process.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        last_line = (process.stderr.strip() or 'nothing was said').splitlines()[-1]
+        last_line = (process.stderr.strip() or 'no output').splitlines()[-1]
         return {'ratio': 0.0, 'failed': f'the benchmark of bfloat16 failed: {last_line}', 'sure': False}
     if not result['difference'] <= MAX_LOSS_DIFF:  # nan too
         return {

@@ -675,7 +675,7 @@ def test_run_with_other_channels_is_refused_as_start_and_row(five, drawn, tmp_pa
     (own,) = set((tmp_path / 'ckpt').iterdir()) - {run}
     given = [f'--ckpt_name={own.name}', f'--beside={run.name}', *own_paths(tmp_path)]
     assert cli.main(['evaluate', *given]) == 2
-    assert f'--beside={run.name} takes --channels=1-5, and this one rgb' in capsys.readouterr().err
+    assert f'--beside={run.name} has --channels=1-5, and the checkpoint rgb: leave it out' in capsys.readouterr().err
 
 
 def test_pack_keeps_channels_or_refuses(five, tmp_path, capsys):

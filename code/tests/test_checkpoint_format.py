@@ -31,8 +31,8 @@ def test_upgrade_fills_missing_options_from_preset(capsys):
     assert args.proj_dim == 8
     assert (checkpoint['epoch'], checkpoint['images'], checkpoint['format']) == (1, 0, FORMAT)
     said = capsys.readouterr().out
-    assert 'da4e617 is older than --' in said
-    assert 'they are as in --preset=demo' in said
+    assert 'da4e617 is older than the options --' in said
+    assert 'they are those of --preset=demo' in said
 
 
 def test_old_checkpoint_has_same_knn_accuracy(drawn, tmp_path):
@@ -91,7 +91,7 @@ def test_old_checkpoint_resumes(name, drawn, tmp_path, capsys):
 def test_checkpoint_with_missing_part_is_damaged(part, value):
     content, _ = upgrade(old('6693c8e'))
     content = {name: kept for name, kept in {**content, part: value}.items() if value != 'GONE' or name != part}
-    with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing, or is none'):
+    with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing or invalid'):
         upgrade(content)
 
 
@@ -110,5 +110,5 @@ def test_checkpoint_with_changed_bytes_is_damaged(tmp_path):
 
 
 def test_checkpoint_of_later_format_is_named():
-    with pytest.raises(WorkError, match=f'of format {FORMAT + 1}, a later one than {FORMAT}: update this code'):
+    with pytest.raises(WorkError, match=f'of format {FORMAT + 1}, newer than {FORMAT}: update this code'):
         upgrade({**old('6693c8e'), 'format': FORMAT + 1})

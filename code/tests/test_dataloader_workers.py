@@ -55,7 +55,7 @@ def test_killed_worker_error_names_signal_and_remedy(number, helps, drawn_large,
     assert time.monotonic() - began < 30
     line = one_line(errors)
     assert line.startswith(f'error: a dataloader worker was killed by {helps}')
-    assert line.endswith('--resume=auto resumes from the last checkpoint')
+    assert line.endswith('--resume=auto resumes training from the last checkpoint')
 
 
 def test_hung_workers_end_the_run(drawn_large, monkeypatch):
@@ -239,7 +239,7 @@ def test_out_of_memory_error_names_remedy():
         ),
     ):
         assert is_oom(error) == place
-        said = f'{place} has not enough memory for the kNN test: --knn_every=0'
+        said = f'{place} is out of memory for the kNN test: --knn_every=0'
         with pytest.raises(WorkError, match=said), explain_oom('the kNN test', '--knn_every=0 trains without it'):
             raise error
     assert is_oom(RuntimeError('out of memory of another kind')) is None
@@ -270,7 +270,7 @@ def test_out_of_memory_on_cpu_is_one_line(drawn, tmp_path):
     if done.returncode != 1 or 'bug of this program' in done.stderr:
         assert 'libtorch' in done.stderr or 'cannot allocate' in done.stderr.lower(), done.stderr
         pytest.skip('this build of torch does not load below the limit')
-    assert 'the machine has not enough memory' in one_line(done.stderr)
+    assert 'the machine is out of memory' in one_line(done.stderr)
 
 
 @pytest.mark.parametrize('quiet', [True, False])

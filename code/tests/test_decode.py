@@ -113,7 +113,7 @@ def test_dataset_with_small_range_warns(tmp_path):
         ('uint16', 0, 1023, None, '`white_level=1023`'),
         ('float32', 0, 255, None, '1 is white already: `white_level=255`'),
         ('float32', 0, 3e6, None, '`white_level=3e\\+06`'),
-        ('int16', -1000, 3000, (0, 4095), 'below 0 is black; `white_level=-1000,3000`'),
+        ('int16', -1000, 3000, (0, 4095), 'below 0 become black; `white_level=-1000,3000`'),
         ('int16', -1000, 3000, (-1024, 3071), None),
         ('float32', 0, 0.01, None, '`white_level=0.01`'),
         ('uint8', 0, 250.0, (0, 4095), '`white_level` has no effect: the images have 8 bits'),

@@ -335,7 +335,7 @@ def test_voc_lists_prefers_trainval_and_test(lists, pair, tmp_path):
     for name in lists.split():
         (tmp_path / f'ImageSets/Main/{name}.txt').write_text('\n'.join(names[:2] if 'train' in name else names[2:]))
     if pair is None:
-        with pytest.raises(UserError, match='has neither trainval.txt and test.txt nor train.txt and val.txt'):
+        with pytest.raises(UserError, match='needs trainval.txt and test.txt, or train.txt and val.txt or test.txt'):
             load_detection_dataset(tmp_path, False)
         return
     splits = load_detection_dataset(tmp_path, False)

@@ -149,7 +149,7 @@ def test_detection_batch_of_one_small_image_exits_2(tmp_path, capsys):
     given = ['evaluate', f'--ckpt_name={RUN}', '--protocol=detection', f'--detection_path={tmp_path}/set']
     small = ['--detection_batch_size=1', '--detection_size=32', '--num_workers=0']
     assert cli.main([*given, *small, *own_paths(tmp_path)]) == 2
-    assert 'BN needs more than one value' in one_line(capsys.readouterr().err)
+    assert 'too small for BN with one image per step' in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)

@@ -130,7 +130,7 @@ def test_exception_without_message_is_printed(error, monkeypatch, capsys):
     monkeypatch.setattr('engine.auto_preset.choose_preset', out_of_memory)
     monkeypatch.setattr('train.train', out_of_memory)
     assert cli.main(['train', '--preset=demo']) == 1
-    assert 'has not enough memory' in one_line(capsys.readouterr().err)
+    assert 'is out of memory' in one_line(capsys.readouterr().err)
 
 
 def test_evaluate_after_is_skipped_after_max_minutes(drawn, tmp_path, capsys):

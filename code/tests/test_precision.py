@@ -29,7 +29,7 @@ ENDS = {
     'illegal instruction': ('import os; os.kill(os.getpid(), 4)', None, 'an illegal instruction', True),
     'killed': ('import os; os.kill(os.getpid(), 9)', None, 'SIGKILL', False),
     'an exception': ('raise MemoryError("no room")', None, 'no room', False),
-    'silent': ('', None, 'nothing was said', False),
+    'silent': ('', None, 'no output', False),
     'too long': ('import time; time.sleep(60)', None, 'longer than', False),
 }
 

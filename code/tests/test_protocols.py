@@ -423,7 +423,7 @@ def test_unlabeled_images_are_counted(drawn, tmp_path, trained, capsys):
     assert cli.main([*given, f'--image_path={tmp_path}']) == 2
     assert '12 of the 24 images of' in one_line(capsys.readouterr().err)
     assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 2
-    assert 'needs classes in train and, of every image, in val' in one_line(capsys.readouterr().err)
+    assert 'needs class folders in train, and a class for every image of val' in one_line(capsys.readouterr().err)
 
 
 def test_label_free_with_few_images_exits_2(tmp_path, trained, capsys):

@@ -45,7 +45,7 @@ def find_voc_lists(folder):
     for train, val in (('trainval', 'test'), ('train', 'val'), ('train', 'test')):
         if (lists / f'{train}.txt').is_file() and (lists / f'{val}.txt').is_file():
             return lists / f'{train}.txt', lists / f'{val}.txt'
-    raise UserError(f'`detection_path`: {lists} has neither trainval.txt and test.txt nor train.txt and val.txt')
+    raise UserError(f'`detection_path`: {lists} needs trainval.txt and test.txt, or train.txt and val.txt or test.txt')
 
 
 def read_voc_split(folder, path, numbers):

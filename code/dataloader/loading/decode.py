@@ -106,7 +106,7 @@ def open_by_format(source, name):
     if image.format != 'TIFF' or not (lost or max(image.tag_v2.get(BITS, (8,))) > 8):
         return image
     if not find_spec('tifffile'):
-        image.note = lost and f'{lost}, for tifffile is not installed (pip3 install tifffile)'
+        image.note = lost and f'{lost} without tifffile (pip3 install tifffile)'
         return image
     try:
         array_image = arrays.open_tiff(arrays.read_bytes(source))

@@ -24,7 +24,7 @@ from runtime.errors import WorkError
 EXIT_TIMEOUT_S = 5.0  # seconds to wait for a worker's exit code after torch has reported an error
 POLL_S = 2.0  # seconds between two checks of the workers while waiting for a batch
 HANG_TIMEOUT_S = 45.0  # seconds without CPU time or reads after which workers count as hung
-RESUME_HINT = '`resume=auto` resumes from the last checkpoint'
+RESUME_HINT = '`resume=auto` resumes training from the last checkpoint'
 SIGNAL_HINTS = {  # likely cause and remedy for a signal that killed a worker
     'SIGKILL': 'as the system does when memory runs out: try a lower `num_workers`',
     'SIGBUS': 'as happens when /dev/shm is full: docker run --shm-size=8g, or a lower `num_workers` (0 needs none)',

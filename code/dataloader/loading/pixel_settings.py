@@ -110,7 +110,7 @@ def resolve_mean_std(args, store):
     for name, word in words.items():
         word = ('imagenet' if pixel_format.is_rgb8 else 'dataset') if word == 'auto' else word
         if word == 'weights':
-            raise UserError(f'`{name}=weights`: no pretrained weights have it for these channels; `{name}=dataset`?')
+            raise UserError(f'`{name}=weights`: no pretrained weights have it for these channels: `{name}=dataset`')
         resolved[name] = word
     if 'dataset' in resolved.values():
         measured = measure_mean_std(store, pixel_format)
@@ -164,7 +164,7 @@ def range_warning(dtype, low, top, levels):
     if top < black + MIN_RANGE_SHARE * (white - black):
         return f'{what}, where {white:g} is white: they are nearly black; {option}'
     if low < black - MIN_RANGE_SHARE * (top - black):
-        return f'{what}: what is below {black:g} is black; `white_level={low:g},{top:g}` has both ends'
+        return f'{what}: values below {black:g} become black; `white_level={low:g},{top:g}`'
     return None
 
 

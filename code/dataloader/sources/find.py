@@ -77,7 +77,7 @@ def find_splits(root, cache_path, progress):
     places = split_locations(root)
     if not places:
         if inner := find_nested_root(root):
-            log(f'{printable(root)} holds the splits of {printable(inner.relative_to(root))}, and nothing else')
+            log(f'the splits of {printable(root)} are in {printable(inner.relative_to(root))}')
             return find_splits(inner, cache_path, progress)
         if archives := list_numbered_archives(root):
             return {'train': source_from_shards(archives, cache_path, progress)}
