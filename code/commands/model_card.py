@@ -34,7 +34,7 @@ def render_model_card(args, checkpoint, name, features):
         *describe_model(args, checkpoint, run_info, features, license_name),
         '',
     ]
-    lines += ['## How good it is', '', *describe_results(args, checkpoint), '']
+    lines += ['## Evaluation', '', *describe_results(args, checkpoint), '']
     lines += ['## Use', '', '```python', 'import timm', '']
     lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
     lines += [

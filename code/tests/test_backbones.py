@@ -193,9 +193,9 @@ def test_other_backbones_train_evaluate_and_export(name, drawn, tmp_path, capsys
     capsys.readouterr()
     for other in {'torchvision', 'timm', 'detectron2'} - {tool}:
         assert cli.main(['export', f'--ckpt_name={run}', f'--format={other}', paths[0]]) == 2
-        assert f'has no --backbone={name}' in one_line(capsys.readouterr().err)
+        assert f'does not support --backbone={name}' in one_line(capsys.readouterr().err)
     assert cli.main(['evaluate', f'--ckpt_name={run}', '--protocol=detection', '--detection_path=x', *paths]) == 2
-    assert 'of a ResNet or of small' in one_line(capsys.readouterr().err)
+    assert 'needs a ResNet or small as backbone' in one_line(capsys.readouterr().err)
     loads = {
         'timm': f"timm.create_model('local-dir:{output}', pretrained=True)",
         'torchvision': f"state = torch.load('{output}'); "

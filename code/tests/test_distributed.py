@@ -365,15 +365,21 @@ def test_single_process_command_with_torchrun_exits_2(command, as_one_of, capsys
         ({'RANK': ''}, 'RANK= is in the environment and is not a number'),
         ({'LOCAL_RANK': '1.5'}, 'LOCAL_RANK=1.5 is in the environment and is not a number'),
         ({'RANK': '1'}, 'RANK=1 is in the environment and must be below WORLD_SIZE=1'),
-        ({'LOCAL_RANK': '1'}, 'LOCAL_RANK=1 is in the environment, of LOCAL_WORLD_SIZE=1 processes'),
-        ({'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '8'}, 'LOCAL_RANK=1 is in the environment, of LOCAL_WORLD_SIZE=1'),
+        ({'LOCAL_RANK': '1'}, 'LOCAL_RANK=1 is in the environment and must be below LOCAL_WORLD_SIZE=1'),
+        (
+            {'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '8'},
+            'LOCAL_RANK=1 is in the environment and must be below LOCAL_WORLD_SIZE=1',
+        ),
         ({'WORLD_SIZE': '0'}, 'WORLD_SIZE=0 is in the environment and is not a number of processes'),
         ({'LOCAL_WORLD_SIZE': '00'}, 'LOCAL_WORLD_SIZE=00 is in the environment and is not a number of processes'),
         (
             {'WORLD_SIZE': '4', 'RANK': '3', 'LOCAL_RANK': '2', 'LOCAL_WORLD_SIZE': '2'},
-            'LOCAL_RANK=2 is in the environment, of LOCAL_WORLD_SIZE=2',
+            'LOCAL_RANK=2 is in the environment and must be below LOCAL_WORLD_SIZE=2',
         ),
-        ({'WORLD_SIZE': '2', 'RANK': '5', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'}, 'RANK=5 is in the environment, of'),
+        (
+            {'WORLD_SIZE': '2', 'RANK': '5', 'MASTER_ADDR': 'a', 'MASTER_PORT': '1'},
+            'RANK=5 is in the environment and must be below',
+        ),
         ({'WORLD_SIZE': '2'}, 'WORLD_SIZE=2 is in the environment, and RANK is not; torchrun sets it'),
         ({'WORLD_SIZE': '2', 'RANK': '0'}, 'WORLD_SIZE=2 is in the environment, and MASTER_ADDR is not'),
         (

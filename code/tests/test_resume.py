@@ -191,7 +191,7 @@ def test_resume_with_other_images_warns(drawn, tmp_path, capsys):
         change()
         assert short(tmp_path, images, *limited) == 0
         said = capsys.readouterr().err
-        assert (f'{images}/train has {number} images to train on, with other names or classes' in said) == warned
+        assert (f'the {number} training images of {images}/train differ in names or classes' in said) == warned
 
 
 def test_resume_from_older_checkpoint_starts_new_run(drawn, tmp_path, capsys):

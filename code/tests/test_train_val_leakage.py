@@ -160,7 +160,7 @@ def test_check_dataloader_finds_copies_by_pixels(held_out, packed, drawn, tmp_pa
     out, err = capsys.readouterr()
     assert 'images of val are in train too, pixel by pixel' in err
     assert held_out or 'other.png, in train' in err
-    assert 'images are duplicates: the same pixels as another file' in out
+    assert 'images have the same pixels as another one of train' in out
 
 
 def test_dataset_without_copies_does_not_warn(drawn, tmp_path, capsys):
