@@ -77,6 +77,7 @@ def choose_photo_options(args, train, sizes, has_val):
     batch = choose_batch_size(device, count)
     options['batch_size'] = batch
     batch = args.batch_size if 'batch_size' in args.explicit else batch
+    options['finetune_batch_size'] = min(256, batch)  # 256 views of 160 px need 15 GB
     if options['init_from'] or 'init_from' in args.explicit:
         epochs = max(MIN_EPOCHS, min(MAX_EPOCHS, round(STEPS * batch / count)))
     else:

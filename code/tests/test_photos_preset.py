@@ -37,6 +37,7 @@ def test_preset_auto_chooses_cifar10_or_photos(drawn, photographs):
     assert args.init_from
     assert args.evaluate_after
     assert args.probe_optimizer == 'lbfgs'  # LARS would take 90 steps
+    assert args.finetune_batch_size == args.batch_size  # 256 need more memory than the pretraining
 
 
 @pytest.mark.parametrize(
