@@ -94,7 +94,7 @@ def supervised(args, epochs, output, deadline):
 
 
 def measured(args, log):
-    """What the logs of the run say: seconds an epoch, images/s, share of the peak, memory, the kNN curve."""
+    """What the logs of the run say: seconds per epoch, images/s, share of the peak, memory, the kNN curve."""
     logged = read_scalars(log)
     speeds = sorted(value for _, value in logged['speed/images_per_second'])
     device, speed = get_device(args), speeds[len(speeds) // 2]

@@ -57,7 +57,7 @@ SETS = {
 TIMES = {'rate': 'learning_rate', 'decay': 'weight_decay', 'epochs': 'max_epochs', 'batch': 'batch_size'}
 # What is changed: an option and its value, or one of TIMES and what the set's own value is multiplied by.
 VARIED = {
-    'as it is': {},
+    'unchanged': {},
     'rate x 10': {'rate': 10},
     'rate x 3': {'rate': 3},
     'rate / 3': {'rate': 1 / 3},

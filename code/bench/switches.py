@@ -18,7 +18,7 @@ from common import CODE
 from logger import read_scalars
 
 SWITCHES = {
-    'as it is': [],
+    'unchanged': [],
     '--amp=off': ['--amp=off'],
     '--amp=bf16': ['--amp=bf16'],
     '--amp=fp16': ['--amp=fp16'],
@@ -58,7 +58,7 @@ def main():
             speed, memory, loss = train(root / name.strip('-'), *common, *options)
             results[name] = {'images_per_second': round(speed, 1), 'peak_gigabytes': memory, 'loss': loss}
             print(f'{name:24}{speed:10.0f} images/s   {memory or float("nan"):8.2f} GB   loss {loss:.4f}', flush=True)
-    for name in ('as it is', '--amp=fp16') if cuda else ('as it is',):
+    for name in ('unchanged', '--amp=fp16') if cuda else ('unchanged',):
         folder = root / f'resumed {name}'
         train(folder, *common, *SWITCHES[name], '--max_minutes=0.0001')
         _, _, loss = train(folder, *common, *SWITCHES[name], '--resume=auto')

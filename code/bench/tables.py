@@ -286,9 +286,9 @@ def starts():
     """The demo from its usual start, from weights divided by three, with a rate that rises first, and other blocks."""
     rows = []
     for title, name in (
-        ('as it is', 'demo_bf16'),
+        ('unchanged', 'demo_bf16'),
         ('weights of layers / 3 at the start', 'cut'),
-        ('as it is, float32', 'start_off'),
+        ('unchanged, float32', 'start_off'),
         ('three warm-up epochs, float32', 'start_slow'),
         ('residual blocks start at one, float32', 'start_ones'),
     ):
@@ -441,7 +441,7 @@ PRETRAINED_ROWS = {  # what a run changes: the end of its name
     '160 px, 5 epochs (another start)': 'lr04_e5_s0_160',
 }
 PRETRAINED_SHARES = {'no average': 1.0, 'a quarter': 0.25, 'three quarters': 0.75}
-PRETRAINED_SETS = {'clothing': 'clothing', 'grocery': 'groceries', 'cifar50': 'CIFAR-10, 50 a class'}
+PRETRAINED_SETS = {'clothing': 'clothing', 'grocery': 'groceries', 'cifar50': 'CIFAR-10, 50 per class'}
 
 
 def pretrained_runs():
@@ -463,7 +463,7 @@ def default_runs(runs, kind):
 
 
 def pretrained():
-    """Gain over ImageNet's weights with ten labels a class on test: the default with three seeds."""
+    """Gain over ImageNet's weights with ten labels per class on test: the default with three seeds."""
     runs, lines = pretrained_runs(), []
     for kind, name in PRETRAINED_SETS.items():
         rows = default_runs(runs, kind)
@@ -477,14 +477,14 @@ def pretrained():
 
 
 def pretrained_changes():
-    """Gain over the start with ten labels a class on test, seed 0, of runs that change one thing each."""
+    """Gain over the start with ten labels per class on test, seed 0, of runs that change one thing each."""
     runs, lines = pretrained_runs(), []
     for title, end in PRETRAINED_ROWS.items():
         share = next((value for word, value in PRETRAINED_SHARES.items() if title.startswith(word)), 0.5)
         cells = []
         for kind in ('clothing', 'grocery'):
             rows = runs.get(f'{kind}_{end}')
-            cell = rows and pretrained_row(rows, share)['10 a class']
+            cell = rows and pretrained_row(rows, share)['10 per class']
             cells.append(f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' if cell else '')
         if any(cells):
             lines.append([title, *cells])
@@ -496,10 +496,10 @@ def draw_pretrained():
     runs, lines = pretrained_runs(), []
     for kind, name in PRETRAINED_SETS.items():
         rows = [pretrained_row(each) for each in default_runs(runs, kind)]
-        points = [(count, mean(each[f'{count} a class']['gain'] for each in rows)) for count in (1, 5, 10, 30)]
+        points = [(count, mean(each[f'{count} per class']['gain'] for each in rows)) for count in (1, 5, 10, 30)]
         lines.append((name, points))
     title = "gain over ImageNet's weights on test, points"
-    panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels a class')
+    panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels per class')
     save_png(plots.figure_to_pil(plots.draw_curves([panel], (560, 340)), 2), RESULTS / 'pretrained.png')
 
 

@@ -20,7 +20,7 @@ from runtime.files import read_metrics
 from runtime.options import get_config
 from train import train
 
-RUNS = 'as it is', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
+RUNS = 'unchanged', 'rate x 10', 'SimCLR', 'no decay'  # of evidence.VARIED
 
 
 def measure_epochs(name, options, folders):

@@ -46,7 +46,7 @@ CHARTS = (  # file name, title, y limits, {tag: name of the line}
     ('loss', 'loss', None, {'pretraining/loss': ''}),
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
-    ('few', 'top-1 on val with 10 labels a class, %', None, {'pretraining/few_labels_top1': ''}),
+    ('few', 'top-1 on val with 10 labels per class, %', None, {'pretraining/few_labels_top1': ''}),
     ('rank', 'retrieval rank of the positive view', None, {'pretraining/rank': ''}),
     (
         'rate',

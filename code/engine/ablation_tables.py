@@ -44,7 +44,7 @@ TABLES = {
         ('asymmetric, 2 pairs', {'loss_symmetry': '2x'}, 67.3),
     ),
     'collapse': (  # not from the paper: causes of collapse and remedies (results/README.md, What goes wrong)
-        ('as it is', {}, ''),
+        ('unchanged', {}, ''),
         ('no stop-gradient', {'stop_gradient': False}, ''),
         ('no predictor', {'predictor': 'none'}, ''),
         ('no BN in projector and predictor', {'proj_bn': 'none'}, ''),

@@ -91,7 +91,7 @@ def judge_against_start(lines):
     last = judged[max(judged)]
     gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
     gain_text = (
-        f'{WATCHED} labels a class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
+        f'{WATCHED} labels per class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
         f'beside the start ({judged[0][FEW]:.1f} %)'
     )
     if best:

@@ -78,7 +78,7 @@ def parse_label_counts(text):
     except ValueError:
         numbers = [0]
     if min(numbers) < 1:
-        raise UserError(f'--labels has numbers of labels a class, such as 1,5,10,30, not {text!r}')
+        raise UserError(f'--labels has numbers of labels per class, such as 1,5,10,30, not {text!r}')
     return numbers
 
 
@@ -172,7 +172,7 @@ def compute_columns(args, bank, judged, classes, labels, draws):
         few_features = x[torch.cat(rows).unique().to(x.device)]
         right, accuracies = score_few_labels(few_features, y.cpu(), rows, queries, query_labels, classes)
         spread = torch.tensor(accuracies).std().item() if len(accuracies) > 1 else None
-        columns[f'{count} a class'] = {'right': right, 'spread': spread}
+        columns[f'{count} per class'] = {'right': right, 'spread': spread}
     return columns
 
 

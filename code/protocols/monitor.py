@@ -174,7 +174,7 @@ class Monitor:
         from measure_labels."""
         path, count = self.run.folder / START_ACCURACY_FILE, len(right)
         top1 = 100 * right.mean().item()
-        results, words = {FEW: top1}, f'  {WATCHED} labels a class {top1:.2f} %'
+        results, words = {FEW: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
         if not self.args.init_from:
             return {'few_labels_top1': top1}, words
         if not state.epoch:

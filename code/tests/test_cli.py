@@ -72,7 +72,7 @@ def copied(trained, tmp_path):
 def test_train_writes_checkpoints_scalars_and_picture(trained, drawn):
     folder, said = trained
     assert re.search(
-        r'epoch 0/2  kNN [\d.]+ %  10 labels a class [\d.]+ %  '
+        r'epoch 0/2  kNN [\d.]+ %  10 labels per class [\d.]+ %  '
         r'retrieval rank of the positive view [\d.]+ of 72 \(untrained\)',
         said,
     )

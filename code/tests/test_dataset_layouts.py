@@ -179,7 +179,7 @@ def test_folder_of_class_folders_trains_evaluates_and_infers(tmp_path):
 
 
 def test_path_list_is_read(drawn, tmp_path, capsys):
-    """A path a line, a class after a tab; relative to the list, or absolute; byte order mark, blank lines, CR LF."""
+    """One path per line, its class after a tab; relative or absolute paths; byte order mark, blank lines, CR LF."""
     files = sorted((drawn / 'train').rglob('*.png'))[::7]
     for name in ('here.png', 'there.png'):
         shutil.copy(files[0], tmp_path / name)
@@ -661,7 +661,7 @@ def test_class_called_train_exits_2(drawn, tmp_path, capsys):
     """COCO and VOC have such a class: beside it others would not be trained on."""
     shutil.copytree(drawn / 'train', tmp_path / 'set')
     sorted((tmp_path / 'set').iterdir())[0].rename(tmp_path / 'set/train')
-    with pytest.raises(UserError, match='is train a class, as dots and stripes beside it seem to be'):
+    with pytest.raises(UserError, match='train may be the training split, or a class like dots and stripes'):
         load_splits(options(tmp_path / 'set'))
     shutil.rmtree(tmp_path / 'set/dots')  # train and one folder more: what is trained on, and it is said
     assert split_names(tmp_path / 'set')['train']

@@ -34,7 +34,7 @@ SAVED = {
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp('stops')
-    images = draw_folder(folder / 'set', {'train': 8, 'val': 4})  # three steps an epoch
+    images = draw_folder(folder / 'set', {'train': 8, 'val': 4})  # three steps per epoch
     done = subprocess.run(
         [sys.executable, stop_table.__file__, images, folder], capture_output=True, text=True, timeout=500, check=False
     )

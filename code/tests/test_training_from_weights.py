@@ -260,7 +260,7 @@ def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
     said = capsys.readouterr().out
     result = read_json(next((tmp_path / 'own/ckpt' / RUN).glob('evaluate_compare_*.json')))
     first, untrained, start, same = result['rows']
-    assert [*first['columns']] == ['kNN 24', 'all labels', '3 a class', '1 a class']
+    assert [*first['columns']] == ['kNN 24', 'all labels', '3 per class', '1 per class']
     for row in (start, same):
         for cell in row['columns'].values():
             assert (cell['gain'], cell['gain_error']) == (0.0, 0.0)
@@ -269,7 +269,7 @@ def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
         assert 0 <= cell['error'] < 50
         assert 'gain' not in cell
         assert f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' in said
-    assert first['columns']['1 a class']['spread'] >= 0
+    assert first['columns']['1 per class']['spread'] >= 0
 
 
 def test_mean_and_error_equals_formula():
@@ -294,7 +294,7 @@ def test_draw_rows_is_balanced_and_differs(drawn):
 
 @pytest.mark.parametrize('text', ['', '0', 'ten', '1,,5', '-1,5', '1.5'])
 def test_invalid_labels_option_exits_2(text):
-    with pytest.raises(UserError, match='--labels has numbers of labels a class'):
+    with pytest.raises(UserError, match='--labels has numbers of labels per class'):
         compare.parse_label_counts(text)
 
 
@@ -331,8 +331,8 @@ def test_monitor_few_labels_equal_compare(drawn, tmp_path):
         args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS
     )
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
-    assert (right - found[f'{few_labels.WATCHED} a class']['right']).abs().max() <= 0.2 + 1e-9
-    assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} a class']['right'].mean().item(), abs=0.02)
+    assert (right - found[f'{few_labels.WATCHED} per class']['right']).abs().max() <= 0.2 + 1e-9
+    assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} per class']['right'].mean().item(), abs=0.02)
 
 
 def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path, capsys):

@@ -5,7 +5,7 @@ FOLDER/<class>/...                    two or more folders of images: classes, as
 FOLDER/...                            any other folder: images at any depth, without classes
 train.tar, train-000000.tar, ...      in place of each split's folder; or all in one FILE.tar
 train-00000-of-00005.parquet, ...     Parquet, as the Hugging Face hub has it; also in data/, or one FILE.parquet
-train.txt, FILE.txt                   a list: a path a line, after a tab its class if wanted
+train.txt, FILE.txt                   a list: one path per line, its class after a tab if wanted
 ILSVRC2012_img_train.tar, ...         ImageNet as it is downloaded (imagenet.py)
 ILSVRC/Data/CLS-LOC/...               ImageNet as Kaggle packs it
 """
@@ -155,8 +155,8 @@ def check_train_is_not_a_class(root, places):
     with_images = [printable(name) for name in siblings if list_folder(root / name)[0]]
     if len(with_images) > 1:
         raise UserError(
-            f'{printable(root)}: is {printable(train.name)} a class, as {with_images[0]} and {with_images[1]} beside '
-            'it seem to be, or the training split? Rename the class, or point `image_path` at train'
+            f'{printable(root)}: {printable(train.name)} may be the training split, or a class like '
+            f'{with_images[0]} and {with_images[1]} beside it. If it is a class, rename it; if not, set `image_path` to it'
         )
 
 
