@@ -332,7 +332,9 @@ def test_monitor_few_labels_equal_compare(drawn, tmp_path):
     )
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
     assert (right - found[f'{few_labels.WATCHED} per class']['right']).abs().max() <= 0.2 + 1e-9
-    assert right.mean().item() == pytest.approx(found[f'{few_labels.WATCHED} per class']['right'].mean().item(), abs=0.02)
+    assert right.mean().item() == pytest.approx(
+        found[f'{few_labels.WATCHED} per class']['right'].mean().item(), abs=0.02
+    )
 
 
 def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path, capsys):
