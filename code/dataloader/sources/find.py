@@ -155,8 +155,8 @@ def check_train_is_not_a_class(root, places):
     with_images = [printable(name) for name in siblings if list_folder(root / name)[0]]
     if len(with_images) > 1:
         raise UserError(
-            f'{printable(root)}: {printable(train.name)} may be the training split, or a class like '
-            f'{with_images[0]} and {with_images[1]} beside it. If it is a class, rename it; if not, set `image_path` to it'
+            f'{printable(root)}: {printable(train.name)} may be the training split, or a class like {with_images[0]} '
+            f'and {with_images[1]} beside it. If it is a class, rename it; if not, set `image_path` to it'
         )
 
 
