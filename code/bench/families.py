@@ -66,9 +66,9 @@ def load_and_step(name, folder):
     return '' if loss.isfinite() else f'the loss is {loss.item()}'
 
 
-def main(output, modules=''):
-    families = {}
-    for module in [name for name in timm.list_modules() if name in modules.split(',') or not modules]:
+def main(output, modules=()):
+    families, modules = {}, (modules,) if isinstance(modules, str) else modules  # Fire makes a tuple of a,b
+    for module in [name for name in timm.list_modules() if name in modules or not modules]:
         if not timm.list_models(module=module):
             continue
         name, millions = smallest(module)

@@ -1,6 +1,7 @@
 """Backbones: torchvision and timm networks without their classification layer, and a small ResNet for CPUs."""
 
 import difflib
+import functools
 
 import torch
 import torchvision
@@ -8,6 +9,7 @@ from torch import nn
 from torchvision.models import regnet, resnet
 
 WIDTHS = (16, 32, 64)  # channels of the small backbone's three stages
+ONEDNN_BLOCK = 16  # channels that oneDNN processes at once with AVX-512
 
 
 def make_backbone(name, stem, size, zero_init=True, channels=3):
@@ -32,6 +34,7 @@ def make_backbone(name, stem, size, zero_init=True, channels=3):
         use_cifar_stem(backbone, channels)
     for norm in find_last_bn_layers(backbone):
         nn.init.constant_(norm.weight, 0.0 if zero_init else 1.0)
+    subsample_before_strided_1x1(backbone)
     return backbone, feature_dim(backbone, size, channels)
 
 
@@ -44,6 +47,23 @@ def find_last_bn_layers(network):
             norm = getattr(block, 'bn3', getattr(block, 'bn2', getattr(getattr(block, 'conv3', None), 'bn', None)))
             if isinstance(norm, nn.BatchNorm2d):
                 yield norm
+
+
+def subsample_before_strided_1x1(network):
+    """Subsample the input of 1 x 1 convolutions with stride > 1 and few channels, and set their stride to 1: the same
+    function. On CPUs oneDNN computes their weight gradient with writes outside its memory if the input is channels_last
+    (oneDNN issue 6035): training of RepVGG, MobileOne or FastViT crashed."""
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d) or module.in_channels >= ONEDNN_BLOCK or max(module.stride) == 1:
+            continue
+        if module.kernel_size == (1, 1) and module.padding in ((0, 0), 'valid'):
+            module.register_forward_pre_hook(functools.partial(subsample, stride=module.stride))
+            module.stride = (1, 1)
+
+
+def subsample(_, inputs, stride):
+    """Forward pre-hook: keep every stride-th row and column of N x C x H x W."""
+    return (inputs[0][..., :: stride[0], :: stride[1]],)
 
 
 def build_torchvision_backbone(name, size):

@@ -109,6 +109,48 @@ def test_timm_backbone_returns_features(name, width):
     assert backbone.training
 
 
+STRIDED_1X1_GRADIENTS = """
+import torch
+from model.backbone import subsample_before_strided_1x1
+from runtime.tensors import channels_last
+for channels in (1, 3, 8, 15):
+    reference = torch.nn.Conv2d(channels, 64, 1, stride=2).double()
+    ours = torch.nn.Conv2d(channels, 64, 1, stride=2)
+    ours.load_state_dict(reference.state_dict())
+    network = torch.nn.Sequential(ours).to(memory_format=torch.channels_last)
+    subsample_before_strided_1x1(network)
+    for size in (224, 65, 224, 96, 224):
+        x = channels_last(torch.randn(2, channels, size, size))
+        y, expected = network(x), reference(x.double())
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+        weights = torch.randn_like(y)
+        (y * weights).sum().backward()
+        (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(ours.weight.grad.double(), reference.weight.grad, rtol=1e-3, atol=1e-2)
+print('equal')
+"""
+
+
+def test_strided_1x1_convolution_of_few_channels_has_exact_gradient():
+    """oneDNN writes outside its memory there on CPUs: a crash, so in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, '-c', STRIDED_1X1_GRADIENTS], cwd=CODE, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.split() == ['equal'], run.stderr
+
+
+def test_strided_1x1_convolution_of_mobileone_is_subsampled():
+    timm = pytest.importorskip('timm')
+    network, _ = make_backbone('timm/mobileone_s0', 'imagenet', 64)
+    few = [conv for conv in network.modules() if isinstance(conv, torch.nn.Conv2d) and conv.in_channels < 16]
+    assert {conv.stride for conv in few if conv.kernel_size == (1, 1)} == {(1, 1)}
+    reference = timm.create_model('mobileone_s0', num_classes=0).eval()
+    reference.load_state_dict(network.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.eval()(x), reference(x))
+
+
 def test_vit_backbone_is_built_for_view_size():
     for name in ('vit_b_16', 'timm/vit_tiny_patch16_224'):
         with torch.device('meta'):
