@@ -448,11 +448,19 @@ def load_state_strictly(model, state, path):
     for name, value in expected.items():
         if name in state and (kind := unsupported_kind(state[name], value.is_floating_point())):
             raise WorkError(f'{path}: {name} is {kind}, and a weight is plain floating-point numbers: convert it')
-    if any(value.is_floating_point() and not value.isfinite().all() for value in state.values()):
-        raise WorkError(f'{path} holds weights that are nan or infinite: take another checkpoint')
+    # Some networks have buffers with infinite bounds from the start.
+    if invalid := non_finite_names(state) - non_finite_names(expected):
+        raise WorkError(
+            f'{path} holds weights that are nan or infinite, such as {min(invalid)}: take another checkpoint'
+        )
     if problems:
         raise UserError(f'{path} has weights that do not match its options; {"; ".join(problems)}')
     model.load_state_dict({**model.state_dict(), **state})
+
+
+def non_finite_names(state):
+    """Return the names of the tensors that hold nan or infinite values."""
+    return {name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()}
 
 
 def unsupported_kind(value, real):

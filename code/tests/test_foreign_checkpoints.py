@@ -10,8 +10,9 @@ import torchvision
 from torch import nn
 
 import cli
-from ckpt import get_model_ckpt
+from ckpt import build_model, get_model_ckpt, load_state_strictly
 from conftest import one_line, own_paths
+from runtime.errors import WorkError
 from runtime.options import get_config
 from test_export import Official, randomised, save_official, views
 
@@ -199,8 +200,19 @@ def test_checkpoint_with_nan_weights_is_refused(tmp_path, capsys):
     state['layer1.0.conv1.weight'][0, 0, 0, 0] = float('nan')
     torch.save(state, tmp_path / 'model.pth')
     assert cli.main(['export', f'--ckpt_name={tmp_path}/model.pth', f'--output={tmp_path}/x.pth']) == 1
-    assert 'holds weights that are nan or infinite' in one_line(capsys.readouterr().err)
+    said = one_line(capsys.readouterr().err)
+    assert 'holds weights that are nan or infinite, such as backbone.layer1.0.conv1.weight' in said
     assert not (tmp_path / 'x.pth').exists()
+
+
+def test_infinite_bounds_of_network_are_no_invalid_weights():
+    """timm's gemma4_vit has clipping bounds of -inf and inf until they are calibrated."""
+    model = build_model(get_config(preset='demo', device='cpu'))
+    model.backbone.register_buffer('bound', torch.tensor(float('inf')))
+    load_state_strictly(model, model.state_dict(), pathlib.Path('file.pth'))
+    state = {**model.state_dict(), 'backbone.0.weight': torch.full_like(model.backbone[0].weight, float('inf'))}
+    with pytest.raises(WorkError, match=r'infinite, such as backbone\.0\.weight'):
+        load_state_strictly(model, state, pathlib.Path('file.pth'))
 
 
 def test_safetensors_file_loads(tmp_path):
