@@ -25,7 +25,13 @@ import torch
 import torchvision
 
 from config import INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS, Config
-from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict, find_tensors, infer_architecture
+from model.foreign_checkpoints import (
+    RESNET_BLOCKS,
+    convert_state_dict,
+    find_tensors,
+    infer_architecture,
+    list_other_networks,
+)
 from model.simsiam import SimSiam
 from model.weights import (
     adapt_channels,
@@ -37,6 +43,7 @@ from model.weights import (
     is_off_the_shelf,
     match_keys,
     preprocessing_from_timm_folder,
+    resize_vit_positions,
 )
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoint_format import is_ours, upgrade
@@ -117,7 +124,9 @@ def load_model(args, training):
     if args.ckpt_name and is_off_the_shelf(args.ckpt_name):
         return load_off_the_shelf(args, args.ckpt_name)
     if args.ckpt_name:
-        return load_checkpoint(args, find_checkpoint(args, training), (*ARCHITECTURE, 'preset', 'channels'), training)
+        locked_options = (*ARCHITECTURE, 'preset', 'channels')
+        locked_options += ('white_level', 'mean', 'std') if training else ()
+        return load_checkpoint(args, find_checkpoint(args, training), locked_options, training)
     if args.init_from:
         return start_from_weights(args)
     return args, build_model(args), None
@@ -158,6 +167,8 @@ def check_off_the_shelf(args, name):
     """Check that torchvision or timm can have the weights `name` for --backbone. Returns (args with the backbone of the
     weights, its name in timm or ''). Raises UserError."""
     timm_name = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
+    if name == 'timm/':
+        raise UserError(f'{name} names no network: timm/<name>, or timm for the weights of --backbone=timm/<name>')
     if timm_name and 'backbone' in args.explicit and args.backbone != f'timm/{timm_name.split(".")[0]}':
         raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
     if timm_name:
@@ -175,7 +186,7 @@ def check_off_the_shelf(args, name):
 
 def load_off_the_shelf(args, name):
     """get_model_ckpt for the weights of torchvision (imagenet) or timm (timm, timm/<name>.<tag>)."""
-    args, timm_name = check_off_the_shelf(args, name)
+    args, timm_name = check_off_the_shelf(args if args.init_from else leave_demo_preset(args), name)
     try:
         args = apply_preprocessing(args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone))
         model = build_model(args)
@@ -214,9 +225,15 @@ def apply_preprocessing(args, preprocessing):
     Returns args."""
     keep = {*args.explicit} | ({'image_size'} if args.preset != 'imagenet' else set())
     keep -= {name for name in ('mean', 'std') if getattr(args, name) == 'weights'}
-    if args.num_channels != 3:
-        keep |= {'mean', 'std'}
-    return replace_args(args, **{name: value for name, value in preprocessing.items() if name not in keep})
+    preprocessing = {name: value for name, value in preprocessing.items() if name not in keep}
+    for name in ('mean', 'std'):
+        values = channel_values(name, preprocessing.get(name, '0.5'))
+        if len(values) not in (1, args.num_channels):
+            if args.init_from:  # measured on the images of train
+                del preprocessing[name]
+            else:
+                preprocessing[name] = f'{sum(values) / len(values):.6g}'
+    return replace_args(args, **preprocessing)
 
 
 def describe_preprocessing(args):
@@ -256,9 +273,8 @@ def load_checkpoint(args, path, locked_options, training=False):
             'option out'
         ) from None
     if content.get('start') and not training:
-        model.backbone.load_state_dict(
-            average_weights(content['start'], model.backbone.state_dict(), merged.start_share)
-        )
+        share = saved['start_share'] if args.init_from else merged.start_share  # --start_share is of the new run
+        model.backbone.load_state_dict(average_weights(content['start'], model.backbone.state_dict(), share))
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 
@@ -269,8 +285,8 @@ def load_foreign(args, path, content):
     """
     named = 'backbone' in args.explicit and args.backbone not in RESNET_BLOCKS
     converted = None if named else convert_state_dict(content)
-    if named:
-        return load_network(args, path, find_tensors(content))
+    if named or not converted and 'backbone' in args.explicit:
+        return load_network(args, path, content)
     if not converted:
         keys = [str(key) for key in (find_tensors(content) or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:MAX_LISTED_KEYS]) or 'none'
@@ -282,6 +298,8 @@ def load_foreign(args, path, content):
         )
     source, state, unused_keys = converted
     shapes = infer_architecture(state)
+    if missing := missing_stages(state):
+        raise UserError(f'{path} holds a ResNet without {missing}')
     if 'backbone' not in shapes:
         raise UserError(f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}')
     if 'stem' not in shapes:
@@ -298,6 +316,7 @@ def load_foreign(args, path, content):
     model = build_model(merged)
     has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
     load_state_strictly(model, adapt_state_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
+    unused_keys = [*list_other_networks(content), *unused_keys]
     unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
     log(
         f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
@@ -306,6 +325,12 @@ def load_foreign(args, path, content):
     # The hash: other tools' files often have the same name.
     run = resolve_path(args.ckpt_path) / f'{source}_{path.name}_{content_hash(path)}'
     return merged, model, make_foreign_checkpoint(source, path, run)
+
+
+def missing_stages(state):
+    """Return the names of the stages that a ResNet's state dict lacks, as text."""
+    names = [f'layer{i}' for i in range(1, 5)]
+    return ', '.join(name for name in names if not any(key.startswith(f'backbone.{name}.') for key in state))
 
 
 def content_hash(path):
@@ -317,13 +342,14 @@ def content_hash(path):
     return digest.hexdigest()
 
 
-def load_network(args, path, tensors):
+def load_network(args, path, content):
     """load_checkpoint for a state dict in the layout of the network --backbone, under any prefix."""
-    if 'preset' not in args.explicit and args.preset == 'demo':
-        args = apply_preset(args, 'imagenet')
+    tensors, others = find_tensors(content), list_other_networks(content)
+    args = leave_demo_preset(args)
     args = apply_preprocessing(args, find_preprocessing(args.backbone))
     model = build_model(args)
     try:
+        tensors = resize_vit_positions(args.backbone, args.image_size, tensors)
         state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
     except ValueError as error:
         if not args.backbone.startswith('timm/') or not tensors:
@@ -335,6 +361,7 @@ def load_network(args, path, tensors):
     state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
     load_state_strictly(model, state, path)
     model.has_heads = False
+    unused_keys = [*others, *unused_keys]
     unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
     log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
     run = resolve_path(args.ckpt_path) / f'{sanitize_name(args.backbone)}_{path.name}_{content_hash(path)}'
@@ -352,17 +379,29 @@ def load_timm_folder(args, path):
     if 'backbone' in args.explicit and args.backbone != f'timm/{name}':
         raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
     cfg = config.get('pretrained_cfg')
-    args = replace_args(args, backbone=f'timm/{name}')
-    if isinstance(cfg, dict):
-        args = apply_preprocessing(args, preprocessing_from_timm_folder(cfg))
-        args.explicit = args.explicit | {*PREPROCESSING}
+    args = replace_args(leave_demo_preset(args), backbone=f'timm/{name}')
+    args = apply_folder_channels(args, config)
+    preprocessing = preprocessing_from_timm_folder(cfg if isinstance(cfg, dict) else {}, f'timm/{name}')
+    if 'crop_ratio' in config.get('simsiam', {}):
+        preprocessing['crop_ratio'] = config['simsiam']['crop_ratio']  # exactly; crop_pct is rounded for timm
+    args = apply_preprocessing(args, preprocessing)
+    args.explicit = args.explicit | {*preprocessing}
     return load_network(args, weights, load_file(weights))
+
+
+def apply_folder_channels(args, config):
+    """Set the channels and white level of a timm folder's config.json, except explicit options. Returns args."""
+    count = (config.get('model_args') or {}).get('in_chans', 3)
+    options = config.get('simsiam', {'channels': '1' if count == 1 else f'1-{count}'} if count != 3 else {})
+    names = [name for name in ('channels', 'white_level') if name in options and name not in args.explicit]
+    return replace_args(args, **{name: options[name] for name in names})
 
 
 def adapt_state_to_channels(model, state):
     """Adapt the first layer in `state`, for three channels, to the channels of the model, and log it. Returns the
     state."""
-    adapted = adapt_channels(model.state_dict(), state)
+    valid = {name: value for name, value in state.items() if not unsupported_kind(value, value.is_floating_point())}
+    adapted = {**state, **adapt_channels(model.state_dict(), valid)}
     if changed := [name for name, value in adapted.items() if value is not state[name]]:
         log(
             f'{changed[0]} of 3 channels is adapted to {adapted[changed[0]].shape[1]}: repeated and scaled, or summed '
@@ -382,6 +421,12 @@ def apply_preset(args, preset):
     new_args = replace_args(get_config(preset=preset), **explicit)
     new_args.explicit = args.explicit
     return new_args
+
+
+def leave_demo_preset(args):
+    """Return args with the preset imagenet in place of demo, which was only taken for want of images: weights of other
+    networks have nothing of it."""
+    return apply_preset(args, 'imagenet') if args.preset == 'demo' and 'preset' not in args.explicit else args
 
 
 def heads_match(state, model):
@@ -406,7 +451,8 @@ def merge_saved_options(args, saved, path, locked_options):
     """Merge the options of a checkpoint with args: explicit options and local ones are from args. Returns a Config.
     Raises UserError if one of `locked_options` is given with another value."""
     for name in locked_options:
-        if name in args.explicit and getattr(args, name) != saved.get(name):
+        unresolved = name in ('white_level', 'mean', 'std') and getattr(args, name) in UNRESOLVED
+        if name in args.explicit and getattr(args, name) != saved.get(name) and not unresolved:
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
@@ -554,7 +600,7 @@ def library_versions():
 
 def load_file(path):
     """Load a file of torch.save or safetensors, on the CPU, without executing code from it. Raises WorkError."""
-    if path.suffix == '.safetensors':
+    if is_safetensors(path):
         reader = require_package('safetensors.torch', path.name)
         try:
             return reader.load_file(path)
@@ -581,6 +627,15 @@ def load_file(path):
             inert.append(refused[1])
         except Exception:  # the unpickler raises various types on damaged files
             raise WorkError(DAMAGED.format(path)) from None
+
+
+def is_safetensors(path):
+    """Whether a file is in the format of safetensors: the length of a JSON header, and the header."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(9)[8:] == b'{'
+    except OSError as error:
+        raise WorkError(f'{path} cannot be read: {error.strerror}') from None
 
 
 def verify_crc(path):
@@ -632,9 +687,18 @@ def pick_checkpoint(folder, paths):
     by_epoch = {
         int(CHECKPOINT_RE.fullmatch(path.name)[2]): path for path in paths if not CHECKPOINT_RE.fullmatch(path.name)[3]
     }
+    if best is not None and best not in by_epoch:
+        print_message(
+            'warning', f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used'
+        )
     if best is None or best not in by_epoch or by_epoch[best] == paths[-1]:
         return paths[-1]
-    log(f'{folder.name}: epoch {best} is its best on val; --ckpt_name={folder.name}/<checkpoint> selects another')
+    reason = f'epoch {best} is its best on val'
+    if not best:
+        labeled = any(FEW in line for line in read_metrics(folder / 'metrics.jsonl'))
+        why = 'no epoch was better on val' if labeled else 'no labels show that training helped'
+        reason = f'epoch 0, the start, is used: {why}'
+    log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
     return by_epoch[best]
 
 
@@ -676,9 +740,15 @@ def find_checkpoint(args, training=False):
                 return paths[-1] if training else pick_checkpoint(path, paths)
             if (path / 'config.json').is_file():
                 return path
+            files = sorted(
+                file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt')
+            )
+            if files:
+                raise UserError(f'{path} is not a run; name the file: --ckpt_name={path / files[0]}')
             raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
     names = list_checkpoints(args)
     option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
+    option = 'beside' if args.ckpt_name in args.beside.split(',') else option
     hint = f'the newest there is --{option}={names[-1]}' if names else 'there is none yet: run python3 cli.py train'
     raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
 

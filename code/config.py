@@ -118,7 +118,7 @@ class DataOptions:
     """share of the labeled images of every class that is held out as val if there is none; 0: none"""
     channels: str = option('auto', used_by=(*NETWORK, 'check_dataloader'), aliases='in_chans in_channels bands')
     """channels of the images. auto: those of the first images, gray becomes three equal channels; rgb: red, green and
-    blue; 1,3,4: these, in this order; 1-5: the first five"""
+    blue; 1,3,4: these, in this order; 1-5: all of five"""
     white_level: str = option('type', used_by=DATA)
     """white level of pixels with more than 8 bits, or black and white level (-1024,3071). type: 65535 for integers, 1
     for floats; auto: measured on some images"""
@@ -196,7 +196,7 @@ class ModelOptions:
     like --freeze_bn"""
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
     """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
-    start_share: float = option(0.0, between=(0.0, 1.0))
+    start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
     """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
     (WiSE-FT, arXiv 2109.01903); --init_from sets it, like --freeze_bn"""
     stem: str = option('imagenet', ('imagenet', 'cifar'), used_by=NETWORK)

@@ -17,7 +17,7 @@ from protocols.knn import knn_scores_from_loader, nearest_in_bank
 from protocols.results import describe_classifier, find_classifier
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
-from runtime.console import printable
+from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
@@ -48,7 +48,7 @@ def infer(args):
     train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbors else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
-    scores, classes, method_text = predict(args, checkpoint, classifier, backbone, features)
+    scores, classes, method_text = predict(args, checkpoint, classifier, backbone, images, features)
     best = scores.topk(min(5, len(classes)), dim=1)
     rows = [
         (name, classes[topk[0]], f'{share[0]:.4f}', join_names(classes[i] for i in topk))
@@ -85,9 +85,9 @@ def join_names(names):
     return cell.getvalue().removesuffix('\r\n')
 
 
-def predict(args, checkpoint, classifier, backbone, features):
-    """Classify features, N x d, by the classifier, or without one by kNN on train. Returns (scores, N x classes; class
-    names; description of the method). Raises UserError if neither is possible."""
+def predict(args, checkpoint, classifier, backbone, images, features):
+    """Classify `images` by their features, N x d: by the classifier, or without one by kNN on train. Returns (scores,
+    N x classes; class names; description of the method). Raises UserError if neither is possible."""
     if classifier:
         classes = classifier['classes']
         logits = features @ classifier['weight'].to(features).T + classifier['bias'].to(features)
@@ -108,6 +108,7 @@ def predict(args, checkpoint, classifier, backbone, features):
                 f'evaluate --ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labeled images> trains one'
             )
         classes = train.classes
+        check_not_in_bank(args, images, train)
         scores = knn_scores_from_loader(args, backbone, eval_loader(args, train), features, len(classes))
         k = clip_k(args.knn_k, train.labels)
         method_text = (
@@ -115,6 +116,20 @@ def predict(args, checkpoint, classifier, backbone, features):
             'evaluate)'
         )
     return scores, classes, method_text
+
+
+def check_not_in_bank(args, images, train):
+    """Warn of images to predict that are labeled training images: each is its own nearest neighbor. Raises UserError if
+    all are."""
+    bank = {train.folder / name for name in train.names}
+    known = sum(images.folder / name in bank for name in images.names)
+    text = (
+        f'{known} of the {len(images)} images are labeled images that kNN predicts from, each its own nearest neighbor'
+    )
+    if known == len(images) and not args.neighbors:
+        raise UserError(f'{text}: python3 cli.py evaluate --ckpt_name={args.ckpt_name} measures the accuracy')
+    if known:
+        print_message('warning', text)
 
 
 def sample_rows(images):

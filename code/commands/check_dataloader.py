@@ -69,7 +69,7 @@ def check_dataloader(args):
         log(f'{name:5}  {text}')
     for line in describe_channels(args, iterators['train'].dataset):
         log(line)
-    warn_pixel_range(args, iterators['train'].dataset)
+    warn_pixel_range(args, iterators['train'].dataset.store, iterators['train'].dataset.pixel_format)
 
     images, _ = prepare_batch(args, next(iter(iterators['train'])))
     views = make_views(args, iterators['train'].dataset, images[:16])

@@ -13,7 +13,7 @@ from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import expand_channel_values
+from runtime.options import channel_numbers, expand_channel_values
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
 
@@ -50,20 +50,18 @@ def export(args):
         atomic_write_on_main(output, lambda aside: aside.write_bytes(pickle.dumps(content)))
     elif args.format == 'safetensors':
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
-        metadata = {
-            name: str(getattr(args, name)) for name in ('backbone', 'stem', *PREPROCESSING, 'channels', 'white_level')
-        }
-        atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=metadata))
+        atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=file_metadata(args)))
     else:
         require_package('onnxscript', '--format=onnx')
-        atomic_write_on_main(output, lambda aside: to_onnx(backbone, args.num_channels, args.image_size, aside))
+        atomic_write_on_main(output, lambda aside: to_onnx(args, backbone, aside))
     if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
             f'; C4 needs bottlenecks, which {name} has not: use an FPN config with MODEL.RESNETS.DEPTH '
             f'{name.removeprefix("resnet")} and MODEL.RESNETS.RES2_OUT_CHANNELS 64'
         )
     log(f'{args.backbone} of {checkpoint["path"].name}, {len(state)} tensors, written to {output}\n{how}')
-    log(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}')
+    levels = f'; channels {args.channels}, white level {args.white_level}' if channel_numbers(args.channels) else ''
+    log(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}{levels}')
     return output
 
 
@@ -137,9 +135,15 @@ def is_supported(backbone, stem, tool):
     return backbone in RESNET_BLOCKS
 
 
-def to_onnx(backbone, channels, size, path):
-    """Export to one ONNX file with weights, for any batch size."""
-    example = torch.zeros(2, channels, size, size)
+def file_metadata(args):
+    """Return the options that a user of the exported network needs, as texts."""
+    names = ('backbone', 'stem', *PREPROCESSING, 'channels', 'white_level')
+    return {name: str(getattr(args, name)) for name in names}
+
+
+def to_onnx(args, backbone, path):
+    """Export to one ONNX file with weights and metadata, for any batch size."""
+    example = torch.zeros(2, args.num_channels, args.image_size, args.image_size)
     program = torch.onnx.export(
         backbone,
         (example,),
@@ -149,6 +153,7 @@ def to_onnx(backbone, channels, size, path):
         dynamo=True,
         verbose=False,
     )
+    program.model.metadata_props.update(file_metadata(args))
     program.save(path, external_data=False)
 
 

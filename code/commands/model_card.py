@@ -18,18 +18,24 @@ def find_license(source, backbone):
     return ''
 
 
+def weights_source(args):
+    """Return the name of the weights that were trained on, or exported without training."""
+    return args.ckpt_name if is_off_the_shelf(args.ckpt_name) else args.init_from
+
+
 def render_model_card(args, checkpoint, name, features):
     """Render the model card as Markdown. name: of the network in timm; features: number of features."""
     run = checkpoint['run']
     run_info = read_json(run / 'run.json')
-    license_name = find_license(args.init_from, args.backbone)
-    head = ['---', 'library_name: timm', 'tags: [image-feature-extraction, simsiam]']
+    license_name = find_license(weights_source(args), args.backbone)
+    trained = was_trained(args, checkpoint)
+    head = ['---', 'library_name: timm', f'tags: [image-feature-extraction{", simsiam" * trained}]']
     head += [f'license: {license_name}'] if license_name else []
     lines = [
         *head,
         '---',
         '',
-        f'# {name}, SimSiam',
+        f'# {name}{", SimSiam" * trained}',
         '',
         *describe_model(args, checkpoint, run_info, features, license_name),
         '',
@@ -37,19 +43,27 @@ def render_model_card(args, checkpoint, name, features):
     lines += ['## Evaluation', '', *describe_results(args, checkpoint), '']
     lines += ['## Use', '', '```python', 'import timm', '']
     lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
-    lines += [
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))',
-        f'features = backbone(transform(image).unsqueeze(0))    # 1 x {features}; image: PIL, RGB',
-        '```',
-        '',
-        'All results are on the images named above.',
-    ]
+    if args.num_channels == 3:
+        lines += ['transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))']
+        call = f'features = backbone(transform(image).unsqueeze(0))    # 1 x {features}; image: PIL, RGB'
+    else:
+        shape = f'1 x {args.num_channels} x {args.image_size} x {args.image_size}'
+        call = f'features = backbone(image)    # 1 x {features}; image: {shape}, normalized as above'
+    lines += [call, '```', '', 'All results are on the images named above.']
     return '\n'.join(lines) + '\n'
 
 
 def describe_model(args, checkpoint, run_info, features, license_name):
     """Describe the model: a list of lines."""
     images = run_info.get('images', {})
+    if not was_trained(args, checkpoint):
+        return [
+            f'A backbone with {features} features per image. Its weights are those of '
+            f'{describe_origin(args, checkpoint)}, not trained further'
+            + (f'; license {license_name}.' if license_name else '; their license is unknown.'),
+            '',
+            describe_preprocessing(args),
+        ]
     lines = [
         f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566).',
         '',
@@ -59,8 +73,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
         f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
-        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, center crop '
-        f'of {args.crop_ratio:g}',
+        describe_preprocessing(args),
     ]
     if run_info.get('command'):
         lines.append(f'- command: `python3 {shlex.join(run_info["command"])}`')
@@ -69,6 +82,23 @@ def describe_model(args, checkpoint, run_info, features, license_name):
     if channel_numbers(args.channels):
         lines.append(f'- channels {args.channels}, each from black to white at white_level {args.white_level}')
     return lines
+
+
+def was_trained(args, checkpoint):
+    """Whether the weights are of a training with this code: not those of another tool, nor a run's unchanged start."""
+    return checkpoint['layout'] == 'ours' and not (args.init_from and checkpoint['epoch'] == 0)
+
+
+def describe_origin(args, checkpoint):
+    """Name the origin of weights that were not trained further."""
+    return describe_start(args) if checkpoint['layout'] == 'ours' else checkpoint['path'].name
+
+
+def describe_preprocessing(args):
+    return (
+        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, center crop '
+        f'of {args.crop_ratio:g}'
+    )
 
 
 def describe_start(args):
@@ -84,7 +114,8 @@ def describe_start(args):
 def describe_results(args, checkpoint):
     """Describe the verdict and the results of evaluate: a list of lines."""
     run, lines = checkpoint['run'], []
-    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
+    epoch = args.max_epochs if args.init_from else checkpoint['epoch']  # of those the best was selected among all
+    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, epoch, args)):
         lines += ['**{}**: {}'.format(*verdict), '']
     own_results = [
         result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name
@@ -129,14 +160,25 @@ def make_timm_config(args, name, features, tag='simsiam'):
         'custom_load': False,
         'input_size': [args.num_channels, args.image_size, args.image_size],
         'interpolation': args.interpolation,
-        'crop_pct': args.crop_ratio,
+        'crop_pct': timm_crop_ratio(args),
         'crop_mode': 'center',
         'mean': expand_channel_values('mean', args.mean, args.num_channels),
         'std': expand_channel_values('std', args.std, args.num_channels),
         'num_classes': 0,
-        'license': find_license(args.init_from, args.backbone) or None,
+        'license': find_license(weights_source(args), args.backbone) or None,
     }
-    return {'architecture': name, 'num_classes': 0, 'num_features': features, 'pretrained_cfg': cfg}
+    pixels = {'crop_ratio': args.crop_ratio, 'channels': args.channels, 'white_level': args.white_level}
+    return {
+        **{'architecture': name, 'num_classes': 0, 'num_features': features},
+        **{'pretrained_cfg': cfg, 'simsiam': pixels},
+    }
+
+
+def timm_crop_ratio(args):
+    """Return the crop_pct that gives nearly our center crop: timm resizes the shorter side to size / crop_pct, rounded
+    down, and crops; ours needs no whole number."""
+    side = round(args.image_size / args.crop_ratio)
+    return args.image_size / (side + 0.01)
 
 
 def to_json_text(value):

@@ -11,7 +11,7 @@ from dataloader.cache.decoded import readable_rows, resize_short_side
 from dataloader.load_dataset import find_split_sources
 from dataloader.loading.decode import is_image
 from dataloader.loading.pixel_format import format_from_options
-from dataloader.loading.pixel_settings import find_pixel_format, resolve_pixels
+from dataloader.loading.pixel_settings import find_pixel_format, resolve_pixels, warn_pixel_range
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import SYSTEM_NAMES
 from runtime.atomic_write import atomic_write_on_main
@@ -20,6 +20,7 @@ from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import try_writing
 from runtime.messages import log, progress
 
+ARRAY_ENDINGS = {'NPY': b'.npy', 'array': b'.npy', 'DICOM': b'.dcm'}
 JPEG_QUALITY = 95  # of resized images
 MAX_JPEG_SIDE = 65_500  # pixels; limit of libjpeg
 
@@ -51,6 +52,11 @@ def pack(args):
             '--pack_short_side writes JPEGs, of red, green and blue of 8 bits, and these images have --channels='
             f'{args.channels}: leave it out'
         )
+    if args.pack_short_side and not isinstance(sources['train'].store, Memory):
+        pixel_format = find_pixel_format(args, sources['train'].store)
+        if pixel_format.dtype != 'uint8':
+            log(f'--pack_short_side: {pixel_format.dtype} becomes 8 bits, from black to white at --white_level')
+            warn_pixel_range(args, sources['train'].store, pixel_format)
     for name, source in sources.items():
         if args.on_unreadable == 'skip' and not isinstance(source.store, Memory):
             pixel_format = find_pixel_format(args, source.store)
@@ -143,7 +149,9 @@ def unique_name(name, used_names):
 
 
 def file_extension(kind):
-    """Return the file ending (bytes) of a Pillow format."""
+    """Return the file ending (bytes) of an image format."""
+    if kind in ARRAY_ENDINGS:
+        return ARRAY_ENDINGS[kind]
     endings = [ending for ending, image_format in Image.registered_extensions().items() if image_format == kind]
     return next(ending.encode() for ending in endings if is_image(b'x' + ending.encode()))
 

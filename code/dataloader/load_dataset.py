@@ -22,7 +22,13 @@ from dataloader.cache import decoded
 from dataloader.loading.crops import RGB8
 from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
-from dataloader.loading.pixel_settings import find_pixel_format, resolve_mean_std, resolve_pixels
+from dataloader.loading.pixel_settings import (
+    find_pixel_format,
+    log_unused_channels,
+    resolve_mean_std,
+    resolve_pixels,
+    warn_pixel_range,
+)
 from dataloader.loading.sampler import EpochBatchSampler
 from dataloader.readers.memory import Memory
 from dataloader.sources import dataset_warnings, demo, find
@@ -237,6 +243,9 @@ def build_dataset(args, source, labels, classes):
             raise UserError(f'{printable(location)} has 3 channels, but `channels={args.channels}` is set')
         store = Memory(store.names, store.pixels[:, [channel - 1 for channel in picked]], is_rgb8=False)
         pixel_format = find_pixel_format(args, store)
+    if args.ckpt_name and not pixel_format.is_rgb8 and not isinstance(store, Memory):
+        log_unused_channels(args, store)
+        warn_pixel_range(args, store, pixel_format)
     if not isinstance(store, Memory):
         cached = decoded.decode_to_memory(store, location, args.cache_images, pixel_format, cache_dir)
         if cached is None and args.cache_short_side:

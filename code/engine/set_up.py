@@ -53,7 +53,7 @@ def setup_run(args):
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         protocol_splits(args, {name: None if loader is None else loader.dataset for name, loader in iterators.items()})
-    warn_pixel_range(args, iterators['train'].dataset)
+    warn_pixel_range(args, iterators['train'].dataset.store, iterators['train'].dataset.pixel_format)
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))
     args = replace_args(args, compile='False') if compile_skip_reason else args
@@ -147,6 +147,8 @@ def set_heads_epochs(args, steps):
             f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which only '
             'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs',
         )
+    if args.init_from and args.start_share == 1 and not distributed.rank():
+        print_message('warning', '--start_share=1: what is measured and exported stays the initial weights')
     return args
 
 

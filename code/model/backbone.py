@@ -124,6 +124,8 @@ def build_timm_backbone(name, size, channels=3, **more):
     """Build a timm network without its classifier, for images of size x size pixels if it depends on their size. more:
     arguments of timm.create_model, such as pretrained=True; its exceptions are not converted."""
     timm = timm_module()
+    if not name:
+        raise ValueError('it names no network of timm: timm/<name>')
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
         raise ValueError(f'timm has no such network; the nearest is timm/{near}')

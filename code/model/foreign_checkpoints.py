@@ -79,13 +79,32 @@ def convert_state_dict(content):
 
 def find_tensors(content):
     """Return {name: tensor} of the state dict in a file's content, with the prefixes of wrappers removed."""
-    while isinstance(content, dict):
-        inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+    while key := find_state_dict_key(content):
+        content = content[key]
     items = content.items() if isinstance(content, dict) else ()
     return {WRAPPERS.sub('', str(name)): torch.as_tensor(value) for name, value in items if is_weight(value)}
+
+
+def find_state_dict_key(content):
+    """Return the key of a file's content, or of a part of it, under which the state dict is; None if there is none."""
+    if not isinstance(content, dict):
+        return None
+    return next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
+
+
+def list_other_networks(content):
+    """Return the keys of other state dicts in a file, such as an average of the weights (state_dict_ema, student)."""
+    others = []
+    while key := find_state_dict_key(content):
+        others += [
+            str(other)
+            for other, value in content.items()
+            if other != key
+            and isinstance(value, dict)
+            and any(is_weight(each) and each.ndim > 1 for each in value.values())
+        ]
+        content = content[key]
+    return others
 
 
 def is_weight(value):

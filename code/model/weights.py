@@ -5,6 +5,7 @@ unused; a state dict that does not fit is refused.
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from torchvision.models import vision_transformer
 
 from model.backbone import build_timm_backbone, first_line, timm_module
 
+MAX_PREFIX_PARTS = 6  # parts of a common prefix (module.model.encoder. has three)
 SHOWN_KEYS = 4  # keys of each side in an error message
 # If a file holds several networks (teacher and student, momentum encoder), the first of these prefixes is used.
 PREFERRED = ('', 'backbone.', 'model.', 'encoder.', 'encoder_q.', 'base_encoder.', 'teacher.backbone.', 'teacher.')
@@ -74,6 +76,19 @@ def fetch_timm(name, size):
     return Weights(network.state_dict(), tag, preprocessing_from_timm_config(config), license=config.license or '')
 
 
+def resize_vit_positions(backbone, size, tensors):
+    """Interpolate the position embedding of a torchvision ViT in `tensors` to images of size x size pixels. Returns the
+    tensors; other networks' unchanged."""
+    key = next((key for key in tensors if key.endswith('encoder.pos_embedding')), None)
+    if not backbone.startswith('vit_') or key is None:
+        return tensors
+    prefix = key.removesuffix('encoder.pos_embedding')
+    patch = int(backbone.split('_')[2])
+    state = {'encoder.pos_embedding': tensors[key]}
+    resized = vision_transformer.interpolate_embeddings(size, patch, state)
+    return {**tensors, f'{prefix}encoder.pos_embedding': resized['encoder.pos_embedding']}
+
+
 def timm_config(name):
     """Return timm's pretrained_cfg of a network (name or name.tag), or None if timm does not know it. Raises ValueError
     for an unknown tag."""
@@ -112,10 +127,19 @@ def preprocessing_from_timm_config(config):
     return preprocessing_options(config.mean, config.std, config.input_size[-1], config.crop_pct, config.interpolation)
 
 
-def preprocessing_from_timm_folder(config):
-    """find_preprocessing from the pretrained_cfg of a folder that timm or `export --format=timm` wrote."""
-    size = config['input_size'][-1]
-    return preprocessing_options(config['mean'], config['std'], size, config['crop_pct'], config['interpolation'])
+def preprocessing_from_timm_folder(config, backbone):
+    """find_preprocessing from the pretrained_cfg of a folder that timm or `export --format=timm` wrote; what it lacks
+    is that of the network's usual weights."""
+    usual = timm_config(backbone.removeprefix('timm/'))
+    merged = {
+        **(usual.to_dict() if usual else {}),
+        **{key: value for key, value in config.items() if value is not None},
+    }
+    keys = 'mean', 'std', 'input_size', 'crop_pct', 'interpolation'
+    if not {*keys} <= merged.keys():
+        return {}
+    mean, std, sides, ratio, interpolation = (merged[key] for key in keys)
+    return preprocessing_options(mean, std, sides[-1], ratio, interpolation)
 
 
 def preprocessing_options(mean, std, size, ratio, interpolation):
@@ -144,15 +168,58 @@ def match_keys(network, tensors):
         if all(prefix + name in tensors and has_fitting_shape(tensors[prefix + name], network[name]) for name in needed)
     ]
     if not fitting:
-        raise ValueError(
-            f'its keys begin with {join_first_keys(tensors)}, and the network needs {join_first_keys(needed)}'
-            + describe_shape_mismatch(network, tensors)
-        )
+        raise ValueError(describe_mismatch(network, needed, tensors))
     prefix = min(fitting, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
     state = {name: tensors.get(prefix + name, value) for name, value in network.items()}
-    used = {prefix + name for name in network}
-    unused = {key.removeprefix(prefix).split('.')[0] for key in tensors if key not in used}
-    return state, sorted(unused)
+    unused = [key.removeprefix(prefix) for key in tensors if key.removeprefix(prefix) not in network]
+    if blocks := find_missing_blocks(network, unused):
+        raise ValueError(f'it is of a deeper network: it has {join_first_keys(blocks)}, which this network has not')
+    return state, sorted({key.split('.')[0] for key in unused})
+
+
+def find_missing_blocks(network, unused):
+    """Return the blocks (layer3.4) of unused keys that continue a sequence of blocks of the network, sorted. A
+    classifier's last layer (classifier.6.weight) is no block: it has no layers of its own."""
+    sequences = {name[: match.start()] for name in network for match in re.finditer(r'\.\d+\.\w+\.', name)}
+    return sorted(
+        {
+            key[: match.end(1)]
+            for key in unused
+            for match in re.finditer(r'(\.\d+)\.\w+\.', key)
+            if key[: match.start()] in sequences
+            and not any(name.startswith(f'{key[: match.end(1)]}.') for name in network)
+        }
+    )
+
+
+def describe_mismatch(network, needed, tensors):
+    """Describe why no prefix of `tensors` gives the weights `needed` of a network: the first keys of both sides, and
+    what is missing or has another shape under the prefix that has most of them."""
+    tails = [(key, '.'.join(key.split('.')[i:])) for key in tensors for i in range(MAX_PREFIX_PARTS)]
+    prefixes = {key.removesuffix(tail) for key, tail in tails if tail in network} or {''}
+    prefix = max(prefixes, key=lambda one: sum(one + name in tensors for name in needed))
+    present = [name for name in needed if prefix + name in tensors]
+    missing = [name for name in needed if prefix + name not in tensors]
+    wrong = [name for name in present if not has_fitting_shape(tensors[prefix + name], network[name])]
+    parts = [f'its keys begin with {join_first_keys(tensors)}, and the network needs {join_first_keys(needed)}']
+    if present and missing:
+        parts.append(f'{len(missing)} of {len(needed)} weights are missing, such as {join_first_keys(missing)}')
+    if wrong:
+        shapes = f'{tuple(tensors[prefix + wrong[0]].shape)} in place of {tuple(network[wrong[0]].shape)}'
+        hint = channels_hint(network, prefix, tensors)
+        parts.append(f'{len(wrong)} have another shape, such as {wrong[0]}: {shapes}{hint}')
+    return '; '.join(parts)
+
+
+def channels_hint(network, prefix, tensors):
+    """Return a hint if the first convolution of `tensors` is for another number of channels than the network's."""
+    for name, expected in network.items():
+        value = tensors.get(prefix + name)
+        if value is not None and value.ndim == 4:
+            count, same = value.shape[1], value.shape[2:] == expected.shape[2:]
+            other = same and count != expected.shape[1] and value.shape[0] == expected.shape[0]
+            return f' (weights for {count} channels: --channels={"1" if count == 1 else f"1-{count}"})' if other else ''
+    return ''
 
 
 def has_fitting_shape(value, expected):
@@ -191,14 +258,6 @@ def adapt_first_layer(weight, channels):
 
 def join_first_keys(names):
     return ', '.join([*names][:SHOWN_KEYS]) or 'none'
-
-
-def describe_shape_mismatch(network, tensors):
-    """Describe the first tensor that both sides have in different shapes; '' if there is none."""
-    for name, value in network.items():
-        if name in tensors and tensors[name].shape != value.shape:
-            return f'; {name} is {tuple(tensors[name].shape)} in place of {tuple(value.shape)}'
-    return ''
 
 
 def convert_with_timm(name, size, tensors):

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from ckpt import build_model, checkpoints, get_model_ckpt
+from ckpt import build_model, checkpoints, get_model_ckpt, load_file
 from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.knn import clip_k, knn_scores
+from model.foreign_checkpoints import RESNET_BLOCKS
 from model.weights import is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import classify, draw_label_subsets, score_few_labels
 from protocols.protocol import Outcome, Protocol, labeled_splits
+from runtime.checkpoint_format import is_ours
 from runtime.console import format_columns
 from runtime.device import get_device
-from runtime.errors import UserError
+from runtime.errors import UserError, resolve_path
 from runtime.messages import log
 from runtime.options import replace_args
 
@@ -35,10 +37,11 @@ def compare_backbones(args, model, splits, checkpoint):
     the checkpoint over this row, paired by image}}}.
     """
     train, judged = labeled_subset(splits['train']), splits['val']
-    rows = []
+    rows, counts = [], parse_label_counts(args.labels)
+    log_missing_labels(train, counts)
     for name, backbone_args, backbone in iter_backbones(args, model, checkpoint):
         log(f'compare: {name}')
-        columns = measure_backbone(backbone_args, backbone, train, judged, parse_label_counts(args.labels), args.draws)
+        columns = measure_backbone(backbone_args, backbone, train, judged, counts, args.draws)
         rows.append({'name': name, 'columns': columns})
     for row in rows:
         for column, cell in row['columns'].items():
@@ -52,6 +55,14 @@ def compare_backbones(args, model, splits, checkpoint):
     log(f'compare: evaluated on the {len(judged)} images of {judged.folder.name}')
     result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
     return Outcome(result)
+
+
+def log_missing_labels(train, counts):
+    """Log which numbers of labels per class are more than some classes have."""
+    sizes = train.labels.unique(return_counts=True)[1]
+    for count in counts:
+        if short := int((sizes < count).sum()):
+            log(f'compare: {short} of {len(sizes)} classes have fewer than {count} labeled images: all are used')
 
 
 def mean_and_error(values):
@@ -85,26 +96,47 @@ def parse_label_counts(text):
 def iter_backbones(args, model, checkpoint):
     """Yield (name, args, backbone on the device) of the checkpoint and of each backbone of --beside."""
     device = get_device(args)
+    others = [(name, *load_row(args, name, checkpoint)) for name in parse_beside(args.beside)]  # errors come first
     yield f'{checkpoint["path"].name}', args, model.backbone
-    for name in [part.strip() for part in args.beside.split(',')]:
-        if name == 'untrained':
-            other_args, other = args, build_model(args)
-        elif name == 'start':
-            other_args, other = load_start_weights(args, checkpoint)
-            if other_args is None:
-                continue
-        else:
-            other_args, other, _ = get_model_ckpt(row_args(args, name))
-            if other_args.num_channels != args.num_channels:
-                raise UserError(
-                    f'--beside={name} has --channels={other_args.channels}, and the checkpoint {args.channels}: '
-                    'leave it out'
-                )
-        yield (
-            row_title(name, other_args, args),
-            other_args,
-            other.backbone.to(device, memory_format=torch.channels_last),
+    for name, other_args, other in others:
+        if other is not None:
+            backbone = other.backbone.to(device, memory_format=torch.channels_last)
+            yield row_title(name, other_args, args), other_args, backbone
+
+
+def parse_beside(text):
+    """Parse --beside to a list of names. Raises UserError for an empty or repeated one."""
+    names = [part.strip() for part in text.split(',')]
+    if '' in names or len({*names}) < len(names):
+        raise UserError(f'--beside={text} has an empty or repeated part: it is a list such as untrained,start,imagenet')
+    return names
+
+
+def load_row(args, name, checkpoint):
+    """Load the backbone `name` of --beside. Returns (args, model); (args, None) if there is no start to compare with,
+    which is logged. Raises the errors of get_model_ckpt."""
+    if name == 'untrained':
+        return args, build_model(args)
+    if name == 'start':
+        start_args, model = load_start_weights(args, checkpoint)
+        if model is None:
+            log('compare: no row start, because this checkpoint is not of a run that started from weights')
+        return start_args, model
+    other_args, other, _ = get_model_ckpt(row_args(args, name, backbone=network_of_file(args, name)))
+    if other_args.num_channels != args.num_channels:
+        raise UserError(
+            f'--beside={name} has --channels={other_args.channels}, and the checkpoint {args.channels}: leave it out'
         )
+    return other_args, other
+
+
+def network_of_file(args, name):
+    """Return the network to read a file of another tool with: the checkpoint's; '' for other names, and for ResNets,
+    whose architecture is in the file."""
+    path = resolve_path(name)
+    if is_off_the_shelf(name) or args.backbone in RESNET_BLOCKS or not path.is_file():
+        return ''
+    return '' if is_ours(load_file(path)) else args.backbone
 
 
 def row_title(name, other_args, args):
@@ -116,14 +148,14 @@ def row_title(name, other_args, args):
 
 def load_start_weights(args, checkpoint):
     """Load the weights that a run started from: its checkpoint of epoch 0, else --init_from. Returns (args, model), or
-    (None, None) if it started from random weights (see `untrained`)."""
+    (args, None) if it started from random weights (see `untrained`)."""
     folder = checkpoint['run']
     first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if path.name.endswith('_epoch_0')]
     if first:
         start_args, model, _ = get_model_ckpt(row_args(args, str(first[0])))
         return start_args, model
     if not args.init_from:
-        return None, None
+        return args, None
     start_args, model, _ = get_model_ckpt(row_args(args, args.init_from, backbone=args.backbone))
     return start_args, model
 

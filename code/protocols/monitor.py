@@ -68,7 +68,9 @@ class Monitor:
         if self.run.resumed:
             if state.epoch and self.logger.is_missing_epoch(state.epoch):
                 self.after_epoch(state)
-            return
+            # The start was saved, and the run stopped before its metrics were written.
+            if state.epoch or state.images or not self.logger.is_missing_epoch(0):
+                return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.compute_metrics(state)
         self.logger.scalars(0, values)

@@ -128,6 +128,8 @@ def find_classifier(args, checkpoint, images_path):
         content = load_file(path)
         if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
             continue
+        if content['question']['settings'].get('start_share', args.start_share) != args.start_share:
+            continue
         content = {**content, 'file': path.name, 'when': written_time(content, path)}
         if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content

@@ -11,6 +11,7 @@ from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 UNRESOLVED = ('auto', 'weights', 'dataset')  # values of --mean, --std, --white_level, --channels still to be resolved
+MAX_CHANNELS = 4096
 PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # values of --mean and --std besides numbers
 # Mean and standard deviation of ImageNet's pixels (red, green, blue) in [0, 1].
 IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -257,13 +258,14 @@ def channel_numbers(text):
         return ()
     try:
         first, is_range, last = text.partition('-')
-        numbers = (*range(int(first), int(last) + 1),) if is_range else (*map(int, text.split(',')),)
+        ends = (int(first), min(int(last), MAX_CHANNELS + int(first))) if is_range else ()
+        numbers = (*range(ends[0], ends[1] + 1),) if is_range else (*map(int, text.split(',')),)
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 1 or len(numbers) > 4096:
+    if not numbers or min(numbers) < 1 or len(numbers) > MAX_CHANNELS:
         raise UserError(
-            f'--channels is auto, rgb, or numbers from 1 on: --channels=1,3,4 picks three, 1-5 is all of five; not '
-            f'{text!r}'
+            f'--channels is auto, rgb, or up to {MAX_CHANNELS} numbers from 1 on: --channels=1,3,4 picks three, 1-5 is '
+            f'all of five; not {text!r}'
         )
     return numbers
 

@@ -256,7 +256,7 @@ def test_every_resnet_depth_is_inferred(name, tmp_path):
         ({}, 1, 'its first keys: none'),
         ([1, 2], 1, 'its first keys: none'),
         (named('', torchvision.models.resnext50_32x4d()), 2, 'size mismatch: backbone.layer1.0.conv1.weight'),
-        ({name: value for name, value in named('').items() if 'layer4' not in name}, 2, 'with other residual blocks'),
+        ({name: value for name, value in named('').items() if 'layer4' not in name}, 2, 'a ResNet without layer4'),
     ],
 )
 def test_unusable_foreign_file_fails_in_one_line(content, code, said, tmp_path, capsys):

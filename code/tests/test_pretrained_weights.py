@@ -112,8 +112,14 @@ def test_position_embeddings_are_interpolated_by_timm(tmp_path):
 
 MISFITS = {
     'another network': (lambda state: timm.create_model('convnext_atto').state_dict(), 'begin with stem.0.weight'),
-    'a weight missing': (lambda state: {n: v for n, v in state.items() if n != 'bn2.weight'}, 'and the network needs'),
-    'another shape': (lambda state: {**state, 'conv_head.weight': torch.zeros(3, 3)}, 'conv_head.weight is (3, 3)'),
+    'a weight missing': (
+        lambda state: {n: v for n, v in state.items() if n != 'bn2.weight'},
+        'weights are missing, such as bn2.weight',
+    ),
+    'another shape': (
+        lambda state: {**state, 'conv_head.weight': torch.zeros(3, 3)},
+        'such as conv_head.weight: (3, 3) in place of',
+    ),
     'nothing': (lambda state: {}, 'its keys begin with none'),
 }
 

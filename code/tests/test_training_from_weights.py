@@ -184,7 +184,8 @@ def test_best_checkpoint_is_never_below_start(end, run, tmp_path, capsys):
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in metrics_lines(gains)))
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == best
-    assert (f'epoch {best} is its best' in capsys.readouterr().out) == (best != 3)
+    said = f'epoch {best} is its best on val' if best else 'epoch 0, the start, is used: no epoch was better on val'
+    assert (said in capsys.readouterr().out) == (best != 3)
     found = collapse_verdict.judge_run(folder, 3, args)
     assert found[0] == word
     assert ('Keep the start' in found[1]) == (best == 0)

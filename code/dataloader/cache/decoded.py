@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from dataloader.cache import cache_file
 from dataloader.loading.arrays import ArrayImage
-from dataloader.loading.crops import RGB8, from_float, to_float
+from dataloader.loading.crops import RGB8, cut_to_levels, from_float
 from dataloader.loading.decode import draft_downscale, exif_transpose_method, rgb, stored_and_upright_size
 from dataloader.loading.pixel_format import to_array
 from dataloader.readers.memmap import MemmapReader
@@ -112,9 +112,9 @@ def resize_short_side(store, row, side, pixel_format=RGB8):
     C x H x W of the format's type."""
     with store.open(row) as image:
         if not pixel_format.is_rgb8:
-            return resize_array(to_array(image, pixel_format), side)
+            return resize_array(to_array(image, pixel_format), side, pixel_format.levels)
         if isinstance(image, ArrayImage):
-            return resize_array(to_array(image, pixel_format), side).transpose(1, 2, 0)
+            return resize_array(to_array(image, pixel_format), side, pixel_format.levels).transpose(1, 2, 0)
         turn = exif_transpose_method(image) if pixel_format.exif else None
         draft_downscale(image, min(image.size) / side)
         image = rgb(image, pixel_format.levels)
@@ -126,14 +126,16 @@ def resize_short_side(store, row, side, pixel_format=RGB8):
     return np.asarray(image)
 
 
-def resize_array(pixels, side):
-    """resize_short_side for an array, C x H x W."""
+def resize_array(pixels, side, levels):
+    """resize_short_side for an array, C x H x W. levels: see cut_to_levels."""
     scale = side / min(pixels.shape[1:])
     if scale >= 1:
         return pixels
     size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
     pixels = torch.from_numpy(pixels)[None]
-    return from_float(interpolate(to_float(pixels), size, mode='bilinear', antialias=True), pixels.dtype)[0].numpy()
+    return from_float(
+        interpolate(cut_to_levels(pixels, levels)[0], size, mode='bilinear', antialias=True), pixels.dtype
+    )[0].numpy()
 
 
 def readable_rows(store, where, cache_path, pixel_format=RGB8):

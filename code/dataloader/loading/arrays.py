@@ -5,6 +5,9 @@ Arrays are channels x height x width, in the type of the file and the machine's 
 
 import contextlib
 import io
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -40,7 +43,8 @@ def to_native_type(pixels):
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype == np.float64:
-        pixels = pixels.astype(np.float32)
+        with np.errstate(over='ignore'):  # larger values become inf
+            pixels = pixels.astype(np.float32)
     if pixels.dtype.newbyteorder('=').name not in TYPES:
         raise ValueError(f'its type is {pixels.dtype}; supported are {", ".join(TYPES)}')
     return np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder('='), copy=False))
@@ -49,8 +53,19 @@ def to_native_type(pixels):
 def open_npy(file):
     """Open an .npy file (BytesIO) as an ArrayImage; read_channels decides which axis has the channels. Raises
     ValueError for arrays that are no images."""
-    pixels = np.load(file, allow_pickle=False)
-    if pixels.ndim not in (2, 3) or not pixels.size:
+    try:
+        pixels = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        if not file.getvalue().startswith(b'\x93NUMPY'):
+            raise ValueError('it is not an .npy file') from None
+        if 'pickle' in str(error):
+            raise ValueError('it holds Python objects, not numbers') from None
+        raise
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError('it is an .npz archive, not an .npy file')
+    if not pixels.size:
+        raise ValueError(f'it is an array of {describe_shape(pixels)}, without pixels')
+    if pixels.ndim not in (2, 3):
         raise ValueError(f'it is an array of {describe_shape(pixels)}, and an image has 2 or 3 axes')
     if pixels.ndim == 2:
         return ArrayImage(to_native_type(pixels[None]), 'array', fp=file)
@@ -98,19 +113,21 @@ def open_tiff(file):
         white_is_zero = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         orientation = int(page.tags.valueof(274, default=1))
         note = f'the first of {len(tiff.series)} sets of pages' if len(tiff.series) > 1 else ''
-        note = 'transparency (the last channel) left out' if rgb and alpha else note
+        notes = [note] * bool(note) + ['transparency (the last channel) left out'] * bool(rgb and alpha)
     bands = sorted((axis for axis in axes if axis not in 'YX'), key='SC'.find, reverse=True)  # C before S before others
     for other in bands[1:]:
-        note = f'the first of {pixels.shape[axes.index(other)]} along the axis {other}'  # slices, times, pages
+        notes.append(f'the first of {pixels.shape[axes.index(other)]} along the axis {other}')  # slices, times, pages
         pixels, axes = pixels.take(0, axes.index(other)), axes.replace(other, '', 1)
     bands = bands[:1]
     if sorted(axes.replace(bands[0], '') if bands else axes) != ['X', 'Y']:
         raise ValueError(f'its axes are {axes}')
     pixels = pixels.transpose([axes.index(axis) for axis in [*bands, 'Y', 'X']])
     pixels = to_native_type(pixels if bands else pixels[None])
-    if white_is_zero and pixels.dtype.kind == 'u':
-        pixels = np.iinfo(pixels.dtype).max - pixels
-    image = ArrayImage(pixels, 'TIFF', rgb, note, file)
+    if white_is_zero and pixels.dtype.kind == 'f':
+        raise ValueError('its white is zero, which is undefined for floating-point numbers')
+    if white_is_zero:
+        pixels = np.invert(pixels)  # the largest value becomes the smallest
+    image = ArrayImage(pixels, 'TIFF', rgb, ', '.join(notes), file)
     image.orientation = orientation
     return image
 
@@ -121,10 +138,16 @@ def open_dicom(file):
     import pydicom
     from pydicom.pixels import convert_color_space
 
-    dataset = pydicom.dcmread(file)
+    try:
+        dataset = pydicom.dcmread(file)
+    except pydicom.errors.InvalidDicomError:
+        raise ValueError('it is not a DICOM file') from None
     if 'PixelData' not in dataset and 'FloatPixelData' not in dataset and 'DoubleFloatPixelData' not in dataset:
         raise ValueError('it holds no image')
-    pixels, photometric = dataset.pixel_array, str(dataset.get('PhotometricInterpretation', ''))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about padding and similar; errors are raised
+        pixels = dataset.pixel_array
+    photometric = str(dataset.get('PhotometricInterpretation', ''))
     frames = int(dataset.get('NumberOfFrames') or 1)
     if frames > 1:
         pixels = pixels[0]
@@ -134,31 +157,40 @@ def open_dicom(file):
     if photometric == 'PALETTE COLOR':
         pixels = pydicom.pixels.apply_color_lut(pixels, dataset)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    slope, intercept = float(dataset.get('RescaleSlope', 1) or 1), float(dataset.get('RescaleIntercept', 0) or 0)
-    pixels = apply_rescale(pixels, slope, intercept)
-    if int(dataset.get('BitsStored', 8)) == 1:
+    inverted = photometric == 'MONOCHROME1' or str(dataset.get('PresentationLUTShape', '')) == 'INVERSE'
+    if int(dataset.get('BitsStored') or 8) == 1:
         pixels = pixels * np.uint8(255)
-    elif photometric == 'MONOCHROME1' and pixels.dtype == np.uint8:
-        pixels = np.uint8(2 ** int(dataset.BitsStored) - 1) - pixels
-    elif photometric == 'MONOCHROME1':  # the smallest value is white
-        bits, signed = int(dataset.BitsStored), int(dataset.get('PixelRepresentation', 0))
-        ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
-        pixels = smallest_type((ends * slope + intercept).sum() - pixels.astype(np.float64))
+    elif 'ModalityLUTSequence' in dataset:
+        pixels = pydicom.pixels.apply_modality_lut(pixels, dataset)
+    elif pixels.dtype.kind in 'iu':
+        pixels = rescale_dicom(pixels, dataset, inverted)
+    elif inverted:
+        raise ValueError('its smallest value is white, which is not supported for floating-point numbers')
     return ArrayImage(to_native_type(pixels), 'DICOM', len(pixels) == 3, note, file)
 
 
-def apply_rescale(pixels, slope, intercept):
-    """Return slope * pixels + intercept, as integers if all values are whole numbers."""
-    return pixels if (slope, intercept) == (1, 0) else smallest_type(pixels.astype(np.float64) * slope + intercept)
+def rescale_dicom(pixels, dataset, inverted):
+    """Apply rescale slope and intercept, and invert pixels if the smallest value is white. The type follows from the
+    header alone, so that it is the same for all images of a scanner: that of the file without rescaling, int16 or int32
+    if slope and intercept are whole numbers, else float32."""
+    slope, intercept = find_rescale(dataset)
+    bits, signed = int(dataset.BitsStored), int(dataset.get('PixelRepresentation', 0))
+    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
+    if (slope, intercept) == (1, 0):
+        return (ends.sum() - pixels.astype(np.int64)).astype(pixels.dtype) if inverted else pixels
+    values, limits = pixels * np.float64(slope) + intercept, ends * slope + intercept
+    values = limits.sum() - values if inverted else values
+    if not (slope.is_integer() and intercept.is_integer()):
+        return values.astype(np.float32)
+    fits = np.iinfo(np.int16).min <= limits.min() and limits.max() <= np.iinfo(np.int16).max
+    return values.astype(np.int16 if fits else np.int32)
 
 
-def smallest_type(values):
-    """Convert float64 values to int16 or int32 if that is exact, else to float32."""
-    if (values == np.rint(values)).all():
-        for kind in (np.int16, np.int32):
-            if np.iinfo(kind).min <= values.min() and values.max() <= np.iinfo(kind).max:
-                return values.astype(kind)
-    return values.astype(np.float32)
+def find_rescale(dataset):
+    """Return (slope, intercept) of a DICOM dataset, also of an enhanced one, whose frames share them."""
+    shared = (dataset.get('SharedFunctionalGroupsSequence') or [{}])[0]
+    source = (shared.get('PixelValueTransformationSequence') or [dataset])[0]
+    return float(source.get('RescaleSlope') or 1), float(source.get('RescaleIntercept') or 0)
 
 
 def read_channels(image, npy_axes='auto'):
@@ -188,7 +220,32 @@ def read_16_bit_png(image):
     if decode_png is None:
         raise ValueError('colors of 16 bits in a PNG: pip3 install torchcodec reads them')
     image.fp.seek(0)
-    return decode_png(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)).numpy()
+    content = image.fp.read()
+    check_png(content)
+    return decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).numpy()
+
+
+def check_png(content):
+    """Raise ValueError if a PNG is cut short or a checksum is wrong: decoders crash on such pixels."""
+    position, data = 8, []
+    while position + 12 <= len(content):
+        length, name = int.from_bytes(content[position : position + 4]), content[position + 4 : position + 8]
+        body, end = content[position + 4 : position + 8 + length], position + 8 + length
+        if zlib.crc32(body) != int.from_bytes(content[end : end + 4]):
+            break
+        data += [body[4:]] * (name == b'IDAT')
+        if name == b'IEND':
+            header = struct.unpack('>IIBBBBB', content[16:29])
+            inflate = zlib.decompressobj()
+            with contextlib.suppress(zlib.error):
+                inflated = inflate.decompress(b''.join(data)) + inflate.flush()
+                width, height, interlaced = header[0], header[1], header[6]
+                row = 1 + width * 2 * {2: 3, 4: 2, 6: 4}.get(header[3], 1)
+                if inflate.eof and len(inflated) >= (width * height if interlaced else height * row):
+                    return
+            break
+        position = end + 4
+    raise ValueError('image file is truncated or damaged')
 
 
 def read_bytes(source):

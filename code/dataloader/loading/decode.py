@@ -139,6 +139,8 @@ def describe_tiff_loss(image):
         return 'its byte order is read wrongly'
     if samples > 1 and bits > 8:
         return 'channels of more than 8 bits become 8, or are not read'
+    if bits <= 8 and 2 in tags.get(339, ()):
+        return 'signed values are read as unsigned'
     colors = {0: 1, 1: 1, 2: 3}.get(photometric, samples)
     if samples > colors and not (samples == colors + 1 and tags.get(338, (0,))[0] in (1, 2)):
         return f'some of {samples} channels are not read'  # more than colors and alpha
@@ -196,7 +198,8 @@ def to_rgb(image, levels):
         pixels = pixels[:1] if len(pixels) < 3 else pixels[:3]
         if is_array and len(image.pixels) > 1 and not image.rgb:
             raise ValueError(
-                f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
+                f'it has {len(pixels)} channels, and the network takes red, green and blue; a new one with '
+                '`channels=1,2,3` takes some'
             )
         black, white = level_range(levels, pixels.dtype.name)
         if pixels.dtype != np.uint8:

@@ -86,25 +86,26 @@ def pick_channels(pixels, pixel_format):
         raise ValueError(f'it has {len(pixels)} channels, but `channels={channels_text}` is set')
     if pixel_format.exact and len(pixels) > len(channels):
         raise ValueError(
-            f'it has {len(pixels)} channels, and the first image has {len(channels)}; `channels={channels_text}` '
-            'leaves the others out'
+            f'it has {len(pixels)} channels, and `channels=1-{len(channels)}` is for images of {len(channels)}; '
+            f'`channels={channels_text}` leaves the others out'
         )
     return pixels if channels == (*range(1, len(pixels) + 1),) else pixels[[channel - 1 for channel in channels]]
 
 
 def cast_to_format(pixels, pixel_format):
-    """Cast pixels to the format's type; nan becomes 0. If black and white of the two types differ (8 and 16 bits), the
-    values are rescaled. Raises ValueError if the type cannot hold them."""
+    """Cast pixels to the format's type; nan becomes 0, inf the image's largest finite value. If black and white of the
+    two types differ (8 and 16 bits), the values are rescaled. Raises ValueError if the type cannot hold them."""
     dtype = pixel_format.dtype
-    if pixels.dtype.kind == 'f' and not np.isfinite(pixels).all():
-        pixels = np.nan_to_num(pixels)
+    if pixels.dtype.kind == 'f' and not (valid := np.isfinite(pixels)).all():
+        low, high = (pixels[valid].min(), pixels[valid].max()) if valid.any() else (0, 0)
+        pixels = np.nan_to_num(pixels, nan=0, neginf=low, posinf=high)
     if pixels.dtype == dtype:
         return pixels
     (black, white), (new_black, new_white) = (
         level_range(pixel_format.levels, name) for name in (pixels.dtype.name, dtype)
     )
     if not np.can_cast(pixels.dtype, dtype) and not (pixels.dtype.kind in 'iu' and np.dtype(dtype).kind == 'f'):
-        raise ValueError(f'its type is {pixels.dtype}, and that of the others {dtype}')
+        raise ValueError(f'its type is {pixels.dtype}, and that of the first images {dtype}: convert all to one type')
     if (black, white) != (new_black, new_white):
         pixels = (pixels.astype(np.float64) - black) / (white - black) * (new_white - new_black) + new_black
         pixels = np.rint(pixels) if np.dtype(dtype).kind in 'iu' else pixels
@@ -121,7 +122,8 @@ def read_rgb(image, pixel_format):
     pixels = arrays.read_channels(image, pixel_format.npy_axes)
     if is_array and len(pixels) > 1 and not image.rgb:
         raise ValueError(
-            f'it has {len(pixels)} channels, which are not red, green and blue; `channels=1,2,3` picks some'
+            f'it has {len(pixels)} channels, and the network takes red, green and blue; a new one with '
+            '`channels=1,2,3` takes some'
         )
     return pixels[:1].repeat(3, 0) if len(pixels) < 3 else pixels[:3]
 
@@ -132,7 +134,7 @@ def image_kind(image, npy_axes='auto'):
         with wrap_pillow_errors(image.named):
             pixels = arrays.read_channels(image, npy_axes)
         color = 'gray' if len(pixels) == 1 else 'rgb' if image.rgb else 'other'
-        return ImageKind(len(pixels), pixels.dtype.name, color, image.note)
+        return ImageKind(len(pixels), pixels.dtype.name, color, join_notes(image.note, invalid_note(pixels)))
     bands, mode = image.getbands(), image.mode
     color = 'gray' if len(bands) < 3 and mode not in ('P', 'PA') else 'rgb'
     if arrays.is_16_bit_png(image):
@@ -141,19 +143,35 @@ def image_kind(image, npy_axes='auto'):
         return ImageKind(1, 'uint16', color, '')
     if mode in ('I', 'F'):
         with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
-            return ImageKind(1, arrays.read_channels(image).dtype.name, color, '')
+            pixels = arrays.read_channels(image)
+        return ImageKind(1, pixels.dtype.name, color, invalid_note(pixels))
     notes = []
-    if 'A' in bands or 'a' in bands or 'transparency' in image.info:
+    if mode != 'LAB' and ('A' in bands or 'a' in bands):
         notes.append('transparency (the last channel) left out')
+    elif 'transparency' in image.info:
+        notes.append('transparency left out')
     if mode in ('CMYK', 'YCbCr', 'LAB', 'HSV'):
         notes.append(f'{mode} converted to RGB')
     if mode == 'RGBX':
         notes.append('the fourth channel left out')
-    if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO':
+    with wrap_pillow_errors(getattr(image, 'named', 'in memory')):
+        num_frames = getattr(image, 'n_frames', 1)
+    if num_frames > 1 and image.format != 'MPO':
         notes.append(f'the first of several pictures of a {image.format} file')
     if getattr(image, 'note', ''):
         notes.append(image.note)
     return ImageKind(len(bands), 'uint8', color, ', '.join(notes))
+
+
+def invalid_note(pixels):
+    """Return a note if pixels are nan or infinite, else ''."""
+    if pixels.dtype.kind != 'f' or np.isfinite(pixels).all():
+        return ''
+    return 'nan taken as 0, infinite values as the largest or smallest of the image'
+
+
+def join_notes(*notes):
+    return ', '.join(note for note in notes if note)
 
 
 def find_dtype(kinds):

@@ -10,7 +10,7 @@ from dataloader.augment.augmentations import describe_augmentation
 from dataloader.loading.decode import level_range
 from dataloader.loading.pixel_format import PixelFormat, find_dtype, format_from_options, image_kind, to_array
 from dataloader.readers.memory import Memory
-from runtime.console import print_message, silence_stderr
+from runtime.console import join_first, print_message, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
@@ -53,6 +53,7 @@ def resolve_pixels(args, store):
     kinds = [] if isinstance(store, Memory) else sample_kinds(store, args.npy_axes, NUM_SAMPLES)
     if args.channels == 'auto':
         args = replace_args(args, channels=find_channels(kinds))
+    check_channels(args.channels, kinds)
     if args.white_level == 'auto':
         args = replace_args(args, white_level=measure_levels(args, store))
     if channel_numbers(args.channels) and kinds:
@@ -63,6 +64,25 @@ def resolve_pixels(args, store):
     if line := describe_augmentation(args):
         log(line)
     return args
+
+
+def check_channels(channels, kinds):
+    """Raise UserError if none of the images has the channels of the option."""
+    numbers, counts = channel_numbers(channels), {kind.channels for kind in kinds}
+    if not numbers or not counts:
+        return
+    text = f'the images have {join_first([*map(str, sorted(counts))])} channels, not those of `channels={channels}`'
+    if max(numbers) > max(counts):
+        raise UserError(text)
+    if '-' in channels and len(numbers) not in counts:
+        raise UserError(f'{text}; `channels={",".join(map(str, numbers))}` leaves the others out')
+
+
+def log_unused_channels(args, store):
+    """Log the channels that a checkpoint leaves out of the images of a reader."""
+    kinds = sample_kinds(store, args.npy_axes, 1)
+    if kinds and kinds[0].channels > args.num_channels:
+        log(f'images of {kinds[0].channels} channels, {kinds[0].dtype}; used are `channels={args.channels}`')
 
 
 def find_channels(kinds):
@@ -82,7 +102,7 @@ def measure_levels(args, store):
     low, high = np.quantile(values, (1 - QUANTILE, QUANTILE))
     high = max(high, min(low, 0) + 1e-6)
     level_text = f'{high:.6g}' if low >= 0 else f'{low:.6g},{high:.6g}'
-    log(f'`white_level={level_text}`: {QUANTILE:.1%} of the values of {NUM_SAMPLES} images lie below')
+    log(f'`white_level={level_text}`: {QUANTILE:.1%} of the values of {len(parts)} images lie below')
     return level_text
 
 
@@ -97,7 +117,9 @@ def sample_pixels(store, pixel_format):
             except WorkError:
                 continue
             flat = pixels.reshape(len(pixels), -1)
-            yield flat[:, :: max(1, flat.shape[1] // MAX_VALUES)].astype(np.float64)
+            if flat.shape[1] > MAX_VALUES:  # random ones: images may have a pattern of rows or columns
+                flat = flat[:, np.random.default_rng(0).integers(flat.shape[1], size=MAX_VALUES)]
+            yield flat.astype(np.float64)
 
 
 def resolve_mean_std(args, store):
@@ -114,8 +136,10 @@ def resolve_mean_std(args, store):
         resolved[name] = word
     if 'dataset' in resolved.values():
         measured = measure_mean_std(store, pixel_format)
+        texts = [f'`{name}={measured[name]}`' for name, word in resolved.items() if word == 'dataset']
         resolved = {name: measured[name] if word == 'dataset' else word for name, word in resolved.items()}
-        log(f'`mean={resolved["mean"]}` `std={resolved["std"]}`, measured on {NUM_SAMPLES} images of train')
+        if measured['images']:
+            log(f'{" ".join(texts)}, measured on {measured["images"]} images of train')
     for name, word in resolved.items():
         if len(channel_values(name, word)) not in (1, args.num_channels):
             raise UserError(
@@ -127,24 +151,31 @@ def resolve_mean_std(args, store):
 
 def measure_mean_std(store, pixel_format):
     """Measure mean and standard deviation of each channel on some images, relative to the levels. Returns {'mean',
-    'std'} as option texts."""
+    'std'} as option texts, and the number of 'images'. The std of a constant channel is 1."""
     parts = [*sample_pixels(store, pixel_format)]
     if not parts:
-        return {'mean': '0.5', 'std': '0.25'}  # no image can be read: reported later
+        return {'mean': '0.5', 'std': '0.25', 'images': 0}  # no image can be read: reported later
     black, white = level_range(pixel_format.levels, pixel_format.dtype)
     values = ((np.concatenate(parts, 1) - black) / (white - black)).clip(0, 1)
-    numbers = {'mean': values.mean(1), 'std': values.std(1).clip(1e-6)}
-    return {name: ','.join(f'{value:.6g}' for value in each) for name, each in numbers.items()}
+    mean, std = values.mean(1), values.std(1)
+    constant = [number + 1 for number, value in enumerate(std) if value < 1e-4]
+    if constant and not rank():
+        print_message(
+            'warning', f'constant in the images of train: channel {join_first([*map(str, constant)])}; its std is 1'
+        )
+    numbers = {'mean': mean, 'std': np.where(std < 1e-4, 1.0, std)}
+    texts = {name: ','.join(f'{value:.6g}' for value in each) for name, each in numbers.items()}
+    return {**texts, 'images': len(parts)}
 
 
-def warn_pixel_range(args, images):
-    """Warn if the images of an ImageDataset use a small part of their range, or exceed it."""
+def warn_pixel_range(args, store, pixel_format):
+    """Warn if the images of a reader use a small part of their range, or exceed it."""
     if rank():
         return
-    parts = [*sample_pixels(images.store, images.pixel_format)]
+    parts = [*sample_pixels(store, pixel_format)]
     tops, lows = ([np.quantile(part, end) for part in parts] for end in (QUANTILE, 1 - QUANTILE))
     levels = pixel_levels(args.white_level)
-    if parts and (line := range_warning(images.pixel_format.dtype, min(lows), max(tops), levels)):
+    if parts and (line := range_warning(pixel_format.dtype, min(lows), max(tops), levels)):
         print_message('warning', line)
 
 
@@ -158,7 +189,7 @@ def range_warning(dtype, low, top, levels):
         return None
     black, white = level_range(levels, dtype)
     what = f'images of more than 8 bits hold values from {low:g} to {top:g}'
-    option = f'`white_level={next_bit_depth_max(top):g}`'
+    option = f'`white_level={next_bit_depth_max(top):g}`' if top > max(0, low) else '`white_level=auto`'
     if top > 1.5 * white:
         return f'{what}, and {white:g} is white already: {option}'
     if top < black + MIN_RANGE_SHARE * (white - black):

@@ -10,7 +10,8 @@ from dataloader.readers.parquet import Parquet
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.split_names import SPLIT_ALIASES, require_train
 from dataloader.sources.split_source import SplitSource
-from runtime.console import join_first, printable
+from runtime.console import join_first, print_message, printable
+from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
 
@@ -20,17 +21,40 @@ IMAGE_COLUMNS, LABEL_COLUMNS = ('image', 'img', 'picture'), ('label', 'labels', 
 
 
 def find_shards(root):
-    """Return {split: its Parquet files} of a folder, or of its subfolder data; {} if there are none."""
-    for folder in (root, root / 'data'):
+    """Return {split: its Parquet files} of a folder, or of its subfolder: data, or the only one there is, the hub's
+    configuration (default/train/0000.parquet). {} if there are none."""
+    for folder in (root, root / 'data', *only_subfolder(root)):
         shards = {}
         for path in sorted(folder.glob('*.parquet')) if folder.is_dir() else ():
             match = SHARD.fullmatch(path.name.lower())
             if match and match[1] in SPLIT_ALIASES:
                 shards.setdefault(SPLIT_ALIASES[match[1]], []).append(path)
+        for name in SPLIT_ALIASES if not shards else ():  # train/0000.parquet, as the hub converts other datasets
+            if paths := sorted((folder / name).glob('*.parquet')):
+                shards.setdefault(SPLIT_ALIASES[name], []).extend(paths)
+        for paths in shards.values():
+            warn_missing_shards(paths)
         if shards:
             require_train(root, {name: paths[0].name for name, paths in shards.items()})
             return shards
     return {}
+
+
+def only_subfolder(root):
+    """Return [the only subfolder], or [] if there are none or several."""
+    folders = (
+        [path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')] if root.is_dir() else []
+    )
+    return folders if len(folders) == 1 else []
+
+
+def warn_missing_shards(paths):
+    """Warn if files of a split are missing: their names state how many there are."""
+    match = re.search(r'-of-(\d+)', paths[0].name)
+    if match and len(paths) < int(match[1]) and not rank():
+        print_message(
+            'warning', f'{printable(paths[0].parent)} has {len(paths)} of {int(match[1])} files of this split'
+        )
 
 
 def source_from_parquet(paths):
@@ -48,13 +72,18 @@ def source_from_parquet(paths):
             schema = file.schema_arrow
             if not number:
                 image, label, classes = find_columns(schema, paths[0])
+            for column in [image] + [label] * bool(label):
+                if column not in schema.names:
+                    raise UserError(f'{printable(path)} has no column {column!r}, which {printable(paths[0].name)} has')
             rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            is_struct = pa.types.is_struct(schema.field(image).type)
-            columns = [f'{image}.path'] * is_struct + [label] * bool(label)
+            kind = schema.field(image).type
+            has_paths = pa.types.is_struct(kind) and any(field.name == 'path' for field in kind)
+            columns = [f'{image}.path'] * has_paths + [label] * bool(label)
             table = file.read(columns=columns, use_threads=False) if columns else None
         except pa.ArrowException as error:
             raise WorkError(f'cannot read the file {printable(path)}: {str(error).splitlines()[0]}') from None
-        file_names = [each['path'] for each in table.column(image).to_pylist()] if is_struct else [None] * sum(rows)
+        cells = table.column(image).to_pylist() if has_paths else [None] * sum(rows)
+        file_names = [cell and cell['path'] for cell in cells]
         names += [f'{path.stem}/{row:07d}_{name or "image"}' for row, name in enumerate(file_names)]
         labels += table.column(label).to_pylist() if label else [None] * sum(rows)
         parts += [(number, group, row) for group, count in enumerate(rows) for row in range(count)]
@@ -71,10 +100,9 @@ def find_columns(schema, path):
     (image column, label column or '', class names or None). Raises UserError if there is no image column."""
     import pyarrow as pa
 
-    hub_info = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
-    features = hub_info.get('info', {}).get('features', {})
-    kinds = {name: value.get('_type') for name, value in features.items() if isinstance(value, dict)}
-    images = [name for name, kind in kinds.items() if kind == 'Image' and name in schema.names]
+    features = read_hub_features(schema)
+    kinds = {name: value.get('_type') for name, value in features.items() if name in schema.names}
+    images = [name for name, kind in kinds.items() if kind == 'Image']
     if not images:
         binary = [field.name for field in schema if holds_bytes(field.type, pa)]
         images = sorted(binary, key=lambda name: name not in IMAGE_COLUMNS)
@@ -87,7 +115,20 @@ def find_columns(schema, path):
         label = f', the classes {labels[0]!r}' if labels else ''
         log(f'{printable(path.name)}: the images are the column {images[0]!r}{label}, of {join_first(schema.names)}')
     label = labels[0] if labels else ''
-    return images[0], label, features[label].get('names') if kinds.get(label) == 'ClassLabel' else None
+    if label and pa.types.is_nested(schema.field(label).type):
+        log(f'{printable(path.name)}: the column {label!r} has several values per image: the images are without labels')
+        label = ''
+    named = kinds.get(label) == 'ClassLabel' and pa.types.is_integer(schema.field(label).type)
+    return images[0], label, features[label].get('names') if named else None
+
+
+def read_hub_features(schema):
+    """Return {column: its description} of the hub's metadata in a schema; {} if there is none, or an invalid one."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
+        return {name: value for name, value in features.items() if isinstance(value, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def holds_bytes(kind, pa):
@@ -100,6 +141,7 @@ def holds_bytes(kind, pa):
 def number_labels(labels, classes):
     """Convert label values to (N int64, class names). classes: names if the values are class numbers; None to use the
     distinct values as classes. A missing label is -1."""
+    labels = [None if label != label else label for label in labels]  # nan
     if all(label is None for label in labels):
         return torch.full((len(labels),), -1), []
     if classes:
