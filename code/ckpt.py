@@ -8,6 +8,7 @@ runtime/checkpoint_format.py converts earlier formats.
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -614,7 +615,9 @@ def load_file(path):
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter('ignore')  # TorchScript and old pickles: the error below is enough
-                return torch.load(path, map_location='cpu', weights_only=True)
+                # torch.load takes a path with this ending for a file of safetensors.
+                source = io.BytesIO(path.read_bytes()) if path.suffix == '.safetensors' else path
+                return torch.load(source, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             refused = re.search(r'GLOBAL ([\w.]+)', str(error))
             if not refused:

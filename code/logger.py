@@ -50,9 +50,9 @@ class Logger:
                 'warning', f'TensorBoard is turned off for this run, {self.folder} cannot be written: {reason}'
             )
 
-    def is_missing_epoch(self, step):
-        """Whether metrics.jsonl exists and lacks this epoch."""
-        return self.metrics.is_file() and step not in {line['epoch'] for line in read_metrics(self.metrics)}
+    def has_epoch(self, epoch):
+        """Whether metrics.jsonl has this epoch."""
+        return self.metrics.is_file() and epoch in {line['epoch'] for line in read_metrics(self.metrics)}
 
     def warn_once(self, subject, line):
         """Print a warning, once per subject."""

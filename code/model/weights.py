@@ -180,16 +180,12 @@ def match_keys(network, tensors):
 def find_missing_blocks(network, unused):
     """Return the blocks (layer3.4) of unused keys that continue a sequence of blocks of the network, sorted. A
     classifier's last layer (classifier.6.weight) is no block: it has no layers of its own."""
-    sequences = {name[: match.start()] for name in network for match in re.finditer(r'\.\d+\.\w+\.', name)}
-    return sorted(
-        {
-            key[: match.end(1)]
-            for key in unused
-            for match in re.finditer(r'(\.\d+)\.\w+\.', key)
-            if key[: match.start()] in sequences
-            and not any(name.startswith(f'{key[: match.end(1)]}.') for name in network)
-        }
-    )
+    block = re.compile(r'\.\d+(?=\.\w+\.)')
+    sequences = {name[: match.start()] for name in network for match in block.finditer(name)}
+    blocks = {
+        key[: match.end()] for key in unused for match in block.finditer(key) if key[: match.start()] in sequences
+    }
+    return sorted(one for one in blocks if not any(name.startswith(f'{one}.') for name in network))
 
 
 def describe_mismatch(network, needed, tensors):

@@ -66,10 +66,10 @@ class Monitor:
         if self.knn_off:
             log(f'the kNN monitor is off: {self.knn_off}')
         if self.run.resumed:
-            if state.epoch and self.logger.is_missing_epoch(state.epoch):
+            if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
                 self.after_epoch(state)
             # The start was saved, and the run stopped before its metrics were written.
-            if state.epoch or state.images or not self.logger.is_missing_epoch(0):
+            if state.epoch or state.images or self.logger.has_epoch(0):
                 return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.compute_metrics(state)

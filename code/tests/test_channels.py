@@ -2,7 +2,9 @@
 
 import io
 import re
+import struct
 import tarfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from runtime.errors import UserError, WorkError
 from runtime.options import get_config, replace_args
 from runtime.seeding import generator_for
 
-DTYPES = ('uint8', 'uint16', 'int16', 'int32', 'float16', 'float32')
+DTYPES = ('uint8', 'int8', 'uint16', 'int16', 'int32', 'float16', 'float32')
 examples = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
@@ -727,3 +729,171 @@ def test_run_older_than_channels_resumes_unchanged(drawn, tmp_path, capsys):
     args, _, _ = get_model_ckpt(get_config(ckpt_name=str(run)))
     assert (args.channels, args.exif) == ('rgb', 'ignore')
     assert cli.main(['train', *given[:-3], '--exif=apply', '--max_epochs=3', *given[-3:]]) == 0
+
+
+def make_png_16(width=40, height=40):
+    """The bytes of a 16-bit color PNG of noise."""
+    chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))  # noqa: E731
+    rows = values((height, width * 3), 'uint16').astype('>u2')
+    data = zlib.compress(b''.join(b'\0' + row.tobytes() for row in rows))
+    header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', data) + chunk(b'IEND', b''), len(data)
+
+
+# Where a 16-bit PNG is damaged: the bytes that are changed or cut, from the length of its compressed data.
+PNG_DAMAGE = {
+    'compressed data': lambda content, size: content[:241] + bytes([content[241] ^ 255]) + content[242:],
+    'its checksum': lambda content, size: content[: 41 + size] + b'\0\1\2\3' + content[45 + size :],
+    'cut in the data': lambda content, size: content[: 41 + size // 2],
+    'without an end': lambda content, size: content[: 45 + size],
+    'data that ends early': lambda content, size: replace_data(content, size, lambda data: data[: len(data) // 2]),
+    'too few rows': lambda content, size: replace_data(
+        content, size, lambda data: zlib.compress(zlib.decompress(data)[:-100])
+    ),
+    'wrong Adler sum': lambda content, size: replace_data(
+        content, size, lambda data: data[:-1] + bytes([data[-1] ^ 1])
+    ),
+}
+
+
+def replace_data(content, size, change):
+    """Replace the IDAT chunk, with a correct checksum."""
+    data = change(content[41 : 41 + size])
+    body = b'IDAT' + data
+    return (
+        content[:33] + struct.pack('>I', len(data)) + body + struct.pack('>I', zlib.crc32(body)) + content[45 + size :]
+    )
+
+
+@pytest.mark.parametrize('case', PNG_DAMAGE)
+def test_damaged_16_bit_png_is_refused(case):
+    content, size = make_png_16()
+    assert read(content, 'x.png')[0].shape == (3, 40, 40)
+    _, line = read(PNG_DAMAGE[case](content, size), 'x.png')
+    assert 'truncated' in line
+    assert '\n' not in line
+
+
+@pytest.mark.parametrize('kind', ['tif', 'gif', 'webp', 'png'])
+def test_animation_cut_anywhere_is_read_or_refused(kind):
+    frames = [Image.fromarray(values((30, 40, 3), 'uint8', seed)) for seed in range(3)]
+    file = io.BytesIO()
+    frames[0].save(file, {'tif': 'TIFF'}.get(kind, kind.upper()), save_all=True, append_images=frames[1:])
+    content, refused = file.getvalue(), 0
+    for cut in range(50, len(content), 97):
+        pixels, line = read(content[:cut], f'x.{kind}')
+        assert (line is None) == (pixels is not None)
+        refused += line is not None
+    assert refused
+
+
+def test_tiff_cut_after_its_first_page_is_skipped(tmp_path, capsys):
+    folder = draw_set(tmp_path / 'set')
+    path = folder / 'train/a/cut.tif'
+    tifffile.imwrite(path, values((2, 30, 40, 3), 'uint8'), photometric='rgb')
+    path.write_bytes(path.read_bytes()[:2000])
+    given = [f'--image_path={folder}', '--preset=demo', '--batch_size=4', *own_paths(tmp_path, 'log', 'cache')]
+    assert cli.main(['check_dataloader', *given]) == 1
+    assert 'error: 1 of the 25 images' in capsys.readouterr().err
+    assert cli.main(['check_dataloader', *given, '--on_unreadable=skip']) == 0
+
+
+def draw_set(folder, counts=(8, 4)):
+    """folder/<split>/<a or b>/<number>.png of noise."""
+    for split, count in zip(('train', 'val'), counts, strict=True):
+        for name in 'ab':
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(values((40, 40, 3), 'uint8', i)).save(folder / split / name / f'{i}.png')
+    return folder
+
+
+def make_dicom(**elements):
+    """An ArrayImage of a 12-bit DICOM file whose elements are changed."""
+    import pydicom
+
+    dataset = pydicom.dcmread(get_testdata_file('CT_small.dcm'))
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    file = io.BytesIO()
+    dataset.save_as(file)
+    file.seek(0)
+    return arrays.open_dicom(file)
+
+
+@pytest.mark.parametrize(
+    ('slope', 'intercept', 'dtype'),
+    [
+        ('1', '0', 'int16'),
+        ('1', '-1024', 'int32'),
+        ('0.5', '0', 'float32'),
+        ('2', '0.5', 'float32'),
+        ('3', '7', 'int32'),
+    ],
+)
+@pytest.mark.parametrize('factor', [2, 3])
+def test_dicom_type_follows_from_header(slope, intercept, dtype, factor):
+    """Not from the pixels of one image: even ones times 0.5 are whole numbers too."""
+    stored = (values((128, 128), 'uint8').astype(np.int16) * factor).tobytes()
+    image = make_dicom(RescaleSlope=slope, RescaleIntercept=intercept, PixelData=stored)
+    assert image.pixels.dtype == dtype
+    expected = np.frombuffer(stored, np.int16).reshape(1, 128, 128) * float(slope) + float(intercept)
+    assert np.array_equal(image.pixels, expected)
+
+
+def test_dicom_rescale_of_enhanced_files_and_inverse_lut_are_applied():
+    from pydicom.dataset import Dataset
+
+    plain = make_dicom(RescaleSlope='1', RescaleIntercept='0').pixels.astype(int)
+    transformation = Dataset()
+    transformation.RescaleSlope, transformation.RescaleIntercept = '2', '-1000'
+    shared = Dataset()
+    shared.PixelValueTransformationSequence = [transformation]
+    assert np.array_equal(make_dicom(SharedFunctionalGroupsSequence=[shared]).pixels, 2 * plain - 1000)
+    inverse = make_dicom(RescaleSlope='1', RescaleIntercept='0', PresentationLUTShape='INVERSE')
+    assert np.array_equal(inverse.pixels, -1 - plain)
+
+
+def test_constant_channel_has_std_1_and_is_named(tmp_path, capsys):
+    for split, count in (('train', 8), ('val', 4)):
+        for name in 'ab':
+            (tmp_path / 'set' / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = values((40, 40, 4), 'uint8', i)
+                pixels[..., 2] = 77 if split == 'train' else pixels[..., 2]
+                np.save(tmp_path / 'set' / split / name / f'{i}.npy', pixels)
+    images = load_splits(
+        get_config(preset='demo', image_path=str(tmp_path / 'set'), cache_path=str(tmp_path / 'cache'))
+    )
+    assert float(images['train'].args.std.split(',')[2]) == 1
+    assert 'constant in the images of train: channel 3' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('invalid', [np.nan, np.inf, -np.inf, 1e300])
+def test_invalid_values_are_noted_and_do_not_change_measurements(invalid, tmp_path, capsys):
+    for name in 'ab':
+        (tmp_path / 'set/train' / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = values((40, 40, 4), 'uint8', i) / 255
+            pixels[:2] = invalid
+            np.save(tmp_path / f'set/train/{name}/{i}.npy', pixels)
+    given = [f'--image_path={tmp_path}/set', '--preset=demo', '--batch_size=4', '--white_level=auto']
+    assert cli.main(['check_dataloader', *given, *own_paths(tmp_path, 'log', 'cache')]) == 0
+    said = capsys.readouterr()
+    assert 'nan taken as 0, infinite values as the largest or smallest of the image' in said.out
+    assert 'RuntimeWarning' not in said.err
+    level = re.search(r'--white_level=([\d.e+]+)', said.out)[1]
+    assert 0.9 < float(level) <= 1
+
+
+@pytest.mark.parametrize('channels', ['1-4097', '1-9999999999', '5-5004'])
+def test_too_many_channels_exit_2(channels):
+    with pytest.raises(UserError, match='up to 4096 numbers'):
+        get_config(channels=channels)
+
+
+@pytest.mark.parametrize(('channels', 'said'), [('9', '3 channels'), ('1-5', '3 channels'), ('2-4', '3 channels')])
+def test_channels_that_no_image_has_exit_2(channels, said, tmp_path, capsys):
+    given = [f'--image_path={draw_set(tmp_path / "set")}', '--preset=demo', '--batch_size=4', f'--channels={channels}']
+    assert cli.main(['check_dataloader', *given, *own_paths(tmp_path, 'log', 'cache')]) == 2
+    assert f'the images have {said}, not those of --channels={channels}' in one_line(capsys.readouterr().err)

@@ -138,3 +138,122 @@ def test_parquet_without_train_exits_2(drawn, tmp_path, capsys):
         path.unlink()
     assert cli.main(['train', *TINY, f'--image_path={tmp_path}/hub', *own_paths(tmp_path)]) == 2
     assert 'no train: which images are for training?' in one_line(capsys.readouterr().err)
+
+
+STRUCT = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+
+
+def write_odd(folder, drawn, change):
+    """folder/data/train-00000-of-00001.parquet and one for val, of {column: array} as `change` makes it from images and
+    labels; it may return (columns, metadata)."""
+    (folder / 'data').mkdir(parents=True)
+    for split, name in (('train', 'train'), ('val', 'validation')):
+        paths = sorted((drawn / split).rglob('*.png'))
+        images = [{'bytes': path.read_bytes(), 'path': path.name} for path in paths]
+        columns = change(images, [CLASSES.index(path.parent.name) for path in paths])
+        columns, metadata = columns if isinstance(columns, tuple) else (columns, None)
+        table = pa.table(columns).replace_schema_metadata(metadata and {b'huggingface': metadata})
+        pq.write_table(table, folder / f'data/{name}-00000-of-00001.parquet')
+    return folder
+
+
+def hub_metadata(**features):
+    return json.dumps({'info': {'features': features}}).encode()
+
+
+# What columns and metadata may be: the number of labeled training images, or None if one image is unreadable.
+ODD = {
+    'bytes without paths': (
+        lambda x, y: {'image': pa.array([{'bytes': each['bytes']} for each in x], pa.struct([('bytes', pa.binary())]))},
+        0,
+    ),
+    'a null image': (lambda x, y: {'image': pa.array([*x[:5], None, *x[6:]], STRUCT), 'label': y}, None),
+    'lists of labels': (lambda x, y: {'image': pa.array(x, STRUCT), 'label': [[each] for each in y]}, 0),
+    'dicts as labels': (lambda x, y: {'image': pa.array(x, STRUCT), 'label': [{'a': each} for each in y]}, 0),
+    'names for numbers': (
+        lambda x, y: (
+            {'image': pa.array(x, STRUCT), 'label': [CLASSES[each] for each in y]},
+            hub_metadata(image={'_type': 'Image'}, label={'_type': 'ClassLabel', 'names': CLASSES}),
+        ),
+        72,
+    ),
+    'a column that is not there': (
+        lambda x, y: (
+            {'image': pa.array(x, STRUCT), 'target': y},
+            hub_metadata(image={'_type': 'Image'}, label={'_type': 'ClassLabel', 'names': CLASSES}),
+        ),
+        72,
+    ),
+    'nan among the labels': (
+        lambda x, y: {'image': pa.array(x, STRUCT), 'label': [float('nan'), *map(float, y[1:])]},
+        71,
+    ),
+    'metadata that is no JSON': (lambda x, y: ({'image': pa.array(x, STRUCT), 'label': y}, b'{nope'), 72),
+    'metadata that is a list': (lambda x, y: ({'image': pa.array(x, STRUCT), 'label': y}, b'[1]'), 72),
+    'metadata without features': (lambda x, y: ({'image': pa.array(x, STRUCT), 'label': y}, b'{"info": null}'), 72),
+}
+
+
+@pytest.mark.parametrize('case', ODD)
+def test_odd_parquet_columns_are_read_or_named(case, drawn, tmp_path, capsys):
+    change, labeled = ODD[case]
+    folder = write_odd(tmp_path / 'hub', drawn, change)
+    given = ['check_dataloader', *TINY[:3], f'--image_path={folder}', *own_paths(tmp_path, 'log', 'cache')]
+    assert cli.main(given) == (1 if labeled is None else 0)
+    said = capsys.readouterr()
+    if labeled is None:
+        assert '2 of the 96 images' in one_line(said.err)
+        assert '0000005_image' in said.out
+    else:
+        splits = load_splits(options(folder, tmp_path))
+        assert int((splits['train'].labels >= 0).sum()) == labeled
+
+
+@pytest.mark.parametrize('column', ['label', 'image'])
+def test_parquet_shards_with_other_columns_exit_2(column, drawn, tmp_path, capsys):
+    folder = hub(tmp_path / 'hub', drawn)
+    path = folder / 'data/train-00001-of-00002.parquet'
+    table = pq.read_table(path)
+    pq.write_table(
+        table.rename_columns([f'other_{name}' if name == column else name for name in table.column_names]), path
+    )
+    given = ['check_dataloader', *TINY[:3], f'--image_path={folder}', *own_paths(tmp_path, 'log', 'cache')]
+    assert cli.main(given) == 2
+    assert f'has no column {column!r}' in one_line(capsys.readouterr().err)
+
+
+def test_missing_parquet_shards_warn(drawn, tmp_path, capsys):
+    folder = hub(tmp_path / 'hub', drawn, shards=3)
+    (folder / 'data/train-00001-of-00003.parquet').unlink()
+    load_splits(options(folder, tmp_path))
+    assert 'has 2 of 3 files of this split' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('layout', ['default/{split}/0000.parquet', 'plain_text/{split}-00000-of-00001.parquet'])
+def test_other_parquet_names_of_the_hub_are_read(layout, drawn, tmp_path):
+    folder = hub(tmp_path / 'hub', drawn, shards=1)
+    for split in ('train', 'validation'):
+        target = tmp_path / 'other' / layout.format(split=split)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / f'data/{split}-00000-of-00001.parquet').rename(target)
+    splits = load_splits(options(tmp_path / 'other', tmp_path))
+    assert (len(splits['train']), len(splits['val'])) == (72, 24)
+
+
+def test_parquet_of_arrays_is_packed_as_npy(tmp_path):
+    (tmp_path / 'hub/data').mkdir(parents=True)
+    contents = []
+    for seed in range(6):
+        file = io.BytesIO()
+        np.save(file, np.random.default_rng(seed).integers(0, 4096, (20, 20, 5), np.uint16))
+        contents.append(file.getvalue())
+    pq.write_table(pa.table({'image': contents}), tmp_path / 'hub/data/train-00000-of-00001.parquet')
+    given = ['pack', f'--image_path={tmp_path}/hub', f'--output={tmp_path}/packed', *own_paths(tmp_path, 'cache')]
+    assert cli.main(given) == 0
+    before, after = (
+        load_splits(options(tmp_path / name, tmp_path, cache_images='off'))['train'] for name in ('hub', 'packed')
+    )
+    assert len(after) == 6
+    for row in range(6):
+        with before.store.open(row) as first, after.store.open(row) as second:
+            assert np.array_equal(first.pixels, second.pixels)

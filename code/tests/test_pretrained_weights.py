@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,12 +19,14 @@ from torchvision.transforms import functional as reference
 
 import cli
 from ckpt import build_model, get_model_ckpt
+from commands.model_card import timm_crop_ratio
 from conftest import CODE, one_line, own_paths
 from dataloader import vision
 from dataloader.augment import crop
 from dataloader.load_dataset import eval_loader, load_splits
 from dataloader.loading import crops
-from model.weights import average_weights, find_preprocessing
+from model.backbone import make_backbone
+from model.weights import average_weights, find_preprocessing, match_keys
 from protocols.features import extract_features
 from runtime.errors import UserError
 from runtime.options import channel_values, get_config, replace_args
@@ -364,3 +367,98 @@ def test_average_weights_equals_formula():
         for name, value in average_weights(one, two, share).items():
             if value.is_floating_point():
                 torch.testing.assert_close(value, share * one[name] + (1 - share) * two[name])
+
+
+DEEPER = {
+    'timm/resnet18': lambda: timm.create_model('resnet34'),
+    'timm/convnext_atto': lambda: timm.create_model('convnext_atto', depths=(2, 2, 9, 2)),
+    'timm/vit_tiny_patch16_224': lambda: timm.create_model('vit_tiny_patch16_224', depth=14),
+}
+
+
+@pytest.mark.parametrize('backbone', DEEPER)
+def test_weights_of_deeper_network_are_refused(backbone, tmp_path, capsys):
+    torch.save(DEEPER[backbone]().state_dict(), tmp_path / 'file.pth')
+    given = [f'--ckpt_name={tmp_path}/file.pth', f'--backbone={backbone}', f'--output={tmp_path}/x', '--format=timm']
+    assert cli.main(['export', *given]) == 2
+    assert 'it is of a deeper network: it has ' in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'vgg11', 'mobilenet_v3_small', 'convnext_tiny', 'swin_t'])
+def test_classifier_is_no_block_of_a_deeper_network(name):
+    network = torchvision.models.get_model(name)
+    with torch.device('meta'):
+        backbone, _ = make_backbone(name, 'imagenet', 224)
+    _, unused = match_keys(backbone.state_dict(), network.state_dict())
+    assert len(unused) <= 1
+
+
+def test_other_state_dict_of_file_is_said(tmp_path, capsys):
+    state = timm.create_model('resnet10t').state_dict()
+    torch.save({'state_dict': state, 'state_dict_ema': state, 'optimizer': {'state': {}}}, tmp_path / 'file.pth')
+    get_model_ckpt(get_config(ckpt_name=f'{tmp_path}/file.pth', backbone='timm/resnet10t', device='cpu'))
+    assert 'not used: state_dict_ema, fc' in capsys.readouterr().out
+
+
+# Options of an export whose folder must give the same network, channels, size and normalization when it is read again.
+FOLDERS = {
+    'size': ('--image_size=64',),
+    'one channel': ('--image_size=64', '--channels=1', '--mean=0.5', '--std=0.25'),
+    'five channels': ('--channels=1-5', '--image_size=96', '--mean=0.1,0.2,0.3,0.4,0.5', '--std=0.25'),
+    'picked channels': ('--channels=4,2', '--image_size=96', '--mean=0.1,0.2', '--std=0.25', '--white_level=4095'),
+    'crop': ('--image_size=160', '--crop_ratio=0.875'),
+}
+
+
+@pytest.mark.parametrize('case', FOLDERS)
+def test_timm_folder_is_read_without_further_options(case, tmp_path, capsys):
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path / 'file.pth')
+    given = [f'--ckpt_name={tmp_path}/file.pth', '--backbone=timm/resnet10t', '--format=timm', *FOLDERS[case]]
+    assert cli.main(['export', *given, f'--output={tmp_path}/folder']) == 0
+    assert cli.main(['export', f'--ckpt_name={tmp_path}/folder', '--format=timm', f'--output={tmp_path}/again']) == 0
+    assert 'auto' not in capsys.readouterr().out
+    configs = [json.loads((tmp_path / name / 'config.json').read_text()) for name in ('folder', 'again')]
+    assert configs[0] == configs[1]
+    assert len(configs[0]['pretrained_cfg']['mean']) == configs[0]['pretrained_cfg']['input_size'][0]
+    card = (tmp_path / 'folder/README.md').read_text()
+    assert 'not trained further' in card
+    assert 'trained without labels by SimSiam' not in card
+    assert ('PIL' in card) == ('channels' not in case.replace('one channel', 'channels'))
+
+
+@pytest.mark.parametrize('size', [64, 96, 160, 224, 256])
+@pytest.mark.parametrize('ratio', [0.875, 0.9, 0.95, 1.0])
+def test_timm_resizes_shorter_side_to_nearest_whole_number(size, ratio):
+    args = get_config(preset='imagenet', image_size=size, crop_ratio=ratio)
+    assert math.floor(size / timm_crop_ratio(args)) == round(size / ratio)
+
+
+@pytest.mark.parametrize(
+    'cfg', [{}, {'mean': [0.5] * 3, 'std': [0.5] * 3}, {'crop_pct': None, 'mean': [0.4] * 3}, None]
+)
+def test_config_of_other_makers_takes_the_rest_from_timm(cfg, tmp_path):
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path / 'model.safetensors')  # a file of torch.save
+    config = {'architecture': 'resnet10t', 'pretrained_cfg': cfg}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(tmp_path), device='cpu'))
+    assert (args.image_size, args.crop_ratio) == (176, 0.875)
+    assert channel_values('mean', args.mean)[0] == pytest.approx((cfg or {}).get('mean', [0.485])[0])
+
+
+@pytest.mark.parametrize('size', [160, 224])
+def test_torchvision_vit_file_is_read_at_another_size(size, tmp_path):
+    network = torchvision.models.vit_b_32(num_classes=3)
+    torch.save(network.state_dict(), tmp_path / 'file.pth')
+    given = {'ckpt_name': f'{tmp_path}/file.pth', 'backbone': 'vit_b_32', 'image_size': size, 'device': 'cpu'}
+    _, model, _ = get_model_ckpt(get_config(preset='imagenet', **given))
+    assert model.backbone.encoder.pos_embedding.shape[1] == (size // 32) ** 2 + 1
+    assert torch.equal(model.backbone.conv_proj.weight, network.conv_proj.weight)
+
+
+@pytest.mark.parametrize('channels', ['1', '1-5'])
+def test_weights_for_three_channels_are_evaluated_with_others(channels, tmp_path):
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path / 'file.pth')
+    args, _, _ = get_model_ckpt(
+        get_config(ckpt_name=f'{tmp_path}/file.pth', backbone='timm/resnet10t', channels=channels, device='cpu')
+    )
+    assert channel_values('mean', args.mean) == pytest.approx((0.449,))

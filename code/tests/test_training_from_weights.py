@@ -15,6 +15,7 @@ from conftest import CODE, own_paths
 from engine import set_up
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
+from protocols.monitor import Monitor
 from runtime.errors import UserError
 from runtime.files import read_json, read_metrics
 from runtime.options import get_config
@@ -348,3 +349,62 @@ def test_compare_uses_labeled_test_instead_of_val(run, drawn, tmp_path, capsys):
     result = read_json(next((tmp_path / 'own/ckpt' / RUN).glob('evaluate_compare_*.json')))
     assert (result['judged_on'], result['num_val']) == ('test', 16)
     assert '72 training and 16 test images' in capsys.readouterr().out
+
+
+def test_run_stopped_before_metrics_of_start_measures_them_when_resumed(drawn, pretrained, tmp_path, monkeypatch):
+    """It is saved, then measured: a signal between them must not make the start the best of all."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    given = ['--max_epochs=2', '--heads_epochs=1', '--save_every_epochs=1', '--resume=auto']
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, 'compute_metrics', stop)
+        assert train(tmp_path, drawn, pretrained, *given) != 0
+    assert [path.name for path in checkpoints(tmp_path / 'ckpt' / RUN)] == ['loss_0.0000_epoch_0']
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    lines = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    assert [line['epoch'] for line in lines] == [0, 1, 2]
+    assert all(FEW in line for line in lines)
+    assert all(GAIN in line for line in lines[1:])
+
+
+def test_start_share_applies_to_evaluated_run_and_not_to_run_that_starts_from_it(run, drawn, tmp_path, capsys):
+    (path,) = (run / 'ckpt' / RUN).glob('loss_*_epoch_3')
+    for share in ('0', '1'):
+        given = [f'--ckpt_name={path}', f'--output={tmp_path}/{share}.pth', f'--start_share={share}']
+        assert cli.main(['export', *given]) == 0
+    assert 'no effect' not in capsys.readouterr().err
+    content, exported = torch.load(path, weights_only=True), torch.load(tmp_path / '1.pth', weights_only=True)
+    assert all(torch.equal(value, exported[name]) for name, value in content['start'].items())
+    exported = torch.load(tmp_path / '0.pth', weights_only=True)
+    assert all(torch.equal(value, content['model'][f'backbone.{name}']) for name, value in exported.items())
+    _, new, _ = get_model_ckpt(get_config(init_from=str(path), image_path=str(drawn), start_share=1.0, device='cpu'))
+    _, old, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'))
+    state = old.backbone.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in new.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize('beside', ['untrained,', ',', 'untrained,,start', 'start,start', 'missing.pth,untrained'])
+def test_invalid_beside_fails_before_the_first_row(beside, run, drawn, tmp_path, capsys):
+    given = [f'--ckpt_name={RUN}', f'--image_path={drawn}', f'--beside={beside}', '--device=cpu']
+    assert cli.main(['evaluate', *given, *own_paths(run, 'ckpt', 'log', 'cache')]) == 2
+    said = capsys.readouterr()
+    assert '--beside' in said.err
+    assert 'features' not in said.out
+
+
+def test_beside_reads_file_of_own_network_and_logs_missing_labels(run, drawn, pretrained, capsys):
+    given = [f'--ckpt_name={RUN}', f'--image_path={drawn}', f'--beside={pretrained}', '--labels=99,1', '--device=cpu']
+    assert cli.main(['evaluate', *given, '--draws=1', *own_paths(run, 'ckpt', 'log', 'cache')]) == 0
+    said = capsys.readouterr().out
+    assert '3 of 3 classes have fewer than 99 labeled images' in said
+    assert 'fewer than 1 labeled' not in said
+    assert f'{pretrained}' in said
+
+
+def test_run_cannot_be_resumed_with_other_pixels(run, drawn, pretrained, capsys):
+    for option in ('--mean=0.1', '--std=0.3', '--white_level=2000'):
+        given = ['train', f'--resume={RUN}', '--max_epochs=4', option, *own_paths(run)]
+        assert cli.main(given) == 2
+        assert f'{option} contradicts the checkpoint' in capsys.readouterr().err
