@@ -3,7 +3,7 @@
     python3 bench/families.py --output=results/timm_families.json
 
 Weights are random ones: what is tried is the reading (ckpt.get_model_ckpt with --backbone) and the step, at the size
-that the network asks for.
+that the network asks for, or LARGEST_SIDE.
 """
 
 import json
@@ -25,6 +25,7 @@ from train import train_step
 
 TRIED = 12  # networks of a family whose size is looked at, of small names first
 HINTS = ('atto', 'femto', 'pico', 'nano', 'xx', 'tiny', '_t', '18', '050', '_s', 'small', 'b0', '0')
+LARGEST_SIDE = 384  # pixels, of networks that take several sizes
 LARGEST = 400  # millions of parameters: a family without a smaller one is left out, and said
 
 
@@ -47,7 +48,8 @@ def smallest(module):
 
 def load_and_step(name, folder):
     """'' where a file of the network is read and a step is done, else the error."""
-    size = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).input_size[-1]
+    config = timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg
+    size = config.input_size[-1] if config.fixed_input_size else min(config.input_size[-1], LARGEST_SIDE)
     network = timm.create_model(name)
     torch.save(
         {'state_dict': {f'module.{key}': value for key, value in network.state_dict().items()}}, folder / 'file.pth'
