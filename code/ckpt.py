@@ -201,6 +201,11 @@ def load_off_the_shelf(args, name):
     except UserError:
         raise
     except Exception as error:  # network errors of the libraries and their download backends
+        if name == 'imagenet' and isinstance(error, RuntimeError):  # of torch.load, not of the network
+            raise WorkError(
+                f'the downloaded weights {name} of {args.backbone} are damaged: {first_line(error)}; delete their file '
+                f'in {torch.hub.get_dir()}/checkpoints'
+            ) from None
         option = 'ckpt_name' if args.ckpt_name else 'init_from'
         raise WorkError(
             f'the weights {name} of {args.backbone} could not be downloaded: {first_line(error)}; download them '

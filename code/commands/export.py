@@ -31,11 +31,11 @@ def export(args):
     args, model, checkpoint = get_model_ckpt(args)
     check_format(args)
     backbone = model.backbone.eval()
-    try_writing(resolve_path(args.output or 'data/backbone'))
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     output = resolve_path(args.output or f'data/backbone{SUFFIX[args.format]}')
     if args.format == 'timm' and (output.suffix in ('.pth', '.pt', '.safetensors') or output.is_file()):
         raise UserError(f'--output={output.name}: --format=timm writes a folder')
+    try_writing(output / 'config.json' if args.format == 'timm' else output)
     name = args.backbone.removeprefix('timm/')
     how = LOAD_SNIPPET[args.format].format(
         name=name, file=output, more=constructor_args(args, state), **mean_std_text(args)

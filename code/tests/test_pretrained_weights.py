@@ -261,6 +261,26 @@ def test_torchvision_weights_are_evaluated(name, drawn, tmp_path, monkeypatch, c
     assert f'weights torchvision {weights}' in capsys.readouterr().out
 
 
+def test_weights_are_exported_without_images(tmp_path, monkeypatch, capsys):
+    """Without --image_path the preset would be the demo's, with its stem and view size."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, 'HASH_REGEX', re.compile('(?!)'))
+    weights = torchvision.models.get_model_weights('resnet18').IMAGENET1K_V1
+    cached = tmp_path / 'hub/checkpoints' / weights.url.rsplit('/', 1)[1]
+    torch.save(torchvision.models.resnet18().state_dict(), cached)
+    given = ['export', '--ckpt_name=imagenet', '--backbone=resnet18', '--format=timm', f'--output={tmp_path}/x']
+    assert cli.main(given) == 0
+    assert 'preprocessing: 224 px' in capsys.readouterr().out
+    card = (tmp_path / 'x/README.md').read_text()
+    assert 'ResNet18_Weights.IMAGENET1K_V1, not trained further' in card
+    assert 'simsiam' not in card.lower().split('# use')[0].replace('simsiam_', '')
+    cached.write_bytes(cached.read_bytes()[:9000])
+    assert cli.main(given) == 1
+    assert 'are damaged' in (error := one_line(capsys.readouterr().err))
+    assert 'hub/checkpoints' in error
+
+
 @pytest.mark.parametrize(
     ('text', 'values'),
     [
