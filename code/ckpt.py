@@ -6,6 +6,7 @@ runtime/checkpoint_format.py converts earlier formats.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -201,7 +202,9 @@ def load_off_the_shelf(args, name):
     except UserError:
         raise
     except Exception as error:  # network errors of the libraries and their download backends
-        if name == 'imagenet' and isinstance(error, RuntimeError):  # of torch.load, not of the network
+        # Of torch.load, not of the network.
+        damaged = isinstance(error, RuntimeError | EOFError) or getattr(error, 'errno', None) == errno.EINVAL
+        if name == 'imagenet' and damaged:
             raise WorkError(
                 f'the downloaded weights {name} of {args.backbone} are damaged: {first_line(error)}; delete their file '
                 f'in {torch.hub.get_dir()}/checkpoints'

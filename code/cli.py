@@ -117,7 +117,7 @@ def read_options(command, positional, options):
     if not has_choice and not args.quiet and command in ('train', 'check_dataloader'):
         state = 'exists' if args.preset == 'imagenet' else 'does not exist'
         print(f'preset=auto: data/imagenet/train {state}, so the preset is {args.preset}', flush=True)
-    if args.output and command != 'pack':
+    if args.output and command != 'pack' and (command, args.format) != ('export', 'timm'):  # which write a folder
         check_output(args.output, command)
     for name in ignored_by_command(args, command) if is_main_process() else ():
         print_message('warning', f'--{name} has no effect on {command}')

@@ -35,6 +35,8 @@ def export(args):
     output = resolve_path(args.output or f'data/backbone{SUFFIX[args.format]}')
     if args.format == 'timm' and (output.suffix in ('.pth', '.pt', '.safetensors') or output.is_file()):
         raise UserError(f'--output={output.name}: --format=timm writes a folder')
+    if args.format == 'timm' and output.is_dir() and {*output.iterdir()} and not (output / 'config.json').is_file():
+        raise UserError(f'--output={output} holds other files: name a new folder')
     try_writing(output / 'config.json' if args.format == 'timm' else output)
     name = args.backbone.removeprefix('timm/')
     how = LOAD_SNIPPET[args.format].format(
