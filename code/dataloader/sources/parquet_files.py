@@ -1,11 +1,14 @@
 """Find the splits and classes of Parquet files, named as on the Hugging Face hub: data/train-00000-of-00005.parquet."""
 
+import contextlib
 import json
+import os
 import re
 
 import numpy as np
 import torch
 
+from dataloader.loading.decode import is_image
 from dataloader.readers.parquet import Parquet
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.split_names import SPLIT_ALIASES, require_train
@@ -41,11 +44,15 @@ def find_shards(root):
 
 
 def only_subfolder(root):
-    """Return [the only subfolder], or [] if there are none or several."""
-    folders = (
-        [path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')] if root.is_dir() else []
-    )
-    return folders if len(folders) == 1 else []
+    """Return [the only subfolder of a folder without images], else []."""
+    folders = []
+    with os.scandir(root) if root.is_dir() else contextlib.nullcontext(()) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith('.'):
+                folders.append(root / entry.name)
+            if len(folders) > 1 or is_image(os.fsencode(entry.name)):
+                return []
+    return folders
 
 
 def warn_missing_shards(paths):
