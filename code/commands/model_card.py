@@ -125,7 +125,10 @@ def describe_results(args, checkpoint):
             lines += [*format_compare_table(result), '']
         elif 'top1' in result:
             images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
-            lines.append(f'- {result["protocol"]}: top-1 {result["top1"]:.2f} % of {images} images')
+            settings = result.get('settings', {})
+            options = [f'--{name}={settings[name]}' for name in result.get('given', ()) if name in settings]
+            how = f' ({" ".join(options)})' if options else ''
+            lines.append(f'- {result["protocol"]}{how}: top-1 {result["top1"]:.2f} % of {images} images')
     if not own_results:
         lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
     return lines
