@@ -95,6 +95,7 @@ MAX_LISTED_KEYS = 8  # keys of each kind in an error message
 CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+PIXEL_OPTIONS = ('white_level', 'mean', 'std')  # may be measured on the images of a new run
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that weights bring
 
 
@@ -127,7 +128,7 @@ def load_model(args, training):
         return load_off_the_shelf(args, args.ckpt_name)
     if args.ckpt_name:
         locked_options = (*ARCHITECTURE, 'preset', 'channels')
-        locked_options += ('white_level', 'mean', 'std') if training else ()
+        locked_options += PIXEL_OPTIONS if training else ()
         return load_checkpoint(args, find_checkpoint(args, training), locked_options, training)
     if args.init_from:
         return start_from_weights(args)
@@ -136,8 +137,10 @@ def load_model(args, training):
 
 def start_from_weights(args):
     """get_model_ckpt of --init_from."""
+    ours = replace_args(args)
+    ours.explicit = args.explicit | {'preset', 'channels'}  # another tool's weights set only the architecture
     if is_off_the_shelf(args.init_from):
-        loaded, model, checkpoint = load_off_the_shelf(args, args.init_from)
+        loaded, model, checkpoint = load_off_the_shelf(ours, args.init_from)
     else:
         path = resolve_path(args.init_from)
         path = (
@@ -145,8 +148,6 @@ def start_from_weights(args):
             if path.exists() and not checkpoints_in(path)
             else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         )
-        ours = replace_args(args)
-        ours.explicit = args.explicit | {'preset', 'channels'}  # another tool's file sets only the architecture
         loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
     model.has_heads = True  # new ones if the file has none
     weight_options = {name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)}
@@ -188,7 +189,7 @@ def check_off_the_shelf(args, name):
 
 def load_off_the_shelf(args, name):
     """get_model_ckpt for the weights of torchvision (imagenet) or timm (timm, timm/<name>.<tag>)."""
-    args, timm_name = check_off_the_shelf(args if args.init_from else leave_demo_preset(args), name)
+    args, timm_name = check_off_the_shelf(leave_demo_preset(args), name)
     try:
         args = apply_preprocessing(args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone))
         model = build_model(args)
@@ -460,14 +461,14 @@ def merge_saved_options(args, saved, path, locked_options):
     """Merge the options of a checkpoint with args: explicit options and local ones are from args. Returns a Config.
     Raises UserError if one of `locked_options` is given with another value."""
     for name in locked_options:
-        unresolved = name in ('white_level', 'mean', 'std') and getattr(args, name) in UNRESOLVED
+        unresolved = name in PIXEL_OPTIONS and getattr(args, name) in UNRESOLVED
         if name in args.explicit and getattr(args, name) != saved.get(name) and not unresolved:
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
             )
     explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
-    for name in ('white_level', 'mean', 'std'):
+    for name in PIXEL_OPTIONS:
         if explicit.get(name) in UNRESOLVED:
             log(f'--{name}={explicit.pop(name)} applies to new runs; this one has --{name}={saved[name]}')
     merged = Config(**{**saved, **explicit})

@@ -121,8 +121,10 @@ def predict(args, checkpoint, classifier, backbone, images, features):
 def check_not_in_bank(args, images, train):
     """Warn of images to predict that are labeled training images: each is its own nearest neighbor. Raises UserError if
     all are."""
-    bank = {train.folder / name for name in train.names}
-    known = sum(images.folder / name in bank for name in images.names)
+    if not (images.folder.is_relative_to(train.folder) or train.folder.is_relative_to(images.folder)):
+        return
+    bank = {f'{train.folder}/{name}' for name in train.names}
+    known = sum(f'{images.folder}/{name}' in bank for name in images.names)
     text = (
         f'{known} of the {len(images)} images are labeled images that kNN predicts from, each its own nearest neighbor'
     )

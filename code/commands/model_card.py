@@ -3,6 +3,7 @@
 import json
 import shlex
 
+from ckpt import describe_preprocessing
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from runtime.files import read_json
@@ -62,7 +63,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
             f'{describe_origin(args, checkpoint)}, not trained further'
             + (f'; license {license_name}.' if license_name else '; their license is unknown.'),
             '',
-            describe_preprocessing(args),
+            f'- preprocessing: {describe_preprocessing(args)}',
         ]
     lines = [
         f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566).',
@@ -73,7 +74,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
         f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
-        describe_preprocessing(args),
+        f'- preprocessing: {describe_preprocessing(args)}',
     ]
     if run_info.get('command'):
         lines.append(f'- command: `python3 {shlex.join(run_info["command"])}`')
@@ -92,13 +93,6 @@ def was_trained(args, checkpoint):
 def describe_origin(args, checkpoint):
     """Name the origin of weights that were not trained further."""
     return describe_start(args) if checkpoint['layout'] == 'ours' else checkpoint['path'].name
-
-
-def describe_preprocessing(args):
-    return (
-        f'- preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, center crop '
-        f'of {args.crop_ratio:g}'
-    )
 
 
 def describe_start(args):
@@ -125,8 +119,7 @@ def describe_results(args, checkpoint):
             lines += [*format_compare_table(result), '']
         elif 'top1' in result:
             images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
-            settings = result.get('settings', {})
-            options = [f'--{name}={settings[name]}' for name in result.get('given', ()) if name in settings]
+            options = results.list_explicit_options(result) if 'settings' in result else []  # not in early versions
             how = f' ({" ".join(options)})' if options else ''
             lines.append(f'- {result["protocol"]}{how}: top-1 {result["top1"]:.2f} % of {images} images')
     if not own_results:

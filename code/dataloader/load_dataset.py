@@ -24,10 +24,9 @@ from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
 from dataloader.loading.pixel_settings import (
     find_pixel_format,
-    log_unused_channels,
+    report_pixels,
     resolve_mean_std,
     resolve_pixels,
-    warn_pixel_range,
 )
 from dataloader.loading.sampler import EpochBatchSampler
 from dataloader.readers.memory import Memory
@@ -140,6 +139,8 @@ def build_datasets(args, sources):
     if 'auto' in (args.channels, args.white_level):  # not resolved by the command
         args = resolve_pixels(args, train.store)
     args = resolve_mean_std(args, train.store)
+    if args.ckpt_name and not args.resume:  # train reports them itself
+        report_pixels(args, train.store)
     # The classes of train, or of val if train has none: pretraining needs no labels.
     classes = train.classes or (val.classes if val else [])
     class_to_idx = {normalize_unicode(name): i for i, name in enumerate(classes)}
@@ -220,6 +221,7 @@ def load_unlabeled(args, path):
     with local_main_first():
         source = find.load_single_source(path, resolve_path(args.cache_path), progress)
         dataset_warnings.log_split_notes(printable(path.name), source)
+        report_pixels(args, source.store)
         return build_dataset(args, source, torch.full_like(source.labels, -1), [])
 
 
@@ -243,9 +245,6 @@ def build_dataset(args, source, labels, classes):
             raise UserError(f'{printable(location)} has 3 channels, but `channels={args.channels}` is set')
         store = Memory(store.names, store.pixels[:, [channel - 1 for channel in picked]], is_rgb8=False)
         pixel_format = find_pixel_format(args, store)
-    if args.ckpt_name and not pixel_format.is_rgb8 and not isinstance(store, Memory):
-        log_unused_channels(args, store)
-        warn_pixel_range(args, store, pixel_format)
     if not isinstance(store, Memory):
         cached = decoded.decode_to_memory(store, location, args.cache_images, pixel_format, cache_dir)
         if cached is None and args.cache_short_side:

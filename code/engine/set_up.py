@@ -147,13 +147,13 @@ def set_heads_epochs(args, steps):
             f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which only '
             'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs',
         )
-    if args.init_from and args.start_share == 1 and not distributed.rank():
-        print_message('warning', '--start_share=1: what is measured and exported stays the initial weights')
     return args
 
 
 def warn_ignored_options(args, model):
     """Warn of explicit options that have no effect with the others, or on this network."""
+    if args.init_from and args.start_share == 1 and not distributed.rank():
+        print_message('warning', '--start_share=1: what is measured and exported stays the initial weights')
     ignored = ignored_in_train(args)
     if 'zero_init' in args.explicit and not any(find_last_bn_layers(model.backbone)):
         ignored.append(('zero_init', f'--backbone={args.backbone}'))

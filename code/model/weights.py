@@ -59,8 +59,7 @@ def fetch_torchvision(backbone, size, progress=False):
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
     state = weights.get_state_dict(progress=progress, check_hash=True)
     preprocessing = preprocessing_from_transforms(weights.transforms())
-    if backbone.startswith('vit_') and size != preprocessing['image_size']:
-        state = vision_transformer.interpolate_embeddings(size, int(backbone.split('_')[2]), state)
+    state = resize_vit_positions(backbone, size, state)
     return Weights(state, f'torchvision {weights}', preprocessing, license='see torchvision: trained on ImageNet-1k')
 
 
@@ -171,7 +170,8 @@ def match_keys(network, tensors):
         raise ValueError(describe_mismatch(network, needed, tensors))
     prefix = min(fitting, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
     state = {name: tensors.get(prefix + name, value) for name, value in network.items()}
-    unused = [key.removeprefix(prefix) for key in tensors if key.removeprefix(prefix) not in network]
+    used = {prefix + name for name in network}
+    unused = [key.removeprefix(prefix) for key in tensors if key not in used]
     if blocks := find_missing_blocks(network, unused):
         raise ValueError(f'it is of a deeper network: it has {join_first_keys(blocks)}, which this network has not')
     return state, sorted({key.split('.')[0] for key in unused})

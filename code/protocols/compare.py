@@ -76,6 +76,7 @@ def splits_to_compare(args, own_splits):
     """Return {'train', 'val'} for compare. 'val' is the test split if it is labeled, because training selects its
     checkpoint on val."""
     parse_label_counts(args.labels)
+    parse_beside(args.beside)
     splits, test = labeled_splits(args, own_splits), own_splits.get('test')
     if test is not None and len(test) and (test.labels >= 0).all():
         return {'train': own_splits['train'], 'val': test}

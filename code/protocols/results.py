@@ -151,10 +151,16 @@ def classifier_sort_key(classifier):
     return (top1 if isinstance(top1, float) else -1.0), classifier['when']
 
 
+def list_explicit_options(spec):
+    """Return the explicit settings of an evaluation as options, such as --knn_k=20."""
+    settings = spec['settings']
+    return [f'--{name}={settings[name]}' for name in spec.get('given', ()) if name in settings]
+
+
 def describe_classifier(classifier):
     """Describe a classifier: its dataset, accuracy, time and explicit settings."""
     spec = classifier['question']
-    options_text = ''.join(f', --{name}={spec["settings"][name]}' for name in spec.get('given', ()))
+    options_text = ''.join(f', {option}' for option in list_explicit_options(spec))
     top1 = classifier.get('top1')
     accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
     return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{options_text}; {classifier["file"]})'

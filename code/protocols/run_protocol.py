@@ -100,7 +100,7 @@ def format_result(result):
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'{held_out} images, {format_duration(result["seconds"])}',
         f'images {result["images"]["path"]}, {side} px, preset {result["preset"]}'
-        + ''.join(f', --{name}={result["settings"][name]}' for name in result['given']),
+        + ''.join(f', {option}' for option in results.list_explicit_options(result)),
         *(
             f'{name:22}{result[key]:6.2f} %'
             for key, name in find_protocol(result['protocol']).numbers.items()

@@ -11,7 +11,7 @@ from runtime.errors import ROOT, UserError, resolve_path, same_path
 
 TRUE, FALSE = ('true', '1', 'yes', 'on'), ('false', '0', 'no', 'off')
 UNRESOLVED = ('auto', 'weights', 'dataset')  # values of --mean, --std, --white_level, --channels still to be resolved
-MAX_CHANNELS = 4096
+MAX_CHANNELS = 4096  # that --channels may name
 PIXEL_WORDS = ('auto', 'imagenet', 'weights', 'dataset')  # values of --mean and --std besides numbers
 # Mean and standard deviation of ImageNet's pixels (red, green, blue) in [0, 1].
 IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}

@@ -20,7 +20,7 @@ from pydicom.data import get_testdata_file
 
 import cli
 from ckpt import get_model_ckpt
-from conftest import TINY, one_line, own_paths
+from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.augment.augmentations import get_augmentation
 from dataloader.augment.channels import IntensityJitter
 from dataloader.load_dataset import eval_loader, get_iterator, load_splits
@@ -788,24 +788,14 @@ def test_animation_cut_anywhere_is_read_or_refused(kind):
 
 
 def test_tiff_cut_after_its_first_page_is_skipped(tmp_path, capsys):
-    folder = draw_set(tmp_path / 'set')
-    path = folder / 'train/a/cut.tif'
+    folder = draw_folder(tmp_path / 'set', {'train': 8, 'val': 4})
+    path = folder / 'train/dots/cut.tif'
     tifffile.imwrite(path, values((2, 30, 40, 3), 'uint8'), photometric='rgb')
     path.write_bytes(path.read_bytes()[:2000])
     given = [f'--image_path={folder}', '--preset=demo', '--batch_size=4', *own_paths(tmp_path, 'log', 'cache')]
     assert cli.main(['check_dataloader', *given]) == 1
-    assert 'error: 1 of the 25 images' in capsys.readouterr().err
+    assert 'error: 1 of the 37 images' in capsys.readouterr().err
     assert cli.main(['check_dataloader', *given, '--on_unreadable=skip']) == 0
-
-
-def draw_set(folder, counts=(8, 4)):
-    """folder/<split>/<a or b>/<number>.png of noise."""
-    for split, count in zip(('train', 'val'), counts, strict=True):
-        for name in 'ab':
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(values((40, 40, 3), 'uint8', i)).save(folder / split / name / f'{i}.png')
-    return folder
 
 
 def make_dicom(**elements):
@@ -894,6 +884,9 @@ def test_too_many_channels_exit_2(channels):
 
 @pytest.mark.parametrize(('channels', 'said'), [('9', '3 channels'), ('1-5', '3 channels'), ('2-4', '3 channels')])
 def test_channels_that_no_image_has_exit_2(channels, said, tmp_path, capsys):
-    given = [f'--image_path={draw_set(tmp_path / "set")}', '--preset=demo', '--batch_size=4', f'--channels={channels}']
+    folder = draw_folder(tmp_path / 'set', {'train': 8, 'val': 4})
+    for path in folder.rglob('*.png'):
+        Image.open(path).convert('RGB').save(path)
+    given = [f'--image_path={folder}', '--preset=demo', '--batch_size=4', f'--channels={channels}']
     assert cli.main(['check_dataloader', *given, *own_paths(tmp_path, 'log', 'cache')]) == 2
     assert f'the images have {said}, not those of --channels={channels}' in one_line(capsys.readouterr().err)

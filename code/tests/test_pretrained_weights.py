@@ -482,3 +482,12 @@ def test_weights_for_three_channels_are_evaluated_with_others(channels, tmp_path
         get_config(ckpt_name=f'{tmp_path}/file.pth', backbone='timm/resnet10t', channels=channels, device='cpu')
     )
     assert channel_values('mean', args.mean) == pytest.approx((0.449,))
+
+
+def test_key_outside_the_prefix_is_unused_though_the_network_has_its_name():
+    state = timm.create_model('resnet10t', num_classes=0).state_dict()
+    first = next(iter(state))
+    tensors = {**{f'backbone.{name}': value for name, value in state.items()}, first: torch.zeros(1)}
+    matched, unused = match_keys(state, tensors)
+    assert unused == [first.split('.')[0]]
+    assert torch.equal(matched[first], state[first])

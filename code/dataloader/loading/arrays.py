@@ -227,25 +227,29 @@ def read_16_bit_png(image):
 
 def check_png(content):
     """Raise ValueError if a PNG is cut short or a checksum is wrong: decoders crash on such pixels."""
-    position, data = 8, []
+    width, height, _, color, _, _, interlaced = struct.unpack('>IIBBBBB', content[16:29])
+    row = 1 + width * 2 * {2: 3, 4: 2, 6: 4}.get(color, 1)  # bytes: the filter, then channels of 16 bits
+    try:
+        pixels = zlib.decompress(read_png_data(content))  # raises if its end or its checksum is wrong
+    except zlib.error:
+        pixels = b''
+    if len(pixels) < (width * height if interlaced else height * row):
+        raise ValueError('image file is truncated or damaged')
+
+
+def read_png_data(content):
+    """Return the compressed pixels of a PNG; b'' if it has no end or the checksum of a chunk is wrong."""
+    position, data = 8, b''
     while position + 12 <= len(content):
-        length, name = int.from_bytes(content[position : position + 4]), content[position + 4 : position + 8]
-        body, end = content[position + 4 : position + 8 + length], position + 8 + length
-        if zlib.crc32(body) != int.from_bytes(content[end : end + 4]):
-            break
-        data += [body[4:]] * (name == b'IDAT')
-        if name == b'IEND':
-            header = struct.unpack('>IIBBBBB', content[16:29])
-            inflate = zlib.decompressobj()
-            with contextlib.suppress(zlib.error):
-                inflated = inflate.decompress(b''.join(data)) + inflate.flush()
-                width, height, interlaced = header[0], header[1], header[6]
-                row = 1 + width * 2 * {2: 3, 4: 2, 6: 4}.get(header[3], 1)
-                if inflate.eof and len(inflated) >= (width * height if interlaced else height * row):
-                    return
-            break
+        end = position + 8 + int.from_bytes(content[position : position + 4])
+        chunk, checksum = content[position + 4 : end], content[end : end + 4]
+        if zlib.crc32(chunk) != int.from_bytes(checksum):
+            return b''
+        if chunk.startswith(b'IEND'):
+            return data
+        data += chunk[4:] if chunk.startswith(b'IDAT') else b''
         position = end + 4
-    raise ValueError('image file is truncated or damaged')
+    return b''
 
 
 def read_bytes(source):

@@ -134,7 +134,9 @@ def image_kind(image, npy_axes='auto'):
         with wrap_pillow_errors(image.named):
             pixels = arrays.read_channels(image, npy_axes)
         color = 'gray' if len(pixels) == 1 else 'rgb' if image.rgb else 'other'
-        return ImageKind(len(pixels), pixels.dtype.name, color, join_notes(image.note, invalid_note(pixels)))
+        return ImageKind(
+            len(pixels), pixels.dtype.name, color, ', '.join(filter(None, (image.note, invalid_note(pixels))))
+        )
     bands, mode = image.getbands(), image.mode
     color = 'gray' if len(bands) < 3 and mode not in ('P', 'PA') else 'rgb'
     if arrays.is_16_bit_png(image):
@@ -168,10 +170,6 @@ def invalid_note(pixels):
     if pixels.dtype.kind != 'f' or np.isfinite(pixels).all():
         return ''
     return 'nan taken as 0, infinite values as the largest or smallest of the image'
-
-
-def join_notes(*notes):
-    return ', '.join(note for note in notes if note)
 
 
 def find_dtype(kinds):

@@ -57,7 +57,7 @@ def resolve_pixels(args, store):
     if args.white_level == 'auto':
         args = replace_args(args, white_level=measure_levels(args, store))
     if channel_numbers(args.channels) and kinds:
-        log(f'images of {kinds[0].channels} channels, {kinds[0].dtype}; used are `channels={args.channels}`')
+        log_channels(args, kinds[0])
     for note, count in Counter(kind.note for kind in kinds if kind.note).items():
         if not channel_numbers(args.channels) or kinds[0].color == 'other':
             log(f'of {len(kinds)} images that were read {count}: {note}')
@@ -78,11 +78,20 @@ def check_channels(channels, kinds):
         raise UserError(f'{text}; `channels={",".join(map(str, numbers))}` leaves the others out')
 
 
-def log_unused_channels(args, store):
-    """Log the channels that a checkpoint leaves out of the images of a reader."""
+def log_channels(args, kind):
+    """Log the channels of the images, whose first is of this ImageKind, and those that are used."""
+    log(f'images of {kind.channels} channels, {kind.dtype}; used are `channels={args.channels}`')
+
+
+def report_pixels(args, store):
+    """Log and warn of what a checkpoint makes of the images of a reader: channels that are left out, and the range.
+    8-bit RGB needs neither."""
+    if isinstance(store, Memory) or (pixel_format := find_pixel_format(args, store)).is_rgb8:
+        return
     kinds = sample_kinds(store, args.npy_axes, 1)
     if kinds and kinds[0].channels > args.num_channels:
-        log(f'images of {kinds[0].channels} channels, {kinds[0].dtype}; used are `channels={args.channels}`')
+        log_channels(args, kinds[0])
+    warn_pixel_range(args, store, pixel_format)
 
 
 def find_channels(kinds):
