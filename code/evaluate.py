@@ -5,12 +5,13 @@ Results are of the last epoch of the evaluation, never of its best one, on all i
 
 import torch
 
-from ckpt import checkpoints, get_model_ckpt, iter_valid_checkpoints, list_checkpoints
+from ckpt import get_model_ckpt, iter_valid_checkpoints
 from dataloader.load_dataset import load_splits
 from engine.run_dir import run_display_name
 from protocols.collapse_verdict import SELECTION_METRIC, SUMMARY_METRICS
 from protocols.protocol import find_protocol, ignored_by_protocol
 from protocols.run_protocol import run_protocol
+from runtime.checkpoints.run_folder import checkpoints, list_checkpoints
 from runtime.console import print_message
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path

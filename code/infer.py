@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ckpt import get_model_ckpt, list_checkpoints
+from ckpt import get_model_ckpt
 from dataloader import vision
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits, load_unlabeled
 from dataloader.sources.find import has_splits, is_tar
@@ -17,6 +17,7 @@ from protocols.knn import knn_scores_from_loader, nearest_in_bank
 from protocols.results import describe_classifier, find_classifier
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
+from runtime.checkpoints.run_folder import list_checkpoints
 from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path

@@ -18,7 +18,7 @@ import torch
 from common import CODE, flops_an_image, matmul_rate
 from torch.nn.functional import cross_entropy
 
-from ckpt import build_model, checkpoints, read_checkpoint, save_checkpoint
+from ckpt import save_checkpoint
 from dataloader import vision
 from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import eval_loader, get_iterator
@@ -29,6 +29,9 @@ from plots import LineChart, draw_curves, figure_to_pil
 from protocols.features import extract_features
 from protocols.results import load_results
 from runtime.atomic_write import atomic_write_on_main, save_png
+from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.read_file import read_checkpoint
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import get_device
 from runtime.errors import resolve_path
 from runtime.options import get_config

@@ -77,8 +77,8 @@ def epoch_function(args, state, train):
 
 def prepare(preset, batch_size):
     """(args, model, optimizer, dtype) of a preset as train makes them, with smaller batches on a CPU."""
-    from ckpt import build_model
     from optimizer.sgd import make_sgd
+    from runtime.checkpoints.load_state import build_model
     from runtime.device import init_device, use_compile
     from runtime.options import get_config
     from runtime.precision import precision

@@ -17,13 +17,15 @@ import torch
 from common import CODE
 from scipy.stats import rankdata
 
-from ckpt import build_model, checkpoints, get_model_ckpt
+from ckpt import get_model_ckpt
 from dataloader.load_dataset import load_splits
 from engine.ablation_tables import TABLES, finished_result
 from evaluate import evaluate
 from protocols import results
 from protocols.collapse_verdict import MEASURES
 from protocols.linear import evaluate_linear
+from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import get_device
 from runtime.errors import resolve_path
 from runtime.files import read_metrics

@@ -15,12 +15,13 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ckpt import CHECKPOINT_RE, checkpoints, get_model_ckpt
+from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.knn import clip_k
 from model.weights import average_weights
 from protocols.compare import compute_columns, mean_and_error
 from protocols.features import extract_features
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
 from runtime.console import format_columns
 from runtime.errors import resolve_path
 from runtime.files import read_json

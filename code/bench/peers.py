@@ -24,11 +24,11 @@ from loader import draw, views
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from ckpt import build_model
 from dataloader.load_dataset import get_iterator
 from engine.train_state import TrainState
 from model.backbone import make_backbone
 from optimizer.sgd import make_sgd
+from runtime.checkpoints.load_state import build_model
 from runtime.device import get_device, use_compile
 from runtime.environment import cpu_count
 from runtime.options import get_config

@@ -12,8 +12,8 @@ import sys
 import common  # noqa: F401
 from evidence import VARIED, variant_options
 
-from ckpt import checkpoints
 from evaluate import evaluate
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import init_device
 from runtime.errors import resolve_path
 from runtime.files import read_metrics

@@ -3,13 +3,14 @@
 import json
 
 import plots
-from ckpt import checkpoints, read_checkpoint
 from dataloader.load_dataset import load_splits, num_views
 from engine.ablation_tables import TABLES, finished_result
 from engine.run_dir import args_from_run
 from logger import read_scalars
 from runtime.atomic_write import atomic_write_on_main, save_png
-from runtime.checkpoint_format import upgrade
+from runtime.checkpoints.format import upgrade
+from runtime.checkpoints.read_file import read_checkpoint
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import init_device
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log

@@ -3,9 +3,9 @@
 import json
 import shlex
 
-from ckpt import describe_preprocessing
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
+from runtime.checkpoints.pretrained import describe_preprocessing
 from runtime.files import read_json
 from runtime.options import channel_numbers, expand_channel_values
 

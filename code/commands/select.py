@@ -3,12 +3,13 @@
 import torch
 
 import plots
-from ckpt import get_model_ckpt, list_checkpoints
+from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, load_splits
 from infer import load_crops
 from metric import subset_selection
 from protocols.features import extract_features
 from runtime.atomic_write import save_png, write_csv
+from runtime.checkpoints.run_folder import list_checkpoints
 from runtime.console import printable
 from runtime.device import init_device
 from runtime.errors import UserError, resolve_path

@@ -1,9 +1,9 @@
 """The variants of the paper's ablations (section 4), and of a table of causes of collapse: the options of each."""
 
-from ckpt import checkpoints
 from config import OPTIONS
 from engine.run_dir import resolve_resume
 from protocols import results
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import resolve_path
 from runtime.files import is_result_for
 

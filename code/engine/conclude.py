@@ -4,11 +4,12 @@ import time
 
 import torch
 
-from ckpt import checkpoints, get_model_ckpt, pick_checkpoint
+from ckpt import get_model_ckpt
 from engine.run_dir import NonFiniteLoss, run_display_name
 from protocols import collapse_verdict
 from protocols.run_protocol import run_protocol
 from runtime import distributed, signals
+from runtime.checkpoints.run_folder import checkpoints, pick_checkpoint
 from runtime.device import get_device
 from runtime.errors import ROOT, resolve_path
 from runtime.messages import log

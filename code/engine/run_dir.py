@@ -11,23 +11,21 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ckpt import (
-    ARCHITECTURE,
+from ckpt import save_checkpoint
+from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
+from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.format import BEFORE, upgrade
+from runtime.checkpoints.read_file import read_checkpoint
+from runtime.checkpoints.run_folder import (
     CHECKPOINT_RE,
-    PREPROCESSING,
     START_ACCURACY_FILE,
     WRITTEN,
     checkpoints,
     find_best_epoch,
-    library_versions,
-    read_checkpoint,
     record_checkpoint,
-    save_checkpoint,
     was_written_by_run,
 )
-from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
-from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoint_format import BEFORE, upgrade
+from runtime.checkpoints.saved_options import ARCHITECTURE, PREPROCESSING
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
@@ -36,6 +34,7 @@ from runtime.messages import log
 from runtime.options import UNRESOLVED, parse, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
+from runtime.versions import library_versions
 
 
 class NonFiniteLoss(WorkError):

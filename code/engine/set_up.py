@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ckpt import check_off_the_shelf, get_model_ckpt
+from ckpt import get_model_ckpt
 from config import RESUMED_OPTIONS
 from dataloader.load_dataset import find_split_sources, get_iterator
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
@@ -18,6 +18,7 @@ from model.weights import is_off_the_shelf
 from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
+from runtime.checkpoints.pretrained import check_off_the_shelf
 from runtime.console import print_message
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError, WorkError, resolve_path

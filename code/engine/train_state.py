@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.checkpoint_format import FORMAT
+from runtime.checkpoints.format import FORMAT
 
 
 class TrainState:

@@ -1,6 +1,6 @@
 """Names of the label-free measures, and the verdict on a run that follows from them."""
 
-from ckpt import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
+from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
 from runtime.files import read_metrics
 
 # Printed names, in this order (metric/representation.py, protocols/label_free.py).

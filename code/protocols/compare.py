@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ckpt import build_model, checkpoints, get_model_ckpt, load_file
+from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS
@@ -16,7 +16,10 @@ from model.weights import is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import classify, draw_label_subsets, score_few_labels
 from protocols.protocol import Outcome, Protocol, labeled_splits
-from runtime.checkpoint_format import is_ours
+from runtime.checkpoints.format import is_ours
+from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.read_file import load_file
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.console import format_columns
 from runtime.device import get_device
 from runtime.errors import UserError, resolve_path

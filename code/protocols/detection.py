@@ -17,7 +17,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 
-from ckpt import build_model
 from dataloader.cache.decoded import readable_rows
 from dataloader.detection.dataset import load_detection_dataset
 from dataloader.loading.loader import WatchedDataLoader, resolve_num_workers
@@ -27,6 +26,7 @@ from dataloader.sources.path_array import PathArray
 from dataloader.sources.split_source import SplitSource
 from optimizer.sgd import lr_schedule
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
+from runtime.checkpoints.load_state import build_model
 from runtime.console import printable
 from runtime.device import get_device
 from runtime.environment import require_package

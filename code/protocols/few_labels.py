@@ -5,11 +5,11 @@ The subsets depend only on the labels of the dataset, so they are the same for e
 
 import torch
 
-from ckpt import WATCHED
 from metric.knn import clip_k, weighted_vote
 from protocols.features import extract_features
 from protocols.knn import nearest_in_bank
 from protocols.logistic import logistic_regression
+from runtime.checkpoints.run_folder import WATCHED
 from runtime.device import explain_oom
 from runtime.distributed import all_reduce_sum, world_size
 from runtime.seeding import generator_for

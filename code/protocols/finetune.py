@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ckpt import build_model
 from dataloader.load_dataset import eval_loader, max_eval_batch, supervised_loader
 from dataloader.vision import eval_view
 from metric.accuracy import topk_accuracy
 from optimizer.sgd import lr_schedule
 from protocols.features import augmented_batches
+from runtime.checkpoints.load_state import build_model
 from runtime.device import get_device
 from runtime.errors import WorkError
 from runtime.messages import progress

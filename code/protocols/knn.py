@@ -6,12 +6,12 @@ own part.
 
 import torch
 
-from ckpt import build_model
 from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.accuracy import topk_accuracy
 from metric.knn import TopKSearch, clip_k, weighted_vote
 from protocols.features import extract_features, iter_features
 from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
+from runtime.checkpoints.load_state import build_model
 from runtime.device import explain_oom, get_device
 from runtime.distributed import all_gather_rows, rank, world_size
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 
-from ckpt import build_model
 from dataloader import vision
 from dataloader.augment.augmentations import get_augmentation
 from dataloader.load_dataset import eval_loader, make_loader, select
@@ -22,6 +21,7 @@ from protocols.collapse_verdict import OF_FEATURES, judge_collapse
 from protocols.features import check_finite, concat_into_buffer, eval_mode, extract_features
 from protocols.logistic import logistic_regression
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
+from runtime.checkpoints.load_state import build_model
 from runtime.console import printable
 from runtime.device import explain_oom, get_device
 from runtime.distributed import all_gather_rows, rank, world_size

@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import torch
 
-from ckpt import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
 from dataloader import vision
 from dataloader.load_dataset import eval_loader, labeled_subset
 from logger import Logger
@@ -20,6 +19,7 @@ from protocols.few_labels import measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows
 from runtime.errors import resolve_path

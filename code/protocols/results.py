@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from ckpt import library_versions, load_file, sanitize_name
 from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.read_file import load_file
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
-from runtime.files import dumps_nan_safe, is_number, read_in_order, utc_timestamp, written_time
+from runtime.files import dumps_nan_safe, is_number, read_in_order, sanitize_name, utc_timestamp, written_time
 from runtime.options import rename_options
+from runtime.versions import library_versions
 
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
 NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)

@@ -1,6 +1,5 @@
 """Transfer to another labeled dataset: logistic regression on frozen features, or fine-tuning."""
 
-from ckpt import sanitize_name
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
@@ -9,6 +8,7 @@ from protocols.logistic import fit_logistic_regression
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabeled
 from runtime.console import printable
 from runtime.errors import UserError, resolve_path
+from runtime.files import sanitize_name
 from runtime.options import replace_args
 
 

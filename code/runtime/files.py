@@ -180,3 +180,8 @@ def stat_fingerprint(paths):
     """Return a text with sizes, mtimes and ctimes of files, which changes when a file changes."""
     stats = [(str(path), os.stat(path)) for path in paths]
     return repr([(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in stats])
+
+
+def sanitize_name(name):
+    """Replace all characters except letters, digits, '-', '_' and '.' by '_'."""
+    return ''.join(c if c.isascii() and (c.isalnum() or c in '-_.') else '_' for c in name)

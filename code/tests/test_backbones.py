@@ -10,12 +10,12 @@ import torch.distributed as dist
 import torchvision
 
 import cli
-from ckpt import build_model
 from conftest import CODE, TINY, one_line, own_paths
 from engine import set_up
 from model import simsiam
 from model.backbone import make_backbone
 from runtime import distributed
+from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError
 from runtime.files import read_metrics
 from runtime.options import get_config

@@ -10,7 +10,7 @@ import cli
 from ckpt import get_model_ckpt
 from conftest import CODE, own_paths
 from protocols.results import load_results
-from runtime.checkpoint_format import FORMAT, upgrade
+from runtime.checkpoints.format import FORMAT, upgrade
 from runtime.errors import WorkError
 from runtime.options import get_config, preset_options
 

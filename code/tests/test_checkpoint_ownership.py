@@ -11,10 +11,11 @@ import torch
 
 import ckpt
 import cli
-from ckpt import WRITTEN, checkpoints, get_model_ckpt, record_checkpoint
+from ckpt import get_model_ckpt
 from conftest import TINY, own_paths
 from protocols.results import find_classifier
 from runtime import files
+from runtime.checkpoints.run_folder import WRITTEN, checkpoints, record_checkpoint, was_written_by_run
 from runtime.errors import same_path
 from runtime.files import read_json
 from runtime.options import get_config, same_value
@@ -184,7 +185,7 @@ def test_checkpoint_is_recorded_before_it_is_written(drawn, tmp_path, monkeypatc
         train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3')
     monkeypatch.undo()
     (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
-    assert ckpt.was_written_by_run(path.parent, path)
+    assert was_written_by_run(path.parent, path)
     assert train(tmp_path, drawn, '--save_every_epochs=1', '--max_epochs=3', '--resume=auto') == 0
     assert f'resuming {RUN} after epoch 2' in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / 'ckpt').iterdir()] == [RUN]

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import cli
-from ckpt import get_model_ckpt, read_checkpoint
+from ckpt import get_model_ckpt
 from config import OPTIONS, RENAMED_OPTIONS
 from conftest import CODE, TINY, one_line, own_paths, run
 from protocols.protocol import ignored_by_protocol
 from runtime import options
-from runtime.checkpoint_format import upgrade
+from runtime.checkpoints.format import upgrade
+from runtime.checkpoints.read_file import read_checkpoint
 from runtime.errors import UserError, resolve_path
 from runtime.options import get_config, ignored_by_command, ignored_in_train, option_help, options_by_theme, parse
 

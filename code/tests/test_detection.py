@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import cli
-from ckpt import build_model, get_model_ckpt
+from ckpt import get_model_ckpt
 from conftest import TINY, one_line, own_paths
 from dataloader.detection.dataset import decode_mask, load_detection_dataset
 from dataloader.detection.validate import decode_rle_counts, is_mask
 from protocols import detection
 from protocols.detection import average_precision, encode_rle, make_detector
 from protocols.results import load_results
+from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 

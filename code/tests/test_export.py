@@ -12,13 +12,14 @@ from PIL import Image
 from torch import nn
 
 import cli
-from ckpt import build_model, get_model_ckpt, save_checkpoint
+from ckpt import get_model_ckpt, save_checkpoint
 from commands import embed as embedding
 from conftest import TINY, one_line, own_paths
 from engine.train_state import TrainState
 from metric.knn import topk_neighbors
 from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
+from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError, WorkError
 from runtime.options import get_config
 

@@ -10,8 +10,9 @@ import torchvision
 from torch import nn
 
 import cli
-from ckpt import build_model, get_model_ckpt, load_state_strictly
+from ckpt import get_model_ckpt
 from conftest import one_line, own_paths
+from runtime.checkpoints.load_state import build_model, load_state_strictly
 from runtime.errors import WorkError
 from runtime.options import get_config
 from test_export import Official, randomised, save_official, views

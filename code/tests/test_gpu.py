@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ckpt import build_model
 from conftest import TINY, own_paths, run
 from dataloader import load_dataset, vision
 from dataloader.augment.augmentations import get_augmentation
@@ -30,6 +29,7 @@ from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from protocols.linear import train_probe
 from runtime import device, distributed
+from runtime.checkpoints.load_state import build_model
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError
 from runtime.options import get_config, replace_args

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ckpt import build_model
 from conftest import TINY, own_paths, run
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import precision
+from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError
 from runtime.options import get_config
 from runtime.tensors import channels_last

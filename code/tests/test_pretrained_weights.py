@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import functional as reference
 
 import cli
-from ckpt import build_model, get_model_ckpt
+from ckpt import get_model_ckpt
 from commands.model_card import timm_crop_ratio
 from conftest import CODE, one_line, own_paths
 from dataloader import vision
@@ -28,6 +28,7 @@ from dataloader.loading import crops
 from model.backbone import make_backbone
 from model.weights import average_weights, find_preprocessing, match_keys
 from protocols.features import extract_features
+from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError
 from runtime.options import channel_values, get_config, replace_args
 from runtime.seeding import generator_for

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import cli
-from ckpt import library_versions
 from conftest import TINY, own_paths
 from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading import loader
@@ -21,6 +20,7 @@ from runtime import environment
 from runtime.errors import ROOT, UserError
 from runtime.files import clear_parts
 from runtime.options import get_config
+from runtime.versions import library_versions
 from test_detection import coco
 from test_nested_splits import shards
 
@@ -119,11 +119,11 @@ def test_library_versions_ignore_outer_repository(tmp_path, monkeypatch):
     given = ['-c', 'user.name=x', '-c', 'user.email=x@x', 'commit', '-q', '--allow-empty', '-m', 'x']
     subprocess.run(['git', *given], cwd=tmp_path, check=True)
     (tmp_path / 'inner').mkdir()
-    monkeypatch.setattr('ckpt.ROOT', tmp_path / 'inner')
+    monkeypatch.setattr('runtime.versions.ROOT', tmp_path / 'inner')
     monkeypatch.delenv('SIMSIAM_COMMIT', raising=False)
     library_versions.cache_clear()
     assert library_versions()['commit'] == ''
-    monkeypatch.setattr('ckpt.ROOT', tmp_path)
+    monkeypatch.setattr('runtime.versions.ROOT', tmp_path)
     library_versions.cache_clear()
     assert len(library_versions()['commit']) == 40
     library_versions.cache_clear()

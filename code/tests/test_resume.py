@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import cli
-from ckpt import checkpoints
 from conftest import CODE, TINY, Python, one_line, own_paths, run
 from engine.run_dir import new_run
 from engine.train_state import restore_rng, rng_states
@@ -23,6 +22,7 @@ from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import signals
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.files import read_metrics
 from runtime.options import get_config
 from runtime.run_lock import LOCK_FILE, lock_content, process_start_time

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-import ckpt
 import cli
-from ckpt import FEW, GAIN, GAIN_ERROR, build_model, checkpoints, get_model_ckpt
+from ckpt import get_model_ckpt
 from config import INIT_FROM_DEFAULTS
 from conftest import CODE, own_paths
 from engine import set_up
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
 from protocols.monitor import Monitor
+from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, checkpoints, find_best_epoch
 from runtime.errors import UserError
 from runtime.files import read_json, read_metrics
 from runtime.options import get_config
@@ -228,14 +229,14 @@ def test_keep_checkpoints_keeps_start_and_best(drawn, pretrained, tmp_path, monk
     assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_checkpoints=1', '--save_every_epochs=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']
-    assert ckpt.find_best_epoch(tmp_path / 'ckpt' / RUN) == 1
+    assert find_best_epoch(tmp_path / 'ckpt' / RUN) == 1
 
 
 def test_run_from_random_weights_reports_last_epoch(drawn, tmp_path):
     given = ['train', *SMALL, '--max_epochs=2', '--save_every_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(given) == 0
     folder = tmp_path / 'ckpt' / RUN
-    assert ckpt.find_best_epoch(folder) is None
+    assert find_best_epoch(folder) is None
     assert not [path for path in checkpoints(folder) if path.name.endswith('_epoch_0')]
     lines = read_metrics(folder / 'metrics.jsonl')
     assert all(FEW in line and GAIN not in line for line in lines)

@@ -27,6 +27,7 @@ from conftest import TINY, own_paths
 from engine import set_up, train_state
 from protocols import linear, monitor
 from runtime import signals
+from runtime.checkpoints.run_folder import checkpoints
 
 OPTIONS = (
     *TINY,
@@ -83,7 +84,7 @@ def child(folder, argv, prepare=lambda: None):
 def last(folder):
     """(run folder, content) of the newest checkpoint, or None."""
     for run in sorted((folder / 'ckpt').glob('*'), reverse=True):
-        if found := ckpt.checkpoints(run):
+        if found := checkpoints(run):
             return run, torch.load(found[-1], weights_only=True)
     return None
 

@@ -1,0 +1,255 @@
+"""Weights of other origin: of torchvision and timm, and files of other tools."""
+
+import errno
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from model.foreign_checkpoints import (
+    RESNET_BLOCKS,
+    convert_state_dict,
+    find_tensors,
+    infer_architecture,
+    list_other_networks,
+)
+from model.weights import (
+    convert_with_timm,
+    fetch_timm,
+    fetch_torchvision,
+    find_preprocessing,
+    match_keys,
+    preprocessing_from_timm_folder,
+    resize_vit_positions,
+)
+from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
+from runtime.checkpoints.read_file import load_file
+from runtime.checkpoints.saved_options import apply_preset, leave_demo_preset, merge_saved_options
+from runtime.console import first_line, join_first
+from runtime.distributed import local_main_first
+from runtime.errors import UserError, WorkError, resolve_path
+from runtime.files import read_json, sanitize_name
+from runtime.messages import log
+from runtime.options import channel_values, replace_args
+
+
+def check_off_the_shelf(args, name):
+    """Check that torchvision or timm can have the weights `name` for --backbone. Returns (args with the backbone of the
+    weights, its name in timm or ''). Raises UserError."""
+    timm_name = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
+    if name == 'timm/':
+        raise UserError(f'{name} names no network: timm/<name>, or timm for the weights of --backbone=timm/<name>')
+    if timm_name and 'backbone' in args.explicit and args.backbone != f'timm/{timm_name.split(".")[0]}':
+        raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
+    if timm_name:
+        args = replace_args(args, backbone=f'timm/{timm_name.split(".")[0]}')
+    if name == 'timm' and not args.backbone.startswith('timm/'):
+        raise UserError(f'{name} names the weights of --backbone=timm/<network>, not of --backbone={args.backbone}')
+    if name == 'imagenet' and (
+        args.backbone == 'small' or args.backbone.startswith('timm/') or args.stem != 'imagenet'
+    ):
+        raise UserError(
+            f"imagenet has the weights of torchvision's networks, not of --backbone={args.backbone} --stem={args.stem}"
+        )
+    return args, timm_name
+
+
+def load_off_the_shelf(args, name):
+    """get_model_ckpt for the weights of torchvision (imagenet) or timm (timm, timm/<name>.<tag>)."""
+    args, timm_name = check_off_the_shelf(leave_demo_preset(args), name)
+    try:
+        args = apply_preprocessing(args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone))
+        model = build_model(args)
+        with local_main_first():
+            if name == 'imagenet':
+                weights = fetch_torchvision(args.backbone, args.image_size, not args.quiet)
+            else:
+                weights = fetch_timm(timm_name or args.backbone.removeprefix('timm/'), args.image_size)
+    except ValueError as error:
+        raise UserError(f'{name}: {error}') from None
+    except UserError:
+        raise
+    except Exception as error:  # network errors of the libraries and their download backends
+        # Of torch.load, not of the network.
+        damaged = isinstance(error, RuntimeError | EOFError) or getattr(error, 'errno', None) == errno.EINVAL
+        if name == 'imagenet' and damaged:
+            raise WorkError(
+                f'the downloaded weights {name} of {args.backbone} are damaged: {first_line(error)}; delete their file '
+                f'in {torch.hub.get_dir()}/checkpoints'
+            ) from None
+        option = 'ckpt_name' if args.ckpt_name else 'init_from'
+        raise WorkError(
+            f'the weights {name} of {args.backbone} could not be downloaded: {first_line(error)}; download them '
+            f'elsewhere and name the file: --{option}=FILE --backbone={args.backbone}'
+        ) from None
+    state, _ = match_keys(model.backbone.state_dict(), weights.state)
+    state = adapt_state_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
+    load_state_strictly(model, state, Path(weights.source))
+    model.has_heads = False
+    log(f'weights {weights.source}; {describe_preprocessing(args)}')
+    label = sanitize_name(weights.source)
+    run = resolve_path(args.ckpt_path) / label
+    return args, model, make_foreign_checkpoint(name.split('/')[0], run / label, run)
+
+
+def make_foreign_checkpoint(source, path, run):
+    """Return get_model_ckpt's checkpoint dict for weights of other origin: epoch 0, without an optimizer."""
+    return {'optimizer': None, 'epoch': 0, 'loss': 0.0, 'layout': source, 'path': path, 'run': run}
+
+
+def apply_preprocessing(args, preprocessing):
+    """Set the preprocessing of weights, except explicit options. Their image size is only used with --preset=imagenet.
+    Returns args."""
+    keep = {*args.explicit} | ({'image_size'} if args.preset != 'imagenet' else set())
+    keep -= {name for name in ('mean', 'std') if getattr(args, name) == 'weights'}
+    preprocessing = {name: value for name, value in preprocessing.items() if name not in keep}
+    for name in ('mean', 'std'):
+        values = channel_values(name, preprocessing.get(name, '0.5'))
+        if len(values) not in (1, args.num_channels):
+            if args.init_from:  # measured on the images of train
+                del preprocessing[name]
+            else:
+                preprocessing[name] = f'{sum(values) / len(values):.6g}'
+    return replace_args(args, **preprocessing)
+
+
+def describe_preprocessing(args):
+    return f'{args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, crop {args.crop_ratio:g}'
+
+
+def load_foreign(args, path, content):
+    """load_checkpoint for another tool's file: the backbone, and projector and predictor if they are SimSiam's.
+
+    Without --preset the options are those of imagenet, or of cifar10 if the stem is for small images.
+    """
+    named = 'backbone' in args.explicit and args.backbone not in RESNET_BLOCKS
+    converted = None if named else convert_state_dict(content)
+    if named or not converted and 'backbone' in args.explicit:
+        return load_network(args, path, content)
+    if not converted:
+        keys = [str(key) for key in (find_tensors(content) or (content if isinstance(content, dict) else ()))]
+        first = ', '.join(keys[:MAX_LISTED_KEYS]) or 'none'
+        raise WorkError(
+            f'{path} is damaged or was not written by this project, nor is it a ResNet in a known layout (the '
+            'official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, torchvision, timm); its first '
+            f'keys: {first}; weights of another network are read with its name: --backbone=timm/<name>, or one of '
+            'torchvision'
+        )
+    source, state, unused_keys = converted
+    shapes = infer_architecture(state)
+    if missing := missing_stages(state):
+        raise UserError(f'{path} holds a ResNet without {missing}')
+    if 'backbone' not in shapes:
+        raise UserError(f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}')
+    if 'stem' not in shapes:
+        raise UserError(f'{path} holds a ResNet with an unknown stem (a deep stem?)')
+    if 'preset' not in args.explicit:
+        args = apply_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
+    of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
+    merged = merge_saved_options(args, {**asdict(args), **shapes}, path, of_backbone)
+    if not heads_match(state, build_model(merged)):
+        heads = [name for name in state if not name.startswith('backbone.')]
+        unused_keys = sorted({*unused_keys, *(name.split('.')[0] for name in heads)})
+        state = {name: value for name, value in state.items() if name not in heads}
+        merged = merge_saved_options(args, {**asdict(args), **of_backbone}, path, of_backbone)
+    model = build_model(merged)
+    has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
+    load_state_strictly(model, adapt_state_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
+    unused_keys = [*list_other_networks(content), *unused_keys]
+    unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
+    log(
+        f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
+        f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
+    )
+    # The hash: other tools' files often have the same name.
+    run = resolve_path(args.ckpt_path) / f'{source}_{path.name}_{content_hash(path)}'
+    return merged, model, make_foreign_checkpoint(source, path, run)
+
+
+def missing_stages(state):
+    """Return the names of the stages that a ResNet's state dict lacks, as text."""
+    names = [f'layer{i}' for i in range(1, 5)]
+    return ', '.join(name for name in names if not any(key.startswith(f'backbone.{name}.') for key in state))
+
+
+def content_hash(path):
+    """Return a short digest of a file's content."""
+    digest = hashlib.blake2b(digest_size=4)
+    with open(path, 'rb') as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def load_network(args, path, content):
+    """load_checkpoint for a state dict in the layout of the network --backbone, under any prefix."""
+    tensors, others = find_tensors(content), list_other_networks(content)
+    args = leave_demo_preset(args)
+    args = apply_preprocessing(args, find_preprocessing(args.backbone))
+    model = build_model(args)
+    try:
+        tensors = resize_vit_positions(args.backbone, args.image_size, tensors)
+        state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
+    except ValueError as error:
+        if not args.backbone.startswith('timm/') or not tensors:
+            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}') from None
+        try:
+            state, unused_keys = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
+        except ValueError as other:
+            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
+    state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
+    load_state_strictly(model, state, path)
+    model.has_heads = False
+    unused_keys = [*others, *unused_keys]
+    unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
+    log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
+    run = resolve_path(args.ckpt_path) / f'{sanitize_name(args.backbone)}_{path.name}_{content_hash(path)}'
+    return args, model, make_foreign_checkpoint('network', path, run)
+
+
+def load_timm_folder(args, path):
+    """load_checkpoint for a folder in timm's format (export --format=timm): config.json and model.safetensors."""
+    config, weights = read_json(path / 'config.json'), path / 'model.safetensors'
+    name = config.get('architecture')
+    if not isinstance(name, str) or not weights.is_file():
+        raise UserError(
+            f'{path} is not a folder of weights: it needs config.json, with "architecture", and model.safetensors'
+        )
+    if 'backbone' in args.explicit and args.backbone != f'timm/{name}':
+        raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
+    cfg = config.get('pretrained_cfg')
+    args = replace_args(leave_demo_preset(args), backbone=f'timm/{name}')
+    args = apply_folder_channels(args, config)
+    preprocessing = preprocessing_from_timm_folder(cfg if isinstance(cfg, dict) else {}, f'timm/{name}')
+    if 'crop_ratio' in config.get('simsiam', {}):
+        preprocessing['crop_ratio'] = config['simsiam']['crop_ratio']  # exactly; crop_pct is rounded for timm
+    args = apply_preprocessing(args, preprocessing)
+    args.explicit = args.explicit | {*preprocessing}
+    return load_network(args, weights, load_file(weights))
+
+
+def apply_folder_channels(args, config):
+    """Set the channels and white level of a timm folder's config.json, except explicit options. Returns args."""
+    count = (config.get('model_args') or {}).get('in_chans', 3)
+    options = config.get('simsiam', {'channels': '1' if count == 1 else f'1-{count}'} if count != 3 else {})
+    names = [name for name in ('channels', 'white_level') if name in options and name not in args.explicit]
+    return replace_args(args, **{name: options[name] for name in names})
+
+
+def heads_match(state, model):
+    """Whether the projector and predictor in `state` have exactly the keys and shapes of the model's."""
+    saved_shapes = {
+        name: value.shape for name, value in {**bn_batch_counters(model), **state}.items() if 'backbone.' not in name
+    }
+    return saved_shapes == {name: value.shape for name, value in model.state_dict().items() if 'backbone.' not in name}
+
+
+def bn_batch_counters(model, has_heads=True):
+    """Return the num_batches_tracked of the model's BN layers, which some files lack and which have no effect.
+    has_heads: include those of the heads."""
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.endswith('num_batches_tracked') and (has_heads or name.startswith('backbone.'))
+    }

@@ -1,0 +1,129 @@
+"""The checkpoints in a run folder: names, order, which the run wrote, the best epoch."""
+
+import contextlib
+import json
+import re
+
+from runtime.atomic_write import atomic_write_on_main
+from runtime.console import print_message
+from runtime.errors import UserError, resolve_path
+from runtime.files import newest_run, read_json, read_metrics
+from runtime.messages import log
+
+WATCHED = 10  # labels per class, for the few-label accuracy in training
+FEW, GAIN, GAIN_ERROR = (
+    'pretraining/few_labels_top1',
+    'pretraining/few_labels_gain',
+    'pretraining/few_labels_gain_error',
+)
+# File in a run folder: which images of val the initial weights classify correctly (protocols/monitor.py).
+START_ACCURACY_FILE = 'few_labels_of_start.json'
+CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
+WRITTEN = 'checkpoints.json'  # file in a run folder: names of the checkpoints that the run wrote, in order
+
+
+def record_checkpoint(run, path):
+    """Add a checkpoint to the run's list of written checkpoints."""
+    before = [name for name in read_json(run / WRITTEN).get('written', []) if (run / name).is_file()]
+    names = [*(name for name in before if name != path.name), path.name]
+    atomic_write_on_main(run / WRITTEN, lambda aside: aside.write_text(json.dumps({'written': names}) + '\n'))
+
+
+def was_written_by_run(folder, path):
+    """Whether the run of a folder wrote this checkpoint: others, copied there, are neither deleted nor continued in
+    that folder. Runs of early versions have no list and count as the writer of all."""
+    if not (folder / 'run.json').is_file() and not re.fullmatch(r'model_name_.+_ckpt_\d+', folder.name):
+        return False
+    written = read_json(folder / WRITTEN).get('written')
+    return written is None or path.name in written
+
+
+def checkpoints(folder):
+    """List the checkpoints of a run folder, sorted by epoch, position and order of writing: the newest is last. The
+    order of writing is that of checkpoints.json, which copying preserves, else of the mtimes.
+    """
+    entries, written = [], read_json(folder / WRITTEN).get('written', [])
+    for path in folder.iterdir():
+        if match := CHECKPOINT_RE.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by its run
+                later = written.index(path.name) if path.name in written else -1
+                entries.append((int(match[2]), int(match[3] or 0), later, path.stat().st_mtime, path))
+    return [path for *_, path in sorted(entries)]
+
+
+def pick_checkpoint(folder, paths):
+    """Return the best checkpoint of a measured run from pretrained weights (find_best_epoch), else the newest. paths:
+    the run's checkpoints."""
+    best = find_best_epoch(folder)
+    by_epoch = {
+        int(CHECKPOINT_RE.fullmatch(path.name)[2]): path for path in paths if not CHECKPOINT_RE.fullmatch(path.name)[3]
+    }
+    if best is not None and best not in by_epoch:
+        print_message(
+            'warning', f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used'
+        )
+    if best is None or best not in by_epoch or by_epoch[best] == paths[-1]:
+        return paths[-1]
+    reason = f'epoch {best} is its best on val'
+    if not best:
+        labeled = any(FEW in line for line in read_metrics(folder / 'metrics.jsonl'))
+        why = 'no epoch was better on val' if labeled else 'no labels show that training helped'
+        reason = f'epoch 0, the start, is used: {why}'
+    log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
+    return by_epoch[best]
+
+
+def list_checkpoints(args):
+    """List all checkpoints under --ckpt_path as values for --ckpt_name, sorted by run, with the newest run last."""
+    root = resolve_path(args.ckpt_path)
+    runs = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    by_run = {run: paths for run in runs if (paths := checkpoints(run))}
+    newest = newest_run(by_run)
+    ordered = sorted(by_run, key=lambda run: run == newest)
+    return [f'{run.name}/{path.name}' for run in ordered for path in by_run[run]]
+
+
+def find_checkpoint(args, training=False):
+    """Return the file of --ckpt_name: relative to --ckpt_path, or a path. For a run folder it is the newest checkpoint,
+    or, unless `training`, the best one of a run from pretrained weights (find_best_epoch). Raises UserError."""
+    for path in (resolve_path(args.ckpt_path) / args.ckpt_name, resolve_path(args.ckpt_name)):
+        path = path.resolve()  # results are written beside the checkpoint, not beside a link to it
+        if path.is_file():
+            return path
+        if path.is_dir():
+            if paths := checkpoints(path):
+                return paths[-1] if training else pick_checkpoint(path, paths)
+            if (path / 'config.json').is_file():
+                return path
+            files = sorted(
+                file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt')
+            )
+            if files:
+                raise UserError(f'{path} is not a run; name the file: --ckpt_name={path / files[0]}')
+            raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
+    names = list_checkpoints(args)
+    option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
+    option = 'beside' if args.ckpt_name in args.beside.split(',') else option
+    hint = f'the newest there is --{option}={names[-1]}' if names else 'there is none yet: run python3 cli.py train'
+    raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
+
+
+def find_best_epoch(folder):
+    """Return the best epoch of a run from pretrained weights, 0 for the initial weights; None for other runs, or if it
+    was not measured (metrics.jsonl).
+
+    With labels: the epoch with the highest few-label accuracy, if its gain over the start (paired by image) is more
+    than its standard error, else 0. Without labels 0, because no label-free measure was found to select correctly.
+    """
+    if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
+        return None
+    return find_best_epoch_in_metrics(read_metrics(folder / 'metrics.jsonl'))
+
+
+def find_best_epoch_in_metrics(lines):
+    """find_best_epoch from the lines of a metrics.jsonl."""
+    measured = {line['epoch']: line for line in lines if FEW in line}
+    if 0 in measured:
+        better = [epoch for epoch, line in measured.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
+        return max(better, key=lambda epoch: measured[epoch][FEW], default=0)
+    return 0 if any('pretraining/rank' in line for line in lines) else None

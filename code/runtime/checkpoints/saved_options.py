@@ -1,0 +1,54 @@
+"""The options of a checkpoint, merged with those of the command."""
+
+from config import NOT_RESTORED_OPTIONS, OPTIONS, Config
+from runtime.checkpoints.load_state import MAX_LISTED_KEYS
+from runtime.console import join_first
+from runtime.errors import UserError
+from runtime.messages import log
+from runtime.options import UNRESOLVED, get_config, replace_args
+
+ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+PIXEL_OPTIONS = ('white_level', 'mean', 'std')  # may be measured on the images of a new run
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that weights bring
+
+
+def apply_preset(args, preset):
+    """Return args with the defaults of another preset."""
+    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
+    new_args = replace_args(get_config(preset=preset), **explicit)
+    new_args.explicit = args.explicit
+    return new_args
+
+
+def leave_demo_preset(args):
+    """Return args with the preset imagenet in place of demo, which was only taken for want of images: weights of other
+    networks have nothing of it."""
+    return apply_preset(args, 'imagenet') if args.preset == 'demo' and 'preset' not in args.explicit else args
+
+
+def merge_saved_options(args, saved, path, locked_options):
+    """Merge the options of a checkpoint with args: explicit options and local ones are from args. Returns a Config.
+    Raises UserError if one of `locked_options` is given with another value."""
+    for name in locked_options:
+        unresolved = name in PIXEL_OPTIONS and getattr(args, name) in UNRESOLVED
+        if name in args.explicit and getattr(args, name) != saved.get(name) and not unresolved:
+            raise UserError(
+                f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
+                f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
+            )
+    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
+    for name in PIXEL_OPTIONS:
+        if explicit.get(name) in UNRESOLVED:
+            log(f'--{name}={explicit.pop(name)} applies to new runs; this one has --{name}={saved[name]}')
+    merged = Config(**{**saved, **explicit})
+    merged.explicit = args.explicit
+    return merged
+
+
+def log_missing_options(path, preset, names):
+    """Log the options that a checkpoint does not have because it is older, with the preset that sets them."""
+    of_training = [name for name in names if {'train', 'evaluate'} & {*OPTIONS[name].metadata['used_by']}]
+    names = [name for name in of_training if name not in NOT_RESTORED_OPTIONS]
+    if names:
+        options_text = join_first([f'--{name}' for name in names], MAX_LISTED_KEYS)
+        log(f'{path.name} is older than the options {options_text}: they are those of --preset={preset}')
