@@ -9,8 +9,7 @@ from PIL import Image
 
 from dataloader.cache.decoded import readable_rows, resize_short_side
 from dataloader.load_dataset import find_split_sources
-from dataloader.loading.decode import is_image
-from dataloader.loading.pixel_format import format_from_options
+from dataloader.loading.decode import is_image, to_8_bits
 from dataloader.loading.pixel_settings import find_pixel_format, resolve_pixels, warn_pixel_range
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import SYSTEM_NAMES
@@ -72,6 +71,7 @@ def write_split(args, output, name, source):
     """Write the archives of one split. Returns (number of archives, number of skipped images)."""
     rows, number, left_out = iter(progress(range(len(source.labels)), f'packing {name}', 'images')), 0, []
     folders, used_names = class_folder_names(source.classes), {}
+    pixel_format = find_pixel_format(args, source.store) if args.pack_short_side else None
     ahead = next(rows, None)
     while ahead is not None:
         path = output / f'{name}-{number:06d}.tar'
@@ -81,7 +81,7 @@ def write_split(args, output, name, source):
             with tarfile.open(aside, 'w', format=tarfile.GNU_FORMAT) as archive, silence_stderr():
                 while ahead is not None and archive.offset < args.shard_megabytes * 1e6:
                     try:
-                        member, content = tar_member(args, source, ahead, folders)
+                        member, content = tar_member(args, source, ahead, folders, pixel_format)
                         add_member(archive, unique_name(member, used_names), content)
                     except WorkError as error:
                         if args.on_unreadable != 'skip':
@@ -96,9 +96,9 @@ def write_split(args, output, name, source):
     return number, len(left_out)
 
 
-def tar_member(args, source, row, folders):
+def tar_member(args, source, row, folders, pixel_format):
     """Return (name in the archive, bytes) of an image. The name begins with the class folder; without classes it has no
-    folder, which would become a class."""
+    folder, which would become a class. pixel_format: for --pack_short_side."""
     raw, label = source.store.names.bytes_at(row), int(source.labels[row])
     parts = [unhide_name(piece) for piece in raw.split(b'/') if piece not in (b'', b'.', b'..')]
     if label < 0:
@@ -107,7 +107,9 @@ def tar_member(args, source, row, folders):
         parts.insert(0, folders[label])
     name = b'/'.join(parts)
     if args.pack_short_side:
-        pixels = resize_short_side(source.store, row, args.pack_short_side, format_from_options(args))
+        pixels = resize_short_side(source.store, row, args.pack_short_side, pixel_format)
+        if not pixel_format.is_rgb8:
+            pixels = to_8_bits(pixels, pixel_format.levels).transpose(1, 2, 0)
         image, buffer = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
         if max(image.size) > MAX_JPEG_SIDE:
             raise WorkError(

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import struct
 import tarfile
 import zlib
@@ -27,7 +28,7 @@ from dataloader.load_dataset import eval_loader, get_iterator, load_splits
 from dataloader.loading import arrays, crops, pixel_format
 from dataloader.loading.decode import ORIENTATION, decode, open_image
 from dataloader.loading.pixel_format import PixelFormat, to_array
-from dataloader.loading.pixel_settings import measure_levels
+from dataloader.loading.pixel_settings import NUM_SAMPLES, measure_levels
 from dataloader.vision import eval_view, to_picture
 from model.weights import adapt_first_layer
 from runtime.errors import UserError, WorkError
@@ -890,3 +891,34 @@ def test_channels_that_no_image_has_exit_2(channels, said, tmp_path, capsys):
     given = [f'--image_path={folder}', '--preset=demo', '--batch_size=4', f'--channels={channels}']
     assert cli.main(['check_dataloader', *given, *own_paths(tmp_path, 'log', 'cache')]) == 2
     assert f'the images have {said}, not those of --channels={channels}' in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ('odd', 'how'), [('png', 'files'), ('tif', 'memory'), ('float', 'resized'), ('png of colors', 'tar')]
+)
+def test_deep_image_among_8_bit_images_is_named(odd, how, tmp_path, capsys):
+    """One that is not among those that the type is found from: it was read as 8 bits without a word."""
+    folder = tmp_path / 'set/train/a'
+    for split, count in (('train', 2 * NUM_SAMPLES), ('val', 2)):
+        (tmp_path / f'set/{split}/a').mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(values((20, 20, 3), 'uint8')).save(tmp_path / f'set/{split}/a/{number:03}.png')
+    path = folder / f'001.{"tif" if odd == "float" else odd[:3]}'
+    (folder / '001.png').unlink()
+    if odd == 'png of colors':
+        path.write_bytes(make_png_16(20, 20)[0])
+    else:
+        Image.fromarray(values((20, 20), 'float32' if odd == 'float' else 'uint16')).save(path)
+    place = tmp_path / 'set/train'
+    if how == 'tar':
+        with tarfile.open(tmp_path / 'set/train.tar', 'w') as tar:
+            tar.add(place, '.')
+        shutil.rmtree(place)
+    cache = {'memory': ['--cache_images=on'], 'resized': ['--cache_images=off', '--cache_short_side=16']}
+    given = ['train', *TINY, f'--image_path={tmp_path / "set"}', *own_paths(tmp_path), '--max_epochs=1']
+    assert cli.main([*given, *cache.get(how, ['--cache_images=off'])]) == 1
+    error = capsys.readouterr().err
+    assert path.name in error
+    assert 'convert all to one type' in error
+    assert cli.main([*given, *cache.get(how, ['--cache_images=off']), '--on_unreadable=skip']) == 0
+    assert f'1 of {2 * NUM_SAMPLES} images' in capsys.readouterr().out

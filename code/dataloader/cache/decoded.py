@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from dataloader.cache import cache_file
-from dataloader.loading.arrays import ArrayImage
+from dataloader.loading.arrays import is_read_as_array
 from dataloader.loading.crops import RGB8, cut_to_levels, from_float
 from dataloader.loading.decode import draft_downscale, exif_transpose_method, rgb, stored_and_upright_size
 from dataloader.loading.pixel_format import to_array
@@ -113,7 +113,7 @@ def resize_short_side(store, row, side, pixel_format=RGB8):
     with store.open(row) as image:
         if not pixel_format.is_rgb8:
             return resize_array(to_array(image, pixel_format), side, pixel_format.levels)
-        if isinstance(image, ArrayImage):
+        if is_read_as_array(image):
             return resize_array(to_array(image, pixel_format), side, pixel_format.levels).transpose(1, 2, 0)
         turn = exif_transpose_method(image) if pixel_format.exif else None
         draft_downscale(image, min(image.size) / side)

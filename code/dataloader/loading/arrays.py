@@ -209,6 +209,23 @@ def read_channels(image, npy_axes='auto'):
     return to_native_type(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 
+def is_read_as_array(image):
+    """Whether an opened image is read by read_channels: an ArrayImage, or one of more than 8 bits."""
+    return isinstance(image, ArrayImage) or image.mode.startswith('I') or image.mode == 'F' or is_16_bit_png(image)
+
+
+def read_colors(image, npy_axes='auto'):
+    """Read an image of which is_read_as_array holds as red, green and blue or gray: 3 or 1 x H x W, in the type of its
+    file. Raises ValueError if its channels are no colors."""
+    pixels = read_channels(image, npy_axes)
+    if isinstance(image, ArrayImage) and len(pixels) > 1 and not image.rgb:
+        raise ValueError(
+            f'it has {len(pixels)} channels, and the network takes red, green and blue; a new one with '
+            '`channels=1,2,3` takes some'
+        )
+    return pixels[:1] if len(pixels) < 3 else pixels[:3]
+
+
 def is_16_bit_png(image):
     """Whether an image is a 16-bit color PNG, which Pillow would convert to 8 bits."""
     tile = getattr(image, 'tile', None)

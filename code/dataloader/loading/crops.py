@@ -6,7 +6,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from dataloader.augment.crop import center_box, crop_resize
-from dataloader.loading.arrays import ArrayImage
+from dataloader.loading.arrays import is_read_as_array
 from dataloader.loading.decode import (
     draft_downscale,
     exif_transpose_method,
@@ -30,7 +30,7 @@ def random_crops(image, views, augmentation, generator, jpeg_draft=True, pixel_f
     resolution if the crops allow it (decode.draft_downscale).
     """
     size, how = augmentation.size, augmentation.interpolation
-    if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
+    if not pixel_format.is_rgb8 or is_read_as_array(image):
         pixels = torch.from_numpy(to_array(image, pixel_format))[None]
         boxes = augmentation.crop.sample(views, *pixels.shape[2:], generator)
         return torch.cat([resize_box(pixels, box, size, how, pixel_format.levels) for box in boxes.tolist()])
@@ -73,7 +73,7 @@ def resize_box(pixels, box, size, how, levels):
 def center_crop(image, size, ratio, how='bilinear', pixel_format=RGB8):
     """Make the center crop for evaluation, 1 x C x size x size, with the channels and type of pixel_format. ratio: its
     share of the shorter side. how: a key of RESAMPLING."""
-    if not pixel_format.is_rgb8 or isinstance(image, ArrayImage):
+    if not pixel_format.is_rgb8 or is_read_as_array(image):
         pixels = torch.from_numpy(to_array(image, pixel_format))[None]
         box = torch.tensor([center_box(*pixels.shape[2:], ratio)])
         values, (black, white) = cut_to_levels(pixels, pixel_format.levels)

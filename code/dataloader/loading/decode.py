@@ -190,21 +190,21 @@ def level_range(levels, dtype):
     return levels or (0.0, 1.0 if dtype.startswith('float') else 65535.0)
 
 
+def to_8_bits(pixels, levels):
+    """Convert an array of any type to uint8, from black to white; values beyond are clamped, nan becomes black. levels:
+    see level_range."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    black, white = level_range(levels, pixels.dtype.name)
+    pixels = np.nan_to_num(pixels.astype(np.float32)).clip(black, white)
+    return ((pixels - black) / (white - black) * 255).round().astype(np.uint8)
+
+
 def to_rgb(image, levels):
     """rgb without the conversion of exceptions."""
-    is_array = isinstance(image, arrays.ArrayImage)
-    if is_array or image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image):
-        pixels = arrays.read_channels(image)
-        pixels = pixels[:1] if len(pixels) < 3 else pixels[:3]
-        if is_array and len(image.pixels) > 1 and not image.rgb:
-            raise ValueError(
-                f'it has {len(pixels)} channels, and the network takes red, green and blue; a new one with '
-                '`channels=1,2,3` takes some'
-            )
-        black, white = level_range(levels, pixels.dtype.name)
-        if pixels.dtype != np.uint8:
-            pixels = np.nan_to_num(pixels.astype(np.float32)).clip(black, white)
-            pixels = ((pixels - black) / (white - black) * 255).round().astype(np.uint8)
+    if arrays.is_read_as_array(image):
+        pixels = arrays.read_colors(image)
+        pixels = to_8_bits(pixels, levels)
         image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')

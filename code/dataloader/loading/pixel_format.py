@@ -105,7 +105,7 @@ def cast_to_format(pixels, pixel_format):
         level_range(pixel_format.levels, name) for name in (pixels.dtype.name, dtype)
     )
     if not np.can_cast(pixels.dtype, dtype) and not (pixels.dtype.kind in 'iu' and np.dtype(dtype).kind == 'f'):
-        raise ValueError(f'its type is {pixels.dtype}, and that of the first images {dtype}: convert all to one type')
+        raise ValueError(f'its type is {pixels.dtype}, and that of the others {dtype}: convert all to one type')
     if (black, white) != (new_black, new_white):
         pixels = (pixels.astype(np.float64) - black) / (white - black) * (new_white - new_black) + new_black
         pixels = np.rint(pixels) if np.dtype(dtype).kind in 'iu' else pixels
@@ -113,19 +113,12 @@ def cast_to_format(pixels, pixel_format):
 
 
 def read_rgb(image, pixel_format):
-    """Read red, green and blue, 3 x H x W, in the type of the file or in 8 bits; gray is repeated. Raises ValueError if
+    """Read red, green and blue, 3 x H x W, in the type of the file; gray is repeated. Raises ValueError if
     the channels are no colors."""
-    is_array = isinstance(image, arrays.ArrayImage)
-    deep = image.mode.startswith('I') or image.mode == 'F' or arrays.is_16_bit_png(image)
-    if not is_array and (pixel_format.dtype == 'uint8' or not deep):
-        return np.asarray(rgb(image, pixel_format.levels)).transpose(2, 0, 1)
-    pixels = arrays.read_channels(image, pixel_format.npy_axes)
-    if is_array and len(pixels) > 1 and not image.rgb:
-        raise ValueError(
-            f'it has {len(pixels)} channels, and the network takes red, green and blue; a new one with '
-            '`channels=1,2,3` takes some'
-        )
-    return pixels[:1].repeat(3, 0) if len(pixels) < 3 else pixels[:3]
+    if not arrays.is_read_as_array(image):
+        return np.asarray(rgb(image)).transpose(2, 0, 1)
+    pixels = arrays.read_colors(image, pixel_format.npy_axes)
+    return pixels.repeat(3, 0) if len(pixels) == 1 else pixels
 
 
 def image_kind(image, npy_axes='auto'):

@@ -17,8 +17,7 @@ from runtime.messages import log
 from runtime.options import UNRESOLVED, channel_numbers, channel_values, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
-NUM_SAMPLES = 64  # images to measure on, evenly spaced
-NUM_KINDS = 16  # images to determine the type from
+NUM_SAMPLES = 64  # images to determine the type from and to measure on, evenly spaced
 MIN_RANGE_SHARE = 0.25  # warn if images use less of their range
 QUANTILE = 0.999  # of the values, to ignore a few hot pixels
 MAX_VALUES = 10_000  # values per image
@@ -34,7 +33,7 @@ def find_pixel_format(args, store):
     return format_from_options(args, find_dtype(sample_kinds(store, args.npy_axes)))
 
 
-def sample_kinds(store, npy_axes, count=NUM_KINDS):
+def sample_kinds(store, npy_axes, count=NUM_SAMPLES):
     """Return the ImageKind of up to `count` evenly spaced images; unreadable ones are skipped."""
     kinds = []
     with silence_stderr():
