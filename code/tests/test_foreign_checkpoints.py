@@ -1,7 +1,9 @@
 """Other tools' files: which of their weights are taken, and that the features are those of the model they came from."""
 
 import argparse
+import gzip
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -341,3 +343,38 @@ def test_evaluate_with_nan_features_fails(protocol, drawn, tmp_path, capsys):
     assert cli.main(['evaluate', *given]) == 1
     assert 'nan or infinite' in one_line(capsys.readouterr().err)
     assert not list(tmp_path.rglob('evaluate_*.json'))
+
+
+def write_zip(path, names):
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name in names:
+            archive.writestr(name, b'x')
+
+
+# Files that hold no weights: how they are written, and what the message says of them.
+OTHER_FILES = {
+    'git lfs': (lambda path: path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n'), 'Git LFS'),
+    'web page': (lambda path: path.write_text('\n<!DOCTYPE html>\n<html>'), 'a web page'),
+    'keras': (lambda path: path.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(99)), 'an HDF5 file'),
+    'gguf': (lambda path: path.write_bytes(b'GGUF' + bytes(99)), 'a GGUF file'),
+    'gzip': (lambda path: path.write_bytes(gzip.compress(b'weights')), 'compressed by gzip: unpack it'),
+    'json': (lambda path: path.write_text('{"weight_map": {}}'), 'JSON text'),
+    'zip': (lambda path: write_zip(path, ['weights.pth']), 'a ZIP archive: unpack it'),
+    'numpy': (lambda path: write_zip(path, ['a.npy', 'b.npy']), 'a NumPy archive'),
+    'torchscript': (lambda path: torch.jit.trace(torch.nn.ReLU(), torch.ones(1)).save(str(path)), 'TorchScript'),
+    'whole network': (lambda path: torch.save(torch.nn.Linear(2, 2), path), 'save the state_dict()'),
+    'empty': (lambda path: path.write_bytes(b''), 'it is empty'),
+    'noise': (lambda path: path.write_bytes(bytes(range(256))), 'is damaged'),
+}
+
+
+@pytest.mark.filterwarnings('ignore')  # torch.jit is deprecated
+@pytest.mark.parametrize('case', OTHER_FILES)
+def test_file_without_weights_is_named_for_what_it_is(case, tmp_path, capsys):
+    write, text = OTHER_FILES[case]
+    write(tmp_path / 'weights.pth')
+    given = ['--backbone=resnet18', '--image_size=32', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', f'--ckpt_name={tmp_path}/weights.pth', *given]) == 1
+    error = one_line(capsys.readouterr().err)
+    assert text in error
+    assert 'weights.pth' in error

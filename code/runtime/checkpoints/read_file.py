@@ -37,6 +37,15 @@ NUMPY_SAFE_GLOBALS = [
     np.dtype,
     *(type(np.dtype(letter)) for letter in np.typecodes['All']),
 ]
+# Other files than weights by their first bytes, and what helps.
+OTHER_FORMATS = {
+    b'version https://git-lfs': 'a pointer of Git LFS: download the file itself, with git lfs pull',
+    b'\x89HDF': 'an HDF5 file, of Keras or TensorFlow: convert it',
+    b'GGUF': 'a GGUF file: take the weights as safetensors',
+    b'\x1f\x8b': 'compressed by gzip: unpack it',
+    b'<': 'a web page: the download went wrong',
+    b'{': 'JSON text, such as the index of several files',
+}
 DAMAGED = '{} is damaged or was not written by this project; take another checkpoint'
 
 
@@ -62,15 +71,40 @@ def load_file(path):
         except pickle.UnpicklingError as error:
             refused = re.search(r'GLOBAL ([\w.]+)', str(error))
             if not refused:
-                raise WorkError(DAMAGED.format(path)) from None
+                raise WorkError(describe_unreadable(path)) from None
             if refused[1].split('.')[0] not in INERT_PICKLE_PACKAGES or refused[1] in inert:
                 raise WorkError(
                     f'{path} is not loaded: it would run {refused[1]}, and only tensors and plain values are read '
-                    'from a checkpoint'
+                    'from a checkpoint; of a whole network, save the state_dict()'
                 ) from None
             inert.append(refused[1])
         except Exception:  # the unpickler raises various types on damaged files
-            raise WorkError(DAMAGED.format(path)) from None
+            raise WorkError(describe_unreadable(path)) from None
+
+
+def describe_unreadable(path):
+    """Return the error message for a file that torch.load cannot read: what it is, by its first bytes, or damaged."""
+    with open(path, 'rb') as file:
+        head = file.read(64).lstrip()
+    found = next((text for start, text in OTHER_FORMATS.items() if head.startswith(start)), '' if head else 'empty')
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith('/constants.pkl') for name in names):
+            found = 'a TorchScript program: torch.save(torch.jit.load(FILE).state_dict(), NEW) saves its weights'
+        elif names and all(name.endswith('.npy') for name in names):
+            found = (
+                'a NumPy archive: save its arrays as a dict of tensors, under the names of the network, with torch.save'
+            )
+        elif not any(name.endswith('/data.pkl') for name in names):
+            found = 'a ZIP archive: unpack it and name the file'
+    elif path.suffix == '.onnx':
+        found = 'an ONNX file: take the weights that it was made from'
+    return (
+        f'{path} holds no weights that PyTorch or safetensors can read: it is {found}'
+        if found
+        else DAMAGED.format(path)
+    )
 
 
 def is_safetensors(path):
