@@ -10,8 +10,9 @@ from dataclasses import asdict
 import torch
 
 from config import INIT_FROM_DEFAULTS
-from model.weights import average_weights, is_off_the_shelf
+from model.weights import average_weights, copy_weights, is_off_the_shelf
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours, upgrade
 from runtime.checkpoints.load_state import adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.pretrained import load_foreign, load_off_the_shelf, load_timm_folder
@@ -19,7 +20,6 @@ from runtime.checkpoints.read_file import load_file, verify_crc
 from runtime.checkpoints.run_folder import (
     CHECKPOINT_RE,
     checkpoints,
-    find_best_epoch,
     find_checkpoint,
     record_checkpoint,
     was_written_by_run,
@@ -35,7 +35,7 @@ from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log
-from runtime.options import UNRESOLVED, channel_numbers, channel_values, replace_args
+from runtime.options import channel_numbers, channel_values, check_mean_std, replace_args
 from runtime.versions import library_versions
 
 
@@ -53,12 +53,7 @@ def get_model_ckpt(args, training=False):
     if the file is damaged, does not match its options, or cannot be downloaded.
     """
     loaded = load_model(args, training)
-    for name in ('mean', 'std'):
-        word = getattr(loaded[0], name)
-        if word not in UNRESOLVED and len(channel_values(name, word)) not in (1, loaded[0].num_channels):
-            raise UserError(
-                f'--{name}={word} is not one number for all of {loaded[0].num_channels} channels nor one for each'
-            )
+    check_mean_std(loaded[0])
     return loaded
 
 
@@ -140,7 +135,7 @@ def load_checkpoint(args, path, locked_options, training=False):
         ) from None
     if content.get('start') and not training:
         share = saved['start_share'] if args.init_from else merged.start_share  # --start_share is of the new run
-        model.backbone.load_state_dict(average_weights(content['start'], model.backbone.state_dict(), share))
+        copy_weights(model.backbone, average_weights(content['start'], model.backbone.state_dict(), share))
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 

@@ -385,7 +385,7 @@ class FileOptions:
     """folder of TensorBoard logs and plots"""
     init_from: str = option('', used_by=TRAIN, aliases='pretrained weights', is_path=True)
     """pretrained weights for a new run: imagenet (torchvision), timm or timm/<name>.<tag>, a run, or a file of another
-    tool"""
+    tool; none for random weights with --preset=photos"""
 
 
 @theme('Options of single commands', used_by=('infer', 'embed', 'export', 'pack', 'select', 'report', 'runs'))

@@ -8,8 +8,8 @@ import torch
 from ckpt import get_model_ckpt, iter_valid_checkpoints
 from dataloader.load_dataset import load_splits
 from engine.run_dir import run_display_name
-from protocols.collapse_verdict import SELECTION_METRIC, SUMMARY_METRICS
-from protocols.protocol import find_protocol, ignored_by_protocol
+from protocols.collapse_verdict import RANK_AFTER_WEIGHTS, SELECTION_METRIC, SUMMARY_METRICS
+from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.checkpoints.run_folder import checkpoints, list_checkpoints
 from runtime.console import print_message
@@ -57,6 +57,8 @@ def warn_ignored_options(args):
         print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
     if args.subset_list and 'label_fraction' in args.explicit and args.protocol == 'semi':
         print_message('warning', '--label_fraction has no effect beside --subset_list')
+    if 'baseline_learning_rate' in args.explicit and not args.baseline and has_effect(args, 'baseline'):
+        print_message('warning', '--baseline_learning_rate has no effect without --baseline=True')
 
 
 def run_checkpoints(args, name):
@@ -80,6 +82,9 @@ def select_checkpoint(args, paths):
             f'epoch {result["epoch"]:<5} '
             + '  '.join(f'{name} {result["measures"][name]:.2f}' for name in SUMMARY_METRICS)
         )
+    if own_args.init_from:
+        log(f'no epoch is named the best: {RANK_AFTER_WEIGHTS}; with labels --beside=start tells')
+        return results[-1]
     best = min(results, key=lambda result: result['measures'][SELECTION_METRIC])
     name = f'{run_display_name(args, paths[0].parent)}/{best["checkpoint"]}{repeat_options(args)}'
     log(f'the best by {SELECTION_METRIC} is epoch {best["epoch"]}: --ckpt_name={name}')

@@ -50,10 +50,13 @@ def infer(args):
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
     scores, classes, method_text = predict(args, checkpoint, classifier, backbone, images, features)
-    best = scores.topk(min(5, len(classes)), dim=1)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :5]  # of equal scores the first class, as in argmax
+    voted = (scores > 0).sum(1) if classifier is None else torch.full((len(scores),), 5)  # kNN: classes with votes
     rows = [
-        (name, classes[topk[0]], f'{share[0]:.4f}', join_names(classes[i] for i in topk))
-        for name, share, topk in zip(images.names, best.values.tolist(), best.indices.tolist(), strict=True)
+        (name, classes[topk[0]], f'{share:.4f}', join_names(classes[i] for i in topk[:count]))
+        for name, share, topk, count in zip(
+            images.names, scores.amax(1).tolist(), best.tolist(), voted.tolist(), strict=True
+        )
     ]
     if not distributed.rank():
         write_csv(output, [('file', 'prediction', 'confidence', 'top5'), *sorted(rows)])

@@ -46,10 +46,11 @@ def train(args):
         raise
     run.lock()
     try:
-        if args.init_from and not run.resumed:
-            run.save(state, start=True)  # training may make the weights worse
-        monitor.start(state)
-        train_epochs(args, state, iterators['train'], monitor, run)
+        with signals.defer_signals(distributed.world_size() > 1):  # all ranks stop together: signals.sync_should_save
+            if args.init_from and not run.resumed:
+                run.save(state, start=True)  # training may make the weights worse
+            monitor.start(state)
+            train_epochs(args, state, iterators['train'], monitor, run)
     except BaseException as end:
         save_on_exit(run, state, end)  # raises `end` again, unless it was the time limit
     finally:
@@ -75,6 +76,8 @@ def train_epochs(args, state, loader, monitor, run):
             run.save(state)
         monitor.after_epoch(state)
         run.prune()
+        if distributed.world_size() > 1:  # a signal during the metrics
+            signals.sync_should_save(1, True, run.deadline, False, get_device(args))
 
 
 def train_epoch(args, step, state, loader, monitor, run):
@@ -85,35 +88,34 @@ def train_epoch(args, step, state, loader, monitor, run):
     total = state.images + len(loader) * batch_size
     state.model.train()
     monitor.begin_epoch(state, total)
-    # With one rank a signal interrupts the wait for a batch. With several it is deferred, and all ranks stop at the
+    # With one rank a signal interrupts the wait for a batch. With several, `train` defers it, and all ranks stop at the
     # same step in signals.sync_should_save.
-    with signals.defer_signals(distributed.world_size() > 1):
-        for images, _ in prefetch_to_device(args, loader):
-            # augmentation
-            with explain_oom('the views of a batch', 'try a smaller --batch_size'):
-                views = draw_views(args, images, augmentation, state, loader.dataset)
-            if state.position == (0, 0):
-                monitor.show_views(views)
-            # learning rates
-            learning_rates = get_learning_rates(args, state.epoch + state.images / total)
-            set_learning_rates(state.optimizer, *learning_rates)
-            # forward and loss, backward and update
-            with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
-                seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
-                loss, std, (p, z) = step(views)
-                state.add(loss, std, batch_size)
-            # metrics
-            monitor.after_step(state, loss, std, learning_rates, p, z)
-            # stop or save a checkpoint
-            is_last_step = state.images >= total
-            steps = state.images // batch_size
-            save_now = signals.sync_should_save(steps, is_last_step, run.deadline, run.should_save(), device)
-            if save_now and not is_last_step:
-                state.all_reduce_sums()
-                run.save(state)
-        monitor.end_epoch(state)
-        with signals.defer_signals():
-            state.finish_epoch(distributed.all_reduce_mean(state.means(), device))
+    for images, _ in prefetch_to_device(args, loader):
+        # augmentation
+        with explain_oom('the views of a batch', 'try a smaller --batch_size'):
+            views = draw_views(args, images, augmentation, state, loader.dataset)
+        if state.position == (0, 0):
+            monitor.show_views(views)
+        # learning rates
+        learning_rates = get_learning_rates(args, state.epoch + state.images / total)
+        set_learning_rates(state.optimizer, *learning_rates)
+        # forward and loss, backward and update
+        with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
+            seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
+            loss, std, (p, z) = step(views)
+            state.add(loss, std, batch_size)
+        # metrics
+        monitor.after_step(state, loss, std, learning_rates, p, z)
+        # stop or save a checkpoint
+        is_last_step = state.images >= total
+        steps = state.images // batch_size
+        save_now = signals.sync_should_save(steps, is_last_step, run.deadline, run.should_save(), device)
+        if save_now and not is_last_step:
+            state.all_reduce_sums()
+            run.save(state)
+    monitor.end_epoch(state)
+    with signals.defer_signals():
+        state.finish_epoch(distributed.all_reduce_mean(state.means(), device))
 
 
 def draw_views(args, images, augmentation, state, dataset):

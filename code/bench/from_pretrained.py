@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.knn import clip_k
-from model.weights import average_weights
-from protocols.compare import compute_columns, mean_and_error
+from model.weights import average_weights, copy_weights
+from protocols.compare import compute_columns
 from protocols.features import extract_features
+from protocols.few_labels import mean_and_error
 from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
 from runtime.console import format_columns
 from runtime.errors import resolve_path
@@ -36,7 +37,7 @@ SHOWN = (  # options of a run that are kept with its rows
 
 
 def judge(args, backbone, splits):
-    """{split: {column: share of draws in which each image is right}} of val and test."""
+    """{split: {column: which images are classified correctly, draws x images}} of val and test."""
     features = {
         name: extract_features(args, backbone.eval(), eval_loader(args, labeled_subset(images)), name)
         for name, images in splits.items()
@@ -79,7 +80,7 @@ def measure_run(folder, options, every):
         rows[epoch] = summarize(results, start)
     trained = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     for share in SHARES:
-        model.backbone.load_state_dict(average_weights(weights, trained, share))
+        copy_weights(model.backbone, average_weights(weights, trained, share))
         rows[f'{epoch}, {share:g} of the start'] = summarize(judge(args, model.backbone, splits), start)
     return rows, clip_k(20, labeled_subset(splits['train']).labels)
 

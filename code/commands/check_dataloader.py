@@ -78,8 +78,8 @@ def check_dataloader(args):
 
 
 def read_and_hash_all(args, sources):
-    """Read all images, log unreadable ones, and warn of duplicates within train and between splits. Returns (number of
-    unreadable images, number of images)."""
+    """Read all images, log unreadable ones, and warn of duplicates within train and of images of train in other splits.
+    Returns (number of unreadable images, number of images)."""
     unreadable = read = 0
     trained_on = {}  # digest to the image's name
     for name, source in sorted(sources.items(), key=lambda item: item[0] != 'train'):

@@ -9,6 +9,7 @@ import socket
 import sys
 
 from config import OPTIONS
+from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.console import format_columns, truncate
 from runtime.errors import UserError, resolve_path
 from runtime.files import atomic_write, csv_writer, is_number, is_result_for, read_in_order, read_json, read_metrics
@@ -87,12 +88,14 @@ def run_row(folder, options):
         for name, tag in (('loss', 'loss'), ('std', 'std'), ('knn', 'knn_top1'), ('rank', 'rank'))
     }
     epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
+    best = find_best_epoch(folder)  # the one that evaluate takes of a run from pretrained weights
+    evaluated = epoch if best is None else best
     results = [content for _, content in read_in_order(folder.glob('evaluate_linear*.json'))]
     linear = [
         result
         for result in results
         if is_number(result.get('top1'))
-        and result.get('epoch', epoch) == epoch
+        and result.get('epoch', evaluated) == evaluated
         and is_result_for(result, options.get('image_path'))
     ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}

@@ -2,11 +2,15 @@
 
 import json
 import shlex
+from pathlib import Path
 
+from config import INIT_FROM_DEFAULTS
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
+from protocols.compare import describe_images, format_cell, format_gain
+from protocols.protocol import find_protocol
 from runtime.checkpoints.pretrained import describe_preprocessing
-from runtime.files import read_json
+from runtime.files import is_number, read_json
 from runtime.options import channel_numbers, expand_channel_values
 
 
@@ -50,7 +54,7 @@ def render_model_card(args, checkpoint, name, features):
     else:
         shape = f'1 x {args.num_channels} x {args.image_size} x {args.image_size}'
         call = f'features = backbone(image)    # 1 x {features}; image: {shape}, normalized as above'
-    lines += [call, '```', '', 'All results are on the images named above.']
+    lines += [call, '```']
     return '\n'.join(lines) + '\n'
 
 
@@ -72,6 +76,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         f'{images.get("digest", "unknown")}; they are not part of this folder',
         f'- initial weights: {describe_start(args)}'
         + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
+        *([describe_start_options(args)] if args.init_from else []),
         f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
         f'- preprocessing: {describe_preprocessing(args)}',
@@ -85,9 +90,16 @@ def describe_model(args, checkpoint, run_info, features, license_name):
     return lines
 
 
+def describe_start_options(args):
+    """Describe how a run trained its initial weights: a line of Markdown."""
+    options = ' '.join(f'--{name}={getattr(args, name)}' for name in INIT_FROM_DEFAULTS)
+    return f'- options of training from them: `{options}`; start_share is the share of the initial weights in these'
+
+
 def was_trained(args, checkpoint):
     """Whether the weights are of a training with this code: not those of another tool, nor a run's unchanged start."""
-    return checkpoint['layout'] == 'ours' and not (args.init_from and checkpoint['epoch'] == 0)
+    unchanged = args.init_from and not checkpoint['epoch'] and not checkpoint.get('images')
+    return checkpoint['layout'] == 'ours' and not unchanged
 
 
 def describe_origin(args, checkpoint):
@@ -108,37 +120,53 @@ def describe_start(args):
 def describe_results(args, checkpoint):
     """Describe the verdict and the results of evaluate: a list of lines."""
     run, lines = checkpoint['run'], []
-    epoch = args.max_epochs if args.init_from else checkpoint['epoch']  # of those the best was selected among all
-    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, epoch, args)):
+    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
         lines += ['**{}**: {}'.format(*verdict), '']
-    own_results = [
-        result for result in results.load_results(run) if result.get('checkpoint') == checkpoint['path'].name
-    ]
+    of_checkpoint = results.load_results(run, checkpoint=checkpoint['path'].name)
+    own_results = [result for result in of_checkpoint if results.is_of_weights(result, args)]
     for result in own_results:
-        if result.get('rows'):
-            lines += [*format_compare_table(result), '']
-        elif 'top1' in result:
-            images = result.get('images', {}).get('val', {}).get('number', result.get('num_val'))
-            options = results.list_explicit_options(result) if 'settings' in result else []  # not in early versions
-            how = f' ({" ".join(options)})' if options else ''
-            lines.append(f'- {result["protocol"]}{how}: top-1 {result["top1"]:.2f} % of {images} images')
+        lines += [*format_compare_table(result), ''] if result.get('rows') else describe_result(result)
     if not own_results:
         lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
+    if len(own_results) < len(of_checkpoint):
+        lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']
     return lines
+
+
+def describe_result(result):
+    """Describe a result of any protocol but compare by its first number, in a line of Markdown: a list of one line, or
+    of none for label_free, whose numbers are in the verdict."""
+    names = find_protocol(result['protocol']).numbers
+    numbers = [f'{name} {result[key]:.2f} %' for key, name in names.items() if is_number(result.get(key))]
+    return [f'- {describe_settings(result)}: {numbers[0]}; {describe_dataset(result)}'] if numbers else []
+
+
+def describe_settings(result):
+    """Name the protocol of a result and its explicit options."""
+    options = results.list_explicit_options(result) if 'settings' in result else []  # not in early versions
+    return f'{result["protocol"]}{f" ({shlex.join(options)})" if options else ""}'
+
+
+def describe_dataset(result):
+    """Name the images of a result: the folder's name, number and digest; never the images themselves."""
+    images = result.get('images', {})  # not in early versions
+    split = next((name for name in images if name in ('val', 'test')), '')
+    digest = f', digest {images[split]["digest"]}' if split else ''
+    return f'{result["num_val"]} images of {Path(images.get("path", "an unnamed dataset")).name} {split}{digest}'
 
 
 def format_compare_table(result):
     """Format the rows of --protocol=compare as a Markdown table: a list of lines."""
     columns = [*result['rows'][0]['columns']]
-    head = f'Top-1 in percent on the {result["num_val"]} images of {result["judged_on"]}, ± standard error; '
-    lines = [head + 'in brackets the gain of this backbone over the row, paired by image.', '']
+    lines = [
+        f'{describe_settings(result)}: top-1 in percent ± standard error, in brackets the gain of this backbone over '
+        f'the row, paired by image; {describe_dataset(result)}. Measured on {describe_images(result)}.',
+        '',
+    ]
     lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
     for row in result['rows']:
         cells = [row['columns'][column] for column in columns]
-        texts = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
-        if 'gain' in cells[0]:
-            gains = [f' ({cell["gain"]:+.1f} ± {cell["gain_error"]:.1f})' for cell in cells]
-            texts = [text + gain for text, gain in zip(texts, gains, strict=True)]
+        texts = [format_cell(cell) + (f' ({gain})' if (gain := format_gain(cell)) else '') for cell in cells]
         lines.append(f'| {row["name"]} | {" | ".join(texts)} |')
     return lines
 

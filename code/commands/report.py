@@ -27,6 +27,7 @@ from metric.accuracy import confusion_matrix
 from metric.knn import clip_k, knn_scores, topk_neighbors
 from metric.projection_2d import tsne_2d
 from protocols import collapse_verdict
+from protocols.compare import describe_images, format_cell, format_gain
 from protocols.features import extract_features
 from protocols.protocol import find_protocol
 from protocols.results import load_results
@@ -381,12 +382,10 @@ def collect_compare_rows(run, results):
         rows = []
         for row in result['rows']:
             cells = [row['columns'][column] for column in columns]
-            gains = [f'{c["gain"]:+.1f} ± {c["gain_error"]:.1f}' if 'gain' in c else '' for c in cells]
-            values = [f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells]
-            rows.append((printable(row['name']), [*zip(values, gains, strict=True)]))
+            rows.append((printable(row['name']), [(format_cell(cell), format_gain(cell)) for cell in cells]))
         caption = (
-            f'{run.name}, epoch {result["epoch"]}, on the {result["num_val"]} images of {result["judged_on"]}: top-1 '
-            'in percent, ± standard error; below it the gain of the run over that row, paired by image.'
+            f'{run.name}, epoch {result["epoch"]}: top-1 in percent ± standard error, and below it the gain of the run '
+            f'over that row, paired by image; on {describe_images(result)}.'
         )
         yield run.name, caption, columns, rows
 

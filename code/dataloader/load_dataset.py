@@ -98,7 +98,7 @@ def make_loader(args, images, shuffled, drop_last=None):
     """Build a DataLoader of an ImageDataset. drop_last: None is True if shuffled (EpochBatchSampler)."""
     drop_last, size = shuffled if drop_last is None else drop_last, args.batch_size
     workers = 0 if images.is_in_memory() else resolve_num_workers(args.num_workers)
-    size = size if shuffled else max(size, gpu_eval_batch(images))
+    size = size if shuffled else max(-(-size // world_size()), gpu_eval_batch(images))  # each rank has its own batches
     return WatchedDataLoader(
         images,
         workers,
@@ -129,7 +129,8 @@ def load_splits(args, sources=None):
     With several ranks the first one of each machine prepares the files (demo, download, index, cache) for the others.
     """
     with local_main_first():
-        clear_parts(resolve_path(args.cache_path))
+        for folder in ('', 'held_out'):
+            clear_parts(resolve_path(args.cache_path) / folder)
         return build_datasets(args, sources or find_split_sources(args))
 
 
@@ -155,13 +156,16 @@ def build_datasets(args, sources):
         part_classes = source.classes if (source.labels >= 0).any() else []
         extra = sorted(name for name in part_classes if normalize_unicode(name) not in class_to_idx)
         if extra:
+            listed = join_first([repr(printable(name)) for name in extra])
             problem = (
-                f'{printable(source.location)} has the class {printable(extra[0])!r}, which '
-                f'{printable(train.location)} has not'
+                f'{printable(source.location)} has the class {listed}, which {printable(train.location)} has not'
+                if len(extra) == 1
+                else f'{printable(source.location)} has the classes {listed}, which {printable(train.location)} has not'
             )
             if name != 'test':
                 raise UserError(f'{problem}: is it misspelled?')
-            log(f'{problem}: its images count as without a class')  # such as test/unknown
+            unlabeled = sum(int((source.labels == part_classes.index(name)).sum()) for name in extra)
+            log(f'{problem}: {unlabeled} of its {len(source.labels)} images count as without a class')
         # The last entry maps -1 (no label) to itself.
         table = torch.tensor(
             [*(class_to_idx.get(normalize_unicode(class_name), -1) for class_name in part_classes), -1]
@@ -238,7 +242,9 @@ def build_dataset(args, source, labels, classes):
         empty_classes = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
         if empty_classes and not rank():
             names = join_first([printable(classes[label]) for label in sorted(empty_classes)])
-            print_message('warning', f'{printable(location)}: no image of the class {names} can be read: it is removed')
+            print_message(
+                'warning', f'{printable(location)}: no image of the class {names} can be read: it stays empty'
+            )
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if isinstance(store, Memory) and picked:  # torchvision's datasets have red, green and blue
         if max(picked) > 3:

@@ -3,7 +3,7 @@
 from config import OPTIONS
 from engine.run_dir import resolve_resume
 from protocols import results
-from runtime.checkpoints.run_folder import checkpoints
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints, pick_checkpoint
 from runtime.errors import resolve_path
 from runtime.files import is_result_for
 
@@ -65,13 +65,12 @@ def finished_result(variant_args):
     run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
     if run == resolve_path(variant_args.ckpt_path):
         return None
-    matching = results.load_results(
-        run,
-        protocol='linear',
-        checkpoint=checkpoints(run)[-1].name,
-        epoch=variant_args.max_epochs,
-        preset=variant_args.preset,
-    )
+    paths = checkpoints(run)
+    last = CHECKPOINT_RE.fullmatch(paths[-1].name)
+    if int(last[2]) < variant_args.max_epochs or last[3]:
+        return None
+    evaluated = pick_checkpoint(run, paths) if variant_args.init_from else paths[-1]  # as conclude.evaluate_after
+    matching = results.load_results(run, protocol='linear', checkpoint=evaluated.name, preset=variant_args.preset)
     linear_options = {
         name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']
     }

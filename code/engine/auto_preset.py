@@ -10,8 +10,10 @@ import statistics
 
 import torch
 
+from model.weights import find_preprocessing, timm_config
 from runtime.console import print_message, silence_stderr
 from runtime.device import get_device
+from runtime.distributed import rank
 from runtime.errors import UserError
 from runtime.messages import log
 from runtime.options import preset_options, replace_args
@@ -23,7 +25,7 @@ STEPS = 600  # training steps of a run that starts from pretrained weights
 MIN_EPOCHS, MAX_EPOCHS = 6, 100  # of such a run
 FROM_SCRATCH = 1_000_000  # images from which a run starts from random weights
 LARS_FROM = 100_000  # images from which linear evaluation takes the paper's LARS: fewer give it too few steps
-SCRATCH = {'backbone': 'resnet18', 'learning_rate': 0.05, 'proj_layers': 3}  # if no pretrained weights are available
+SCRATCH = {'learning_rate': 0.05, 'proj_layers': 3}  # of runs from random weights: the paper's
 
 
 def choose_preset(args, sources):
@@ -36,7 +38,13 @@ def choose_preset(args, sources):
     if args.preset != 'photos' and small:
         log(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
         return apply_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
-    photo_options = choose_photo_options(args, train, sizes, 'val' in sources)
+    return choose_photos_preset(args, sources, sizes, choose_network(args, len(train.labels), get_device(args)))
+
+
+def choose_photos_preset(args, sources, sizes, network):
+    """Choose the preset photos with the given network (choose_network), and log the choices. Returns new args."""
+    train = sources['train']
+    photo_options = choose_photo_options(args, train, sizes, 'val' in sources, network)
     args = apply_options(args, {**preset_options('photos'), **photo_options, 'preset': 'photos'})
     log_choices(args, train, sizes)
     return args
@@ -67,10 +75,11 @@ def sample_image_sizes(store):
     return sizes
 
 
-def choose_photo_options(args, train, sizes, has_val):
-    """Choose options from the number and size of the photographs, the device and its memory. train: SplitSource."""
+def choose_photo_options(args, train, sizes, has_val, network):
+    """Choose options from the number and size of the photographs, the device and its memory. train: SplitSource;
+    network: of choose_network."""
     count, device = len(train.labels), get_device(args)
-    options = choose_network(args, count, device)
+    options = {**network, **({} if network['init_from'] else SCRATCH)}
     short = statistics.median(min(size) for size in sizes)
     top = 224 if device.type == 'cuda' else 160
     options['image_size'] = int(max(64, min(top, short // 32 * 32)))
@@ -78,7 +87,7 @@ def choose_photo_options(args, train, sizes, has_val):
     options['batch_size'] = batch
     batch = args.batch_size if 'batch_size' in args.explicit else batch
     options['finetune_batch_size'] = min(256, batch)  # 256 views of 160 px need 15 GB
-    if options['init_from'] or 'init_from' in args.explicit:
+    if options['init_from']:
         epochs = max(MIN_EPOCHS, min(MAX_EPOCHS, round(STEPS * batch / count)))
     else:
         epochs = max(100, min(800, round(40_000 * batch / count)))
@@ -91,11 +100,12 @@ def choose_photo_options(args, train, sizes, has_val):
 
 def choose_network(args, count, device):
     """Choose the network and its weights. Returns {'backbone', 'init_from'}."""
-    if 'init_from' in args.explicit:
+    if args.init_from:
         return {'init_from': args.init_from}
     if 'backbone' in args.explicit:
-        without_weights = args.backbone == 'small' or args.stem == 'cifar'
-        return {'init_from': '' if without_weights else 'timm' if args.backbone.startswith('timm/') else 'imagenet'}
+        return {'init_from': usual_weights(args)}
+    if 'init_from' in args.explicit:  # none
+        return {'init_from': '', 'backbone': 'resnet18'}
     if count >= FROM_SCRATCH:
         return {'init_from': '', 'backbone': 'resnet50'}
     if device.type == 'cuda':
@@ -103,6 +113,21 @@ def choose_network(args, count, device):
     if importlib.util.find_spec('timm'):
         return {'init_from': 'timm', 'backbone': 'timm/tf_efficientnet_lite0'}
     return {'init_from': 'imagenet', 'backbone': 'resnet18'}
+
+
+def usual_weights(args):
+    """Return the --init_from of --backbone, '' if there are no weights of this network."""
+    if 'init_from' in args.explicit or args.backbone == 'small' or args.stem == 'cifar':
+        return ''
+    name = args.backbone.removeprefix('timm/')
+    try:
+        known = timm_config(name) if name != args.backbone else find_preprocessing(name)
+    except ValueError:  # timm is not installed, or has no such network: an error of --backbone
+        return ''
+    if not known or (name != args.backbone and not known.has_weights):
+        log(f'there are no pretrained weights of {args.backbone}: training begins with random ones')
+        return ''
+    return 'timm' if name != args.backbone else 'imagenet'
 
 
 def choose_batch_size(device, count):
@@ -122,8 +147,11 @@ def log_choices(args, train, sizes):
     classes = f'{len(train.classes)} classes' if train.classes else 'no classes'
     steps = max(1, len(train.labels) // args.batch_size)
     start = {'': 'random weights', 'imagenet': "torchvision's ImageNet weights", 'timm': "timm's weights"}
+    backbone = f'{args.backbone}, {start.get(args.init_from, args.init_from)}'
+    if args.init_from not in start and 'backbone' not in args.explicit:
+        backbone = f'that of {args.init_from}'
     rows = [
-        ('backbone', f'{args.backbone}, {start.get(args.init_from, args.init_from)}', '--backbone, --init_from'),
+        ('backbone', backbone, '--backbone, --init_from (none: random weights)'),
         ('view size', f'{args.image_size} px', '--image_size'),
         ('batch size', f'{args.batch_size} images', '--batch_size'),
         ('epochs', f'{args.max_epochs} of {steps} steps', '--max_epochs'),
@@ -134,13 +162,14 @@ def log_choices(args, train, sizes):
         log(f'  {name:15}{value:56}{option}')
 
 
-def switch_to_random_weights(args, error):
-    """Warn that the preset's pretrained weights are not available (`error`). Returns args for random weights."""
-    print_message(
-        'warning',
-        f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
-        "ImageNet's: results/LOG.md",
-    )
-    epochs = max(100, min(800, 40_000 * args.batch_size // 3000))
-    options = {**SCRATCH, 'init_from': '', 'max_epochs': epochs}
-    return replace_args(args, **{name: value for name, value in options.items() if name not in args.explicit})
+def switch_to_random_weights(args, sources, error):
+    """Warn that the preset's pretrained weights are not available (`error`), and choose the options for random weights.
+    Returns new args."""
+    if not rank():
+        print_message(
+            'warning',
+            f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
+            "ImageNet's: results/LOG.md",
+        )
+    network = {'init_from': '', 'backbone': 'resnet18'}
+    return choose_photos_preset(args, sources, sample_image_sizes(sources['train'].store), network)

@@ -100,7 +100,10 @@ class CudaGraphStep:
             # thread_local: CUDA calls of other threads, such as pinning memory, do not invalidate the capture.
             with torch.cuda.graph(graph, capture_error_mode='thread_local'):
                 self.outputs = self.run_with_tensor_lr(self.rates)
+            gradients = [weight.grad for weight in self.model.parameters()]  # a replay writes into these
             reason = '' if self.verify_replay(graph) else 'a replay gives another result'
+            for weight, gradient in zip(self.model.parameters(), gradients, strict=True):
+                weight.grad = gradient
         except RuntimeError as error:
             reason = first_line(error)[:200]
         if reason:

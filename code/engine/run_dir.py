@@ -14,22 +14,15 @@ from pathlib import Path
 from ckpt import save_checkpoint
 from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.best_epoch import START_ACCURACY_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
-from runtime.checkpoints.read_file import read_checkpoint
-from runtime.checkpoints.run_folder import (
-    CHECKPOINT_RE,
-    START_ACCURACY_FILE,
-    WRITTEN,
-    checkpoints,
-    find_best_epoch,
-    record_checkpoint,
-    was_written_by_run,
-)
+from runtime.checkpoints.read_file import read_checkpoint, verify_crc
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, WRITTEN, checkpoints, record_checkpoint, was_written_by_run
 from runtime.checkpoints.saved_options import ARCHITECTURE, PREPROCESSING
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
-from runtime.files import clear_parts, newest_run, read_json, utc_timestamp
+from runtime.files import atomic_write, clear_parts, newest_run, read_json, read_metrics, utc_timestamp
 from runtime.messages import log
 from runtime.options import UNRESOLVED, parse, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
@@ -177,15 +170,18 @@ def continue_run(args, checkpoint, state):
 
 
 def copy_run_up_to(args, path, is_own):
-    """Create a run folder with a copy of the checkpoint at `path`; with is_own also of the start checkpoint, the
-    metrics and the TensorBoard log of its run."""
-    new, folder = new_run(args), path.parent
-    start = [other.name for other in checkpoints(folder) if other.name.endswith('_epoch_0') and other != path]
-    for name in (path.name, *(*start, 'metrics.jsonl', START_ACCURACY_FILE) * is_own):
+    """Create a run folder with a copy of the checkpoint at `path`; with is_own also of the start checkpoint, the best
+    one before `path`, the metrics and the TensorBoard log of its run."""
+    new, folder, epoch = new_run(args), path.parent, int(CHECKPOINT_RE.fullmatch(path.name)[2])
+    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
+    kept = {f'epoch_{number}' for number in (0, find_best_epoch_in_metrics(lines))}
+    earlier = [one.name for one in checkpoints(folder) if one != path and one.name.partition('_epoch_')[2]]
+    earlier = [name for name in earlier if f'epoch_{name.partition("_epoch_")[2]}' in kept]
+    for name in (*(*earlier, 'metrics.jsonl', START_ACCURACY_FILE) * is_own, path.name):
         if (folder / name).is_file():
             if CHECKPOINT_RE.fullmatch(name):
                 record_checkpoint(new, new / name)
-            shutil.copy2(folder / name, new)
+            atomic_write(new / name, lambda aside, name=name: shutil.copy2(folder / name, aside))
     logs = resolve_path(args.log_path)
     if is_own and (logs / folder.name).is_dir():
         shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
@@ -195,7 +191,10 @@ def copy_run_up_to(args, path, is_own):
 def ensure_not_running(folder):
     """Raise UserError if another process on this machine trains the run."""
     if not rank() and (who := running_pid(folder)):
-        raise UserError(f'{folder.name} is being trained, by process {who}: wait for its end, or stop it (kill {who})')
+        raise UserError(
+            f'{folder.name} is being trained, by process {who}: wait for its end, or stop it '
+            f'(kill {who}); if that process is another, delete {folder / LOCK_FILE}'
+        )
 
 
 def write_run_json(run, args, images):
@@ -264,7 +263,7 @@ def resolve_resume(args):
         paths = checkpoints(run)
         if not paths:
             continue
-        raw = read_checkpoint(paths[-1])
+        raw, path = read_newest(paths)
         content, _ = upgrade(raw)
         saved, unknown = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.explicit
         differing = [
@@ -282,5 +281,19 @@ def resolve_resume(args):
                 f'--resume=auto: the unfinished run {run.name} has {differences}; --resume={run.name} resumes it, '
                 'without --resume a new run starts'
             )
-        return replace_args(args, ckpt_name=run.name)
+        return replace_args(args, ckpt_name=run.name if path == paths[-1] else f'{run.name}/{path.name}')
     return args
+
+
+def read_newest(paths):
+    """Read the newest checkpoint of a run that is not damaged, as a power cut can leave it. Returns (content, path).
+    Raises WorkError if all are damaged."""
+    for path in reversed(paths):
+        try:
+            verify_crc(path)
+            return read_checkpoint(path), path
+        except WorkError as error:
+            if path == paths[0]:
+                raise
+            print_message('warning', f'{error}: the one before it is resumed')
+    raise ValueError('no paths')

@@ -41,7 +41,7 @@ def setup_run(args):
             check_off_the_shelf(args, args.init_from)
         sources = sources or find_split_sources(args)
         args = resolve_pixels(args, sources['train'].store)
-    args, model, checkpoint = load_start(args)
+    args, model, checkpoint = load_start(args, sources)
     if not checkpoint:
         args = resolve_mean_std(args, sources['train'].store)
     check_batch_and_warmup(args)
@@ -61,6 +61,8 @@ def setup_run(args):
     state = make_train_state(args, model)
     if checkpoint:
         state.load_state_dict(checkpoint)
+        if 'start_share' in args.explicit and args.start_share and not state.start and not distributed.rank():
+            print_message('warning', '--start_share has no effect: this run does not keep its initial weights')
         run = continue_run(args, checkpoint, state)
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
@@ -88,15 +90,23 @@ def choose_options(args):
     return (resolve_resume(args) if args.resume else args), sources
 
 
-def load_start(args):
-    """Load the model of a run: get_model_ckpt's (args, model, checkpoint). Raises UserError for a checkpoint that
-    cannot be resumed with these options."""
+def load_start(args, sources):
+    """Load the model of a run: get_model_ckpt's (args, model, checkpoint). sources: of choose_options. Raises UserError
+    for a checkpoint that cannot be resumed with these options.
+
+    If a rank cannot download the weights that the preset chose, all ranks begin with random ones.
+    """
+    chosen_weights = bool(args.init_from) and 'init_from' in args.set_from_images and not args.ckpt_name
+    failure, loaded = '', None
     try:
-        args, model, checkpoint = get_model_ckpt(args, training=True)
+        loaded = get_model_ckpt(args, training=True)
     except WorkError as error:
-        if 'init_from' not in args.set_from_images or args.ckpt_name:
+        if not chosen_weights:
             raise
-        args, model, checkpoint = get_model_ckpt(switch_to_random_weights(args, error))
+        failure = str(error)
+    if chosen_weights and (failure := distributed.first_failure(failure)):
+        loaded = get_model_ckpt(switch_to_random_weights(args, sources, failure))
+    args, model, checkpoint = loaded
     if not checkpoint:
         return args, model, checkpoint
     if checkpoint['layout'] != 'ours':
@@ -177,6 +187,8 @@ def make_train_state(args, model):
     model = model.to(device, memory_format=torch.channels_last)
     if args.freeze_bn:
         model.freeze_bn()
+        if 'freeze_bn' in args.explicit and not model.frozen and not distributed.rank():
+            print_message('warning', f'--freeze_bn has no effect with --backbone={args.backbone}, which has no BN')
     if use_compile(args):
         model.compile()
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None

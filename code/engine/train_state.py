@@ -7,6 +7,7 @@ import torch
 
 from runtime import distributed
 from runtime.checkpoints.format import FORMAT
+from runtime.tensors import zeros_f64
 
 
 class TrainState:
@@ -20,7 +21,7 @@ class TrainState:
     def __init__(self, model, optimizer, scaler=None, start=None):
         self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, start
         self.epoch = self.images = 0
-        self.sums = zeros_f64(next(model.parameters()).device)
+        self.sums = zeros_f64(2, device=next(model.parameters()).device)
         self.last_epoch_means = (0.0, 0.0)
 
     @property
@@ -80,10 +81,6 @@ class TrainState:
         self.start = content.get('start')
         if content['rng']:
             restore_rng(content['rng'])
-
-
-def zeros_f64(device):
-    return torch.zeros(2, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
 
 
 def rng_states():

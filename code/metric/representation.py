@@ -11,17 +11,22 @@ EPS = 1e-7  # keeps logarithms finite (RankMe, equation 1)
 SW_REGULARIZER = 1e-4  # added to the diagonal of the within-image covariance (LiDAR, section 3)
 
 
+def to_double(x):
+    """Return x in double precision; an Apple GPU has none, so its tensors go to the CPU."""
+    return x.cpu().double() if x.device.type == 'mps' else x.double()
+
+
 def singular_values(x):
     """Return the singular values of x, largest first, on the CPU: square roots of the eigenvalues of x x^T or x^T x,
     whichever is smaller. Values below the rounding error are 0."""
-    x = x.double()
+    x = to_double(x)
     squares = torch.linalg.eigvalsh((x @ x.T if len(x) < x.shape[1] else x.T @ x).cpu()).flip(0)
     rounding = max(x.shape) * torch.finfo(x.dtype).eps * squares[0]
     return torch.where(squares > rounding, squares, 0.0).sqrt()
 
 
 def rankme(x):
-    """Return RankMe: exp(entropy of s / sum s), the effective number of directions of x, 1 to min(N, d). Not centerd.
+    """Return RankMe: exp(entropy of s / sum s), the effective number of directions of x, 1 to min(N, d). Not centered.
 
     Garrido et al., arXiv 2210.02885, equation 1.
     """
@@ -37,14 +42,14 @@ def effective_rank(values):
 
 
 def cumulative_spectrum_auc(x):
-    """Return the area under the cumulative spectrum of the centerd features: 1 if they vary in at most one direction,
+    """Return the area under the cumulative spectrum of the centered features: 1 if they vary in at most one direction,
     1/2 + 1/2d if they vary equally in all d.
 
     Li, Efros, Pathak, arXiv 2209.15007, equation 2.
     """
-    values = singular_values(x.double() - x.double().mean(0))
+    values = singular_values(to_double(x) - to_double(x).mean(0))
     total = values.sum().item()
-    return (values.cumsum(0) / total).mean().item() if total > 1e-12 * x.double().norm().item() else 1.0
+    return (values.cumsum(0) / total).mean().item() if total > 1e-12 * to_double(x).norm().item() else 1.0
 
 
 def alpha_req(x):
@@ -53,7 +58,7 @@ def alpha_req(x):
 
     Agrawal et al., NeurIPS 2022.
     """
-    values = singular_values(x.double() - x.double().mean(0)).square()
+    values = singular_values(to_double(x) - to_double(x).mean(0)).square()
     first, last = len(values) ** 0.25, len(values) ** 0.75
     index = torch.arange(1, len(values) + 1, dtype=torch.float64)
     middle = (index >= first) & (index <= last) & (values > 1e-12 * values[0])
@@ -71,7 +76,7 @@ def lidar(x):
     of an image's views, with SW_REGULARIZER on its diagonal (Thilak et al., arXiv 2312.04000, section 3). With
     Sb = B B^T, B of n columns, the non-zero ones equal those of B^T Sw^-1 B, an n x n matrix.
     """
-    x = x.cpu().double()
+    x = to_double(x.cpu())
     (n, q, d), means = x.shape, x.mean(1)
     within_class_residual = (x - means[:, None]).flatten(0, 1)
     within = within_class_residual.T @ within_class_residual / (n * (q - 1))
@@ -107,7 +112,7 @@ def alignment(first, second):
 
     Wang and Isola, arXiv 2005.10242, equation 1. Collapse makes it 0, so read it together with `uniformity`.
     """
-    return (normalize(first.double(), dim=1) - normalize(second.double(), dim=1)).square().sum(1).mean().item()
+    return (normalize(to_double(first), dim=1) - normalize(to_double(second), dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(x):
@@ -115,7 +120,7 @@ def uniformity(x):
 
     Wang and Isola, arXiv 2005.10242, equation 2.
     """
-    distances = torch.pdist(normalize(x.double(), dim=1))
+    distances = torch.pdist(normalize(to_double(x), dim=1))
     return torch.exp(-2 * distances.square()).mean().log().item()
 
 
@@ -127,7 +132,7 @@ def output_statistics(z, p):
     of p, positive in successful training (Zhuo et al., arXiv 2303.02387). norm_z, norm_p: mean norms; they grow, and
     large norms slow down training (Draganov et al., arXiv 2406.16468).
     """
-    z, p = z.double(), p.double()
+    z, p = to_double(z), to_double(p)
     return {
         'mean_direction': normalize(z, dim=1).mean(0).norm().item(),
         'correlation': mean_abs_channel_correlation(z),
@@ -139,7 +144,7 @@ def output_statistics(z, p):
 
 def mean_abs_channel_correlation(z):
     """Return the mean absolute correlation between different channels of z, N x d; constant channels count as 0."""
-    z = z.double() - z.double().mean(0)
+    z = to_double(z) - to_double(z).mean(0)
     z = z / z.norm(dim=0).clamp(min=1e-12)
     d = z.shape[1]
     return (((z.T @ z).abs().sum() - z.square().sum()) / (d * (d - 1))).item()

@@ -1,6 +1,6 @@
 """Select images to label first, near-duplicates and outliers, from their features.
 
-x: N x d features. Distances are cosines of the centerd features: without centering, the common mean of a network's
+x: N x d features. Distances are cosines of the centered features: without centering, the common mean of a network's
 features makes every cosine near 1.
 """
 

@@ -6,7 +6,7 @@ unused; a state dict that does not fit is refused.
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torchvision
@@ -16,20 +16,20 @@ from model.backbone import build_timm_backbone, first_line, timm_module
 
 MAX_PREFIX_PARTS = 6  # parts of a common prefix (module.model.encoder. has three)
 SHOWN_KEYS = 4  # keys of each side in an error message
+OLD_DENSENET_NAME = re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12]\.)')
+# Networks whose weights are those of TensorFlow: torchvision sets transform_input, which turns ImageNet's mean and
+# standard deviation into 0.5; here the images are normalized with 0.5 in the first place.
+TENSORFLOW_NETWORKS = ('googlenet', 'inception_v3')
 # If a file holds several networks (teacher and student, momentum encoder), the first of these prefixes is used.
 PREFERRED = ('', 'backbone.', 'model.', 'encoder.', 'encoder_q.', 'base_encoder.', 'teacher.backbone.', 'teacher.')
 
 
 @dataclass
 class Weights:
-    """The weights of a backbone. state: its state dict; source: a name to print; preprocessing: see find_preprocessing;
-    left_out: unused keys of the file; license: '' if the source states none."""
+    """Weights from torchvision or timm. state: a state dict; source: a name to print."""
 
     state: dict
     source: str
-    preprocessing: dict
-    left_out: list = field(default_factory=list)
-    license: str = ''
 
 
 def average_weights(start, trained, share):
@@ -41,6 +41,14 @@ def average_weights(start, trained, share):
         else value
         for name, value in trained.items()
     }
+
+
+def copy_weights(network, state):
+    """Copy the tensors of a state dict into a network that has the same keys and shapes. Unlike load_state_dict it does
+    not need the version numbers that a state dict of plain values lacks (MNASNet)."""
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            value.copy_(state[name])
 
 
 def is_off_the_shelf(name):
@@ -58,9 +66,7 @@ def fetch_torchvision(backbone, size, progress=False):
         raise ValueError(f'torchvision has no weights for --backbone={backbone}') from None
     weights = getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT)
     state = weights.get_state_dict(progress=progress, check_hash=True)
-    preprocessing = preprocessing_from_transforms(weights.transforms())
-    state = resize_vit_positions(backbone, size, state)
-    return Weights(state, f'torchvision {weights}', preprocessing, license='see torchvision: trained on ImageNet-1k')
+    return Weights(convert_with_torchvision(backbone, size, state), f'torchvision {weights}')
 
 
 def fetch_timm(name, size):
@@ -72,7 +78,15 @@ def fetch_timm(name, size):
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it logs every retry
     network = build_timm_backbone(name, size, pretrained=True)
     tag = f'timm/{name}' if '.' in name else f'timm/{name}.{config.tag}'
-    return Weights(network.state_dict(), tag, preprocessing_from_timm_config(config), license=config.license or '')
+    return Weights(network.state_dict(), tag)
+
+
+def convert_with_torchvision(backbone, size, tensors):
+    """Convert tensors of a torchvision network as torchvision does when it loads them: the old names of DenseNet's
+    layers (denselayer1.norm.1), and a ViT's position embedding for images of size x size pixels."""
+    if backbone.startswith('densenet'):
+        return {OLD_DENSENET_NAME.sub(r'\1\2', name): value for name, value in tensors.items()}
+    return resize_vit_positions(backbone, size, tensors)
 
 
 def resize_vit_positions(backbone, size, tensors):
@@ -107,7 +121,9 @@ def find_preprocessing(backbone):
         versions = torchvision.models.get_model_weights(backbone)
     except ValueError:
         return {}
-    return preprocessing_from_transforms(getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT).transforms())
+    preprocessing = preprocessing_from_transforms(getattr(versions, 'IMAGENET1K_V1', versions.DEFAULT).transforms())
+    half = {'mean': '0.5,0.5,0.5', 'std': '0.5,0.5,0.5'}
+    return {**preprocessing, **half} if backbone in TENSORFLOW_NETWORKS else preprocessing
 
 
 def preprocessing_from_transforms(transforms):

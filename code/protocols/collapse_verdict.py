@@ -1,6 +1,6 @@
 """Names of the label-free measures, and the verdict on a run that follows from them."""
 
-from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
+from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
 from runtime.files import read_metrics
 
 # Printed names, in this order (metric/representation.py, protocols/label_free.py).
@@ -32,6 +32,8 @@ SELECTION_METRIC = 'rank'  # smaller is better; code/results/README.md compares 
 # Thresholds from the runs of bench/evidence.py with seeds 0 to 2; they were tested on other seeds.
 STD_COLLAPSED, STD_PARTIAL, MAX_CORRELATION, RANK_RATIO_LEARNED = 0.5, 0.9, 0.8, 0.7
 
+# Of runs from pretrained weights (results/LOG.md).
+RANK_AFTER_WEIGHTS = 'the retrieval rank of the positive view falls whether features become better or worse'
 FOR_COLLAPSED = (
     'Is the stop-gradient there, is the predictor trained, has the projector BN? results/README.md, What goes wrong'
 )
@@ -85,8 +87,8 @@ def judge_against_start(lines):
         return None
     if 0 not in judged:
         return 'not known to be better than the start', (
-            'there are no labels to tell by, and the retrieval rank of the positive view falls whether features become '
-            'better or worse (results/LOG.md). The start, epoch 0, is taken unless another checkpoint is named'
+            f'there are no labels to tell by, and {RANK_AFTER_WEIGHTS}. The start, epoch 0, is taken unless another '
+            'checkpoint is named'
         )
     last = judged[max(judged)]
     gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
@@ -110,8 +112,9 @@ def judge_against_start(lines):
 
 def judge_run(folder, epoch, args):
     """Return the verdict on a run after `epoch` epochs, (word, sentence), or None if it was not measured. args: the
-    run's options."""
-    lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
+    run's options. A run from pretrained weights is judged as a whole: `epoch` was selected among all of its epochs."""
+    lines = read_metrics(folder / 'metrics.jsonl')
+    lines = lines if args.init_from else [line for line in lines if line['epoch'] <= epoch]
     return judge_run_metrics(lines, baseline_label(args))
 
 

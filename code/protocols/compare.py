@@ -4,6 +4,7 @@ Two rows differ only in the backbone and the preprocessing of its weights. Image
 same, so differences are paired by image.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,32 +15,36 @@ from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS
 from model.weights import is_off_the_shelf
 from protocols.features import extract_features
-from protocols.few_labels import classify, draw_label_subsets, score_few_labels
-from protocols.protocol import Outcome, Protocol, labeled_splits
+from protocols.few_labels import MAX_ROWS, classify, draw_label_subsets, mean_and_error, score_few_labels
+from protocols.protocol import Outcome, Protocol, labeled_splits, report_unlabeled
+from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.run_folder import checkpoints
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import format_columns
 from runtime.device import get_device
 from runtime.errors import UserError, resolve_path
+from runtime.files import is_number
 from runtime.messages import log
 from runtime.options import replace_args
 
 ALL_LABELS = 'all labels'  # the column of the classifier on all of train
-# Options that all rows take from the call; the others come with the weights.
+# Options that all rows take from the call, also PREPROCESSING if it is given; the others come with the weights.
 SHARED_OPTIONS = ('image_path', 'val_fraction', 'channels', 'white_level', 'exif', 'npy_axes', 'on_unreadable')
-SHARED_OPTIONS += ('batch_size', 'image_size', 'knn_k')
+SHARED_OPTIONS += ('batch_size', 'image_size', 'knn_k', 'knn_temperature')
 
 
 def compare_backbones(args, model, splits, checkpoint):
     """Measure the checkpoint and each backbone of --beside. Returns an Outcome.
 
-    result['rows'] is a list of {'name', 'columns': {column: {'top1': percent, 'error': its standard error, 'spread':
-    standard deviation over draws of labels, if there are several; in all rows but the first 'gain' and 'gain_error': of
-    the checkpoint over this row, paired by image}}}.
+    splits: train, and val or test. result['rows'] is a list of {'name', 'columns': {column: {'top1': percent, 'error':
+    its standard error, 'draws': the number of label subsets; in all rows but the first 'gain' and 'gain_error': of the
+    checkpoint over this row, paired by image and label subset}}}.
     """
-    train, judged = labeled_subset(splits['train']), splits['val']
+    judged_on = next(name for name in splits if name != 'train')
+    train, judged = labeled_subset(splits['train']), splits[judged_on]
     rows, counts = [], parse_label_counts(args.labels)
     log_missing_labels(train, counts)
     for name, backbone_args, backbone in iter_backbones(args, model, checkpoint):
@@ -54,9 +59,10 @@ def compare_backbones(args, model, splits, checkpoint):
                 cell['gain'], cell['gain_error'] = mean_and_error(first - right)
     for row in rows:
         for cell in row['columns'].values():
-            del cell['right']
-    log(f'compare: evaluated on the {len(judged)} images of {judged.folder.name}')
-    result = {'rows': rows, 'judged_on': judged.folder.name, 'num_train': len(train), 'num_val': len(judged)}
+            cell['draws'] = len(cell.pop('right'))
+    result = {'rows': rows, 'judged_on': judged_on, 'num_train': len(train), 'num_val': len(judged)}
+    result['selected_on_val'] = judged_on == 'val' and bool(find_best_epoch(checkpoint['run']))
+    log(f'compare: evaluated on {describe_images(result)}')
     return Outcome(result)
 
 
@@ -68,22 +74,18 @@ def log_missing_labels(train, counts):
             log(f'compare: {short} of {len(sizes)} classes have fewer than {count} labeled images: all are used')
 
 
-def mean_and_error(values):
-    """Return the mean of per-image values and its standard error, in percent; the error of one value is nan. values: N
-    float64."""
-    error = 100 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float('nan')
-    return 100 * values.mean().item(), error
-
-
 def splits_to_compare(args, own_splits):
-    """Return {'train', 'val'} for compare. 'val' is the test split if it is labeled, because training selects its
-    checkpoint on val."""
+    """Return {'train', 'test'} for compare if there is a labeled test, because training selects its checkpoint on val,
+    else {'train', 'val'}. Raises UserError if labels are missing."""
     parse_label_counts(args.labels)
     parse_beside(args.beside)
-    splits, test = labeled_splits(args, own_splits), own_splits.get('test')
-    if test is not None and len(test) and (test.labels >= 0).all():
-        return {'train': own_splits['train'], 'val': test}
-    return splits
+    train, test = own_splits['train'], own_splits.get('test')
+    if test is None or not (test.labels >= 0).any() or not (train.labels >= 0).any():
+        return labeled_splits(args, own_splits)
+    labeled = labeled_subset(test)
+    if len(labeled) < len(test):
+        log(f'{len(test) - len(labeled)} of the {len(test)} images of test have no class, and are left out')
+    return report_unlabeled({'train': train, 'test': labeled})
 
 
 def parse_label_counts(text):
@@ -165,9 +167,10 @@ def load_start_weights(args, checkpoint):
 
 
 def row_args(args, name, backbone=''):
-    """Return options for loading the weights `name`: SHARED_OPTIONS from args, and defaults for the others. backbone:
-    the network of the weights, if the name does not tell."""
-    shared = {option: getattr(args, option) for option in SHARED_OPTIONS}
+    """Return options for loading the weights `name`: SHARED_OPTIONS and explicit preprocessing from args, and defaults
+    for the others. backbone: the network of the weights, if the name does not tell."""
+    given = {*SHARED_OPTIONS} | ({*PREPROCESSING} & args.explicit)
+    shared = {option: getattr(args, option) for option in given}
     same_network = (
         is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
     )
@@ -177,20 +180,18 @@ def row_args(args, name, backbone=''):
         'init_from': '',
     }
     if args.num_channels == 3:
-        shared |= {'mean': 'imagenet', 'std': 'imagenet'}
+        shared = {'mean': 'imagenet', 'std': 'imagenet', **shared}
     loaded = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
-    loaded.explicit = {*SHARED_OPTIONS} - {'channels'} | ({'backbone'} if backbone else set())
+    loaded.explicit = given - {'channels'} | ({'backbone'} if backbone else set())
     return loaded
 
 
 def measure_backbone(args, backbone, train, judged, labels, draws):
-    """Measure one backbone. Returns {column: {'right': share of draws in which each image is classified correctly, N
-    float64, perhaps 'spread'}}."""
+    """Measure one backbone. Returns {column: {'right': which images are classified correctly, D x N float64, of D draws
+    of labels}}."""
     train, judged = replace(train, args=args), replace(judged, args=args)
     x, y = extract_features(args, backbone, eval_loader(args, train), 'features of train')
-    queries, query_labels = extract_features(
-        args, backbone, eval_loader(args, judged), f'features of {judged.folder.name}'
-    )
+    queries, query_labels = extract_features(args, backbone, eval_loader(args, judged), 'features to classify')
     return compute_columns(args, (x, y), (queries, query_labels), len(train.classes), labels, draws)
 
 
@@ -199,17 +200,38 @@ def compute_columns(args, bank, judged, classes, labels, draws):
     images."""
     (x, y), (queries, query_labels), k = bank, judged, clip_k(args.knn_k, bank[1])
     scores = knn_scores(queries, x, y, classes, k, args.knn_temperature)
-    columns = {f'kNN {k}': {'right': (scores.argmax(1) == query_labels).cpu().double()}}
+    columns = {f'kNN {k}': {'right': (scores.argmax(1) == query_labels)[None].cpu().double()}}
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, queries = (x - mean) / deviation, (queries - mean) / deviation
-    columns[ALL_LABELS] = {'right': (classify(x, y, queries, classes) == query_labels).cpu().double()}
+    columns[ALL_LABELS] = {'right': (classify(x, y, queries, classes) == query_labels)[None].cpu().double()}
     for count in labels:
         rows = draw_label_subsets(y.cpu(), count, draws)
+        if len(rows) < draws:
+            log(f'compare: {count} per class: {len(rows)} of {draws} draws, of {MAX_ROWS:,} images together at most')
         few_features = x[torch.cat(rows).unique().to(x.device)]
-        right, accuracies = score_few_labels(few_features, y.cpu(), rows, queries, query_labels, classes)
-        spread = torch.tensor(accuracies).std().item() if len(accuracies) > 1 else None
-        columns[f'{count} per class'] = {'right': right, 'spread': spread}
+        right = score_few_labels(few_features, y.cpu(), rows, queries, query_labels, classes)
+        columns[f'{count} per class'] = {'right': right}
     return columns
+
+
+def describe_images(result):
+    """Describe the images of a result: number, split, and whether they selected the checkpoint."""
+    text = f'the {result["num_val"]} images of {result["judged_on"]}'
+    if result.get('selected_on_val'):
+        text += ', which also selected the epoch: gains are a little too high; images in a test split would tell'
+    return text
+
+
+def format_cell(cell, name='top1', sign=''):
+    """Format a number of a cell with its standard error, if that is known: 71.2 ± 1.0. name: top1 or gain."""
+    error = cell['error' if name == 'top1' else 'gain_error']
+    error_text = f' ± {error:.1f}' if is_number(error) and math.isfinite(error) else ''
+    return f'{cell[name]:{sign}.1f}{error_text}'
+
+
+def format_gain(cell):
+    """Format the gain over a cell, with its sign; '' for the row of the checkpoint itself."""
+    return format_cell(cell, 'gain', '+') if 'gain' in cell else ''
 
 
 def format_table(rows):
@@ -220,10 +242,9 @@ def format_table(rows):
     gaining = f'epoch {epoch}' if found else rows[0]['name']
     for row in rows:
         cells = [row['columns'][column] for column in columns]
-        lines.append([row['name'], *(f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' for cell in cells)])
-        if 'gain' in cells[0]:
-            gains = [f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' for cell in cells]
-            lines.append([f'  gain of {gaining}', *gains])
+        lines.append([row['name'], *map(format_cell, cells)])
+        if row is not rows[0]:
+            lines.append([f'  gain of {gaining}', *map(format_gain, cells)])
     return format_columns(lines)
 
 

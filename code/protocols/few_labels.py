@@ -5,14 +5,16 @@ The subsets depend only on the labels of the dataset, so they are the same for e
 
 import torch
 
+from metric.accuracy import topk_accuracy
 from metric.knn import clip_k, weighted_vote
 from protocols.features import extract_features
 from protocols.knn import nearest_in_bank
 from protocols.logistic import logistic_regression
-from runtime.checkpoints.run_folder import WATCHED
+from runtime.checkpoints.best_epoch import WATCHED
 from runtime.device import explain_oom
 from runtime.distributed import all_reduce_sum, world_size
 from runtime.seeding import generator_for
+from runtime.tensors import zeros_f64
 
 L2 = 0.1  # of the logistic regression on standardized features: sum of cross-entropies + 0.1 / 2 |w|^2
 DRAWS = 5  # label subsets, in training
@@ -43,20 +45,34 @@ def classify(x, labels, queries, num_classes):
 
 
 def score_few_labels(x, labels, rows, queries, query_labels, num_classes):
-    """Classify the queries with each label subset. Returns (share of subsets with which each query is correct, Q
-    float64; list of the subsets' accuracies in percent).
+    """Classify the queries with each of D label subsets. Returns which are correct, D x Q float64 of 0 and 1.
 
     x: standardized features of the rows of all subsets, sorted by row number. labels: N, of the whole dataset. rows:
     list of row-number tensors, one per subset. queries: Q x d, standardized likewise, with labels query_labels, Q.
     """
     drawn_rows = torch.cat(rows).unique()
-    right, accuracies = torch.zeros(len(queries), dtype=torch.float64), []
-    for draw in rows:
+    right = torch.zeros(len(rows), len(queries), dtype=torch.float64)
+    for number, draw in enumerate(rows):
         chosen = torch.searchsorted(drawn_rows, draw).to(x.device)
-        is_right = classify(x[chosen], labels[draw].to(x.device), queries, num_classes) == query_labels
-        right += is_right.cpu().double() / len(rows)
-        accuracies.append(100 * is_right.double().mean().item())
-    return right, accuracies
+        predicted = classify(x[chosen], labels[draw].to(x.device), queries, num_classes)
+        right[number] = (predicted == query_labels).cpu()
+    return right
+
+
+def mean_and_error(right):
+    """Return the mean and its standard error, in percent. right: D x N float64, of D label subsets and N images: 0 or
+    1, or the difference of two backbones.
+
+    Images and subsets are both samples, so the squared error is var(means of the images) / N + var(means of the
+    subsets) / D. One subset (kNN, all labels) adds nothing; the error of one image is nan.
+    """
+    num_draws, num_images = right.shape
+    if num_images < 2:
+        return 100 * right.mean().item(), float('nan')
+    variance = right.mean(0).var() / num_images
+    if num_draws > 1:
+        variance = variance + right.mean(1).var() / num_draws
+    return 100 * right.mean().item(), 100 * variance.sqrt().item()
 
 
 class Sample:
@@ -72,8 +88,8 @@ class Sample:
         """Take the selected rows from features, n x d: the bank's rows number `first` to first + n - 1."""
         if self.x is None:
             self.x = features.new_zeros(len(self.rows), features.shape[1])
-            self.sums = features.new_zeros(2, features.shape[1], dtype=torch.float64)
-        double = features.double()
+            self.sums = zeros_f64(2, features.shape[1], device=features.device)
+        double = features.to(self.sums.dtype)
         self.sums += torch.stack((double.sum(0), double.square().sum(0)))
         self.count += len(features)
         low, high = torch.searchsorted(self.rows, torch.tensor([first, first + len(features)])).tolist()
@@ -93,7 +109,7 @@ class Sample:
 
 def measure_labels(args, backbone, bank, val):
     """Compute the labeled metrics of training in one pass over bank and val (loaders). Returns (kNN top-1 in percent,
-    share of label subsets with which each image of val is classified correctly, Q float64)."""
+    which images of val are classified correctly, D x Q float64: score_few_labels)."""
     with explain_oom('the kNN test', '--knn_every=0 trains without it'):
         queries, query_labels = extract_features(args, backbone, val, 'kNN: features of val')
         labels, num_classes = bank.dataset.labels, len(val.dataset.classes)
@@ -102,5 +118,5 @@ def measure_labels(args, backbone, bank, val):
         cosine, near = nearest_in_bank(args, backbone, bank, queries, clip_k(args.knn_k, labels), sample)
         scores = weighted_vote(cosine, labels.to(near.device)[near], num_classes, args.knn_temperature)
         mean, deviation = sample.finish(len(labels))
-        right, _ = score_few_labels(sample.x, labels, rows, (queries - mean) / deviation, query_labels, num_classes)
-        return 100 * (scores.argmax(1) == query_labels).double().mean().item(), right
+        right = score_few_labels(sample.x, labels, rows, (queries - mean) / deviation, query_labels, num_classes)
+        return topk_accuracy(scores, query_labels, 1), right

@@ -14,6 +14,7 @@ from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
 from runtime.checkpoints.load_state import build_model
 from runtime.device import explain_oom, get_device
 from runtime.distributed import all_gather_rows, rank, world_size
+from runtime.messages import log
 
 
 def evaluate_knn(args, model, splits, _):
@@ -21,16 +22,23 @@ def evaluate_knn(args, model, splits, _):
     untrained backbone for reference, and with --knn_raw_pixels that of the pixels.
     """
     bank, val = eval_loader(args, labeled_subset(splits['train'])), eval_loader(args, splits['val'])
+    log_clipped_k(args, bank.dataset.labels)
     scores, labels = knn_classify(args, model.backbone, bank, val)
     result = {
         'top1': topk_accuracy(scores, labels, 1),
-        'top5': topk_accuracy(scores, labels, 5),
+        'top5': topk_accuracy(scores, labels, 5, least=0),  # without a vote a class is not predicted
         'k': clip_k(args.knn_k, bank.dataset.labels),
         'num_train': len(bank.dataset),
         'num_val': len(labels),
         **untrained_baselines(args, bank, val),
     }
     return Outcome(result, scores, labels, splits['val'].classes)
+
+
+def log_clipped_k(args, labels):
+    """Log the number of neighbors if it is less than --knn_k. labels: of train."""
+    if (k := clip_k(args.knn_k, labels)) < args.knn_k:
+        log(f'kNN with {k} neighbors in place of {args.knn_k}: a class has no more images on average')
 
 
 def untrained_baselines(args, bank, val):

@@ -8,7 +8,7 @@ from metric.accuracy import topk_accuracy
 from optimizer.lars import Lars
 from optimizer.sgd import lr_schedule
 from protocols.features import augmented_features, concat_into_buffer, extract_features
-from protocols.knn import REFERENCES, knn_scores_from_loader, untrained_baselines
+from protocols.knn import REFERENCES, knn_scores_from_loader, log_clipped_k, untrained_baselines
 from protocols.logistic import fit_logistic_regression
 from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
 from runtime.console import print_message
@@ -20,7 +20,14 @@ from runtime.tensors import to_device
 
 # {--probe_optimizer: (base learning rate, x batch / 256, batch size)}: paper, appendix A; MoCo's for SGD.
 PROBE_DEFAULTS = {'lars': (0.02, 4096), 'sgd': (30.0, 256)}
-PROBE_OPTIONS = ('probe_epochs', 'probe_batch_size', 'probe_learning_rate', 'cache_features', 'cache_epochs')
+PROBE_OPTIONS = (
+    'probe_epochs',
+    'probe_batch_size',
+    'probe_learning_rate',
+    'crop_scale',
+    'cache_features',
+    'cache_epochs',
+)
 MIN_LARS_STEPS = 1000  # a step changes the weights by about 0.03 % of their norm
 
 
@@ -35,6 +42,7 @@ def evaluate_linear(args, model, splits, _):
         warn_of_options(args, len(train))
     backbone, num_classes = model.backbone.eval(), len(val.classes)
     bank, val_loader = eval_loader(args, train), eval_loader(args, val)
+    log_clipped_k(args, train.labels)
     if args.probe_optimizer == 'lbfgs':
         x, labels = extract_features(args, backbone, bank, 'features of train')
         weight, bias, about = fit_logistic_regression(args, x, labels, num_classes)
@@ -63,6 +71,8 @@ def warn_of_options(args, count):
     if args.probe_optimizer == 'lbfgs':
         for name in sorted({*PROBE_OPTIONS} & args.explicit):
             print_message('warning', f'--{name} has no effect with --probe_optimizer=lbfgs')
+    elif not args.cache_features and 'cache_epochs' in args.explicit:
+        print_message('warning', '--cache_epochs has no effect without --cache_features=True')
     steps = args.probe_epochs * -(-count // (args.probe_batch_size or PROBE_DEFAULTS['lars'][1]))
     if args.probe_optimizer == 'lars' and steps < MIN_LARS_STEPS:
         print_message(

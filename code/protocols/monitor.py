@@ -12,14 +12,13 @@ from dataloader import vision
 from dataloader.load_dataset import eval_loader, labeled_subset
 from logger import Logger
 from metric import representation
-from model.weights import average_weights
+from model.weights import average_weights, copy_weights
 from protocols.collapse_verdict import baseline_label
-from protocols.compare import mean_and_error
-from protocols.few_labels import measure_labels
+from protocols.few_labels import mean_and_error, measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
+from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows
 from runtime.errors import resolve_path
@@ -115,7 +114,7 @@ class Monitor:
         if not self.read:
             return
         loss, std, retrieval, norm = self.read()
-        self.norms.append(norm / (state.scaler.get_scale() if state.scaler else 1))
+        self.norms.append(norm)
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
             self.warn_collapse(state, loss, std)
@@ -168,24 +167,23 @@ class Monitor:
         if not state.start:
             return state.model.backbone
         backbone = copy.deepcopy(state.model.backbone)
-        backbone.load_state_dict(average_weights(state.start, backbone.state_dict(), self.args.start_share))
+        copy_weights(backbone, average_weights(state.start, backbone.state_dict(), self.args.start_share))
         return backbone
 
     def few_labels(self, state, right):
         """Return ({name: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
         from measure_labels."""
-        path, count = self.run.folder / START_ACCURACY_FILE, len(right)
+        path, count = self.run.folder / START_ACCURACY_FILE, right.shape[1]
         top1 = 100 * right.mean().item()
         results, words = {FEW: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
         if not self.args.init_from:
             return {'few_labels_top1': top1}, words
         if not state.epoch:
-            values = {'right': right.tolist()}
+            values = {'right': right.int().tolist()}
             atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
-        before = read_json(path).get('right', [])
-        if state.epoch and len(before) == count:
-            gains = right - torch.tensor(before, dtype=torch.float64)
-            results[GAIN], results[GAIN_ERROR] = mean_and_error(gains)
+        before = torch.tensor(read_json(path).get('right', []), dtype=torch.float64)
+        if state.epoch and before.shape[-1:] == (count,):  # early versions wrote the mean over the draws
+            results[GAIN], results[GAIN_ERROR] = mean_and_error(right - before)
             words += f' ({results[GAIN]:+.2f} ± {results[GAIN_ERROR]:.2f} over the start)'
         return {name.removeprefix('pretraining/'): value for name, value in results.items()}, words
 

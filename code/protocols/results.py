@@ -20,6 +20,7 @@ from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import dumps_nan_safe, is_number, read_in_order, sanitize_name, utc_timestamp, written_time
+from runtime.messages import log
 from runtime.options import rename_options
 from runtime.versions import library_versions
 
@@ -120,36 +121,54 @@ def find_classifier(args, checkpoint, images_path):
 
     In order: the one of --classifier (its file, or the folder of its dataset); of the dataset that contains the images;
     of the checkpoint's dataset; the only one there is, unless the images belong to the checkpoint's dataset. Of several
-    for one dataset the one with the highest accuracy on val, then the newest.
+    for one dataset: best_classifier.
     Raises UserError if --classifier names none, WorkError for a damaged file.
     """
-    by_folder = {}  # {folder of a dataset: the best of its classifiers}
+    by_folder = {}  # {folder of a dataset: its classifiers}
     named = None
     for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
         if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
             continue
-        if content['question']['settings'].get('start_share', args.start_share) != args.start_share:
+        if not is_of_weights(content['question'], args):
             continue
         content = {**content, 'file': path.name, 'when': written_time(content, path)}
         if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
-        if folder not in by_folder or classifier_sort_key(content) > classifier_sort_key(by_folder[folder]):
-            by_folder[folder] = content
+        by_folder.setdefault(folder, []).append(content)
+    by_folder = {folder: best_classifier(classifiers) for folder, classifiers in by_folder.items()}
     chosen = named or pick_classifier(
         args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), images_path.resolve()
     )
+    if chosen and chosen.get('outdated'):
+        where = chosen['question']['images']['path']
+        log(f'{where} has changed since {chosen["outdated"]} of its classifiers were trained: they are not used')
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
         print_message('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
     return chosen
 
 
-def classifier_sort_key(classifier):
-    """Return the sort key of the classifiers of one dataset: accuracy, then time."""
-    top1 = classifier.get('top1')
-    return (top1 if isinstance(top1, float) else -1.0), classifier['when']
+def is_of_weights(spec, args):
+    """Whether a result, or a classifier's spec, is of the weights of `args`: of the same average with the start."""
+    return spec.get('settings', {}).get('start_share', args.start_share) == args.start_share
+
+
+def best_classifier(classifiers):
+    """Return the classifier of a dataset to use, of those for one folder: of the ones for the newest state of its
+    images (number, names and labels) the most accurate, then the newest. `outdated` is the number of the others."""
+
+    def state(content):
+        return {name: value for name, value in content['question']['images'].items() if name != 'path'}
+
+    def sort_key(content):
+        top1 = content.get('top1')
+        return (top1 if isinstance(top1, float) else -1.0), content['when']
+
+    newest = state(max(classifiers, key=lambda content: content['when']))
+    current = [content for content in classifiers if state(content) == newest]
+    return {**max(current, key=sort_key), 'outdated': len(classifiers) - len(current)}
 
 
 def list_explicit_options(spec):

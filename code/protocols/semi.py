@@ -48,8 +48,8 @@ def class_balanced_rows(labels, fraction, seed):
 
 
 def rows_from_list(args, images):
-    """Read --subset_list: one file name per line, or class/name if names repeat. Returns sorted row numbers of the
-    images.
+    """Read --subset_list: one file name per line, or class/name if names repeat; a first line `file`, as `select`
+    writes it, is a title. Returns sorted row numbers of the images.
 
     Raises UserError for a missing file, or an unknown or ambiguous name.
     """
@@ -65,6 +65,7 @@ def rows_from_list(args, images):
     for row, name in enumerate(images.names):
         for key in {name, name.rsplit('/', 1)[-1]}:
             by_name.setdefault(key, []).append(row)
+    listed = listed[1:] if listed[:1] == ['file'] and 'file' not in by_name else listed
     unknown = [name for name in listed if name not in by_name]
     if not listed:
         raise UserError(f'--subset_list: {path} names no image')

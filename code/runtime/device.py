@@ -8,7 +8,7 @@ import sysconfig
 
 import torch
 
-from runtime.console import first_line
+from runtime.console import first_line, print_message
 from runtime.distributed import init_process_group, world_size
 from runtime.errors import UserError, WorkError
 
@@ -17,7 +17,7 @@ def get_device(args):
     """Return the torch.device of --device. Raises UserError if this machine does not have it."""
     name = args.device
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() and not unsupported_gpu() else 'cpu'
     if name.startswith('cuda:') and world_size() > 1:
         raise UserError(
             f'--device={name} would put all {world_size()} processes on one GPU: --device=cuda gives each its own'
@@ -32,6 +32,8 @@ def get_device(args):
         count = torch.cuda.device_count()
         helps = f'start one a GPU: --nproc_per_node={count}' if world_size() > 1 and count else 'try --device=auto'
         raise UserError(f'--device={name}: torch sees {count} CUDA GPUs here; {helps}')
+    if device.type == 'cuda' and unsupported_gpu():
+        raise UserError(f'--device={name}: {unsupported_gpu()}; --device=cpu works')
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('--device=mps: torch sees no Apple GPU here; try --device=auto')
     if device.type not in ('cpu', 'cuda', 'mps'):
@@ -39,9 +41,35 @@ def get_device(args):
     return device
 
 
+@functools.cache
+def unsupported_gpu():
+    """Return why this build of torch cannot use the GPU; '' if it can."""
+    if not torch.cuda.is_available():
+        return ''
+    major, minor = torch.cuda.get_device_capability(0)
+    if has_kernels(major, minor, torch.cuda.get_arch_list()):
+        return ''
+    return f'the GPU has compute capability {major}.{minor}, and torch {torch.__version__} is not built for it'
+
+
+def has_kernels(major, minor, architectures):
+    """Whether a GPU of compute capability major.minor can run code for one of `architectures`: sm_80 runs on 8.0 and
+    8.6, compute_80 is compiled for it and later ones. No names mean an unknown build, which may."""
+    for name in architectures:
+        kind, _, digits = name.partition('_')
+        digits = digits.rstrip('af')
+        if digits.isdecimal() and len(digits) > 1:
+            built = int(digits[:-1]), int(digits[-1])
+            if built <= (major, minor) and (kind == 'compute' or built[0] == major):
+                return True
+    return not architectures
+
+
 def init_device(args):
     """Initialize the device of --device and the process group. Returns the device."""
     device = get_device(args)
+    if args.device == 'auto' and torch.cuda.is_available() and unsupported_gpu():
+        print_message('warning', f'{unsupported_gpu()}: running on the CPU')
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # also for threads and pinned memory
         torch.set_float32_matmul_precision('high')  # TF32

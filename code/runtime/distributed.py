@@ -129,17 +129,26 @@ def destroy_process_group():
 
 @contextlib.contextmanager
 def local_main_first():
-    """Context manager: the first rank of each machine runs the block alone, then the others, which find its files. An
-    exception in the first rank ends the run."""
+    """Context manager: the first rank of each machine runs the block alone, then the others, which find its files. If
+    the block raises UserError or WorkError in the first rank, the others raise the same without running it."""
     if world_size() == 1 or not STORE['store']:
         yield
         return
     key = f'turn_{next(SEQUENCE)}_{os.environ.get("GROUP_RANK", 0)}'
     if not is_local_main():
-        wait_for_key(key)
-    yield
-    if is_local_main():
-        STORE['store'].set(key, 'done')
+        kind, text = json.loads(wait_for_key(key))
+        if kind:
+            raise (UserError if kind == 'UserError' else WorkError)(text)
+        yield
+        return
+    failure = ['', '']
+    try:
+        yield
+    except (UserError, WorkError) as error:
+        failure = [type(error).__name__, str(error)]
+        raise
+    finally:
+        STORE['store'].set(key, json.dumps(failure))
 
 
 def wait_for_key(key):
@@ -321,6 +330,17 @@ def shard_range(count, whole=None):
     if whole is None:
         return rank() * count, world_size() * count
     return min(rank() * -(-whole // world_size()), whole - count), whole
+
+
+def first_failure(text):
+    """Return the first text that is not empty, of the texts of all ranks: why one of them failed. All ranks must call
+    it at the same point."""
+    if world_size() == 1 or not STORE['store']:
+        return text
+    key = f'failed_{next(SEQUENCE)}'
+    STORE['store'].set(f'{key}_{rank()}', text)
+    texts = [wait_for_key(f'{key}_{other}').decode() for other in range(world_size())]
+    return next(filter(None, texts), '')
 
 
 def broadcast_from_rank0(make):

@@ -29,6 +29,8 @@ def atomic_write(path, write):
         with rename_os_error(path, aside):
             aside.touch()  # torch.save's error would not say why it fails
             write(aside)
+            with open(aside, 'rb+') as file:
+                os.fsync(file.fileno())  # before the name, or a power cut could leave an empty file
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

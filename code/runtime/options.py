@@ -38,6 +38,8 @@ def get_config(**options):
     if preset == 'auto':
         explicit.pop('preset', None)
         preset = 'imagenet' if preset_from_images or (ROOT / 'data/imagenet/train').is_dir() else 'demo'
+    if explicit.get('init_from') == 'none':
+        explicit['init_from'] = ''
     if 'beside' in explicit and 'protocol' not in explicit:
         explicit['protocol'] = 'compare'
     args = Config(**{**preset_options(preset), **explicit, 'preset': preset})
@@ -206,6 +208,7 @@ def ignored_in_train(args):
         if args.augment_backend == 'worker' and args.cache_images == 'on'
         else (),
         '--init_from': ('zero_init',) if args.init_from else (),
+        'random weights': () if args.init_from or args.ckpt_name else ('start_share',),
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }
@@ -244,6 +247,17 @@ def channel_values(name, text):
             f'such as --{name}=0.5,0.5,0.5, not {text!r}'
         )
     return values
+
+
+def check_mean_std(args):
+    """Raise UserError if `mean` or `std` is neither a word, nor one number for all channels, nor one for each."""
+    for name in ('mean', 'std'):
+        word = getattr(args, name)
+        if word not in UNRESOLVED and len(channel_values(name, word)) not in (1, args.num_channels):
+            raise UserError(
+                f'`{name}={word}` is not one number for all of {args.num_channels} channels nor one for each; '
+                f'`{name}=dataset` measures them'
+            )
 
 
 def expand_channel_values(name, text, count):

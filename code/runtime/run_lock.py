@@ -26,7 +26,13 @@ def process_start_time(pid):
         stat = proc_stat(pid)
         return stat[19] if stat else None
     if os.name == 'nt':  # os.kill would end it
-        return ''
+        import ctypes
+
+        query, still_active, code = 0x1000, 259, ctypes.c_ulong()  # PROCESS_QUERY_LIMITED_INFORMATION, STILL_ACTIVE
+        handle = ctypes.windll.kernel32.OpenProcess(query, False, pid)
+        found = handle and ctypes.windll.kernel32.GetExitCodeProcess(handle, ctypes.byref(code))
+        ctypes.windll.kernel32.CloseHandle(handle)
+        return '' if found and code.value == still_active else None
     try:  # not Linux: only check that it exists
         os.kill(pid, 0)
     except OSError:

@@ -2,10 +2,10 @@
 
 1. The handler `handle_signal` records the signal and raises Interrupted in the main thread at once.
 2. Within `defer_signals` (a training step, writing a checkpoint) Interrupted is raised at the end of the block instead.
-   With several ranks the whole epoch is deferred, because all must stop at the same step, which they agree on in
+   With several ranks the whole training is deferred, because all must stop at the same step, which they agree on in
    `sync_should_save`.
-3. `sync_should_save`, called after every step, raises Interrupted after --max_minutes, and with several ranks if any of
-   them has received a signal.
+3. `sync_should_save`, called after every step and after the metrics of an epoch, raises Interrupted after
+   --max_minutes, and with several ranks if any of them has received a signal.
 4. engine/conclude.py catches Interrupted, calls `mark_handled` so that no signal raises again, saves a checkpoint, and
    raises Interrupted with a message.
 5. `train` closes the run and the tracker; cli.py destroys the process group, prints the message and exits with code

@@ -10,6 +10,11 @@ def to_device(x, device):
     return x.to(device, non_blocking=True)
 
 
+def zeros_f64(*shape, device):
+    """Return zeros in float64; in float32 on an Apple GPU, which has no float64."""
+    return torch.zeros(*shape, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+
+
 def evenly_spaced(total, count):
     """Return up to `count` evenly spaced row numbers of `total`, int64."""
     return torch.linspace(0, total - 1, min(count, total)).round().long()
@@ -25,7 +30,7 @@ def async_tolist(values):
 
     Called some steps later it does not wait; reading at once would synchronize with the GPU.
     """
-    copy = values.to('cpu', non_blocking=True)
+    copy = values.to('cpu', non_blocking=values.is_cuda)
     if not values.is_cuda:
         return copy.tolist
     arrived = torch.cuda.current_stream(values.device).record_event()

@@ -42,6 +42,7 @@ LONGEST = (
     'readme',
     'signals',
     'distributed',
+    'training_from_weights',
     'detection',
     'cli',
     'resume',
@@ -51,6 +52,7 @@ LONGEST = (
     'dataset_layouts',
     'report',
     'channels',
+    'pretrained_weights',
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 import timm
@@ -29,6 +30,7 @@ from dataloader.loading import arrays, crops, pixel_format
 from dataloader.loading.decode import ORIENTATION, decode, open_image
 from dataloader.loading.pixel_format import PixelFormat, to_array
 from dataloader.loading.pixel_settings import NUM_SAMPLES, measure_levels
+from dataloader.readers.files import Files
 from dataloader.vision import eval_view, to_picture
 from model.weights import adapt_first_layer
 from runtime.errors import UserError, WorkError
@@ -922,3 +924,40 @@ def test_deep_image_among_8_bit_images_is_named(odd, how, tmp_path, capsys):
     assert 'convert all to one type' in error
     assert cli.main([*given, *cache.get(how, ['--cache_images=off']), '--on_unreadable=skip']) == 0
     assert f'1 of {2 * NUM_SAMPLES} images' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['YBR_FULL', 'RGB'])
+def test_dicom_of_colors_is_converted_once(kind, tmp_path):
+    """pydicom converts YBR to RGB itself; it was converted again."""
+    from pydicom.pixels import convert_color_space
+
+    dataset = pydicom.dcmread(get_testdata_file('SC_rgb_small_odd.dcm'))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    rgb = np.broadcast_to(np.array((200, 30, 60), np.uint8), (4, 6, 3))
+    pixels = rgb if kind == 'RGB' else convert_color_space(rgb, 'RGB', 'YBR_FULL')
+    dataset.Rows, dataset.Columns, dataset.PlanarConfiguration = 4, 6, 0
+    dataset.PhotometricInterpretation, dataset.PixelData = kind, np.ascontiguousarray(pixels).tobytes()
+    dataset.save_as(tmp_path / 'x.dcm')
+    with open(tmp_path / 'x.dcm', 'rb') as file:
+        found = arrays.open_dicom(io.BytesIO(file.read()))
+    assert found.rgb
+    assert np.abs(found.pixels.astype(int) - rgb.transpose(2, 0, 1)).max() <= 2
+
+
+def test_intensity_jitter_stays_between_black_and_white():
+    """Rounded to 8 bits, values above white became black."""
+    jitter = IntensityJitter(0.4, 0.4, (0.5,) * 3, (0.25,) * 3, prob=1.0)
+    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = jitter.on_cpu(x.clone(), jitter.sample(64, torch.Generator().manual_seed(1)))
+    assert found.min() == 0
+    assert found.max() == 1
+
+
+def test_images_are_opened_few_times_at_the_start(five, tmp_path, monkeypatch):
+    """Arrays are decoded for it: kinds are found once per split, levels, mean and range are measured."""
+    opened = []
+    before = Files.open
+    monkeypatch.setattr(Files, 'open', lambda self, row: opened.append(self.names[row]) or before(self, row))
+    args = get_config(preset='demo', image_path=str(five), cache_path=str(tmp_path), white_level='auto', image_size=16)
+    load_splits(replace_args(args, cache_images='off'))
+    assert max(opened.count(name) for name in opened) <= 4

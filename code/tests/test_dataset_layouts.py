@@ -21,7 +21,7 @@ from dataloader.cache import decoded
 from dataloader.load_dataset import get_iterator, load_splits, load_unlabeled
 from dataloader.loading.decode import image_extensions
 from dataloader.readers.files import Files
-from dataloader.sources import find
+from dataloader.sources import demo, find
 from dataloader.sources.folder import scan_images
 from protocols.protocol import missing_labels_reason
 from runtime.errors import UserError, WorkError
@@ -621,7 +621,9 @@ def test_unusable_test_folder_is_ignored_with_message(kind, drawn, tmp_path, cap
     splits, said = load_splits(options(folder)), capsys.readouterr().out
     if kind == 'unknown':
         assert (splits['test'].labels.tolist(), splits['train'].classes) == ([-1], ['checks', 'dots', 'stripes'])
-        assert re.search(r"set/test has the class 'unknown', which \S+train has not: its images count as without", said)
+        assert re.search(
+            r"set/test has the class 'unknown', which \S+train has not: 1 of its 1 images count as without", said
+        )
     else:
         assert splits['test'] is None
         assert 'set/test holds no images that Pillow can open (nothing else either); test is ignored' in said
@@ -771,3 +773,93 @@ def test_replaced_cache_file_stays_readable_for_open_readers(drawn_large, tmp_pa
     second = load_splits(options(folder, cache_short_side=40))
     assert first['train'].dataset.store.memmap_path != second['train'].store.memmap_path
     assert sum(len(labels) for _, labels in first['val']) == 12
+
+
+@pytest.mark.parametrize('place', ['', 'train/'])
+def test_numbered_archive_beside_images_exits_2(place, drawn, tmp_path, capsys):
+    """It was read in place of the whole dataset."""
+    shutil.copytree(drawn if place else drawn / 'train', tmp_path / 'set')
+    with tarfile.open(tmp_path / f'set/{place}backup-2024.tar', 'w') as archive:
+        archive.add(drawn / 'val', 'x')
+    assert cli.main(['train', *TINY, f'--image_path={tmp_path}/set', *own_paths(tmp_path)]) == 2
+    assert 'backup-2024.tar, and beside them images' in one_line(capsys.readouterr().err)
+
+
+def test_numbered_archives_beside_other_files_are_read(drawn, tmp_path):
+    """As img2dataset writes them: 00000.tar, 00000.parquet, 00000_stats.json."""
+    (tmp_path / 'set/empty').mkdir(parents=True)
+    for number in range(2):
+        with tarfile.open(tmp_path / f'set/0000{number}.tar', 'w') as archive:
+            archive.add(drawn / 'val', '.')
+        (tmp_path / f'set/0000{number}_stats.json').write_text('{}')
+    assert sum(map(len, filter(None, load_splits(options(tmp_path / 'set')).values()))) == 48
+    assert len(load_unlabeled(options(tmp_path / 'set'), tmp_path / 'set')) == 48  # infer reads the same
+
+
+def test_demo_keeps_files_of_users(tmp_path):
+    mine = picture(tmp_path / 'demo/train/cat/a.png')
+    with pytest.raises(UserError, match='holds other files'):
+        demo.write_demo_dataset(tmp_path / 'demo', list)
+    assert mine.is_file()
+
+
+def test_demo_of_another_process_stays(tmp_path, monkeypatch):
+    """It is finished while this process draws: readers have it open."""
+    monkeypatch.setattr(demo, 'TRAIN_PER_CLASS', 1)
+    monkeypatch.setattr(demo, 'VAL_PER_CLASS', 1)
+
+    def other_is_first(jobs):
+        (tmp_path / 'demo').mkdir()
+        (tmp_path / 'demo/made_by_demo.txt').write_text(demo.VERSION)
+        return jobs
+
+    demo.write_demo_dataset(tmp_path / 'demo', other_is_first)
+    assert [path.name for path in tmp_path.iterdir()] == ['demo']
+    assert [path.name for path in (tmp_path / 'demo').iterdir()] == ['made_by_demo.txt']
+
+
+def test_classes_below_outer_folders_are_found(drawn, tmp_path, capsys):
+    shutil.copytree(drawn / 'train', tmp_path / 'photos/archive/flowers')
+    shutil.copytree(drawn / 'train', tmp_path / 'same')
+    inner, same = (load_splits(options(tmp_path / name)) for name in ('photos', 'same'))
+    assert inner['train'].classes == same['train'].classes != []
+    assert [*inner['train'].names] == [*same['train'].names]
+    assert 'are in archive/flowers' in capsys.readouterr().out
+
+
+def test_only_class_folder_stays_one(drawn, tmp_path):
+    shutil.copytree(drawn / 'train/dots', tmp_path / 'photos/dots')
+    assert all(name.startswith('dots/') for name in load_splits(options(tmp_path / 'photos'))['train'].names)
+
+
+def test_unread_entries_of_nested_root_are_named(drawn, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / 'outer/inner')
+    shutil.copytree(drawn / 'val', tmp_path / 'outer/inner/Trian2')
+    load_splits(options(tmp_path / 'outer'))
+    assert f'not read: Trian2, beside train in {tmp_path}/outer/inner\n' in capsys.readouterr().err
+
+
+def test_classes_of_test_that_train_lacks_are_counted(drawn, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / 'set')
+    for number, name in enumerate(('x', 'y', 'y', 'dots')):
+        picture(tmp_path / f'set/test/{name}/{number}.png')
+    load_splits(options(tmp_path / 'set'))
+    assert "'x', 'y', which" in (said := capsys.readouterr().out)
+    assert '3 of its 4 images count as without a class' in said
+
+
+def test_resized_cache_counts_all_unreadable_images(drawn_large, tmp_path, capsys):
+    shutil.copytree(drawn_large, tmp_path / 'set')
+    for path in sorted((tmp_path / 'set/train/dots').iterdir())[:3]:
+        path.write_bytes(b'no image')
+    given = ['train', *TINY, f'--image_path={tmp_path}/set', '--cache_short_side=64', '--cache_images=off']
+    assert cli.main([*given, '--num_workers=0', *own_paths(tmp_path)]) == 1
+    assert '(and 2 more; ' in (error := one_line(capsys.readouterr().err))
+    assert '--on_unreadable=skip' in error
+
+
+@pytest.mark.parametrize('option', ['--mean=0.5,0.5', '--std=0.2,0.2,0.2,0.2'])
+@pytest.mark.parametrize('command', ['check_dataloader', 'train'])
+def test_wrong_number_of_mean_values_exits_2(command, option, drawn, tmp_path, capsys):
+    assert cli.main([command, option, f'--image_path={drawn}', *own_paths(tmp_path, 'cache')]) == 2
+    assert option in one_line(capsys.readouterr().err)

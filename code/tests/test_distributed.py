@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -464,3 +465,50 @@ def test_launch_id_is_agreed_after_separate_restarts(tmp_path):
         ]
         assert [process.done(60).returncode for process in pair] == [0, 0]
         assert file.is_file()
+
+
+def test_signal_to_one_rank_during_metrics_stops_all(drawn, tmp_path):
+    """kNN takes most of the time: the other rank waited for the one that had left."""
+    options = [*TINY, '--batch_size=24', '--max_epochs=200', f'--image_path={drawn}', *own_paths(tmp_path)]
+    folder = tmp_path / 'ckpt' / RUN
+    for number in range(3):
+        process = begin(*TORCHRUN, 'cli.py', 'train', *options, '--resume=auto')
+        wait_for(lambda: workers_of(process.pid).keys() >= {0, 1} and process.said()[0].count('epoch ') > 2)  # noqa: B023
+        time.sleep(0.07 * number)
+        os.kill(workers_of(process.pid)[1], signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert 'SIGTERM: saved ' in errors, errors
+    assert list(folder.glob('loss_*'))
+
+
+@pytest.mark.parametrize(
+    ('major', 'minor', 'architectures', 'works'),
+    [
+        (8, 0, ['sm_75', 'sm_80', 'sm_90'], True),
+        (8, 6, ['sm_75', 'sm_80', 'sm_90'], True),
+        (9, 0, ['sm_80', 'sm_90a'], True),
+        (6, 1, ['sm_75', 'sm_80', 'sm_90'], False),
+        (7, 0, ['sm_75', 'sm_80'], False),
+        (12, 0, ['sm_90', 'compute_90'], True),
+        (12, 0, ['sm_90'], False),
+        (10, 0, ['sm_80', 'sm_100'], True),
+        (7, 5, [], True),
+    ],
+)
+def test_gpu_without_kernels_is_recognized(major, minor, architectures, works):
+    assert device.has_kernels(major, minor, architectures) is works
+
+
+def test_gpu_that_torch_is_not_built_for_is_not_used(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (5, 2))
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['sm_80'])
+    device.unsupported_gpu.cache_clear()
+    try:
+        assert device.get_device(get_config()).type == 'cpu'
+        assert cli.main(['train', *TINY, '--device=cuda', f'--image_path={drawn}', *own_paths(tmp_path)]) == 2
+        assert 'compute capability 5.2' in (error := one_line(capsys.readouterr().err))
+        assert '--device=cpu works' in error
+    finally:
+        device.unsupported_gpu.cache_clear()

@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.train_state import TrainState
 from metric.knn import topk_neighbors
 from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
+from protocols import compare
 from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError, WorkError
 from runtime.options import get_config
@@ -448,3 +450,41 @@ def test_damaged_classifier_fails_in_one_line(ours, drawn, tmp_path, capsys):
 def save_text(folder):
     (folder / 'text').write_text('text')
     return folder / 'text'
+
+
+@pytest.mark.parametrize('shares', [(0.5, 0.5), (0.5, 0.0)])
+def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path, capsys):
+    """Of other images than the run's, and of another average with the start than is exported."""
+    pytest.importorskip('timm')
+    weights = tmp_path / 'start.pth'
+    torch.save(
+        build_model(get_config(preset='imagenet', backbone='timm/resnet10t', image_size=32)).backbone.state_dict(),
+        weights,
+    )
+    given = ['--num_workers=0', *own_paths(tmp_path)]
+    train = [f'--init_from={weights}', '--backbone=timm/resnet10t', '--image_size=32', '--batch_size=24', '--amp=off']
+    train += ['--preset=imagenet', '--proj_dim=32', '--pred_dim=8', '--max_epochs=1', f'--image_path={drawn}']
+    assert cli.main(['train', *train, '--heads_epochs=0', '--knn_every=0', *given]) == 0
+    (last,) = (tmp_path / 'ckpt/model_name_simsiam_ckpt_0').glob('loss_*_epoch_1')
+    run = f'--ckpt_name={last}'
+    shutil.copytree(drawn, tmp_path / 'others')
+    evaluated = ['evaluate', run, f'--image_path={tmp_path}/others', f'--start_share={shares[1]}', *given]
+    assert cli.main([*evaluated, '--protocol=knn', '--knn_k=3']) == 0
+    assert cli.main([*evaluated, '--beside=untrained', '--labels=1']) == 0
+    assert cli.main(['export', run, '--format=timm', f'--output={tmp_path}/x', *own_paths(tmp_path, 'ckpt')]) == 0
+    card = (tmp_path / 'x/README.md').read_text()
+    assert 'freeze_bn=True --heads_epochs=0 --backbone_lr_scale=0.1 --start_share=0.5' in card
+    assert 'All results are on the images named above' not in card
+    if shares[0] == shares[1]:
+        assert 'knn (--knn_k=3' in card
+        assert card.count('24 images of others val, digest') == 2
+    else:
+        assert '2 results with another --start_share are not listed' in card
+        assert 'Not evaluated' in card
+
+
+@pytest.mark.parametrize('error', [None, float('nan')])
+def test_compare_cell_without_error_is_formatted(error):
+    """One image has no standard error; JSON writes it as null."""
+    cell = {'top1': 100.0, 'error': error, 'gain': 0.0, 'gain_error': error}
+    assert (compare.format_cell(cell), compare.format_gain(cell)) == ('100.0', '+0.0')

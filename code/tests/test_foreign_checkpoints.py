@@ -337,7 +337,7 @@ def test_evaluate_with_nan_features_fails(protocol, drawn, tmp_path, capsys):
     given += [f'--image_path={drawn}'] if protocol != 'transfer' else []
     given += ['--amp=off', '--num_workers=0', *own_paths(tmp_path)]
     if protocol == 'linear':
-        given += ['--probe_epochs=2', '--cache_epochs=1', '--probe_optimizer=sgd']
+        given += ['--probe_epochs=2', '--probe_optimizer=sgd']
     if protocol == 'transfer':
         given += [f'--transfer_path={drawn}']
     assert cli.main(['evaluate', *given]) == 1

@@ -94,7 +94,7 @@ def test_spectrum_measures_of_rank_one_and_zero_features():
     assert representation.cumulative_spectrum_auc(one) == pytest.approx(1, abs=1e-9)
     assert math.isnan(representation.alpha_req(one))
     same = torch.ones(50, 8)
-    assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centerd: the mean is a direction
+    assert representation.rankme(same) == pytest.approx(1, abs=1e-3)  # not centered: the mean is a direction
     assert representation.cumulative_spectrum_auc(same) == 1.0
     assert representation.rankme(torch.zeros(5, 3)) == 1.0
 

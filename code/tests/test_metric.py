@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metric import knn
 from metric.accuracy import confusion_matrix, topk_accuracy
@@ -92,3 +94,25 @@ def test_feature_std_is_one_on_sphere_and_zero_in_collapse():
     assert feature_std(z[:50]).item() == pytest.approx(by_hand * 4)
     assert feature_std(z).item() == pytest.approx(1, abs=0.01)
     assert feature_std(z[:1].expand(50, -1) * torch.arange(1, 51)[:, None]).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_topk_accuracy_of_ties_and_of_votes():
+    """Of equal scores the first class counts as the highest, as in argmax; a class without a vote is no prediction."""
+    scores = torch.tensor([[0.0, 2.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]])
+    assert topk_accuracy(scores, torch.tensor([1, 0]), 1) == 100
+    assert topk_accuracy(scores, torch.tensor([3, 0]), 1) == 50
+    assert topk_accuracy(scores, torch.tensor([3, 1]), 2) == 100
+    assert topk_accuracy(scores, torch.tensor([3, 1]), 2, least=0) == 50
+    assert topk_accuracy(torch.tensor([[float('nan'), 1.0]]), torch.tensor([0]), 1) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.integers(1, 6))
+def test_topk_accuracy_equals_stable_sort(seed, k):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (20, 6), generator=generator).float()
+    labels = torch.randint(0, 6, (20,), generator=generator)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert topk_accuracy(scores, labels, k) == pytest.approx(
+        100 * (best == labels[:, None]).any(1).double().mean().item()
+    )

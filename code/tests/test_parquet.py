@@ -15,6 +15,7 @@ import cli
 from conftest import TINY, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from dataloader.readers import parquet
+from dataloader.sources import parquet_files
 from dataloader.sources.parquet_files import source_from_parquet
 from runtime.options import get_config
 
@@ -257,3 +258,9 @@ def test_parquet_of_arrays_is_packed_as_npy(tmp_path):
     for row in range(6):
         with before.store.open(row) as first, after.store.open(row) as second:
             assert np.array_equal(first.pixels, second.pixels)
+
+
+def test_labels_beyond_the_names_are_counted(capsys):
+    labels, classes = parquet_files.number_labels([0, 2, 7, -1, None, 7], ['a', 'b', 'c'])
+    assert (labels.tolist(), classes) == ([0, 2, -1, -1, -1, -1], ['a', 'b', 'c'])
+    assert '2 images have a class that the 3 names' in capsys.readouterr().err

@@ -8,11 +8,12 @@ from PIL import Image
 
 import cli
 from config import INIT_FROM_DEFAULTS
-from conftest import draw_folder, own_paths
+from conftest import CODE, draw_folder, own_paths
 from dataloader.load_dataset import find_split_sources
 from engine import auto_preset
 from runtime.files import read_json
 from runtime.options import get_config
+from test_distributed import TORCHRUN, begin
 
 
 def choose(folder, **options):
@@ -91,16 +92,43 @@ def test_preset_photos_has_constant_number_of_steps(count, gigabytes, batch, epo
     about = types.SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: about)
     part = types.SimpleNamespace(labels=torch.zeros(count), classes=['a', 'b'])
-    options = auto_preset.choose_photo_options(get_config(preset='imagenet'), part, [(400, 300)], True)
+    args = get_config(preset='imagenet')
+    network = auto_preset.choose_network(args, count, device)
+    options = auto_preset.choose_photo_options(args, part, [(400, 300)], True, network)
     assert (options['batch_size'], options['max_epochs']) == (batch, epochs)
     assert options['image_size'] == (224 if gigabytes else 160)
     assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
 
 
-def test_preset_photos_of_a_million_images_uses_random_weights(monkeypatch):
-    part = types.SimpleNamespace(labels=torch.zeros(auto_preset.FROM_SCRATCH), classes=[])
-    options = auto_preset.choose_photo_options(get_config(preset='imagenet', device='cpu'), part, [(400, 300)], True)
-    assert options['init_from'] == ''
+@pytest.mark.parametrize(
+    ('count', 'given', 'epochs'),
+    [
+        (auto_preset.FROM_SCRATCH, {}, 100),
+        (50_000, {'init_from': 'none'}, 100),
+        (3000, {'init_from': 'none'}, 800),
+        (3000, {'backbone': 'small'}, 800),
+        (3000, {'backbone': 'resnet18', 'stem': 'cifar'}, 800),
+        (3000, {'backbone': 'timm/resnetblur18'}, 800),
+    ],
+)
+def test_preset_photos_from_random_weights_has_the_papers_rate(count, given, epochs):
+    """A million images, weights that were declined, or a network without any."""
+    part = types.SimpleNamespace(labels=torch.zeros(count), classes=[])
+    args = get_config(preset='imagenet', device='cpu', **given)
+    network = auto_preset.choose_network(args, count, torch.device('cpu'))
+    options = auto_preset.choose_photo_options(args, part, [(400, 300)], True, network)
+    assert (options['init_from'], options['learning_rate'], options['proj_layers']) == ('', 0.05, 3)
+    assert options['max_epochs'] == epochs
+
+
+def test_init_from_none_trains_from_random_weights(photographs, tmp_path, capsys):
+    short = ['--max_epochs=1', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--labels=1', '--num_workers=0']
+    argv = ['train', f'--image_path={photographs}', '--init_from=none', *short, '--amp=off', *own_paths(tmp_path)]
+    assert cli.main(argv) == 0
+    assert 'resnet18, random weights' in capsys.readouterr().out
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    args = read_json(run / 'run.json')['args']
+    assert (args['init_from'], args['freeze_bn'], args['learning_rate']) == ('', False, 0.05)
 
 
 def test_train_and_check_dataloader_log_chosen_options(photographs, tmp_path, capsys):
@@ -156,3 +184,16 @@ def test_train_without_network_access_warns_and_uses_random_weights(photographs,
     assert 'untrained' in said.out
     given = ['train', f'--image_path={photographs}', *short, '--init_from=imagenet', *own_paths(tmp_path)]
     assert cli.main(given) == 1  # asked for by name: nothing else is taken in their place
+
+
+def test_two_ranks_without_network_begin_with_random_weights(photographs, tmp_path):
+    """The first rank cannot download; the other one waited for it for ever."""
+    short = ['--max_epochs=1', '--image_size=32', '--proj_dim=32', '--pred_dim=8', '--labels=1', '--num_workers=0']
+    given = [f'--image_path={photographs}', '--batch_size=8', *short, '--amp=off', *own_paths(tmp_path)]
+    nowhere = dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'), 'http://127.0.0.1:9')
+    nowhere |= {'TORCH_HOME': str(tmp_path), 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+    done = begin(*TORCHRUN, CODE / 'cli.py', 'train', *given, **nowhere).done()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('training begins with random weights') == 1
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    assert read_json(run / 'run.json')['args']['init_from'] == ''

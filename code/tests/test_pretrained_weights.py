@@ -492,3 +492,43 @@ def test_key_outside_the_prefix_is_unused_though_the_network_has_its_name():
     matched, unused = match_keys(state, tensors)
     assert unused == [first.split('.')[0]]
     assert torch.equal(matched[first], state[first])
+
+
+@pytest.mark.parametrize('backbone', ['mnasnet0_5', 'densenet121', 'googlenet', 'inception_v3'])
+def test_torchvision_networks_with_rules_of_their_own_train_and_load(backbone, drawn, tmp_path, monkeypatch):
+    """MNASNet's version number, DenseNet's old names, the input of networks that come from TensorFlow."""
+    network = randomised(torchvision.models.get_model(backbone, num_classes=1000, **INIT.get(backbone, {})))
+    state = network.state_dict()
+    if backbone == 'densenet121':  # as torchvision publishes them
+        state = {re.sub(r'(denselayer\d+\.(?:norm|conv))([12]\.)', r'\1.\2', name): x for name, x in state.items()}
+        assert any('norm.1.weight' in name for name in state)
+    versions = torchvision.models.get_model_weights(backbone)
+    place = tmp_path / 'hub/checkpoints' / versions.DEFAULT.url.rsplit('/', 1)[1]
+    place.parent.mkdir(parents=True)
+    torch.save(state, place)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(type(versions.DEFAULT), 'get_state_dict', lambda *_, **__: torch.load(place, weights_only=True))
+    size = 96 if backbone == 'inception_v3' else 32
+    given = [f'--backbone={backbone}', f'--image_size={size}', '--batch_size=8', '--amp=off', '--num_workers=0']
+    given += [f'--image_path={drawn}', '--proj_dim=32', '--pred_dim=8', *own_paths(tmp_path), '--preset=imagenet']
+    if backbone == 'mnasnet0_5':
+        assert cli.main(['train', *given, '--init_from=imagenet', '--max_epochs=1', '--knn_every=1']) == 0
+        run = ['--ckpt_name=model_name_simsiam_ckpt_0', '--num_workers=0', *own_paths(tmp_path)]
+        assert cli.main(['evaluate', *run, '--protocol=knn']) == 0
+    args, model, _ = get_model_ckpt(get_config(ckpt_name='imagenet', backbone=backbone, image_size=size, device='cpu'))
+    x = torch.rand(2, 3, size, size)
+    if hasattr(network, 'transform_input'):
+        network.transform_input = True  # as torchvision sets it with these weights
+        assert args.mean == '0.5,0.5,0.5'
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    kept = []
+    last.register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+    imagenet = [torch.tensor(channel_values(name, 'imagenet')).view(1, 3, 1, 1) for name in ('mean', 'std')]
+    own = [torch.tensor(channel_values(name, getattr(args, name))).view(1, 3, 1, 1) for name in ('mean', 'std')]
+    with torch.no_grad():
+        network.eval()((x - imagenet[0]) / imagenet[1])
+        found = model.backbone.eval()((x - own[0]) / own[1])
+    torch.testing.assert_close(found, kept[0], rtol=1e-3, atol=1e-3)
+
+
+INIT = {name: {'init_weights': False, 'aux_logits': False} for name in ('googlenet', 'inception_v3')}

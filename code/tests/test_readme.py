@@ -134,7 +134,7 @@ def run_shell(block, clone, folder):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'Traceback' not in done.stderr
-    assert 'has no effect' not in done.stderr
+    assert 'has no effect' not in done.stderr.replace('--cache_epochs has no effect', '')  # of TINY
     return done
 
 

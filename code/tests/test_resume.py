@@ -411,3 +411,27 @@ def test_new_run_does_not_reuse_log_folder(tmp_path):
     (tmp_path / 'log/model_name_simsiam_ckpt_0').mkdir(parents=True)
     (tmp_path / 'log/model_name_simsiam_ckpt_2').mkdir()
     assert [new_run(args).name for _ in range(3)] == [f'model_name_simsiam_ckpt_{i}' for i in (1, 3, 4)]
+
+
+def test_resume_auto_takes_checkpoint_before_a_damaged_one(drawn, tmp_path, capsys):
+    """A power cut has left the newest empty, or cut short."""
+    given = ['train', *TINY, '--max_epochs=3', '--save_every_epochs=1', '--knn_every=0', f'--image_path={drawn}']
+    given += ['--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(given) == 0
+    folder = tmp_path / 'ckpt' / RUN
+    for number in (3, 2):
+        (path,) = folder.glob(f'loss_*_epoch_{number}')
+        content = path.read_bytes()
+        path.write_bytes(b'' if number == 3 else content[: len(content) // 2])
+    capsys.readouterr()
+    assert cli.main([*given, '--resume=auto']) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count('the one before it is resumed') == 2
+    assert 'after epoch 1' in printed.out
+    assert len(list((tmp_path / 'ckpt').glob('*/loss_*_epoch_3'))) == 2
+
+
+def test_start_share_without_start_warns(drawn, tmp_path, capsys):
+    given = ['train', *TINY, '--max_epochs=1', '--start_share=0.5', '--knn_every=0', f'--image_path={drawn}']
+    assert cli.main([*given, '--num_workers=0', *own_paths(tmp_path)]) == 0
+    assert '--start_share has no effect with random weights' in capsys.readouterr().err

@@ -154,3 +154,12 @@ def test_outliers_of_equal_images_are_typical():
     """Nor are those that lie at the mean of the others."""
     _, near = subset_selection.outliers(torch.ones(6, 4), 3)
     assert near.tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_semi_trains_on_the_list_that_select_writes(drawn, tmp_path):
+    given = ['--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', '--max_epochs=1', *given]) == 0
+    run = '--ckpt_name=model_name_simsiam_ckpt_0'
+    assert cli.main(['select', run, '--num_select=9', f'--output={tmp_path}/selected.csv', *given]) == 0
+    more = ['--protocol=semi', f'--subset_list={tmp_path}/selected.csv', '--finetune_epochs=1']
+    assert cli.main(['evaluate', run, *more, *given]) == 0

@@ -20,6 +20,7 @@ from scipy.io import savemat
 import cli
 from conftest import CODE, TINY, one_line, own_paths, run
 from dataloader.load_dataset import get_iterator, load_splits
+from dataloader.loading import decode
 from dataloader.sources import find, tar_index
 from runtime.errors import UserError, WorkError
 from runtime.options import get_config
@@ -666,3 +667,28 @@ def test_infer_reads_packed_archives(drawn, tmp_path):
         given = [f'--image_path={tmp_path / name}', f'--output={output}', *paths]
         assert cli.main(['infer', '--ckpt_name=model_name_simsiam_ckpt_0', *given]) == 0, name
         assert len(output.read_text().splitlines()) == count + 1, name
+
+
+@pytest.mark.parametrize('shards', [False, True])
+def test_tar_with_splits_below_exits_2_like_its_folder(shards, tmp_path, capsys):
+    """s1/train, s1/test, s2/train, s2/test: it trained on the test images."""
+    members = [
+        (f'{site}/{split}/{number}.png', png()) for site in 'ab' for split in ('train', 'test') for number in range(3)
+    ]
+    name = '00000.tar' if shards else 'all.tar'
+    (tmp_path / 'set').mkdir()
+    write(tmp_path / 'set' / name, members)
+    where = tmp_path / 'set' if shards else tmp_path / 'set' / name
+    assert cli.main(['train', *TINY, f'--image_path={where}', *own_paths(tmp_path)]) == 2
+    assert 'has no splits itself' in capsys.readouterr().err
+
+
+def test_tar_index_is_rebuilt_for_new_formats(tmp_path, monkeypatch):
+    """A package was installed that reads more endings."""
+    write(tmp_path / 'train.tar', [('a/1.png', png()), ('a/2.zzz', png()), ('b/1.png', png())])
+    before = len(tar_index.open_archives([tmp_path / 'train.tar'], tmp_path / 'cache', archives_bar)[0].names)
+    known = decode.image_extensions()
+    monkeypatch.setattr(decode, 'image_extensions', lambda: known | {b'.zzz'})
+    monkeypatch.setattr(tar_index, 'image_extensions', lambda: known | {b'.zzz'})
+    after = len(tar_index.open_archives([tmp_path / 'train.tar'], tmp_path / 'cache', archives_bar)[0].names)
+    assert (before, after) == (2, 3)

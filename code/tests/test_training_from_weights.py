@@ -1,7 +1,9 @@
 """Going on from pretrained weights: what is trained when, the start that is kept, the best that is named."""
 
 import json
+import math
 import shutil
+import types
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ import cli
 from ckpt import get_model_ckpt
 from config import INIT_FROM_DEFAULTS
 from conftest import CODE, own_paths
-from engine import set_up
+from engine import ablation_tables, set_up
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
 from protocols.monitor import Monitor
+from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, find_best_epoch
 from runtime.checkpoints.load_state import build_model
-from runtime.checkpoints.run_folder import FEW, GAIN, GAIN_ERROR, checkpoints, find_best_epoch
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
 from runtime.files import read_json, read_metrics
 from runtime.options import get_config
@@ -221,8 +224,8 @@ def test_keep_checkpoints_keeps_start_and_best(drawn, pretrained, tmp_path, monk
     shares = iter((0.5, 0.9, 0.6, 0.6, 0.6))
 
     def watch_labels(args, backbone, bank, val):
-        right = torch.zeros(len(val.dataset), dtype=torch.float64)
-        right[: round(next(shares) * len(right))] = 1.0
+        right = torch.zeros(1, len(val.dataset), dtype=torch.float64)
+        right[:, : round(next(shares) * len(val.dataset))] = 1.0
         return 50.0, right
 
     monkeypatch.setattr('protocols.monitor.measure_labels', watch_labels)
@@ -272,14 +275,28 @@ def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
         assert 0 <= cell['error'] < 50
         assert 'gain' not in cell
         assert f'{cell["top1"]:.1f} ± {cell["error"]:.1f}' in said
-    assert first['columns']['1 per class']['spread'] >= 0
+    assert [cell['draws'] for cell in first['columns'].values()] == [1, 1, 3, 3]
 
 
 def test_mean_and_error_equals_formula():
     """By hand: the mean of n values has the standard deviation / sqrt(n); a gain that all images share has none."""
-    values = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
-    assert compare.mean_and_error(values)[1] == pytest.approx(100 * 0.5 / 2)
-    assert compare.mean_and_error(values - (values - 0.25))[1] == pytest.approx(0)
+    values = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    assert few_labels.mean_and_error(values)[1] == pytest.approx(100 * 0.5 / 2)
+    assert few_labels.mean_and_error(values - (values - 0.25))[1] == pytest.approx(0)
+    assert math.isnan(few_labels.mean_and_error(values[:, :1])[1])
+
+
+@pytest.mark.parametrize(('of_images', 'of_draws'), [(0.4, 0.0), (0.4, 0.05), (0.1, 0.1), (0.0, 0.1)])
+def test_error_is_that_of_new_images_and_new_draws(of_images, of_draws):
+    """Accuracies that images and draws of labels shift at random: the mean of new ones varies by the error."""
+    generator, means, errors = torch.Generator().manual_seed(0), [], []
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    for _ in range(400):
+        right = 0.5 + of_images * normal(1, 300) + of_draws * normal(5, 1) + 0.1 * normal(5, 300)
+        mean, error = few_labels.mean_and_error(right)
+        means.append(mean)
+        errors.append(error**2)
+    assert torch.tensor(errors).mean().sqrt().item() == pytest.approx(torch.tensor(means).std().item(), rel=0.12)
 
 
 def test_draw_rows_is_balanced_and_differs(drawn):
@@ -334,7 +351,7 @@ def test_monitor_few_labels_equal_compare(drawn, tmp_path):
         args, backbone, splits['train'], splits['val'], [few_labels.WATCHED], few_labels.DRAWS
     )
     assert top1 == pytest.approx(100 * found['kNN 5']['right'].mean().item())
-    assert (right - found[f'{few_labels.WATCHED} per class']['right']).abs().max() <= 0.2 + 1e-9
+    assert (right - found[f'{few_labels.WATCHED} per class']['right']).mean(0).abs().max() <= 0.2 + 1e-9
     assert right.mean().item() == pytest.approx(
         found[f'{few_labels.WATCHED} per class']['right'].mean().item(), abs=0.02
     )
@@ -409,3 +426,78 @@ def test_run_cannot_be_resumed_with_other_pixels(run, drawn, pretrained, capsys)
         given = ['train', f'--resume={RUN}', '--max_epochs=4', option, *own_paths(run)]
         assert cli.main(given) == 2
         assert f'{option} contradicts the checkpoint' in capsys.readouterr().err
+
+
+def test_resumed_earlier_checkpoint_keeps_the_best_before_it(drawn, pretrained, tmp_path, monkeypatch):
+    """Epoch 1 is the best; a new run goes on from epoch 2 and has it."""
+    shares = iter((0.5, 0.9, 0.6, 0.6, 0.7))
+
+    def watch_labels(args, backbone, bank, val):
+        right = torch.zeros(1, len(val.dataset), dtype=torch.float64)
+        right[:, : round(next(shares) * len(val.dataset))] = 1.0
+        return 50.0, right
+
+    monkeypatch.setattr('protocols.monitor.measure_labels', watch_labels)
+    given = ['--max_epochs=3', '--save_every_epochs=1']
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    (second,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
+    resumed = ['train', f'--resume={RUN}/{second.name}', '--max_epochs=3', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(resumed) == 0
+    (new,) = (path for path in (tmp_path / 'ckpt').iterdir() if path.name != RUN)
+    assert [path.name.partition('_epoch_')[2] for path in checkpoints(new)] == ['0', '1', '2', '3']
+    assert find_best_epoch(new) == 1
+
+
+def test_label_free_names_no_epoch_of_a_run_from_weights(run, drawn, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / 'own')
+    given = [f'--ckpt_name={RUN}', '--protocol=label_free', '--num_workers=0', *own_paths(tmp_path / 'own')]
+    assert cli.main(['evaluate', *given]) == 0
+    said = capsys.readouterr().out
+    assert 'no epoch is named the best' in said
+    assert 'the best by rank' not in said
+    assert 'untrained' not in ' '.join(line for line in said.splitlines() if line.startswith('verdict'))
+
+
+def test_compare_rows_share_given_options(run, drawn, tmp_path, monkeypatch, capsys):
+    """--knn_temperature and --crop_ratio reached the checkpoint's row only."""
+    shutil.copytree(run, tmp_path / 'own')
+    seen = []
+    measure = compare.measure_backbone
+    monkeypatch.setattr(compare, 'measure_backbone', lambda args, *more: seen.append(args) or measure(args, *more))
+    given = [f'--ckpt_name={RUN}', '--beside=untrained,start', '--labels=1', '--num_workers=0']
+    given += ['--knn_temperature=0.5', '--crop_ratio=1.0', '--interpolation=bicubic', *own_paths(tmp_path / 'own')]
+    assert cli.main(['evaluate', *given]) == 0
+    assert len(seen) == 3
+    for name, value in {'knn_temperature': 0.5, 'crop_ratio': 1.0, 'interpolation': 'bicubic'}.items():
+        assert {getattr(args, name) for args in seen} == {value}
+
+
+def test_reduced_draws_are_logged(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(few_labels, 'MAX_ROWS', 8)
+    given = [f'--image_path={drawn}', '--beside=untrained', '--labels=1', '--draws=5', '--num_workers=0']
+    torch.save(build_model(get_config(backbone='resnet18')).backbone.state_dict(), tmp_path / 'x.pth')
+    given += [f'--ckpt_name={tmp_path}/x.pth', '--image_size=32', '--device=cpu', '--amp=off', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', *given]) == 0
+    assert '1 per class: 2 of 5 draws' in capsys.readouterr().out
+
+
+def test_val_that_selected_the_epoch_is_said(drawn, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('protocols.compare.find_best_epoch', lambda folder: 2)
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=2', '--heads_epochs=1') == 0
+    given = [f'--ckpt_name={RUN}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', *given]) == 0
+    assert 'images of val, which also selected the epoch' in capsys.readouterr().out
+
+
+def test_ablate_from_weights_finds_result_of_the_best_epoch(run, drawn, pretrained, tmp_path, monkeypatch):
+    """evaluate_after evaluates the best checkpoint, here the start; the last one was looked for."""
+    shutil.copytree(run, tmp_path / 'own')
+    given = [f'--ckpt_name={RUN}', '--probe_epochs=1', '--num_workers=0', *own_paths(tmp_path / 'own')]
+    assert cli.main(['evaluate', *given]) == 0
+    folder = tmp_path / 'own/ckpt' / RUN
+    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(folder), probe_epochs=1, device='cpu'))
+    monkeypatch.setattr(ablation_tables, 'resolve_resume', lambda args: types.SimpleNamespace(ckpt_name=RUN))
+    args.ckpt_path = str(tmp_path / 'own/ckpt')
+    found = ablation_tables.finished_result(args)
+    assert found is not None
+    assert found[1]['epoch'] == (find_best_epoch(folder) or 0)

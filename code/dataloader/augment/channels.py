@@ -14,7 +14,8 @@ SHIFT = 1.9  # ImageNet's mean in its standard deviations: a brightness factor o
 
 @dataclass(frozen=True)
 class IntensityJitter:
-    """x -> mean + factor * (x - mean) + shift * std, with the same factor and shift for all channels of an image.
+    """x -> mean + factor * (x - mean) + shift * std, clamped to [0, 1], with the same factor and shift for all channels
+    of an image.
 
     factor: in [1 - contrast, 1 + contrast]; shift: in [-1, 1] * SHIFT * brightness; mean, std: one number per channel;
     groups: 1, or the number of channels for a separate factor and shift each; prob: probability of the operation.
@@ -41,6 +42,6 @@ class IntensityJitter:
     def on_cpu(self, x, draws):
         mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         factors, shifts = draws[..., None, None].chunk(2, 1)
-        return mean + factors * (x - mean) + shifts * std
+        return (mean + factors * (x - mean) + shifts * std).clamp(0, 1)
 
     on_gpu = on_cpu

@@ -49,9 +49,7 @@ def decode_to_memory(store, where, policy, pixel_format, cache_path):
     if pixels is not None:
         return Memory(store.names, pixels, pixel_format.is_rgb8)
     images, errors = decode_all(store, f'reading {cache_title(where)}', pixel_format)
-    if errors:
-        more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
-        raise WorkError(f'{errors[0]}{more}')
+    raise_unreadable(errors)
     if images is None:
         if policy == 'on':
             raise UserError(
@@ -61,6 +59,13 @@ def decode_to_memory(store, where, policy, pixel_format, cache_path):
     pixels = torch.from_numpy(images)
     cache_file.save(path, {'mark': mark, 'content': pixels})
     return Memory(store.names, pixels, pixel_format.is_rgb8)
+
+
+def raise_unreadable(errors):
+    """Raise WorkError with the first of some WorkErrors and the number of the others."""
+    if errors:
+        more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
+        raise WorkError(f'{errors[0]}{more}; `on_unreadable=skip` leaves unreadable images out')
 
 
 def first_image_size(store):
@@ -85,15 +90,24 @@ def build_resized_cache(store, where, side, pixel_format, cache_path):
     whole = None if index is None else item * (index[-1, 0] + count * index[-1, 1:].prod())
     if index is not None and flat.is_file() and flat.stat().st_size == whole:
         return MemmapReader(store.names, flat, index, pixel_format)
-    sizes = []
+    sizes, errors = [], []
+
+    def resize(row):
+        try:
+            return resize_short_side(store, row, side, pixel_format)
+        except WorkError as error:
+            return error
 
     def write(aside):
         with open(aside, 'wb') as file, ThreadPoolExecutor(cpu_count()) as pool, silence_stderr():
             rows, title = range(len(store.names)), f'resizing {cache_title(where)}'
-            images = ordered_map(pool, lambda row: resize_short_side(store, row, side, pixel_format), rows)
-            for image in progress(images, title, 'images', len(rows)):
-                sizes.append(image.shape[:2] if pixel_format.is_rgb8 else image.shape[1:])
-                file.write(image.tobytes())
+            for image in progress(ordered_map(pool, resize, rows), title, 'images', len(rows)):
+                if isinstance(image, WorkError):
+                    errors.append(image)
+                elif not errors:  # all are read, so that all unreadable ones are counted
+                    sizes.append(image.shape[:2] if pixel_format.is_rgb8 else image.shape[1:])
+                    file.write(image.tobytes())
+        raise_unreadable(errors)
 
     if path.parent.is_dir():
         for other in os.scandir(path.parent):

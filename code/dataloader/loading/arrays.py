@@ -136,7 +136,6 @@ def open_dicom(file):
     """Open a DICOM file (BytesIO) with pydicom as an ArrayImage, with rescale slope and intercept applied and
     MONOCHROME1 inverted. Raises ValueError, and pydicom's exceptions."""
     import pydicom
-    from pydicom.pixels import convert_color_space
 
     try:
         dataset = pydicom.dcmread(file)
@@ -146,14 +145,10 @@ def open_dicom(file):
         raise ValueError('it holds no image')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about padding and similar; errors are raised
-        pixels = dataset.pixel_array
+        pixels = pydicom.pixels.pixel_array(dataset, index=0)  # the first frame; of YBR in red, green and blue
     photometric = str(dataset.get('PhotometricInterpretation', ''))
     frames = int(dataset.get('NumberOfFrames') or 1)
-    if frames > 1:
-        pixels = pixels[0]
     note = f'the first of {frames} frames' if frames > 1 else ''
-    if photometric.startswith('YBR_FULL'):
-        pixels = convert_color_space(pixels, photometric, 'RGB')
     if photometric == 'PALETTE COLOR':
         pixels = pydicom.pixels.apply_color_lut(pixels, dataset)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

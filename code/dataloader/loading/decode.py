@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import warnings
@@ -121,12 +122,20 @@ def open_by_format(source, name):
 def sniff_ending(source):
     """Return the ending for a file without one, from its first bytes; '' for formats that Pillow recognizes. source: a
     path or a BytesIO."""
-    head = arrays.read_bytes(source).read(132)
+    head = read_head(source, 132)
     if head.startswith(b'\x93NUMPY'):
         return '.npy'
     if head[128:] == b'DICM':
         return '.dcm'
     return '.tif' if head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+') else ''
+
+
+def read_head(source, count):
+    """Return the first bytes of a path or a BytesIO."""
+    if isinstance(source, io.BytesIO):
+        return source.getbuffer()[:count].tobytes()
+    with open(source, 'rb') as file:
+        return file.read(count)
 
 
 def describe_tiff_loss(image):
@@ -271,15 +280,10 @@ def draft_downscale(image, factor):
     return 1
 
 
-def decode(source, name=None, min_side=None, levels=None, upright=False):
-    """Decode a file as an RGB PIL image.
-
-    min_side: the smallest side needed; JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as the shorter side stays at
-    least twice as long. levels: see rgb. upright: apply EXIF orientation. Raises WorkError if it cannot be decoded.
-    """
-    with open_image(source, name or source) as image:
-        if min_side:
-            draft_downscale(image, min(image.size) / min_side)
+def decode(source, levels=None, upright=False):
+    """Decode a file as an RGB PIL image. levels: see rgb. upright: apply EXIF orientation. Raises WorkError if it
+    cannot be decoded."""
+    with open_image(source, source) as image:
         turn = exif_transpose_method(image) if upright else None
         image = rgb(image, levels)
         return image if turn is None else image.transpose(turn)

@@ -3,6 +3,7 @@ and about images that use a small part of their range, such as 12-bit scans in 1
 
 from collections import Counter
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from runtime.console import join_first, print_message, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
-from runtime.options import UNRESOLVED, channel_numbers, channel_values, pixel_levels, replace_args
+from runtime.options import UNRESOLVED, channel_numbers, check_mean_std, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
 NUM_SAMPLES = 64  # images to determine the type from and to measure on, evenly spaced
 MIN_RANGE_SHARE = 0.25  # warn if images use less of their range
 QUANTILE = 0.999  # of the values, to ignore a few hot pixels
 MAX_VALUES = 10_000  # values per image
+KINDS = WeakKeyDictionary()  # {reader: {npy_axes: the ImageKinds of its images}}
 
 
 def find_pixel_format(args, store):
@@ -33,11 +35,14 @@ def find_pixel_format(args, store):
     return format_from_options(args, find_dtype(sample_kinds(store, args.npy_axes)))
 
 
-def sample_kinds(store, npy_axes, count=NUM_SAMPLES):
-    """Return the ImageKind of up to `count` evenly spaced images; unreadable ones are skipped."""
-    kinds = []
+def sample_kinds(store, npy_axes):
+    """Return the ImageKind of up to NUM_SAMPLES evenly spaced images; unreadable ones are skipped. They are opened once
+    per reader: arrays are decoded for it."""
+    if npy_axes in (known := KINDS.setdefault(store, {})):
+        return known[npy_axes]
+    kinds = known[npy_axes] = []
     with silence_stderr():
-        for row in evenly_spaced(len(store.names), count).tolist():
+        for row in evenly_spaced(len(store.names), NUM_SAMPLES).tolist():
             try:
                 with store.open(row) as image:
                     kinds.append(image_kind(image, npy_axes))
@@ -49,7 +54,7 @@ def sample_kinds(store, npy_axes, count=NUM_SAMPLES):
 def resolve_pixels(args, store):
     """Resolve `channels=auto` and `white_level=auto` on the images of train, and log conversions. store: a reader.
     Returns args."""
-    kinds = [] if isinstance(store, Memory) else sample_kinds(store, args.npy_axes, NUM_SAMPLES)
+    kinds = [] if isinstance(store, Memory) else sample_kinds(store, args.npy_axes)
     if args.channels == 'auto':
         args = replace_args(args, channels=find_channels(kinds))
     check_channels(args.channels, kinds)
@@ -87,7 +92,7 @@ def report_pixels(args, store):
     8-bit RGB needs neither."""
     if isinstance(store, Memory) or (pixel_format := find_pixel_format(args, store)).is_rgb8:
         return
-    kinds = sample_kinds(store, args.npy_axes, 1)
+    kinds = sample_kinds(store, args.npy_axes)
     if kinds and kinds[0].channels > args.num_channels:
         log_channels(args, kinds[0])
     warn_pixel_range(args, store, pixel_format)
@@ -134,6 +139,7 @@ def resolve_mean_std(args, store):
     """Resolve `mean` and `std` to numbers or `imagenet`. store: the reader of train. Returns args. Raises UserError for
     `weights` if no weights state theirs."""
     resolved, words = {}, {'mean': args.mean, 'std': args.std}
+    check_mean_std(args)
     if not {*UNRESOLVED} & {*words.values()} and args.num_channels == 3:
         return args
     pixel_format = find_pixel_format(args, store)
@@ -148,13 +154,9 @@ def resolve_mean_std(args, store):
         resolved = {name: measured[name] if word == 'dataset' else word for name, word in resolved.items()}
         if measured['images']:
             log(f'{" ".join(texts)}, measured on {measured["images"]} images of train')
-    for name, word in resolved.items():
-        if len(channel_values(name, word)) not in (1, args.num_channels):
-            raise UserError(
-                f'`{name}={word}` is not one number for all of {args.num_channels} channels nor one for each; '
-                f'`{name}=dataset` measures them'
-            )
-    return replace_args(args, **resolved)
+    args = replace_args(args, **resolved)
+    check_mean_std(args)
+    return args
 
 
 def measure_mean_std(store, pixel_format):

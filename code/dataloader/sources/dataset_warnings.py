@@ -23,9 +23,8 @@ def log_dataset_notes(root, sources):
     """Log notes on the splits, {split: SplitSource}, of the dataset at `root`."""
     if (unread := unread_entries(root, sources)) and not rank():
         names = ', '.join(printable(name) for name in unread[:5]) + (' ...' if len(unread) > 5 else '')
-        print_message(
-            'warning', f'not read: {names}, beside {printable(sources["train"].location.name)} in {printable(root)}'
-        )
+        train = sources['train'].location
+        print_message('warning', f'not read: {names}, beside {printable(train.name)} in {printable(train.parent)}')
     for name, source in sources.items():
         if not source.cache_subdir:
             log_split_notes(name, source)
@@ -62,12 +61,13 @@ def warn_ignored_data_options(args, sources, train):
 
 
 def unread_entries(root, sources):
-    """Return names in `root` that are not read but may be meant to be: folders and images beside the folders of splits,
-    and archives or lists named like a split."""
+    """Return names in `root`, or in the folder below it that holds the splits, that are not read but may be meant to
+    be: folders and images beside the folders of splits, and archives or lists named like a split."""
     locations = {source.location for source in sources.values()}
-    if not root.is_dir() or not all(location.parent == root for location in locations):
+    parents = {location.parent for location in locations}
+    if not root.is_dir() or root in locations or len(parents) != 1 or not next(iter(parents)).is_relative_to(root):
         return []
-    entries = set()
+    root, entries = parents.pop(), set()
     if all(location.is_dir() for location in locations):
         files, folders = list_folder(root)
         entries = {*map(os.fsdecode, files), *map(os.fsdecode, folders)}

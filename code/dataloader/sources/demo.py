@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from runtime.errors import UserError
+
 SIDE, OVERSAMPLE = 48, 3  # pixels of an image; points per pixel and axis, which are averaged
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
 VERSION = '1'  # a folder of another version is drawn again
@@ -97,12 +99,14 @@ def draw_pattern(kind, generator):
 
 def write_demo_dataset(folder, progress):
     """Draw the dataset into `folder`/{train,val}/<kind>/<number>.png, unless it exists. It is renamed into place when
-    it is complete. progress: wraps an iterable in a progress bar.
+    it is complete. progress: wraps an iterable in a progress bar. Raises UserError if the folder holds other files.
     """
     folder = Path(folder)
     marker = folder / 'made_by_demo.txt'
-    if marker.is_file() and marker.read_text() == VERSION:
+    if is_complete(marker):
         return
+    if folder.is_dir() and not marker.is_file() and any(folder.iterdir()):
+        raise UserError(f'{folder} is for the demo dataset and holds other files: move them, or name their folder')
     aside = folder.with_name(f'{folder.name}.{os.getpid()}.part')
     jobs = [
         (split, kind, number)
@@ -116,10 +120,16 @@ def write_demo_dataset(folder, progress):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw_pattern(kind, generator).numpy()).save(path)
     (aside / marker.name).write_text(VERSION)
-    shutil.rmtree(folder, ignore_errors=True)
+    if not is_complete(marker):  # of an earlier version, or empty
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         aside.rename(folder)
     except OSError:  # another process has drawn it in the meantime
         if not marker.is_file():
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_complete(marker):
+    """Whether the dataset of this version is there. marker: its file with the version."""
+    return marker.is_file() and marker.read_text() == VERSION

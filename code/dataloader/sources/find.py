@@ -21,7 +21,7 @@ from dataloader.sources import imagenet, parquet_files
 from dataloader.sources.folder import list_folder, scan_images
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.path_list import read_path_list
-from dataloader.sources.split_names import SPLIT_ALIASES, require_train, split_from_folder_name
+from dataloader.sources.split_names import SPLIT_ALIASES, check_no_splits_below, require_train, split_from_folder_name
 from dataloader.sources.split_source import (
     SplitSource,
     source_from_class_folders,
@@ -40,11 +40,6 @@ from runtime.console import printable
 from runtime.errors import UserError
 from runtime.messages import log
 
-# Matches a folder called like a split in the concatenated names of images.
-BELOW = re.compile(
-    rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLIT_ALIASES) + rb')(?:[-_ ]?20\d\d)?)/', re.I
-)
-
 
 def find_splits(root, cache_path, progress):
     """Find the splits of `image_path`: {'train': SplitSource, ...}, with val and test if they exist.
@@ -54,6 +49,7 @@ def find_splits(root, cache_path, progress):
     if archives := expand_braces(root):
         return {'train': source_from_shards(archives, cache_path, progress)}
     if shards := parquet_files.find_shards(root):
+        require_train(root, {name: paths[0].name for name, paths in shards.items()})
         return {name: parquet_files.source_from_parquet(paths) for name, paths in shards.items()}
     if root.is_file():
         return (
@@ -81,6 +77,9 @@ def find_splits(root, cache_path, progress):
             return find_splits(inner, cache_path, progress)
         if archives := list_numbered_archives(root):
             return {'train': source_from_shards(archives, cache_path, progress)}
+        if (inner := skip_outer_folders(root)) != root:
+            log(f'the images of {printable(root)} are in {printable(inner.relative_to(root))}')
+            return find_splits(inner, cache_path, progress)
         scanned = scan_with_progress(root, progress)
         check_no_splits_below(root, scanned.names)
         return {'train': source_guess_classes(root, scanned, Files(root, scanned.names))}
@@ -113,25 +112,6 @@ def source_from_kaggle(root, folder, table, cache_path, progress):
     return sources
 
 
-def check_no_splits_below(root, names):
-    """Raise UserError if images that would become one split lie in folders called train and val or test: the network
-    would be trained on its evaluation images."""
-    matches = {}
-    for match in BELOW.finditer(names.data):
-        matches.setdefault(split_from_folder_name(os.fsdecode(match[1])), match)
-        if 'train' in matches and len(matches) > 1:
-            break
-    if 'train' in matches and len(matches) > 1:
-        first = next(name for name in names if f'/{os.fsdecode(matches["train"][1])}/' in f'/{name}')
-        above = first[: f'/{first}'.index(f'/{os.fsdecode(matches["train"][1])}/')].rstrip('/')
-        kinds = ' and '.join(printable(match[1]) for match in matches.values())
-        raise UserError(
-            f'{printable(root)} has no splits itself, and folders called {kinds} lie below it: is '
-            f'{printable(root / above)} meant? Name that as `image_path`; to train on all of it as one dataset, '
-            'rename them'
-        )
-
-
 def find_nested_root(root):
     """Return the folder with splits if `root` contains nothing else, up to five levels down; else None."""
     folder = root
@@ -143,6 +123,19 @@ def find_nested_root(root):
         if has_splits_here(folder):
             return folder
     return None
+
+
+def skip_outer_folders(root):
+    """Return the folder below `root`, up to five levels, that holds all there is: each above has one folder and nothing
+    else. A folder that holds images itself is a class, and not entered."""
+    folder = root
+    for _ in range(5):
+        files, folders = list_folder(folder)
+        inner = folder / os.fsdecode(folders[0]) if len(folders) == 1 else None
+        if files or not inner or inner.is_symlink() or list_folder(inner)[0]:  # a link may lead back
+            break
+        folder = inner
+    return folder
 
 
 def check_train_is_not_a_class(root, places):
@@ -167,7 +160,11 @@ def has_splits_here(folder):
 def load_single_source(path, cache_path, progress):
     """Return a SplitSource of all images of a folder, an archive, a list or one file, without labels (a list may have
     some). Raises UserError if there are none."""
+    if archives := expand_braces(path):
+        return source_from_shards(archives, cache_path, progress)
     if path.is_dir():
+        if archives := list_numbered_archives(path):
+            return source_from_shards(archives, cache_path, progress)
         if shards := parquet_files.find_shards(path):
             return parquet_files.source_from_parquet(
                 next(shards[name] for name in ('test', 'val', 'train') if name in shards)

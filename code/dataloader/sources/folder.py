@@ -90,7 +90,7 @@ def list_folder(folder):
 
 
 def scan_folder(path, prefix, result):
-    """(image files, folders) right in `path`, names as bytes; the rest is counted in `found`."""
+    """(image files, folders) right in `path`, names as bytes; the rest is counted in `result`."""
     files, folders = [], []
     try:
         with os.scandir(path) as entries:

@@ -11,7 +11,7 @@ import torch
 from dataloader.loading.decode import is_image
 from dataloader.readers.parquet import Parquet
 from dataloader.sources.path_array import PathArray
-from dataloader.sources.split_names import SPLIT_ALIASES, require_train
+from dataloader.sources.split_names import SPLIT_ALIASES
 from dataloader.sources.split_source import SplitSource
 from runtime.console import join_first, print_message, printable
 from runtime.distributed import rank
@@ -38,7 +38,6 @@ def find_shards(root):
         for paths in shards.values():
             warn_missing_shards(paths)
         if shards:
-            require_train(root, {name: paths[0].name for name, paths in shards.items()})
             return shards
     return {}
 
@@ -153,6 +152,13 @@ def number_labels(labels, classes):
         return torch.full((len(labels),), -1), []
     if classes:
         numbers = [-1 if label is None or not 0 <= label < len(classes) else label for label in labels]
+        beyond = [label for label in labels if label is not None and not -1 <= label < len(classes)]
+        if beyond and not rank():
+            print_message(
+                'warning',
+                f'{len(beyond)} images have a class that the {len(classes)} names of the Parquet schema do not cover, '
+                f'such as {beyond[0]}: they count as without a class',
+            )
         return torch.tensor(numbers, dtype=torch.int64), [str(name) for name in classes]
     known = sorted(
         {label for label in labels if label is not None and label != -1}, key=lambda label: (str(type(label)), label)

@@ -1,5 +1,6 @@
 """Names of splits."""
 
+import os
 import re
 
 from runtime.console import printable
@@ -17,6 +18,12 @@ SPLIT_ALIASES = {
 YEAR_SUFFIX = re.compile(r'[-_ ]?20\d\d$')  # COCO's train2017
 
 
+# Matches a folder called like a split in the concatenated names of images.
+BELOW = re.compile(
+    rb'(?<![^/])((?:' + b'|'.join(name.encode() for name in SPLIT_ALIASES) + rb')(?:[-_ ]?20\d\d)?)/', re.I
+)
+
+
 def split_from_folder_name(name):
     """Return the split for a folder with this name, or None."""
     return SPLIT_ALIASES.get(YEAR_SUFFIX.sub('', name.lower()))
@@ -27,3 +34,22 @@ def require_train(root, names):
     if 'train' not in names:
         present = ', '.join(sorted(map(printable, names.values())))
         raise UserError(f'{printable(root)} has {present} but no train: which images are for training?')
+
+
+def check_no_splits_below(root, names):
+    """Raise UserError if images that would become one split lie in folders called train and val or test: the network
+    would be trained on its evaluation images."""
+    matches = {}
+    for match in BELOW.finditer(names.data):
+        matches.setdefault(split_from_folder_name(os.fsdecode(match[1])), match)
+        if 'train' in matches and len(matches) > 1:
+            break
+    if 'train' in matches and len(matches) > 1:
+        first = next(name for name in names if f'/{os.fsdecode(matches["train"][1])}/' in f'/{name}')
+        above = first[: f'/{first}'.index(f'/{os.fsdecode(matches["train"][1])}/')].rstrip('/')
+        kinds = ' and '.join(printable(match[1]) for match in matches.values())
+        raise UserError(
+            f'{printable(root)} has no splits itself, and folders called {kinds} lie below it: is '
+            f'{printable(root / above)} meant? Name that as `image_path`; to train on all of it as one dataset, '
+            'rename them'
+        )

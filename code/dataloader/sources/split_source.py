@@ -15,6 +15,7 @@ from runtime.messages import log
 COMPRESSED_SUFFIXES = ('.zip', '.rar', '.7z', '.gz', '.bz2', '.xz', '.zst')
 EMPTY_FOLDER_HINTS = {  # hints by the endings of files in a folder without images
     ('.tar',): '; archives are recognized by their names: train.tar, or train-000000.tar and so on',
+    ('.parquet',): '; Parquet files are recognized by their names: train-00000-of-00005.parquet, or train/0000.parquet',
     COMPRESSED_SUFFIXES: '; unpack compressed files first',
 }
 

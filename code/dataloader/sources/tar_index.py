@@ -1,6 +1,7 @@
 """The index of tar archives: the name, offset and size of each image. It is built once and cached."""
 
 import codecs
+import hashlib
 import os
 import tarfile
 from collections import Counter
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from dataloader.cache import cache_file
-from dataloader.loading.decode import is_image
+from dataloader.loading.decode import image_extensions, is_image
 from dataloader.readers.tar import Tar
 from dataloader.sources.folder import SYSTEM_NAMES, FolderScan, file_extension
 from dataloader.sources.path_array import PathArray
@@ -40,7 +41,8 @@ def open_archives(paths, cache_path, progress):
     for path in paths:
         if str(path).lower().endswith(COMPRESSED):
             raise UserError(f'{printable(path)} is compressed, without random access: make a .tar of it (gunzip)')
-    state = f'{INDEX_VERSION} {stat_fingerprint(paths)}'
+    readable = hashlib.blake2b(b' '.join(sorted(image_extensions())), digest_size=4).hexdigest()  # more by packages
+    state = f'{INDEX_VERSION} {readable} {stat_fingerprint(paths)}'
     index_path = cache_file.cache_file(cache_path, paths[0].parent, paths[0].stem, 'index')
     index = cache_file.load(index_path, state)
     if index is None:

@@ -4,9 +4,14 @@ import os
 import re
 from collections import Counter
 
-from dataloader.sources.folder import FolderScan
+from dataloader.sources.folder import FolderScan, list_folder
 from dataloader.sources.path_array import PathArray
-from dataloader.sources.split_names import SPLIT_ALIASES, require_train, split_from_folder_name
+from dataloader.sources.split_names import (
+    SPLIT_ALIASES,
+    check_no_splits_below,
+    require_train,
+    split_from_folder_name,
+)
 from dataloader.sources.split_source import SplitSource, source_from_class_folders, source_guess_classes
 from dataloader.sources.tar_index import open_archives
 from runtime.console import printable
@@ -24,6 +29,7 @@ def source_from_shards(paths, cache_path, progress):
     scanned, store, by_cls = open_archives(paths, cache_path, progress)
     labels, classes = by_cls or (None, [])
     location = join_shard_names(paths)
+    check_no_splits_below(location, scanned.names)
     match = ARCHIVE.fullmatch(paths[0].name.lower())
     named_split, whole = SPLIT_ALIASES.get(match[1]) if match else None, (scanned, store, labels)
     while len(scanned.folders) == 1 and not scanned.num_root_images:  # tar cf train.tar photos/train
@@ -35,8 +41,18 @@ def source_from_shards(paths, cache_path, progress):
 
 
 def list_numbered_archives(folder):
-    """Return the numbered archives directly in a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if NUMBERED.fullmatch(path.name.lower()) and path.is_file())
+    """Return the numbered archives directly in a folder, sorted. Raises UserError if images or folders of images lie
+    beside them."""
+    archives = sorted(path for path in folder.iterdir() if NUMBERED.fullmatch(path.name.lower()) and path.is_file())
+    if archives:
+        images, folders = list_folder(folder)
+        others = [*images, *(name for name in folders if list_folder(folder / os.fsdecode(name))[0])]
+        if others:
+            raise UserError(
+                f'{printable(folder)} holds archives, such as {printable(archives[0].name)}, and beside them images, '
+                f'such as {printable(others[0])}: move the archives or the images to a folder of their own'
+            )
+    return archives
 
 
 def expand_braces(path):
@@ -83,6 +99,7 @@ def splits_in_archive(path, cache_path, progress):
         if len(scanned.folders) != 1 or scanned.num_root_images:
             break
         scanned, store, labels = subfolder(scanned, store, 0, labels)
+    check_no_splits_below(path, scanned.names)
     if by_cls:
         return {'train': source_from_scan(path, scanned, store, labels, classes)}
     return {'train': source_guess_classes(path, scanned, store)}

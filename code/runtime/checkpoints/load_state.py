@@ -3,7 +3,7 @@
 import torch
 
 from model.simsiam import SimSiam
-from model.weights import adapt_channels
+from model.weights import adapt_channels, copy_weights
 from runtime.console import join_first
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
@@ -50,7 +50,7 @@ def load_state_strictly(model, state, path):
         )
     if problems:
         raise UserError(f'{path} has weights that do not match its options; {"; ".join(problems)}')
-    model.load_state_dict({**model.state_dict(), **state})
+    copy_weights(model, {**model.state_dict(), **state})
 
 
 def non_finite_names(state):

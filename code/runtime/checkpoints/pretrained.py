@@ -16,12 +16,12 @@ from model.foreign_checkpoints import (
 )
 from model.weights import (
     convert_with_timm,
+    convert_with_torchvision,
     fetch_timm,
     fetch_torchvision,
     find_preprocessing,
     match_keys,
     preprocessing_from_timm_folder,
-    resize_vit_positions,
 )
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.read_file import load_file
@@ -61,14 +61,28 @@ def load_off_the_shelf(args, name):
     try:
         args = apply_preprocessing(args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone))
         model = build_model(args)
-        with local_main_first():
-            if name == 'imagenet':
-                weights = fetch_torchvision(args.backbone, args.image_size, not args.quiet)
-            else:
-                weights = fetch_timm(timm_name or args.backbone.removeprefix('timm/'), args.image_size)
+        weights = fetch_weights(args, name, timm_name)
+        state, unused_keys = match_keys(model.backbone.state_dict(), weights.state)
     except ValueError as error:
         raise UserError(f'{name}: {error}') from None
-    except UserError:
+    state = adapt_state_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
+    load_state_strictly(model, state, Path(weights.source))
+    model.has_heads = False
+    log(f'weights {weights.source}{describe_unused(unused_keys)}; {describe_preprocessing(args)}')
+    label = sanitize_name(weights.source)
+    run = resolve_path(args.ckpt_path) / label
+    return args, model, make_foreign_checkpoint(name.split('/')[0], run / label, run)
+
+
+@local_main_first()
+def fetch_weights(args, name, timm_name):
+    """Download the weights `name`, on the first rank of each machine first. Raises ValueError if there are none for
+    this network, WorkError if they cannot be downloaded."""
+    try:
+        if name == 'imagenet':
+            return fetch_torchvision(args.backbone, args.image_size, not args.quiet)
+        return fetch_timm(timm_name or args.backbone.removeprefix('timm/'), args.image_size)
+    except (ValueError, UserError):
         raise
     except Exception as error:  # network errors of the libraries and their download backends
         # Of torch.load, not of the network.
@@ -83,14 +97,11 @@ def load_off_the_shelf(args, name):
             f'the weights {name} of {args.backbone} could not be downloaded: {first_line(error)}; download them '
             f'elsewhere and name the file: --{option}=FILE --backbone={args.backbone}'
         ) from None
-    state, _ = match_keys(model.backbone.state_dict(), weights.state)
-    state = adapt_state_to_channels(model, {f'backbone.{key}': value for key, value in state.items()})
-    load_state_strictly(model, state, Path(weights.source))
-    model.has_heads = False
-    log(f'weights {weights.source}; {describe_preprocessing(args)}')
-    label = sanitize_name(weights.source)
-    run = resolve_path(args.ckpt_path) / label
-    return args, model, make_foreign_checkpoint(name.split('/')[0], run / label, run)
+
+
+def describe_unused(keys):
+    """Describe the unused keys of a file for a message; '' if there are none."""
+    return f'; not used: {join_first(keys, MAX_LISTED_KEYS)}' if keys else ''
 
 
 def make_foreign_checkpoint(source, path, run):
@@ -156,8 +167,7 @@ def load_foreign(args, path, content):
     model = build_model(merged)
     has_heads = model.has_heads = any(not name.startswith('backbone.') for name in state)
     load_state_strictly(model, adapt_state_to_channels(model, {**bn_batch_counters(model, has_heads), **state}), path)
-    unused_keys = [*list_other_networks(content), *unused_keys]
-    unused = f'; not used: {", ".join(unused_keys)}' if unused_keys else ''
+    unused = describe_unused([*list_other_networks(content), *unused_keys])
     log(
         f'{path.name}: {merged.backbone}, layout {source}, {"with" if has_heads else "without"} projector and predictor'
         f'{unused}; {merged.image_size} px, the settings of --preset={merged.preset}'
@@ -189,7 +199,7 @@ def load_network(args, path, content):
     args = apply_preprocessing(args, find_preprocessing(args.backbone))
     model = build_model(args)
     try:
-        tensors = resize_vit_positions(args.backbone, args.image_size, tensors)
+        tensors = convert_with_torchvision(args.backbone, args.image_size, tensors)
         state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
     except ValueError as error:
         if not args.backbone.startswith('timm/') or not tensors:
@@ -201,8 +211,7 @@ def load_network(args, path, content):
     state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
     load_state_strictly(model, state, path)
     model.has_heads = False
-    unused_keys = [*others, *unused_keys]
-    unused = f'; not used: {join_first(unused_keys, MAX_LISTED_KEYS)}' if unused_keys else ''
+    unused = describe_unused([*others, *unused_keys])
     log(f'{path.name}: {args.backbone}, without projector and predictor{unused}; {describe_preprocessing(args)}')
     run = resolve_path(args.ckpt_path) / f'{sanitize_name(args.backbone)}_{path.name}_{content_hash(path)}'
     return args, model, make_foreign_checkpoint('network', path, run)

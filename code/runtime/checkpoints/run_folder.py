@@ -1,23 +1,16 @@
-"""The checkpoints in a run folder: names, order, which the run wrote, the best epoch."""
+"""The checkpoints in a run folder: names, order, which the run wrote."""
 
 import contextlib
 import json
 import re
 
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.best_epoch import FEW, find_best_epoch
 from runtime.console import print_message
 from runtime.errors import UserError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log
 
-WATCHED = 10  # labels per class, for the few-label accuracy in training
-FEW, GAIN, GAIN_ERROR = (
-    'pretraining/few_labels_top1',
-    'pretraining/few_labels_gain',
-    'pretraining/few_labels_gain_error',
-)
-# File in a run folder: which images of val the initial weights classify correctly (protocols/monitor.py).
-START_ACCURACY_FILE = 'few_labels_of_start.json'
 CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 WRITTEN = 'checkpoints.json'  # file in a run folder: names of the checkpoints that the run wrote, in order
 
@@ -106,24 +99,3 @@ def find_checkpoint(args, training=False):
     option = 'beside' if args.ckpt_name in args.beside.split(',') else option
     hint = f'the newest there is --{option}={names[-1]}' if names else 'there is none yet: run python3 cli.py train'
     raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
-
-
-def find_best_epoch(folder):
-    """Return the best epoch of a run from pretrained weights, 0 for the initial weights; None for other runs, or if it
-    was not measured (metrics.jsonl).
-
-    With labels: the epoch with the highest few-label accuracy, if its gain over the start (paired by image) is more
-    than its standard error, else 0. Without labels 0, because no label-free measure was found to select correctly.
-    """
-    if not read_json(folder / 'run.json').get('args', {}).get('init_from'):
-        return None
-    return find_best_epoch_in_metrics(read_metrics(folder / 'metrics.jsonl'))
-
-
-def find_best_epoch_in_metrics(lines):
-    """find_best_epoch from the lines of a metrics.jsonl."""
-    measured = {line['epoch']: line for line in lines if FEW in line}
-    if 0 in measured:
-        better = [epoch for epoch, line in measured.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
-        return max(better, key=lambda epoch: measured[epoch][FEW], default=0)
-    return 0 if any('pretraining/rank' in line for line in lines) else None
