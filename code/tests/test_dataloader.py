@@ -153,7 +153,7 @@ def test_decoded_cache_is_used_until_file_changes(drawn, tmp_path, monkeypatch):
             assert torch.equal(again[name].pixels, first[name].pixels)
     Image.new('RGB', (48, 48), 'red').save(folder / 'train/dots/000.png')
     changed = load_splits(options(folder))['train']
-    row = changed.names.index('dots/000.png')
+    row = [*changed.names].index('dots/000.png')
     assert changed.pixels[row, :, 0, 0].tolist() == [255, 0, 0]
     for file in (tmp_path / 'cache').iterdir():
         file.write_bytes(file.read_bytes()[:1000])

@@ -2,32 +2,34 @@
 
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from dataloader.loading.decode import open_image, stored_and_upright_size
 from runtime.console import printable
+from runtime.environment import cpu_count
 from runtime.errors import WorkError
+from runtime.messages import progress
 
 MAX_COORDINATE = 1e6  # pixels; larger coordinates are invalid
 
 
-def check_image_sizes(path, table, folder, progress=iter):
+def check_image_sizes(path, table, folder):
     """Check the image sizes in a table against the files. Returns the table with the sizes of the files: upright, or as
     stored (marked `stored`) if the annotations are in that frame. Sizes that are 0 or missing are filled in. Raises
     WorkError if sizes differ, with the number of such images."""
     images, wrong = [], []
-    for image in progress(table['images']):
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        found = pool.map(lambda image: read_sizes(folder, image['file_name']), table['images'])
+        sizes = [*progress(found, f'sizes of the images of {printable(folder.name)}', 'images', len(table['images']))]
+    for image, (stored, upright) in zip(table['images'], sizes, strict=True):
         table_size = image.get('width') or 0, image.get('height') or 0
-        try:
-            with open_image(folder / image['file_name'], image['file_name']) as file:
-                stored, upright = stored_and_upright_size(file)
-        except WorkError:  # reported when the image is read
+        if not stored:
             images.append(
                 {**image, 'width': table_size[0] or MAX_COORDINATE, 'height': table_size[1] or MAX_COORDINATE}
             )
-            continue
-        if table_size in ((0, 0), upright):
+        elif table_size in ((0, 0), upright):
             images.append({**image, 'width': upright[0], 'height': upright[1]})
         elif table_size == stored:
             images.append({**image, 'stored': True})
@@ -41,6 +43,16 @@ def check_image_sizes(path, table, folder, progress=iter):
             'the file; boxes would be misplaced: use the files that were annotated'
         )
     return {**table, 'images': images}
+
+
+def read_sizes(folder, name):
+    """Return (stored, upright): the (width, height) of an image file; (None, None) if it is unreadable, which is
+    reported when the image is read."""
+    try:
+        with open_image(folder / name, name) as file:
+            return stored_and_upright_size(file)
+    except WorkError:
+        return None, None
 
 
 def validate(path, table, folder, masks):

@@ -47,10 +47,6 @@ class PathArray:
         hashed.update(more)
         return hashed.hexdigest()
 
-    def index(self, name):
-        """Return the index of `name`. Raises ValueError."""
-        return list(self).index(name)
-
     def select(self, rows):
         """Return the names with these row numbers, in this order."""
         return PathArray(self.bytes_at(int(row)) for row in rows)
