@@ -194,6 +194,8 @@ class ModelOptions:
     heads_epochs: int = option(0, between=(-1, 1000))
     """first epochs, in which only projector and predictor are trained; -1: the epochs of 80 steps; --init_from sets it,
     like --freeze_bn"""
+    trained_share: float = option(1.0, between=(0.001, 1.0))
+    """share of the backbone's weights that are trained, from the last layer on; the first layers stay as they are"""
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
     """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)

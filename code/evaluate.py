@@ -24,9 +24,9 @@ def evaluate(args):
     """Evaluate the backbone of --ckpt_name by --protocol, and write the result beside the checkpoint. Returns the
     result.
 
-    With --protocol=label_free and a run as --ckpt_name, all of its checkpoints are evaluated, and the best result is
-    returned. Raises UserError without --ckpt_name, after listing the checkpoints, or if the protocol lacks something,
-    such as labels.
+    With --protocol=label_free and a run as --ckpt_name, all of its checkpoints are evaluated: see select_checkpoint.
+    Raises UserError without --ckpt_name, after listing the checkpoints, or if the protocol lacks something, such as
+    labels.
     """
     if not args.ckpt_name:
         if not (names := list_checkpoints(args)):
@@ -68,7 +68,8 @@ def run_checkpoints(args, name):
 
 
 def select_checkpoint(args, paths):
-    """Evaluate all checkpoints of a run by --protocol=label_free, and log the best. Returns its result."""
+    """Evaluate all checkpoints of a run by --protocol=label_free, and log the best. Returns its result; of a run from
+    pretrained weights, where none can be named, that of the last."""
     results, splits = [], None
     for own_args, model, checkpoint in iter_valid_checkpoints(args, paths):
         splits = splits or load_splits(own_args)

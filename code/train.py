@@ -68,7 +68,7 @@ def train_epochs(args, state, loader, monitor, run):
     step = None
     while state.epoch < args.max_epochs:
         if step is None or state.epoch == args.heads_epochs:  # the set of trained parameters changes
-            set_backbone_trainable(state.model, state.epoch >= args.heads_epochs, args.freeze_bn_affine)
+            set_backbone_trainable(args, state.model, state.epoch >= args.heads_epochs)
             step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
@@ -77,7 +77,8 @@ def train_epochs(args, state, loader, monitor, run):
         monitor.after_epoch(state)
         run.prune()
         if distributed.world_size() > 1:  # a signal during the metrics
-            signals.sync_should_save(1, True, run.deadline, False, get_device(args))
+            deadline = run.deadline if state.epoch < args.max_epochs else 0.0
+            signals.sync_should_save(1, True, deadline, False, get_device(args))
 
 
 def train_epoch(args, step, state, loader, monitor, run):
@@ -188,10 +189,14 @@ def train_step(net, optimizer, views, criterion=simsiam_loss, dtype=None, scaler
     return total, (outputs[: len(views)], outputs[len(views) :])
 
 
-def set_backbone_trainable(model, trained, freeze_bn_affine):
-    """Set requires_grad of the backbone to `trained`. With freeze_bn_affine the scale and shift of its BN stay
-    frozen."""
-    model.backbone.requires_grad_(trained)
-    if freeze_bn_affine:
+def set_backbone_trainable(args, model, trained):
+    """Set requires_grad of the backbone's parameters: none if not `trained`, else the last ones, with --trained_share
+    of the weights, and with --freeze_bn_affine not the scale and shift of its BN."""
+    parameters = [*model.backbone.parameters()]
+    limit, after = args.trained_share * sum(weight.numel() for weight in parameters), 0
+    for weight in reversed(parameters):
+        weight.requires_grad_(trained and after < limit)
+        after += weight.numel()
+    if args.freeze_bn_affine:
         for norm in model.frozen:
             norm.requires_grad_(False)

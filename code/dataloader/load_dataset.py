@@ -78,6 +78,12 @@ def num_views(args):
     return 4 if args.loss_symmetry == '2x' else args.num_views
 
 
+def splits_of_loaders(iterators):
+    """Return {split: ImageDataset or None} of get_iterator's loaders, in which val stands in for a missing test."""
+    splits = {name: None if loader is None else loader.dataset for name, loader in iterators.items()}
+    return {**splits, 'test': None} if iterators['test'] is iterators['val'] else splits
+
+
 def eval_loader(args, images):
     """Build the loader of a split for evaluation: every image once, in order, as a center crop."""
     return make_loader(args, replace(images, views=0), shuffled=False)

@@ -63,7 +63,7 @@ TABLES = {
 def finished_result(variant_args):
     """Return (run folder, result of its linear evaluation) of a finished run with exactly these options, or None."""
     run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
-    if run == resolve_path(variant_args.ckpt_path):
+    if run == resolve_path(variant_args.ckpt_path) or not run.is_dir():  # no run; a run whose newest file is damaged
         return None
     paths = checkpoints(run)
     last = CHECKPOINT_RE.fullmatch(paths[-1].name)

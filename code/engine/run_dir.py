@@ -161,7 +161,7 @@ def continue_run(args, checkpoint, state):
         if not rank() and not (folder / 'run.json').is_file():  # a run of an early version
             record_checkpoint(folder, path)
         return RunDir(args, folder, path, state.position)
-    new = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, path, is_own))))
+    new = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, path, is_own, state.epoch))))
     why = f'{folder.name} has newer checkpoints than {path.name} and stays unchanged'
     if not is_own:
         why = f'{printable(path)} is not in the folder of its run, which stays unchanged'
@@ -169,19 +169,18 @@ def continue_run(args, checkpoint, state):
     return RunDir(args, new, new / path.name, state.position)
 
 
-def copy_run_up_to(args, path, is_own):
-    """Create a run folder with a copy of the checkpoint at `path`; with is_own also of the start checkpoint, the best
-    one before `path`, the metrics and the TensorBoard log of its run."""
-    new, folder, epoch = new_run(args), path.parent, int(CHECKPOINT_RE.fullmatch(path.name)[2])
+def copy_run_up_to(args, path, is_own, epoch):
+    """Create a run folder with a copy of the checkpoint at `path`, after `epoch` epochs; with is_own also of the start
+    checkpoint, the best one before `path`, the metrics and the TensorBoard log of its run."""
+    new, folder = new_run(args), path.parent
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
-    kept = {f'epoch_{number}' for number in (0, find_best_epoch_in_metrics(lines))}
-    earlier = [one.name for one in checkpoints(folder) if one != path and one.name.partition('_epoch_')[2]]
-    earlier = [name for name in earlier if f'epoch_{name.partition("_epoch_")[2]}' in kept]
+    kept = [f'{number}' for number in {0, find_best_epoch_in_metrics(lines)}]
+    earlier = [one.name for one in checkpoints(folder) if one != path and one.name.partition('_epoch_')[2] in kept]
     for name in (*(*earlier, 'metrics.jsonl', START_ACCURACY_FILE) * is_own, path.name):
         if (folder / name).is_file():
             if CHECKPOINT_RE.fullmatch(name):
                 record_checkpoint(new, new / name)
-            atomic_write(new / name, lambda aside, name=name: shutil.copy2(folder / name, aside))
+            atomic_write(new / name, lambda aside, name=name: shutil.copyfile(folder / name, aside))
     logs = resolve_path(args.log_path)
     if is_own and (logs / folder.name).is_dir():
         shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
@@ -295,5 +294,6 @@ def read_newest(paths):
         except WorkError as error:
             if path == paths[0]:
                 raise
-            print_message('warning', f'{error}: the one before it is resumed')
+            if not rank():
+                print_message('warning', f'{error}: the one before it is resumed')
     raise ValueError('no paths')

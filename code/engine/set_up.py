@@ -6,7 +6,7 @@ import torch
 
 from ckpt import get_model_ckpt
 from config import RESUMED_OPTIONS
-from dataloader.load_dataset import find_split_sources, get_iterator
+from dataloader.load_dataset import find_split_sources, get_iterator, splits_of_loaders
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
 from engine.auto_preset import choose_preset, switch_to_random_weights
@@ -53,7 +53,7 @@ def setup_run(args):
     iterators = get_iterator(args, sources)
     args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
-        protocol_splits(args, {name: None if loader is None else loader.dataset for name, loader in iterators.items()})
+        protocol_splits(args, splits_of_loaders(iterators))
     warn_pixel_range(args, iterators['train'].dataset.store, iterators['train'].dataset.pixel_format)
     warn_ignored_options(args, model)
     compile_skip_reason = why_not_compile(args, args.max_epochs * len(iterators['train']))

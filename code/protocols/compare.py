@@ -61,7 +61,8 @@ def compare_backbones(args, model, splits, checkpoint):
         for cell in row['columns'].values():
             cell['draws'] = len(cell.pop('right'))
     result = {'rows': rows, 'judged_on': judged_on, 'num_train': len(train), 'num_val': len(judged)}
-    result['selected_on_val'] = judged_on == 'val' and bool(find_best_epoch(checkpoint['run']))
+    is_selected = bool(checkpoint['epoch']) and checkpoint['epoch'] == find_best_epoch(checkpoint['run'])
+    result['selected_on_val'] = judged_on == 'val' and is_selected
     log(f'compare: evaluated on {describe_images(result)}')
     return Outcome(result)
 

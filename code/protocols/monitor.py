@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from dataloader import vision
-from dataloader.load_dataset import eval_loader, labeled_subset
+from dataloader.load_dataset import eval_loader, labeled_subset, splits_of_loaders
 from logger import Logger
 from metric import representation
 from model.weights import average_weights, copy_weights
@@ -46,10 +46,7 @@ class Monitor:
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
         self.loader, self.val = iterators['train'], iterators['val']
-        train = self.loader.dataset
-        self.splits = {'train': train, 'val': None if self.val is None else self.val.dataset}
-        if iterators.get('test') not in (None, self.val):
-            self.splits['test'] = iterators['test'].dataset
+        train, self.splits = self.loader.dataset, splits_of_loaders(iterators)
         self.knn_train_loader = eval_loader(args, labeled_subset(train))
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
         # A finished run keeps all that was written.

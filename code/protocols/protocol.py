@@ -32,13 +32,14 @@ class Outcome:
 class Protocol:
     """run: function (args, model, splits, checkpoint) -> Outcome; checkpoint: a dict with path, run (folder) and epoch.
 
-    splits: function (args, own_splits) -> {'train', 'val'}; own_splits: those of the checkpoint's dataset, None in
-    `evaluate` if `path` is given. It raises UserError if something is missing (labels, a list, a folder, a package);
-    `train` calls it before the training. numbers: {key of the result: printed name}, in percent, in the order to print.
-    Other numbers are in result['measures'] (names of collapse_verdict.MEASURES) and result['untrained']. smaller:
-    options to reduce when memory is short. path: function args -> the --..._path of the images; None for the
-    checkpoint's dataset. several_ranks: whether it runs under torchrun. details: function args -> words for the name of
-    the result file. unused: options of evaluate that it ignores, besides those of other protocols (`only`).
+    splits: function (args, own_splits) -> {'train', 'val'} or {'train', 'test'}; own_splits: those of the
+    checkpoint's dataset, None in `evaluate` if `path` is given. It raises UserError if something is missing
+    (labels, a list, a folder, a package); `train` calls it before the training. numbers: {key of the result:
+    printed name}, in percent, in the order to print. Other numbers are in result['measures'] (names of
+    collapse_verdict.MEASURES) and result['untrained']. smaller: options to reduce when memory is short. path:
+    function args -> the --..._path of the images; None for the checkpoint's dataset. several_ranks: whether it runs
+    under torchrun. details: function args -> words for the name of the result file. unused: options of evaluate
+    that it ignores, besides those of other protocols (`only`).
     """
 
     run: Callable

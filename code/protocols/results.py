@@ -34,7 +34,7 @@ def shorten_name(name):
 
 
 def eval_spec(args, splits, checkpoint):
-    """Return the spec of an evaluation as plain values. splits: {'train', 'val'} of ImageDataset or
+    """Return the spec of an evaluation as plain values. splits: {'train', 'val' or 'test'} of ImageDataset or
     DetectionDataset."""
     settings = {
         name: getattr(args, name)
@@ -143,7 +143,7 @@ def find_classifier(args, checkpoint, images_path):
     )
     if chosen and chosen.get('outdated'):
         where = chosen['question']['images']['path']
-        log(f'{where} has changed since {chosen["outdated"]} of its classifiers were trained: they are not used')
+        log(f'{where}: {chosen["outdated"]} older classifiers of other images or classes of it are not used')
     trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
     if chosen and trained_at != args.image_size:
         print_message('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')

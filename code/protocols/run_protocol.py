@@ -84,8 +84,8 @@ def compare_scalars(rows):
 
 
 def protocol_splits(args, pretraining_splits):
-    """Return {'train', 'val'} for --protocol. pretraining_splits: those of the checkpoint's dataset. Raises UserError
-    if the protocol cannot run."""
+    """Return {'train', 'val'} or {'train', 'test'} for --protocol. pretraining_splits: those of the checkpoint's
+    dataset. Raises UserError if the protocol cannot run."""
     protocol = find_protocol(args.protocol)
     if distributed.world_size() > 1 and not protocol.several_ranks:
         raise UserError(f'--protocol={args.protocol} runs in one process: start it without torchrun')

@@ -9,7 +9,7 @@ import sysconfig
 import torch
 
 from runtime.console import first_line, print_message
-from runtime.distributed import init_process_group, world_size
+from runtime.distributed import init_process_group, rank, world_size
 from runtime.errors import UserError, WorkError
 
 
@@ -17,13 +17,13 @@ def get_device(args):
     """Return the torch.device of --device. Raises UserError if this machine does not have it."""
     name = args.device
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() and not unsupported_gpu() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() and not unsupported_gpu(local_gpu()) else 'cpu'
     if name.startswith('cuda:') and world_size() > 1:
         raise UserError(
             f'--device={name} would put all {world_size()} processes on one GPU: --device=cuda gives each its own'
         )
     if name == 'cuda' and world_size() > 1:
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        name = f'cuda:{local_gpu()}'
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -32,8 +32,8 @@ def get_device(args):
         count = torch.cuda.device_count()
         helps = f'start one a GPU: --nproc_per_node={count}' if world_size() > 1 and count else 'try --device=auto'
         raise UserError(f'--device={name}: torch sees {count} CUDA GPUs here; {helps}')
-    if device.type == 'cuda' and unsupported_gpu():
-        raise UserError(f'--device={name}: {unsupported_gpu()}; --device=cpu works')
+    if device.type == 'cuda' and (reason := unsupported_gpu(device.index or 0)):
+        raise UserError(f'--device={name}: {reason}; --device=cpu works')
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('--device=mps: torch sees no Apple GPU here; try --device=auto')
     if device.type not in ('cpu', 'cuda', 'mps'):
@@ -41,15 +41,20 @@ def get_device(args):
     return device
 
 
+def local_gpu():
+    """Return the number of this rank's GPU on its machine."""
+    return int(os.environ.get('LOCAL_RANK', 0)) if world_size() > 1 else 0
+
+
 @functools.cache
-def unsupported_gpu():
-    """Return why this build of torch cannot use the GPU; '' if it can."""
-    if not torch.cuda.is_available():
+def unsupported_gpu(index):
+    """Return why this build of torch cannot use GPU number `index`; '' if it can, or on ROCm."""
+    if not torch.cuda.is_available() or torch.version.cuda is None or index >= torch.cuda.device_count():
         return ''
-    major, minor = torch.cuda.get_device_capability(0)
+    major, minor = torch.cuda.get_device_capability(index)
     if has_kernels(major, minor, torch.cuda.get_arch_list()):
         return ''
-    return f'the GPU has compute capability {major}.{minor}, and torch {torch.__version__} is not built for it'
+    return f'GPU {index} has compute capability {major}.{minor}, and torch {torch.__version__} is not built for it'
 
 
 def has_kernels(major, minor, architectures):
@@ -68,8 +73,8 @@ def has_kernels(major, minor, architectures):
 def init_device(args):
     """Initialize the device of --device and the process group. Returns the device."""
     device = get_device(args)
-    if args.device == 'auto' and torch.cuda.is_available() and unsupported_gpu():
-        print_message('warning', f'{unsupported_gpu()}: running on the CPU')
+    if args.device == 'auto' and (reason := unsupported_gpu(local_gpu())) and not rank():
+        print_message('warning', f'{reason}: running on the CPU')
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # also for threads and pinned memory
         torch.set_float32_matmul_precision('high')  # TF32

@@ -19,7 +19,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from runtime.console import print_message
+from runtime.console import first_line, print_message
 from runtime.errors import UserError, WorkError
 from runtime.files import proc_stat
 
@@ -130,7 +130,8 @@ def destroy_process_group():
 @contextlib.contextmanager
 def local_main_first():
     """Context manager: the first rank of each machine runs the block alone, then the others, which find its files. If
-    the block raises UserError or WorkError in the first rank, the others raise the same without running it."""
+    the block raises an exception in the first rank, other than ValueError, the others raise UserError or WorkError
+    without running it."""
     if world_size() == 1 or not STORE['store']:
         yield
         return
@@ -146,6 +147,11 @@ def local_main_first():
         yield
     except (UserError, WorkError) as error:
         failure = [type(error).__name__, str(error)]
+        raise
+    except ValueError:  # not of files: each rank finds it
+        raise
+    except Exception as error:
+        failure = ['WorkError', f'the first process of this machine failed: {first_line(error)}']
         raise
     finally:
         STORE['store'].set(key, json.dumps(failure))

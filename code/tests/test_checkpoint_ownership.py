@@ -218,5 +218,5 @@ def test_classifier_of_changed_dataset_is_not_used(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(['infer', *given[:2], f'--output={tmp_path}/out.csv', *own_paths(tmp_path, 'ckpt', 'cache')]) == 0
     said = capsys.readouterr().out
-    assert 'has changed since 1 of its classifiers were trained' in said
+    assert '1 older classifiers of other images or classes of it are not used' in said
     assert '--probe_epochs=1;' in said.replace(',', ';')

@@ -481,6 +481,15 @@ def test_signal_to_one_rank_during_metrics_stops_all(drawn, tmp_path):
     assert list(folder.glob('loss_*'))
 
 
+def test_rocm_has_other_names_of_architectures(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: ['gfx90a'])
+    device.unsupported_gpu.cache_clear()
+    assert device.unsupported_gpu(0) == ''
+    device.unsupported_gpu.cache_clear()
+
+
 @pytest.mark.parametrize(
     ('major', 'minor', 'architectures', 'works'),
     [

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import io
 import pathlib
 import zipfile
 
@@ -351,6 +352,16 @@ def write_zip(path, names):
             archive.writestr(name, b'x')
 
 
+def zip_without_table():
+    """A file of torch.save whose list of parts is overwritten, and its end record is not."""
+    buffer = io.BytesIO()
+    torch.save({'a': torch.zeros(9)}, buffer)
+    content = bytearray(buffer.getvalue())
+    start = content.index(b'PK\1\2')
+    content[start : start + 40] = bytes(40)
+    return bytes(content)
+
+
 # Files that hold no weights: how they are written, and what the message says of them.
 OTHER_FILES = {
     'git lfs': (lambda path: path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n'), 'Git LFS'),
@@ -364,6 +375,7 @@ OTHER_FILES = {
     'torchscript': (lambda path: torch.jit.trace(torch.nn.ReLU(), torch.ones(1)).save(str(path)), 'TorchScript'),
     'whole network': (lambda path: torch.save(torch.nn.Linear(2, 2), path), 'save the state_dict()'),
     'empty': (lambda path: path.write_bytes(b''), 'it is empty'),
+    'zip without a table': (lambda path: path.write_bytes(zip_without_table()), 'is damaged'),
     'noise': (lambda path: path.write_bytes(bytes(range(256))), 'is damaged'),
 }
 

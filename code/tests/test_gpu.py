@@ -247,7 +247,7 @@ def test_amp_auto_follows_gpu_capability(capability, bf16, found, monkeypatch):
 
 def test_ranks_get_own_gpu_and_share_of_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(device, 'unsupported_gpu', lambda: '')
+    monkeypatch.setattr(device, 'unsupported_gpu', lambda index: '')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr('dataloader.loading.loader.cpu_count', lambda: 128)
     assert (get_device(get_config()).type, resolve_num_workers(-1)) == ('cuda', 128)

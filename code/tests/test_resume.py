@@ -435,3 +435,14 @@ def test_start_share_without_start_warns(drawn, tmp_path, capsys):
     given = ['train', *TINY, '--max_epochs=1', '--start_share=0.5', '--knn_every=0', f'--image_path={drawn}']
     assert cli.main([*given, '--num_workers=0', *own_paths(tmp_path)]) == 0
     assert '--start_share has no effect with random weights' in capsys.readouterr().err
+
+
+def test_resume_of_renamed_read_only_checkpoint_starts_new_run(drawn, tmp_path, capsys):
+    given = ['--max_epochs=2', '--knn_every=0', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *TINY, f'--image_path={drawn}', *given[1:], '--max_epochs=1']) == 0
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    shutil.copy(path, tmp_path / 'mine.pth')
+    os.chmod(tmp_path / 'mine.pth', 0o444)
+    assert cli.main(['train', f'--resume={tmp_path}/mine.pth', *given]) == 0
+    (new,) = (folder for folder in (tmp_path / 'ckpt').iterdir() if folder.name != RUN)
+    assert [path.name.partition('_epoch_')[2] for path in checkpoints(new)][-1] == '2'

@@ -501,3 +501,36 @@ def test_ablate_from_weights_finds_result_of_the_best_epoch(run, drawn, pretrain
     found = ablation_tables.finished_result(args)
     assert found is not None
     assert found[1]['epoch'] == (find_best_epoch(folder) or 0)
+
+
+def test_partly_labeled_val_is_refused_before_training(drawn, pretrained, tmp_path, capsys):
+    """Val stands in for a missing test: it was taken for one, and the run failed after its last epoch."""
+    lines = {split: [] for split in ('train', 'val')}
+    for split, listed in lines.items():
+        for path in sorted((drawn / split).rglob('*.png')):
+            listed.append(f'{path}\t{path.parent.name}')
+    lines['val'][3] = lines['val'][3].partition('\t')[0]
+    for split, listed in lines.items():
+        (tmp_path / 'set').mkdir(exist_ok=True)
+        (tmp_path / f'set/{split}.txt').write_text('\n'.join(listed))
+    given = ['--max_epochs=1', '--evaluate_after=True', '--heads_epochs=0', '--beside=start', '--labels=1']
+    assert train(tmp_path, tmp_path / 'set', pretrained, *given) == 2
+    assert '1 of the 24 images' in capsys.readouterr().err
+    assert not list((tmp_path / 'ckpt').rglob('loss_*'))
+
+
+@pytest.mark.parametrize('share', [0.001, 0.4, 1.0])
+def test_trained_share_trains_the_last_layers(share, drawn, pretrained, tmp_path):
+    given = ['--max_epochs=1', '--heads_epochs=0', '--knn_every=0', f'--trained_share={share}']
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    first, last = (state_of(tmp_path, epoch)['model'] for epoch in (0, 1))
+    names = [
+        f'backbone.{name}'
+        for name, _ in build_model(get_config(preset='imagenet', backbone='resnet18')).backbone.named_parameters()
+    ]
+    moved = [not torch.equal(first[name], last[name]) for name in names]
+    assert moved == sorted(moved)  # the first stay, the last move
+    sizes = [first[name].numel() * is_moved for name, is_moved in zip(names, moved, strict=True)]
+    total = sum(first[name].numel() for name in names)
+    assert sum(sizes) >= share * total - 1
+    assert sum(sizes) - next(size for size in sizes if size) < share * total

@@ -3,6 +3,7 @@
 FOLDER/{train,val,test}/<class>/...   or flat; val may be called valid or validation
 FOLDER/<class>/...                    two or more folders of images: classes, as torchvision's ImageFolder has them
 FOLDER/...                            any other folder: images at any depth, without classes
+OUTER/FOLDER/...                      an outer folder that holds one folder and nothing else is passed over
 train.tar, train-000000.tar, ...      in place of each split's folder; or all in one FILE.tar
 train-00000-of-00005.parquet, ...     Parquet, as the Hugging Face hub has it; also in data/, or one FILE.parquet
 train.txt, FILE.txt                   a list: one path per line, its class after a tab if wanted
@@ -47,7 +48,7 @@ def find_splits(root, cache_path, progress):
     progress: messages.progress. Raises UserError if there are no images, or the layout is none of the above.
     """
     if archives := expand_braces(root):
-        return {'train': source_from_shards(archives, cache_path, progress)}
+        return {'train': source_from_archives(archives, cache_path, progress)}
     if shards := parquet_files.find_shards(root):
         require_train(root, {name: paths[0].name for name, paths in shards.items()})
         return {name: parquet_files.source_from_parquet(paths) for name, paths in shards.items()}
@@ -76,7 +77,7 @@ def find_splits(root, cache_path, progress):
             log(f'the splits of {printable(root)} are in {printable(inner.relative_to(root))}')
             return find_splits(inner, cache_path, progress)
         if archives := list_numbered_archives(root):
-            return {'train': source_from_shards(archives, cache_path, progress)}
+            return {'train': source_from_archives(archives, cache_path, progress)}
         if (inner := skip_outer_folders(root)) != root:
             log(f'the images of {printable(root)} are in {printable(inner.relative_to(root))}')
             return find_splits(inner, cache_path, progress)
@@ -241,12 +242,19 @@ def load_location(paths, cache_path, progress):
     """Return the SplitSource of one split. paths: its folder, its list, or its archives."""
     if paths[0].is_dir():
         if archives := list_numbered_archives(paths[0]):
-            return source_from_shards(archives, cache_path, progress)
+            return source_from_archives(archives, cache_path, progress)
         scanned = scan_with_progress(paths[0], progress)
         return source_from_class_folders(paths[0], scanned, Files(paths[0], scanned.names))
     if not is_tar(paths[0]):
         return read_path_list(paths[0])
-    return source_from_shards(paths, cache_path, progress)
+    return source_from_archives(paths, cache_path, progress)
+
+
+def source_from_archives(paths, cache_path, progress):
+    """source_from_shards, for training. Raises UserError if the archives hold splits in folders below."""
+    source = source_from_shards(paths, cache_path, progress)
+    check_no_splits_below(source.location, source.store.names, is_archive=True)
+    return source
 
 
 def scan_with_progress(folder, progress):

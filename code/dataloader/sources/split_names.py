@@ -36,7 +36,7 @@ def require_train(root, names):
         raise UserError(f'{printable(root)} has {present} but no train: which images are for training?')
 
 
-def check_no_splits_below(root, names):
+def check_no_splits_below(root, names, is_archive=False):
     """Raise UserError if images that would become one split lie in folders called train and val or test: the network
     would be trained on its evaluation images."""
     matches = {}
@@ -48,8 +48,10 @@ def check_no_splits_below(root, names):
         first = next(name for name in names if f'/{os.fsdecode(matches["train"][1])}/' in f'/{name}')
         above = first[: f'/{first}'.index(f'/{os.fsdecode(matches["train"][1])}/')].rstrip('/')
         kinds = ' and '.join(printable(match[1]) for match in matches.values())
+        meant = f'is {printable(root / above)} meant? Name that as `image_path`'
+        if is_archive:
+            meant = 'unpack it (tar xf), and name the folder that holds train as `image_path`'
         raise UserError(
-            f'{printable(root)} has no splits itself, and folders called {kinds} lie below it: is '
-            f'{printable(root / above)} meant? Name that as `image_path`; to train on all of it as one dataset, '
-            'rename them'
+            f'{printable(root)} has no splits itself, and folders called {kinds} lie below it: {meant}; to train on '
+            'all of it as one dataset, rename them'
         )

@@ -29,7 +29,6 @@ def source_from_shards(paths, cache_path, progress):
     scanned, store, by_cls = open_archives(paths, cache_path, progress)
     labels, classes = by_cls or (None, [])
     location = join_shard_names(paths)
-    check_no_splits_below(location, scanned.names)
     match = ARCHIVE.fullmatch(paths[0].name.lower())
     named_split, whole = SPLIT_ALIASES.get(match[1]) if match else None, (scanned, store, labels)
     while len(scanned.folders) == 1 and not scanned.num_root_images:  # tar cf train.tar photos/train
@@ -99,7 +98,7 @@ def splits_in_archive(path, cache_path, progress):
         if len(scanned.folders) != 1 or scanned.num_root_images:
             break
         scanned, store, labels = subfolder(scanned, store, 0, labels)
-    check_no_splits_below(path, scanned.names)
+    check_no_splits_below(path, scanned.names, is_archive=True)
     if by_cls:
         return {'train': source_from_scan(path, scanned, store, labels, classes)}
     return {'train': source_guess_classes(path, scanned, store)}

@@ -88,8 +88,11 @@ def describe_unreadable(path):
         head = file.read(64).lstrip()
     found = next((text for start, text in OTHER_FORMATS.items() if head.startswith(start)), '' if head else 'empty')
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return DAMAGED.format(path)
         if any(name.endswith('/constants.pkl') for name in names):
             found = 'a TorchScript program: torch.save(torch.jit.load(FILE).state_dict(), NEW) saves its weights'
         elif names and all(name.endswith('.npy') for name in names):
