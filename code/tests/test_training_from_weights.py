@@ -484,7 +484,8 @@ def test_reduced_draws_are_logged(drawn, tmp_path, monkeypatch, capsys):
 def test_val_that_selected_the_epoch_is_said(drawn, pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('protocols.compare.find_best_epoch', lambda folder: 2)
     assert train(tmp_path, drawn, pretrained, '--max_epochs=2', '--heads_epochs=1') == 0
-    given = [f'--ckpt_name={RUN}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
+    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
+    given = [f'--ckpt_name={last}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
     assert cli.main(['evaluate', *given]) == 0
     assert 'images of val, which also selected the epoch' in capsys.readouterr().out
 
