@@ -435,7 +435,7 @@ PRETRAINED_ROWS = {  # what a run changes: the end of its name
     'last layers only (`--trained_share=0.794`)': 'lr04_e12_s0_last',
     'no average with the start, last layers only': 'lr04_e12_s0_last',
     'learning rate 0.2': 'lr02_e12_s0',
-    'learning rate of the backbone 0.3 in place of 0.1 of it': 'lr04_e12_s0_bb03',
+    'the backbone at 0.3 of the learning rate, not 0.1': 'lr04_e12_s0_bb03',
     '24 epochs': 'lr04_e24_s0',
     'crops of half the image or more': 'lr04_e12_s0_mild',
     'SimCLR augmentation': 'lr04_e12_s0_simclr',
