@@ -81,7 +81,7 @@ def num_views(args):
 def splits_of_loaders(iterators):
     """Return {split: ImageDataset or None} of get_iterator's loaders, in which val stands in for a missing test."""
     splits = {name: None if loader is None else loader.dataset for name, loader in iterators.items()}
-    return {**splits, 'test': None} if iterators['test'] is iterators['val'] else splits
+    return {**splits, 'test': None} if iterators.get('test') is iterators.get('val') else splits
 
 
 def eval_loader(args, images):
