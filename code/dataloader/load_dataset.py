@@ -163,11 +163,8 @@ def build_datasets(args, sources):
         extra = sorted(name for name in part_classes if normalize_unicode(name) not in class_to_idx)
         if extra:
             listed = join_first([repr(printable(name)) for name in extra])
-            problem = (
-                f'{printable(source.location)} has the class {listed}, which {printable(train.location)} has not'
-                if len(extra) == 1
-                else f'{printable(source.location)} has the classes {listed}, which {printable(train.location)} has not'
-            )
+            word = 'class' if len(extra) == 1 else 'classes'
+            problem = f'{printable(source.location)} has the {word} {listed}, which {printable(train.location)} has not'
             if name != 'test':
                 raise UserError(f'{problem}: is it misspelled?')
             unlabeled = sum(int((source.labels == part_classes.index(name)).sum()) for name in extra)

@@ -119,15 +119,15 @@ def usual_weights(args):
     """Return the --init_from of --backbone, '' if there are no weights of this network."""
     if 'init_from' in args.explicit or args.backbone == 'small' or args.stem == 'cifar':
         return ''
-    name = args.backbone.removeprefix('timm/')
+    is_timm = args.backbone.startswith('timm/')
     try:
-        known = timm_config(name) if name != args.backbone else find_preprocessing(name)
+        known = timm_config(args.backbone.removeprefix('timm/')) if is_timm else find_preprocessing(args.backbone)
     except ValueError:  # timm is not installed, or has no such network: an error of --backbone
         return ''
-    if not known or (name != args.backbone and not known.has_weights):
+    if not known or (is_timm and not known.has_weights):
         log(f'there are no pretrained weights of {args.backbone}: training begins with random ones')
         return ''
-    return 'timm' if name != args.backbone else 'imagenet'
+    return 'timm' if is_timm else 'imagenet'
 
 
 def choose_batch_size(device, count):

@@ -287,13 +287,13 @@ def resolve_resume(args):
 def read_newest(paths):
     """Read the newest checkpoint of a run that is not damaged, as a power cut can leave it. Returns (content, path).
     Raises WorkError if all are damaged."""
-    for path in reversed(paths):
-        try:
-            verify_crc(path)
-            return read_checkpoint(path), path
-        except WorkError as error:
-            if path == paths[0]:
-                raise
-            if not rank():
-                print_message('warning', f'{error}: the one before it is resumed')
-    raise ValueError('no paths')
+    *earlier, newest = paths
+    try:
+        verify_crc(newest)
+        return read_checkpoint(newest), newest
+    except WorkError as error:
+        if not earlier:
+            raise
+        if not rank():
+            print_message('warning', f'{error}: the one before it is resumed')
+        return read_newest(earlier)

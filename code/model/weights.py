@@ -44,11 +44,12 @@ def average_weights(start, trained, share):
 
 
 def copy_weights(network, state):
-    """Copy the tensors of a state dict into a network that has the same keys and shapes. Unlike load_state_dict it does
+    """Copy the tensors of a state dict into a network that has these keys and shapes. Unlike load_state_dict it does
     not need the version numbers that a state dict of plain values lacks (MNASNet)."""
+    own = network.state_dict()
     with torch.no_grad():
-        for name, value in network.state_dict().items():
-            value.copy_(state[name])
+        for name, value in state.items():
+            own[name].copy_(value)
 
 
 def is_off_the_shelf(name):

@@ -219,16 +219,21 @@ def test_collapsed_run_from_weights_has_collapsed_verdict():
     assert collapse_verdict.judge_run_metrics(lines, 'at the start')[0] == 'collapsed'
 
 
-def test_keep_checkpoints_keeps_start_and_best(drawn, pretrained, tmp_path, monkeypatch):
-    """Epoch 1 is made the best; of the others --keep_checkpoints and --save_every_epochs decide."""
-    shares = iter((0.5, 0.9, 0.6, 0.6, 0.6))
+def set_accuracies(monkeypatch, *shares):
+    """Let the measured epochs classify these shares of val correctly, one after the other."""
+    left = iter(shares)
 
     def watch_labels(args, backbone, bank, val):
         right = torch.zeros(1, len(val.dataset), dtype=torch.float64)
-        right[:, : round(next(shares) * len(val.dataset))] = 1.0
+        right[:, : round(next(left) * len(val.dataset))] = 1.0
         return 50.0, right
 
     monkeypatch.setattr('protocols.monitor.measure_labels', watch_labels)
+
+
+def test_keep_checkpoints_keeps_start_and_best(drawn, pretrained, tmp_path, monkeypatch):
+    """Epoch 1 is made the best; of the others --keep_checkpoints and --save_every_epochs decide."""
+    set_accuracies(monkeypatch, 0.5, 0.9, 0.6, 0.6, 0.6)
     assert train(tmp_path, drawn, pretrained, '--max_epochs=4', '--keep_checkpoints=1', '--save_every_epochs=1') == 0
     found = [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)]
     assert found == ['0', '1', '4']
@@ -430,14 +435,7 @@ def test_run_cannot_be_resumed_with_other_pixels(run, drawn, pretrained, capsys)
 
 def test_resumed_earlier_checkpoint_keeps_the_best_before_it(drawn, pretrained, tmp_path, monkeypatch):
     """Epoch 1 is the best; a new run goes on from epoch 2 and has it."""
-    shares = iter((0.5, 0.9, 0.6, 0.6, 0.7))
-
-    def watch_labels(args, backbone, bank, val):
-        right = torch.zeros(1, len(val.dataset), dtype=torch.float64)
-        right[:, : round(next(shares) * len(val.dataset))] = 1.0
-        return 50.0, right
-
-    monkeypatch.setattr('protocols.monitor.measure_labels', watch_labels)
+    set_accuracies(monkeypatch, 0.5, 0.9, 0.6, 0.6, 0.7)
     given = ['--max_epochs=3', '--save_every_epochs=1']
     assert train(tmp_path, drawn, pretrained, *given) == 0
     (second,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')

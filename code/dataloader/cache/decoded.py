@@ -92,16 +92,10 @@ def build_resized_cache(store, where, side, pixel_format, cache_path):
         return MemmapReader(store.names, flat, index, pixel_format)
     sizes, errors = [], []
 
-    def resize(row):
-        try:
-            return resize_short_side(store, row, side, pixel_format)
-        except WorkError as error:
-            return error
-
     def write(aside):
-        with open(aside, 'wb') as file, ThreadPoolExecutor(cpu_count()) as pool, silence_stderr():
-            rows, title = range(len(store.names)), f'resizing {cache_title(where)}'
-            for image in progress(ordered_map(pool, resize, rows), title, 'images', len(rows)):
+        with open(aside, 'wb') as file:
+            resize = lambda row: resize_short_side(store, row, side, pixel_format)  # noqa: E731
+            for image in map_rows(len(store.names), f'resizing {cache_title(where)}', resize):
                 if isinstance(image, WorkError):
                     errors.append(image)
                 elif not errors:  # all are read, so that all unreadable ones are counted
@@ -210,22 +204,29 @@ def decode_all(store, title, pixel_format=RGB8):
 
 
 def map_images(store, title, fn, pixel_format=RGB8):
-    """Yield fn(pixels) for each image in order; pixels: from pixel_format.to_array. For an unreadable image it yields
-    the WorkError, with its row number as `row`. fn is called in threads.
-    """
-    rows = range(len(store.names))
+    """Yield fn(pixels) for each image in order; pixels: from pixel_format.to_array. See map_rows."""
 
     def read(row):
+        with store.open(row) as image:
+            pixels = to_array(image, pixel_format)
+        return fn(pixels)
+
+    yield from map_rows(len(store.names), title, read)
+
+
+def map_rows(count, title, read):
+    """Yield read(row) for the row numbers 0 to count - 1, in order. For an unreadable image it yields the WorkError,
+    with its row number as `row`. read is called in threads."""
+
+    def attempt(row):
         try:
-            with store.open(row) as image:
-                pixels = to_array(image, pixel_format)
+            return read(row)
         except WorkError as error:
             error.row = row
             return error
-        return fn(pixels)
 
     with ThreadPoolExecutor(cpu_count()) as pool, silence_stderr():
-        yield from progress(ordered_map(pool, read, rows), title, 'images', len(rows))
+        yield from progress(ordered_map(pool, attempt, range(count)), title, 'images', count)
 
 
 def ordered_map(pool, function, items, ahead=256):

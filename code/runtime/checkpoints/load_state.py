@@ -50,7 +50,7 @@ def load_state_strictly(model, state, path):
         )
     if problems:
         raise UserError(f'{path} has weights that do not match its options; {"; ".join(problems)}')
-    copy_weights(model, {**model.state_dict(), **state})
+    copy_weights(model, state)
 
 
 def non_finite_names(state):
