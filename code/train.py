@@ -13,6 +13,7 @@ import torch
 from engine.conclude import evaluate_after, format_summary, save_on_exit
 from engine.cuda_graph import CudaGraphStep, should_use_graph
 from engine.set_up import setup_run
+from engine.teacher import Teacher
 from loss.negative_cosine import simsiam_loss
 from metric.feature_std import feature_std
 from optimizer.sgd import lr_schedule, set_learning_rates
@@ -22,7 +23,7 @@ from runtime import distributed, signals
 from runtime.device import explain_oom, get_device, init_device, use_compile
 from runtime.errors import UserError
 from runtime.messages import format_duration, log
-from runtime.precision import precision
+from runtime.precision import FLOAT32, MixedPrecision, precision
 from runtime.seeding import generator_for, seed_step
 from runtime.tensors import channels_last
 from utils import prefetch_to_device
@@ -65,11 +66,14 @@ def train(args):
 
 def train_epochs(args, state, loader, monitor, run):
     """Train the remaining epochs; save a checkpoint and compute the metrics after each."""
-    step = None
+    step = teacher = None
     while state.epoch < args.max_epochs:
         if step is None or state.epoch == args.heads_epochs:  # the set of trained parameters changes
-            set_backbone_trainable(args, state.model, state.epoch >= args.heads_epochs)
-            step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state)
+            trained = state.epoch >= args.heads_epochs
+            set_backbone_trainable(args, state.model, trained)
+            if trained and args.distill_weight and state.start:
+                teacher = Teacher(args, state.model.backbone, state.start, loader.dataset)
+            step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state, teacher)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
         if due or (args.init_from and is_measured(args, state.epoch)):  # any measured epoch may be the best
@@ -87,6 +91,7 @@ def train_epoch(args, step, state, loader, monitor, run):
     augmentation = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     loader.batch_sampler.start_epoch(state.epoch, augmentation, state.images)
     total = state.images + len(loader) * batch_size
+    order, _ = loader.batch_sampler.permutation_and_seeds()
     state.model.train()
     monitor.begin_epoch(state, total)
     # With one rank a signal interrupts the wait for a batch. With several, `train` defers it, and all ranks stop at the
@@ -103,7 +108,8 @@ def train_epoch(args, step, state, loader, monitor, run):
         # forward and loss, backward and update
         with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
             seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
-            loss, std, (p, z) = step(views)
+            rows = loader.batch_sampler.rank_part(order, state.images)
+            loss, std, (p, z) = step(views, rows)
             state.add(loss, std, batch_size)
         # metrics
         monitor.after_step(state, loss, std, learning_rates, p, z)
@@ -142,51 +148,55 @@ def get_learning_rates(args, epochs):
     return backbone_lr, rate, peak_lr if args.fix_pred_lr else rate
 
 
-def build_train_step(args, net, state):
-    """Build the function that trains on the views of one batch. It returns (loss, std of z, (p, z)), on the device."""
+def build_train_step(args, net, state, teacher=None):
+    """Build the function that trains on one batch: step(views, rows) returns (loss, std of z, (p, z)), on the device.
+    rows: row numbers of the images in the training set, for the targets of the teacher (engine.teacher.Teacher)."""
     criterion = functools.partial(
         simsiam_loss,
         stop_gradient=args.stop_gradient,
         similarity=args.similarity,
         symmetric=args.loss_symmetry == 'true',
     )
-    dtype, micro_batches = precision(args), args.grad_accum_steps * (2 if args.loss_symmetry == '2x' else 1)
+    amp, pairs = MixedPrecision(precision(args), state.scaler), 2 if args.loss_symmetry == '2x' else 1
 
-    def step(views):
-        loss, (p, z) = train_step(net, state.optimizer, views, criterion, dtype, state.scaler, micro_batches)
+    def step(inputs):
+        loss, (p, z) = train_step(net, state.optimizer, inputs, criterion, amp, args.grad_accum_steps * pairs, teacher)
         return loss, feature_std(z[0]), (p, z)
 
-    return (
-        CudaGraphStep(step, state.model, state.optimizer, args.cuda_graph == 'True') if should_use_graph(args) else step
-    )
+    if should_use_graph(args):
+        step = CudaGraphStep(step, state.model, state.optimizer, args.cuda_graph == 'True')
+    if teacher is None:
+        return lambda views, rows=None: step(views)
+    return lambda views, rows: step([*views, teacher.targets(rows).repeat(pairs, 1)])
 
 
-def train_step(net, optimizer, views, criterion=simsiam_loss, dtype=None, scaler=None, micro_batches=1):
-    """One optimizer step: forward, loss, backward, update. views: N x C x S x S each. Returns (loss, (p, z)) on the
-    device; p and z are lists with one N x proj_dim tensor per view, of the last micro-batch.
+def train_step(net, optimizer, inputs, criterion=simsiam_loss, amp=FLOAT32, micro_batches=1, teacher=None):
+    """One optimizer step: forward, loss, backward, update. Returns (loss, (p, z)) on the device; p and z are lists with
+    one N x proj_dim tensor per view, of the last micro-batch.
 
-    criterion: simsiam_loss, perhaps with options bound. dtype: the autocast dtype, None for float32. scaler: the
-    GradScaler for float16, or None. micro_batches: the batch is split into this many equal parts, and the gradient is
-    the mean over them.
+    inputs: views, N x C x S x S each; with a teacher, whose loss is added to the one returned, also its targets, N x d.
+    criterion: simsiam_loss, perhaps with options bound. micro_batches: the batch is split into this many equal parts,
+    and the gradient is the mean over them.
     """
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for i, part in enumerate(zip(*(view.chunk(micro_batches) for view in views), strict=True)):
+    total, n = 0.0, len(inputs) - bool(teacher)
+    for i, part in enumerate(zip(*(each.chunk(micro_batches) for each in inputs), strict=True)):
         skip_grad_sync = i + 1 < micro_batches and hasattr(net, 'no_sync')  # ranks exchange gradients once per step
         with net.no_sync() if skip_grad_sync else contextlib.nullcontext():
-            with torch.autocast(part[0].device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                outputs = net(*map(channels_last, part))
-            outputs = [x.float() if dtype else x for x in outputs]
-            loss = criterion(*outputs) / micro_batches
-            (scaler.scale(loss) if scaler else loss).backward()
+            with torch.autocast(part[0].device.type, amp.dtype or torch.bfloat16, enabled=amp.dtype is not None):
+                outputs = net(*map(channels_last, part[:n]), with_features=bool(teacher))
+            outputs = [x.float() if amp.dtype else x for x in outputs]
+            loss = criterion(*outputs[: 2 * n]) / micro_batches
+            minimized = loss + teacher.loss(outputs[2 * n :], part[n]) / micro_batches if teacher else loss
+            (amp.scaler.scale(minimized) if amp.scaler else minimized).backward()
         total = total + loss.detach()
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
+    if amp.scaler:
+        amp.scaler.step(optimizer)
+        amp.scaler.update()
     else:
         optimizer.step()
     outputs = [x.detach() for x in outputs]
-    return total, (outputs[: len(views)], outputs[len(views) :])
+    return total, (outputs[:n], outputs[n : 2 * n])
 
 
 def set_backbone_trainable(args, model, trained):

@@ -34,26 +34,27 @@ def should_use_graph(args):
 class CudaGraphStep:
     """A step function that captures itself as a CUDA graph if launching takes at least half of its time.
 
-    step: a function of views (GPU tensors, always of the same shapes) that trains `model` with `optimizer` and returns
-    tensors; each replay overwrites them. force: capture the graph in any case.
+    step: a function of a list of GPU tensors, always of the same shapes (views, and perhaps a teacher's targets), that
+    trains `model` with `optimizer` and returns tensors; each replay overwrites them. force: capture the graph in any
+    case.
     """
 
     def __init__(self, step, model, optimizer, force):
         self.step, self.model, self.optimizer, self.force = step, model, optimizer, force
-        self.calls, self.times, self.disabled, self.graph, self.views = 0, [], False, None, None
+        self.calls, self.times, self.disabled, self.graph, self.inputs = 0, [], False, None, None
         # Tensors, because a graph would keep learning rates that are numbers.
         device = optimizer.param_groups[0]['params'][0].device
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
-    def __call__(self, views):
+    def __call__(self, inputs):
         self.calls += 1
         if self.graph:
-            self.copy_inputs(views)
+            self.copy_inputs(inputs)
             self.graph.replay()
             return self.outputs
         if self.disabled or self.calls <= WARMUP_STEPS:
-            return self.step(views)
-        outputs = self.run_timed(views)
+            return self.step(inputs)
+        outputs = self.run_timed(inputs)
         if self.calls == WARMUP_STEPS + TIMED_STEPS:
             launch, whole = (1000 * sum(times) / TIMED_STEPS for times in zip(*self.times, strict=True))
             self.disabled = launch < whole / 2 and not self.force
@@ -61,9 +62,9 @@ class CudaGraphStep:
                 log(f'launching a step takes {launch:.1f} of its {whole:.1f} ms: it is a CUDA graph now')
         return outputs
 
-    def run_timed(self, views):
+    def run_timed(self, inputs):
         """Run a step on the graph's input buffers, and record its launch time and total time in seconds."""
-        self.copy_inputs(views)
+        self.copy_inputs(inputs)
         torch.cuda.synchronize()
         started = time.perf_counter()
         outputs = self.run_with_tensor_lr(self.rates)
@@ -72,11 +73,11 @@ class CudaGraphStep:
         self.times.append((launched, time.perf_counter() - started))
         return outputs
 
-    def copy_inputs(self, views):
-        """Copy views and learning rates to the graph's input buffers."""
-        self.views = self.views or [torch.empty_like(view) for view in views]
-        for buffer, view in zip(self.views, views, strict=True):
-            buffer.copy_(view)
+    def copy_inputs(self, inputs):
+        """Copy the step's inputs and learning rates to the graph's input buffers."""
+        self.inputs = self.inputs or [torch.empty_like(x) for x in inputs]
+        for buffer, x in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(x)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group['lr'])
 
@@ -88,7 +89,7 @@ class CudaGraphStep:
         for group, rate in zip(groups, rates, strict=True):
             group['lr'] = rate
         try:
-            return self.step(self.views)
+            return self.step(self.inputs)
         finally:
             for group, number in zip(groups, numbers, strict=True):
                 group['lr'] = number
@@ -115,7 +116,7 @@ class CudaGraphStep:
 
     @torch.no_grad()
     def verify_replay(self, graph):
-        """Whether a replay updates the weights as an eager step does, with other views and learning rates than at the
+        """Whether a replay updates the weights as an eager step does, with other inputs and learning rates than at the
         capture. A graph that kept old values would still train, badly and unnoticed."""
         momenta = [
             x
@@ -125,8 +126,8 @@ class CudaGraphStep:
         ]
         state = [*self.model.parameters(), *self.model.buffers(), *momenta]
         before, moves = [x.clone() for x in state], []
-        for view in self.views:
-            view.neg_()
+        for x in self.inputs:
+            x.neg_()
         for rate in self.rates:
             rate.fill_(1.0)
         for run in (lambda: self.run_with_tensor_lr([1.0] * len(self.rates)), graph.replay):

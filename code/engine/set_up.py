@@ -61,8 +61,9 @@ def setup_run(args):
     state = make_train_state(args, model)
     if checkpoint:
         state.load_state_dict(checkpoint)
-        if 'start_share' in args.explicit and args.start_share and not state.start and not distributed.rank():
-            print_message('warning', '--start_share has no effect: this run does not keep its initial weights')
+        for name in ('start_share', 'distill_weight') if not state.start and not distributed.rank() else ():
+            if name in args.explicit and getattr(args, name):
+                print_message('warning', f'--{name} has no effect: this run does not keep its initial weights')
         run = continue_run(args, checkpoint, state)
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
@@ -193,7 +194,7 @@ def make_train_state(args, model):
         model.compile()
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None
     start = None
-    if args.init_from and args.start_share:
+    if args.init_from and (args.start_share or args.distill_weight):
         start = {name: value.cpu().clone() for name, value in model.backbone.state_dict().items()}
     if args.optimizer == 'adamw':
         return TrainState(model, make_adamw(model, args.weight_decay), scaler, start)

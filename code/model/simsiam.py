@@ -27,13 +27,15 @@ class SimSiam(nn.Module):
             self.predictor = nn.Identity()
         self.predictor.requires_grad_(args.predictor == 'mlp')
 
-    def forward(self, *views):
-        """views: two or more tensors, N x C x S x S. Returns p1, p2, ..., z1, z2, ..., each N x proj_dim.
+    def forward(self, *views, with_features=False):
+        """views: two or more tensors, N x C x S x S. Returns p1, p2, ..., z1, z2, ..., each N x proj_dim;
+        with_features: also the features of the backbone, f1, f2, ..., each N x d.
 
         Each view has its own forward pass: in a joint one BN would compute its statistics over both views.
         """
-        z = [self.projector(self.backbone(view)) for view in views]
-        return *(self.predictor(each) for each in z), *z
+        features = [self.backbone(view) for view in views]
+        z = [self.projector(each) for each in features]
+        return *(self.predictor(each) for each in z), *z, *(features if with_features else ())
 
     def freeze_bn(self):
         """Keep the BN layers of the backbone in eval mode, also in training: their running statistics do not change."""

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,6 +49,18 @@ BENCHMARK_KEYS = (
     'predictor',
     'proj_bn',
 )
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """The precision of a training step. dtype: of autocast, None for float32. scaler: the GradScaler of float16, or
+    None."""
+
+    dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+
+FLOAT32 = MixedPrecision()
 
 
 def precision(args):

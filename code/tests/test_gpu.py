@@ -33,7 +33,7 @@ from runtime.checkpoints.load_state import build_model
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError
 from runtime.options import get_config, replace_args
-from runtime.precision import precision
+from runtime.precision import MixedPrecision, precision
 from runtime.seeding import generator_for
 from runtime.tensors import channels_last
 from train import train_step
@@ -407,7 +407,7 @@ def test_cuda_graph_with_wrong_replay_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(
         cuda_graph.CudaGraphStep,
         'run_with_tensor_lr',
-        lambda self, rates: self.copy_inputs(self.views) or with_rates(self, rates),
+        lambda self, rates: self.copy_inputs(self.inputs) or with_rates(self, rates),
     )
     found, step = losses_of(12, rising, recorded)
     assert (step.graph, step.disabled) == (None, True)
@@ -488,7 +488,7 @@ def test_memory_estimate_equals_peak_on_gpu(dtype):
     views = [channels_last(view) for view in views]
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
-        train_step(model, optimizer, views, dtype=dtype)
+        train_step(model, optimizer, views, amp=MixedPrecision(dtype))
     assert torch.cuda.max_memory_allocated() == pytest.approx(
         memory_estimate.estimate_step_bytes(model, 32, 2, 224, dtype), rel=0.12
     )

@@ -115,7 +115,7 @@ def test_bf16_step_is_close_to_float32():
         model = build_model(args).to(memory_format=torch.channels_last)
         optimizer = make_sgd(model, 0.9, 0.0)
         set_learning_rates(optimizer, 0.05, 0.05, 0.05)
-        losses[dtype] = [train_step(model, optimizer, views, dtype=dtype)[0] for _ in range(5)]
+        losses[dtype] = [train_step(model, optimizer, views, amp=precision.MixedPrecision(dtype))[0] for _ in range(5)]
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype is not None):
             features[dtype] = model.eval().backbone(views[0]).float()
     torch.testing.assert_close(losses[torch.bfloat16], losses[None], atol=5e-3, rtol=0)

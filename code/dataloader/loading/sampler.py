@@ -38,14 +38,21 @@ class EpochBatchSampler:
         order = torch.randperm(self.count, generator=generator) if self.shuffled else torch.arange(self.count)
         return order, torch.randint(2**62, (self.count,), generator=generator)
 
+    def rank_part(self, values, first):
+        """Return this rank's part of the shuffled batch that begins at image `first` of an epoch. values: N, of all its
+        images in order (permutation_and_seeds)."""
+        batch = values[first : first + self.batch_size]
+        return rank_slice(batch) if len(rank_slice(batch)) else batch[:1]
+
     def __iter__(self):
         order, seeds = self.permutation_and_seeds()
         if not self.shuffled:
             order, seeds = rank_slice(order), rank_slice(seeds)
         for start in range(self.start_index, self.start_index + len(self) * self.batch_size, self.batch_size):
-            rows = order[start : start + self.batch_size], seeds[start : start + self.batch_size]
             if self.shuffled:
-                rows = [rank_slice(part) if len(rank_slice(part)) else part[:1] for part in rows]
+                rows = self.rank_part(order, start), self.rank_part(seeds, start)
+            else:
+                rows = order[start : start + self.batch_size], seeds[start : start + self.batch_size]
             yield [
                 (index, seed, self.augmentation) for index, seed in zip(*(part.tolist() for part in rows), strict=True)
             ]

@@ -1,0 +1,197 @@
+"""Distillation from the initial weights: the targets, the loss, the images they belong to, and runs with it."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+import cli
+import train as train_module
+from ckpt import get_model_ckpt
+from conftest import own_paths
+from dataloader.load_dataset import eval_loader, get_iterator
+from engine.set_up import make_train_state
+from engine.teacher import Teacher, find_teacher_size
+from loss.negative_cosine import simsiam_loss
+from protocols.features import extract_features
+from runtime.checkpoints.load_state import build_model
+from runtime.errors import UserError
+from runtime.options import get_config, replace_args
+from test_distributed import TORCHRUN
+from test_distributed import run as run_process
+from test_training_from_weights import RUN, pretrained, state_of, train  # noqa: F401
+from train import train_step
+
+DISTILLED = ('--heads_epochs=0', '--distill_weight=4', '--distill_size=48')
+
+
+@pytest.fixture
+def setup(drawn, pretrained, tmp_path):  # noqa: F811
+    """(args, model, start, iterators) of a run from weights, whose backbone has moved away from its start."""
+    options = {'preset': 'imagenet', 'backbone': 'resnet18', 'image_size': 32, 'batch_size': 24, 'proj_dim': 16}
+    options |= {'init_from': str(pretrained), 'image_path': str(drawn), 'amp': 'off', 'num_workers': 0}
+    args = get_config(**options, cache_path=str(tmp_path), distill_weight=4.0, distill_size=64)
+    args, model, _ = get_model_ckpt(args)
+    start = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.backbone.parameters():
+            weight.add_(0.01)
+    return args, model, start, get_iterator(args)
+
+
+def test_targets_are_standardized_features_of_start(setup):
+    """Of center crops at distill_size, in the order of the training set, from the weights of the start."""
+    args, model, start, iterators = setup
+    moved = copy.deepcopy(model.backbone.state_dict())
+    dataset = iterators['train'].dataset
+    teacher = Teacher(args, model.backbone, start, dataset)
+    assert all(torch.equal(value, moved[name]) for name, value in model.backbone.state_dict().items())
+    assert dataset.views == 2
+    assert dataset.args.image_size == 32
+
+    model.backbone.load_state_dict(start)
+    large = replace_args(args, image_size=64)
+    wanted, _ = extract_features(large, model.backbone, eval_loader(large, dataset), '')
+    wanted = (wanted - wanted.mean(0)) / wanted.std(0).clamp(min=1e-3)
+    torch.testing.assert_close(teacher.targets(torch.arange(72)), wanted, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(teacher.targets(torch.tensor([70, 3])), wanted[[70, 3]], atol=0.01, rtol=0.01)
+    small, _ = extract_features(args, model.backbone, eval_loader(args, dataset), '')
+    assert cosine_similarity((small - teacher.mean) / teacher.std, wanted).mean() < 0.99  # of another size
+
+
+def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup):
+    args, model, start, iterators = setup
+    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset)
+    targets = teacher.targets(torch.arange(5))
+    reached = 3 * targets * teacher.std + teacher.mean  # the length does not matter
+    opposite = teacher.mean - targets * teacher.std
+    assert teacher.loss([reached], targets).item() == pytest.approx(0, abs=1e-5)
+    assert teacher.loss([opposite], targets).item() == pytest.approx(2 * args.distill_weight, abs=1e-5)
+    assert teacher.loss([reached, opposite], targets).item() == pytest.approx(args.distill_weight, abs=1e-5)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_step_minimizes_sum_and_returns_simsiam_loss(setup, micro_batches):
+    args, model, start, iterators = setup
+    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset)
+    model.freeze_bn()
+    model.projector, model.predictor = model.projector.eval(), model.predictor.eval()  # no BN over micro-batches
+    views, targets = torch.randn(2, 8, 3, 32, 32).unbind(), teacher.targets(torch.arange(8))
+    outputs = model(*views, with_features=True)
+    assert len(outputs) == 6
+    assert torch.equal(outputs[4], model.backbone(views[0]))
+    loss = simsiam_loss(*outputs[:4])
+    (loss + teacher.loss(outputs[4:], targets)).backward()
+    wanted = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    returned, (p, z) = train_step(model, optimizer, [*views, targets], micro_batches=micro_batches, teacher=teacher)
+    assert returned.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert len(p) == len(z) == 2
+    for name, weight in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(weight.grad, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize('options', [(), ('--loss_symmetry=2x',), ('--num_views=3',), ('--grad_accum_steps=2',)])
+def test_each_view_gets_target_of_its_image(options, drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    """The targets are replaced with the rows' pixels, and compared with the images of the step."""
+    made, asked, draw = [], [], train_module.draw_views
+
+    def record(args, images, augmentation, state, dataset):
+        views = draw(args, images, augmentation, state, dataset)
+        monkeypatch.setattr(Teacher, 'targets', lambda self, rows: dataset.pixels[rows].flatten(1).float())
+        made.append(images.flatten(1).repeat(len(views[0]) // len(images), 1))
+        return views
+
+    def loss(self, features, targets):
+        asked.append((len(features), targets))
+        return 0 * features[0].sum()
+
+    monkeypatch.setattr(train_module, 'draw_views', record)
+    monkeypatch.setattr(Teacher, 'loss', loss)
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=2', '--knn_every=0', *DISTILLED, *options) == 0
+    assert len(made) == 6
+    assert torch.equal(torch.cat([targets for _, targets in asked]), torch.cat(made).float())
+    assert {views for views, _ in asked} == {3 if '--num_views=3' in options else 2}
+
+
+def test_distillation_moves_views_toward_targets(drawn, tmp_path, monkeypatch):
+    """The distance of the views' features to their targets, in the last four of eight epochs."""
+    given = ['train', '--preset=demo', f'--image_path={drawn}', '--batch_size=24', '--amp=off', '--num_workers=0']
+    assert cli.main([*given, '--max_epochs=4', '--knn_every=0', *own_paths(tmp_path / 'first')]) == 0
+    given += [f'--init_from={tmp_path}/first/ckpt/{RUN}', '--freeze_bn=True', '--learning_rate=0.2', '--max_epochs=8']
+    distances, compute = [], Teacher.loss
+
+    def record(self, features, targets):
+        loss = compute(self, features, targets)
+        distances.append(loss.item() / self.weight)
+        return loss
+
+    monkeypatch.setattr(Teacher, 'loss', record)
+    for weight in (0.0001, 2):
+        assert (
+            cli.main([*given, f'--distill_weight={weight}', '--knn_every=0', *own_paths(tmp_path / str(weight))]) == 0
+        )
+    without, with_it = torch.tensor(distances).view(2, 8, 3).mean(2).tolist()  # weight, epoch, step
+    assert 0 < sum(with_it[4:]) < 0.95 * sum(without[4:]), (without, with_it)
+
+
+def test_resumed_run_with_teacher_equals_unbroken_run(drawn, pretrained, tmp_path):  # noqa: F811
+    """The targets are computed anew, of the start that the checkpoint keeps, also with --start_share=0."""
+    given = ['--max_epochs=2', '--knn_every=0', '--start_share=0', *DISTILLED]
+    assert train(tmp_path / 'whole', drawn, pretrained, *given) == 0
+    for minutes in ('0.0001', '0'):
+        assert train(tmp_path / 'cut', drawn, pretrained, *given, '--resume=auto', f'--max_minutes={minutes}') == 0
+    whole, cut = (state_of(tmp_path / name, 2)['model'] for name in ('whole', 'cut'))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_two_ranks_train_with_targets_of_one(drawn, pretrained, tmp_path):  # noqa: F811
+    for name, start in (('one', []), ('two', TORCHRUN)):
+        command = ('cli.py', 'train', '--preset=imagenet', '--backbone=resnet18', '--image_size=32', '--batch_size=24')
+        command += ('--amp=off', '--device=cpu', '--proj_layers=2', '--proj_dim=32', '--pred_dim=8', '--knn_every=0')
+        command += (f'--init_from={pretrained}', f'--image_path={drawn}', '--num_workers=0', '--max_epochs=1')
+        done = run_process(*start, *command, *DISTILLED, *own_paths(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    one, two = (state_of(tmp_path / name, 1)['model'] for name in ('one', 'two'))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_run_that_keeps_no_start_says_so(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    given = ('--knn_every=0', '--heads_epochs=0', '--start_share=0', '--distill_weight=0')
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', *given) == 0
+    capsys.readouterr()
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', '--distill_weight=2', *own_paths(tmp_path)]) == 0
+    assert '--distill_weight has no effect: this run does not keep its initial weights' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['distill_weight=2', 'distill_size=64'])
+def test_distillation_from_random_weights_warns(name, drawn, tmp_path, capsys):
+    given = ['train', '--preset=demo', f'--image_path={drawn}', '--batch_size=24', '--max_epochs=1', '--knn_every=0']
+    assert cli.main([*given, f'--{name}', *own_paths(tmp_path)]) == 0
+    assert f'--{name.partition("=")[0]} has no effect with random weights' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('image_size', 'given', 'used'), [(96, 0, 224), (224, 0, 224), (288, 0, 288), (96, 160, 160), (96, 64, 64)]
+)
+def test_default_size_of_targets(image_size, given, used):
+    args = get_config(preset='demo', image_size=image_size, distill_size=given)
+    assert find_teacher_size(args, build_model(args).backbone) == used
+
+
+def test_networks_of_one_size_get_targets_of_it(capsys):
+    args = get_config(preset='imagenet', backbone='vit_b_32', image_size=64)
+    backbone = build_model(args).backbone
+    assert find_teacher_size(args, backbone) == 64
+    assert 'vit_b_32 does not accept images of 224 px' in capsys.readouterr().out
+    with pytest.raises(UserError, match='--distill_size=96.*try --distill_size=64'):
+        find_teacher_size(replace_args(args, distill_size=96), backbone)
+
+
+def test_state_keeps_start_for_distillation(pretrained):  # noqa: F811
+    for weight, share, kept in ((0.0, 0.0, False), (1.0, 0.0, True), (0.0, 0.5, True)):
+        args = get_config(preset='demo', init_from=str(pretrained), distill_weight=weight, start_share=share)
+        assert (make_train_state(args, build_model(args)).start is not None) == kept
