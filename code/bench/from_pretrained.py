@@ -2,9 +2,9 @@
 
 python3 bench/from_pretrained.py --runs=RUN1,RUN2 --ckpt_path=... --output=results/pretrained.json
 
-For each run: its first and last checkpoint (--every=True: all), and the last backbone averaged with the start by 0.75,
-0.5 and 0.25. kNN with 20 neighbors, logistic regression on all labels and on 30, 10, 5 and 1 per class (five subsets,
-the same for all); top-1 in percent with its standard error; gains over the start are paired by image.
+For each run: its first and last checkpoint (--every=True: all), and the last backbone averaged with the start by
+--shares (none: not averaged). kNN with 20 neighbors, logistic regression on all labels and on 30, 10, 5 and 1 per class
+(five subsets, the same for all); top-1 in percent with its standard error; gains over the start are paired by image.
 """
 
 import json
@@ -28,11 +28,11 @@ from runtime.errors import resolve_path
 from runtime.files import read_json
 from runtime.options import get_config, rename_options
 
-SHARES = (0.75, 0.5, 0.25)
 LABELS, DRAWS = (30, 10, 5, 1), 5
 SHOWN = (  # options of a run that are kept with its rows
     *('init_from', 'backbone', 'image_size', 'learning_rate', 'max_epochs', 'random_seed', 'num_views', 'freeze_bn'),
     *('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation'),
+    *('distill_weight', 'distill_size', 'trained_share'),
 )
 
 
@@ -65,7 +65,7 @@ def summarize(results, start):
     }
 
 
-def measure_run(folder, options, every):
+def measure_run(folder, options, every, shares):
     """{row: numbers} of a run: its start, its checkpoints as they are, and the last one averaged with the start."""
     paths, rows, splits = checkpoints(folder), {}, None
     first = next(path for path in paths if CHECKPOINT_RE.fullmatch(path.name)[2] == '0')
@@ -79,19 +79,20 @@ def measure_run(folder, options, every):
             start, weights, epoch = results, {**model.backbone.state_dict()}, 'start'
         rows[epoch] = summarize(results, start)
     trained = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    for share in SHARES:
+    for share in shares:
         copy_weights(model.backbone, average_weights(weights, trained, share))
         rows[f'{epoch}, {share:g} of the start'] = summarize(judge(args, model.backbone, splits), start)
     return rows, clip_k(20, labeled_subset(splits['train']).labels)
 
 
-def main(runs, output, ckpt_path='data/checkpoints', every=False, **options):
+def main(runs, output, ckpt_path='data/checkpoints', every=False, shares=(0.75, 0.5, 0.25), **options):
+    shares = () if shares == 'none' else shares if isinstance(shares, tuple) else (shares,)
     written = resolve_path(output)
     known = read_json(written)
     for name in runs if isinstance(runs, tuple | list) else str(runs).split(','):
         folder = resolve_path(ckpt_path) / name
         about = rename_options(read_json(folder / 'run.json')['args'])
-        rows, _ = measure_run(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options}, every)
+        rows, _ = measure_run(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options}, every, shares)
         options_of_run = {option: about[option] for option in SHOWN} | {'init_from': Path(about['init_from']).name}
         known[about['model_name']] = {'options': options_of_run, 'rows': rows}
         written.parent.mkdir(parents=True, exist_ok=True)
