@@ -200,7 +200,7 @@ class ModelOptions:
     """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
     """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
-    (WiSE-FT, arXiv 2109.01903); --init_from sets it, like --freeze_bn"""
+    (WiSE-FT, arXiv 2109.01903)"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss: 1 - cosine similarity of the features of a view and those that the initial
     weights give to the whole image (engine/teacher.py); --init_from sets it, like --freeze_bn"""
@@ -507,4 +507,4 @@ PRESETS = {
 }
 
 # Options that --init_from sets, unless explicit, for weights that are not from a run of this code.
-INIT_FROM_DEFAULTS = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1, 'start_share': 0.5}
+INIT_FROM_DEFAULTS = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.3, 'distill_weight': 4.0}

@@ -16,6 +16,7 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ckpt import get_model_ckpt
+from config import OPTIONS
 from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
 from metric.knn import clip_k
 from model.weights import average_weights, copy_weights
@@ -91,7 +92,8 @@ def main(runs, output, ckpt_path='data/checkpoints', every=False, shares=(0.75, 
     known = read_json(written)
     for name in runs if isinstance(runs, tuple | list) else str(runs).split(','):
         folder = resolve_path(ckpt_path) / name
-        about = rename_options(read_json(folder / 'run.json')['args'])
+        saved = rename_options(read_json(folder / 'run.json')['args'])
+        about = {option: saved.get(option, OPTIONS[option].default) for option in (*SHOWN, 'model_name')}
         rows, _ = measure_run(folder, {'ckpt_path': str(ckpt_path), 'amp': 'off', **options}, every, shares)
         options_of_run = {option: about[option] for option in SHOWN} | {'init_from': Path(about['init_from']).name}
         known[about['model_name']] = {'options': options_of_run, 'rows': rows}

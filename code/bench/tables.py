@@ -427,68 +427,88 @@ def draw_views():
     save_png(plots.figure_to_pil(plots.draw_curves([panel], (560, 320)), 2), RESULTS / 'views.png')
 
 
-PRETRAINED_ROWS = {  # what a run changes: the end of its name
-    'the default of `--init_from`': 'lr04_e12_s0',
-    'no average with the start (`--start_share=0`)': 'lr04_e12_s0',
-    'a quarter of the start (`--start_share=0.25`)': 'lr04_e12_s0',
-    'three quarters (`--start_share=0.75`)': 'lr04_e12_s0',
-    'last layers only (near `--trained_share=0.79`)': 'lr04_e12_s0_last',
-    'no average with the start, last layers only': 'lr04_e12_s0_last',
-    'learning rate 0.2': 'lr02_e12_s0',
-    'the backbone at 0.3 of the learning rate, not 0.1': 'lr04_e12_s0_bb03',
-    'crops of half the image or more': 'lr04_e12_s0_mild',
-    'scale and shift of BN frozen too': 'lr04_e12_s0_affine',
-    'backbone trained from the first step (`--heads_epochs=0`)': 'lr04_e12_s0_noheads',
-    'four views, 6 epochs': 'lr04_e12_s0_views4',
-    'BN trained (`--freeze_bn=False`)': 'lr04_e12_s0_bnfree',
-    'BN trained, from the first step, at the full learning rate': 'lr04_e12_s0_asbefore',
-    '160 px, 5 epochs (another start)': 'lr04_e5_s0_160',
-}
-PRETRAINED_SHARES = {'no average': 1.0, 'a quarter': 0.25, 'three quarters': 0.75}
+# What a run from ImageNet's weights changes: (title, end of its name, share of the start; None: not averaged).
+DISTILLED_ROWS = [
+    ('SimSiam and distillation, the default of `--init_from`', 'distilled_s0', None),
+    ('targets of 160 px (`--distill_size=160`)', 'distilled_160_s0', None),
+    ('targets of 160 px, distillation alone, without the loss of SimSiam', 'distilled_160_only_s0', None),
+    ('targets of 160 px, weight 1, the backbone at 0.1 of the learning rate', 'distilled_160_weak_s0', None),
+]
+SIMSIAM_ROWS = [  # without distillation
+    ('SimSiam alone, half averaged with the start', 'lr04_e12_s0', 0.5),
+    ('not averaged (`--start_share=0`)', 'lr04_e12_s0', None),
+    ('a quarter of the start (`--start_share=0.25`)', 'lr04_e12_s0', 0.25),
+    ('three quarters (`--start_share=0.75`)', 'lr04_e12_s0', 0.75),
+    ('last layers only (near `--trained_share=0.79`)', 'lr04_e12_s0_last', 0.5),
+    ('not averaged, last layers only', 'lr04_e12_s0_last', None),
+    ('learning rate 0.2', 'lr02_e12_s0', 0.5),
+    ('the backbone at 0.3 of the learning rate, not 0.1', 'lr04_e12_s0_bb03', 0.5),
+    ('crops of half the image or more', 'lr04_e12_s0_mild', 0.5),
+    ('scale and shift of BN frozen too', 'lr04_e12_s0_affine', 0.5),
+    ('backbone trained from the first step (`--heads_epochs=0`)', 'lr04_e12_s0_noheads', 0.5),
+    ('four views, 6 epochs', 'lr04_e12_s0_views4', 0.5),
+    ('BN trained (`--freeze_bn=False`)', 'lr04_e12_s0_bnfree', 0.5),
+    ('BN trained, from the first step, at the full learning rate', 'lr04_e12_s0_asbefore', 0.5),
+    ('160 px, 5 epochs (another start)', 'lr04_e5_s0_160', 0.5),
+]
 PRETRAINED_SETS = {'clothing': 'clothing', 'grocery': 'groceries', 'cifar50': 'CIFAR-10, 50 per class'}
+# Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
+PRETRAINED_SEEDS = {
+    'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
+    'SimSiam and distillation': ('{}_distilled_s{}', None),
+    'SimSiam and distillation, 160 px': ('{}_distilled_at160_s{}', None),
+}
 
 
 def pretrained_runs():
     """{run: its rows} of bench/from_pretrained.py."""
-    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50'))
-    return {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
+    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50', '_distilled'))
+    runs = {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
+    return {name.replace('cifar50_r85', 'cifar50_lr04_e12'): rows for name, rows in runs.items()}
 
 
-def pretrained_row(rows, share=0.5):
-    """The columns on test of a run's last checkpoint, averaged with the start."""
+def pretrained_row(rows, share):
+    """The columns on test of a run's last checkpoint, averaged with the start by `share` (None: not)."""
     last_epoch = [name for name in rows if name.startswith('epoch') and 'start' not in name][-1]
-    return rows[last_epoch if share == 1.0 else f'{last_epoch}, {share:g} of the start']['test']
+    return rows[last_epoch if share is None else f'{last_epoch}, {share:g} of the start']['test']
 
 
-def default_runs(runs, kind):
-    """The rows of the default's runs with seeds 0, 1 and 2."""
-    prefix = {'cifar50': 'cifar50_r85_s'}.get(kind, f'{kind}_lr04_e12_s')
-    return [runs[f'{prefix}{seed}'] for seed in (0, 1, 2) if f'{prefix}{seed}' in runs]
+def runs_with_seeds(runs, kind, title):
+    """[(seed, rows of its start, columns at its end)] of the runs `title` on a set."""
+    name, share = PRETRAINED_SEEDS[title]
+    found = [(seed, runs.get(name.format(kind, seed))) for seed in (0, 1, 2)]
+    return [(seed, rows['start']['test'], pretrained_row(rows, share)) for seed, rows in found if rows]
 
 
 def pretrained():
-    """Gain over ImageNet's weights with ten labels per class on test: the default with three seeds."""
+    """Gain over ImageNet's weights on test, with three seeds."""
     runs, lines = pretrained_runs(), []
     for kind, name in PRETRAINED_SETS.items():
-        rows = default_runs(runs, kind)
-        columns = [*pretrained_row(rows[0])]
-        start = [percent(rows[0]['start']['test'][column]['top1']) for column in columns]
-        lines.append([f"{name}: ImageNet's weights", *start])
-        gains = [[pretrained_row(each)[column]['gain'] for each in rows] for column in columns]
-        cells = [f'{mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})' for values in gains]
-        lines.append([f'gain, mean of seeds {", ".join(map(str, range(len(rows))))} (range)', *cells])
+        shown = None
+        for title in PRETRAINED_SEEDS:
+            found = runs_with_seeds(runs, kind, title)
+            if not found:
+                continue
+            columns = [*found[0][2]]
+            start = [percent(found[0][1][column]['top1']) for column in columns]
+            if start != shown:
+                lines.append([f"{name}{title.partition(', ')[2] and ', 160 px'}: ImageNet's weights", *start])
+                shown = start
+            gains = [[end[column]['gain'] for _, _, end in found] for column in columns]
+            cells = [f'{mean(values):+.1f} ({min(values):+.1f} to {max(values):+.1f})' for values in gains]
+            seeds = ', '.join(str(seed) for seed, _, _ in found)
+            lines.append([f'{title}, seed{"s" * (len(found) > 1)} {seeds}', *cells])
     return markdown(['top-1 on test, %', *columns], lines)
 
 
 def pretrained_changes():
     """Gain over the start with ten labels per class on test, seed 0, of runs that change one thing each."""
     runs, lines = pretrained_runs(), []
-    for title, end in PRETRAINED_ROWS.items():
-        share = next((value for word, value in PRETRAINED_SHARES.items() if title.startswith(word)), 0.5)
+    for title, end, share in DISTILLED_ROWS + SIMSIAM_ROWS:
         cells = []
         for kind in ('clothing', 'grocery'):
-            rows = runs.get(f'{kind}_{end}')
-            cell = rows and pretrained_row(rows, share)['10 per class']
+            found = runs.get(f'{kind}_{end}')
+            cell = found and pretrained_row(found, share)['10 per class']
             cells.append(f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' if cell else '')
         if any(cells):
             lines.append([title, *cells])
@@ -499,12 +519,14 @@ def draw_pretrained():
     """results/pretrained.png: gain over ImageNet's weights by the number of labels, mean of the seeds."""
     runs, lines = pretrained_runs(), []
     for kind, name in PRETRAINED_SETS.items():
-        rows = [pretrained_row(each) for each in default_runs(runs, kind)]
-        points = [(count, mean(each[f'{count} per class']['gain'] for each in rows)) for count in (1, 5, 10, 30)]
-        lines.append((name, points))
+        for title in PRETRAINED_SEEDS:
+            ends = [end for _, _, end in runs_with_seeds(runs, kind, title)]
+            points = [(n, mean(end[f'{n} per class']['gain'] for end in ends)) for n in (1, 5, 10, 30) if ends]
+            if points:
+                lines.append((f'{name}, {title}', points))
     title = "gain over ImageNet's weights on test, points"
     panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels per class')
-    save_png(plots.figure_to_pil(plots.draw_curves([panel], (560, 340)), 2), RESULTS / 'pretrained.png')
+    save_png(plots.figure_to_pil(plots.draw_curves([panel], (640, 400)), 2), RESULTS / 'pretrained.png')
 
 
 def write():

@@ -254,7 +254,8 @@ def resolve_resume(args):
     """
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
-    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
+    # Set by the weights, not by the defaults; start_share by early versions.
+    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'start_share'}
     from_weights = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
     from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run saves the resolved number

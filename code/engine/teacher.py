@@ -39,8 +39,8 @@ class Teacher:
         args = replace_args(args, image_size=find_teacher_size(args, backbone))
         dataset = copy.copy(dataset)
         dataset.args = args
-        title = f'targets of {len(dataset)} images, {args.image_size} px'
-        features, _ = extract_features(args, backbone, eval_loader(args, dataset), title)
+        log(f'distillation: the targets are features of {len(dataset)} whole images of {args.image_size} px')
+        features, _ = extract_features(args, backbone, eval_loader(args, dataset), 'targets')
         self.weight, self.mean, self.std = args.distill_weight, features.mean(0), features.std(0).clamp(min=MIN_STD)
         self.features = ((features - self.mean) / self.std).half().cpu()  # half of the memory
 

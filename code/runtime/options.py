@@ -208,7 +208,8 @@ def ignored_in_train(args):
         if args.augment_backend == 'worker' and args.cache_images == 'on'
         else (),
         '--init_from': ('zero_init',) if args.init_from else (),
-        'random weights': () if args.init_from or args.ckpt_name else ('start_share', 'distill_weight', 'distill_size'),
+        'random weights': () if args.init_from or args.ckpt_name else ('start_share', 'distill_weight'),
+        '--distill_weight=0': ('distill_size',) if not args.distill_weight else (),
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }

@@ -464,6 +464,7 @@ def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path,
     given = ['--num_workers=0', *own_paths(tmp_path)]
     train = [f'--init_from={weights}', '--backbone=timm/resnet10t', '--image_size=32', '--batch_size=24', '--amp=off']
     train += ['--preset=imagenet', '--proj_dim=32', '--pred_dim=8', '--max_epochs=1', f'--image_path={drawn}']
+    train += ['--start_share=0.5', '--distill_size=32']
     assert cli.main(['train', *train, '--heads_epochs=0', '--knn_every=0', *given]) == 0
     (last,) = (tmp_path / 'ckpt/model_name_simsiam_ckpt_0').glob('loss_*_epoch_1')
     run = f'--ckpt_name={last}'
@@ -473,7 +474,7 @@ def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path,
     assert cli.main([*evaluated, '--beside=untrained', '--labels=1']) == 0
     assert cli.main(['export', run, '--format=timm', f'--output={tmp_path}/x', *own_paths(tmp_path, 'ckpt')]) == 0
     card = (tmp_path / 'x/README.md').read_text()
-    assert 'freeze_bn=True --heads_epochs=0 --backbone_lr_scale=0.1 --start_share=0.5' in card
+    assert 'freeze_bn=True --heads_epochs=0 --backbone_lr_scale=0.3 --distill_weight=4.0 --distill_size=32' in card
     assert 'All results are on the images named above' not in card
     if shares[0] == shares[1]:
         assert 'knn (--knn_k=3' in card

@@ -27,6 +27,7 @@ from test_distributed import TORCHRUN, begin
 
 RUN = 'model_name_simsiam_ckpt_0'
 RESNET = ('--preset=imagenet', '--backbone=resnet18', '--image_size=32', '--batch_size=24', '--amp=off', '--device=cpu')
+AVERAGED = ('--start_share=0.5', '--save_every_epochs=1')
 SMALL = (*RESNET, '--proj_layers=2', '--proj_dim=32', '--pred_dim=8', '--knn_every=1', '--num_workers=0')
 
 
@@ -48,7 +49,15 @@ def pretrained(tmp_path_factory):
 
 
 def train(folder, images, pretrained, *options):
-    given = ['train', *SMALL, f'--init_from={pretrained}', f'--image_path={images}', *own_paths(folder), *options]
+    given = [
+        'train',
+        *SMALL,
+        '--distill_size=32',
+        f'--init_from={pretrained}',
+        f'--image_path={images}',
+        *own_paths(folder),
+        *options,
+    ]
     return cli.main(given)
 
 
@@ -60,7 +69,7 @@ def state_of(folder, epoch, run=RUN):
 @pytest.fixture(scope='module')
 def run(drawn, pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
-    assert train(folder, drawn, pretrained, '--max_epochs=3', '--heads_epochs=1', '--save_every_epochs=1') == 0
+    assert train(folder, drawn, pretrained, *AVERAGED, '--max_epochs=3', '--heads_epochs=1') == 0
     return folder
 
 
@@ -132,9 +141,9 @@ def test_run_shorter_than_heads_epochs_warns_and_resumes(drawn, pretrained, tmp_
 def test_resume_across_heads_epochs_equals_unbroken_run(run, drawn, pretrained, tmp_path):
     for minutes in ('0.0001', '0'):
         given = [
+            *AVERAGED,
             '--max_epochs=3',
             '--heads_epochs=1',
-            '--save_every_epochs=1',
             '--resume=auto',
             f'--max_minutes={minutes}',
         ]
@@ -151,7 +160,7 @@ def test_evaluate_uses_average_with_start(run):
     content = torch.load(path, weights_only=True)
     args, model, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'))
     trained = {n.removeprefix('backbone.'): v for n, v in content['model'].items() if n.startswith('backbone.')}
-    assert args.start_share == INIT_FROM_DEFAULTS['start_share']
+    assert args.start_share == 0.5
     wanted = average_weights(content['start'], trained, args.start_share)
     assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
     _, raw, _ = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'), training=True)
