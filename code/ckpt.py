@@ -135,7 +135,8 @@ def load_checkpoint(args, path, locked_options, training=False):
         ) from None
     if content.get('start') and not training:
         share = saved['start_share'] if args.init_from else merged.start_share  # --start_share is of the new run
-        copy_weights(model.backbone, average_weights(content['start'], model.backbone.state_dict(), share))
+        if share:
+            copy_weights(model.backbone, average_weights(content['start'], model.backbone.state_dict(), share))
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 

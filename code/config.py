@@ -202,10 +202,11 @@ class ModelOptions:
     """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
     (WiSE-FT, arXiv 2109.01903)"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
-    """weight of the distillation loss: 1 - cosine similarity of the features of a view and those that the initial
-    weights give to the whole image (engine/teacher.py); --init_from sets it, like --freeze_bn"""
+    """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
+    weights give to the center crop of the image at --distill_size (engine/teacher.py); the logged loss is SimSiam's
+    alone; --init_from sets it, like --freeze_bn"""
     distill_size: int = option(0, between=(0, 1024))
-    """side of the whole images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
+    """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
     stem: str = option('imagenet', ('imagenet', 'cifar'), used_by=NETWORK)
     """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1"""
     zero_init: bool = option(True)

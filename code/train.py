@@ -72,10 +72,12 @@ def train_epochs(args, state, loader, monitor, run):
             trained = state.epoch >= args.heads_epochs
             set_backbone_trainable(args, state.model, trained)
             if trained and args.distill_weight and state.start:
+                step = None  # frees the memory of its graph
                 teacher = Teacher(args, state.model.backbone, state.start, loader.dataset)
             step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state, teacher)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
+        due |= bool(args.distill_weight) and state.epoch == args.heads_epochs  # computing the targets takes long
         if due or (args.init_from and is_measured(args, state.epoch)):  # any measured epoch may be the best
             run.save(state)
         monitor.after_epoch(state)

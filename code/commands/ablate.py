@@ -74,10 +74,12 @@ def plan_variants(args):
             raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
+        # A teacher would hold the backbone in place, whatever is varied.
+        alone = {'distill_weight': 0.0} if args.init_from and 'distill_weight' not in args.explicit else {}
         variant_args = replace_args(
-            args, **options, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
+            args, **options, **alone, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
         )
-        variant_args.explicit = args.explicit | {*options, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        variant_args.explicit = args.explicit | {*options, *alone, 'model_name', 'evaluate_after', 'protocol', 'resume'}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
             log(f'{args.ablation}: {variant} is left out: there are only {images} images')

@@ -258,7 +258,9 @@ def resolve_resume(args):
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'start_share'}
     from_weights = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
-    from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()  # a run saves the resolved number
+    # A run saves the resolved numbers.
+    from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()
+    from_weights |= {'distill_size'} if args.distill_size == 0 else set()
     for run in reversed(list_run_dirs(args)):
         paths = checkpoints(run)
         if not paths:

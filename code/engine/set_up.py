@@ -12,6 +12,7 @@ from engine import memory_estimate
 from engine.auto_preset import choose_preset, switch_to_random_weights
 from engine.cuda_graph import should_use_graph
 from engine.run_dir import RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
+from engine.teacher import set_distill_size
 from engine.train_state import TrainState
 from model.backbone import find_last_bn_layers
 from model.weights import is_off_the_shelf
@@ -45,6 +46,7 @@ def setup_run(args):
     if not checkpoint:
         args = resolve_mean_std(args, sources['train'].store)
     check_batch_and_warmup(args)
+    args = set_distill_size(args, model)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
     if (args.init_from or args.preset == 'photos') and 'protocol' not in args.explicit:
         args = replace_args(args, protocol='compare')  # compares the run with its start

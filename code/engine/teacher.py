@@ -1,10 +1,10 @@
 """The initial backbone as a teacher of the one that is trained (`distill_weight`).
 
-Pretrained weights describe a large image better than a small one. The teacher sees each training image once, whole and
-without augmentation, at `distill_size` px, before the first step. Its features are the targets of all views of the
-image: the trained backbone learns at its own, smaller size what the initial weights know of the larger image, and
-SimSiam does not move it away from them. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy over the
-size of an image: Touvron et al., arXiv 1906.06423. The experiments are in results/LOG.md.)
+Pretrained weights describe a large image better than a small one. Before the backbone is trained, and again when a run
+is resumed, the initial weights compute the features of each training image: of its center crop, without augmentation,
+at `distill_size` px. These are the targets of all views of the image. So the trained backbone learns, at its own
+smaller size, what the initial weights know of the larger image. (Knowledge distillation: Hinton et al., arXiv
+1503.02531. Accuracy over the size of an image: Touvron et al., arXiv 1906.06423. Experiments: results/LOG.md.)
 """
 
 import copy
@@ -16,33 +16,40 @@ from loss.negative_cosine import negative_cosine
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
 from runtime.console import first_line
-from runtime.device import get_device
+from runtime.device import explain_oom, get_device, is_oom
 from runtime.distributed import rank
-from runtime.errors import UserError
+from runtime.errors import UserError, WorkError
 from runtime.messages import log
 from runtime.options import replace_args
 from runtime.tensors import channels_last, to_device
 
 DEFAULT_SIZE = 224  # px, for --distill_size=0: the size that most weights were trained at
-MIN_STD = 1e-3  # features that vary less are noise, and are not enlarged beyond this
+MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
 
 
 class Teacher:
     """Targets of the training images: N x d, standardized by the mean and standard deviation, d each, over the images.
 
     args: of the run. backbone: the one that is trained; start: its initial weights. dataset: ImageDataset of train.
+    Raises WorkError if the initial weights give infinite features, or memory is short.
     """
 
     def __init__(self, args, backbone, start, dataset):
-        backbone = copy.deepcopy(backbone)
-        copy_weights(backbone, start)
-        args = replace_args(args, image_size=find_teacher_size(args, backbone))
-        dataset = copy.copy(dataset)
-        dataset.args = args
-        log(f'distillation: the targets are features of {len(dataset)} whole images of {args.image_size} px')
-        features, _ = extract_features(args, backbone, eval_loader(args, dataset), 'targets')
-        self.weight, self.mean, self.std = args.distill_weight, features.mean(0), features.std(0).clamp(min=MIN_STD)
-        self.features = ((features - self.mean) / self.std).half().cpu()  # half of the memory
+        initial = copy.deepcopy(backbone)
+        copy_weights(initial, start)
+        # On a CPU bfloat16 would be benchmarked anew for the larger images.
+        amp = 'off' if get_device(args).type == 'cpu' else args.amp
+        teacher_args = replace_args(args, image_size=args.distill_size, amp=amp)
+        images = copy.copy(dataset)
+        images.args = teacher_args
+        log(f'distillation: the targets are features of {len(images)} images at {args.distill_size} px')
+        with explain_oom('the targets of the distillation', '--distill_weight=0 trains without them'):
+            try:
+                features, _ = extract_features(teacher_args, initial, eval_loader(teacher_args, images), 'targets')
+            except WorkError as error:
+                raise WorkError(f'the initial weights at --distill_size={args.distill_size}: {error}') from None
+            self.weight, self.mean, self.std = args.distill_weight, features.mean(0), features.std(0).clamp(min=MIN_STD)
+            self.features = features.sub_(self.mean).div_(self.std).half().cpu()  # half of the memory
 
     def targets(self, rows):
         """Return the targets of the training images with these row numbers, N x d, on the device."""
@@ -56,19 +63,25 @@ class Teacher:
 
 
 @torch.no_grad()
-def find_teacher_size(args, backbone):
-    """Return the side of the images that the teacher sees, in pixels: --distill_size, or the default, or image_size for
-    networks that accept only this (ViT). Raises UserError if --distill_size is not accepted."""
-    wanted = args.distill_size or max(args.image_size, DEFAULT_SIZE)
-    image = torch.zeros(1, args.num_channels, wanted, wanted, device=get_device(args))
-    with eval_mode(backbone):
+def set_distill_size(args, model):
+    """Resolve --distill_size=0: 224 px, or image_size if that is larger, or image_size for networks that accept only
+    this (ViT) or are made for small images (stem=cifar). Returns args. Raises UserError if the network does not accept
+    images of --distill_size."""
+    if not (args.init_from and args.distill_weight):
+        return args
+    default = args.image_size if args.stem == 'cifar' else max(args.image_size, DEFAULT_SIZE)
+    size = args.distill_size or default
+    image = torch.zeros(1, args.num_channels, size, size)
+    with eval_mode(model.backbone):
         try:
-            backbone(channels_last(image))
-            return wanted
-        except (AssertionError, RuntimeError, ValueError) as error:  # a network raises what it likes
-            reason = f'{args.backbone} does not accept images of {wanted} px ({first_line(error)})'
+            model.backbone(channels_last(image))
+            return replace_args(args, distill_size=size)
+        except Exception as error:  # networks raise various types
+            if is_oom(error):
+                raise
+            reason = f'{args.backbone} does not accept images of {size} px ({first_line(error)})'
     if args.distill_size:
-        raise UserError(f'--distill_size={wanted}: {reason}; try --distill_size={args.image_size}')
+        raise UserError(f'--distill_size={size}: {reason}; try --distill_size={args.image_size}')
     if not rank():
-        log(f'{reason}: its targets are of {args.image_size} px')
-    return args.image_size
+        log(f'{reason}: the targets of the distillation are of {args.image_size} px')
+    return replace_args(args, distill_size=args.image_size)

@@ -12,7 +12,7 @@ from runtime.tensors import zeros_f64
 
 class TrainState:
     """model: SimSiam; optimizer: SGD or AdamW; scaler: GradScaler for float16, or None; start: the initial weights of
-    the backbone, on the CPU, for --start_share, or None.
+    the backbone, on the CPU, for --start_share and --distill_weight, or None.
 
     epoch: finished epochs. images: images seen in the current epoch; sums: 2, on the device, the sums of loss and std
     over them (of this rank, or of all after all_reduce_sums). last_epoch_means: (loss, std) of the last finished epoch.

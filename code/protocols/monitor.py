@@ -161,7 +161,7 @@ class Monitor:
 
     def backbone(self, state):
         """Return the backbone to measure: the trained one, averaged with the start by --start_share."""
-        if not state.start:
+        if not state.start or not self.args.start_share:
             return state.model.backbone
         backbone = copy.deepcopy(state.model.backbone)
         copy_weights(backbone, average_weights(state.start, backbone.state_dict(), self.args.start_share))

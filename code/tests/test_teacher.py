@@ -1,6 +1,7 @@
 """Distillation from the initial weights: the targets, the loss, the images they belong to, and runs with it."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -9,14 +10,19 @@ from torch.nn.functional import cosine_similarity
 import cli
 import train as train_module
 from ckpt import get_model_ckpt
+from commands.ablate import plan_variants
 from conftest import own_paths
 from dataloader.load_dataset import eval_loader, get_iterator
+from engine import teacher as teacher_module
 from engine.set_up import make_train_state
-from engine.teacher import Teacher, find_teacher_size
+from engine.teacher import Teacher, set_distill_size
 from loss.negative_cosine import simsiam_loss
 from protocols.features import extract_features
+from runtime import precision, signals
 from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
+from runtime.files import read_json
 from runtime.options import get_config, replace_args
 from test_distributed import TORCHRUN
 from test_distributed import run as run_process
@@ -179,17 +185,73 @@ def test_distillation_from_random_weights_warns(name, drawn, tmp_path, capsys):
     ('image_size', 'given', 'used'), [(96, 0, 224), (224, 0, 224), (288, 0, 288), (96, 160, 160), (96, 64, 64)]
 )
 def test_default_size_of_targets(image_size, given, used):
-    args = get_config(preset='demo', image_size=image_size, distill_size=given)
-    assert find_teacher_size(args, build_model(args).backbone) == used
+    options = {'backbone': 'resnet18', 'init_from': 'x', 'distill_weight': 1.0, 'proj_dim': 8}
+    args = get_config(preset='imagenet', image_size=image_size, distill_size=given, **options)
+    model = build_model(args)
+    assert set_distill_size(args, model).distill_size == used
+    assert model.backbone.training
+    assert set_distill_size(replace_args(args, stem='cifar'), model).distill_size == (given or image_size)
+    assert set_distill_size(replace_args(args, init_from=''), model).distill_size == given
 
 
 def test_networks_of_one_size_get_targets_of_it(capsys):
-    args = get_config(preset='imagenet', backbone='vit_b_32', image_size=64)
-    backbone = build_model(args).backbone
-    assert find_teacher_size(args, backbone) == 64
+    options = {'backbone': 'vit_b_32', 'init_from': 'x', 'distill_weight': 1.0, 'proj_dim': 8}
+    args = get_config(preset='imagenet', image_size=64, **options)
+    model = build_model(args)
+    assert set_distill_size(args, model).distill_size == 64
     assert 'vit_b_32 does not accept images of 224 px' in capsys.readouterr().out
     with pytest.raises(UserError, match='--distill_size=96.*try --distill_size=64'):
-        find_teacher_size(replace_args(args, distill_size=96), backbone)
+        set_distill_size(replace_args(args, distill_size=96), model)
+
+
+def test_invalid_size_of_targets_ends_before_anything_is_written(drawn, pretrained, tmp_path, capsys, monkeypatch):  # noqa: F811
+    forward = torch.nn.Conv2d.forward
+
+    def refuse(self, x):
+        assert x.shape[-1] < 200, 'image too large'
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', refuse)
+    given = ('--max_epochs=2', '--heads_epochs=1', '--knn_every=0')
+    assert train(tmp_path, drawn, pretrained, *given, '--distill_size=224') == 2
+    assert '--distill_size=224: resnet18 does not accept images of 224 px (image too large)' in capsys.readouterr().err
+    assert not (tmp_path / 'ckpt').exists()
+    assert train(tmp_path, drawn, pretrained, *given, '--distill_size=0') == 0
+    assert 'the targets of the distillation are of 32 px' in capsys.readouterr().out
+    assert read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']['distill_size'] == 32
+
+
+def test_checkpoint_is_saved_before_targets_are_computed(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Computing them can take longer than what is left of a job."""
+    compute = teacher_module.extract_features
+
+    def stop(*_):
+        raise signals.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(teacher_module, 'extract_features', stop)
+    given = ('--max_epochs=3', '--heads_epochs=1', '--knn_every=0', '--save_every_epochs=50', '--resume=auto')
+    assert train(tmp_path, drawn, pretrained, *given) == 143
+    assert [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)] == ['0', '1']
+    monkeypatch.setattr(teacher_module, 'extract_features', compute)
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    assert 'resuming' in capsys.readouterr().out
+
+
+def test_bfloat16_is_not_benchmarked_for_larger_images(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(
+        precision, 'bf16_benchmark', lambda args: asked.append(args.image_size) or {'ratio': 2.0, 'failed': ''}
+    )
+    given = ('--max_epochs=1', '--heads_epochs=0', '--knn_every=0', '--distill_size=64', '--amp=bf16')
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    assert {*asked} == {32}
+
+
+@pytest.mark.parametrize(('given', 'weight'), [([], 0.0), (['--distill_weight=3'], 3.0)])
+def test_ablations_from_weights_have_no_teacher_unless_told(given, weight):
+    args = get_config(preset='demo', init_from='x', **dict(option.strip('-').split('=') for option in given))
+    args.explicit = {'init_from', *(['distill_weight'] if given else [])}
+    assert {planned[3].distill_weight for planned in plan_variants(args)} == {weight}
 
 
 def test_state_keeps_start_for_distillation(pretrained):  # noqa: F811
