@@ -203,8 +203,8 @@ class ModelOptions:
     (WiSE-FT, arXiv 2109.01903)"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
-    weights give to the center crop of the image at --distill_size (engine/teacher.py); the logged loss is SimSiam's
-    alone; --init_from sets it, like --freeze_bn"""
+    weights give to the center crop of the image at --distill_size (engine/teacher.py), which is logged without the
+    weight beside SimSiam's loss; --init_from sets it, like --freeze_bn"""
     distill_size: int = option(0, between=(0, 1024))
     """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
     stem: str = option('imagenet', ('imagenet', 'cifar'), used_by=NETWORK)

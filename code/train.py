@@ -111,10 +111,10 @@ def train_epoch(args, step, state, loader, monitor, run):
         with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
             seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
             rows = loader.batch_sampler.rank_part(order, state.images)
-            loss, std, (p, z) = step(views, rows)
+            (loss, std, *distance), (p, z) = step(views, rows)
             state.add(loss, std, batch_size)
         # metrics
-        monitor.after_step(state, loss, std, learning_rates, p, z)
+        monitor.after_step(state, (loss, std, *distance), learning_rates, p, z)
         # stop or save a checkpoint
         is_last_step = state.images >= total
         steps = state.images // batch_size
@@ -151,8 +151,9 @@ def get_learning_rates(args, epochs):
 
 
 def build_train_step(args, net, state, teacher=None):
-    """Build the function that trains on one batch: step(views, rows) returns (loss, std of z, (p, z)), on the device.
-    rows: row numbers of the images in the training set, for the targets of the teacher (engine.teacher.Teacher)."""
+    """Build the function that trains on one batch: step(views, rows) returns ((loss, std of z), (p, z)), on the device;
+    with a teacher (engine.teacher.Teacher) the distillation loss follows std. rows: row numbers of the images in the
+    training set, for its targets."""
     criterion = functools.partial(
         simsiam_loss,
         stop_gradient=args.stop_gradient,
@@ -163,7 +164,7 @@ def build_train_step(args, net, state, teacher=None):
 
     def step(inputs):
         loss, (p, z) = train_step(net, state.optimizer, inputs, criterion, amp, args.grad_accum_steps * pairs, teacher)
-        return loss, feature_std(z[0]), (p, z)
+        return (loss, feature_std(z[0]), *([teacher.distance] if teacher else [])), (p, z)
 
     if should_use_graph(args):
         step = CudaGraphStep(step, state.model, state.optimizer, args.cuda_graph == 'True')

@@ -30,7 +30,8 @@ MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
 class Teacher:
     """Targets of the training images: N x d, standardized by the mean and standard deviation, d each, over the images.
 
-    args: of the run. backbone: the one that is trained; start: its initial weights. dataset: ImageDataset of train.
+    distance: the last unweighted loss, on the device. args: of the run. backbone: the one that is trained; start: its
+    initial weights. dataset: ImageDataset of train.
     Raises WorkError if the initial weights give infinite features, or memory is short.
     """
 
@@ -59,7 +60,9 @@ class Teacher:
         """The weighted distillation loss: 1 - cosine similarity of standardized features and targets, mean over batch
         and views. features: a list of N x d, one per view; targets: N x d."""
         distances = [1 + negative_cosine((each - self.mean) / self.std, targets) for each in features]
-        return self.weight * sum(distances) / len(distances)
+        mean = sum(distances) / len(distances)
+        self.distance = mean.detach()
+        return self.weight * mean
 
 
 @torch.no_grad()

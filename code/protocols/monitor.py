@@ -54,7 +54,7 @@ class Monitor:
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
         self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
-        self.bar, self.last_logged, self.outputs, self.norms = None, {}, None, []
+        self.bar, self.last_logged, self.outputs, self.norms, self.distances = None, {}, None, [], []
 
     def start(self, state):
         """Log the options and the metrics of epoch 0. For a resumed run, compute the metrics of its last epoch if they
@@ -76,15 +76,16 @@ class Monitor:
         """Start the progress bar of an epoch of `total` images, at image state.images."""
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
-        self.from_image, self.epoch_started, self.read, self.norms = state.images, time.monotonic(), None, []
+        self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
+        self.norms, self.distances = [], []
 
     def show_views(self, views):
         """Save a picture of the views of the first 16 images."""
         self.logger.views('two_views', [vision.to_picture(view[:16], self.args) for view in views])
 
-    def after_step(self, state, loss, std, rates, p, z):
-        """Record a step. loss, std: on the device; rates: of backbone, projector and predictor; p, z: lists over
-        views."""
+    def after_step(self, state, scalars, rates, p, z):
+        """Record a step. scalars: loss, std and perhaps the distillation loss, on the device; rates: of backbone,
+        projector and predictor; p, z: lists over views."""
         self.outputs = p[0], z[0]
         elapsed = time.monotonic() - self.epoch_started
         self.last_logged = {
@@ -98,7 +99,9 @@ class Monitor:
         if state.images // self.args.batch_size % LOG_EVERY == 0 or state.images >= self.total:
             self.check_step(state)
             norm = gradient_norm(state.model)
-            self.read = async_tolist(torch.stack((loss, std, representation.view_retrieval_top1(z[0], z[1]), norm)))
+            loss, std, *distance = scalars
+            retrieval = representation.view_retrieval_top1(z[0], z[1])
+            self.read = async_tolist(torch.stack((loss, std, retrieval, norm, *distance)))
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
@@ -110,8 +113,9 @@ class Monitor:
         """Read the values of an earlier step. Warns of a collapse, raises NonFiniteLoss for an invalid loss."""
         if not self.read:
             return
-        loss, std, retrieval, norm = self.read()
+        loss, std, retrieval, norm, *distance = self.read()
         self.norms.append(norm)
+        self.distances += distance
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
             self.warn_collapse(state, loss, std)
@@ -130,6 +134,9 @@ class Monitor:
         if self.norms:
             values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
         line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
+        if self.distances:
+            values['pretraining/distillation'] = sum(self.distances) / len(self.distances)
+            line += f'  distillation {values["pretraining/distillation"]:.3f}'
         if self.last_logged:
             line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs

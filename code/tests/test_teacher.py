@@ -22,7 +22,7 @@ from runtime import precision, signals
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
-from runtime.files import read_json
+from runtime.files import read_json, read_metrics
 from runtime.options import get_config, replace_args
 from test_distributed import TORCHRUN
 from test_distributed import run as run_process
@@ -139,6 +139,8 @@ def test_distillation_moves_views_toward_targets(drawn, tmp_path, monkeypatch):
         assert (
             cli.main([*given, f'--distill_weight={weight}', '--knn_every=0', *own_paths(tmp_path / str(weight))]) == 0
         )
+    shown = read_metrics(tmp_path / '2' / 'ckpt' / RUN / 'metrics.jsonl')[1:]
+    assert [line['pretraining/distillation'] for line in shown] == pytest.approx(distances[26::3], abs=1e-4)
     without, with_it = torch.tensor(distances).view(2, 8, 3).mean(2).tolist()  # weight, epoch, step
     assert 0 < sum(with_it[4:]) < 0.95 * sum(without[4:]), (without, with_it)
 
