@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import torch
 
-from config import INIT_FROM_DEFAULTS
+from config import init_from_defaults
 from model.weights import average_weights, copy_weights, is_off_the_shelf
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch
@@ -43,7 +43,7 @@ def get_model_ckpt(args, training=False):
     """Load or build the model for `args`. Returns (args, model, checkpoint), with the model on the CPU.
 
     Without --ckpt_name: a new model, initialized by --random_seed or with the weights of --init_from, which also set
-    preprocessing and config.INIT_FROM_DEFAULTS; checkpoint is None. With --ckpt_name: the weights and options of the
+    preprocessing and config.init_from_defaults; checkpoint is None. With --ckpt_name: the weights and options of the
     checkpoint, except explicit options and those of this machine; checkpoint is the dict above with `path` and `run`,
     the folder for files about it. Weights of torchvision or timm (imagenet, timm/<name>) and files of other tools have
     only their architecture and preprocessing as options, and epoch 0.
@@ -90,9 +90,9 @@ def start_from_weights(args):
         weight_options |= {'mean': args.mean, 'std': args.std}
     args = replace_args(args, **weight_options)
     if checkpoint['layout'] != 'ours' and not args.from_run:
-        defaults = {name: value for name, value in INIT_FROM_DEFAULTS.items() if name not in args.explicit}
-        args = replace_args(args, **defaults)
-        options_text = ' '.join(f'--{name}={getattr(args, name)}' for name in INIT_FROM_DEFAULTS)
+        defaults = init_from_defaults(args.image_size, args.stem)
+        args = replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.explicit})
+        options_text = ' '.join(f'--{name}={getattr(args, name)}' for name in defaults)
         log(f'from pretrained weights: {options_text}')
     return args, model, None
 

@@ -508,4 +508,13 @@ PRESETS = {
 }
 
 # Options that --init_from sets, unless explicit, for weights that are not from a run of this code.
-INIT_FROM_DEFAULTS = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.3, 'distill_weight': 4.0}
+INIT_FROM_DEFAULTS = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1, 'distill_weight': 1.0}
+# In place of these for small views, which have most to learn from the larger images of the distillation.
+MAX_SMALL_VIEW = 112  # px
+SMALL_VIEW_DEFAULTS = {'backbone_lr_scale': 0.3, 'distill_weight': 4.0}
+
+
+def init_from_defaults(image_size, stem='imagenet'):
+    """Return the options that --init_from sets for views of this size, in pixels."""
+    small = image_size <= MAX_SMALL_VIEW and stem != 'cifar'
+    return INIT_FROM_DEFAULTS | (SMALL_VIEW_DEFAULTS if small else {})

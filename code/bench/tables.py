@@ -429,7 +429,7 @@ def draw_views():
 
 # What a run from ImageNet's weights changes: (title, end of its name, share of the start; None: not averaged).
 DISTILLED_ROWS = [
-    ('SimSiam and distillation, the default of `--init_from`', 'distilled_s0', None),
+    ('SimSiam and distillation, the default for small views', 'distilled_s0', None),
     ('targets of 160 px (`--distill_size=160`)', 'distilled_160_s0', None),
     ('targets of 160 px, distillation alone, without the loss of SimSiam', 'distilled_160_only_s0', None),
     ('targets of 160 px, weight 1, the backbone at 0.1 of the learning rate', 'distilled_160_weak_s0', None),
@@ -437,10 +437,6 @@ DISTILLED_ROWS = [
 SIMSIAM_ROWS = [  # without distillation
     ('SimSiam alone, half averaged with the start', 'lr04_e12_s0', 0.5),
     ('not averaged (`--start_share=0`)', 'lr04_e12_s0', None),
-    ('last layers only (near `--trained_share=0.79`)', 'lr04_e12_s0_last', 0.5),
-    ('not averaged, last layers only', 'lr04_e12_s0_last', None),
-    ('the backbone at 0.3 of the learning rate, not 0.1', 'lr04_e12_s0_bb03', 0.5),
-    ('crops of half the image or more', 'lr04_e12_s0_mild', 0.5),
     ('scale and shift of BN frozen too', 'lr04_e12_s0_affine', 0.5),
     ('backbone trained from the first step (`--heads_epochs=0`)', 'lr04_e12_s0_noheads', 0.5),
     ('four views, 6 epochs', 'lr04_e12_s0_views4', 0.5),

@@ -11,7 +11,7 @@ from torch import nn
 
 import cli
 from ckpt import get_model_ckpt
-from config import INIT_FROM_DEFAULTS
+from config import INIT_FROM_DEFAULTS, init_from_defaults
 from conftest import CODE, own_paths
 from engine import ablation_tables, set_up
 from model.weights import average_weights
@@ -89,7 +89,7 @@ def test_heads_epochs_freeze_backbone_and_bn_statistics(run):
 
 def test_learning_rates_are_per_part(run):
     lines = read_metrics(run / 'ckpt' / RUN / 'metrics.jsonl')[1:]
-    scale = INIT_FROM_DEFAULTS['backbone_lr_scale']
+    scale = init_from_defaults(32)['backbone_lr_scale']
     assert lines[0]['schedule/learning_rate_backbone'] == 0
     for line in lines[1:]:
         wanted = scale * line['schedule/learning_rate_projector']
@@ -119,6 +119,15 @@ def test_init_from_defaults_can_be_overridden(options, moves, drawn, pretrained,
         'weight': any('conv' in name for name in moved),
     }
     assert found == moves
+
+
+@pytest.mark.parametrize(
+    ('size', 'stem', 'small'), [(96, 'imagenet', True), (160, 'imagenet', False), (32, 'cifar', False)]
+)
+def test_small_views_are_drawn_to_targets_more_strongly(size, stem, small):
+    defaults = init_from_defaults(size, stem)
+    assert defaults.keys() == INIT_FROM_DEFAULTS.keys()
+    assert (defaults['distill_weight'], defaults['backbone_lr_scale']) == ((4.0, 0.3) if small else (1.0, 0.1))
 
 
 @pytest.mark.parametrize(('steps', 'epochs'), [(1, 80), (7, 12), (41, 2), (48, 2), (80, 1), (5000, 1)])
@@ -260,7 +269,7 @@ def test_run_from_random_weights_reports_last_epoch(drawn, tmp_path):
 
 
 def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
-    """Our own checkpoints go on as their options say; those of others get INIT_FROM_DEFAULTS, said in a line."""
+    """Our own checkpoints go on as their options say; those of others get init_from_defaults, said in a line."""
     given = ['train', *SMALL, '--max_epochs=1', f'--init_from={run}/ckpt/{RUN}', f'--image_path={drawn}']
     assert cli.main([*given, *own_paths(tmp_path)]) == 0
     args = read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']
@@ -268,7 +277,7 @@ def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
         get_config(preset='imagenet').__dict__[name] for name in INIT_FROM_DEFAULTS
     ]
     theirs = read_json(run / 'ckpt' / RUN / 'run.json')['args']
-    assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {**INIT_FROM_DEFAULTS, 'heads_epochs': 1}
+    assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {**init_from_defaults(32), 'heads_epochs': 1}
 
 
 def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
