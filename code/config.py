@@ -200,7 +200,7 @@ class ModelOptions:
     """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
     """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
-    (WiSE-FT, arXiv 2109.01903)"""
+    (WiSE-FT, arXiv 2109.01903); --init_from sets it, like --freeze_bn"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
     weights give to the center crop of the image at --distill_size (engine/teacher.py), which is logged without the
@@ -508,10 +508,13 @@ PRESETS = {
 }
 
 # Options that --init_from sets, unless explicit, for weights that are not from a run of this code.
-INIT_FROM_DEFAULTS = {'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1, 'distill_weight': 1.0}
-# In place of these for small views, which have most to learn from the larger images of the distillation.
+INIT_FROM_DEFAULTS = {
+    **{'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1},
+    **{'start_share': 0.5, 'distill_weight': 0.0},
+}
+# In place of these for small views: distillation from larger images (results/LOG.md: it does not pay at 160 px).
 MAX_SMALL_VIEW = 112  # px
-SMALL_VIEW_DEFAULTS = {'backbone_lr_scale': 0.3, 'distill_weight': 4.0}
+SMALL_VIEW_DEFAULTS = {'backbone_lr_scale': 0.3, 'start_share': 0.0, 'distill_weight': 4.0}
 
 
 def init_from_defaults(image_size, stem='imagenet'):

@@ -254,8 +254,7 @@ def resolve_resume(args):
     """
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
-    # Set by the weights, not by the defaults; start_share by early versions.
-    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'start_share'}
+    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
     from_weights = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
     # A run saves the resolved numbers.

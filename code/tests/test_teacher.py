@@ -112,7 +112,8 @@ def test_each_view_gets_target_of_its_image(options, drawn, pretrained, tmp_path
 
     def loss(self, features, targets):
         asked.append((len(features), targets))
-        return 0 * features[0].sum()
+        self.distance = 0 * features[0].sum()
+        return self.distance
 
     monkeypatch.setattr(train_module, 'draw_views', record)
     monkeypatch.setattr(Teacher, 'loss', loss)

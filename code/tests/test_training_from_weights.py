@@ -124,10 +124,11 @@ def test_init_from_defaults_can_be_overridden(options, moves, drawn, pretrained,
 @pytest.mark.parametrize(
     ('size', 'stem', 'small'), [(96, 'imagenet', True), (160, 'imagenet', False), (32, 'cifar', False)]
 )
-def test_small_views_are_drawn_to_targets_more_strongly(size, stem, small):
+def test_small_views_have_distillation_and_larger_ones_average(size, stem, small):
     defaults = init_from_defaults(size, stem)
     assert defaults.keys() == INIT_FROM_DEFAULTS.keys()
-    assert (defaults['distill_weight'], defaults['backbone_lr_scale']) == ((4.0, 0.3) if small else (1.0, 0.1))
+    values = [defaults[name] for name in ('distill_weight', 'backbone_lr_scale', 'start_share')]
+    assert values == ([4.0, 0.3, 0.0] if small else [0.0, 0.1, 0.5])
 
 
 @pytest.mark.parametrize(('steps', 'epochs'), [(1, 80), (7, 12), (41, 2), (48, 2), (80, 1), (5000, 1)])
