@@ -278,7 +278,11 @@ def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
         get_config(preset='imagenet').__dict__[name] for name in INIT_FROM_DEFAULTS
     ]
     theirs = read_json(run / 'ckpt' / RUN / 'run.json')['args']
-    assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {**init_from_defaults(32), 'heads_epochs': 1}
+    assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {
+        **init_from_defaults(32),
+        'heads_epochs': 1,
+        'start_share': 0.5,
+    }
 
 
 def test_compare_rows_are_paired_with_checkpoint(run, drawn, tmp_path, capsys):
