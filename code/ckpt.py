@@ -90,7 +90,8 @@ def start_from_weights(args):
         weight_options |= {'mean': args.mean, 'std': args.std}
     args = replace_args(args, **weight_options)
     if checkpoint['layout'] != 'ours' and not args.from_run:
-        defaults = init_from_defaults(args.image_size, args.stem)
+        distilled = args.distill_weight > 0 if 'distill_weight' in args.explicit else args.stem != 'cifar'
+        defaults = init_from_defaults(distilled)
         args = replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.explicit})
         options_text = ' '.join(f'--{name}={getattr(args, name)}' for name in defaults)
         log(f'from pretrained weights: {options_text}')

@@ -165,9 +165,10 @@ class DataOptions:
 
 @theme('Views', used_by=AUGMENT_COMMANDS)  # Augmentation (paper section 3; MoCo v2)
 class ViewOptions:
-    augmentation: str = option('moco', ('moco', 'simclr'), aliases='aug', often=9)
-    """augmentation of the views: moco, or the stronger simclr"""
-    warmup_augmentation: str = option('moco', ('moco', 'simclr'), used_by=TRAIN)
+    augmentation: str = option('moco', ('moco', 'simclr', 'mild'), aliases='aug', often=9)
+    """augmentation of the views: moco, the stronger simclr, or the weaker mild, which --init_from sets, like
+    --freeze_bn"""
+    warmup_augmentation: str = option('moco', ('moco', 'simclr', 'mild'), used_by=TRAIN)
     """augmentation during the warmup_epochs"""
     augment_backend: str = option('device', ('device', 'worker'))
     """device: batched operations, for a CPU in the dataloader workers; worker: torchvision's transforms, slow"""
@@ -207,6 +208,8 @@ class ModelOptions:
     weight beside SimSiam's loss; --init_from sets it, like --freeze_bn"""
     distill_size: int = option(0, between=(0, 1024))
     """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
+    distill_neighbors: int = option(10, between=(0, 1000))
+    """nearest training images whose features are averaged with those of the image, for --distill_weight; 0: none"""
     stem: str = option('imagenet', ('imagenet', 'cifar'), used_by=NETWORK)
     """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1"""
     zero_init: bool = option(True)
@@ -507,17 +510,16 @@ PRESETS = {
     """,
 }
 
-# Options that --init_from sets, unless explicit, for weights that are not from a run of this code.
+# Options that --init_from sets, unless explicit, for weights that are not from a run of this code (results/LOG.md).
 INIT_FROM_DEFAULTS = {
     **{'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1},
-    **{'start_share': 0.5, 'distill_weight': 0.0},
+    **{'start_share': 0.0, 'distill_weight': 8.0, 'augmentation': 'mild'},
 }
-# In place of these for small views: distillation from larger images (results/LOG.md: it does not pay at 160 px).
-MAX_SMALL_VIEW = 112  # px
-SMALL_VIEW_DEFAULTS = {'backbone_lr_scale': 0.3, 'start_share': 0.0, 'distill_weight': 4.0}
+# In place of these without distillation: with --distill_weight=0, and for stem=cifar, whose networks are made for small
+# images and describe larger ones no better.
+WITHOUT_DISTILLATION = {'start_share': 0.5, 'distill_weight': 0.0, 'augmentation': 'moco'}
 
 
-def init_from_defaults(image_size, stem='imagenet'):
-    """Return the options that --init_from sets for views of this size, in pixels."""
-    small = image_size <= MAX_SMALL_VIEW and stem != 'cifar'
-    return INIT_FROM_DEFAULTS | (SMALL_VIEW_DEFAULTS if small else {})
+def init_from_defaults(distilled=True):
+    """Return the options that --init_from sets, with or without distillation."""
+    return INIT_FROM_DEFAULTS | ({} if distilled else WITHOUT_DISTILLATION)

@@ -33,7 +33,7 @@ LABELS, DRAWS = (30, 10, 5, 1), 5
 SHOWN = (  # options of a run that are kept with its rows
     *('init_from', 'backbone', 'image_size', 'learning_rate', 'max_epochs', 'random_seed', 'num_views', 'freeze_bn'),
     *('freeze_bn_affine', 'heads_epochs', 'backbone_lr_scale', 'augmentation', 'batch_size', 'interpolation'),
-    *('distill_weight', 'distill_size', 'trained_share'),
+    *('distill_weight', 'distill_size', 'distill_neighbors', 'trained_share'),
 )
 
 

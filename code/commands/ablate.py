@@ -74,7 +74,7 @@ def plan_variants(args):
             raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
-        # A teacher would hold the backbone in place, whatever is varied.
+        # A teacher would hold the backbone in place, whatever is varied. Without one the augmentation is the paper's.
         alone = {'distill_weight': 0.0} if args.init_from and 'distill_weight' not in args.explicit else {}
         variant_args = replace_args(
             args, **options, **alone, model_name=name, evaluate_after=True, protocol='linear', resume='auto'

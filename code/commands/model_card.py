@@ -92,7 +92,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
 
 def describe_start_options(args):
     """Describe how a run trained its initial weights: a line of Markdown."""
-    names = (*INIT_FROM_DEFAULTS, *(['distill_size'] if args.distill_weight else []))
+    names = (*INIT_FROM_DEFAULTS, *(['distill_size', 'distill_neighbors'] if args.distill_weight else []))
     options = ' '.join(f'--{name}={getattr(args, name)}' for name in names)
     return f'- options of training from them: `{options}`; start_share is the share of the initial weights in these'
 

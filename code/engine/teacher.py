@@ -2,22 +2,25 @@
 
 Pretrained weights describe a large image better than a small one. Before the backbone is trained, and again when a run
 is resumed, the initial weights compute the features of each training image: of its center crop, without augmentation,
-at `distill_size` px. These are the targets of all views of the image. So the trained backbone learns, at its own
-smaller size, what the initial weights know of the larger image. (Knowledge distillation: Hinton et al., arXiv
+at `distill_size` px. Averaged with those of the `distill_neighbors` nearest images they are the targets of all views of
+the image. So the trained backbone learns, at its own smaller size, what the initial weights know of the larger image,
+and which images it resembles. (Knowledge distillation: Hinton et al., arXiv
 1503.02531. Accuracy over the size of an image: Touvron et al., arXiv 1906.06423. Experiments: results/LOG.md.)
 """
 
 import copy
 
 import torch
+from torch.nn.functional import normalize, softmax
 
 from dataloader.load_dataset import eval_loader
 from loss.negative_cosine import negative_cosine
+from metric.knn import topk_neighbors
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
 from runtime.console import first_line
 from runtime.device import explain_oom, get_device, is_oom
-from runtime.distributed import rank
+from runtime.distributed import convert_sync_batchnorm, rank, world_size
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
 from runtime.options import replace_args
@@ -25,10 +28,11 @@ from runtime.tensors import channels_last, to_device
 
 DEFAULT_SIZE = 224  # px, for --distill_size=0: the size that most weights were trained at
 MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
+TEMPERATURE = 0.1  # of the weights of neighbors
 
 
 class Teacher:
-    """Targets of the training images: N x d, standardized by the mean and standard deviation, d each, over the images.
+    """Targets of the training images, from make_targets, in half precision in memory: N x d.
 
     distance: the last unweighted loss, on the device. args: of the run. backbone: the one that is trained; start: its
     initial weights. dataset: ImageDataset of train.
@@ -49,20 +53,36 @@ class Teacher:
                 features, _ = extract_features(teacher_args, initial, eval_loader(teacher_args, images), 'targets')
             except WorkError as error:
                 raise WorkError(f'the initial weights at --distill_size={args.distill_size}: {error}') from None
-            self.weight, self.mean, self.std = args.distill_weight, features.mean(0), features.std(0).clamp(min=MIN_STD)
-            self.features = features.sub_(self.mean).div_(self.std).half().cpu()  # half of the memory
+            self.features = make_targets(features, args.distill_neighbors).half().cpu()
+        self.weight, self.device = args.distill_weight, features.device
+        self.norm = torch.nn.BatchNorm1d(features.shape[1], eps=MIN_STD**2, affine=False, device=self.device)
+        if world_size() > 1:
+            convert_sync_batchnorm(self.norm)
 
     def targets(self, rows):
         """Return the targets of the training images with these row numbers, N x d, on the device."""
-        return to_device(self.features[rows], self.mean.device).float()
+        return to_device(self.features[rows], self.device).float()
 
     def loss(self, features, targets):
-        """The weighted distillation loss: 1 - cosine similarity of standardized features and targets, mean over batch
-        and views. features: a list of N x d, one per view; targets: N x d."""
-        distances = [1 + negative_cosine((each - self.mean) / self.std, targets) for each in features]
-        mean = sum(distances) / len(distances)
+        """The weighted distillation loss: 1 - cosine similarity of features, standardized over the views of the batch,
+        and targets; the mean over batch and views. features: a list of N x d, one per view; targets: N x d."""
+        standardized = self.norm(torch.cat(features)).chunk(len(features))
+        mean = sum(1 + negative_cosine(each, targets) for each in standardized) / len(features)
         self.distance = mean.detach()
         return self.weight * mean
+
+
+def make_targets(features, k):
+    """Standardize features, N x d, over the images, scale each row to unit length, and average it with the mean of its
+    k nearest other rows, weighted by exp(cosine / TEMPERATURE). k=0: no neighbors. Returns N x d."""
+    own = normalize((features - features.mean(0)) / features.std(0, correction=0).clamp(min=MIN_STD), dim=1)
+    k = min(k, len(own) - 1)
+    if k < 1:
+        return own
+    cosine, rows = topk_neighbors(own, own, k + 1)
+    cosine[rows == torch.arange(len(own), device=rows.device)[:, None]] = -torch.inf  # the image itself
+    shares = softmax(cosine / TEMPERATURE, dim=1)
+    return (own + sum(share[:, None] * own[row] for share, row in zip(shares.T, rows.T, strict=True))) / 2
 
 
 @torch.no_grad()

@@ -199,17 +199,19 @@ def ignored_by_command(args, command):
 
 def ignored_in_train(args):
     """Return (name, reason) of each explicit option that has no effect on train because of another option."""
+    augmentations = {args.augmentation, args.warmup_augmentation if args.warmup_epochs else args.augmentation}
     ignored = {
         '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
         '--predictor=none': ('pred_dim', 'fix_pred_lr') if args.predictor == 'none' else (),
         '--predictor=fixed': ('fix_pred_lr',) if args.predictor == 'fixed' else (),
+        '--augmentation=mild': ('blur_prob',) if augmentations == {'mild'} else (),
         '--warmup_epochs=0': ('warmup_augmentation',) if not args.warmup_epochs else (),
         '--augment_backend=worker': ('cache_images',)
         if args.augment_backend == 'worker' and args.cache_images == 'on'
         else (),
         '--init_from': ('zero_init',) if args.init_from else (),
         'random weights': () if args.init_from or args.ckpt_name else ('start_share', 'distill_weight'),
-        '--distill_weight=0': ('distill_size',) if not args.distill_weight else (),
+        '--distill_weight=0': ('distill_size', 'distill_neighbors') if not args.distill_weight else (),
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }

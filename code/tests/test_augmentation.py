@@ -225,7 +225,7 @@ def test_views_without_operations_equal_image():
         torch.testing.assert_close(vision.denormalize(view2, get_config()), 1 - images / 255, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['moco', 'simclr', 'crop'])
+@pytest.mark.parametrize('name', ['moco', 'simclr', 'mild', 'crop'])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
 def test_views_from_memory_gpu_and_crops_agree(interpolation, name):
     """The three ways to a view: whole images on a CPU, on a GPU (its operations, here on the CPU), and crops by
@@ -247,8 +247,9 @@ def test_views_from_memory_gpu_and_crops_agree(interpolation, name):
     assert (workers - ours).abs().mean() < 0.03
 
 
-def test_simclr_augmentation_is_stronger_than_moco():
-    moco, simclr = AUGMENTATIONS['moco'], AUGMENTATIONS['simclr']
-    assert simclr[0].scale[0] < moco[0].scale[0]
+def test_simclr_augmentation_is_stronger_than_moco_and_mild_weaker():
+    mild, moco, simclr = (AUGMENTATIONS[name] for name in ('mild', 'moco', 'simclr'))
+    assert simclr[0].scale[0] < moco[0].scale[0] < mild[0].scale[0]
     for name in ('brightness', 'contrast', 'saturation', 'hue'):
-        assert getattr(simclr[1], name) == 2 * getattr(moco[1], name)
+        assert getattr(simclr[1], name) == 2 * getattr(moco[1], name) > 2 * getattr(mild[1], name)
+    assert len(mild) == 2  # neither grayscale nor blur

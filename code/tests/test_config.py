@@ -144,6 +144,8 @@ def test_ignored_by_protocol_lists_unused_options(stage, idle):
         ('knn_every=0 knn_k=5', ['knn_k']),
         ('init_from=x zero_init=False', ['zero_init']),
         ('zero_init=False', []),
+        ('augmentation=mild blur_prob=0.1', ['blur_prob']),
+        ('augmentation=mild blur_prob=0.1 warmup_epochs=1', []),
         ('momentum=0.5', []),
     ],
 )

@@ -37,7 +37,7 @@ LARGEST = 9_000_000  # pixels: more takes its time and shows nothing else
 side = st.one_of(st.integers(1, 40), st.integers(1, 700), st.integers(1, 5000))
 sizes = st.tuples(side, side).map(lambda size: (size[0], max(1, min(size[1], LARGEST // size[0]))))
 views = st.one_of(st.integers(8, 40), st.sampled_from((32, 64, 96, 224)), st.integers(8, 320))
-names = st.sampled_from(('moco', 'simclr'))
+names = st.sampled_from(('moco', 'simclr', 'mild'))
 
 
 def picture(height, width, seed=0):

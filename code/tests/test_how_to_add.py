@@ -102,14 +102,15 @@ class Invert:
 
 def test_new_operation_and_augmentation_need_class_and_lines(drawn, tmp_path):
     code = copy_of_code(tmp_path)
-    row = "    'mild': (RandomResizedCrop(scale=(0.5, 1.0)), RandomGrayscale(0.5), Invert(0.3)),"
+    row = "    'inverted': (RandomResizedCrop(scale=(0.5, 1.0)), RandomGrayscale(0.5), Invert(0.3)),"
     augmentations = code / 'dataloader/augment/augmentations.py'
     add_line(augmentations, 'AUGMENTATIONS = {', row)
     augmentations.write_text(
         augmentations.read_text().replace('AUGMENTATIONS = {', f'{INVERT}\n\nAUGMENTATIONS = {{', 1)
     )
     config = code / 'config.py'
-    choices = "augmentation: str = option('moco', ('moco', 'simclr')"
+    choices = "augmentation: str = option('moco', ('moco', 'simclr', 'mild')"
     assert f'    {choices}' in config.read_text()
-    config.write_text(config.read_text().replace(f'    {choices}', f"    {choices[:-1]}, 'mild')"))
-    call(code, 'train', *TINY, '--augmentation=mild', '--max_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path))
+    config.write_text(config.read_text().replace(f'    {choices}', f"    {choices[:-1]}, 'inverted')"))
+    given = ('--augmentation=inverted', '--max_epochs=1', f'--image_path={drawn}')
+    call(code, 'train', *TINY, *given, *own_paths(tmp_path))

@@ -22,7 +22,7 @@ from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
 from runtime.files import read_json, read_metrics
-from runtime.options import get_config
+from runtime.options import get_config, replace_args
 from test_distributed import TORCHRUN, begin
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -89,7 +89,7 @@ def test_heads_epochs_freeze_backbone_and_bn_statistics(run):
 
 def test_learning_rates_are_per_part(run):
     lines = read_metrics(run / 'ckpt' / RUN / 'metrics.jsonl')[1:]
-    scale = init_from_defaults(32)['backbone_lr_scale']
+    scale = init_from_defaults()['backbone_lr_scale']
     assert lines[0]['schedule/learning_rate_backbone'] == 0
     for line in lines[1:]:
         wanted = scale * line['schedule/learning_rate_projector']
@@ -122,13 +122,24 @@ def test_init_from_defaults_can_be_overridden(options, moves, drawn, pretrained,
 
 
 @pytest.mark.parametrize(
-    ('size', 'stem', 'small'), [(96, 'imagenet', True), (160, 'imagenet', False), (32, 'cifar', False)]
+    ('given', 'distilled'),
+    [
+        ({}, True),
+        ({'stem': 'cifar'}, False),
+        ({'distill_weight': 0.0}, False),
+        ({'stem': 'cifar', 'distill_weight': 2.0}, True),
+    ],
 )
-def test_small_views_have_distillation_and_larger_ones_average(size, stem, small):
-    defaults = init_from_defaults(size, stem)
-    assert defaults.keys() == INIT_FROM_DEFAULTS.keys()
-    values = [defaults[name] for name in ('distill_weight', 'backbone_lr_scale', 'start_share')]
-    assert values == ([4.0, 0.3, 0.0] if small else [0.0, 0.1, 0.5])
+def test_without_distillation_runs_are_averaged_and_have_moco(given, distilled, pretrained):
+    args = get_config(preset='imagenet', backbone='resnet18', image_size=32, init_from=str(pretrained), **given)
+    if given.get('stem'):
+        weights = build_model(args).backbone.state_dict()
+        torch.save(weights, pretrained.parent / 'cifar.pth')
+        args = replace_args(args, init_from=str(pretrained.parent / 'cifar.pth'))
+    args, _, _ = get_model_ckpt(args)
+    wanted = (0.0, 'mild') if distilled else (0.5, 'moco')
+    assert (args.start_share, args.augmentation) == wanted
+    assert (args.distill_weight > 0) is distilled
 
 
 @pytest.mark.parametrize(('steps', 'epochs'), [(1, 80), (7, 12), (41, 2), (48, 2), (80, 1), (5000, 1)])
@@ -279,7 +290,7 @@ def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
     ]
     theirs = read_json(run / 'ckpt' / RUN / 'run.json')['args']
     assert {name: theirs[name] for name in INIT_FROM_DEFAULTS} == {
-        **init_from_defaults(32),
+        **init_from_defaults(),
         'heads_epochs': 1,
         'start_share': 0.5,
     }

@@ -37,6 +37,11 @@ AUGMENTATIONS = {
         RandomGrayscale(prob=0.2),
         GaussianBlur(sigma=(0.1, 2.0), prob=0.5),
     ),
+    # For distillation: colors and scale stay near those of the images that the targets are of (results/LOG.md).
+    'mild': (
+        RandomResizedCrop(scale=(0.5, 1.0)),
+        ColorJitter(0.2, 0.2, 0.2, 0.02, prob=0.8),
+    ),
     # For training with labels (paper, appendix A).
     'crop': (RandomResizedCrop(scale=(0.08, 1.0)),),
 }
