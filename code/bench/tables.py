@@ -429,30 +429,32 @@ def draw_views():
 
 # What a run from ImageNet's weights changes: (title, end of its name, share of the start; None: not averaged).
 DISTILLED_ROWS = [
-    ('SimSiam and distillation, the default for small views', 'distilled_s0', None),
-    ('targets of 160 px, distillation alone, without the loss of SimSiam', 'distilled_160_only_s0', None),
+    ('SimSiam and distillation, the default', 'neighbors_s0', None),
+    ('an earlier distillation: targets of the image alone, MoCo', 'distilled_s0', None),
+    ('the same, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
 ]
 SIMSIAM_ROWS = [  # without distillation
     ('SimSiam alone, half averaged with the start', 'lr04_e12_s0', 0.5),
-    ('not averaged (`--start_share=0`)', 'lr04_e12_s0', None),
-    ('scale and shift of BN frozen too', 'lr04_e12_s0_affine', 0.5),
-    ('backbone trained from the first step (`--heads_epochs=0`)', 'lr04_e12_s0_noheads', 0.5),
-    ('four views, 6 epochs', 'lr04_e12_s0_views4', 0.5),
     ('BN trained (`--freeze_bn=False`)', 'lr04_e12_s0_bnfree', 0.5),
     ('BN trained, from the first step, at the full learning rate', 'lr04_e12_s0_asbefore', 0.5),
-    ('160 px, 5 epochs (another start)', 'lr04_e5_s0_160', 0.5),
 ]
-PRETRAINED_SETS = {'clothing': 'clothing', 'grocery': 'groceries', 'cifar50': 'CIFAR-10, 50 per class'}
+PRETRAINED_SETS = {
+    **{'clothing': 'clothing', 'clothing_160': 'clothing at 160 px'},
+    **{'grocery': 'groceries', 'grocery_160': 'groceries at 160 px'},
+    **{'cifar50': 'CIFAR-10, 50 per class'},
+}
+DEFAULT, EARLIER = 'SimSiam and distillation', 'an earlier distillation'
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
 PRETRAINED_SEEDS = {
     'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
-    'SimSiam and distillation': ('{}_distilled_s{}', None),
+    DEFAULT: ('{}_neighbors_s{}', None),
+    EARLIER: ('{}_distilled_s{}', None),  # shown where there is no run of the default
 }
 
 
 def pretrained_runs():
     """{run: its rows} of bench/from_pretrained.py."""
-    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50', '_distilled'))
+    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50', '_distilled', '_neighbors'))
     runs = {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
     return {name.replace('cifar50_r85', 'cifar50_lr04_e12'): rows for name, rows in runs.items()}
 
@@ -477,7 +479,7 @@ def pretrained():
         shown = 0.0
         for title in PRETRAINED_SEEDS:
             found = runs_with_seeds(runs, kind, title)
-            if not found:
+            if not found or (title == EARLIER and lines[-1][0].startswith(DEFAULT)):
                 continue
             columns = [*found[0][2]]
             start = [found[0][1][column]['top1'] for column in columns]
@@ -519,7 +521,7 @@ def draw_pretrained():
         for title in PRETRAINED_SEEDS:
             ends = [end for _, _, end in runs_with_seeds(runs, kind, title)]
             points = [(n, mean(end[f'{n} per class']['gain'] for end in ends)) for n in (1, 5, 10, 30) if ends]
-            if points:
+            if points and not (title == EARLIER and lines[-1][0].endswith(DEFAULT)):
                 lines.append((f'{name}, {title}', points))
     title = "gain over ImageNet's weights on test, points"
     panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels per class')
