@@ -204,8 +204,8 @@ class ModelOptions:
     (WiSE-FT, arXiv 2109.01903); --init_from sets it, like --freeze_bn"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
-    weights give to the center crop of the image at --distill_size (engine/teacher.py), which is logged without the
-    weight beside SimSiam's loss; --init_from sets it, like --freeze_bn"""
+    weights give to the center crop of the image at --distill_size (engine/teacher.py). This loss is logged beside
+    SimSiam's, without the weight. --init_from sets it, like --freeze_bn"""
     distill_size: int = option(0, between=(0, 1024))
     """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
     distill_neighbors: int = option(10, between=(0, 1000))
@@ -512,8 +512,12 @@ PRESETS = {
 
 # Options that --init_from sets, unless explicit, for weights that are not from a run of this code (results/LOG.md).
 INIT_FROM_DEFAULTS = {
-    **{'freeze_bn': True, 'heads_epochs': -1, 'backbone_lr_scale': 0.1},
-    **{'start_share': 0.0, 'distill_weight': 8.0, 'augmentation': 'mild'},
+    'freeze_bn': True,
+    'heads_epochs': -1,
+    'backbone_lr_scale': 0.1,
+    'start_share': 0.0,
+    'distill_weight': 8.0,
+    'augmentation': 'mild',
 }
 # In place of these without distillation: with --distill_weight=0, and for stem=cifar, whose networks are made for small
 # images and describe larger ones no better.

@@ -439,16 +439,18 @@ SIMSIAM_ROWS = [  # without distillation
     ('BN trained, from the first step, at the full learning rate', 'lr04_e12_s0_asbefore', 0.5),
 ]
 PRETRAINED_SETS = {
-    **{'clothing': 'clothing', 'clothing_160': 'clothing at 160 px'},
-    **{'grocery': 'groceries', 'grocery_160': 'groceries at 160 px'},
-    **{'cifar50': 'CIFAR-10, 50 per class'},
+    'clothing': 'clothing',
+    'clothing_160': 'clothing at 160 px',
+    'grocery': 'groceries',
+    'grocery_160': 'groceries at 160 px',
+    'cifar50': 'CIFAR-10, 50 per class',
 }
 DEFAULT, EARLIER = 'SimSiam and distillation', 'an earlier distillation'
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
 PRETRAINED_SEEDS = {
     'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
     DEFAULT: ('{}_neighbors_s{}', None),
-    EARLIER: ('{}_distilled_s{}', None),  # shown where there is no run of the default
+    EARLIER: ('{}_distilled_s{}', None),
 }
 
 
@@ -466,7 +468,9 @@ def pretrained_row(rows, share):
 
 
 def runs_with_seeds(runs, kind, title):
-    """[(seed, rows of its start, columns at its end)] of the runs `title` on a set."""
+    """[(seed, rows of its start, columns at its end)] of the runs `title` on a set; [] for EARLIER beside DEFAULT."""
+    if title == EARLIER and runs_with_seeds(runs, kind, DEFAULT):
+        return []
     name, share = PRETRAINED_SEEDS[title]
     found = [(seed, runs.get(name.format(kind, seed))) for seed in (0, 1, 2)]
     return [(seed, rows['start']['test'], pretrained_row(rows, share)) for seed, rows in found if rows]
@@ -479,7 +483,7 @@ def pretrained():
         shown = 0.0
         for title in PRETRAINED_SEEDS:
             found = runs_with_seeds(runs, kind, title)
-            if not found or (title == EARLIER and lines[-1][0].startswith(DEFAULT)):
+            if not found:
                 continue
             columns = [*found[0][2]]
             start = [found[0][1][column]['top1'] for column in columns]
@@ -521,7 +525,7 @@ def draw_pretrained():
         for title in PRETRAINED_SEEDS:
             ends = [end for _, _, end in runs_with_seeds(runs, kind, title)]
             points = [(n, mean(end[f'{n} per class']['gain'] for end in ends)) for n in (1, 5, 10, 30) if ends]
-            if points and not (title == EARLIER and lines[-1][0].endswith(DEFAULT)):
+            if points:
                 lines.append((f'{name}, {title}', points))
     title = "gain over ImageNet's weights on test, points"
     panel = plots.LineChart(title, lines, (0, 1), ('no gain', 0), x_label='labels per class')

@@ -4,8 +4,8 @@ Pretrained weights describe a large image better than a small one. Before the ba
 is resumed, the initial weights compute the features of each training image: of its center crop, without augmentation,
 at `distill_size` px. Averaged with those of the `distill_neighbors` nearest images they are the targets of all views of
 the image. So the trained backbone learns, at its own smaller size, what the initial weights know of the larger image,
-and which images it resembles. (Knowledge distillation: Hinton et al., arXiv
-1503.02531. Accuracy over the size of an image: Touvron et al., arXiv 1906.06423. Experiments: results/LOG.md.)
+and which images resemble it. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy over the size of an
+image: Touvron et al., arXiv 1906.06423. Experiments: results/LOG.md.)
 """
 
 import copy

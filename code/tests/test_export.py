@@ -475,7 +475,7 @@ def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path,
     assert cli.main(['export', run, '--format=timm', f'--output={tmp_path}/x', *own_paths(tmp_path, 'ckpt')]) == 0
     card = (tmp_path / 'x/README.md').read_text()
     assert 'freeze_bn=True --heads_epochs=0 --backbone_lr_scale=0.1 --start_share=0.5 --distill_weight=8.0' in card
-    assert '--distill_size=32' in card
+    assert '--distill_weight=8.0 --augmentation=mild --distill_size=32 --distill_neighbors=10' in card
     assert 'All results are on the images named above' not in card
     if shares[0] == shares[1]:
         assert 'knn (--knn_k=3' in card
