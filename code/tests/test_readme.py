@@ -167,19 +167,20 @@ def test_recipe_scripts_run(name, clone):
 
 
 def test_make_train_prints_what_readme_shows(clone):
-    """Four of its fifteen epochs. Needs the test of its block, which runs it."""
+    """Six of its fifteen epochs; after four, some CPUs fall below the bounds. Needs the test of its block."""
     if not (clone / 'made').is_file():
         pytest.skip('make train was not among the tests that ran')
     said = (clone / 'made').read_text()
     shown = README.split('`make train` ends with', 1)[1].split('```', 2)[1]
     for line in shown.strip().splitlines():
         assert line.strip().split('...')[0][:8] in said, line
-    linear, kNN, untrained, pixels = (
+    kNN, untrained, pixels = (
         float(re.search(rf'^{name} +([\d.]+) %$', said, re.M)[1])
-        for name in ('top-1', 'kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels')
+        for name in ('kNN top-1', 'kNN top-1 untrained', 'kNN top-1 raw pixels')
     )
-    assert kNN > untrained + 5  # digits differ between CPUs: 10.0 in bfloat16 on an AMD EPYC
-    assert min(kNN, linear) > pixels + 20
+    assert kNN > untrained + 10
+    assert kNN > pixels + 20
+    assert float(re.search(r'^top-1 +([\d.]+) %$', said, re.M)[1]) > 65
 
 
 def test_readme_pseudocode_equals_loss():

@@ -59,7 +59,7 @@ def smaller(command, options):
         return [*FEW, *SMALL[1:2], '--init_from=data/checkpoint_0099.pth.tar', '--labels=1']
     if command == 'train':
         return (
-            ['--max_epochs=4', '--probe_epochs=30']
+            ['--max_epochs=6', '--probe_epochs=30']
             if options == ['--evaluate_after=True', '--knn_raw_pixels=True']
             else ['--max_epochs=1', '--max_minutes=0.05', '--knn_every=0', '--model_name=demo']
         )
