@@ -13,7 +13,7 @@ import torch
 from engine.conclude import evaluate_after, format_summary, save_on_exit
 from engine.cuda_graph import CudaGraphStep, should_use_graph
 from engine.set_up import setup_run
-from engine.teacher import Teacher
+from engine.teacher import TARGETS_FILE, Teacher
 from loss.negative_cosine import simsiam_loss
 from metric.feature_std import feature_std
 from optimizer.sgd import lr_schedule, set_learning_rates
@@ -58,6 +58,8 @@ def train(args):
         run.unlock()
         monitor.close()  # last: a tracker may wait for its network
     if state.epoch == args.max_epochs:
+        if not distributed.rank():
+            (run.folder / TARGETS_FILE).unlink(missing_ok=True)
         log(f'pretraining done in {format_duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
     log(format_summary(args, run, result, ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''))
@@ -73,7 +75,7 @@ def train_epochs(args, state, loader, monitor, run):
             set_backbone_trainable(args, state.model, trained)
             if trained and args.distill_weight and state.start:
                 step = None  # frees the memory of its graph
-                teacher = Teacher(args, state.model.backbone, state.start, loader.dataset)
+                teacher = Teacher(args, state.model.backbone, state.start, loader.dataset, run.folder)
             step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state, teacher)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0

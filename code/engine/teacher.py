@@ -1,11 +1,11 @@
 """The initial backbone as a teacher of the one that is trained (`distill_weight`).
 
-Pretrained weights describe a large image better than a small one. Before the backbone is trained, and again when a run
-is resumed, the initial weights compute the features of each training image: of its center crop, without augmentation,
-at `distill_size` px. Averaged with those of the `distill_neighbors` nearest images they are the targets of all views of
-the image. So the trained backbone learns, at its own smaller size, what the initial weights know of the larger image,
-and which images resemble it. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy over the size of an
-image: Touvron et al., arXiv 1906.06423. Experiments: results/LOG.md.)
+Pretrained weights describe a large image better than a small one. Before the backbone is trained, the initial weights
+compute the features of each training image: of its center crop, without augmentation, at `distill_size` px. Averaged
+with those of the `distill_neighbors` nearest images they are the targets of all views of the image. So the trained
+backbone learns, at its own smaller size, what the initial weights know of the larger image, and which images resemble
+it. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy over the size of an image: Touvron et al., arXiv
+1906.06423. Experiments: results/LOG.md.)
 """
 
 import copy
@@ -13,14 +13,16 @@ import copy
 import torch
 from torch.nn.functional import normalize, softmax
 
+from dataloader.cache import cache_file
 from dataloader.load_dataset import eval_loader
 from loss.negative_cosine import negative_cosine
 from metric.knn import topk_neighbors
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import first_line
 from runtime.device import explain_oom, get_device, is_oom
-from runtime.distributed import convert_sync_batchnorm, rank, world_size
+from runtime.distributed import convert_sync_batchnorm, first_failure, rank, world_size
 from runtime.errors import UserError, WorkError
 from runtime.messages import log
 from runtime.options import replace_args
@@ -29,33 +31,28 @@ from runtime.tensors import channels_last, to_device
 DEFAULT_SIZE = 224  # px, for --distill_size=0: the size that most weights were trained at
 MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
 TEMPERATURE = 0.1  # of the weights of neighbors
+TARGETS_FILE = 'targets.pt'  # in the folder of a run that is not finished
 
 
 class Teacher:
-    """Targets of the training images, from make_targets, in half precision in memory: N x d.
+    """Targets of the training images, in half precision in memory: N x d.
 
     distance: the last unweighted loss, on the device. args: of the run. backbone: the one that is trained; start: its
-    initial weights. dataset: ImageDataset of train.
+    initial weights. dataset: ImageDataset of train. folder: of the run; a resumed run reads the targets from it.
     Raises WorkError if the initial weights give infinite features, or memory is short.
     """
 
-    def __init__(self, args, backbone, start, dataset):
-        initial = copy.deepcopy(backbone)
-        copy_weights(initial, start)
-        # On a CPU bfloat16 would be benchmarked anew for the larger images.
-        amp = 'off' if get_device(args).type == 'cpu' else args.amp
-        teacher_args = replace_args(args, image_size=args.distill_size, amp=amp)
-        images = copy.copy(dataset)
-        images.args = teacher_args
-        log(f'distillation: the targets are features of {len(images)} images at {args.distill_size} px')
-        with explain_oom('the targets of the distillation', '--distill_weight=0 trains without them'):
-            try:
-                features, _ = extract_features(teacher_args, initial, eval_loader(teacher_args, images), 'targets')
-            except WorkError as error:
-                raise WorkError(f'the initial weights at --distill_size={args.distill_size}: {error}') from None
-            self.features = make_targets(features, args.distill_neighbors).half().cpu()
-        self.weight, self.device = args.distill_weight, features.device
-        self.norm = torch.nn.BatchNorm1d(features.shape[1], eps=MIN_STD**2, affine=False, device=self.device)
+    def __init__(self, args, backbone, start, dataset, folder):
+        path, fingerprint = folder / TARGETS_FILE, describe_targets(args, dataset)
+        self.features = cache_file.load(path, fingerprint)
+        if first_failure('' if self.features is not None else 'a rank has not got the file'):
+            self.features = compute_targets(args, backbone, start, dataset)
+            if not rank():
+                cache_file.save(path, {'mark': fingerprint, 'content': self.features})
+        else:
+            log(f'distillation: the targets of {len(dataset)} images are read from {path.name}')
+        self.weight, self.device = args.distill_weight, get_device(args)
+        self.norm = torch.nn.BatchNorm1d(self.features.shape[1], eps=MIN_STD**2, affine=False, device=self.device)
         if world_size() > 1:
             convert_sync_batchnorm(self.norm)
 
@@ -70,6 +67,30 @@ class Teacher:
         mean = sum(1 + negative_cosine(each, targets) for each in standardized) / len(features)
         self.distance = mean.detach()
         return self.weight * mean
+
+
+def describe_targets(args, dataset):
+    """Return what the targets of a run depend on, as text: its options and images. Its initial weights never change."""
+    options = {name: getattr(args, name) for name in (*PREPROCESSING, 'distill_size', 'distill_neighbors')}
+    return f'{options} {dataset.names.digest(dataset.labels.numpy().tobytes())}'
+
+
+def compute_targets(args, backbone, start, dataset):
+    """Compute the targets of Teacher, N x d, float16, on the CPU."""
+    initial = copy.deepcopy(backbone)
+    copy_weights(initial, start)
+    # On a CPU bfloat16 would be benchmarked anew for the larger images.
+    amp = 'off' if get_device(args).type == 'cpu' else args.amp
+    teacher_args = replace_args(args, image_size=args.distill_size, amp=amp)
+    images = copy.copy(dataset)
+    images.args = teacher_args
+    log(f'distillation: the targets are features of {len(images)} images at {args.distill_size} px')
+    with explain_oom('the targets of the distillation', '--distill_weight=0 trains without them'):
+        try:
+            features, _ = extract_features(teacher_args, initial, eval_loader(teacher_args, images), 'targets')
+        except WorkError as error:
+            raise WorkError(f'the initial weights at --distill_size={args.distill_size}: {error}') from None
+        return make_targets(features, args.distill_neighbors).half().cpu()
 
 
 def make_targets(features, k):

@@ -87,8 +87,8 @@ def judge_against_start(lines):
         return None
     if 0 not in judged:
         return 'not known to be better than the start', (
-            f'there are no labels to tell by, and {RANK_AFTER_WEIGHTS}. The start, epoch 0, is taken unless another '
-            'checkpoint is named'
+            'no accuracy on val was measured (it needs labels, and --knn_every of 1 or more), and '
+            f'{RANK_AFTER_WEIGHTS}. The start, epoch 0, is taken unless another checkpoint is named'
         )
     last = judged[max(judged)]
     gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)

@@ -15,10 +15,10 @@ import train as train_module
 from ckpt import get_model_ckpt
 from commands.ablate import plan_variants
 from conftest import own_paths
-from dataloader.load_dataset import eval_loader, get_iterator
+from dataloader.load_dataset import eval_loader, get_iterator, select
 from engine import teacher as teacher_module
 from engine.set_up import make_train_state
-from engine.teacher import Teacher, make_targets, set_distill_size
+from engine.teacher import TARGETS_FILE, Teacher, make_targets, set_distill_size
 from loss.negative_cosine import simsiam_loss
 from protocols.features import extract_features
 from runtime import precision, signals
@@ -50,13 +50,13 @@ def setup(drawn, pretrained, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize('neighbors', [0, 4, 100])
-def test_targets_are_standardized_features_of_start(neighbors, setup):
+def test_targets_are_standardized_features_of_start(neighbors, setup, tmp_path):
     """Of center crops at distill_size, in the order of the training set, from the weights of the start."""
     args, model, start, iterators = setup
     args = replace_args(args, distill_neighbors=neighbors)
     moved = copy.deepcopy(model.backbone.state_dict())
     dataset = iterators['train'].dataset
-    teacher = Teacher(args, model.backbone, start, dataset)
+    teacher = Teacher(args, model.backbone, start, dataset, tmp_path)
     assert all(torch.equal(value, moved[name]) for name, value in model.backbone.state_dict().items())
     assert dataset.views == 2
     assert dataset.args.image_size == 32
@@ -102,10 +102,10 @@ def test_neighbor_of_an_image_is_never_itself():
     assert cosine_similarity(make_targets(single, 1), make_targets(single, 0)).max() < 0.999
 
 
-def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup):
+def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup, tmp_path):
     """Features are standardized over the views of the batch, so their mean and scale do not matter."""
     args, model, start, iterators = setup
-    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset)
+    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset, tmp_path)
     targets = standardize(teacher.targets(torch.arange(40)))
     shift, scale = torch.randn(2, 512)
     assert teacher.loss([targets], targets).item() == pytest.approx(0, abs=1e-4)
@@ -119,9 +119,9 @@ def standardize(x):
 
 
 @pytest.mark.parametrize('micro_batches', [1, 2])
-def test_step_minimizes_sum_and_returns_simsiam_loss(setup, micro_batches):
+def test_step_minimizes_sum_and_returns_simsiam_loss(setup, micro_batches, tmp_path):
     args, model, start, iterators = setup
-    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset)
+    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset, tmp_path)
     model.freeze_bn()
     for part in (model.projector, model.predictor, teacher.norm):
         part.eval()  # no BN over micro-batches
@@ -188,14 +188,50 @@ def test_distillation_moves_views_toward_targets(drawn, tmp_path, monkeypatch):
     assert 0 < sum(with_it[4:]) < 0.95 * sum(without[4:]), (without, with_it)
 
 
-def test_resumed_run_with_teacher_equals_unbroken_run(drawn, pretrained, tmp_path):  # noqa: F811
-    """The targets are computed anew, of the start that the checkpoint keeps, also with --start_share=0."""
+@pytest.mark.parametrize('saved', ['kept', 'deleted', 'damaged'])
+def test_resumed_run_with_teacher_equals_unbroken_run(saved, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """The targets of the start are read again, or computed again, also with --start_share=0."""
     given = ['--max_epochs=2', '--knn_every=0', '--start_share=0', *DISTILLED]
     assert train(tmp_path / 'whole', drawn, pretrained, *given) == 0
-    for minutes in ('0.0001', '0'):
-        assert train(tmp_path / 'cut', drawn, pretrained, *given, '--resume=auto', f'--max_minutes={minutes}') == 0
+    assert train(tmp_path / 'cut', drawn, pretrained, *given, '--resume=auto', '--max_minutes=0.0001') == 0
+    targets = tmp_path / 'cut' / 'ckpt' / RUN / TARGETS_FILE
+    if saved != 'kept':
+        targets.unlink()
+    if saved == 'damaged':
+        targets.write_bytes(b'half')
+    capsys.readouterr()
+    assert train(tmp_path / 'cut', drawn, pretrained, *given, '--resume=auto') == 0
+    assert ('the targets of 72 images are read' in capsys.readouterr().out) == (saved == 'kept')
+    assert not targets.exists()
     whole, cut = (state_of(tmp_path / name, 2)['model'] for name in ('whole', 'cut'))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize('change', [{}, {'distill_neighbors': 3}, {'distill_size': 48}, {'mean': '0.5,0.5,0.5'}])
+def test_saved_targets_are_used_only_with_same_options(change, setup, tmp_path, capsys):
+    args, model, start, iterators = setup
+    dataset, rows = iterators['train'].dataset, torch.arange(72)
+    first = Teacher(args, model.backbone, start, dataset, tmp_path).targets(rows)
+    capsys.readouterr()
+    second = Teacher(replace_args(args, **change), model.backbone, start, dataset, tmp_path).targets(rows)
+    assert ('are read from targets.pt' in capsys.readouterr().out) == (not change)
+    assert torch.equal(first, second) == (not change)
+
+
+def test_saved_targets_are_used_only_for_same_images(setup, tmp_path, capsys):
+    args, model, start, iterators = setup
+    dataset = iterators['train'].dataset
+    Teacher(args, model.backbone, start, dataset, tmp_path)
+    fewer = Teacher(args, model.backbone, start, select(dataset, torch.arange(71)), tmp_path)
+    assert len(fewer.features) == 71
+
+
+def test_targets_that_cannot_be_saved_are_used_all_the_same(setup, tmp_path, capsys):
+    args, model, start, iterators = setup
+    (tmp_path / 'file').touch()
+    teacher = Teacher(args, model.backbone, start, iterators['train'].dataset, tmp_path / 'file')
+    assert teacher.targets(torch.arange(72)).isfinite().all()
+    assert 'targets.pt is not cached' in capsys.readouterr().out
 
 
 def test_step_of_two_ranks_with_teacher_equals_that_of_one(drawn, pretrained, tmp_path):  # noqa: F811

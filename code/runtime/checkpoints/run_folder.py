@@ -60,7 +60,7 @@ def pick_checkpoint(folder, paths):
     reason = f'epoch {best} is its best on val'
     if not best:
         labeled = any(FEW in line for line in read_metrics(folder / 'metrics.jsonl'))
-        why = 'no epoch was better on val' if labeled else 'no labels show that training helped'
+        why = 'no epoch was better on val' if labeled else 'no accuracy on val shows that training helped'
         reason = f'epoch 0, the start, is used: {why}'
     log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
     return by_epoch[best]
