@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 import torch
 
-from config import init_from_defaults
 from model.weights import average_weights, copy_weights, is_off_the_shelf
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch
@@ -18,9 +17,9 @@ from runtime.checkpoints.load_state import adapt_state_to_channels, build_model,
 from runtime.checkpoints.pretrained import load_foreign, load_off_the_shelf, load_timm_folder
 from runtime.checkpoints.read_file import load_file, verify_crc
 from runtime.checkpoints.run_folder import (
-    CHECKPOINT_RE,
     checkpoints,
     find_checkpoint,
+    finished_epoch,
     record_checkpoint,
     was_written_by_run,
 )
@@ -30,6 +29,7 @@ from runtime.checkpoints.saved_options import (
     PREPROCESSING,
     log_missing_options,
     merge_saved_options,
+    set_init_from_defaults,
 )
 from runtime.console import print_message
 from runtime.distributed import rank
@@ -52,9 +52,13 @@ def get_model_ckpt(args, training=False):
     --start_share. Raises UserError if there is no such checkpoint, or an option contradicts its architecture; WorkError
     if the file is damaged, does not match its options, or cannot be downloaded.
     """
-    loaded = load_model(args, training)
-    check_mean_std(loaded[0])
-    return loaded
+    loaded_args, model, checkpoint = load_model(args, training)
+    check_mean_std(loaded_args)
+    asked = 'start_share' in args.explicit and args.start_share and not training and not rank()
+    if asked and checkpoint and not checkpoint.get('start'):
+        name = checkpoint['path'].name
+        print_message('warning', f'--start_share={args.start_share:g} has no effect: {name} keeps no initial weights')
+    return loaded_args, model, checkpoint
 
 
 def load_model(args, training):
@@ -89,12 +93,9 @@ def start_from_weights(args):
     if len(channel_values('mean', weight_options['mean'])) not in (1, args.num_channels):  # for other channels
         weight_options |= {'mean': args.mean, 'std': args.std}
     args = replace_args(args, **weight_options)
-    if checkpoint['layout'] != 'ours' and not args.from_run:
-        distilled = args.distill_weight > 0 if 'distill_weight' in args.explicit else args.stem != 'cifar'
-        defaults = init_from_defaults(distilled)
-        args = replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.explicit})
-        options_text = ' '.join(f'--{name}={getattr(args, name)}' for name in defaults)
-        log(f'from pretrained weights: {options_text}')
+    if checkpoint['layout'] != 'ours':
+        args, names = set_init_from_defaults(args)
+        log('from pretrained weights: ' + ' '.join(f'--{name}={getattr(args, name)}' for name in names))
     return args, model, None
 
 
@@ -152,14 +153,10 @@ def save_checkpoint(run, args, state):
     if not rank():
         record_checkpoint(run, path)  # first, so that a kill cannot leave an unrecorded checkpoint
         atomic_write_on_main(path, lambda aside: torch.save(content, aside))
-        kept_epochs = {0, find_best_epoch(run)} if args.init_from else {}  # the start and the best are never deleted
-        older = [
-            other
-            for other in checkpoints(run)
-            if other != path and int(CHECKPOINT_RE.fullmatch(other.name)[2]) not in kept_epochs
-        ]
+        kept_epochs = {0, find_best_epoch(run)} - {None} if args.init_from else {}  # the start and the best stay
+        older = [other for other in checkpoints(run) if other != path and finished_epoch(other) not in kept_epochs]
         older = [other for other in older if was_written_by_run(run, other)]
-        within_epoch = [other for other in older if CHECKPOINT_RE.fullmatch(other.name)[3]]
+        within_epoch = [other for other in older if finished_epoch(other) is None]
         finished = [other for other in older if other not in within_epoch]
         spare = len(finished) - args.keep_checkpoints + (not state.images) if args.keep_checkpoints else 0
         for other in (*within_epoch, *finished[: max(0, spare)]):

@@ -185,7 +185,7 @@ class ViewOptions:
 class ModelOptions:
     model_name: str = option('simsiam', aliases='name exp_name', often=11)
     """name of the run folder: model_name_<model_name>_ckpt_<number>"""
-    backbone: str = option('resnet50', used_by=NETWORK, aliases='arch model', often=5)
+    backbone: str = option('resnet50', used_by=MODEL_COMMANDS, aliases='arch model', often=5)
     """small, timm/<name>, or a classification network of torchvision"""
     freeze_bn: bool = option(False)
     """keep the backbone's BN in eval mode, with its running statistics; --init_from sets it for weights that are not
@@ -193,10 +193,11 @@ class ModelOptions:
     freeze_bn_affine: bool = option(False)
     """with --freeze_bn: do not train the scale and shift of the backbone's BN either"""
     heads_epochs: int = option(0, between=(-1, 1000))
-    """first epochs, in which only projector and predictor are trained; -1: the epochs of 80 steps; --init_from sets it,
-    like --freeze_bn"""
+    """first epochs, in which only projector and predictor are trained (and, without --freeze_bn, the backbone's BN
+    statistics move); -1: the epochs of 80 steps; --init_from sets it, like --freeze_bn"""
     trained_share: float = option(1.0, between=(0.001, 1.0))
-    """share of the backbone's weights that are trained, from the last layer on; the first layers stay as they are"""
+    """share of the backbone's weights that are trained, from the last layer on; the first layers stay as they are (but
+    for BN statistics without --freeze_bn)"""
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
     """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
@@ -394,7 +395,7 @@ class FileOptions:
     best); or weights as for --init_from"""
     log_path: str = option('data/logs', used_by=LOGGING, local=True, is_path=True)
     """folder of TensorBoard logs and plots"""
-    init_from: str = option('', used_by=TRAIN, aliases='pretrained weights', is_path=True)
+    init_from: str = option('', used_by=AUGMENT_COMMANDS, aliases='pretrained weights', is_path=True)
     """pretrained weights for a new run: imagenet (torchvision), timm or timm/<name>.<tag>, a run, or a file of another
     tool; none for random weights with --preset=photos"""
 

@@ -1,4 +1,5 @@
-"""Pretraining: SimSiam on the images of `train`, without their labels (paper section 3).
+"""Pretraining: SimSiam on the images of `train`, without their labels (paper section 3). From pretrained weights a
+distillation loss is added (engine/teacher.py).
 
 On a signal the run finishes the step or checkpoint in progress, saves a checkpoint (engine/conclude.py) and exits. All
 ranks stop after the same step. runtime/signals.py documents the path from the signal to the exit code.
@@ -113,10 +114,10 @@ def train_epoch(args, step, state, loader, monitor, run):
         with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
             seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
             rows = loader.batch_sampler.rank_part(order, state.images)
-            (loss, std, *distance), (p, z) = step(views, rows)
+            (loss, std, *distill_loss), (p, z) = step(views, rows)
             state.add(loss, std, batch_size)
         # metrics
-        monitor.after_step(state, (loss, std, *distance), learning_rates, p, z)
+        monitor.after_step(state, (loss, std, *distill_loss), learning_rates, p, z)
         # stop or save a checkpoint
         is_last_step = state.images >= total
         steps = state.images // batch_size
@@ -165,8 +166,9 @@ def build_train_step(args, net, state, teacher=None):
     amp, pairs = MixedPrecision(precision(args), state.scaler), 2 if args.loss_symmetry == '2x' else 1
 
     def step(inputs):
-        loss, (p, z) = train_step(net, state.optimizer, inputs, criterion, amp, args.grad_accum_steps * pairs, teacher)
-        return (loss, feature_std(z[0]), *([teacher.distance] if teacher else [])), (p, z)
+        micro_batches = args.grad_accum_steps * pairs
+        loss, (p, z), distill_loss = train_step(net, state.optimizer, inputs, criterion, amp, micro_batches, teacher)
+        return (loss, feature_std(z[0]), *([distill_loss] if teacher else [])), (p, z)
 
     if should_use_graph(args):
         step = CudaGraphStep(step, state.model, state.optimizer, args.cuda_graph == 'True')
@@ -176,32 +178,36 @@ def build_train_step(args, net, state, teacher=None):
 
 
 def train_step(net, optimizer, inputs, criterion=simsiam_loss, amp=FLOAT32, micro_batches=1, teacher=None):
-    """One optimizer step: forward, loss, backward, update. Returns (loss, (p, z)) on the device; p and z are lists with
-    one N x proj_dim tensor per view, of the last micro-batch.
+    """One optimizer step: forward, loss, backward, update. Returns (loss, (p, z), distillation loss), on the device.
 
-    inputs: views, N x C x S x S each; with a teacher, whose loss is added to the one returned, also its targets, N x d.
+    inputs: views, N x C x S x S each, and with a teacher the targets, N x d. With a teacher the sum of the SimSiam loss
+    and of teacher.weight times the distillation loss is minimized; both are returned without the weight, None without
+    a teacher. p and z: lists with one N x proj_dim tensor per view, of the last micro-batch.
     criterion: simsiam_loss, perhaps with options bound. micro_batches: the batch is split into this many equal parts,
     and the gradient is the mean over them.
     """
     optimizer.zero_grad(set_to_none=True)
-    total, n = 0.0, len(inputs) - bool(teacher)
+    mean_loss, mean_distill_loss, n = 0.0, 0.0 if teacher else None, len(inputs) - bool(teacher)
     for i, part in enumerate(zip(*(each.chunk(micro_batches) for each in inputs), strict=True)):
         skip_grad_sync = i + 1 < micro_batches and hasattr(net, 'no_sync')  # ranks exchange gradients once per step
         with net.no_sync() if skip_grad_sync else contextlib.nullcontext():
             with torch.autocast(part[0].device.type, amp.dtype or torch.bfloat16, enabled=amp.dtype is not None):
                 outputs = net(*map(channels_last, part[:n]), with_features=bool(teacher))
             outputs = [x.float() if amp.dtype else x for x in outputs]
-            loss = criterion(*outputs[: 2 * n]) / micro_batches
-            minimized = loss + teacher.loss(outputs[2 * n :], part[n]) / micro_batches if teacher else loss
+            minimized = loss = criterion(*outputs[: 2 * n]) / micro_batches
+            if teacher:
+                distill_loss = teacher.loss(outputs[2 * n :], part[n]) / micro_batches
+                minimized = loss + teacher.weight * distill_loss
+                mean_distill_loss = mean_distill_loss + distill_loss.detach()
             (amp.scaler.scale(minimized) if amp.scaler else minimized).backward()
-        total = total + loss.detach()
+        mean_loss = mean_loss + loss.detach()
     if amp.scaler:
         amp.scaler.step(optimizer)
         amp.scaler.update()
     else:
         optimizer.step()
     outputs = [x.detach() for x in outputs]
-    return total, (outputs[:n], outputs[n : 2 * n])
+    return mean_loss, (outputs[:n], outputs[n : 2 * n]), mean_distill_loss
 
 
 def set_backbone_trainable(args, model, trained):

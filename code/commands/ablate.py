@@ -28,8 +28,9 @@ def ablate(args):
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.explicit:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
+    given = args.explicit
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
-    rows, planned = [], plan_variants(args)
+    rows, planned = [], plan_variants(args, given)
     for number, (variant, options, paper, variant_args) in enumerate(planned):
         log(f'\n{args.ablation}: {variant}, {number + 1} of {len(planned)}')
         if not (result := finished_result(variant_args)):
@@ -62,15 +63,16 @@ def save_table(base, rows):
     save_png(plots.figure_to_pil(figure), image)
 
 
-def plan_variants(args):
-    """Return [(variant, options, the paper's top-1, args)] of --ablation. Raises UserError for variants that cannot be
-    trained; those with a batch larger than the dataset are skipped, with a message."""
+def plan_variants(args, given):
+    """Return [(variant, options, the paper's top-1, args)] of --ablation. given: names of the options of the command.
+    Raises UserError for variants that cannot be trained; those with a batch larger than the dataset are skipped, with a
+    message."""
     planned, images = [], 0
     if any('batch_size' in options for _, options, _ in TABLES[args.ablation]):
         init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
-        if fixed := sorted(args.explicit & {name for name, value in options.items() if not callable(value)}):
+        if fixed := sorted(given & {name for name, value in options.items() if not callable(value)}):
             raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'

@@ -305,15 +305,16 @@ def nearest_neighbor_rows(run):
 
 
 def confusion_section(runs, page):
-    """Build the confusion matrix of the first run's kNN on val, if val and part of train are labeled."""
+    """Build the confusion matrix of the first run's kNN on val, if part of val and of train is labeled."""
     run = runs[0]
-    labels, val_labels = run.labels['train'], run.labels.get('val')
-    labeled = labels >= 0
-    if val_labels is None or not labeled.any() or (val_labels < 0).any():
+    labeled = {name: labels >= 0 for name, labels in run.labels.items()}
+    if 'val' not in labeled or not labeled['train'].any() or not labeled['val'].any():
         return {'confusion': None}, {}
-    classes, k = run.splits['val'].classes, clip_k(run.args.knn_k, labels[labeled])
-    bank = run.features['train'][labeled]
-    scores = knn_scores(run.features['val'], bank, labels[labeled], len(classes), k, run.args.knn_temperature)
+    (bank, labels), (queries, val_labels) = (
+        (run.features[name][labeled[name]], run.labels[name][labeled[name]]) for name in ('train', 'val')
+    )
+    classes, k = run.splits['val'].classes, clip_k(run.args.knn_k, labels)
+    scores = knn_scores(queries, bank, labels, len(classes), k, run.args.knn_temperature)
     return {
         'confusion': save_figure(
             plots.draw_confusion(confusion_matrix(scores, val_labels).cpu(), classes), page, 'confusion'

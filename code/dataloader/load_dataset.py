@@ -118,7 +118,7 @@ def gpu_eval_batch(images):
     """Return the batch size for evaluation of images in GPU memory: large, because a GPU is idle between small batches
     of small images. 0 if the images are not in GPU memory."""
     return (
-        min(max_eval_batch(images.args), max(1, EVAL_PIXELS_PER_FORWARD // images.pixels[0, 0].numel()))
+        min(max_eval_batch(images.args), max(1, EVAL_PIXELS_PER_FORWARD // images.pixels.shape[2:].numel()))
         if images.on_gpu()
         else 0
     )

@@ -10,7 +10,9 @@ import statistics
 
 import torch
 
+from config import OPTIONS
 from model.weights import find_preprocessing, timm_config
+from runtime.checkpoints.pretrained import names_own_run
 from runtime.console import print_message, silence_stderr
 from runtime.device import get_device
 from runtime.distributed import rank
@@ -35,9 +37,14 @@ def choose_preset(args, sources):
         return args
     train, sizes = sources['train'], sample_image_sizes(sources['train'].store)
     small = len({*sizes}) == 1 and max(sizes[0]) <= MAX_SMALL_SIDE
-    if args.preset != 'photos' and small:
+    from_other_weights = args.init_from and not names_own_run(args, args.init_from)  # for larger images
+    if args.preset != 'photos' and small and not from_other_weights:
         log(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
-        return apply_options(args, {**preset_options('cifar10'), 'preset': 'cifar10'})
+        usual = OPTIONS['batch_size'].default
+        batch = limit_batch_size(usual, len(train.labels))
+        if batch < usual and 'batch_size' not in args.explicit:
+            log(f'for so few images the batch size is {batch} in place of {usual} (--batch_size)')
+        return apply_options(args, {**preset_options('cifar10'), 'preset': 'cifar10', 'batch_size': batch})
     return choose_photos_preset(args, sources, sizes, choose_network(args, len(train.labels), get_device(args)))
 
 
@@ -136,6 +143,11 @@ def choose_batch_size(device, count):
     if device.type == 'cuda':
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         batch = 256 if count >= 20_000 and gigabytes >= 20 else 128 if count >= 5_000 and gigabytes >= 10 else 64
+    return limit_batch_size(batch, count)
+
+
+def limit_batch_size(batch, count):
+    """Halve a batch size until it is at most a quarter of `count` images, or 2."""
     while batch > 2 and batch > count / 4:
         batch //= 2
     return batch

@@ -16,9 +16,17 @@ from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTI
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_ACCURACY_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
+from runtime.checkpoints.pretrained import names_own_run
 from runtime.checkpoints.read_file import read_checkpoint, verify_crc
-from runtime.checkpoints.run_folder import CHECKPOINT_RE, WRITTEN, checkpoints, record_checkpoint, was_written_by_run
-from runtime.checkpoints.saved_options import ARCHITECTURE, PREPROCESSING
+from runtime.checkpoints.run_folder import (
+    CHECKPOINT_RE,
+    WRITTEN,
+    checkpoints,
+    finished_epoch,
+    record_checkpoint,
+    was_written_by_run,
+)
+from runtime.checkpoints.saved_options import ARCHITECTURE, PREPROCESSING, set_init_from_defaults
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
@@ -79,8 +87,8 @@ class RunDir:
             return
         best, paths = find_best_epoch(self.folder), checkpoints(self.folder)
         for path in [path for path in paths[:-1] if was_written_by_run(self.folder, path)]:
-            epoch = int(CHECKPOINT_RE.fullmatch(path.name)[2])
-            if epoch not in (0, best) and epoch % self.args.save_every_epochs:
+            epoch = finished_epoch(path)
+            if epoch is None or epoch not in (0, best) and epoch % self.args.save_every_epochs:
                 path.unlink(missing_ok=True)
 
     def should_save(self):
@@ -206,6 +214,7 @@ def write_run_json(run, args, images):
         'versions': library_versions(),
         'started': before.get('started', date),
     }
+    record['explicit'] = sorted({*before.get('explicit', ()), *args.explicit} & {*OPTIONS})
     record['when'] = utc_timestamp()
     record['images'] = {'number': len(images), 'digest': images.names.digest(images.labels.numpy().tobytes())}
     if before:
@@ -225,7 +234,11 @@ def write_run_json(run, args, images):
 
 
 def args_from_run(args):
-    """Return args with the options of the run --from_run instead of the defaults; explicit options take precedence."""
+    """Return args with the options of the run --from_run instead of the defaults; explicit options take precedence.
+
+    Of a run from pretrained weights, network, preprocessing and config.INIT_FROM_DEFAULTS count as explicit, because
+    the weights would set them anew. With other weights than the run's, these bring their own preprocessing.
+    """
     path = find_run(args, args.from_run) / 'run.json'
     try:
         saved = {**json.loads(path.read_text(encoding='utf-8'))['args']}
@@ -238,7 +251,11 @@ def args_from_run(args):
             'leave one out'
         )
     explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
-    return replace_args(args, **{**saved, **explicit})
+    args = replace_args(args, **{**saved, **explicit})
+    if weights := saved.get('init_from'):
+        preprocessing = PREPROCESSING if args.init_from == weights else ()
+        args.explicit = args.explicit | {*ARCHITECTURE, *INIT_FROM_DEFAULTS, *preprocessing}
+    return args
 
 
 def is_unresolved(args, name):
@@ -254,12 +271,13 @@ def resolve_resume(args):
     """
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
+    now = set_init_from_defaults(args)[0] if args.init_from and not names_own_run(args, args.init_from) else args
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
-    from_weights = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
-    from_weights |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
-    # A run saves the resolved numbers.
-    from_weights |= {'heads_epochs'} if args.heads_epochs == -1 else set()
-    from_weights |= {'distill_size'} if args.distill_size == 0 else set()
+    resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
+    resolved_later |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
+    resolved_later |= {
+        name for name, value in (('heads_epochs', -1), ('distill_size', 0)) if getattr(now, name) == value
+    }
     for run in reversed(list_run_dirs(args)):
         paths = checkpoints(run)
         if not paths:
@@ -267,17 +285,20 @@ def resolve_resume(args):
         raw, path = read_newest(paths)
         content, _ = upgrade(raw)
         saved, unknown = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.explicit
+        # A run saves resolved values. They are compared if an earlier command gave them and this one leaves them out.
+        left_out = {*read_json(run / 'run.json').get('explicit', ())} - args.explicit
+        not_compared = resolved_later - left_out | unknown
         differing = [
             f
             for f in OPTIONS.values()
-            if f.name not in (*NOT_RESTORED_OPTIONS, *from_weights, *unknown)
+            if f.name not in (*NOT_RESTORED_OPTIONS, *not_compared)
             and f.metadata['used_by'] != EVAL_COMMANDS
-            and not same_value(f.name, saved[f.name], getattr(args, f.name))
+            and not same_value(f.name, saved[f.name], getattr(now, f.name))
         ]
         if differing and content['epoch'] >= saved['max_epochs']:
             continue  # a finished run with other options
         if differing:
-            differences = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(args, f.name)})' for f in differing)
+            differences = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(now, f.name)})' for f in differing)
             raise UserError(
                 f'--resume=auto: the unfinished run {run.name} has {differences}; --resume={run.name} resumes it, '
                 'without --resume a new run starts'

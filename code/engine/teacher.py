@@ -4,8 +4,8 @@ Pretrained weights describe a large image better than a small one. Before the ba
 compute the features of each training image: of its center crop, without augmentation, at `distill_size` px. Averaged
 with those of the `distill_neighbors` nearest images they are the targets of all views of the image. So the trained
 backbone learns, at its own smaller size, what the initial weights know of the larger image, and which images resemble
-it. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy over the size of an image: Touvron et al., arXiv
-1906.06423. Experiments: results/LOG.md.)
+it. (Knowledge distillation: Hinton et al., arXiv 1503.02531. Accuracy as a function of image size: Touvron et al.,
+arXiv 1906.06423. Experiments: results/LOG.md.)
 """
 
 import copy
@@ -13,31 +13,34 @@ import copy
 import torch
 from torch.nn.functional import normalize, softmax
 
+from config import OPTIONS
 from dataloader.cache import cache_file
 from dataloader.load_dataset import eval_loader
+from dataloader.loading.sampler import rank_slice
 from loss.negative_cosine import negative_cosine
 from metric.knn import topk_neighbors
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
 from runtime.checkpoints.saved_options import PREPROCESSING
-from runtime.console import first_line
+from runtime.console import first_line, print_message
 from runtime.device import explain_oom, get_device, is_oom
-from runtime.distributed import convert_sync_batchnorm, first_failure, rank, world_size
+from runtime.distributed import all_gather_rows, convert_sync_batchnorm, first_failure, rank, world_size
 from runtime.errors import UserError, WorkError
-from runtime.messages import log
+from runtime.messages import log, progress
 from runtime.options import replace_args
 from runtime.tensors import channels_last, to_device
 
 DEFAULT_SIZE = 224  # px, for --distill_size=0: the size that most weights were trained at
 MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
 TEMPERATURE = 0.1  # of the weights of neighbors
+CHUNK = 4096  # rows whose neighbors are searched together
 TARGETS_FILE = 'targets.pt'  # in the folder of a run that is not finished
 
 
 class Teacher:
     """Targets of the training images, in half precision in memory: N x d.
 
-    distance: the last unweighted loss, on the device. args: of the run. backbone: the one that is trained; start: its
+    weight: of the distillation loss beside SimSiam's. args: of the run. backbone: the one that is trained; start: its
     initial weights. dataset: ImageDataset of train. folder: of the run; a resumed run reads the targets from it.
     Raises WorkError if the initial weights give infinite features, or memory is short.
     """
@@ -61,18 +64,19 @@ class Teacher:
         return to_device(self.features[rows], self.device).float()
 
     def loss(self, features, targets):
-        """The weighted distillation loss: 1 - cosine similarity of features, standardized over the views of the batch,
-        and targets; the mean over batch and views. features: a list of N x d, one per view; targets: N x d."""
+        """The distillation loss, without its weight: 1 - cosine similarity of features, standardized over the views of
+        the batch, and targets; the mean over batch and views. features: a list of N x d, one per view; targets:
+        N x d."""
         standardized = self.norm(torch.cat(features)).chunk(len(features))
-        mean = sum(1 + negative_cosine(each, targets) for each in standardized) / len(features)
-        self.distance = mean.detach()
-        return self.weight * mean
+        return sum(1 + negative_cosine(each, targets) for each in standardized) / len(features)
 
 
 def describe_targets(args, dataset):
     """Return what the targets of a run depend on, as text: its options and images. Its initial weights never change."""
-    options = {name: getattr(args, name) for name in (*PREPROCESSING, 'distill_size', 'distill_neighbors')}
-    return f'{options} {dataset.names.digest(dataset.labels.numpy().tobytes())}'
+    names = (*PREPROCESSING, 'distill_size', 'distill_neighbors', 'cache_short_side')
+    options = {name: getattr(args, name) for name in names}
+    images = f'{dataset.folder} {dataset.names.digest(dataset.labels.numpy().tobytes())}'
+    return f'{options} {dataset.pixel_format.key()} {images}'
 
 
 def compute_targets(args, backbone, start, dataset):
@@ -85,25 +89,34 @@ def compute_targets(args, backbone, start, dataset):
     images = copy.copy(dataset)
     images.args = teacher_args
     log(f'distillation: the targets are features of {len(images)} images at {args.distill_size} px')
-    with explain_oom('the targets of the distillation', '--distill_weight=0 trains without them'):
+    with explain_oom('the targets of the distillation', '--distill_neighbors=0 needs less, --distill_weight=0 none'):
         try:
             features, _ = extract_features(teacher_args, initial, eval_loader(teacher_args, images), 'targets')
         except WorkError as error:
             raise WorkError(f'the initial weights at --distill_size={args.distill_size}: {error}') from None
-        return make_targets(features, args.distill_neighbors).half().cpu()
+        return make_targets(features, args.distill_neighbors)
 
 
 def make_targets(features, k):
     """Standardize features, N x d, over the images, scale each row to unit length, and average it with the mean of its
-    k nearest other rows, weighted by exp(cosine / TEMPERATURE). k=0: no neighbors. Returns N x d."""
-    own = normalize((features - features.mean(0)) / features.std(0, correction=0).clamp(min=MIN_STD), dim=1)
-    k = min(k, len(own) - 1)
+    k nearest other rows, weighted by exp(cosine / TEMPERATURE). k=0: no neighbors. Returns N x d, float16, on the CPU.
+    Every rank averages a part of the rows."""
+    unit = normalize((features - features.mean(0)) / features.std(0, correction=0).clamp(min=MIN_STD), dim=1)
+    k = min(k, len(unit) - 1)
     if k < 1:
-        return own
-    cosine, rows = topk_neighbors(own, own, k + 1)
-    cosine[rows == torch.arange(len(own), device=rows.device)[:, None]] = -torch.inf  # the image itself
-    shares = softmax(cosine / TEMPERATURE, dim=1)
-    return (own + sum(share[:, None] * own[row] for share, row in zip(shares.T, rows.T, strict=True))) / 2
+        return unit.half().cpu()
+    numbers = rank_slice(torch.arange(len(unit), device=unit.device)).split(CHUNK)
+    parts = [average_with_neighbors(unit, rows, k).half() for rows in progress(numbers, 'nearest images')]
+    return all_gather_rows(torch.cat(parts) if parts else unit[:0].half(), len(unit)).cpu()
+
+
+def average_with_neighbors(unit, rows, k):
+    """make_targets for some row numbers. unit: rows of unit length, N x d."""
+    cosine, neighbors = topk_neighbors(unit[rows], unit, k + 1)
+    cosine[neighbors == rows[:, None]] = -torch.inf  # the image itself
+    weights = softmax(cosine / TEMPERATURE, dim=1)
+    means = sum(weight[:, None] * unit[row] for weight, row in zip(weights.T, neighbors.T, strict=True))
+    return (unit[rows] + means) / 2
 
 
 @torch.no_grad()
@@ -115,6 +128,7 @@ def set_distill_size(args, model):
         return args
     default = args.image_size if args.stem == 'cifar' else max(args.image_size, DEFAULT_SIZE)
     size = args.distill_size or default
+    warn_small_targets(args, size)
     image = torch.zeros(1, args.num_channels, size, size)
     with eval_mode(model.backbone):
         try:
@@ -129,3 +143,20 @@ def set_distill_size(args, model):
     if not rank():
         log(f'{reason}: the targets of the distillation are of {args.image_size} px')
     return replace_args(args, distill_size=args.image_size)
+
+
+def warn_small_targets(args, size):
+    """Warn if targets of `size` px know no more than the views do. Raises UserError for a size that no network sees
+    anything in."""
+    if size < OPTIONS['image_size'].metadata['low']:
+        raise UserError(f'--distill_size={size} is 0, or at least {OPTIONS["image_size"].metadata["low"]} px')
+    if rank():
+        return
+    if size < args.image_size:
+        print_message('warning', f'--distill_size={size}: the targets are of smaller images than the views')
+    if 0 < args.cache_short_side < size:
+        print_message(
+            'warning',
+            f'--cache_short_side={args.cache_short_side}: the targets, of {size} px, are of smaller images, enlarged; '
+            f'--cache_short_side={size} or more, or 0, keeps what they show',
+        )

@@ -82,7 +82,7 @@ def judge_against_start(lines):
     """Judge a run from pretrained weights. Returns (word, sentence): better than the start (by more than two standard
     errors), perhaps better, no better, worse, or not known; None if it was not measured."""
     best = find_best_epoch_in_metrics(lines)
-    judged = {line['epoch']: line for line in lines if FEW in line}
+    judged = {line['epoch']: line for line in lines if FEW in line and (GAIN in line or not line['epoch'])}
     if best is None or len(judged) < 2 and FEW in lines[0]:
         return None
     if 0 not in judged:
@@ -94,7 +94,7 @@ def judge_against_start(lines):
     gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
     gain_text = (
         f'{WATCHED} labels per class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
-        f'beside the start ({judged[0][FEW]:.1f} %)'
+        f'beside the start ({last[FEW] - gain:.1f} %)'
     )
     if best:
         most = judged[best]
@@ -125,8 +125,11 @@ def judge_run_metrics(lines, baseline_label='untrained'):
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return None
     collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
-    if baseline_label != 'untrained' and not collapsed and (verdict := judge_against_start(lines)):
+    verdict = judge_against_start(lines) if baseline_label != 'untrained' else None
+    if verdict and not collapsed:
         return verdict
+    if verdict and find_best_epoch_in_metrics(lines):
+        return verdict[0], f'{verdict[1]}. After epoch {measured[-1]["epoch"]} z is collapsed: {FOR_COLLAPSED}'
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )

@@ -16,7 +16,7 @@ from model.foreign_checkpoints import RESNET_BLOCKS
 from model.weights import is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import MAX_ROWS, classify, draw_label_subsets, mean_and_error, score_few_labels
-from protocols.protocol import Outcome, Protocol, labeled_splits, report_unlabeled
+from protocols.protocol import Outcome, Protocol, labeled_splits, leave_out_unlabeled
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
@@ -83,10 +83,7 @@ def splits_to_compare(args, own_splits):
     train, test = own_splits['train'], own_splits.get('test')
     if test is None or not (test.labels >= 0).any() or not (train.labels >= 0).any():
         return labeled_splits(args, own_splits)
-    labeled = labeled_subset(test)
-    if len(labeled) < len(test):
-        log(f'{len(test) - len(labeled)} of the {len(test)} images of test have no class, and are left out')
-    return report_unlabeled({'train': train, 'test': labeled})
+    return leave_out_unlabeled({'train': train, 'test': test})
 
 
 def parse_label_counts(text):

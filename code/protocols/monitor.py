@@ -14,13 +14,14 @@ from logger import Logger
 from metric import representation
 from model.weights import average_weights, copy_weights
 from protocols.collapse_verdict import baseline_label
+from protocols.compare import load_start_weights
 from protocols.few_labels import mean_and_error, measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
 from runtime.device import get_device, peak_memory
-from runtime.distributed import all_gather_rows
+from runtime.distributed import all_gather_rows, all_reduce_mean, broadcast_from_rank0
 from runtime.errors import resolve_path
 from runtime.files import read_json
 from runtime.messages import format_duration, log, progress
@@ -45,16 +46,17 @@ class Monitor:
 
     def __init__(self, args, run, iterators, state):
         self.args, self.run = args, run
-        self.loader, self.val = iterators['train'], iterators['val']
-        train, self.splits = self.loader.dataset, splits_of_loaders(iterators)
+        self.loader, self.splits = iterators['train'], splits_of_loaders(iterators)
+        train, val = self.splits['train'], self.splits['val']
         self.knn_train_loader = eval_loader(args, labeled_subset(train))
+        self.knn_val_loader = eval_loader(args, labeled_subset(val)) if val else None
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
         # A finished run keeps all that was written.
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
         self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
-        self.bar, self.last_logged, self.outputs, self.norms, self.distances = None, {}, None, [], []
+        self.bar, self.last_logged, self.outputs, self.norms, self.distill_losses = None, {}, None, [], []
 
     def start(self, state):
         """Log the options and the metrics of epoch 0. For a resumed run, compute the metrics of its last epoch if they
@@ -62,6 +64,8 @@ class Monitor:
         if self.knn_off:
             log(f'the kNN monitor is off: {self.knn_off}')
         if self.run.resumed:
+            if state.epoch < self.args.max_epochs and self.logger.has_epoch(0):
+                self.measure_start_again()
             if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
                 self.after_epoch(state)
             # The start was saved, and the run stopped before its metrics were written.
@@ -77,7 +81,7 @@ class Monitor:
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
         self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
-        self.norms, self.distances = [], []
+        self.norms, self.distill_losses = [], []
 
     def show_views(self, views):
         """Save a picture of the views of the first 16 images."""
@@ -87,6 +91,8 @@ class Monitor:
         """Record a step. scalars: loss, std and perhaps the distillation loss, on the device; rates: of backbone,
         projector and predictor; p, z: lists over views."""
         self.outputs = p[0], z[0]
+        loss, std, *distill_loss = scalars
+        self.distill_losses += [value.clone() for value in distill_loss]  # a CUDA graph overwrites it
         elapsed = time.monotonic() - self.epoch_started
         self.last_logged = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
@@ -99,9 +105,8 @@ class Monitor:
         if state.images // self.args.batch_size % LOG_EVERY == 0 or state.images >= self.total:
             self.check_step(state)
             norm = gradient_norm(state.model)
-            loss, std, *distance = scalars
             retrieval = representation.view_retrieval_top1(z[0], z[1])
-            self.read = async_tolist(torch.stack((loss, std, retrieval, norm, *distance)))
+            self.read = async_tolist(torch.stack((loss, std, retrieval, norm)))
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
@@ -113,9 +118,8 @@ class Monitor:
         """Read the values of an earlier step. Warns of a collapse, raises NonFiniteLoss for an invalid loss."""
         if not self.read:
             return
-        loss, std, retrieval, norm, *distance = self.read()
+        loss, std, retrieval, norm = self.read()
         self.norms.append(norm)
-        self.distances += distance
         self.run.check_finite(state, loss)
         if std < self.args.collapse_threshold:
             self.warn_collapse(state, loss, std)
@@ -134,8 +138,9 @@ class Monitor:
         if self.norms:
             values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
         line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
-        if self.distances:
-            values['pretraining/distillation'] = sum(self.distances) / len(self.distances)
+        if self.distill_losses:
+            mean = torch.stack(self.distill_losses).mean().item()
+            (values['pretraining/distillation'],) = all_reduce_mean([mean], get_device(args))
             line += f'  distillation {values["pretraining/distillation"]:.3f}'
         if self.last_logged:
             line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
@@ -154,7 +159,9 @@ class Monitor:
         text)."""
         args, values, words = self.args, {}, ''
         if not self.knn_off:
-            values['knn_top1'], right = measure_labels(args, self.backbone(state), self.knn_train_loader, self.val)
+            values['knn_top1'], right = measure_labels(
+                args, self.backbone(state), self.knn_train_loader, self.knn_val_loader
+            )
             few_values, few_words = self.few_labels(state, right)
             values, words = {**values, **few_values}, f'  kNN {values["knn_top1"]:.2f} %{few_words}'
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
@@ -177,19 +184,44 @@ class Monitor:
     def few_labels(self, state, right):
         """Return ({name: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
         from measure_labels."""
-        path, count = self.run.folder / START_ACCURACY_FILE, right.shape[1]
         top1 = 100 * right.mean().item()
         results, words = {FEW: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
         if not self.args.init_from:
             return {'few_labels_top1': top1}, words
         if not state.epoch:
-            values = {'right': right.int().tolist()}
-            atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
-        before = torch.tensor(read_json(path).get('right', []), dtype=torch.float64)
-        if state.epoch and before.shape[-1:] == (count,):  # early versions wrote the mean over the draws
+            self.save_accuracy_of_start(right)
+        before = torch.tensor(read_json(self.run.folder / START_ACCURACY_FILE).get('right', []), dtype=torch.float64)
+        if state.epoch and before.shape[-1:] == right.shape[1:]:  # early versions wrote the mean over the draws
             results[GAIN], results[GAIN_ERROR] = mean_and_error(right - before)
             words += f' ({results[GAIN]:+.2f} ± {results[GAIN_ERROR]:.2f} over the start)'
         return {name.removeprefix('pretraining/'): value for name, value in results.items()}, words
+
+    def save_accuracy_of_start(self, right):
+        """Save which images of val the initial weights classify correctly. right: from measure_labels."""
+        values = {'right': right.int().tolist(), 'val': self.val_digest()}
+        path = self.run.folder / START_ACCURACY_FILE
+        atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
+
+    def val_digest(self):
+        """Return a digest of the labeled images of val: of names and classes."""
+        val = self.knn_val_loader.dataset
+        return val.names.digest(val.labels.numpy().tobytes())
+
+    def measure_start_again(self):
+        """If val is not the one of the resumed run's start, measure the initial weights on it: gains are paired by
+        image."""
+        if self.knn_off or not self.args.init_from:
+            return
+        saved = read_json(self.run.folder / START_ACCURACY_FILE)
+        same = saved.get('val') == self.val_digest()  # early versions saved none: then the number of images must do
+        same |= 'val' not in saved and len(saved.get('right', [[]])[0]) == len(self.knn_val_loader.dataset)
+        if broadcast_from_rank0(lambda: same):
+            return
+        log('val is not that of the start of this run: the initial weights are measured on it')
+        _, start = load_start_weights(self.args, {'run': self.run.folder})
+        backbone = start.backbone.to(get_device(self.args), memory_format=torch.channels_last)
+        _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
+        self.save_accuracy_of_start(right)
 
     def warn_collapse(self, state, loss, std):
         """Warn once that the model collapses, with remedies."""

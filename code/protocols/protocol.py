@@ -77,15 +77,15 @@ def labeled_splits(args, pretraining_splits):
     """Return {'train', 'val'} of the checkpoint's dataset. Raises UserError if labels are missing."""
     if reason := missing_labels_reason(pretraining_splits):
         raise UserError(f'evaluate needs labels: {reason}')
-    return report_unlabeled({name: pretraining_splits[name] for name in ('train', 'val')})
+    return leave_out_unlabeled({name: pretraining_splits[name] for name in ('train', 'val')})
 
 
-def report_unlabeled(splits):
-    """Log how many images of train have no label. Returns the splits."""
-    num_unlabeled, count = int((splits['train'].labels < 0).sum()), len(splits['train'])
-    if num_unlabeled:
-        log(f'{num_unlabeled} of the {count} images of train have no class, and are left out')
-    return splits
+def leave_out_unlabeled(splits):
+    """Log how many images of each split have no label. Returns the splits; of val or test only the labeled images."""
+    for name, images in splits.items():
+        if num_unlabeled := int((images.labels < 0).sum()):
+            log(f'{num_unlabeled} of the {len(images)} images of {name} have no class, and are left out')
+    return {name: images if name == 'train' else labeled_subset(images) for name, images in splits.items()}
 
 
 def missing_labels_reason(splits):
@@ -99,6 +99,4 @@ def missing_labels_reason(splits):
         return f'{printable(train.folder)} has no val: {why}'
     if not (val.labels >= 0).any():
         return f'{printable(val.folder)} has no classes'
-    if not (val.labels >= 0).all():
-        return f'{int((val.labels < 0).sum())} of the {len(val)} images of {printable(val.folder)} have no class'
     return None

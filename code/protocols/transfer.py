@@ -5,7 +5,7 @@ from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
 from protocols.finetune import FINETUNE_NAMES, finetune
 from protocols.logistic import fit_logistic_regression
-from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, report_unlabeled
+from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, leave_out_unlabeled
 from runtime.console import printable
 from runtime.errors import UserError, resolve_path
 from runtime.files import sanitize_name
@@ -32,13 +32,11 @@ def target_splits(args, _):
         raise UserError(f'--transfer_path: {printable(path)} is not there')
     splits = load_splits(target_args(args))
     train, val = labeled_subset(splits['train']), splits['val']
-    if val is None or not len(train) or not (val.labels >= 0).all():
-        raise UserError(
-            f'--transfer_path: {printable(path)} needs class folders in train, and a class for every image of val'
-        )
+    if val is None or not len(train) or not (val.labels >= 0).any():
+        raise UserError(f'--transfer_path: {printable(path)} needs images with a class in train and in val')
     if args.transfer == 'finetune' and len(train) < 2:
         raise UserError(f'--transfer_path: {printable(path)} has one image to train on; fine-tuning needs two')
-    return report_unlabeled({'train': splits['train'], 'val': val})
+    return leave_out_unlabeled({'train': splits['train'], 'val': val})
 
 
 def target_args(args):

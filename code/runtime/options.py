@@ -199,6 +199,7 @@ def ignored_by_command(args, command):
 
 def ignored_in_train(args):
     """Return (name, reason) of each explicit option that has no effect on train because of another option."""
+    from_weights, of_distillation = args.init_from or args.ckpt_name, ('distill_size', 'distill_neighbors')
     augmentations = {args.augmentation, args.warmup_augmentation if args.warmup_epochs else args.augmentation}
     ignored = {
         '--optimizer=adamw': ('momentum',) if args.optimizer == 'adamw' else (),
@@ -210,8 +211,8 @@ def ignored_in_train(args):
         if args.augment_backend == 'worker' and args.cache_images == 'on'
         else (),
         '--init_from': ('zero_init',) if args.init_from else (),
-        'random weights': () if args.init_from or args.ckpt_name else ('start_share', 'distill_weight'),
-        '--distill_weight=0': ('distill_size', 'distill_neighbors') if not args.distill_weight else (),
+        'random weights': () if from_weights else ('start_share', 'distill_weight', *of_distillation),
+        '--distill_weight=0': of_distillation if from_weights and not args.distill_weight else (),
         '--freeze_bn=False': ('freeze_bn_affine',) if not args.freeze_bn else (),
         '--knn_every=0': ('knn_k', 'knn_temperature') if not args.knn_every and not args.evaluate_after else (),
     }

@@ -95,7 +95,7 @@ def test_loss_symmetry_2x_equals_mean_of_two_pairs():
     model, views = SimSiam(get_config(**SMALL)).double(), torch.randn(4, 6, 3, 16, 16, dtype=torch.float64)
     optimizer = make_sgd(model, 0.0, 0.0)
     set_learning_rates(optimizer, 0.0, 0.0, 0.0)
-    both, _ = train_step(
+    both, *_ = train_step(
         model, optimizer, (torch.cat((views[0], views[2])), torch.cat((views[1], views[3]))), micro_batches=2
     )
     gradient = model.projector[0].weight.grad.clone()
@@ -249,12 +249,12 @@ def test_ablate_with_varied_option_given_exits_2(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='collapse')
     args = replace_args(args, learning_rate=0.01, batch_size=64)
     args.explicit |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
-    assert [own.learning_rate for _, _, _, own in plan_variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
+    assert [own.learning_rate for _, _, _, own in plan_variants(args, args.explicit)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 
 def test_ablate_checks_all_variants_before_training(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='batch_size')
-    assert [own.batch_size for _, _, _, own in plan_variants(args)] == [64]  # of 72 images
+    assert [own.batch_size for _, _, _, own in plan_variants(args, args.explicit)] == [64]  # of 72 images
     assert capsys.readouterr().out.count('is left out: there are only 72 images') == 6
     options = ['--ablation=symmetric', '--num_views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(['ablate', *options]) == 2

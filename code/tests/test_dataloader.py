@@ -21,6 +21,7 @@ from dataloader.augment import crop
 from dataloader.augment.augmentations import AUGMENTATIONS
 from dataloader.cache import decoded
 from dataloader.load_dataset import eval_loader, get_iterator, labeled_subset, load_splits
+from dataloader.loading.dataset import ImageDataset
 from dataloader.loading.decode import decode
 from dataloader.sources import demo
 from metric.accuracy import topk_accuracy
@@ -44,6 +45,14 @@ def options(folder, **more):
 
 def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / 'copy')
+
+
+def test_loader_of_images_without_labels_on_gpu_is_empty(drawn, monkeypatch):
+    """Training builds one for kNN, also if no image of train has a label."""
+    monkeypatch.setattr(ImageDataset, 'on_gpu', lambda self: True)
+    images = load_splits(options(drawn))['train']
+    images.labels[:] = -1
+    assert len(eval_loader(images.args, labeled_subset(images))) == 0
 
 
 def test_labels_follow_folders(drawn):

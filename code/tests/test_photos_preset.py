@@ -33,6 +33,8 @@ def photographs(tmp_path_factory):
 
 def test_preset_auto_chooses_cifar10_or_photos(drawn, photographs):
     assert choose(drawn).preset == 'cifar10'
+    assert choose(drawn).batch_size == 16  # at most a quarter of the 72 images
+    assert choose(drawn, batch_size=64).batch_size == 64
     args = choose(photographs)
     assert (args.preset, args.image_size, args.batch_size) == ('photos', 128, 16)
     assert args.init_from

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from protocols.results import load_results
 from protocols.semi import class_balanced_rows, rows_from_list, select_labeled_fraction
 from protocols.transfer import logistic_eval
 from runtime.errors import UserError
+from runtime.files import read_metrics
 from runtime.options import get_config
 from runtime.seeding import generator_for
 
@@ -405,7 +407,7 @@ def test_semi_with_one_label_exits_2(drawn, tmp_path):
 
 
 def test_unlabeled_images_are_counted(drawn, tmp_path, trained, capsys):
-    """In train they are left out, and that is said; in val they are refused, with their number."""
+    """They are left out, in train and in val, and that is said; of val nothing but the labeled images counts."""
     names = {split: sorted((drawn / split).rglob('*.png')) for split in ('train', 'val')}
     for split, paths in names.items():
         lines = [
@@ -420,10 +422,43 @@ def test_unlabeled_images_are_counted(drawn, tmp_path, trained, capsys):
         line if i % 2 else line.split('\t')[0] for i, line in enumerate((tmp_path / 'val.txt').read_text().split('\n'))
     ]
     (tmp_path / 'val.txt').write_text('\n'.join(half))
-    assert cli.main([*given, f'--image_path={tmp_path}']) == 2
-    assert '12 of the 24 images of' in one_line(capsys.readouterr().err)
+    (tmp_path / 'labeled').mkdir()
+    for split, lines in (('train', (tmp_path / 'train.txt').read_text().split('\n')), ('val', half)):
+        (tmp_path / 'labeled' / f'{split}.txt').write_text('\n'.join(line for line in lines if '\t' in line))
+    for more in (given[-1:], ('--protocol=knn',), ('--protocol=compare', '--labels=2')):
+        said = []
+        for folder in (tmp_path, tmp_path / 'labeled'):
+            assert cli.main([*given[:-1], *more, f'--image_path={folder}']) == 0
+            said.append(capsys.readouterr().out)
+        assert '12 of the 24 images of val have no class, and are left out' in said[0]
+        numbers = [re.findall(r'[\d.]+(?= %| ±)', text) for text in said]
+        assert numbers[0]
+        assert numbers[0] == numbers[1]
+    assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 0
+    assert '12 of the 24 images of val have no class, and are left out' in capsys.readouterr().out
+    (tmp_path / 'val.txt').write_text('\n'.join(line.split('\t')[0] for line in half))
     assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 2
-    assert 'needs class folders in train, and a class for every image of val' in one_line(capsys.readouterr().err)
+    assert 'needs images with a class in train and in val' in one_line(capsys.readouterr().err)
+
+
+def test_knn_in_training_counts_labeled_images_of_val(drawn, tmp_path):
+    """The same accuracy as with the labeled images alone."""
+    lines = {
+        split: [f'{path}\t{path.parent.name}' for path in sorted((drawn / split).rglob('*.png'))]
+        for split in ('train', 'val')
+    }
+    for name, val in (
+        ('half', [line if i % 2 else line.split('\t')[0] for i, line in enumerate(lines['val'])]),
+        ('labeled', lines['val'][1::2]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / 'train.txt').write_text('\n'.join(lines['train']))
+        (folder / 'val.txt').write_text('\n'.join(val))
+        assert cli.main(['train', *TINY, '--max_epochs=1', f'--image_path={folder}', *own_paths(folder)]) == 0
+    half, labeled = (read_metrics(tmp_path / name / 'ckpt' / RUN / 'metrics.jsonl') for name in ('half', 'labeled'))
+    for key in ('pretraining/knn_top1', 'pretraining/few_labels_top1'):
+        assert [line[key] for line in half] == [line[key] for line in labeled]
 
 
 def test_label_free_with_few_images_exits_2(tmp_path, trained, capsys):

@@ -110,8 +110,8 @@ def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup, tmp_path):
     shift, scale = torch.randn(2, 512)
     assert teacher.loss([targets], targets).item() == pytest.approx(0, abs=1e-4)
     assert teacher.loss([scale.abs() * targets + shift], targets).item() == pytest.approx(0, abs=1e-4)
-    assert teacher.loss([-targets], targets).item() == pytest.approx(2 * args.distill_weight, abs=1e-4)
-    assert teacher.loss([targets, -targets], targets).item() == pytest.approx(args.distill_weight, abs=1e-4)
+    assert teacher.loss([-targets], targets).item() == pytest.approx(2, abs=1e-4)
+    assert teacher.loss([targets, -targets], targets).item() == pytest.approx(1, abs=1e-4)
 
 
 def standardize(x):
@@ -130,11 +130,14 @@ def test_step_minimizes_sum_and_returns_simsiam_loss(setup, micro_batches, tmp_p
     assert len(outputs) == 6
     assert torch.equal(outputs[4], model.backbone(views[0]))
     loss = simsiam_loss(*outputs[:4])
-    (loss + teacher.loss(outputs[4:], targets)).backward()
+    distill_loss = teacher.loss(outputs[4:], targets)
+    (loss + args.distill_weight * distill_loss).backward()
     wanted = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    returned, (p, z) = train_step(model, optimizer, [*views, targets], micro_batches=micro_batches, teacher=teacher)
+    inputs = [*views, targets]
+    returned, (p, z), distilled = train_step(model, optimizer, inputs, micro_batches=micro_batches, teacher=teacher)
     assert returned.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert distilled.item() == pytest.approx(distill_loss.item(), abs=1e-5)
     assert len(p) == len(z) == 2
     for name, weight in model.named_parameters():
         if name in wanted:
@@ -154,8 +157,7 @@ def test_each_view_gets_target_of_its_image(options, drawn, pretrained, tmp_path
 
     def loss(self, features, targets):
         asked.append((len(features), targets))
-        self.distance = 0 * features[0].sum()
-        return self.distance
+        return 0 * features[0].sum()
 
     monkeypatch.setattr(train_module, 'draw_views', record)
     monkeypatch.setattr(Teacher, 'loss', loss)
@@ -166,15 +168,15 @@ def test_each_view_gets_target_of_its_image(options, drawn, pretrained, tmp_path
 
 
 def test_distillation_moves_views_toward_targets(drawn, tmp_path, monkeypatch):
-    """The distance of the views' features to their targets, in the last four of eight epochs."""
+    """The distillation loss of the last four of eight epochs, with and nearly without it."""
     given = ['train', '--preset=demo', f'--image_path={drawn}', '--batch_size=24', '--amp=off', '--num_workers=0']
     assert cli.main([*given, '--max_epochs=4', '--knn_every=0', *own_paths(tmp_path / 'first')]) == 0
     given += [f'--init_from={tmp_path}/first/ckpt/{RUN}', '--freeze_bn=True', '--learning_rate=0.2', '--max_epochs=8']
-    distances, compute = [], Teacher.loss
+    losses, compute = [], Teacher.loss
 
     def record(self, features, targets):
         loss = compute(self, features, targets)
-        distances.append(loss.item() / self.weight)
+        losses.append(loss.item())
         return loss
 
     monkeypatch.setattr(Teacher, 'loss', record)
@@ -183,8 +185,8 @@ def test_distillation_moves_views_toward_targets(drawn, tmp_path, monkeypatch):
             cli.main([*given, f'--distill_weight={weight}', '--knn_every=0', *own_paths(tmp_path / str(weight))]) == 0
         )
     shown = read_metrics(tmp_path / '2' / 'ckpt' / RUN / 'metrics.jsonl')[1:]
-    assert [line['pretraining/distillation'] for line in shown] == pytest.approx(distances[26::3], abs=1e-4)
-    without, with_it = torch.tensor(distances).view(2, 8, 3).mean(2).tolist()  # weight, epoch, step
+    without, with_it = torch.tensor(losses).view(2, 8, 3).mean(2).tolist()  # weight, epoch, step
+    assert [line['pretraining/distillation'] for line in shown] == pytest.approx(with_it, abs=1e-4)
     assert 0 < sum(with_it[4:]) < 0.95 * sum(without[4:]), (without, with_it)
 
 
@@ -259,8 +261,27 @@ def test_run_that_keeps_no_start_says_so(drawn, pretrained, tmp_path, capsys):  
 def test_distillation_from_random_weights_warns(name, drawn, tmp_path, capsys):
     given = ['train', '--preset=demo', f'--image_path={drawn}', '--batch_size=24', '--max_epochs=1', '--knn_every=0']
     assert cli.main([*given, f'--{name}', *own_paths(tmp_path)]) == 0
-    reason = 'random weights' if name == 'distill_weight=2' else '--distill_weight=0'
-    assert f'--{name.partition("=")[0]} has no effect with {reason}' in capsys.readouterr().err
+    assert f'--{name.partition("=")[0]} has no effect with random weights' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        ({'distill_size': 64}, ''),
+        ({'distill_size': 24}, 'the targets are of smaller images than the views'),
+        ({'distill_size': 64, 'cache_short_side': 48}, '--cache_short_side=48: the targets, of 64 px, are of smaller'),
+        ({'distill_size': 64, 'cache_short_side': 64}, ''),
+    ],
+)
+def test_targets_that_know_no_more_than_views_are_warned_of(options, said, capsys):
+    args = get_config(
+        preset='imagenet', backbone='resnet18', init_from='x', distill_weight=1.0, proj_dim=8, image_size=32, **options
+    )
+    set_distill_size(args, build_model(args))
+    warned = capsys.readouterr().err
+    assert (said in warned) if said else not warned
+    with pytest.raises(UserError, match='--distill_size=3 is 0, or at least 8 px'):
+        set_distill_size(replace_args(args, distill_size=3), build_model(args))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +354,7 @@ def test_bfloat16_is_not_benchmarked_for_larger_images(drawn, pretrained, tmp_pa
 def test_ablations_from_weights_have_no_teacher_unless_told(given, weight):
     args = get_config(preset='demo', init_from='x', **dict(option.strip('-').split('=') for option in given))
     args.explicit = {'init_from', *(['distill_weight'] if given else [])}
-    assert {planned[3].distill_weight for planned in plan_variants(args)} == {weight}
+    assert {planned[3].distill_weight for planned in plan_variants(args, args.explicit)} == {weight}
 
 
 def test_state_keeps_start_for_distillation(pretrained):  # noqa: F811

@@ -244,9 +244,15 @@ def test_best_checkpoint_without_labels_is_start(run, tmp_path):
 
 
 def test_collapsed_run_from_weights_has_collapsed_verdict():
-    lines = metrics_lines([1.0, -30.0])
+    """If no epoch was better; else the best one counts, which is used and exported, and the collapse is said."""
+    lines = metrics_lines([-1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
     assert collapse_verdict.judge_run_metrics(lines, 'at the start')[0] == 'collapsed'
+    lines = metrics_lines([10.0, -30.0])
+    lines[-1]['pretraining/std'] = 0.1
+    word, sentence = collapse_verdict.judge_run_metrics(lines, 'at the start')
+    assert word == 'better than the start'
+    assert 'After epoch 2 z is collapsed' in sentence
 
 
 def set_accuracies(monkeypatch, *shares):
@@ -536,7 +542,7 @@ def test_ablate_from_weights_finds_result_of_the_best_epoch(run, drawn, pretrain
     assert found[1]['epoch'] == (find_best_epoch(folder) or 0)
 
 
-def test_partly_labeled_val_is_refused_before_training(drawn, pretrained, tmp_path, capsys):
+def test_partly_labeled_val_is_evaluated_on_its_labels(drawn, pretrained, tmp_path, capsys):
     """Val stands in for a missing test: it was taken for one, and the run failed after its last epoch."""
     lines = {split: [] for split in ('train', 'val')}
     for split, listed in lines.items():
@@ -547,9 +553,10 @@ def test_partly_labeled_val_is_refused_before_training(drawn, pretrained, tmp_pa
         (tmp_path / 'set').mkdir(exist_ok=True)
         (tmp_path / f'set/{split}.txt').write_text('\n'.join(listed))
     given = ['--max_epochs=1', '--evaluate_after=True', '--heads_epochs=0', '--beside=start', '--labels=1']
-    assert train(tmp_path, tmp_path / 'set', pretrained, *given) == 2
-    assert '1 of the 24 images' in capsys.readouterr().err
-    assert not list((tmp_path / 'ckpt').rglob('loss_*'))
+    assert train(tmp_path, tmp_path / 'set', pretrained, *given) == 0
+    assert '1 of the 24 images of val have no class, and are left out' in capsys.readouterr().out
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('evaluate_compare_*.json')
+    assert read_json(path)['num_val'] == 23
 
 
 @pytest.mark.parametrize('share', [0.001, 0.4, 1.0])

@@ -30,5 +30,5 @@ def find_best_epoch_in_metrics(lines):
     measured = {line['epoch']: line for line in lines if FEW in line}
     if 0 in measured:
         better = [epoch for epoch, line in measured.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
-        return max(better, key=lambda epoch: measured[epoch][FEW], default=0)
-    return 0 if any('pretraining/rank' in line for line in lines) else None
+        return max(better, key=lambda epoch: measured[epoch][GAIN], default=0)
+    return 0 if lines else None

@@ -20,11 +20,13 @@ from model.weights import (
     fetch_timm,
     fetch_torchvision,
     find_preprocessing,
+    is_off_the_shelf,
     match_keys,
     preprocessing_from_timm_folder,
 )
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.read_file import load_file
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
 from runtime.checkpoints.saved_options import apply_preset, leave_demo_preset, merge_saved_options
 from runtime.console import first_line, join_first
 from runtime.distributed import local_main_first
@@ -53,6 +55,12 @@ def check_off_the_shelf(args, name):
             f"imagenet has the weights of torchvision's networks, not of --backbone={args.backbone} --stem={args.stem}"
         )
     return args, timm_name
+
+
+def names_own_run(args, name):
+    """Whether a value of --init_from names a run or a checkpoint of this project, judged by names, not by content."""
+    paths = [] if is_off_the_shelf(name) else [resolve_path(name), resolve_path(args.ckpt_path) / name]
+    return any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths)
 
 
 def load_off_the_shelf(args, name):

@@ -44,13 +44,17 @@ def checkpoints(folder):
     return [path for *_, path in sorted(entries)]
 
 
+def finished_epoch(path):
+    """Return the number of finished epochs of a checkpoint after an epoch, None for one within an epoch."""
+    found = CHECKPOINT_RE.fullmatch(path.name)
+    return None if found[3] else int(found[2])
+
+
 def pick_checkpoint(folder, paths):
     """Return the best checkpoint of a measured run from pretrained weights (find_best_epoch), else the newest. paths:
     the run's checkpoints."""
     best = find_best_epoch(folder)
-    by_epoch = {
-        int(CHECKPOINT_RE.fullmatch(path.name)[2]): path for path in paths if not CHECKPOINT_RE.fullmatch(path.name)[3]
-    }
+    by_epoch = {finished_epoch(path): path for path in paths if finished_epoch(path) is not None}
     if best is not None and best not in by_epoch:
         print_message(
             'warning', f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used'

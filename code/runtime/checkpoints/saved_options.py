@@ -1,6 +1,6 @@
 """The options of a checkpoint, merged with those of the command."""
 
-from config import NOT_RESTORED_OPTIONS, OPTIONS, Config
+from config import NOT_RESTORED_OPTIONS, OPTIONS, Config, init_from_defaults
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS
 from runtime.console import join_first
 from runtime.errors import UserError
@@ -10,6 +10,17 @@ from runtime.options import UNRESOLVED, get_config, replace_args
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
 PIXEL_OPTIONS = ('white_level', 'mean', 'std')  # may be measured on the images of a new run
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that weights bring
+
+
+def set_init_from_defaults(args):
+    """Set config.init_from_defaults, except explicit options. A mild augmentation is mild during warm-up too, unless
+    given. Returns (args, names of the options)."""
+    distilled = args.distill_weight > 0 if 'distill_weight' in args.explicit else args.stem != 'cifar'
+    defaults = init_from_defaults(distilled)
+    augmentation = args.augmentation if 'augmentation' in args.explicit else defaults['augmentation']
+    if args.warmup_epochs and augmentation == 'mild':
+        defaults |= {'warmup_augmentation': 'mild'}
+    return replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.explicit}), [*defaults]
 
 
 def apply_preset(args, preset):

@@ -28,7 +28,7 @@ if __name__ == '__main__':
     optimizer, net, losses = make_sgd(model, 0.9, 1e-3), distributed.wrap_ddp(model, torch.device('cpu')), []
     set_learning_rates(optimizer, 0.1, 0.1, 0.2)
     for view1, view2 in views.transpose(0, 1):
-        loss, _ = train_step(net, optimizer, (view1[mine], view2[mine]))
+        loss, *_ = train_step(net, optimizer, (view1[mine], view2[mine]))
         losses.append(distributed.all_reduce_mean([loss.item()], loss.device)[0])
     if not distributed.rank():
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

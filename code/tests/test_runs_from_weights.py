@@ -1,0 +1,185 @@
+"""Runs from pretrained weights, repeated, resumed and continued: which options and which val count."""
+
+import pytest
+import torch
+
+import cli
+from ckpt import get_model_ckpt
+from commands import check_dataloader
+from commands.ablate import plan_variants
+from config import NOT_RESTORED_OPTIONS
+from conftest import own_paths
+from dataloader.load_dataset import find_split_sources
+from engine.auto_preset import choose_preset
+from engine.run_dir import args_from_run
+from protocols.collapse_verdict import judge_run
+from runtime.checkpoints.best_epoch import FEW, GAIN, find_best_epoch, find_best_epoch_in_metrics
+from runtime.checkpoints.run_folder import checkpoints, finished_epoch
+from runtime.files import read_json, read_metrics
+from runtime.options import get_config
+from test_training_from_weights import RUN, SMALL, pretrained, state_of, train  # noqa: F401
+
+TOLD = ('--image_size=40', '--crop_ratio=1', '--interpolation=bicubic', '--mean=0.4', '--std=0.3', '--heads_epochs=0')
+TOLD += ('--backbone_lr_scale=0.7', '--distill_weight=0', '--start_share=0.2', '--augmentation=simclr')
+QUICK = ('--max_epochs=1', '--knn_every=0')
+
+
+def saved_args(folder, run=RUN):
+    return read_json(folder / 'ckpt' / run / 'run.json')['args']
+
+
+@pytest.fixture(scope='module')
+def told(drawn, pretrained, tmp_path_factory):  # noqa: F811
+    """A run from weights with options of its own for all that weights set."""
+    folder = tmp_path_factory.mktemp('told')
+    assert train(folder, drawn, pretrained, *QUICK, *TOLD) == 0
+    return folder
+
+
+def test_from_run_repeats_options_of_run_from_weights(told):
+    """Also those that --init_from would set: the repeated run has the same weights, to the bit."""
+    assert cli.main(['train', f'--from_run={RUN}', *own_paths(told)]) == 0
+    second = RUN.replace('_0', '_1')
+    before, after = saved_args(told), saved_args(told, second)
+    assert {name for name in before if before[name] != after[name]} <= {*NOT_RESTORED_OPTIONS}
+    one, two = state_of(told, 1)['model'], state_of(told, 1, second)['model']
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_ablations_of_run_from_weights_have_its_options(told):
+    args = get_config(from_run=RUN, ckpt_path=str(told / 'ckpt'), ablation='similarity')
+    args.explicit = {'from_run', 'ckpt_path', 'ablation'}
+    planned = plan_variants(args_from_run(args), args.explicit)
+    loaded = [get_model_ckpt(variant)[0] for *_, variant in planned]
+    for option in (one.strip('-').partition('=')[0] for one in TOLD):
+        assert {getattr(one, option) for one in loaded} == {saved_args(told)[option]}, option
+
+
+def test_weights_in_place_of_random_ones_set_their_defaults(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """--from_run of a run from random weights: its options are no choice for weights."""
+    given = ('train', *SMALL, *QUICK, f'--image_path={drawn}', *own_paths(tmp_path))
+    assert cli.main([*given]) == 0
+    assert (
+        cli.main(['train', f'--from_run={RUN}', f'--init_from={pretrained}', '--distill_size=32', *own_paths(tmp_path)])
+        == 0
+    )
+    assert 'from pretrained weights: --freeze_bn=True' in capsys.readouterr().out
+    assert saved_args(tmp_path, RUN.replace('_0', '_1'))['freeze_bn'] is True
+
+
+@pytest.mark.parametrize('option', ['--distill_weight=0', '--image_size=40', '--freeze_bn=False', '--heads_epochs=0'])
+def test_resume_auto_compares_what_an_earlier_command_gave(option, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """Weights set these options if they are left out: a finished run that was told otherwise is another run."""
+    given = (*QUICK, '--resume=auto')
+    assert train(tmp_path, drawn, pretrained, *given, option) == 0
+    for command, runs in ((option, 1), ('--max_epochs=1', 2), ('--max_epochs=1', 2)):
+        assert train(tmp_path, drawn, pretrained, *given, command) == 0
+        assert len([*(tmp_path / 'ckpt').iterdir()]) == runs
+    capsys.readouterr()
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=2', *given[1:], option, '--max_minutes=0.00001') == 0
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=2', *given[1:]) == 2
+    assert f'{option.strip("-").partition("=")[0]}=' in capsys.readouterr().err
+
+
+def test_unfinished_run_with_defaults_is_resumed_by_same_command(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    given = ('--max_epochs=2', '--knn_every=0', '--resume=auto')
+    for minutes in ('0.00001', '0'):
+        assert train(tmp_path, drawn, pretrained, *given, f'--max_minutes={minutes}') == 0
+    assert 'resuming' in capsys.readouterr().out
+    assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """A run resumed with another val measures its start on it; what was measured on the old one stays as it was."""
+    (tmp_path / 'set').mkdir()
+    for folder in ('train', 'val'):
+        (tmp_path / 'set' / folder).symlink_to(drawn / folder)
+    given = ('--heads_epochs=0', '--distill_weight=0', '--start_share=0')
+    assert train(tmp_path, tmp_path / 'set', pretrained, *given, '--max_epochs=1') == 0
+    (tmp_path / 'set/val').unlink()
+    capsys.readouterr()
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
+    assert 'val is not that of the start of this run' in capsys.readouterr().out
+    first, _, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    args, start, _ = get_model_ckpt(
+        get_config(ckpt_name=f'{RUN}/loss_0.0000_epoch_0', ckpt_path=str(tmp_path / 'ckpt'))
+    )
+    saved = read_json(tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json')
+    share = 100 * torch.tensor(saved['right'], dtype=torch.float64).mean().item()
+    assert last[GAIN] == pytest.approx(last[FEW] - share)
+    assert share != pytest.approx(first[FEW])
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=3', *own_paths(tmp_path)]) == 0
+    assert 'val is not that' not in capsys.readouterr().out
+
+
+def test_epochs_without_gain_are_not_judged():
+    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 90.0}, {'epoch': 2, FEW: 60.0, GAIN: 10.0}]
+    assert find_best_epoch_in_metrics(lines) == 2
+
+
+def test_checkpoints_within_an_epoch_are_deleted(drawn, pretrained, tmp_path):  # noqa: F811
+    """Those of the first epoch are not the start, and those after the best epoch are not the best."""
+    for _ in range(3):
+        given = ('--max_epochs=2', '--heads_epochs=0', '--resume=auto', '--batch_size=8')
+        assert train(tmp_path, drawn, pretrained, *given, '--max_minutes=0.00001') == 0
+        found = checkpoints(tmp_path / 'ckpt' / RUN)
+        assert [finished_epoch(path) for path in found] == [0, None]
+    assert train(tmp_path, drawn, pretrained, *given, '--max_minutes=0') == 0
+    assert None not in [finished_epoch(path) for path in checkpoints(tmp_path / 'ckpt' / RUN)]
+
+
+@pytest.mark.parametrize('share', [0, 0.5])
+def test_start_share_without_start_is_warned_of(share, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    assert train(tmp_path, drawn, pretrained, *QUICK, '--distill_weight=0', '--start_share=0') == 0
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    given = ['evaluate', '--protocol=knn', f'--ckpt_name={path}', f'--start_share={share}', *own_paths(tmp_path)]
+    assert cli.main(given) == 0
+    said = f'--start_share={share:g} has no effect: {path.name} keeps no initial weights'
+    assert (said in capsys.readouterr().err) == bool(share)
+
+
+@pytest.mark.parametrize(
+    ('options', 'warmup'),
+    [
+        ([], 'mild'),
+        (['--augmentation=mild'], 'mild'),
+        (['--augmentation=simclr'], 'moco'),
+        (['--warmup_augmentation=simclr'], 'simclr'),
+        (['--distill_weight=0'], 'moco'),
+    ],
+)
+def test_warmup_of_a_mild_augmentation_is_mild(options, warmup, drawn, pretrained, tmp_path):  # noqa: F811
+    given = ('--max_epochs=2', '--knn_every=0', '--warmup_epochs=1', '--max_minutes=0.00001', *options)
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    assert saved_args(tmp_path)['warmup_augmentation'] == warmup
+
+
+def test_without_labels_start_is_used_also_with_few_images(drawn, pretrained, tmp_path):  # noqa: F811
+    """Below 20 images no rank is measured either."""
+    (tmp_path / 'set').mkdir()
+    for number, path in enumerate(sorted((drawn / 'train').rglob('*.png'))[:17]):
+        (tmp_path / 'set' / f'{number}.png').symlink_to(path)
+    assert train(tmp_path, tmp_path / 'set', pretrained, '--max_epochs=1', '--batch_size=8', '--heads_epochs=0') == 0
+    folder = tmp_path / 'ckpt' / RUN
+    assert find_best_epoch(folder) == 0
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(folder)))
+    assert checkpoint['epoch'] == 0
+    assert not judge_run(folder, 1, args)
+
+
+def test_check_dataloader_shows_views_of_training(drawn, tmp_path, monkeypatch, capsys):
+    """Weights set the augmentation: mild, in the picture too."""
+    used, make_views = [], check_dataloader.make_views
+    monkeypatch.setattr(check_dataloader, 'make_views', lambda *given: used.append(given[0]) or make_views(*given))
+    given = ['check_dataloader', f'--image_path={drawn}', '--preset=photos', '--backbone=resnet18', '--num_workers=0']
+    assert cli.main([*given, *own_paths(tmp_path)]) == 0
+    assert {args.augmentation for args in used} == {'mild'}
+    said = capsys.readouterr().err
+    assert 'init_from' not in said
+    assert 'backbone' not in said
+
+
+@pytest.mark.parametrize(('weights', 'preset'), [('imagenet', 'photos'), ('none', 'cifar10')])
+def test_small_images_from_weights_get_preset_photos(weights, preset, drawn, tmp_path):
+    args = get_config(image_path=str(drawn), device='cpu', init_from=weights)
+    assert choose_preset(args, find_split_sources(args)).preset == preset
