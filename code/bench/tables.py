@@ -439,8 +439,10 @@ SIMSIAM_ROWS = [  # without distillation
 PRETRAINED_SETS = {
     'clothing': 'clothing at 96 px',
     'clothing_160': 'clothing at 160 px',
+    'clothing_at224': 'clothing at 224 px, trained at 160',
     'grocery': 'groceries at 96 px',
     'grocery_160': 'groceries at 160 px',
+    'grocery_at224': 'groceries at 224 px, trained at 160',
     'cifar50': 'CIFAR-10 at 96 px, 50 per class',
 }
 DEFAULT, EARLIER = 'SimSiam and distillation', 'an earlier distillation'
@@ -454,7 +456,7 @@ PRETRAINED_SEEDS = {
 
 def pretrained_runs():
     """{run: its rows} of bench/from_pretrained.py."""
-    files = (RESULTS / f'pretrained{name}.json' for name in ('', '_ablations', '_cifar50', '_distilled', '_neighbors'))
+    files = sorted(RESULTS.glob('pretrained*.json'))
     runs = {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
     return {name.replace('cifar50_r85', 'cifar50_lr04_e12'): rows for name, rows in runs.items()}
 
