@@ -428,8 +428,9 @@ def draw_views():
 # What a run from ImageNet's weights changes: (title, end of its name, share of the start; None: not averaged).
 DISTILLED_ROWS = [
     ('SimSiam and distillation, the default', 'neighbors_s0', None),
+    ("the same with MoCo's augmentation", 'neighbors_moco_s0', None),
     ('an earlier distillation: targets of the image alone, MoCo', 'distilled_s0', None),
-    ('the same, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
+    ('the earlier one, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
 ]
 SIMSIAM_ROWS = [  # without distillation
     ('SimSiam alone, half averaged with the start', 'lr04_e12_s0', 0.5),
@@ -445,12 +446,10 @@ PRETRAINED_SETS = {
     'grocery_at224': 'groceries at 224 px, trained at 160',
     'cifar50': 'CIFAR-10 at 96 px, 50 per class',
 }
-DEFAULT, EARLIER = 'SimSiam and distillation', 'an earlier distillation'
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
 PRETRAINED_SEEDS = {
     'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
-    DEFAULT: ('{}_neighbors_s{}', None),
-    EARLIER: ('{}_distilled_s{}', None),
+    'SimSiam and distillation': ('{}_neighbors_s{}', None),
 }
 
 
@@ -468,9 +467,7 @@ def pretrained_row(rows, share):
 
 
 def runs_with_seeds(runs, kind, title):
-    """[(seed, rows of its start, columns at its end)] of the runs `title` on a set; [] for EARLIER beside DEFAULT."""
-    if title == EARLIER and runs_with_seeds(runs, kind, DEFAULT):
-        return []
+    """[(seed, rows of its start, columns at its end)] of the runs `title` on a set."""
     name, share = PRETRAINED_SEEDS[title]
     found = [(seed, runs.get(name.format(kind, seed))) for seed in (0, 1, 2)]
     return [(seed, rows['start']['test'], pretrained_row(rows, share)) for seed, rows in found if rows]

@@ -70,7 +70,8 @@ def describe_model(args, checkpoint, run_info, features, license_name):
             f'- preprocessing: {describe_preprocessing(args)}',
         ]
     lines = [
-        f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566).',
+        f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566)'
+        + (f' and distillation from its initial weights at {args.distill_size} px.' if is_distilled(args) else '.'),
         '',
         f'- images: {images.get("number", "unknown")}, whose names and classes have the digest '
         f'{images.get("digest", "unknown")}; they are not part of this folder',
@@ -92,9 +93,13 @@ def describe_model(args, checkpoint, run_info, features, license_name):
 
 def describe_start_options(args):
     """Describe how a run trained its initial weights: a line of Markdown."""
-    names = (*INIT_FROM_DEFAULTS, *(['distill_size', 'distill_neighbors'] if args.distill_weight else []))
+    names = (*INIT_FROM_DEFAULTS, *(['distill_size', 'distill_neighbors'] if is_distilled(args) else []))
     options = ' '.join(f'--{name}={getattr(args, name)}' for name in names)
     return f'- options of training from them: `{options}`; start_share is the share of the initial weights in these'
+
+
+def is_distilled(args):
+    return bool(args.init_from and args.distill_weight)
 
 
 def was_trained(args, checkpoint):
@@ -131,7 +136,7 @@ def describe_results(args, checkpoint):
         lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
     if len(own_results) < len(of_checkpoint):
         lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']
-    return lines
+    return lines if lines[-1] else lines[:-1]
 
 
 def describe_result(result):

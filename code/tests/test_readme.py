@@ -95,6 +95,7 @@ def clone(tmp_path_factory):
             (folder / name).chmod(0o755)
     (top / '.venv/installed').touch()
     draw_folder(top / 'data/photos', {'train': 24, 'val': 8}, side=120, suffix='.jpg')
+    shutil.copytree(top / 'data/photos/val', top / 'data/new')
     draw_folder(top / 'data/clothing', {'train': 24, 'validation': 8}, side=120, suffix='.jpg')
     draw_folder(top / 'data/flowers', {'train': 8, 'val': 4}, side=60, suffix='.jpg')
     draw_folder(top / 'data/cifar10-jpeg', {'train': 24, 'val': 8}, side=32, suffix='.jpg')
