@@ -136,7 +136,7 @@ def describe_results(args, checkpoint):
         lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
     if len(own_results) < len(of_checkpoint):
         lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']
-    return lines if lines[-1] else lines[:-1]
+    return lines[:-1] if lines and not lines[-1] else lines
 
 
 def describe_result(result):

@@ -149,7 +149,9 @@ def warn_small_targets(args, size):
     """Warn if targets of `size` px know no more than the views do. Raises UserError for a size that no network sees
     anything in."""
     if size < OPTIONS['image_size'].metadata['low']:
-        raise UserError(f'--distill_size={size} is 0, or at least {OPTIONS["image_size"].metadata["low"]} px')
+        raise UserError(
+            f'--distill_size={size} is too small: 0, or at least {OPTIONS["image_size"].metadata["low"]} px'
+        )
     if rank():
         return
     if size < args.image_size:

@@ -213,8 +213,9 @@ class Monitor:
         if self.knn_off or not self.args.init_from:
             return
         saved = read_json(self.run.folder / START_ACCURACY_FILE)
-        same = saved.get('val') == self.val_digest()  # early versions saved none: then the number of images must do
-        same |= 'val' not in saved and len(saved.get('right', [[]])[0]) == len(self.knn_val_loader.dataset)
+        same = saved.get('val') == self.val_digest()
+        if 'val' not in saved:  # of an early version
+            same = torch.tensor(saved.get('right', [])).shape[-1:] == (len(self.knn_val_loader.dataset),)
         if broadcast_from_rank0(lambda: same):
             return
         log('val is not that of the start of this run: the initial weights are measured on it')

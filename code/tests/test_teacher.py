@@ -280,7 +280,7 @@ def test_targets_that_know_no_more_than_views_are_warned_of(options, said, capsy
     set_distill_size(args, build_model(args))
     warned = capsys.readouterr().err
     assert (said in warned) if said else not warned
-    with pytest.raises(UserError, match='--distill_size=3 is 0, or at least 8 px'):
+    with pytest.raises(UserError, match='--distill_size=3 is too small: 0, or at least 8 px'):
         set_distill_size(replace_args(args, distill_size=3), build_model(args))
 
 
