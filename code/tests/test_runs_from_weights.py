@@ -117,14 +117,8 @@ def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_
 @pytest.mark.parametrize(
     ('right', 'again'), [([[1] * 24] * 5, False), ([0.5] * 24, False), ([[1] * 23] * 5, True), (None, True)]
 )
-def test_start_saved_by_early_version_counts_if_its_number_of_images_is_that_of_val(
-    right,
-    again,
-    drawn,
-    pretrained,
-    tmp_path,
-    capsys,  # noqa: F811
-):
+def test_start_saved_by_early_version_needs_as_many_images(right, again, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """Which saved no digest of val."""
     assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0', '--distill_weight=0') == 0
     (tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json').write_text(json.dumps({'right': right} if right else {}))
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
