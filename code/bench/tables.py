@@ -440,10 +440,8 @@ SIMSIAM_ROWS = [  # without distillation
 PRETRAINED_SETS = {
     'clothing': 'clothing at 96 px',
     'clothing_160': 'clothing at 160 px',
-    'clothing_at224': 'clothing at 224 px, trained at 160',
     'grocery': 'groceries at 96 px',
     'grocery_160': 'groceries at 160 px',
-    'grocery_at224': 'groceries at 224 px, trained at 160',
     'cifar50': 'CIFAR-10 at 96 px, 50 per class',
 }
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.

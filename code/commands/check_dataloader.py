@@ -20,7 +20,7 @@ from dataloader.loading.pixel_settings import (
 )
 from engine.auto_preset import choose_preset
 from logger import save_view_grid
-from runtime.checkpoints.pretrained import names_own_run
+from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.checkpoints.saved_options import set_init_from_defaults
 from runtime.console import print_message, printable
 from runtime.device import init_device
@@ -45,7 +45,7 @@ def check_dataloader(args):
     try_writing(path)
     sources = find_split_sources(args)
     args = choose_preset(args, sources)
-    if args.init_from and not names_own_run(args, args.init_from):  # train sets them when it loads the weights
+    if starts_from_foreign_weights(args):  # train sets them when it loads the weights
         args, _ = set_init_from_defaults(args)
     args = resolve_mean_std(resolve_pixels(args, sources['train'].store), sources['train'].store)
     unreadable, read = read_and_hash_all(args, sources)

@@ -12,7 +12,7 @@ import torch
 
 from config import OPTIONS
 from model.weights import find_preprocessing, timm_config
-from runtime.checkpoints.pretrained import names_own_run
+from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.console import print_message, silence_stderr
 from runtime.device import get_device
 from runtime.distributed import rank
@@ -37,8 +37,7 @@ def choose_preset(args, sources):
         return args
     train, sizes = sources['train'], sample_image_sizes(sources['train'].store)
     small = len({*sizes}) == 1 and max(sizes[0]) <= MAX_SMALL_SIDE
-    from_other_weights = args.init_from and not names_own_run(args, args.init_from)  # for larger images
-    if args.preset != 'photos' and small and not from_other_weights:
+    if args.preset != 'photos' and small and not starts_from_foreign_weights(args):  # which are for larger images
         log(f'preset=auto: {len(train.labels)} images of {sizes[0][0]} x {sizes[0][1]} px, so the preset is cifar10')
         usual = OPTIONS['batch_size'].default
         batch = limit_batch_size(usual, len(train.labels))

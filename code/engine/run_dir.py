@@ -16,7 +16,7 @@ from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTI
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_ACCURACY_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
-from runtime.checkpoints.pretrained import names_own_run
+from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.checkpoints.read_file import read_checkpoint, verify_crc
 from runtime.checkpoints.run_folder import (
     CHECKPOINT_RE,
@@ -216,7 +216,7 @@ def write_run_json(run, args, images):
     }
     record['explicit'] = sorted({*before.get('explicit', ()), *args.explicit} & {*OPTIONS})
     record['when'] = utc_timestamp()
-    record['images'] = {'number': len(images), 'digest': images.names.digest(images.labels.numpy().tobytes())}
+    record['images'] = {'number': len(images), 'digest': images.digest()}
     if before:
         record |= {'resumed': date, 'resume_command': sys.argv}
         if not rank() and not (run / WRITTEN).is_file():  # a run of an early version: all checkpoints are its own
@@ -271,7 +271,7 @@ def resolve_resume(args):
     """
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
-    now = set_init_from_defaults(args)[0] if args.init_from and not names_own_run(args, args.init_from) else args
+    now = set_init_from_defaults(args)[0] if starts_from_foreign_weights(args) else args
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
     resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     resolved_later |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}

@@ -75,8 +75,7 @@ def describe_targets(args, dataset):
     """Return what the targets of a run depend on, as text: its options and images. Its initial weights never change."""
     names = (*PREPROCESSING, 'distill_size', 'distill_neighbors', 'cache_short_side')
     options = {name: getattr(args, name) for name in names}
-    images = f'{dataset.folder} {dataset.names.digest(dataset.labels.numpy().tobytes())}'
-    return f'{options} {dataset.pixel_format.key()} {images}'
+    return f'{options} {dataset.pixel_format.key()} {dataset.folder} {dataset.digest()}'
 
 
 def compute_targets(args, backbone, start, dataset):

@@ -198,14 +198,9 @@ class Monitor:
 
     def save_accuracy_of_start(self, right):
         """Save which images of val the initial weights classify correctly. right: from measure_labels."""
-        values = {'right': right.int().tolist(), 'val': self.val_digest()}
+        values = {'right': right.int().tolist(), 'val': self.knn_val_loader.dataset.digest()}
         path = self.run.folder / START_ACCURACY_FILE
         atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
-
-    def val_digest(self):
-        """Return a digest of the labeled images of val: of names and classes."""
-        val = self.knn_val_loader.dataset
-        return val.names.digest(val.labels.numpy().tobytes())
 
     def measure_start_again(self):
         """If val is not the one of the resumed run's start, measure the initial weights on it: gains are paired by
@@ -213,9 +208,10 @@ class Monitor:
         if self.knn_off or not self.args.init_from:
             return
         saved = read_json(self.run.folder / START_ACCURACY_FILE)
-        same = saved.get('val') == self.val_digest()
+        val = self.knn_val_loader.dataset
+        same = saved.get('val') == val.digest()
         if 'val' not in saved:  # of an early version
-            same = torch.tensor(saved.get('right', [])).shape[-1:] == (len(self.knn_val_loader.dataset),)
+            same = torch.tensor(saved.get('right', [])).shape[-1:] == (len(val),)
         if broadcast_from_rank0(lambda: same):
             return
         log('val is not that of the start of this run: the initial weights are measured on it')

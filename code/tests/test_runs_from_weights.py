@@ -103,9 +103,6 @@ def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
     assert 'val is not that of the start of this run' in capsys.readouterr().out
     first, _, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
-    args, start, _ = get_model_ckpt(
-        get_config(ckpt_name=f'{RUN}/loss_0.0000_epoch_0', ckpt_path=str(tmp_path / 'ckpt'))
-    )
     saved = read_json(tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json')
     share = 100 * torch.tensor(saved['right'], dtype=torch.float64).mean().item()
     assert last[GAIN] == pytest.approx(last[FEW] - share)

@@ -40,6 +40,10 @@ class ImageDataset(torch.utils.data.Dataset):
         """N x 3 x H x W uint8 if RGB images are in memory, else None. (Other arrays in memory are read like files.)"""
         return self.store.pixels if isinstance(self.store, Memory) and self.pixel_format.is_rgb8 else None
 
+    def digest(self):
+        """Return a digest of the names, labels and order of the images."""
+        return self.names.digest(self.labels.numpy().tobytes())
+
     def __len__(self):
         return len(self.labels)
 

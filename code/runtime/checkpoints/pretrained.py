@@ -57,10 +57,13 @@ def check_off_the_shelf(args, name):
     return args, timm_name
 
 
-def names_own_run(args, name):
-    """Whether a value of --init_from names a run or a checkpoint of this project, judged by names, not by content."""
-    paths = [] if is_off_the_shelf(name) else [resolve_path(name), resolve_path(args.ckpt_path) / name]
-    return any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths)
+def starts_from_foreign_weights(args):
+    """Whether --init_from names weights that are not from a run of this code, judged by names, not by content."""
+    name = args.init_from
+    if not name or is_off_the_shelf(name):
+        return bool(name)
+    paths = (resolve_path(name), resolve_path(args.ckpt_path) / name)
+    return not any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths)
 
 
 def load_off_the_shelf(args, name):
