@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import torch
 
-from model.weights import average_weights, copy_weights, is_off_the_shelf
+from model.weights import adapt_channels, average_weights, copy_weights, is_off_the_shelf
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours, upgrade
@@ -138,7 +138,8 @@ def load_checkpoint(args, path, locked_options, training=False):
     if content.get('start') and not training:
         share = saved['start_share'] if args.init_from else merged.start_share  # --start_share is of the new run
         if share:
-            copy_weights(model.backbone, average_weights(content['start'], model.backbone.state_dict(), share))
+            trained = model.backbone.state_dict()
+            copy_weights(model.backbone, average_weights(adapt_channels(trained, content['start']), trained, share))
     return merged, model, {**content, 'layout': 'ours', 'run': path.parent, 'path': path}
 
 

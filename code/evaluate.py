@@ -47,7 +47,8 @@ def evaluate(args):
     log(f'result     {checkpoint["run"] / result["file"]}')
     log(f'pictures   tensorboard --logdir {resolve_path(args.log_path) / checkpoint["run"].name}')
     if args.protocol == 'linear':
-        log(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{repeat_options(args, "image_path")}')
+        options = repeat_options(args, 'image_path', 'start_share', command='infer')
+        log(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{options}')
     return result
 
 

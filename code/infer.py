@@ -14,7 +14,7 @@ from dataloader.sources.torchvision_datasets import detect_dataset
 from metric.knn import clip_k
 from protocols.features import extract_features
 from protocols.knn import knn_scores_from_loader, nearest_in_bank
-from protocols.results import describe_classifier, find_classifier
+from protocols.results import describe_classifier, find_classifier, read_as_classifier_was_trained
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
 from runtime.checkpoints.run_folder import list_checkpoints
@@ -44,8 +44,10 @@ def infer(args):
         raise UserError(f'infer needs --ckpt_name=<run>/<checkpoint>; {hint}')
     requested_path = resolve_path(args.image_path) if 'image_path' in args.explicit else None
     output = resolve_path(args.output or 'data/submission.csv')
-    args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
+    args, backbone, checkpoint = load_backbone(args, output)
     classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
+    args = read_as_classifier_was_trained(args, classifier)
+    images = images_to_predict(args, requested_path)
     train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbors else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
@@ -176,19 +178,16 @@ def load_crops(args, images, rows):
     return torch.cat(crops)
 
 
-def load_to_predict(args, requested_path, output):
-    """Load the checkpoint and find the images to predict. Returns (args, backbone on the device, checkpoint, images).
-
-    requested_path: the explicit --image_path, or None. Raises the errors of get_model_ckpt and images_to_predict, and
-    OSError if `output` cannot be written, before any image is read.
-    """
+def load_backbone(args, output):
+    """Load the checkpoint. Returns (args, backbone on the device, checkpoint). Raises the errors of get_model_ckpt, and
+    OSError if `output` cannot be written."""
     args.explicit -= {'image_path'}  # keep the checkpoint's image_path, which has the training images
     init_device(args)
     args, model, checkpoint = get_model_ckpt(args)
     if not distributed.rank():
         try_writing(output)
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    return args, backbone, checkpoint, images_to_predict(args, requested_path)
+    return args, backbone, checkpoint
 
 
 def images_to_predict(args, requested_path):

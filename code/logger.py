@@ -50,6 +50,13 @@ class Logger:
                 'warning', f'TensorBoard is turned off for this run, {self.folder} cannot be written: {reason}'
             )
 
+    def rename_tags(self, names):
+        """Rename tags in the lines of metrics.jsonl. names: {old: new}."""
+        if self.metrics.is_file() and not rank():
+            lines = [{names.get(tag, tag): value for tag, value in line.items()} for line in read_metrics(self.metrics)]
+            text = ''.join(dumps_nan_safe(line) + '\n' for line in lines)
+            atomic_write_on_main(self.metrics, lambda aside: aside.write_text(text))
+
     def has_epoch(self, epoch):
         """Whether metrics.jsonl has this epoch."""
         return self.metrics.is_file() and epoch in {line['epoch'] for line in read_metrics(self.metrics)}

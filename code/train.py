@@ -37,7 +37,7 @@ def train(args):
     Raises UserError or WorkError for invalid data or an invalid checkpoint, WorkError when the loss is not finite, and
     signals.Interrupted after a signal, when the checkpoint is saved.
     """
-    started = time.monotonic()
+    started, teacher = time.monotonic(), None
     init_device(args)
     args, state, iterators, run = setup_run(args)
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
@@ -51,8 +51,10 @@ def train(args):
         with signals.defer_signals(distributed.world_size() > 1):  # all ranks stop together: signals.sync_should_save
             if args.init_from and not run.resumed:
                 run.save(state, start=True)  # training may make the weights worse
-            monitor.start(state)
-            train_epochs(args, state, iterators['train'], monitor, run)
+            if args.distill_weight and state.start and max(state.epoch, args.heads_epochs) < args.max_epochs:
+                teacher = Teacher(args, state.model.backbone, state.start, iterators['train'].dataset, run.folder)
+            monitor.start(state, teacher)
+            train_epochs(args, state, iterators['train'], monitor, run, teacher)
     except BaseException as end:
         save_on_exit(run, state, end)  # raises `end` again, unless it was the time limit
     finally:
@@ -67,23 +69,20 @@ def train(args):
     return run.path
 
 
-def train_epochs(args, state, loader, monitor, run):
+def train_epochs(args, state, loader, monitor, run, teacher):
     """Train the remaining epochs; save a checkpoint and compute the metrics after each."""
-    step = teacher = None
+    step = None
     while state.epoch < args.max_epochs:
         if step is None or state.epoch == args.heads_epochs:  # the set of trained parameters changes
             trained = state.epoch >= args.heads_epochs
             set_backbone_trainable(args, state.model, trained)
-            if trained and args.distill_weight and state.start:
-                step = None  # frees the memory of its graph
-                teacher = Teacher(args, state.model.backbone, state.start, loader.dataset, run.folder)
-            step = build_train_step(args, distributed.wrap_ddp(state.model, get_device(args)), state, teacher)
+            net = distributed.wrap_ddp(state.model, get_device(args))
+            step = build_train_step(args, net, state, teacher if trained else None)
         train_epoch(args, step, state, loader, monitor, run)
         due = state.epoch == args.max_epochs or state.epoch % args.save_every_epochs == 0
-        due |= bool(args.distill_weight) and state.epoch == args.heads_epochs  # computing the targets takes long
         if due or (args.init_from and is_measured(args, state.epoch)):  # any measured epoch may be the best
             run.save(state)
-        monitor.after_epoch(state)
+        monitor.after_epoch(state, teacher)
         run.prune()
         if distributed.world_size() > 1:  # a signal during the metrics
             deadline = run.deadline if state.epoch < args.max_epochs else 0.0
@@ -217,7 +216,10 @@ def set_backbone_trainable(args, model, trained):
     limit, after = args.trained_share * sum(weight.numel() for weight in parameters), 0
     for weight in reversed(parameters):
         weight.requires_grad_(trained and after < limit)
-        after += weight.numel()
+        after += weight.numel() * weight.requires_grad
+    if trained and args.trained_share < 1:
+        share = after / sum(weight.numel() for weight in parameters)
+        log(f'--trained_share={args.trained_share:g}: the last layers, with {share:.1%} of the weights, are trained')
     if args.freeze_bn_affine:
         for norm in model.frozen:
             norm.requires_grad_(False)

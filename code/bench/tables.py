@@ -442,6 +442,7 @@ PRETRAINED_SETS = {
     'clothing_160': 'clothing at 160 px',
     'grocery': 'groceries at 96 px',
     'grocery_160': 'groceries at 160 px',
+    'grocery_224': 'groceries at 224 px',
     'cifar50': 'CIFAR-10 at 96 px, 50 per class',
 }
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.

@@ -4,7 +4,8 @@ import json
 
 import plots
 from dataloader.load_dataset import load_splits, num_views
-from engine.ablation_tables import TABLES, finished_result
+from engine.ablation_tables import TABLES, finished_checkpoint, finished_result
+from engine.conclude import evaluate_checkpoint
 from engine.run_dir import args_from_run
 from logger import read_scalars
 from runtime.atomic_write import atomic_write_on_main, save_png
@@ -35,6 +36,8 @@ def ablate(args):
         log(f'\n{args.ablation}: {variant}, {number + 1} of {len(planned)}')
         if not (result := finished_result(variant_args)):
             train(variant_args)
+            if variant_args.init_from and (path := finished_checkpoint(variant_args)):
+                evaluate_checkpoint(variant_args, path)
             result = finished_result(variant_args)
         if not result:
             log(f'{args.ablation}: not all variants are trained; the same command continues')
@@ -72,16 +75,16 @@ def plan_variants(args, given):
         init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
-        if fixed := sorted(given & {name for name, value in options.items() if not callable(value)}):
-            raise UserError(f'--{fixed[0]} is what --ablation={args.ablation} varies: leave it out')
+        if varied := sorted(given & {name for name, value in options.items() if not callable(value)}):
+            raise UserError(f'--{varied[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
-        # A teacher would hold the backbone in place, whatever is varied. Without one the augmentation is the paper's.
-        alone = {'distill_weight': 0.0} if args.init_from and 'distill_weight' not in args.explicit else {}
-        variant_args = replace_args(
-            args, **options, **alone, model_name=name, evaluate_after=True, protocol='linear', resume='auto'
-        )
-        variant_args.explicit = args.explicit | {*options, *alone, 'model_name', 'evaluate_after', 'protocol', 'resume'}
+        # A teacher, or an average with the start, would hold the backbone in place, whatever is varied.
+        alone = {'distill_weight': 0.0, 'start_share': 0.0} if args.init_from else {}
+        fixed = {name: value for name, value in alone.items() if name not in args.explicit}
+        fixed |= {'model_name': name, 'evaluate_after': not args.init_from, 'protocol': 'linear', 'resume': 'auto'}
+        variant_args = replace_args(args, **options, **fixed)
+        variant_args.explicit = args.explicit | {*options, *fixed}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
             log(f'{args.ablation}: {variant} is left out: there are only {images} images')

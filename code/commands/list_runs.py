@@ -90,6 +90,9 @@ def run_row(folder, options):
     epochs, epoch = options.get('max_epochs'), last.get('epoch', 0)
     best = find_best_epoch(folder)  # the one that evaluate takes of a run from pretrained weights
     evaluated = epoch if best is None else best
+    for line in lines:
+        if line['epoch'] == best and 'pretraining/knn_top1' in line:
+            at_end['knn'] = line['pretraining/knn_top1']  # of the epoch of `linear`
     results = [content for _, content in read_in_order(folder.glob('evaluate_linear*.json'))]
     linear = [
         result

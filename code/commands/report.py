@@ -48,12 +48,17 @@ CHARTS = (  # file name, title, y limits, {tag: name of the line}
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
     ('few', 'top-1 on val with 10 labels per class, %', None, {'pretraining/few_labels_top1': ''}),
+    ('similarity', 'similarity to the targets of the distillation', None, {'pretraining/target_similarity': ''}),
     ('rank', 'retrieval rank of the positive view', None, {'pretraining/rank': ''}),
     (
         'rate',
         'learning rate',
         None,
-        {'schedule/learning_rate_projector': 'backbone, projector', 'schedule/learning_rate_predictor': 'predictor'},
+        {
+            'schedule/learning_rate_backbone': 'backbone',
+            'schedule/learning_rate_projector': 'projector',
+            'schedule/learning_rate_predictor': 'predictor',
+        },
     ),
 )
 
@@ -141,6 +146,8 @@ def curves_section(runs, page):
     """Build the section of training curves. Returns ({'charts'} for the template, {'charts'} for the script)."""
     charts, places = [], {}
     for name, title, bounds, tags in CHARTS:
+        # Only a rate of its own is logged for the backbone.
+        tags = {tag: line for tag, line in tags.items() if any(tag in run.logged for run in runs)}
         tags = tags if len(runs) == 1 else dict([*tags.items()][:1])
         lines = [
             (run.name if len(runs) > 1 else line, points)
@@ -153,7 +160,7 @@ def curves_section(runs, page):
         mark = None
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
-        elif name in ('knn', 'few', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
+        elif name in ('knn', 'few', 'similarity', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
             mark = collapse_verdict.baseline_label(runs[0].args), lines[0][1][0][1]
         figure = plots.draw_curves([plots.LineChart(title, lines, bounds, mark)], (440, 290))
         charts.append((name, title, save_figure(figure, page, name)))

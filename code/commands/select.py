@@ -40,16 +40,20 @@ def select(args):
     backbone = model.backbone.to(device, memory_format=torch.channels_last)
     splits = {name: images for name, images in load_splits(args).items() if images}
     train = splits['train']
-    if args.num_select > len(train):
-        raise UserError(f'--num_select={args.num_select}: {printable(train.folder)} has {len(train)} images')
+    labeled = (train.labels >= 0).nonzero()[:, 0].tolist()
+    labeled = labeled if len(labeled) < len(train) else []  # all are: the selection is for an experiment
+    if args.num_select > len(train) - len(labeled):
+        unlabeled = f'{len(train) - len(labeled)} unlabeled' if labeled else f'{len(train)}'
+        raise UserError(f'--num_select={args.num_select}: {printable(train.folder)} has {unlabeled} images')
     features = {
         name: extract_features(args, backbone, eval_loader(args, images), f'features of {name}')[0]
         for name, images in splits.items()
     }
-    chosen = METHODS[args.select_method](features['train'], args.num_select, args.random_seed)
+    chosen = METHODS[args.select_method](features['train'], args.num_select, args.random_seed, labeled)
     write_csv(output, [['file'], *([train.names[row]] for row in chosen.tolist())])
     save_png(image_grid(args, [(train, row) for row in chosen.tolist()[:GALLERY_IMAGES]]), output.with_suffix('.png'))
-    log(f'{len(chosen)} of {len(train)} images to label first ({args.select_method}): {output}')
+    without = f', beside the {len(labeled)} labeled ones' if labeled else ''
+    log(f'{len(chosen)} of {len(train)} images to label first{without} ({args.select_method}): {output}')
     save_near_duplicates(args, splits, features, output)
     save_outliers(args, train, features['train'], output)
     return output

@@ -3,7 +3,7 @@
 from config import OPTIONS
 from engine.run_dir import resolve_resume
 from protocols import results
-from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints, pick_checkpoint
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
 from runtime.errors import resolve_path
 from runtime.files import is_result_for
 
@@ -60,17 +60,23 @@ TABLES = {
 }
 
 
-def finished_result(variant_args):
-    """Return (run folder, result of its linear evaluation) of a finished run with exactly these options, or None."""
+def finished_checkpoint(variant_args):
+    """Return the last checkpoint of a finished run with exactly these options, or None."""
     run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
     if run == resolve_path(variant_args.ckpt_path) or not run.is_dir():  # no run; a run whose newest file is damaged
         return None
-    paths = checkpoints(run)
-    last = CHECKPOINT_RE.fullmatch(paths[-1].name)
-    if int(last[2]) < variant_args.max_epochs or last[3]:
+    path = checkpoints(run)[-1]
+    last = CHECKPOINT_RE.fullmatch(path.name)
+    return None if int(last[2]) < variant_args.max_epochs or last[3] else path
+
+
+def finished_result(variant_args):
+    """Return (run folder, result of its linear evaluation) of a finished run with exactly these options, or None. The
+    last checkpoint is evaluated, also of a run from pretrained weights: the best one could be the start."""
+    if not (path := finished_checkpoint(variant_args)):
         return None
-    evaluated = pick_checkpoint(run, paths) if variant_args.init_from else paths[-1]  # as conclude.evaluate_after
-    matching = results.load_results(run, protocol='linear', checkpoint=evaluated.name, preset=variant_args.preset)
+    run = path.parent
+    matching = results.load_results(run, protocol='linear', checkpoint=path.name, preset=variant_args.preset)
     linear_options = {
         name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']
     }

@@ -50,7 +50,7 @@ def choose_preset(args, sources):
 def choose_photos_preset(args, sources, sizes, network):
     """Choose the preset photos with the given network (choose_network), and log the choices. Returns new args."""
     train = sources['train']
-    photo_options = choose_photo_options(args, train, sizes, 'val' in sources, network)
+    photo_options = choose_photo_options(args, train, sizes, sources.get('val'), network)
     args = apply_options(args, {**preset_options('photos'), **photo_options, 'preset': 'photos'})
     log_choices(args, train, sizes)
     return args
@@ -81,9 +81,9 @@ def sample_image_sizes(store):
     return sizes
 
 
-def choose_photo_options(args, train, sizes, has_val, network):
-    """Choose options from the number and size of the photographs, the device and its memory. train: SplitSource;
-    network: of choose_network."""
+def choose_photo_options(args, train, sizes, val, network):
+    """Choose options from the number and size of the photographs, the device and its memory. train, val:
+    SplitSource, val perhaps None; network: of choose_network."""
     count, device = len(train.labels), get_device(args)
     options = {**network, **({} if network['init_from'] else SCRATCH)}
     short = statistics.median(min(size) for size in sizes)
@@ -100,7 +100,7 @@ def choose_photo_options(args, train, sizes, has_val, network):
     options['max_epochs'] = epochs
     options['knn_every'] = max(1, epochs // 6)
     options['probe_optimizer'] = 'lbfgs' if count < LARS_FROM else 'lars'
-    options['evaluate_after'] = bool(has_val and (train.labels >= 0).any())
+    options['evaluate_after'] = bool(val and (train.labels >= 0).any() and (val.labels >= 0).any())
     return options
 
 

@@ -5,6 +5,7 @@ import time
 import torch
 
 from ckpt import get_model_ckpt
+from dataloader.load_dataset import load_splits
 from engine.run_dir import NonFiniteLoss, run_display_name
 from protocols import collapse_verdict
 from protocols.run_protocol import run_protocol
@@ -55,10 +56,15 @@ def evaluate_after(args, state, splits, run):
         checkpoint_info = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
         return run_protocol(args, state.model, splits, checkpoint_info)
     best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(run.folder, checkpoints(run.folder))))
-    best_args, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=best))
-    best_args = replace_args(best_args, protocol=args.protocol)
+    return evaluate_checkpoint(args, best, splits)
+
+
+def evaluate_checkpoint(args, path, splits=None):
+    """Run --protocol on the checkpoint at `path`. splits: of its dataset, loaded if None. Returns the result."""
+    saved_args, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=str(path)))
+    saved_args = replace_args(saved_args, protocol=args.protocol)
     model = model.to(get_device(args), memory_format=torch.channels_last)
-    return run_protocol(best_args, model, splits, checkpoint)
+    return run_protocol(saved_args, model, splits or load_splits(saved_args), checkpoint)
 
 
 def format_summary(args, run, result, protocol):
@@ -75,11 +81,10 @@ def format_summary(args, run, result, protocol):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')
-    name += repeat_options(args)
     if not result:
-        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{protocol}')
+        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{repeat_options(args)}{protocol}')
     elif args.preset != 'demo':
-        lines.append(f'next         python3 cli.py infer --ckpt_name={name}')
+        lines.append(f'next         python3 cli.py infer --ckpt_name={name}{repeat_options(args, command="infer")}')
     else:
         lines.append('next         your own images, laid out as FOLDER/train/<class>/ and FOLDER/val/<class>/:')
         lines.append(f'             cd {ROOT / "code"}')

@@ -32,7 +32,7 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import atomic_write, clear_parts, newest_run, read_json, read_metrics, utc_timestamp
 from runtime.messages import log
-from runtime.options import UNRESOLVED, parse, rename_options, replace_args, same_value
+from runtime.options import UNRESOLVED, parse, preset_options, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
 from runtime.versions import library_versions
@@ -252,10 +252,22 @@ def args_from_run(args):
         )
     explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
     args = replace_args(args, **{**saved, **explicit})
-    if weights := saved.get('init_from'):
+    if saved.get('init_from') and not args.init_from:
+        args = reset_init_from_defaults(args, read_json(path).get('explicit', ()))
+    elif weights := saved.get('init_from'):
         preprocessing = PREPROCESSING if args.init_from == weights else ()
         args.explicit = args.explicit | {*ARCHITECTURE, *INIT_FROM_DEFAULTS, *preprocessing}
     return args
+
+
+def reset_init_from_defaults(args, chosen):
+    """Set what the weights of --from_run had set to the preset's values, for random weights. chosen: the options that
+    were explicit in that run. Returns args."""
+    preset = preset_options(args.preset)
+    names = INIT_FROM_DEFAULTS.keys() - args.explicit - {*chosen}
+    values = {name: preset.get(name, OPTIONS[name].default) for name in INIT_FROM_DEFAULTS if name in names}
+    log('random weights: ' + ' '.join(f'--{name}={value}' for name, value in values.items()))
+    return replace_args(args, **values)
 
 
 def is_unresolved(args, name):

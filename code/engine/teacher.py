@@ -11,11 +11,11 @@ arXiv 1906.06423. Experiments: results/LOG.md.)
 import copy
 
 import torch
-from torch.nn.functional import normalize, softmax
+from torch.nn.functional import cosine_similarity, normalize, softmax
 
 from config import OPTIONS
 from dataloader.cache import cache_file
-from dataloader.load_dataset import eval_loader
+from dataloader.load_dataset import eval_loader, select
 from dataloader.loading.sampler import rank_slice
 from loss.negative_cosine import negative_cosine
 from metric.knn import topk_neighbors
@@ -28,12 +28,13 @@ from runtime.distributed import all_gather_rows, convert_sync_batchnorm, first_f
 from runtime.errors import UserError, WorkError
 from runtime.messages import log, progress
 from runtime.options import replace_args
-from runtime.tensors import channels_last, to_device
+from runtime.tensors import channels_last, evenly_spaced, to_device
 
 DEFAULT_SIZE = 224  # px, for --distill_size=0: the size that most weights were trained at
 MIN_STD = 1e-3  # a feature with a smaller standard deviation is divided by this
 TEMPERATURE = 0.1  # of the weights of neighbors
 CHUNK = 4096  # rows whose neighbors are searched together
+MEASURED = 500  # training images whose similarity to the targets is measured after an epoch
 TARGETS_FILE = 'targets.pt'  # in the folder of a run that is not finished
 
 
@@ -47,14 +48,20 @@ class Teacher:
 
     def __init__(self, args, backbone, start, dataset, folder):
         path, fingerprint = folder / TARGETS_FILE, describe_targets(args, dataset)
-        self.features = cache_file.load(path, fingerprint)
-        if first_failure('' if self.features is not None else 'a rank has not got the file'):
-            self.features = compute_targets(args, backbone, start, dataset)
+        self.dataset, self.rows = dataset, evenly_spaced(len(dataset), MEASURED)
+        self.weight, self.device = args.distill_weight, get_device(args)
+        content = cache_file.load(path, fingerprint)
+        if first_failure('' if content is not None else 'a rank has not got the file'):
+            initial = copy.deepcopy(backbone)
+            copy_weights(initial, start)
+            self.features = compute_targets(args, initial, dataset)
+            self.start_similarity = self.similarity(args, initial)
             if not rank():
-                cache_file.save(path, {'mark': fingerprint, 'content': self.features})
+                content = {'features': self.features, 'start_similarity': self.start_similarity}
+                cache_file.save(path, {'mark': fingerprint, 'content': content})
         else:
             log(f'distillation: the targets of {len(dataset)} images are read from {path.name}')
-        self.weight, self.device = args.distill_weight, get_device(args)
+            self.features, self.start_similarity = content['features'], content['start_similarity']
         self.norm = torch.nn.BatchNorm1d(self.features.shape[1], eps=MIN_STD**2, affine=False, device=self.device)
         if world_size() > 1:
             convert_sync_batchnorm(self.norm)
@@ -70,18 +77,30 @@ class Teacher:
         standardized = self.norm(torch.cat(features)).chunk(len(features))
         return sum(1 + negative_cosine(each, targets) for each in standardized) / len(features)
 
+    def similarity(self, args, backbone):
+        """Compute the cosine similarity of standardized features and targets of up to MEASURED evenly spaced images,
+        of their center crops at image_size. Returns n, on the CPU."""
+        images = select(self.dataset, self.rows)
+        features, _ = extract_features(args, backbone, eval_loader(args, images), 'similarity to the targets')
+        return cosine_similarity(standardize(features), self.targets(self.rows)).cpu()
+
+    def measure(self, args, backbone):
+        """Compare `similarity` of the backbone with that of the initial weights. Returns (mean, mean gain, its standard
+        error, paired by image)."""
+        similarity = self.similarity(args, backbone)
+        gain = similarity - self.start_similarity
+        return similarity.mean().item(), gain.mean().item(), gain.std().item() / len(gain) ** 0.5
+
 
 def describe_targets(args, dataset):
     """Return what the targets of a run depend on, as text: its options and images. Its initial weights never change."""
     names = (*PREPROCESSING, 'distill_size', 'distill_neighbors', 'cache_short_side')
     options = {name: getattr(args, name) for name in names}
-    return f'{options} {dataset.pixel_format.key()} {dataset.folder} {dataset.digest()}'
+    return f'{options} {MEASURED} {dataset.pixel_format.key()} {dataset.folder} {dataset.digest()}'
 
 
-def compute_targets(args, backbone, start, dataset):
-    """Compute the targets of Teacher, N x d, float16, on the CPU."""
-    initial = copy.deepcopy(backbone)
-    copy_weights(initial, start)
+def compute_targets(args, initial, dataset):
+    """Compute the targets of Teacher, N x d, float16, on the CPU. initial: the initial backbone."""
     # On a CPU bfloat16 would be benchmarked anew for the larger images.
     amp = 'off' if get_device(args).type == 'cpu' else args.amp
     teacher_args = replace_args(args, image_size=args.distill_size, amp=amp)
@@ -96,11 +115,16 @@ def compute_targets(args, backbone, start, dataset):
         return make_targets(features, args.distill_neighbors)
 
 
+def standardize(features):
+    """Subtract the mean over the images from features, N x d, and divide by the standard deviation."""
+    return (features - features.mean(0)) / features.std(0, correction=0).clamp(min=MIN_STD)
+
+
 def make_targets(features, k):
     """Standardize features, N x d, over the images, scale each row to unit length, and average it with the mean of its
     k nearest other rows, weighted by exp(cosine / TEMPERATURE). k=0: no neighbors. Returns N x d, float16, on the CPU.
     Every rank averages a part of the rows."""
-    unit = normalize((features - features.mean(0)) / features.std(0, correction=0).clamp(min=MIN_STD), dim=1)
+    unit = normalize(standardize(features), dim=1)
     k = min(k, len(unit) - 1)
     if k < 1:
         return unit.half().cpu()

@@ -23,15 +23,20 @@ def center_and_normalize(x):
     return torch.where(centered.norm(dim=1, keepdim=True) > rounding, normalize(centered, dim=1), 0)
 
 
-def k_center_greedy(x, count, seed=0):
+def k_center_greedy(x, count, seed=0, labeled=()):
     """Select `count` rows by greedy k-center (Sener and Savarese, arXiv 1708.00489): each is the farthest from all
-    selected before it. The first is the nearest to the mean (seed 0), or row seed % N. Returns row numbers in order of
-    selection.
+    selected before it and from the rows `labeled`, which are not selected. Without these the first is the nearest to
+    the mean (seed 0), or row seed % N. Returns row numbers in order of selection.
     """
     x = center_and_normalize(x)
     row = int((x @ x.mean(0)).argmax()) if not seed else seed % len(x)
     max_cosine_to_chosen, rows = torch.full((len(x),), -2.0, device=x.device), []
-    for _ in range(min(count, len(x))):
+    for known in labeled:
+        max_cosine_to_chosen = torch.maximum(max_cosine_to_chosen, x @ x[known])
+    if len(labeled):
+        max_cosine_to_chosen[labeled] = 2.0
+        row = int(max_cosine_to_chosen.argmin())
+    for _ in range(min(count, len(x) - len(labeled))):
         rows.append(row)
         max_cosine_to_chosen = torch.maximum(max_cosine_to_chosen, x @ x[row])
         max_cosine_to_chosen[row] = 2.0
@@ -39,24 +44,26 @@ def k_center_greedy(x, count, seed=0):
     return torch.tensor(rows)
 
 
-def typiclust(x, count, seed=0):
+def typiclust(x, count, seed=0, labeled=()):
     """Select `count` rows by TypiClust (Hacohen et al., arXiv 2202.02794, section 3), for small label budgets.
 
-    k-means with `count` clusters, at most MAX_CLUSTERS; then the most typical remaining row of each cluster in turn,
-    from the largest cluster to the smallest, until `count` are selected. Returns row numbers in order of selection.
+    k-means with a cluster for each labeled row and each of `count`, at most MAX_CLUSTERS; then the most typical
+    remaining row of each cluster in turn, first of those without a row of `labeled`, from the largest cluster to the
+    smallest, until `count` are selected. Returns row numbers in order of selection, none of `labeled`.
     """
     from sklearn.cluster import KMeans
 
-    x, count = center_and_normalize(x), min(count, len(x))
-    clusters = min(count, MAX_CLUSTERS)
+    x, count = center_and_normalize(x), min(count, len(x) - len(labeled))
+    clusters = min(count + len(labeled), MAX_CLUSTERS)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # fewer distinct images than clusters: empty clusters are dropped below
         labels = KMeans(clusters, n_init=1, random_state=seed).fit(x.cpu().numpy()).labels_
     members = [rows for rows in (torch.from_numpy(labels == i).nonzero()[:, 0] for i in range(clusters)) if len(rows)]
-    ordered = [
-        rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()]
-        for rows in sorted(members, key=len, reverse=True)
-    ]
+    is_labeled = torch.zeros(len(x), dtype=torch.bool)
+    is_labeled[list(labeled)] = True
+    members.sort(key=lambda rows: (bool(is_labeled[rows].any()), -len(rows)))
+    ordered = [rows[typicality(x[rows.to(x.device)]).argsort(descending=True).cpu()] for rows in members]
+    ordered = [rows[~is_labeled[rows]] for rows in ordered]
     rounds = max(map(len, ordered))
     rows = [int(cluster[turn]) for turn in range(rounds) for cluster in ordered if turn < len(cluster)]
     return torch.tensor(rows[:count])

@@ -1,6 +1,18 @@
 """Names of the label-free measures, and the verdict on a run that follows from them."""
 
-from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, WATCHED, find_best_epoch_in_metrics
+import math
+
+from runtime.checkpoints.best_epoch import (
+    FEW,
+    GAIN,
+    GAIN_ERROR,
+    SIMILARITY,
+    SIMILARITY_GAIN,
+    SIMILARITY_GAIN_ERROR,
+    WATCHED,
+    find_best_epoch_in_metrics,
+    is_judged_by_labels,
+)
 from runtime.files import read_metrics
 
 # Printed names, in this order (metric/representation.py, protocols/label_free.py).
@@ -40,6 +52,7 @@ FOR_COLLAPSED = (
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
 FOR_NO_MORE = 'It is no better than at the start; evaluate --protocol=label_free compares it with an untrained network'
 FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
+FOR_UNTRAINED = 'the backbone is still the start (--heads_epochs, --start_share)'
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
@@ -85,13 +98,10 @@ def judge_against_start(lines):
     judged = {line['epoch']: line for line in lines if FEW in line and (GAIN in line or not line['epoch'])}
     if best is None or len(judged) < 2 and FEW in lines[0]:
         return None
-    if 0 not in judged:
-        return 'not known to be better than the start', (
-            'no accuracy on val was measured (it needs labels, and --knn_every of 1 or more), and '
-            f'{RANK_AFTER_WEIGHTS}. The start, epoch 0, is taken unless another checkpoint is named'
-        )
+    if not is_judged_by_labels(lines):
+        return judge_without_labels(lines, best)
     last = judged[max(judged)]
-    gain, error = last.get(GAIN, 0.0), last.get(GAIN_ERROR, 0.0)
+    gain, error = last.get(GAIN, 0.0), gain_error(last)
     gain_text = (
         f'{WATCHED} labels per class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
         f'beside the start ({last[FEW] - gain:.1f} %)'
@@ -100,14 +110,39 @@ def judge_against_start(lines):
         most = judged[best]
         more = (
             f'The best of {len(judged) - 1} epochs is epoch {best}: {most[FEW]:.1f} %, {most[GAIN]:+.1f} ± '
-            f'{most[GAIN_ERROR]:.1f}'
+            f'{gain_error(most):.1f}'
         )
         # The best of several epochs is above one standard error by chance in one run of three or so.
-        sure = most[GAIN] > 2 * most[GAIN_ERROR]
+        sure = most[GAIN] > 2 * gain_error(most)
         return 'better than the start' if sure else 'perhaps better than the start', f'{gain_text}. {more}'
     if gain < -error:
         return 'worse than the start', f'{gain_text}. Keep the start, epoch 0; {FOR_WORSE}'
-    return 'no better than the start', f'{gain_text}. Keep the start, epoch 0; {FOR_WORSE}'
+    hint = FOR_WORSE if any(line.get(GAIN) for line in judged.values()) else FOR_UNTRAINED
+    return 'no better than the start', f'{gain_text}. Keep the start, epoch 0; {hint}'
+
+
+def gain_error(line):
+    """Return the standard error of the gain in a line of metrics.jsonl: nan of a val of one image, null in the file."""
+    error = line.get(GAIN_ERROR, 0.0)
+    return math.nan if error is None else error
+
+
+def judge_without_labels(lines, best):
+    """judge_against_start without labels: by the similarity to the targets of the distillation. best: epoch."""
+    judged = {line['epoch']: line for line in lines if SIMILARITY_GAIN in line}
+    numbers = 'no accuracy on val was measured (it needs labels, and --knn_every of 1 or more)'
+    if judged:
+        shown = judged[best or max(judged)]
+        value, gain = shown[SIMILARITY], shown[SIMILARITY_GAIN]
+        numbers += (
+            f'; similarity to the targets {value:.3f} after epoch {shown["epoch"]}, {gain:+.3f} ± '
+            f'{shown[SIMILARITY_GAIN_ERROR]:.3f} beside the start ({value - gain:.3f})'
+        )
+    if best:
+        return 'probably better than the start', f'{numbers}. A few labels per class would show it'
+    return 'not known to be better than the start', (
+        f'{numbers}; {RANK_AFTER_WEIGHTS}. The start, epoch 0, is taken unless another checkpoint is named'
+    )
 
 
 def judge_run(folder, epoch, args):

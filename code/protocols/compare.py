@@ -15,7 +15,14 @@ from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS
 from model.weights import is_off_the_shelf
 from protocols.features import extract_features
-from protocols.few_labels import MAX_ROWS, classify, draw_label_subsets, mean_and_error, score_few_labels
+from protocols.few_labels import (
+    MAX_ROWS,
+    classify,
+    draw_label_subsets,
+    log_missing_labels,
+    mean_and_error,
+    score_few_labels,
+)
 from protocols.protocol import Outcome, Protocol, labeled_splits, leave_out_unlabeled
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours
@@ -46,7 +53,7 @@ def compare_backbones(args, model, splits, checkpoint):
     judged_on = next(name for name in splits if name != 'train')
     train, judged = labeled_subset(splits['train']), splits[judged_on]
     rows, counts = [], parse_label_counts(args.labels)
-    log_missing_labels(train, counts)
+    log_missing_labels('compare', train.labels, counts)
     for name, backbone_args, backbone in iter_backbones(args, model, checkpoint):
         log(f'compare: {name}')
         columns = measure_backbone(backbone_args, backbone, train, judged, counts, args.draws)
@@ -65,14 +72,6 @@ def compare_backbones(args, model, splits, checkpoint):
     result['selected_on_val'] = judged_on == 'val' and is_selected
     log(f'compare: evaluated on {describe_images(result)}')
     return Outcome(result)
-
-
-def log_missing_labels(train, counts):
-    """Log which numbers of labels per class are more than some classes have."""
-    sizes = train.labels.unique(return_counts=True)[1]
-    for count in counts:
-        if short := int((sizes < count).sum()):
-            log(f'compare: {short} of {len(sizes)} classes have fewer than {count} labeled images: all are used')
 
 
 def splits_to_compare(args, own_splits):

@@ -13,6 +13,7 @@ from protocols.logistic import logistic_regression
 from runtime.checkpoints.best_epoch import WATCHED
 from runtime.device import explain_oom
 from runtime.distributed import all_reduce_sum, world_size
+from runtime.messages import log
 from runtime.seeding import generator_for
 from runtime.tensors import zeros_f64
 
@@ -28,6 +29,14 @@ def draw_label_subset(labels, per_class, draw):
     order = order[labels[order].argsort(stable=True)]
     counts = labels.unique(return_counts=True)[1].tolist()
     return torch.cat([rows[:per_class] for rows in order.split(counts)])
+
+
+def log_missing_labels(title, labels, counts):
+    """Log which numbers of labels per class are more than some classes have. labels: N, -1 for none."""
+    sizes = labels[labels >= 0].unique(return_counts=True)[1]
+    for count in counts:
+        if short := int((sizes < count).sum()):
+            log(f'{title}: {short} of {len(sizes)} classes have fewer than {count} labeled images: all are used')
 
 
 def draw_label_subsets(labels, per_class, draws):

@@ -15,11 +15,20 @@ from metric import representation
 from model.weights import average_weights, copy_weights
 from protocols.collapse_verdict import baseline_label
 from protocols.compare import load_start_weights
-from protocols.few_labels import mean_and_error, measure_labels
+from protocols.few_labels import log_missing_labels, mean_and_error, measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, START_ACCURACY_FILE, WATCHED
+from runtime.checkpoints.best_epoch import (
+    FEW,
+    GAIN,
+    GAIN_ERROR,
+    SIMILARITY,
+    SIMILARITY_GAIN,
+    SIMILARITY_GAIN_ERROR,
+    START_ACCURACY_FILE,
+    WATCHED,
+)
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows, all_reduce_mean, broadcast_from_rank0
 from runtime.errors import resolve_path
@@ -55,24 +64,26 @@ class Monitor:
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
-        self.started, self.began = time.monotonic(), state.epoch + state.images / max(1, len(train))
+        self.started, self.began = None, state.epoch + state.images / max(1, len(train))
         self.bar, self.last_logged, self.outputs, self.norms, self.distill_losses = None, {}, None, [], []
 
-    def start(self, state):
+    def start(self, state, teacher):
         """Log the options and the metrics of epoch 0. For a resumed run, compute the metrics of its last epoch if they
-        are missing."""
+        are missing. teacher: engine.teacher.Teacher or None."""
         if self.knn_off:
             log(f'the kNN monitor is off: {self.knn_off}')
+        else:
+            log_missing_labels('few labels', self.splits['train'].labels, [WATCHED])
         if self.run.resumed:
             if state.epoch < self.args.max_epochs and self.logger.has_epoch(0):
                 self.measure_start_again()
             if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
-                self.after_epoch(state)
+                self.after_epoch(state, teacher)
             # The start was saved, and the run stopped before its metrics were written.
             if state.epoch or state.images or self.logger.has_epoch(0):
                 return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
-        values, line = self.compute_metrics(state)
+        values, line = self.compute_metrics(state, teacher)
         self.logger.scalars(0, values)
         log(f'epoch 0/{self.args.max_epochs}{line} ({baseline_label(self.args)})')
 
@@ -81,6 +92,7 @@ class Monitor:
         title = f'epoch {state.epoch + 1}/{self.args.max_epochs}'
         self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
         self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
+        self.started = self.started or self.epoch_started
         self.norms, self.distill_losses = [], []
 
     def show_views(self, views):
@@ -129,7 +141,7 @@ class Monitor:
             'waiting for data'
         )
 
-    def after_epoch(self, state):
+    def after_epoch(self, state, teacher):
         """Log the scalars of a finished epoch, its metrics if they are due, and a line."""
         args, (loss, std) = self.args, state.last_epoch_means
         if std < args.collapse_threshold:
@@ -146,32 +158,34 @@ class Monitor:
             line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs
         if is_measured(args, state.epoch):
-            measured, words = self.compute_metrics(state)
+            measured, words = self.compute_metrics(state, teacher)
             values, line = {**values, **measured}, line + words
         self.logger.scalars(state.epoch, values)
-        if not last and state.epoch > self.began:
+        if self.started and not last and state.epoch > self.began:
             each = (time.monotonic() - self.started) / (state.epoch - self.began)
             line += f'  {format_duration(each * (args.max_epochs - state.epoch))} left'
         log(line)
 
-    def compute_metrics(self, state):
+    def compute_metrics(self, state, teacher):
         """Compute the metrics: kNN and few labels if there are labels, and the label-free ones. Returns ({tag: number},
         text)."""
-        args, values, words = self.args, {}, ''
+        args, values, tags, words, backbone = self.args, {}, {}, '', self.backbone(state)
         if not self.knn_off:
-            values['knn_top1'], right = measure_labels(
-                args, self.backbone(state), self.knn_train_loader, self.knn_val_loader
-            )
-            few_values, few_words = self.few_labels(state, right)
-            values, words = {**values, **few_values}, f'  kNN {values["knn_top1"]:.2f} %{few_words}'
+            values['knn_top1'], right = measure_labels(args, backbone, self.knn_train_loader, self.knn_val_loader)
+            tags, few_words = self.few_labels(state, right)
+            words = f'  kNN {values["knn_top1"]:.2f} %{few_words}'
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
             values |= monitor_metrics(args, state.model, self.splits['train'])
             name = 'rank' if state.epoch else 'retrieval rank of the positive view'
             words += f'  {name} {values["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
+            if teacher:
+                numbers = teacher.measure(args, backbone)
+                tags |= zip((SIMILARITY, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR), numbers, strict=True)
+                words += f'  similarity to the targets {numbers[0]:.3f}' + f' ({numbers[1]:+.3f})' * bool(state.epoch)
         if self.outputs:
             p, z = (all_gather_rows(x) for x in self.outputs)
             values |= representation.output_statistics(z, p)
-        return {f'pretraining/{name}': value for name, value in values.items()}, words
+        return {**{f'pretraining/{name}': value for name, value in values.items()}, **tags}, words
 
     def backbone(self, state):
         """Return the backbone to measure: the trained one, averaged with the start by --start_share."""
@@ -182,19 +196,19 @@ class Monitor:
         return backbone
 
     def few_labels(self, state, right):
-        """Return ({name: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
+        """Return ({tag: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
         from measure_labels."""
         top1 = 100 * right.mean().item()
         results, words = {FEW: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
         if not self.args.init_from:
-            return {'few_labels_top1': top1}, words
+            return results, words
         if not state.epoch:
             self.save_accuracy_of_start(right)
         before = torch.tensor(read_json(self.run.folder / START_ACCURACY_FILE).get('right', []), dtype=torch.float64)
         if state.epoch and before.shape[-1:] == right.shape[1:]:  # early versions wrote the mean over the draws
             results[GAIN], results[GAIN_ERROR] = mean_and_error(right - before)
             words += f' ({results[GAIN]:+.2f} ± {results[GAIN_ERROR]:.2f} over the start)'
-        return {name.removeprefix('pretraining/'): value for name, value in results.items()}, words
+        return results, words
 
     def save_accuracy_of_start(self, right):
         """Save which images of val the initial weights classify correctly. right: from measure_labels."""
@@ -214,11 +228,16 @@ class Monitor:
             same = torch.tensor(saved.get('right', [])).shape[-1:] == (len(val),)
         if broadcast_from_rank0(lambda: same):
             return
-        log('val is not that of the start of this run: the initial weights are measured on it')
+        log(
+            'val is not that of the start of this run: the initial weights are measured on it, and gains of earlier '
+            'epochs no longer count'
+        )
         _, start = load_start_weights(self.args, {'run': self.run.folder})
         backbone = start.backbone.to(get_device(self.args), memory_format=torch.channels_last)
         _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
         self.save_accuracy_of_start(right)
+        # Gains on two vals are not compared.
+        self.logger.rename_tags({tag: f'{tag}_earlier_val' for tag in (GAIN, GAIN_ERROR)})
 
     def warn_collapse(self, state, loss, std):
         """Warn once that the model collapses, with remedies."""

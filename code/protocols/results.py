@@ -16,14 +16,17 @@ from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.read_file import load_file
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import dumps_nan_safe, is_number, read_in_order, sanitize_name, utc_timestamp, written_time
 from runtime.messages import log
-from runtime.options import rename_options
+from runtime.options import rename_options, replace_args
 from runtime.versions import library_versions
 
+# Options of reading images that must be those of the classifier.
+READING = (*PREPROCESSING, 'white_level', 'exif')
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
 NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)
 
@@ -121,7 +124,7 @@ def find_classifier(args, checkpoint, images_path):
 
     In order: the one of --classifier (its file, or the folder of its dataset); of the dataset that contains the images;
     of the checkpoint's dataset; the only one there is, unless the images belong to the checkpoint's dataset. Of several
-    for one dataset: best_classifier.
+    for one dataset: those that were trained with the explicit options of reading, if any were, then best_classifier.
     Raises UserError if --classifier names none, WorkError for a damaged file.
     """
     by_folder = {}  # {folder of a dataset: its classifiers}
@@ -137,17 +140,35 @@ def find_classifier(args, checkpoint, images_path):
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
         by_folder.setdefault(folder, []).append(content)
-    by_folder = {folder: best_classifier(classifiers) for folder, classifiers in by_folder.items()}
+    given = {name: getattr(args, name) for name in READING if name in args.explicit}
+    for folder, classifiers in by_folder.items():
+        same = [one for one in classifiers if given.items() <= one['question']['settings'].items()]
+        by_folder[folder] = best_classifier(same or classifiers)
     chosen = named or pick_classifier(
         args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), images_path.resolve()
     )
     if chosen and chosen.get('outdated'):
         where = chosen['question']['images']['path']
         log(f'{where}: {chosen["outdated"]} older classifiers of other images or classes of it are not used')
-    trained_at = chosen and chosen['question']['settings'].get('image_size', args.image_size)
-    if chosen and trained_at != args.image_size:
-        print_message('warning', f'--image_size={args.image_size}: the classifier was trained at {trained_at} px')
     return chosen
+
+
+def read_as_classifier_was_trained(args, classifier):
+    """Return args with the options that the classifier's images were read with. Warns of explicit ones that differ."""
+    settings = classifier['question']['settings'] if classifier else {}
+    changed = {
+        name: settings[name] for name in READING if settings.get(name, getattr(args, name)) != getattr(args, name)
+    }
+    for name in sorted(changed.keys() & args.explicit):
+        print_message(
+            'warning',
+            f'--{name}={getattr(args, name)}: the classifier was trained with {changed.pop(name)}; evaluate with this '
+            'option trains another, and --classifier selects it',
+        )
+    if changed:
+        options = ' '.join(f'--{name}={value}' for name, value in changed.items())
+        log(f'the images are read as those of the classifier: {options}')
+    return replace_args(args, **changed)
 
 
 def is_of_weights(spec, args):

@@ -28,7 +28,9 @@ def atomic_write(path, write):
     try:
         with rename_os_error(path, aside):
             aside.touch()  # torch.save's error would not say why it fails
+            mode = aside.stat().st_mode
             write(aside)
+            aside.chmod(mode)  # safetensors makes a file that others cannot read
             with open(aside, 'rb+') as file:
                 os.fsync(file.fileno())  # before the name, or a power cut could leave an empty file
             os.replace(aside, path)

@@ -219,9 +219,14 @@ def ignored_in_train(args):
     return [(name, beside) for beside, names in ignored.items() for name in names if name in args.explicit]
 
 
-def repeat_options(args, *more):
-    """Return the explicit options that a printed command must repeat: --ckpt_path, --log_path and `more`."""
-    named = [name for name in ('ckpt_path', 'log_path', *more) if name in args.explicit]
+def repeat_options(args, *more, command='train'):
+    """Return the explicit options that a printed command must repeat: --ckpt_path, --log_path and `more`, those of them
+    that it uses."""
+    named = [
+        name
+        for name in ('ckpt_path', 'log_path', *more)
+        if name in args.explicit and command in OPTIONS[name].metadata['used_by']
+    ]
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
 
 

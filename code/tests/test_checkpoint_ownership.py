@@ -1,6 +1,7 @@
 """What is deleted, gone on with and taken is what this run wrote, by what files say and not by their names or times."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -220,3 +221,46 @@ def test_classifier_of_changed_dataset_is_not_used(drawn, tmp_path, capsys):
     said = capsys.readouterr().out
     assert '1 older classifiers of other images or classes of it are not used' in said
     assert '--probe_epochs=1;' in said.replace(',', ';')
+
+
+READ_OTHERWISE = [
+    '--mean=0.1,0.1,0.1',
+    '--crop_ratio=0.4',
+    '--image_size=40',
+    '--std=0.1 --crop_ratio=0.5',
+    '--interpolation=bicubic',
+]
+
+
+@pytest.mark.parametrize('options', READ_OTHERWISE)
+def test_infer_reads_images_as_those_of_its_classifier(options, judged, drawn, tmp_path, capsys):
+    """Its predictions have the accuracy that evaluate printed, with the options and without; explicit options that
+    differ are warned of."""
+    folder = shutil.copytree(judged, tmp_path / 'copy')
+    for path in (folder / 'ckpt' / RUN).glob('classifier_*'):
+        path.unlink()
+    evaluated = ['evaluate', f'--ckpt_name={RUN}', '--num_workers=0', '--probe_optimizer=lbfgs', *own_paths(folder)]
+    assert cli.main([*evaluated, *options.split()]) == 0
+    (result,) = [
+        json.loads(path.read_text())
+        for path in (folder / 'ckpt' / RUN).glob('evaluate_linear*.json')
+        if 'lbfgs' in path.read_text()
+    ]
+    given = ['infer', f'--ckpt_name={RUN}', f'--output={folder}/out.csv', '--num_workers=0']
+    given += own_paths(folder, 'ckpt', 'cache')
+    for more in ([], options.split()):
+        capsys.readouterr()
+        assert cli.main([*given, *more]) == 0
+        printed = capsys.readouterr()
+        assert ('read as those of the classifier' in printed.out) == (not more)
+        assert 'was trained with' not in printed.err
+        with open(folder / 'out.csv', newline='') as file:
+            rows = [*csv.DictReader(file)]
+        right = [row['file'].split('/')[0] == row['prediction'] for row in rows]
+        assert 100 * sum(right) / len(right) == pytest.approx(result['top1'], abs=0.01)
+    assert cli.main([*given, '--crop_ratio=0.2']) == 0
+    assert '--crop_ratio=0.2: the classifier was trained with' in capsys.readouterr().err
+    assert cli.main([*evaluated, '--crop_ratio=0.2', '--probe_optimizer=sgd', '--probe_epochs=1']) == 0
+    capsys.readouterr()
+    assert cli.main([*given, '--crop_ratio=0.2']) == 0
+    assert ', --crop_ratio=0.2' in capsys.readouterr().out

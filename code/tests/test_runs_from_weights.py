@@ -1,6 +1,9 @@
 """Runs from pretrained weights, repeated, resumed and continued: which options and which val count."""
 
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from conftest import own_paths
 from dataloader.load_dataset import find_split_sources
 from engine.auto_preset import choose_preset
 from engine.run_dir import args_from_run
-from protocols.collapse_verdict import judge_run
-from runtime.checkpoints.best_epoch import FEW, GAIN, find_best_epoch, find_best_epoch_in_metrics
+from protocols.collapse_verdict import judge_run, judge_run_metrics
+from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.files import read_json, read_metrics
 from runtime.options import get_config
@@ -102,7 +105,9 @@ def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_
     capsys.readouterr()
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
     assert 'val is not that of the start of this run' in capsys.readouterr().out
-    first, _, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    first, earlier, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    assert GAIN not in earlier
+    assert f'{GAIN}_earlier_val' in earlier
     saved = read_json(tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json')
     share = 100 * torch.tensor(saved['right'], dtype=torch.float64).mean().item()
     assert last[GAIN] == pytest.approx(last[FEW] - share)
@@ -124,7 +129,7 @@ def test_start_saved_by_early_version_needs_as_many_images(right, again, drawn, 
 
 
 def test_epochs_without_gain_are_not_judged():
-    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 90.0}, {'epoch': 2, FEW: 60.0, GAIN: 10.0}]
+    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 90.0}, {'epoch': 2, FEW: 60.0, GAIN: 10.0, GAIN_ERROR: 3.0}]
     assert find_best_epoch_in_metrics(lines) == 2
 
 
@@ -194,3 +199,104 @@ def test_check_dataloader_shows_views_of_training(drawn, tmp_path, monkeypatch, 
 def test_small_images_from_weights_get_preset_photos(weights, preset, drawn, tmp_path):
     args = get_config(image_path=str(drawn), device='cpu', init_from=weights)
     assert choose_preset(args, find_split_sources(args)).preset == preset
+
+
+@pytest.mark.parametrize('error', [None, float('nan')])
+def test_gain_without_standard_error_is_no_gain(error):
+    """Of a val of one image."""
+    lines = [{'epoch': 0, FEW: 0.0}, {'epoch': 1, FEW: 100.0, GAIN: 100.0, GAIN_ERROR: error}]
+    assert find_best_epoch_in_metrics(lines) == 0
+    assert judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')[0] == 'no better than the start'
+
+
+def with_collapse_measures(line):
+    return {**line, 'pretraining/rank': 5.0, 'pretraining/area': 0.5, 'pretraining/std': 1.0}
+
+
+def test_verdict_on_untrained_backbone_says_so():
+    """In the epochs of --heads_epochs, and with --start_share=1."""
+    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 50.0, GAIN: 0.0, GAIN_ERROR: 0.0}]
+    _, sentence = judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')
+    assert 'the backbone is still the start' in sentence
+    assert 'fewer epochs' not in sentence
+
+
+def test_run_averaged_with_start_begins_another_of_other_channels(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """The initial weights within the checkpoint are adapted too."""
+    assert train(tmp_path / 'rgb', drawn, pretrained, *QUICK, '--heads_epochs=0', '--start_share=0.5') == 0
+    (path,) = (tmp_path / 'rgb/ckpt' / RUN).glob('loss_*_epoch_1')
+    given = ['train', *SMALL, *QUICK, f'--init_from={path}', f'--image_path={drawn}', '--channels=1']
+    assert cli.main([*given, *own_paths(tmp_path / 'gray')]) == 0
+    rgb, gray = (read_start_weight(tmp_path / name, epoch) for name, epoch in (('rgb', 1), ('gray', 0)))
+    first = torch.load(path, weights_only=True)['start']['conv1.weight']
+    torch.testing.assert_close(gray, ((rgb + first) / 2).sum(1, keepdim=True))
+
+
+def read_start_weight(folder, epoch):
+    return state_of(folder, epoch)['model']['backbone.conv1.weight']
+
+
+def test_unlabeled_val_is_no_reason_to_stop(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """The preset evaluates afterwards only where val has labels."""
+    shutil.copytree(drawn / 'train', tmp_path / 'set/train')
+    (tmp_path / 'set/val').mkdir()
+    for number, path in enumerate((drawn / 'val').rglob('*.png')):
+        shutil.copy(path, tmp_path / f'set/val/{number}.png')
+    given = ['train', *SMALL, '--preset=photos', '--backbone=resnet18', f'--init_from={pretrained}']
+    given += [f'--image_path={tmp_path}/set', '--distill_size=32', '--max_epochs=1', '--heads_epochs=0']
+    assert cli.main([*given, *own_paths(tmp_path)]) == 0
+    assert 'the kNN monitor is off' in capsys.readouterr().out
+
+
+def test_share_of_trained_weights_is_said(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """The layer that crosses the limit is trained as a whole."""
+    assert train(tmp_path, drawn, pretrained, *QUICK, '--heads_epochs=0', '--trained_share=0.3') == 0
+    said = re.search(r'--trained_share=0.3: the last layers, with ([\d.]+)% of the weights', capsys.readouterr().out)
+    before, after = (state_of(tmp_path, epoch)['model'] for epoch in (0, 1))
+    names = [
+        name for name, _ in get_model_ckpt(get_config(ckpt_name=str(tmp_path / 'ckpt' / RUN)))[1].named_parameters()
+    ]
+    names = [name for name in names if name.startswith('backbone.')]
+    changed = sum(before[name].numel() for name in names if not torch.equal(before[name], after[name]))
+    share = 100 * changed / sum(before[name].numel() for name in names)
+    assert float(said[1]) == pytest.approx(share, abs=0.1)
+    assert share > 30
+
+
+def test_random_weights_in_place_of_pretrained_ones_lose_their_defaults(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    assert train(tmp_path, drawn, pretrained, *QUICK, '--backbone_lr_scale=0.7') == 0
+    assert cli.main(['train', f'--from_run={RUN}', '--init_from=none', *own_paths(tmp_path)]) == 0
+    assert 'random weights: --freeze_bn=False --heads_epochs=0' in capsys.readouterr().out
+    args = saved_args(tmp_path, RUN.replace('_0', '_1'))
+    assert (args['freeze_bn'], args['heads_epochs'], args['augmentation']) == (False, 0, 'moco')
+    assert args['backbone_lr_scale'] == 0.7
+
+
+def test_few_labels_of_small_classes_are_said(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    listed = [f'{path}\t{path.parent.name}' for path in sorted((drawn / 'train').rglob('*.png'))]
+    (tmp_path / 'set.txt').write_text('\n'.join(listed[::4]))
+    assert (
+        train(tmp_path, tmp_path / 'set.txt', pretrained, '--max_epochs=1', '--heads_epochs=1', '--batch_size=4') == 0
+    )
+    assert 'few labels: 3 of 3 classes have fewer than 10 labeled images: all are used' in capsys.readouterr().out
+
+
+def test_printed_next_command_has_no_option_without_effect(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    given = ('--max_epochs=1', '--heads_epochs=0', '--evaluate_after=True', '--labels=1')
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('next ')]
+    assert f'infer --ckpt_name={RUN}/' in line
+    assert '--ckpt_path=' in line
+    assert '--log_path=' not in line
+
+
+def test_exported_weights_can_be_read_by_others(drawn, pretrained, tmp_path):  # noqa: F811
+    pytest.importorskip('safetensors')
+    assert train(tmp_path, drawn, pretrained, *QUICK) == 0
+    mask = os.umask(0o022)
+    try:
+        given = [f'--ckpt_name={RUN}', '--format=safetensors', f'--output={tmp_path}/x.safetensors']
+        assert cli.main(['export', *given, *own_paths(tmp_path, 'ckpt')]) == 0
+    finally:
+        os.umask(mask)
+    assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == 0o644

@@ -56,6 +56,46 @@ def test_select_returns_count_distinct_rows(n, count, seed, way):
     assert all(0 <= row < n for row in rows)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(2, 40),
+    st.integers(1, 60),
+    st.integers(1, 39),
+    st.sampled_from([subset_selection.typiclust, subset_selection.k_center_greedy]),
+)
+def test_select_never_returns_labeled_rows(n, count, known, way):
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(n))
+    labeled = torch.randperm(n, generator=torch.Generator().manual_seed(known))[: min(known, n - 1)].tolist()
+    rows = way(x, count, 0, labeled).tolist()
+    assert len(rows) == len({*rows}) == min(count, n - len(labeled))
+    assert not {*rows} & {*labeled}
+
+
+@pytest.mark.parametrize('way', [subset_selection.typiclust, subset_selection.k_center_greedy])
+def test_select_covers_clusters_without_labels_first(way):
+    x, labels = clusters([40, 30, 20, 5])
+    labeled = [int((labels == 0).nonzero()[0]), int((labels == 2).nonzero()[0])]
+    assert sorted(labels[way(x, 2, 0, labeled)].tolist()) == [1, 3]
+
+
+def test_select_leaves_out_labeled_images(drawn, tmp_path, capsys):
+    """Of a list in which some images have a class: the others are selected, and no more than there are."""
+    paths = sorted((drawn / 'train').rglob('*.png'))
+    listed = [f'{path}\t{path.parent.name}' if number % 6 == 0 else f'{path}' for number, path in enumerate(paths)]
+    (tmp_path / 'set.txt').write_text('\n'.join(listed))
+    given = [f'--image_path={tmp_path}/set.txt', '--num_workers=0', '--val_fraction=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *TINY, '--max_epochs=1', '--knn_every=0', *given]) == 0
+    given = ['select', '--ckpt_name=model_name_simsiam_ckpt_0', f'--output={tmp_path}/out.csv', *own_paths(tmp_path)]
+    capsys.readouterr()
+    assert cli.main([*given, '--num_select=60']) == 0
+    assert '60 of 72 images to label first, beside the 12 labeled ones' in capsys.readouterr().out
+    chosen = {line.rsplit('/', 2)[-1] and line for line in (tmp_path / 'out.csv').read_text().split()[1:]}
+    assert len(chosen) == 60
+    assert not [path for path in paths[::6] if any(str(path).endswith(name) for name in chosen)]
+    assert cli.main([*given, '--num_select=61']) == 2
+    assert '60 unlabeled images' in capsys.readouterr().err
+
+
 def test_k_center_greedy_selects_farthest():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
     rows, directions = subset_selection.k_center_greedy(x, 10).tolist(), subset_selection.center_and_normalize(x)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import signal
 
 import pytest
@@ -22,6 +23,7 @@ from engine.teacher import TARGETS_FILE, Teacher, make_targets, set_distill_size
 from loss.negative_cosine import simsiam_loss
 from protocols.features import extract_features
 from runtime import precision, signals
+from runtime.checkpoints.best_epoch import SIMILARITY_GAIN, find_best_epoch
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
@@ -102,6 +104,31 @@ def test_neighbor_of_an_image_is_never_itself():
     assert cosine_similarity(make_targets(single, 1), make_targets(single, 0)).max() < 0.999
 
 
+def test_similarity_to_targets_is_that_of_center_crops(setup, tmp_path):
+    """Of features at image_size, standardized; its gain is paired with the initial weights."""
+    args, model, start, iterators = setup
+    dataset = iterators['train'].dataset
+    teacher = Teacher(args, model.backbone, start, dataset, tmp_path)
+    mean, gain, error = teacher.measure(args, model.backbone)
+    wanted = []
+    for weights in (model.backbone.state_dict(), start):
+        other = copy.deepcopy(model.backbone)
+        other.load_state_dict(weights)
+        features, _ = extract_features(args, other, eval_loader(args, dataset), '')
+        wanted.append(cosine_similarity(standardize(features), teacher.targets(torch.arange(72))))
+    assert mean == pytest.approx(wanted[0].mean().item(), abs=1e-4)
+    difference = wanted[0] - wanted[1]
+    assert gain == pytest.approx(difference.mean().item(), abs=1e-4)
+    assert gain != 0
+    assert error == pytest.approx(difference.std().item() / 72**0.5, abs=1e-4)
+    model.backbone.load_state_dict(start)
+    again = Teacher(args, model.backbone, start, dataset, tmp_path)  # from the file
+    assert again.measure(args, model.backbone)[1:] == pytest.approx((0, 0), abs=1e-6)
+    equal = replace_args(args, distill_size=args.image_size, distill_neighbors=0)
+    same = Teacher(equal, model.backbone, start, dataset, tmp_path)
+    assert same.measure(equal, model.backbone)[0] == pytest.approx(1, abs=1e-3)
+
+
 def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup, tmp_path):
     """Features are standardized over the views of the batch, so their mean and scale do not matter."""
     args, model, start, iterators = setup
@@ -109,7 +136,7 @@ def test_distillation_loss_is_zero_at_targets_and_two_opposite(setup, tmp_path):
     targets = standardize(teacher.targets(torch.arange(40)))
     shift, scale = torch.randn(2, 512)
     assert teacher.loss([targets], targets).item() == pytest.approx(0, abs=1e-4)
-    assert teacher.loss([scale.abs() * targets + shift], targets).item() == pytest.approx(0, abs=1e-4)
+    assert teacher.loss([(0.1 + scale.abs()) * targets + shift], targets).item() == pytest.approx(0, abs=1e-4)
     assert teacher.loss([-targets], targets).item() == pytest.approx(2, abs=1e-4)
     assert teacher.loss([targets, -targets], targets).item() == pytest.approx(1, abs=1e-4)
 
@@ -161,6 +188,7 @@ def test_each_view_gets_target_of_its_image(options, drawn, pretrained, tmp_path
 
     monkeypatch.setattr(train_module, 'draw_views', record)
     monkeypatch.setattr(Teacher, 'loss', loss)
+    monkeypatch.setattr(Teacher, 'measure', lambda self, args, backbone: (0.0, 0.0, 0.0))
     assert train(tmp_path, drawn, pretrained, '--max_epochs=2', '--knn_every=0', *DISTILLED, *options) == 0
     assert len(made) == 6
     assert torch.equal(torch.cat([targets for _, targets in asked]), torch.cat(made).float())
@@ -207,6 +235,8 @@ def test_resumed_run_with_teacher_equals_unbroken_run(saved, drawn, pretrained, 
     assert not targets.exists()
     whole, cut = (state_of(tmp_path / name, 2)['model'] for name in ('whole', 'cut'))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    whole, cut = (read_metrics(tmp_path / name / 'ckpt' / RUN / 'metrics.jsonl')[-1] for name in ('whole', 'cut'))
+    assert whole[SIMILARITY_GAIN] == cut[SIMILARITY_GAIN] != 0
 
 
 @pytest.mark.parametrize('change', [{}, {'distill_neighbors': 3}, {'distill_size': 48}, {'mean': '0.5,0.5,0.5'}])
@@ -324,17 +354,17 @@ def test_invalid_size_of_targets_ends_before_anything_is_written(drawn, pretrain
     assert read_json(tmp_path / 'ckpt' / RUN / 'run.json')['args']['distill_size'] == 32
 
 
-def test_checkpoint_is_saved_before_targets_are_computed(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Computing them can take longer than what is left of a job."""
+def test_start_is_saved_before_targets_are_computed(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A run that is stopped while they are computed can be resumed."""
     compute = teacher_module.extract_features
 
     def stop(*_):
         raise signals.Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(teacher_module, 'extract_features', stop)
-    given = ('--max_epochs=3', '--heads_epochs=1', '--knn_every=0', '--save_every_epochs=50', '--resume=auto')
+    given = ('--max_epochs=2', '--heads_epochs=1', '--knn_every=0', '--resume=auto')
     assert train(tmp_path, drawn, pretrained, *given) == 143
-    assert [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)] == ['0', '1']
+    assert [path.name.partition('_epoch_')[2] for path in checkpoints(tmp_path / 'ckpt' / RUN)] == ['0']
     monkeypatch.setattr(teacher_module, 'extract_features', compute)
     assert train(tmp_path, drawn, pretrained, *given) == 0
     assert 'resuming' in capsys.readouterr().out
@@ -355,9 +385,29 @@ def test_ablations_from_weights_have_no_teacher_unless_told(given, weight):
     args = get_config(preset='demo', init_from='x', **dict(option.strip('-').split('=') for option in given))
     args.explicit = {'init_from', *(['distill_weight'] if given else [])}
     assert {planned[3].distill_weight for planned in plan_variants(args, args.explicit)} == {weight}
+    assert {planned[3].start_share for planned in plan_variants(args, args.explicit)} == {0}
 
 
 def test_state_keeps_start_for_distillation(pretrained):  # noqa: F811
     for weight, share, kept in ((0.0, 0.0, False), (1.0, 0.0, True), (0.0, 0.5, True)):
         args = get_config(preset='demo', init_from=str(pretrained), distill_weight=weight, start_share=share)
         assert (make_train_state(args, build_model(args)).start is not None) == kept
+
+
+def test_run_without_labels_is_used_if_more_similar_to_targets(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """A folder without classes."""
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for number, path in enumerate(sorted(drawn.glob('train/*/*.png'))):
+        shutil.copy(path, flat / f'{number}.png')
+    given = (*DISTILLED, '--knn_every=1', '--learning_rate=0.1', '--max_epochs=3')
+    assert train(tmp_path / 'whole', flat, pretrained, *given) == 0
+    printed = capsys.readouterr().out
+    lines = read_metrics(tmp_path / 'whole' / 'ckpt' / RUN / 'metrics.jsonl')
+    gains = [line[SIMILARITY_GAIN] for line in lines]
+    assert len(gains) == 4
+    assert gains[0] == 0
+    assert max(gains) > 0.01
+    assert 'verdict      probably better than the start' in printed
+    best = find_best_epoch(tmp_path / 'whole' / 'ckpt' / RUN)
+    assert gains[best] == max(gains)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import types
 
 import pytest
 import torch
@@ -13,11 +12,19 @@ import cli
 from ckpt import get_model_ckpt
 from config import INIT_FROM_DEFAULTS, init_from_defaults
 from conftest import CODE, own_paths
-from engine import ablation_tables, set_up
+from engine import set_up
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
 from protocols.monitor import Monitor
-from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, find_best_epoch
+from runtime.checkpoints.best_epoch import (
+    FEW,
+    GAIN,
+    GAIN_ERROR,
+    SIMILARITY,
+    SIMILARITY_GAIN,
+    SIMILARITY_GAIN_ERROR,
+    find_best_epoch,
+)
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
@@ -241,6 +248,33 @@ def test_best_checkpoint_without_labels_is_start(run, tmp_path):
     args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
     assert checkpoint['epoch'] == 0
     assert collapse_verdict.judge_run(folder, 3, args)[0] == 'not known to be better than the start'
+
+
+@pytest.mark.parametrize(
+    ('gains', 'best', 'word'),
+    [
+        ([0.1, 0.3, 0.2], 2, 'probably better than the start'),
+        ([0.0, 0.0, 0.1], 3, 'probably better than the start'),
+        ([0.0, -0.1, -0.2], 0, 'not known to be better than the start'),
+        ([0.0, 0.01, 0.019], 0, 'not known to be better than the start'),  # not two standard errors
+    ],
+)
+def test_best_checkpoint_without_labels_is_most_similar_to_targets(gains, best, word, run, tmp_path, capsys):
+    shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
+    folder = tmp_path / 'ckpt' / RUN
+    lines = [
+        {name: value for name, value in line.items() if 'few' not in name}
+        | {SIMILARITY: 0.5 + gain, SIMILARITY_GAIN: gain, SIMILARITY_GAIN_ERROR: 0.01}
+        for line, gain in zip(metrics_lines([1.0, 2.0, 3.0]), [0.0, *gains], strict=True)
+    ]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_path=str(tmp_path / 'ckpt'), ckpt_name=RUN, device='cpu'))
+    assert checkpoint['epoch'] == best
+    found = collapse_verdict.judge_run(folder, 3, args)
+    assert found[0] == word
+    shown = best or 3
+    assert f'{0.5 + gains[shown - 1]:.3f} after epoch {shown}, {gains[shown - 1]:+.3f} ± 0.010' in found[1]
+    assert ('by similarity to the targets' in capsys.readouterr().out) == (best in (1, 2))
 
 
 def test_collapsed_run_from_weights_has_collapsed_verdict():
@@ -528,18 +562,26 @@ def test_val_that_selected_the_epoch_is_said(drawn, pretrained, tmp_path, monkey
     assert 'images of val, which also selected the epoch' in capsys.readouterr().out
 
 
-def test_ablate_from_weights_finds_result_of_the_best_epoch(run, drawn, pretrained, tmp_path, monkeypatch):
-    """evaluate_after evaluates the best checkpoint, here the start; the last one was looked for."""
-    shutil.copytree(run, tmp_path / 'own')
-    given = [f'--ckpt_name={RUN}', '--probe_epochs=1', '--num_workers=0', *own_paths(tmp_path / 'own')]
-    assert cli.main(['evaluate', *given]) == 0
-    folder = tmp_path / 'own/ckpt' / RUN
-    args, _, _ = get_model_ckpt(get_config(ckpt_name=str(folder), probe_epochs=1, device='cpu'))
-    monkeypatch.setattr(ablation_tables, 'resolve_resume', lambda args: types.SimpleNamespace(ckpt_name=RUN))
-    args.ckpt_path = str(tmp_path / 'own/ckpt')
-    found = ablation_tables.finished_result(args)
-    assert found is not None
-    assert found[1]['epoch'] == (find_best_epoch(folder) or 0)
+def test_ablation_from_weights_evaluates_last_checkpoints(drawn, pretrained, tmp_path, monkeypatch):
+    """Not the start, which is the best one of variants that become worse: of all it has the same accuracy. Called
+    again, nothing is trained or evaluated."""
+    given = ['ablate', *SMALL, f'--init_from={pretrained}', f'--image_path={drawn}', *own_paths(tmp_path)]
+    given += ['--ablation=similarity', '--knn_every=1', '--heads_epochs=0', '--learning_rate=30', '--max_epochs=2']
+    given += ['--probe_optimizer=lbfgs']
+    assert cli.main(given) == 0
+    runs = sorted((tmp_path / 'ckpt').iterdir())
+    assert len(runs) == 2
+    rows = json.loads((tmp_path / 'log' / 'similarity.json').read_text())
+    for run, row in zip(runs, rows, strict=True):
+        (result,) = [read_json(path) for path in run.glob('evaluate_linear*.json')]
+        assert result['epoch'] == 2
+        assert result['settings']['start_share'] == 0
+        assert result['top1'] == row['linear']
+        measured = read_metrics(run / 'metrics.jsonl')
+        assert row['knn'] == pytest.approx(measured[-1]['pretraining/knn_top1'])
+        assert row['knn'] < measured[0]['pretraining/knn_top1']
+    monkeypatch.setattr('commands.ablate.train', lambda args: pytest.fail('trained again'))
+    assert cli.main(given) == 0
 
 
 def test_partly_labeled_val_is_evaluated_on_its_labels(drawn, pretrained, tmp_path, capsys):

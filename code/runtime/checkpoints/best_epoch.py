@@ -1,5 +1,7 @@
 """The best epoch of a run from pretrained weights, by metrics.jsonl. Does not import torch."""
 
+import math
+
 from runtime.files import read_json, read_metrics
 
 WATCHED = 10  # labels per class, for the few-label accuracy in training
@@ -7,6 +9,12 @@ FEW, GAIN, GAIN_ERROR = (
     'pretraining/few_labels_top1',
     'pretraining/few_labels_gain',
     'pretraining/few_labels_gain_error',
+)
+# Similarity to the targets of the distillation (engine/teacher.py), a cosine.
+SIMILARITY, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR = (
+    'pretraining/target_similarity',
+    'pretraining/target_similarity_gain',
+    'pretraining/target_similarity_gain_error',
 )
 # File in a run folder: which images of val the initial weights classify correctly (protocols/monitor.py).
 START_ACCURACY_FILE = 'few_labels_of_start.json'
@@ -17,7 +25,8 @@ def find_best_epoch(folder):
     was not measured (metrics.jsonl).
 
     With labels: the epoch with the highest few-label accuracy, if its gain over the start (paired by image) is more
-    than its standard error, else 0. Without labels 0, because no label-free measure was found to select correctly.
+    than its standard error, else 0. Without labels: the same with the similarity to the targets of the distillation,
+    and two standard errors. With neither 0.
     """
     saved = read_json(folder / 'run.json').get('args')
     if not isinstance(saved, dict) or not saved.get('init_from'):
@@ -27,8 +36,18 @@ def find_best_epoch(folder):
 
 def find_best_epoch_in_metrics(lines):
     """find_best_epoch from the lines of a metrics.jsonl."""
-    measured = {line['epoch']: line for line in lines if FEW in line}
-    if 0 in measured:
-        better = [epoch for epoch, line in measured.items() if line.get(GAIN, 0) > max(0.01, line.get(GAIN_ERROR, 0))]
-        return max(better, key=lambda epoch: measured[epoch][GAIN], default=0)
-    return 0 if lines else None
+    names, factor, least = (GAIN, GAIN_ERROR), 1, 0.01
+    if not is_judged_by_labels(lines):
+        names, factor, least = (SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR), 2, 0.001
+    gains = {}
+    for line in lines:
+        gain, error = (line.get(name) for name in names)
+        # Of one image the error is nan, which the file has as null.
+        if gain is not None and error is not None and gain > max(least, factor * error) and not math.isnan(error):
+            gains[line['epoch']] = gain
+    return max(gains, key=gains.get, default=0 if lines else None)
+
+
+def is_judged_by_labels(lines):
+    """Whether the start was measured with labels: the lines of a metrics.jsonl."""
+    return any(FEW in line and not line['epoch'] for line in lines)

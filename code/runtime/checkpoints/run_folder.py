@@ -5,7 +5,7 @@ import json
 import re
 
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import FEW, find_best_epoch
+from runtime.checkpoints.best_epoch import find_best_epoch, is_judged_by_labels
 from runtime.console import print_message
 from runtime.errors import UserError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
@@ -61,9 +61,9 @@ def pick_checkpoint(folder, paths):
         )
     if best is None or best not in by_epoch or by_epoch[best] == paths[-1]:
         return paths[-1]
-    reason = f'epoch {best} is its best on val'
+    labeled = is_judged_by_labels(read_metrics(folder / 'metrics.jsonl'))
+    reason = f'epoch {best} is its best {"on val" if labeled else "by similarity to the targets, without labels"}'
     if not best:
-        labeled = any(FEW in line for line in read_metrics(folder / 'metrics.jsonl'))
         why = 'no epoch was better on val' if labeled else 'no accuracy on val shows that training helped'
         reason = f'epoch 0, the start, is used: {why}'
     log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
