@@ -6,11 +6,14 @@ Results are of the last epoch of the evaluation, never of its best one, on all i
 import torch
 
 from ckpt import get_model_ckpt, iter_valid_checkpoints
-from dataloader.load_dataset import load_splits
+from dataloader.load_dataset import find_split_sources, load_splits
+from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels
 from engine.run_dir import run_display_name
+from model.weights import is_off_the_shelf
 from protocols.collapse_verdict import RANK_AFTER_WEIGHTS, SELECTION_METRIC, SUMMARY_METRICS
 from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
+from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.run_folder import checkpoints, list_checkpoints
 from runtime.console import print_message
 from runtime.device import get_device, init_device
@@ -39,7 +42,9 @@ def evaluate(args):
     if len(paths) > 1:
         warn_ignored_options(args)
         return select_checkpoint(args, paths)
+    args, store = resolve_channels(args)
     args, model, checkpoint = get_model_ckpt(args)
+    args = resolve_mean_std(args, store) if store else args
     warn_ignored_options(args)
     splits = None if find_protocol(args.protocol).path else load_splits(args)
     model = model.to(get_device(args), memory_format=torch.channels_last)
@@ -50,6 +55,19 @@ def evaluate(args):
         options = repeat_options(args, 'image_path', 'start_share', command='infer')
         log(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{options}')
     return result
+
+
+def resolve_channels(args):
+    """Resolve --channels=auto on the images of an explicit --image_path, for weights that are not of a run of this code
+    and are adapted to them. Returns (args, reader of train), or (args, None) if there is nothing to resolve."""
+    name, has_own_images = args.ckpt_name, find_protocol(args.protocol).path
+    there = is_off_the_shelf(name) or resolve_path(name).exists()
+    if 'image_path' not in args.explicit or has_own_images or not (there and are_foreign(args, name)):
+        return args, None
+    store = find_split_sources(args)['train'].store
+    resolved = resolve_pixels(args, store)
+    resolved.explicit = args.explicit | ({'channels'} if resolved.num_channels != 3 else set())  # not of a preset
+    return resolved, store
 
 
 def warn_ignored_options(args):

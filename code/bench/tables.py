@@ -17,11 +17,13 @@ from evidence import correlations, spearman
 import plots
 from protocols.collapse_verdict import MEASURES, judge_collapse
 from runtime.atomic_write import save_png
+from runtime.checkpoints.best_epoch import GAIN, GAIN_ERROR, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR
 from runtime.files import read_metrics
 
 RESULTS = CODE / 'results'
 PAGES = (CODE.parent / 'README.md', RESULTS / 'README.md', RESULTS / 'LOG.md')
 MARK = re.compile(r'(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)', re.S)
+GAINS = ((GAIN, GAIN_ERROR, 1), (SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR, 3))  # tags of metrics.jsonl, digits
 NAMES = {'demo': 'demo', 'cifar10': 'CIFAR-10', 'clothing': 'clothing'}
 
 
@@ -498,6 +500,29 @@ def gain_cell(cells):
     if len(gains) == 1:
         return f'{gains[0]:+.1f} ± {cells[0]["gain_error"]:.1f}'
     return f'{mean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})'
+
+
+# Runs from ImageNet's weights at 96 px: what is not the default.
+BN_TRAINED = '--freeze_bn=False --heads_epochs=0 --backbone_lr_scale=1'
+SIMILARITY_RUNS = {
+    'similarity_grocery': 'groceries, the defaults',
+    'similarity_grocery_bn_trained': f'groceries, `--distill_weight=0.25 {BN_TRAINED}`',
+    'similarity_clothing_bn_trained': f'clothing, `--distill_weight=0.5 {BN_TRAINED}`',
+    'similarity_grocery_rate_16': 'groceries, `--learning_rate=6.4`',
+    'similarity_grocery_moco': 'groceries, `--learning_rate=1.6 --backbone_lr_scale=1 --distill_weight=1`, MoCo',
+}
+
+
+def similarity():
+    """The similarity to the targets of the distillation beside the accuracy with labels, epoch by epoch."""
+    rows = []
+    for name, title in SIMILARITY_RUNS.items():
+        lines = read_metrics(RESULTS / name / 'metrics.jsonl') if (RESULTS / name).is_dir() else []
+        for line in lines:
+            if line.get(SIMILARITY_GAIN):
+                cells = [f'{line[tag]:+.{digits}f} ± {line[error]:.{digits}f}' for tag, error, digits in GAINS]
+                rows.append([title, line['epoch'], *cells])
+    return markdown(['run', 'epoch', 'ten labels per class on val, points', 'similarity to the targets'], rows)
 
 
 def pretrained_changes():

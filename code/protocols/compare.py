@@ -27,6 +27,7 @@ from protocols.protocol import Outcome, Protocol, labeled_splits, leave_out_unla
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
+from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.checkpoints.saved_options import PREPROCESSING
@@ -167,6 +168,8 @@ def row_args(args, name, backbone=''):
     """Return options for loading the weights `name`: SHARED_OPTIONS and explicit preprocessing from args, and defaults
     for the others. backbone: the network of the weights, if the name does not tell."""
     given = {*SHARED_OPTIONS} | ({*PREPROCESSING} & args.explicit)
+    adapted = args.num_channels != 3 and are_foreign(args, name)
+    given |= {'mean', 'std'} if adapted else set()  # theirs are for three channels
     shared = {option: getattr(args, option) for option in given}
     same_network = (
         is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
@@ -179,7 +182,7 @@ def row_args(args, name, backbone=''):
     if args.num_channels == 3:
         shared = {'mean': 'imagenet', 'std': 'imagenet', **shared}
     loaded = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
-    loaded.explicit = given - {'channels'} | ({'backbone'} if backbone else set())
+    loaded.explicit = given - (set() if adapted else {'channels'}) | ({'backbone'} if backbone else set())
     return loaded
 
 

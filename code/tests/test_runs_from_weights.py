@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from protocols.collapse_verdict import judge_run, judge_run_metrics
 from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.files import read_json, read_metrics
-from runtime.options import get_config
+from runtime.options import channel_numbers, channel_values, get_config
 from test_training_from_weights import RUN, SMALL, pretrained, state_of, train  # noqa: F401
 
 TOLD = ('--image_size=40', '--crop_ratio=1', '--interpolation=bicubic', '--mean=0.4', '--std=0.3', '--heads_epochs=0')
@@ -300,3 +301,46 @@ def test_exported_weights_can_be_read_by_others(drawn, pretrained, tmp_path):  #
     finally:
         os.umask(mask)
     assert (tmp_path / 'x.safetensors').stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture(scope='module')
+def bands(tmp_path_factory):
+    """24 training and 8 validation images of two classes, five bands of 16 bits."""
+    folder, random = tmp_path_factory.mktemp('bands'), np.random.default_rng(0)
+    for split, count in (('train', 24), ('val', 8)):
+        for label in range(2):
+            (folder / split / str(label)).mkdir(parents=True)
+            for number in range(count):
+                image = random.integers(0, 2000, (40, 40, 5), dtype=np.uint16) * np.arange(1, 6, dtype=np.uint16)
+                np.save(folder / split / str(label) / f'{number}.npy', image + 9000 * label)
+    return folder
+
+
+@pytest.mark.parametrize(
+    'more', [(), ('--mean=dataset', '--std=dataset'), ('--mean=0.1', '--std=0.2'), ('--channels=1-5',)]
+)
+def test_weights_are_evaluated_on_images_of_other_channels(more, bands, pretrained, tmp_path, capsys):  # noqa: F811
+    """Their first layer is adapted, as in training."""
+    given = [f'--ckpt_name={pretrained}', '--backbone=resnet18', '--image_size=32', '--protocol=knn', '--amp=off']
+    given += [f'--image_path={bands}', '--num_workers=0', *own_paths(tmp_path), *more]
+    assert cli.main(['evaluate', *given]) == 0
+    (path,) = (tmp_path / 'ckpt').rglob('evaluate_knn*.json')
+    settings = read_json(path)['settings']
+    assert len(channel_numbers(settings['channels'])) == 5
+    assert len(channel_values('mean', settings['mean'])) == (1 if '--mean=0.1' in more else 5)
+
+
+def test_file_beside_a_run_of_other_channels_has_its_mean(bands, pretrained, tmp_path):  # noqa: F811
+    """The same weights give the same row, by the name start and by the file's."""
+    assert train(tmp_path, bands, pretrained, *QUICK, '--batch_size=16', '--distill_weight=0', '--start_share=0') == 0
+    given = [
+        f'--ckpt_name={RUN}',
+        f'--beside=start,{pretrained}',
+        '--labels=2',
+        '--num_workers=0',
+        *own_paths(tmp_path),
+    ]
+    assert cli.main(['evaluate', *given]) == 0
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('evaluate_compare*.json')
+    _, start, file = read_json(path)['rows']
+    assert start['columns'] == file['columns']

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from dataloader.cache import cache_file
 from dataloader.loading.arrays import is_read_as_array
 from dataloader.loading.crops import RGB8, cut_to_levels, from_float
-from dataloader.loading.decode import draft_downscale, exif_transpose_method, rgb, stored_and_upright_size
+from dataloader.loading.decode import draft_downscale, exif_transpose_method, rgb, skip_hint, stored_and_upright_size
 from dataloader.loading.pixel_format import to_array
 from dataloader.readers.memmap import MemmapReader
 from dataloader.readers.memory import Memory
@@ -65,7 +65,7 @@ def raise_unreadable(errors):
     """Raise WorkError with the first of some WorkErrors and the number of the others."""
     if errors:
         more = f' (and {len(errors) - 1} more; python3 cli.py check_dataloader names all)' if len(errors) > 1 else ''
-        raise WorkError(f'{errors[0]}{more}; `on_unreadable=skip` leaves unreadable images out')
+        raise WorkError(f'{errors[0]}{more}{skip_hint(errors[0])}')
 
 
 def first_image_size(store):

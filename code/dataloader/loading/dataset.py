@@ -10,9 +10,11 @@ from config import Config
 from dataloader import vision
 from dataloader.augment.augmentations import get_augmentation
 from dataloader.loading import crops
+from dataloader.loading.decode import skip_hint
 from dataloader.loading.loader import catch_as_value, collate
 from dataloader.loading.pixel_format import PixelFormat, to_array
 from dataloader.readers.memory import Memory
+from runtime.errors import WorkError
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
@@ -56,7 +58,10 @@ class ImageDataset(torch.utils.data.Dataset):
         indices = torch.tensor([index for index, *_ in keys])
         if self.is_in_memory():
             return self.pixels.index_select(0, to_device(indices, self.pixels.device)), self.labels[indices]
-        images = collate([self.read(*key) for key in keys])
+        try:
+            images = collate([self.read(*key) for key in keys])
+        except WorkError as error:
+            raise WorkError(f'{error}{skip_hint(error)}') from None
         if self.views and self.args.augment_backend == 'device' and not self.workers_only_crop:
             images = self.augment_in_worker(images, *keys[0][1:])
         return images, self.labels[indices]

@@ -172,6 +172,13 @@ def wrap_pillow_errors(name):
         raise WorkError(f'cannot read the image {printable(name)}: {error_text(error)}') from None
 
 
+def skip_hint(error):
+    """Return what helps after a WorkError of an image: '' if the images have other channels, for then all would be left
+    out."""
+    unreadable = 'cannot read the image' in str(error) and ' channels, but ' not in str(error)
+    return '; `on_unreadable=skip` leaves unreadable images out' if unreadable else ''
+
+
 def error_text(error):
     """Return a short text for an exception of Pillow."""
     if isinstance(error, Image.UnidentifiedImageError):

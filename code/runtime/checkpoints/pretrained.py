@@ -59,7 +59,11 @@ def check_off_the_shelf(args, name):
 
 def starts_from_foreign_weights(args):
     """Whether --init_from names weights that are not from a run of this code, judged by names, not by content."""
-    name = args.init_from
+    return are_foreign(args, args.init_from)
+
+
+def are_foreign(args, name):
+    """Whether `name`, of --init_from, --ckpt_name or --beside, is of weights that are not from a run of this code."""
     if not name or is_off_the_shelf(name):
         return bool(name)
     paths = (resolve_path(name), resolve_path(args.ckpt_path) / name)
@@ -163,7 +167,10 @@ def load_foreign(args, path, content):
     if missing := missing_stages(state):
         raise UserError(f'{path} holds a ResNet without {missing}')
     if 'backbone' not in shapes:
-        raise UserError(f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}')
+        raise UserError(
+            f'{path} holds a network with other residual blocks than {", ".join(RESNET_BLOCKS)}; weights of another '
+            'network are read with its name: --backbone=timm/<name>, or one of torchvision'
+        )
     if 'stem' not in shapes:
         raise UserError(f'{path} holds a ResNet with an unknown stem (a deep stem?)')
     if 'preset' not in args.explicit:
