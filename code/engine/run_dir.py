@@ -163,6 +163,9 @@ def continue_run(args, checkpoint, state):
     unchanged, and a new run starts from a copy of the checkpoint, its metrics and its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
     is_own = was_written_by_run(folder, path)
+    names_run = any((resolve_path(root) / args.ckpt_name).is_dir() for root in (args.ckpt_path, '.'))
+    if is_own and (names_run or args.resume == 'auto'):  # its process may have saved a newer checkpoint meanwhile
+        ensure_not_running(folder)
     has_newer_checkpoint = checkpoints(folder)[-1:] not in ([], [path]) and CHECKPOINT_RE.fullmatch(path.name)
     if is_own and (not has_newer_checkpoint or state.epoch >= args.max_epochs):
         ensure_not_running(folder)  # before anything is written into it

@@ -16,13 +16,14 @@ import torch
 
 import cli
 from conftest import CODE, TINY, Python, one_line, own_paths, run
+from engine import set_up
 from engine.run_dir import new_run
 from engine.train_state import restore_rng, rng_states
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime import signals
-from runtime.checkpoints.run_folder import checkpoints
+from runtime.checkpoints.run_folder import checkpoints, record_checkpoint
 from runtime.files import read_metrics
 from runtime.options import get_config
 from runtime.run_lock import LOCK_FILE, lock_content, process_start_time
@@ -283,6 +284,31 @@ def test_resume_of_running_run_exits_2(drawn, tmp_path, capsys):
         other.kill()
         other.wait()
     assert short(tmp_path, drawn, f'--resume={RUN}', '--max_epochs=3') == 0
+
+
+@pytest.mark.parametrize('option', ['--resume=auto', f'--resume={RUN}'])
+def test_resume_of_running_run_that_saves_meanwhile_exits_2(option, drawn, tmp_path, monkeypatch, capsys):
+    """Between the load and the look at its lock: it was continued as a new run, a second training of the same."""
+    assert short(tmp_path, drawn, '--max_epochs=3', '--max_minutes=0.0001') == 0
+    folder, other = tmp_path / 'ckpt' / RUN, subprocess.Popen(['sleep', '60'])
+    go_on = set_up.continue_run
+
+    def save_first(args, checkpoint, state):
+        newer = folder / 'loss_-0.9000_epoch_2'
+        shutil.copy(checkpoint['path'], newer)
+        record_checkpoint(folder, newer)
+        return go_on(args, checkpoint, state)
+
+    monkeypatch.setattr(set_up, 'continue_run', save_first)
+    try:
+        mark = {**lock_content(), 'pid': other.pid, 'started': process_start_time(other.pid)}
+        (folder / LOCK_FILE).write_text(json.dumps(mark))
+        assert short(tmp_path, drawn, option, '--max_epochs=3') == 2
+        assert f'{RUN} is being trained, by process {other.pid}' in one_line(capsys.readouterr().err)
+        assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_resume_with_other_model_name_exits_2(drawn, tmp_path, capsys):
