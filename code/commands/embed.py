@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dataloader.load_dataset import eval_loader
-from infer import load_crops, load_to_predict
+from infer import images_to_predict, load_backbone, load_crops
 from logger import Logger
 from metric.knn import topk_neighbors
 from metric.projection_2d import tsne_2d
@@ -37,7 +37,8 @@ def embed(args):
     if not args.ckpt_name:
         raise UserError('embed needs --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     requested_path = resolve_path(args.image_path) if 'image_path' in args.explicit else None
-    args, backbone, checkpoint, images = load_to_predict(args, requested_path, output)
+    args, backbone, checkpoint = load_backbone(args, output)
+    images = images_to_predict(args, requested_path)
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
     features = features.cpu()
 

@@ -96,7 +96,7 @@ def test_preset_photos_has_constant_number_of_steps(count, gigabytes, batch, epo
     part = types.SimpleNamespace(labels=torch.zeros(count), classes=['a', 'b'])
     args = get_config(preset='imagenet')
     network = auto_preset.choose_network(args, count, device)
-    options = auto_preset.choose_photo_options(args, part, [(400, 300)], True, network)
+    options = auto_preset.choose_photo_options(args, part, [(400, 300)], part, network)
     assert (options['batch_size'], options['max_epochs']) == (batch, epochs)
     assert options['image_size'] == (224 if gigabytes else 160)
     assert options['backbone'] == 'resnet50' if gigabytes else 'timm/tf_efficientnet_lite0'
@@ -118,7 +118,7 @@ def test_preset_photos_from_random_weights_has_the_papers_rate(count, given, epo
     part = types.SimpleNamespace(labels=torch.zeros(count), classes=[])
     args = get_config(preset='imagenet', device='cpu', **given)
     network = auto_preset.choose_network(args, count, torch.device('cpu'))
-    options = auto_preset.choose_photo_options(args, part, [(400, 300)], True, network)
+    options = auto_preset.choose_photo_options(args, part, [(400, 300)], part, network)
     assert (options['init_from'], options['learning_rate'], options['proj_layers']) == ('', 0.05, 3)
     assert options['max_epochs'] == epochs
 
