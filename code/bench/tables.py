@@ -431,6 +431,8 @@ def draw_views():
 DISTILLED_ROWS = [
     ('SimSiam and distillation, the default', 'neighbors_s0', None),
     ("the same with MoCo's augmentation", 'neighbors_moco_s0', None),
+    ('the same in 3 epochs', 'neighbors_e3_s0', None),
+    ('the same, only the last layers trained (`--trained_share=0.79`)', 'neighbors_last_s0', None),
     ('an earlier distillation: targets of the image alone, MoCo', 'distilled_s0', None),
     ('the earlier one, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
 ]
