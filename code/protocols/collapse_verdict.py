@@ -155,12 +155,12 @@ def judge_run(folder, epoch, args):
 
 def judge_run_metrics(lines, baseline_label='untrained'):
     """Return the verdict on a run from its metrics (read_metrics): the last measured epoch compared with epoch 0; None
-    if either is missing."""
+    if either is missing. With few images only gains over the start are measured (label_free.MIN_IMAGES)."""
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
+    verdict = judge_against_start(lines) if baseline_label != 'untrained' and lines else None
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
-        return None
+        return verdict if any(GAIN in line for line in lines) else None
     collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
-    verdict = judge_against_start(lines) if baseline_label != 'untrained' else None
     if verdict and not collapsed:
         return verdict
     if verdict and find_best_epoch_in_metrics(lines):

@@ -210,6 +210,15 @@ def test_gain_without_standard_error_is_no_gain(error):
     assert judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')[0] == 'no better than the start'
 
 
+def test_gains_are_judged_without_measures_of_collapse():
+    """Fewer than 20 images have none."""
+    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 60.0, GAIN: 10.0, GAIN_ERROR: 2.0}]
+    assert judge_run_metrics(lines, 'at the start')[0] == 'better than the start'
+    assert judge_run_metrics(lines) is None
+    assert judge_run_metrics(lines[:1], 'at the start') is None
+    assert judge_run_metrics([], 'at the start') is None
+
+
 def with_collapse_measures(line):
     return {**line, 'pretraining/rank': 5.0, 'pretraining/area': 0.5, 'pretraining/std': 1.0}
 
