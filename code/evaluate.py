@@ -42,11 +42,11 @@ def evaluate(args):
     if len(paths) > 1:
         warn_ignored_options(args)
         return select_checkpoint(args, paths)
-    args, store = resolve_channels(args)
+    args, sources = resolve_channels(args)
     args, model, checkpoint = get_model_ckpt(args)
-    args = resolve_mean_std(args, store) if store else args
+    args = resolve_mean_std(args, sources['train'].store) if sources else args
     warn_ignored_options(args)
-    splits = None if find_protocol(args.protocol).path else load_splits(args)
+    splits = None if find_protocol(args.protocol).path else load_splits(args, sources)
     model = model.to(get_device(args), memory_format=torch.channels_last)
     result = run_protocol(args, model, splits, checkpoint)
     log(f'result     {checkpoint["run"] / result["file"]}')
@@ -59,15 +59,16 @@ def evaluate(args):
 
 def resolve_channels(args):
     """Resolve --channels=auto on the images of an explicit --image_path, for weights that are not of a run of this code
-    and are adapted to them. Returns (args, reader of train), or (args, None) if there is nothing to resolve."""
+    and are adapted to them. Returns (args, result of find_split_sources), or (args, None) if there is nothing to
+    resolve."""
     name, has_own_images = args.ckpt_name, find_protocol(args.protocol).path
     there = is_off_the_shelf(name) or resolve_path(name).exists()
     if 'image_path' not in args.explicit or has_own_images or not (there and are_foreign(args, name)):
         return args, None
-    store = find_split_sources(args)['train'].store
-    resolved = resolve_pixels(args, store)
+    sources = find_split_sources(args)
+    resolved = resolve_pixels(args, sources['train'].store)
     resolved.explicit = args.explicit | ({'channels'} if resolved.num_channels != 3 else set())  # not of a preset
-    return resolved, store
+    return resolved, sources
 
 
 def warn_ignored_options(args):

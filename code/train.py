@@ -213,13 +213,13 @@ def set_backbone_trainable(args, model, trained):
     """Set requires_grad of the backbone's parameters: none if not `trained`, else the last ones, with --trained_share
     of the weights, and with --freeze_bn_affine not the scale and shift of its BN."""
     parameters = [*model.backbone.parameters()]
-    limit, after = args.trained_share * sum(weight.numel() for weight in parameters), 0
+    total, after = sum(weight.numel() for weight in parameters), 0
     for weight in reversed(parameters):
-        weight.requires_grad_(trained and after < limit)
+        weight.requires_grad_(trained and after < args.trained_share * total)
         after += weight.numel() * weight.requires_grad
     if trained and args.trained_share < 1:
-        share = after / sum(weight.numel() for weight in parameters)
-        log(f'--trained_share={args.trained_share:g}: the last layers, with {share:.1%} of the weights, are trained')
+        share = f'{after / total:.1%}'
+        log(f'--trained_share={args.trained_share:g}: the last layers, with {share} of the weights, are trained')
     if args.freeze_bn_affine:
         for norm in model.frozen:
             norm.requires_grad_(False)
