@@ -17,13 +17,13 @@ from evidence import correlations, spearman
 import plots
 from protocols.collapse_verdict import MEASURES, judge_collapse
 from runtime.atomic_write import save_png
-from runtime.checkpoints.best_epoch import GAIN, GAIN_ERROR, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR
+from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY
 from runtime.files import read_metrics
 
 RESULTS = CODE / 'results'
 PAGES = (CODE.parent / 'README.md', RESULTS / 'README.md', RESULTS / 'LOG.md')
 MARK = re.compile(r'(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)', re.S)
-GAINS = ((GAIN, GAIN_ERROR, 1), (SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR, 3))  # tags of metrics.jsonl, digits
+GAINS = ((FEW_LABELS, 1), (SIMILARITY, 3))  # tags of metrics.jsonl, digits
 NAMES = {'demo': 'demo', 'cifar10': 'CIFAR-10', 'clothing': 'clothing'}
 
 
@@ -521,8 +521,8 @@ def similarity():
     for name, title in SIMILARITY_RUNS.items():
         lines = read_metrics(RESULTS / name / 'metrics.jsonl') if (RESULTS / name).is_dir() else []
         for line in lines:
-            if line.get(SIMILARITY_GAIN):
-                cells = [f'{line[tag]:+.{digits}f} ± {line[error]:.{digits}f}' for tag, error, digits in GAINS]
+            if line.get(SIMILARITY.gain):
+                cells = [f'{line[tags.gain]:+.{digits}f} ± {line[tags.error]:.{digits}f}' for tags, digits in GAINS]
                 rows.append([title, line['epoch'], *cells])
     return markdown(['run', 'epoch', 'ten labels per class on val, points', 'similarity to the targets'], rows)
 

@@ -3,12 +3,8 @@
 import math
 
 from runtime.checkpoints.best_epoch import (
-    FEW,
-    GAIN,
-    GAIN_ERROR,
+    FEW_LABELS,
     SIMILARITY,
-    SIMILARITY_GAIN,
-    SIMILARITY_GAIN_ERROR,
     WATCHED,
     find_best_epoch_in_metrics,
     is_judged_by_labels,
@@ -95,48 +91,52 @@ def judge_against_start(lines):
     """Judge a run from pretrained weights. Returns (word, sentence): better than the start (by more than two standard
     errors), perhaps better, no better, worse, or not known; None if it was not measured."""
     best = find_best_epoch_in_metrics(lines)
-    judged = {line['epoch']: line for line in lines if FEW in line and (GAIN in line or not line['epoch'])}
-    if best is None or len(judged) < 2 and FEW in lines[0]:
+    judged = {
+        line['epoch']: line
+        for line in lines
+        if FEW_LABELS.value in line and (FEW_LABELS.gain in line or not line['epoch'])
+    }
+    if best is None or len(judged) < 2 and FEW_LABELS.value in lines[0]:
         return None
     if not is_judged_by_labels(lines):
         return judge_without_labels(lines, best)
     last = judged[max(judged)]
-    gain, error = last.get(GAIN, 0.0), gain_error(last)
+    top1, gain, error = last[FEW_LABELS.value], last.get(FEW_LABELS.gain, 0.0), gain_error(last)
     gain_text = (
-        f'{WATCHED} labels per class: {last[FEW]:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
-        f'beside the start ({last[FEW] - gain:.1f} %)'
+        f'{WATCHED} labels per class: {top1:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
+        f'beside the start ({top1 - gain:.1f} %)'
     )
     if best:
         most = judged[best]
         more = (
-            f'The best of {len(judged) - 1} epochs is epoch {best}: {most[FEW]:.1f} %, {most[GAIN]:+.1f} ± '
-            f'{gain_error(most):.1f}'
+            f'The best of {len(judged) - 1} epochs is epoch {best}: {most[FEW_LABELS.value]:.1f} %, '
+            f'{most[FEW_LABELS.gain]:+.1f} ± {gain_error(most):.1f}'
         )
         # The best of several epochs is above one standard error by chance in one run of three or so.
-        sure = most[GAIN] > 2 * gain_error(most)
+        sure = most[FEW_LABELS.gain] > 2 * gain_error(most)
         return 'better than the start' if sure else 'perhaps better than the start', f'{gain_text}. {more}'
     if gain < -error:
         return 'worse than the start', f'{gain_text}. Keep the start, epoch 0; {FOR_WORSE}'
-    hint = FOR_WORSE if any(line.get(GAIN) for line in judged.values()) else FOR_UNTRAINED
+    hint = FOR_WORSE if any(line.get(FEW_LABELS.gain) for line in judged.values()) else FOR_UNTRAINED
     return 'no better than the start', f'{gain_text}. Keep the start, epoch 0; {hint}'
 
 
 def gain_error(line):
     """Return the standard error of the gain in a line of metrics.jsonl: nan of a val of one image, null in the file."""
-    error = line.get(GAIN_ERROR, 0.0)
+    error = line.get(FEW_LABELS.error, 0.0)
     return math.nan if error is None else error
 
 
 def judge_without_labels(lines, best):
     """judge_against_start without labels: by the similarity to the targets of the distillation. best: epoch."""
-    judged = {line['epoch']: line for line in lines if SIMILARITY_GAIN in line}
+    judged = {line['epoch']: line for line in lines if SIMILARITY.gain in line}
     numbers = 'no accuracy on val was measured (it needs labels, and --knn_every of 1 or more)'
     if judged:
         shown = judged[best or max(judged)]
-        value, gain = shown[SIMILARITY], shown[SIMILARITY_GAIN]
+        value, gain = shown[SIMILARITY.value], shown[SIMILARITY.gain]
         numbers += (
             f'; similarity to the targets {value:.3f} after epoch {shown["epoch"]}, {gain:+.3f} ± '
-            f'{shown[SIMILARITY_GAIN_ERROR]:.3f} beside the start ({value - gain:.3f})'
+            f'{shown[SIMILARITY.error]:.3f} beside the start ({value - gain:.3f})'
         )
     if best:
         return 'probably better than the start', f'{numbers}. A few labels per class would show it'
@@ -159,7 +159,7 @@ def judge_run_metrics(lines, baseline_label='untrained'):
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
     verdict = judge_against_start(lines) if baseline_label != 'untrained' and lines else None
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
-        return verdict if any(GAIN in line for line in lines) else None
+        return verdict if any(FEW_LABELS.gain in line for line in lines) else None
     collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
     if verdict and not collapsed:
         return verdict

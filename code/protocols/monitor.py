@@ -19,16 +19,7 @@ from protocols.few_labels import log_missing_labels, mean_and_error, measure_lab
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import (
-    FEW,
-    GAIN,
-    GAIN_ERROR,
-    SIMILARITY,
-    SIMILARITY_GAIN,
-    SIMILARITY_GAIN_ERROR,
-    START_ACCURACY_FILE,
-    WATCHED,
-)
+from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, START_ACCURACY_FILE, WATCHED
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows, all_reduce_mean, broadcast_from_rank0
 from runtime.errors import resolve_path
@@ -180,7 +171,7 @@ class Monitor:
             words += f'  {name} {values["rank"]:.1f} of {min(RETRIEVAL_POOL, count)}'
             if teacher:
                 numbers = teacher.measure(args, backbone)
-                tags |= zip((SIMILARITY, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR), numbers, strict=True)
+                tags |= zip(SIMILARITY, numbers, strict=True)
                 words += f'  similarity to the targets {numbers[0]:.3f}' + f' ({numbers[1]:+.3f})' * bool(state.epoch)
         if self.outputs:
             p, z = (all_gather_rows(x) for x in self.outputs)
@@ -199,15 +190,15 @@ class Monitor:
         """Return ({tag: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
         from measure_labels."""
         top1 = 100 * right.mean().item()
-        results, words = {FEW: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
+        results, words = {FEW_LABELS.value: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
         if not self.args.init_from:
             return results, words
         if not state.epoch:
             self.save_accuracy_of_start(right)
         before = torch.tensor(read_json(self.run.folder / START_ACCURACY_FILE).get('right', []), dtype=torch.float64)
         if state.epoch and before.shape[-1:] == right.shape[1:]:  # early versions wrote the mean over the draws
-            results[GAIN], results[GAIN_ERROR] = mean_and_error(right - before)
-            words += f' ({results[GAIN]:+.2f} ± {results[GAIN_ERROR]:.2f} over the start)'
+            results[FEW_LABELS.gain], results[FEW_LABELS.error] = mean_and_error(right - before)
+            words += f' ({results[FEW_LABELS.gain]:+.2f} ± {results[FEW_LABELS.error]:.2f} over the start)'
         return results, words
 
     def save_accuracy_of_start(self, right):
@@ -237,7 +228,7 @@ class Monitor:
         _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
         self.save_accuracy_of_start(right)
         # Gains on two vals are not compared.
-        self.logger.rename_tags({tag: f'{tag}_earlier_val' for tag in (GAIN, GAIN_ERROR)})
+        self.logger.rename_tags({tag: f'{tag}_earlier_val' for tag in (FEW_LABELS.gain, FEW_LABELS.error)})
 
     def warn_collapse(self, state, loss, std):
         """Warn once that the model collapses, with remedies."""

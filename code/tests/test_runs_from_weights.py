@@ -19,7 +19,7 @@ from dataloader.load_dataset import find_split_sources
 from engine.auto_preset import choose_preset
 from engine.run_dir import args_from_run
 from protocols.collapse_verdict import judge_run, judge_run_metrics
-from runtime.checkpoints.best_epoch import FEW, GAIN, GAIN_ERROR, find_best_epoch, find_best_epoch_in_metrics
+from runtime.checkpoints.best_epoch import FEW_LABELS, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.files import read_json, read_metrics
 from runtime.options import channel_numbers, channel_values, get_config
@@ -107,12 +107,12 @@ def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
     assert 'val is not that of the start of this run' in capsys.readouterr().out
     first, earlier, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
-    assert GAIN not in earlier
-    assert f'{GAIN}_earlier_val' in earlier
+    assert FEW_LABELS.gain not in earlier
+    assert f'{FEW_LABELS.gain}_earlier_val' in earlier
     saved = read_json(tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json')
     share = 100 * torch.tensor(saved['right'], dtype=torch.float64).mean().item()
-    assert last[GAIN] == pytest.approx(last[FEW] - share)
-    assert share != pytest.approx(first[FEW])
+    assert last[FEW_LABELS.gain] == pytest.approx(last[FEW_LABELS.value] - share)
+    assert share != pytest.approx(first[FEW_LABELS.value])
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=3', *own_paths(tmp_path)]) == 0
     assert 'val is not that' not in capsys.readouterr().out
 
@@ -126,11 +126,15 @@ def test_start_saved_by_early_version_needs_as_many_images(right, again, drawn, 
     (tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json').write_text(json.dumps({'right': right} if right else {}))
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
     assert ('val is not that of the start' in capsys.readouterr().out) == again
-    assert GAIN in read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')[-1]
+    assert FEW_LABELS.gain in read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')[-1]
 
 
 def test_epochs_without_gain_are_not_judged():
-    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 90.0}, {'epoch': 2, FEW: 60.0, GAIN: 10.0, GAIN_ERROR: 3.0}]
+    lines = [
+        {'epoch': 0, FEW_LABELS.value: 50.0},
+        {'epoch': 1, FEW_LABELS.value: 90.0},
+        {'epoch': 2, FEW_LABELS.value: 60.0, FEW_LABELS.gain: 10.0, FEW_LABELS.error: 3.0},
+    ]
     assert find_best_epoch_in_metrics(lines) == 2
 
 
@@ -205,14 +209,20 @@ def test_small_images_from_weights_get_preset_photos(weights, preset, drawn, tmp
 @pytest.mark.parametrize('error', [None, float('nan')])
 def test_gain_without_standard_error_is_no_gain(error):
     """Of a val of one image."""
-    lines = [{'epoch': 0, FEW: 0.0}, {'epoch': 1, FEW: 100.0, GAIN: 100.0, GAIN_ERROR: error}]
+    lines = [
+        {'epoch': 0, FEW_LABELS.value: 0.0},
+        {'epoch': 1, FEW_LABELS.value: 100.0, FEW_LABELS.gain: 100.0, FEW_LABELS.error: error},
+    ]
     assert find_best_epoch_in_metrics(lines) == 0
     assert judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')[0] == 'no better than the start'
 
 
 def test_gains_are_judged_without_measures_of_collapse():
     """Fewer than 20 images have none."""
-    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 60.0, GAIN: 10.0, GAIN_ERROR: 2.0}]
+    lines = [
+        {'epoch': 0, FEW_LABELS.value: 50.0},
+        {'epoch': 1, FEW_LABELS.value: 60.0, FEW_LABELS.gain: 10.0, FEW_LABELS.error: 2.0},
+    ]
     assert judge_run_metrics(lines, 'at the start')[0] == 'better than the start'
     assert judge_run_metrics(lines) is None
     assert judge_run_metrics(lines[:1], 'at the start') is None
@@ -225,7 +235,10 @@ def with_collapse_measures(line):
 
 def test_verdict_on_untrained_backbone_says_so():
     """In the epochs of --heads_epochs, and with --start_share=1."""
-    lines = [{'epoch': 0, FEW: 50.0}, {'epoch': 1, FEW: 50.0, GAIN: 0.0, GAIN_ERROR: 0.0}]
+    lines = [
+        {'epoch': 0, FEW_LABELS.value: 50.0},
+        {'epoch': 1, FEW_LABELS.value: 50.0, FEW_LABELS.gain: 0.0, FEW_LABELS.error: 0.0},
+    ]
     _, sentence = judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')
     assert 'the backbone is still the start' in sentence
     assert 'fewer epochs' not in sentence

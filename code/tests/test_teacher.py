@@ -23,7 +23,7 @@ from engine.teacher import TARGETS_FILE, Teacher, make_targets, set_distill_size
 from loss.negative_cosine import simsiam_loss
 from protocols.features import extract_features
 from runtime import precision, signals
-from runtime.checkpoints.best_epoch import SIMILARITY_GAIN, find_best_epoch
+from runtime.checkpoints.best_epoch import SIMILARITY, find_best_epoch
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
@@ -236,7 +236,7 @@ def test_resumed_run_with_teacher_equals_unbroken_run(saved, drawn, pretrained, 
     whole, cut = (state_of(tmp_path / name, 2)['model'] for name in ('whole', 'cut'))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
     whole, cut = (read_metrics(tmp_path / name / 'ckpt' / RUN / 'metrics.jsonl')[-1] for name in ('whole', 'cut'))
-    assert whole[SIMILARITY_GAIN] == cut[SIMILARITY_GAIN] != 0
+    assert whole[SIMILARITY.gain] == cut[SIMILARITY.gain] != 0
 
 
 @pytest.mark.parametrize('change', [{}, {'distill_neighbors': 3}, {'distill_size': 48}, {'mean': '0.5,0.5,0.5'}])
@@ -404,7 +404,7 @@ def test_run_without_labels_is_used_if_more_similar_to_targets(drawn, pretrained
     assert train(tmp_path / 'whole', flat, pretrained, *given) == 0
     printed = capsys.readouterr().out
     lines = read_metrics(tmp_path / 'whole' / 'ckpt' / RUN / 'metrics.jsonl')
-    gains = [line[SIMILARITY_GAIN] for line in lines]
+    gains = [line[SIMILARITY.gain] for line in lines]
     assert len(gains) == 4
     assert gains[0] == 0
     assert max(gains) > 0.01

@@ -16,15 +16,7 @@ from engine import set_up
 from model.weights import average_weights
 from protocols import collapse_verdict, compare, few_labels
 from protocols.monitor import Monitor
-from runtime.checkpoints.best_epoch import (
-    FEW,
-    GAIN,
-    GAIN_ERROR,
-    SIMILARITY,
-    SIMILARITY_GAIN,
-    SIMILARITY_GAIN_ERROR,
-    find_best_epoch,
-)
+from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, find_best_epoch
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.errors import UserError
@@ -199,9 +191,17 @@ def test_evaluate_uses_average_with_start(run):
 
 def metrics_lines(values, errors=0.5):
     """metrics.jsonl of a run whose accuracy with few labels had these gains, and its rank falls."""
-    lines = [{'epoch': 0, FEW: 50.0, 'pretraining/rank': 10.0, 'pretraining/area': 0.7, 'pretraining/std': 1.0}]
+    lines = [
+        {'epoch': 0, FEW_LABELS.value: 50.0, 'pretraining/rank': 10.0, 'pretraining/area': 0.7, 'pretraining/std': 1.0}
+    ]
     for epoch, gain in enumerate(values, 1):
-        line = {**lines[0], 'epoch': epoch, FEW: 50.0 + gain, GAIN: gain, GAIN_ERROR: errors}
+        line = {
+            **lines[0],
+            'epoch': epoch,
+            FEW_LABELS.value: 50.0 + gain,
+            FEW_LABELS.gain: gain,
+            FEW_LABELS.error: errors,
+        }
         lines.append({**line, 'pretraining/rank': 10.0 / (epoch + 1)})
     return lines
 
@@ -264,7 +264,7 @@ def test_best_checkpoint_without_labels_is_most_similar_to_targets(gains, best, 
     folder = tmp_path / 'ckpt' / RUN
     lines = [
         {name: value for name, value in line.items() if 'few' not in name}
-        | {SIMILARITY: 0.5 + gain, SIMILARITY_GAIN: gain, SIMILARITY_GAIN_ERROR: 0.01}
+        | {SIMILARITY.value: 0.5 + gain, SIMILARITY.gain: gain, SIMILARITY.error: 0.01}
         for line, gain in zip(metrics_lines([1.0, 2.0, 3.0]), [0.0, *gains], strict=True)
     ]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -317,7 +317,7 @@ def test_run_from_random_weights_reports_last_epoch(drawn, tmp_path):
     assert find_best_epoch(folder) is None
     assert not [path for path in checkpoints(folder) if path.name.endswith('_epoch_0')]
     lines = read_metrics(folder / 'metrics.jsonl')
-    assert all(FEW in line and GAIN not in line for line in lines)
+    assert all(FEW_LABELS.value in line and FEW_LABELS.gain not in line for line in lines)
 
 
 def test_init_from_own_run_keeps_options(run, drawn, tmp_path):
@@ -411,7 +411,7 @@ def test_few_labels_with_two_ranks_equal_one(drawn, pretrained, tmp_path):
             read_json(next(run.glob('evaluate_compare_*.json')))['rows'],
         )
     (one, rows), (two, others) = found['one'], found['two']
-    for key in (FEW, 'pretraining/knn_top1'):
+    for key in (FEW_LABELS.value, 'pretraining/knn_top1'):
         assert two[key] == pytest.approx(one[key], abs=0.5)
     for row, other in zip(rows, others, strict=True):  # the backbone waits for the heads: all rows are the start's
         for column, cell in row['columns'].items():
@@ -462,8 +462,8 @@ def test_run_stopped_before_metrics_of_start_measures_them_when_resumed(drawn, p
     assert train(tmp_path, drawn, pretrained, *given) == 0
     lines = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
     assert [line['epoch'] for line in lines] == [0, 1, 2]
-    assert all(FEW in line for line in lines)
-    assert all(GAIN in line for line in lines[1:])
+    assert all(FEW_LABELS.value in line for line in lines)
+    assert all(FEW_LABELS.gain in line for line in lines[1:])
 
 
 def test_start_share_applies_to_evaluated_run_and_not_to_run_that_starts_from_it(run, drawn, tmp_path, capsys):

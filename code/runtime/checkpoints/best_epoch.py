@@ -1,17 +1,24 @@
 """The best epoch of a run from pretrained weights, by metrics.jsonl. Does not import torch."""
 
 import math
+from typing import NamedTuple
 
 from runtime.files import read_json, read_metrics
 
 WATCHED = 10  # labels per class, for the few-label accuracy in training
-FEW, GAIN, GAIN_ERROR = (
-    'pretraining/few_labels_top1',
-    'pretraining/few_labels_gain',
-    'pretraining/few_labels_gain_error',
-)
+
+
+class Tags(NamedTuple):
+    """Tags of a measure in metrics.jsonl: its value, the gain over the start, and the gain's standard error."""
+
+    value: str
+    gain: str
+    error: str
+
+
+FEW_LABELS = Tags('pretraining/few_labels_top1', 'pretraining/few_labels_gain', 'pretraining/few_labels_gain_error')
 # Similarity to the targets of the distillation (engine/teacher.py), a cosine.
-SIMILARITY, SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR = (
+SIMILARITY = Tags(
     'pretraining/target_similarity',
     'pretraining/target_similarity_gain',
     'pretraining/target_similarity_gain_error',
@@ -36,12 +43,10 @@ def find_best_epoch(folder):
 
 def find_best_epoch_in_metrics(lines):
     """find_best_epoch from the lines of a metrics.jsonl."""
-    names, factor, least = (GAIN, GAIN_ERROR), 1, 0.01
-    if not is_judged_by_labels(lines):
-        names, factor, least = (SIMILARITY_GAIN, SIMILARITY_GAIN_ERROR), 2, 0.001
+    tags, factor, least = (FEW_LABELS, 1, 0.01) if is_judged_by_labels(lines) else (SIMILARITY, 2, 0.001)
     gains = {}
     for line in lines:
-        gain, error = (line.get(name) for name in names)
+        gain, error = line.get(tags.gain), line.get(tags.error)
         # Of one image the error is nan, which the file has as null.
         if gain is not None and error is not None and gain > max(least, factor * error) and not math.isnan(error):
             gains[line['epoch']] = gain
@@ -50,4 +55,4 @@ def find_best_epoch_in_metrics(lines):
 
 def is_judged_by_labels(lines):
     """Whether the start was measured with labels: the lines of a metrics.jsonl."""
-    return any(FEW in line and not line['epoch'] for line in lines)
+    return any(FEW_LABELS.value in line and not line['epoch'] for line in lines)
