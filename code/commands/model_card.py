@@ -7,7 +7,7 @@ from pathlib import Path
 from config import INIT_FROM_DEFAULTS
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
-from protocols.compare import describe_images, format_cell, format_gain
+from protocols.compare import format_cell, format_gain, selection_note
 from protocols.protocol import find_protocol
 from runtime.checkpoints.pretrained import describe_preprocessing
 from runtime.files import is_number, read_json
@@ -166,7 +166,7 @@ def format_compare_table(result):
     columns = [*result['rows'][0]['columns']]
     lines = [
         f'{describe_settings(result)}: top-1 in percent ± standard error, in brackets the gain of this backbone over '
-        f'the row, paired by image; {describe_dataset(result)}. Measured on {describe_images(result)}.',
+        f'the row, paired by image; {describe_dataset(result)}{selection_note(result)}.',
         '',
     ]
     lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']

@@ -216,10 +216,14 @@ def compute_columns(args, bank, judged, classes, labels, draws):
 
 def describe_images(result):
     """Describe the images of a result: number, split, and whether they selected the checkpoint."""
-    text = f'the {result["num_val"]} images of {result["judged_on"]}'
-    if result.get('selected_on_val'):
-        text += ', which also selected the epoch: gains are a little too high; images in a test split would tell'
-    return text
+    return f'the {result["num_val"]} images of {result["judged_on"]}{selection_note(result)}'
+
+
+def selection_note(result):
+    """Say that the images also selected the checkpoint; '' if they did not."""
+    if not result.get('selected_on_val'):
+        return ''
+    return ', which also selected the epoch: gains are a little too high; images in a test split would tell'
 
 
 def format_cell(cell, name='top1', sign=''):
