@@ -33,8 +33,7 @@ class Logger:
                 f'TensorBoard cannot write to {printable(folder)} in this locale: PYTHONUTF8=1 helps'
             ) from None
         if first_step and metrics and metrics.is_file() and not rank():
-            lines = [dumps_nan_safe(line) + '\n' for line in read_metrics(metrics) if line['epoch'] < first_step]
-            atomic_write_on_main(metrics, lambda aside: aside.write_text(''.join(lines)))
+            self.rewrite([line for line in read_metrics(metrics) if line['epoch'] < first_step])
 
     def write_tensorboard(self, write):
         """Call `write(writer)`. An error, such as a deleted folder or a full disk, is warned of once and does not end
@@ -52,8 +51,18 @@ class Logger:
 
     def rename_tags(self, names):
         """Rename tags in the lines of metrics.jsonl. names: {old: new}."""
-        if self.metrics.is_file() and not rank():
-            lines = [{names.get(tag, tag): value for tag, value in line.items()} for line in read_metrics(self.metrics)]
+        lines = [{names.get(tag, tag): value for tag, value in line.items()} for line in read_metrics(self.metrics)]
+        self.rewrite(lines)
+
+    def add_to_epoch(self, epoch, values):
+        """Set {tag: number} in the line of an epoch in metrics.jsonl; a missing line is added."""
+        lines = {line['epoch']: line for line in read_metrics(self.metrics)}
+        lines[epoch] = {**lines.get(epoch, {'epoch': epoch}), **values}
+        self.rewrite([lines[number] for number in sorted(lines)])
+
+    def rewrite(self, lines):
+        """Write metrics.jsonl anew."""
+        if not rank():
             text = ''.join(dumps_nan_safe(line) + '\n' for line in lines)
             atomic_write_on_main(self.metrics, lambda aside: aside.write_text(text))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ckpt import save_checkpoint
 from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import START_ACCURACY_FILE, find_best_epoch, find_best_epoch_in_metrics
+from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
 from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.checkpoints.read_file import read_checkpoint, verify_crc
@@ -187,7 +187,7 @@ def copy_run_up_to(args, path, is_own, epoch):
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
     kept = [f'{number}' for number in {0, find_best_epoch_in_metrics(lines)}]
     earlier = [one.name for one in checkpoints(folder) if one != path and one.name.partition('_epoch_')[2] in kept]
-    for name in (*(*earlier, 'metrics.jsonl', START_ACCURACY_FILE) * is_own, path.name):
+    for name in (*(*earlier, 'metrics.jsonl', START_FILE) * is_own, path.name):
         if (folder / name).is_file():
             if CHECKPOINT_RE.fullmatch(name):
                 record_checkpoint(new, new / name)

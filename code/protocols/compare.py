@@ -13,7 +13,7 @@ from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS
-from model.weights import is_off_the_shelf
+from model.weights import adapt_channels, copy_weights, is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import (
     MAX_ROWS,
@@ -151,8 +151,12 @@ def row_title(name, other_args, args):
 
 
 def load_start_weights(args, checkpoint):
-    """Load the weights that a run started from: its checkpoint of epoch 0, else --init_from. Returns (args, model), or
-    (args, None) if it started from random weights (see `untrained`)."""
+    """Load the weights that a run started from: those that the checkpoint keeps, else the run's epoch 0, else
+    --init_from. Returns (args, model), or (args, None) if it started from random weights (see `untrained`)."""
+    if checkpoint.get('start'):
+        model = build_model(args)
+        copy_weights(model.backbone, adapt_channels(model.backbone.state_dict(), checkpoint['start']))
+        return args, model
     folder = checkpoint['run']
     first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if path.name.endswith('_epoch_0')]
     if first:

@@ -8,23 +8,33 @@ from dataclasses import asdict
 
 import torch
 
+from ckpt import get_model_ckpt
 from dataloader import vision
 from dataloader.load_dataset import eval_loader, labeled_subset, splits_of_loaders
 from logger import Logger
 from metric import representation
 from model.weights import average_weights, copy_weights
 from protocols.collapse_verdict import baseline_label
-from protocols.compare import load_start_weights
 from protocols.few_labels import log_missing_labels, mean_and_error, measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, START_ACCURACY_FILE, WATCHED
+from runtime.checkpoints.best_epoch import (
+    FEW_LABELS,
+    SIMILARITY,
+    START_FILE,
+    WATCHED,
+    find_best_epoch,
+    is_judged_by_labels,
+)
+from runtime.checkpoints.run_folder import checkpoints, finished_epoch
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows, all_reduce_mean, broadcast_from_rank0
 from runtime.errors import resolve_path
-from runtime.files import read_json
+from runtime.files import read_json, read_metrics
 from runtime.messages import format_duration, log, progress
+from runtime.options import replace_args
 from runtime.tensors import async_tolist
 from runtime.trackers import make_tracker
 
@@ -41,6 +51,14 @@ def gradient_norm(model):
     return torch.nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
 
 
+def describe_measurement(args, train, val):
+    """Describe what the measures of an epoch depend on besides the weights, as text: options and images."""
+    names = (*PREPROCESSING, 'channels', 'white_level', 'exif', 'npy_axes', 'cache_short_side', 'start_share')
+    options = {name: getattr(args, name) for name in (*names, 'knn_every', 'distill_size', 'distill_neighbors')}
+    options['knn_every'] = options['knn_every'] > 0  # without it no accuracy is measured
+    return f'{options} {train.digest()} {val.digest() if val else ""}'
+
+
 class Monitor:
     """run: run_dir.RunDir. iterators: from load_dataset.get_iterator. state: the TrainState at the start."""
 
@@ -51,6 +69,7 @@ class Monitor:
         self.knn_train_loader = eval_loader(args, labeled_subset(train))
         self.knn_val_loader = eval_loader(args, labeled_subset(val)) if val else None
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
+        self.measured_with = describe_measurement(args, train, val)
         # A finished run keeps all that was written.
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
@@ -66,8 +85,8 @@ class Monitor:
         else:
             log_missing_labels('few labels', self.splits['train'].labels, [WATCHED])
         if self.run.resumed:
-            if state.epoch < self.args.max_epochs and self.logger.has_epoch(0):
-                self.measure_start_again()
+            if state.epoch < self.args.max_epochs and (state.epoch or self.logger.has_epoch(0)):
+                self.measure_again(state, teacher)
             if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
                 self.after_epoch(state, teacher)
             # The start was saved, and the run stopped before its metrics were written.
@@ -160,11 +179,13 @@ class Monitor:
     def compute_metrics(self, state, teacher):
         """Compute the metrics: kNN and few labels if there are labels, and the label-free ones. Returns ({tag: number},
         text)."""
-        args, values, tags, words, backbone = self.args, {}, {}, '', self.backbone(state)
+        args, values, tags, words, right, backbone = self.args, {}, {}, '', None, self.backbone(state)
         if not self.knn_off:
             values['knn_top1'], right = measure_labels(args, backbone, self.knn_train_loader, self.knn_val_loader)
-            tags, few_words = self.few_labels(state, right)
+            tags, few_words = self.few_labels(state.epoch, right)
             words = f'  kNN {values["knn_top1"]:.2f} %{few_words}'
+        if args.init_from and not state.epoch:
+            self.save_start(right)
         if (count := len(self.splits['train'])) >= MIN_IMAGES:
             values |= monitor_metrics(args, state.model, self.splits['train'])
             name = 'rank' if state.epoch else 'retrieval rank of the positive view'
@@ -186,49 +207,74 @@ class Monitor:
         copy_weights(backbone, average_weights(state.start, backbone.state_dict(), self.args.start_share))
         return backbone
 
-    def few_labels(self, state, right):
+    def few_labels(self, epoch, right):
         """Return ({tag: number}, text): the accuracy with WATCHED labels per class and its gain over the start. right:
         from measure_labels."""
         top1 = 100 * right.mean().item()
         results, words = {FEW_LABELS.value: top1}, f'  {WATCHED} labels per class {top1:.2f} %'
-        if not self.args.init_from:
+        if not self.args.init_from or not epoch:
             return results, words
-        if not state.epoch:
-            self.save_accuracy_of_start(right)
-        before = torch.tensor(read_json(self.run.folder / START_ACCURACY_FILE).get('right', []), dtype=torch.float64)
-        if state.epoch and before.shape[-1:] == right.shape[1:]:  # early versions wrote the mean over the draws
-            results[FEW_LABELS.gain], results[FEW_LABELS.error] = mean_and_error(right - before)
-            words += f' ({results[FEW_LABELS.gain]:+.2f} ± {results[FEW_LABELS.error]:.2f} over the start)'
+        before = torch.tensor(read_json(self.run.folder / START_FILE).get('right', []), dtype=torch.float64)
+        if before.shape == right.shape:
+            gain, error = mean_and_error(right - before)
+            error = max(error, 100 / right.shape[1]) if gain else error  # at least one image: val may have three
+            results[FEW_LABELS.gain], results[FEW_LABELS.error] = gain, error
+            words += f' ({gain:+.2f} ± {error:.2f} over the start)'
         return results, words
 
-    def save_accuracy_of_start(self, right):
-        """Save which images of val the initial weights classify correctly. right: from measure_labels."""
-        values = {'right': right.int().tolist(), 'val': self.knn_val_loader.dataset.digest()}
-        path = self.run.folder / START_ACCURACY_FILE
+    def save_start(self, right):
+        """Save what the gains over the start depend on: which images of val the initial weights classify correctly
+        (`right`, from measure_labels, or None), and by which images, labels and options."""
+        values = {'right': [] if right is None else right.int().tolist(), 'measured_with': self.measured_with}
+        path = self.run.folder / START_FILE
         atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
 
-    def measure_start_again(self):
-        """If val is not the one of the resumed run's start, measure the initial weights on it: gains are paired by
-        image."""
-        if self.knn_off or not self.args.init_from:
+    def measure_again(self, state, teacher):
+        """If a resumed run has other images, labels or preprocessing than before, measure the start and the best epoch
+        so far again: a gain is paired by image. Gains of the other epochs no longer count."""
+        folder, tags = self.run.folder, (FEW_LABELS.gain, FEW_LABELS.error, SIMILARITY.gain, SIMILARITY.error)
+
+        def find_change():
+            if read_json(folder / START_FILE).get('measured_with') == self.measured_with:
+                return False, 0
+            known_by_labels = is_judged_by_labels(read_metrics(self.logger.metrics))
+            return not (self.knn_off and known_by_labels), find_best_epoch(folder) or 0
+
+        changed, best = broadcast_from_rank0(find_change)
+        if not self.args.init_from or not changed:
             return
-        saved = read_json(self.run.folder / START_ACCURACY_FILE)
-        val = self.knn_val_loader.dataset
-        same = saved.get('val') == val.digest()
-        if 'val' not in saved:  # of an early version
-            same = torch.tensor(saved.get('right', [])).shape[-1:] == (len(val),)
-        if broadcast_from_rank0(lambda: same):
-            return
+        epochs = f'the start and the best epoch, {best}, are' if best else 'the start is'
         log(
-            'val is not that of the start of this run: the initial weights are measured on it, and gains of earlier '
-            'epochs no longer count'
+            f'the images, labels or preprocessing are not known to be those of the earlier epochs: {epochs} measured '
+            'again, and gains of the others no longer count'
         )
-        _, start = load_start_weights(self.args, {'run': self.run.folder})
-        backbone = start.backbone.to(get_device(self.args), memory_format=torch.channels_last)
-        _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
-        self.save_accuracy_of_start(right)
-        # Gains on two vals are not compared.
-        self.logger.rename_tags({tag: f'{tag}_earlier_val' for tag in (FEW_LABELS.gain, FEW_LABELS.error)})
+        self.logger.rename_tags({tag: f'{tag}_earlier' for tag in tags})
+        self.save_start(None)
+        for epoch in sorted({0, best}):
+            values, right = {}, None
+            if not (backbone := self.backbone_of_epoch(state, epoch)):
+                continue
+            if not self.knn_off:
+                _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
+                values, _ = self.few_labels(epoch, right)
+            if not epoch:
+                self.save_start(right)
+            if teacher:
+                values |= zip(SIMILARITY, teacher.measure(self.args, backbone), strict=True)
+            self.logger.add_to_epoch(epoch, values)
+
+    def backbone_of_epoch(self, state, epoch):
+        """Load the backbone after an earlier epoch of this run, on the device, averaged with the start by
+        --start_share; None if its checkpoint is missing."""
+        if not epoch and state.start:
+            backbone = copy.deepcopy(state.model.backbone)
+            copy_weights(backbone, state.start)
+            return backbone
+        paths = [path for path in checkpoints(self.run.folder) if finished_epoch(path) == epoch]
+        if not paths:
+            return None
+        _, model, _ = get_model_ckpt(replace_args(self.args, ckpt_name=str(paths[-1]), init_from=''))
+        return model.backbone.to(get_device(self.args), memory_format=torch.channels_last)
 
     def warn_collapse(self, state, loss, std):
         """Warn once that the model collapses, with remedies."""

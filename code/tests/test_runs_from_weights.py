@@ -18,6 +18,7 @@ from conftest import own_paths
 from dataloader.load_dataset import find_split_sources
 from engine.auto_preset import choose_preset
 from engine.run_dir import args_from_run
+from protocols import monitor
 from protocols.collapse_verdict import judge_run, judge_run_metrics
 from runtime.checkpoints.best_epoch import FEW_LABELS, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
@@ -95,38 +96,72 @@ def test_unfinished_run_with_defaults_is_resumed_by_same_command(drawn, pretrain
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
-def test_gain_is_over_the_start_on_the_val_that_is_there(drawn, pretrained, tmp_path, capsys):  # noqa: F811
-    """A run resumed with another val measures its start on it; what was measured on the old one stays as it was."""
-    (tmp_path / 'set').mkdir()
-    for folder in ('train', 'val'):
-        (tmp_path / 'set' / folder).symlink_to(drawn / folder)
-    given = ('--heads_epochs=0', '--distill_weight=0', '--start_share=0')
-    assert train(tmp_path, tmp_path / 'set', pretrained, *given, '--max_epochs=1') == 0
-    (tmp_path / 'set/val').unlink()
-    capsys.readouterr()
-    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
-    assert 'val is not that of the start of this run' in capsys.readouterr().out
-    first, earlier, last = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
-    assert FEW_LABELS.gain not in earlier
-    assert f'{FEW_LABELS.gain}_earlier_val' in earlier
-    saved = read_json(tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json')
-    share = 100 * torch.tensor(saved['right'], dtype=torch.float64).mean().item()
-    assert last[FEW_LABELS.gain] == pytest.approx(last[FEW_LABELS.value] - share)
-    assert share != pytest.approx(first[FEW_LABELS.value])
-    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=3', *own_paths(tmp_path)]) == 0
-    assert 'val is not that' not in capsys.readouterr().out
+def change_val(folder):
+    (folder / 'val').rename(folder / 'elsewhere')  # a tenth of train is val then
+
+
+def change_labels(folder):
+    first, second = sorted((folder / 'train').iterdir())[:2]
+    for path in sorted(first.iterdir())[:8]:
+        path.rename(second / f'moved_{path.name}')
+
+
+def remove_images(folder):
+    for part in (folder / 'train').iterdir():
+        sorted(part.iterdir())[0].unlink()
+
+
+UNTOUCHED = ('--heads_epochs=9', '--save_every_epochs=1', '--batch_size=16')
 
 
 @pytest.mark.parametrize(
-    ('right', 'again'), [([[1] * 24] * 5, False), ([0.5] * 24, False), ([[1] * 23] * 5, True), (None, True)]
+    ('change', 'option'),
+    [
+        (change_val, '--quiet=False'),
+        (change_labels, '--quiet=False'),
+        (remove_images, '--quiet=False'),
+        (lambda folder: None, '--image_size=64'),
+        (lambda folder: None, '--crop_ratio=0.5'),
+        (lambda folder: None, '--start_share=1'),
+    ],
 )
-def test_start_saved_by_early_version_needs_as_many_images(right, again, drawn, pretrained, tmp_path, capsys):  # noqa: F811
-    """Which saved no digest of val."""
-    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0', '--distill_weight=0') == 0
-    (tmp_path / 'ckpt' / RUN / 'few_labels_of_start.json').write_text(json.dumps({'right': right} if right else {}))
-    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', *own_paths(tmp_path)]) == 0
-    assert ('val is not that of the start' in capsys.readouterr().out) == again
-    assert FEW_LABELS.gain in read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')[-1]
+def test_gain_is_measured_as_the_start_was(change, option, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """A resumed run with other images, labels or preprocessing measures its start and its best epoch again, so that a
+    backbone that is not trained gains nothing, and the best checkpoint stays."""
+    shutil.copytree(drawn, tmp_path / 'set')
+    folder = tmp_path / 'ckpt' / RUN
+    assert train(tmp_path, tmp_path / 'set', pretrained, *UNTOUCHED, '--max_epochs=2') == 0
+    lines = read_metrics(folder / 'metrics.jsonl')
+    lines[1] |= {FEW_LABELS.gain: 50.0, FEW_LABELS.error: 1.0}  # as if epoch 1 were the best
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    change(tmp_path / 'set')
+    capsys.readouterr()
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=3', option, *own_paths(tmp_path)]) == 0
+    assert 'the start and the best epoch, 1, are measured again' in capsys.readouterr().out
+    _, best, second, last = read_metrics(folder / 'metrics.jsonl')
+    assert best[f'{FEW_LABELS.gain}_earlier'] == 50
+    assert f'{FEW_LABELS.gain}_earlier' in second
+    assert FEW_LABELS.gain not in second
+    assert [line[tag] for line in (best, last) for tag in (FEW_LABELS.gain, FEW_LABELS.error)] == [0, 0, 0, 0]
+    saved = read_json(folder / 'few_labels_of_start.json')
+    assert last[FEW_LABELS.value] == pytest.approx(100 * torch.tensor(saved['right']).double().mean().item())
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=4', *own_paths(tmp_path)]) == 0
+    assert 'measured again' not in capsys.readouterr().out
+
+
+def test_best_epoch_before_a_change_of_val_keeps_its_checkpoint(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(drawn, tmp_path / 'set')
+    assert train(tmp_path, tmp_path / 'set', pretrained, *UNTOUCHED, '--max_epochs=2') == 0
+    folder, gains = tmp_path / 'ckpt' / RUN, iter([40.0, 0.0])
+    lines = read_metrics(folder / 'metrics.jsonl')
+    lines[1] |= {FEW_LABELS.gain: 50.0, FEW_LABELS.error: 1.0}
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    change_val(tmp_path / 'set')
+    monkeypatch.setattr(monitor, 'mean_and_error', lambda difference: (next(gains), 1.0))
+    resume = ['train', f'--resume={RUN}', '--max_epochs=3', '--save_every_epochs=10', *own_paths(tmp_path)]
+    assert cli.main(resume) == 0
+    assert find_best_epoch(folder) == 1
+    assert [finished_epoch(path) for path in checkpoints(folder)] == [0, 1, 3]
 
 
 def test_epochs_without_gain_are_not_judged():

@@ -23,8 +23,9 @@ SIMILARITY = Tags(
     'pretraining/target_similarity_gain',
     'pretraining/target_similarity_gain_error',
 )
-# File in a run folder: which images of val the initial weights classify correctly (protocols/monitor.py).
-START_ACCURACY_FILE = 'few_labels_of_start.json'
+# File in a run folder: which images of val the initial weights classify correctly, and what that was measured with
+# (protocols/monitor.py).
+START_FILE = 'few_labels_of_start.json'
 
 
 def find_best_epoch(folder):
