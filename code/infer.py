@@ -14,7 +14,7 @@ from dataloader.sources.torchvision_datasets import detect_dataset
 from metric.knn import clip_k
 from protocols.features import extract_features
 from protocols.knn import knn_scores_from_loader, nearest_in_bank
-from protocols.results import describe_classifier, find_classifier, read_as_classifier_was_trained
+from protocols.results import describe_classifier, find_classifier, read_as_classifier_was_trained, warn_outdated
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
 from runtime.checkpoints.run_folder import list_checkpoints
@@ -47,7 +47,7 @@ def infer(args):
     args, backbone, checkpoint = load_backbone(args, output)
     classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
     args = read_as_classifier_was_trained(args, classifier)
-    images = images_to_predict(args, requested_path)
+    images = images_to_predict(args, requested_path, classifier)
     train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbors else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
@@ -190,10 +190,11 @@ def load_backbone(args, output):
     return args, backbone, checkpoint
 
 
-def images_to_predict(args, requested_path):
+def images_to_predict(args, requested_path, classifier=None):
     """Return the ImageDataset to predict: of `requested_path`, or of the checkpoint's dataset if it is None.
 
-    If the folder has splits, these are its test images, else those of val; without splits all images.
+    If the folder has splits, these are its test images, else those of val; without splits all images. Warns if train is
+    not as it was when `classifier` (results.find_classifier) was trained on it.
     """
     root = requested_path or resolve_path(args.image_path)
     if not root.exists():
@@ -202,6 +203,8 @@ def images_to_predict(args, requested_path):
     if requested_path is None or detect_dataset(root) or archive or (root.is_dir() and has_splits(root)):
         fraction = 0.0 if archive and requested_path else args.val_fraction  # all of an archive without val
         splits = load_splits(replace_args(args, image_path=str(root), val_fraction=fraction))
+        if classifier and fraction == args.val_fraction:
+            warn_outdated(args, classifier, root, labeled_subset(splits['train']))
         if images := splits['test'] or splits['val']:
             return images
     return load_unlabeled(args, root)

@@ -14,7 +14,7 @@ from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import channel_numbers, expand_channel_values
+from runtime.options import channel_numbers, expand_channel_values, replace_args
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
 
@@ -30,6 +30,7 @@ def export(args):
     if not args.ckpt_name:
         raise UserError('export needs --ckpt_name=<run>/<checkpoint>: python3 cli.py evaluate lists them')
     args, model, checkpoint = get_model_ckpt(args)
+    args = resolve_words(args)
     check_format(args)
     backbone = model.backbone.eval()
     state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
@@ -66,6 +67,16 @@ def export(args):
     levels = f'; channels {args.channels}, white level {args.white_level}' if channel_numbers(args.channels) else ''
     log(f'preprocessing: {args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}{levels}')
     return output
+
+
+def resolve_words(args):
+    """Return args with numbers in place of the words of mean and std (imagenet, auto), and of channels and white level:
+    other tools read them."""
+    numbers = {name: expand_channel_values(name, getattr(args, name), args.num_channels) for name in ('mean', 'std')}
+    words = {name: ','.join(f'{value:.6g}' for value in values) for name, values in numbers.items()}
+    words |= {'channels': 'rgb'} if args.channels == 'auto' else {}
+    words |= {'white_level': 'type'} if args.white_level == 'auto' else {}
+    return replace_args(args, **words)
 
 
 def check_format(args):

@@ -9,7 +9,9 @@ from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from protocols.compare import format_cell, format_gain, selection_note
 from protocols.protocol import find_protocol
+from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.pretrained import describe_preprocessing
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.files import is_number, read_json
 from runtime.options import channel_numbers, expand_channel_values
 
@@ -104,8 +106,11 @@ def is_distilled(args):
 
 def was_trained(args, checkpoint):
     """Whether the weights are of a training with this code: not those of another tool, nor a run's unchanged start."""
-    unchanged = args.init_from and not checkpoint['epoch'] and not checkpoint.get('images')
-    return checkpoint['layout'] == 'ours' and not unchanged
+    if checkpoint['layout'] != 'ours' or not args.init_from:
+        return checkpoint['layout'] == 'ours'
+    epochs = checkpoint['epoch'] + bool(checkpoint.get('images'))
+    only_heads = epochs <= args.heads_epochs and args.freeze_bn
+    return bool(epochs) and not only_heads and args.start_share < 1
 
 
 def describe_origin(args, checkpoint):
@@ -126,31 +131,46 @@ def describe_start(args):
 def describe_results(args, checkpoint):
     """Describe the verdict and the results of evaluate: a list of lines."""
     run, lines = checkpoint['run'], []
-    if run.is_dir() and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
+    is_of_weights = run.is_dir() and (was_trained(args, checkpoint) or not find_best_epoch(run))
+    if is_of_weights and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
         lines += ['**{}**: {}'.format(*verdict), '']
     of_checkpoint = results.load_results(run, checkpoint=checkpoint['path'].name)
     own_results = [result for result in of_checkpoint if results.is_of_weights(result, args)]
     for result in own_results:
-        lines += [*format_compare_table(result), ''] if result.get('rows') else describe_result(result)
+        lines += [*format_compare_table(result, args), ''] if result.get('rows') else describe_result(result, args)
     if not own_results:
-        lines.append('Not evaluated: `python3 cli.py evaluate --beside=untrained,start` writes the table.')
+        name = f'{run.name}/{checkpoint["path"].name}' if checkpoint['layout'] == 'ours' else args.ckpt_name
+        beside = 'untrained,start' if args.init_from else 'untrained'
+        command = f'evaluate --protocol=compare --ckpt_name={shlex.quote(name)} --beside={beside}'
+        lines.append(f'Not evaluated: `python3 cli.py {command}` writes a table.')
     if len(own_results) < len(of_checkpoint):
         lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']
     return lines[:-1] if lines and not lines[-1] else lines
 
 
-def describe_result(result):
+def describe_result(result, args):
     """Describe a result of any protocol but compare by its first number, in a line of Markdown: a list of one line, or
     of none for label_free, whose numbers are in the verdict."""
     names = find_protocol(result['protocol']).numbers
     numbers = [f'{name} {result[key]:.2f} %' for key, name in names.items() if is_number(result.get(key))]
-    return [f'- {describe_settings(result)}: {numbers[0]}; {describe_dataset(result)}'] if numbers else []
+    return [f'- {describe_settings(result, args)}: {numbers[0]}; {describe_dataset(result)}'] if numbers else []
 
 
-def describe_settings(result):
-    """Name the protocol of a result and its explicit options."""
-    options = results.list_explicit_options(result) if 'settings' in result else []  # not in early versions
+def describe_settings(result, args):
+    """Name the protocol of a result, its explicit options, and the preprocessing that is not the exported one."""
+    settings = result.get('settings', {})  # not in early versions
+    options = results.list_explicit_options(result) if settings else []
+    others = [name for name in PREPROCESSING if name in settings and differs(name, settings[name], args)]
+    options += [option for name in others if (option := f'--{name}={settings[name]}') not in options]
     return f'{result["protocol"]}{f" ({shlex.join(options)})" if options else ""}'
+
+
+def differs(name, value, args):
+    """Whether an option of preprocessing is not that of args. Words of mean and std are compared as numbers."""
+    if name not in ('mean', 'std'):
+        return value != getattr(args, name)
+    one, other = (expand_channel_values(name, text, args.num_channels) for text in (value, getattr(args, name)))
+    return any(abs(a - b) > 1e-5 for a, b in zip(one, other, strict=False))
 
 
 def describe_dataset(result):
@@ -161,12 +181,12 @@ def describe_dataset(result):
     return f'{result["num_val"]} images of {Path(images.get("path", "an unnamed dataset")).name} {split}{digest}'
 
 
-def format_compare_table(result):
+def format_compare_table(result, args):
     """Format the rows of --protocol=compare as a Markdown table: a list of lines."""
     columns = [*result['rows'][0]['columns']]
     lines = [
-        f'{describe_settings(result)}: top-1 in percent ± standard error, in brackets the gain of this backbone over '
-        f'the row, paired by image; {describe_dataset(result)}{selection_note(result)}.',
+        f'{describe_settings(result, args)}: top-1 in percent ± standard error, in brackets the gain of this '
+        f'backbone over the row, paired by image; {describe_dataset(result)}{selection_note(result)}.',
         '',
     ]
     lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']

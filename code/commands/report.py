@@ -35,7 +35,7 @@ from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
-from runtime.files import is_number, try_writing
+from runtime.files import is_number, read_metrics, try_writing
 from runtime.messages import log
 from runtime.options import replace_args
 from runtime.tensors import evenly_spaced
@@ -118,7 +118,17 @@ def report(args):
 
 def load_run(args, model, checkpoint):
     backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
-    return ReportRun(args, checkpoint, backbone, read_scalars(resolve_path(args.log_path) / checkpoint['run'].name))
+    return ReportRun(args, checkpoint, backbone, load_scalars(args, checkpoint['run']))
+
+
+def load_scalars(args, run):
+    """Load the scalars of a run, {tag: [(epoch, value), ...]}: of its metrics.jsonl, which moves with the run, or, for
+    runs of early versions, of TensorBoard's folder."""
+    scalars = {}
+    for line in read_metrics(run / 'metrics.jsonl'):
+        for tag in line.keys() - {'epoch', 'time'}:
+            scalars.setdefault(tag, []).append((line['epoch'], line[tag]))
+    return scalars or read_scalars(resolve_path(args.log_path) / run.name)
 
 
 def extract_run_features(run, first):

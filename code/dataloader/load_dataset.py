@@ -204,6 +204,8 @@ def find_split_sources(args):
         hint = 'or run `preset=demo` without `image_path`'
         if root.name in DATASET_FOLDERS:
             hint = f'or fetch it: `download=True`; {hint}'
+        if args.ckpt_name:
+            raise UserError(f'{printable(root)} is not there: `image_path=FOLDER` names the images of this run anew')
         raise UserError(
             f'no images for `preset={args.preset}`: {printable(root)} is not there; lay it out as train/<class>/*.jpg '
             f'and val/<class>/*.jpg in it, point `image_path` at such a folder, {hint}'

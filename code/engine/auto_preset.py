@@ -161,9 +161,12 @@ def log_choices(args, train, sizes):
     backbone = f'{args.backbone}, {start.get(args.init_from, args.init_from)}'
     if args.init_from not in start and 'backbone' not in args.explicit:
         backbone = f'that of {args.init_from}'
+    size = f'{args.image_size} px'
+    if args.init_from and not starts_from_foreign_weights(args) and 'image_size' not in args.explicit:
+        size = f'that of {args.init_from}'
     rows = [
         ('backbone', backbone, '--backbone, --init_from (none: random weights)'),
-        ('view size', f'{args.image_size} px', '--image_size'),
+        ('view size', size, '--image_size'),
         ('batch size', f'{args.batch_size} images', '--batch_size'),
         ('epochs', f'{args.max_epochs} of {steps} steps', '--max_epochs'),
         ('learning rate', f'{args.learning_rate:g} x batch / 256', '--learning_rate'),

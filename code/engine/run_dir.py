@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from ckpt import save_checkpoint
 from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
 from runtime.atomic_write import atomic_write_on_main
@@ -139,7 +141,7 @@ def find_run(args, name):
 
 def run_display_name(args, folder):
     """Return the name of a run for printed commands: its name if it is in --ckpt_path, else its path."""
-    return folder.name if same_path(folder.parent, resolve_path(args.ckpt_path)) else shlex.quote(str(folder))
+    return shlex.quote(folder.name if same_path(folder.parent, resolve_path(args.ckpt_path)) else str(folder))
 
 
 def new_run(args):
@@ -173,6 +175,8 @@ def continue_run(args, checkpoint, state):
             record_checkpoint(folder, path)
         return RunDir(args, folder, path, state.position)
     new = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, path, is_own, state.epoch))))
+    if not is_own and checkpoint.get('start') and state.epoch and not rank():
+        write_start(new, checkpoint)
     why = f'{folder.name} has newer checkpoints than {path.name} and stays unchanged'
     if not is_own:
         why = f'{printable(path)} is not in the folder of its run, which stays unchanged'
@@ -196,6 +200,17 @@ def copy_run_up_to(args, path, is_own, epoch):
     if is_own and (logs / folder.name).is_dir():
         shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
     return new
+
+
+def write_start(run, checkpoint):
+    """Write the initial weights that a checkpoint keeps as epoch 0 of a run, so that it cannot end below them.
+    Projector and predictor are those of the checkpoint: its first ones are lost."""
+    content = {name: value for name, value in checkpoint.items() if name not in ('layout', 'run', 'path')}
+    backbone = {f'backbone.{name}': value for name, value in checkpoint['start'].items()}
+    content |= {'model': {**checkpoint['model'], **backbone}, 'epoch': 0, 'images': 0, 'loss': 0.0}
+    path = run / 'loss_0.0000_epoch_0'
+    record_checkpoint(run, path)
+    atomic_write(path, lambda aside: torch.save(content, aside))
 
 
 def ensure_not_running(folder):
@@ -317,6 +332,12 @@ def resolve_resume(args):
             raise UserError(
                 f'--resume=auto: the unfinished run {run.name} has {differences}; --resume={run.name} resumes it, '
                 'without --resume a new run starts'
+            )
+        if args.init_from and not saved['init_from'] and not rank():
+            print_message(
+                'warning',
+                f'{run.name} began with random weights, because the pretrained ones could not be had then; a new run '
+                f'tries again: --model_name=<another name>, or without --resume',
             )
         return replace_args(args, ckpt_name=run.name if path == paths[-1] else f'{run.name}/{path.name}')
     return args

@@ -29,7 +29,11 @@ STATE_DICT_KEYS = (
     'net',
     'backbone',
     'encoder',
+    'online_encoder',
     'weights',
+    'module',
+    'params_ema',
+    'params',
 )
 # Prefix of the encoder in each layout. Momentum encoders have other prefixes and are not used. backbone: lightly,
 # solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm as well.

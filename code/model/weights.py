@@ -191,6 +191,8 @@ def match_keys(network, tensors):
     unused = [key.removeprefix(prefix) for key in tensors if key not in used]
     if blocks := find_missing_blocks(network, unused):
         raise ValueError(f'it is of a deeper network: it has {join_first_keys(blocks)}, which this network has not')
+    if parts := find_parts_of_other_network(network, tensors, prefix):
+        raise ValueError(f'it is of another network: it has {join_first_keys(parts)}, which this network has not')
     return state, sorted({key.split('.')[0] for key in unused})
 
 
@@ -203,6 +205,25 @@ def find_missing_blocks(network, unused):
         key[: match.end()] for key in unused for match in block.finditer(key) if key[: match.start()] in sequences
     }
     return sorted(one for one in blocks if not any(name.startswith(f'{one}.') for name in network))
+
+
+def find_parts_of_other_network(network, tensors, prefix):
+    """Return the keys of a file under this prefix that the network has not, and without which its features would be
+    others, sorted: of layers inside a block that the network has (squeeze and excitation, layer scale), and of tokens
+    that a transformer attends to. Buffers that are computed from the size, such as attention masks, do not count."""
+    block = re.compile(r'\.\d+\.')
+    blocks = {name[: match.end()] for name in network for match in block.finditer(name)}
+    found = []
+    for name, tensor in tensors.items():
+        key = name.removeprefix(prefix)
+        if not name.startswith(prefix) or key in network:
+            continue
+        is_buffer = not tensor.is_floating_point() or key.endswith('attn_mask')
+        inside = any(key[: match.end()] in blocks for match in block.finditer(key))
+        is_token = re.fullmatch(r'(reg|register|storage|dist|cls)_tokens?', key)
+        if is_token or inside and not is_buffer:
+            found.append(key)
+    return sorted(found)
 
 
 def describe_mismatch(network, needed, tensors):

@@ -48,7 +48,9 @@ FOR_COLLAPSED = (
 FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
 FOR_NO_MORE = 'It is no better than at the start; evaluate --protocol=label_free compares it with an untrained network'
 FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
-FOR_UNTRAINED = 'the backbone is still the start (--heads_epochs, --start_share)'
+FOR_UNCHANGED = (
+    'no image of val is classified otherwise: is the backbone trained (--heads_epochs, --start_share), is val too easy?'
+)
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
@@ -117,7 +119,8 @@ def judge_against_start(lines):
         return 'better than the start' if sure else 'perhaps better than the start', f'{gain_text}. {more}'
     if gain < -error:
         return 'worse than the start', f'{gain_text}. Keep the start, epoch 0; {FOR_WORSE}'
-    hint = FOR_WORSE if any(line.get(FEW_LABELS.gain) for line in judged.values()) else FOR_UNTRAINED
+    changed = any(line.get(FEW_LABELS.gain) or gain_error(line) for line in judged.values())
+    hint = FOR_WORSE if changed else FOR_UNCHANGED
     return 'no better than the start', f'{gain_text}. Keep the start, epoch 0; {hint}'
 
 

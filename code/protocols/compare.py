@@ -12,7 +12,7 @@ import torch
 from ckpt import get_model_ckpt
 from dataloader.load_dataset import eval_loader, labeled_subset
 from metric.knn import clip_k, knn_scores
-from model.foreign_checkpoints import RESNET_BLOCKS
+from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict
 from model.weights import adapt_channels, copy_weights, is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import (
@@ -24,7 +24,7 @@ from protocols.few_labels import (
     score_few_labels,
 )
 from protocols.protocol import Outcome, Protocol, labeled_splits, leave_out_unlabeled
-from runtime.checkpoints.best_epoch import find_best_epoch
+from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.pretrained import are_foreign
@@ -33,8 +33,8 @@ from runtime.checkpoints.run_folder import checkpoints
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import format_columns
 from runtime.device import get_device
-from runtime.errors import UserError, resolve_path
-from runtime.files import is_number
+from runtime.errors import UserError, WorkError, resolve_path
+from runtime.files import is_number, read_json
 from runtime.messages import log
 from runtime.options import replace_args
 
@@ -42,6 +42,7 @@ ALL_LABELS = 'all labels'  # the column of the classifier on all of train
 # Options that all rows take from the call, also PREPROCESSING if it is given; the others come with the weights.
 SHARED_OPTIONS = ('image_path', 'val_fraction', 'channels', 'white_level', 'exif', 'npy_axes', 'on_unreadable')
 SHARED_OPTIONS += ('batch_size', 'image_size', 'knn_k', 'knn_temperature')
+BESIDE_HINT = '; evaluate --protocol=compare --ckpt_name={} --backbone=<its network> measures a file of another network'
 
 
 def compare_backbones(args, model, splits, checkpoint):
@@ -69,10 +70,16 @@ def compare_backbones(args, model, splits, checkpoint):
         for cell in row['columns'].values():
             cell['draws'] = len(cell.pop('right'))
     result = {'rows': rows, 'judged_on': judged_on, 'num_train': len(train), 'num_val': len(judged)}
-    is_selected = bool(checkpoint['epoch']) and checkpoint['epoch'] == find_best_epoch(checkpoint['run'])
-    result['selected_on_val'] = judged_on == 'val' and is_selected
+    result['selected_on_val'] = judged_on == 'val' and selected_checkpoint(judged, checkpoint)
     log(f'compare: evaluated on {describe_images(result)}')
     return Outcome(result)
+
+
+def selected_checkpoint(val, checkpoint):
+    """Whether the checkpoint is its run's best epoch, selected on these images."""
+    run, epoch = checkpoint['run'], checkpoint['epoch']
+    digest = read_json(run / START_FILE).get('val')
+    return bool(epoch) and epoch == find_best_epoch(run) and digest in (None, val.digest())
 
 
 def splits_to_compare(args, own_splits):
@@ -126,7 +133,16 @@ def load_row(args, name, checkpoint):
         if model is None:
             log('compare: no row start, because this checkpoint is not of a run that started from weights')
         return start_args, model
-    other_args, other, _ = get_model_ckpt(row_args(args, name, backbone=network_of_file(args, name)))
+    networks = networks_of_file(args, name)
+    for backbone in networks or ['']:
+        try:
+            other_args, other, _ = get_model_ckpt(row_args(args, name, backbone=backbone))
+            break
+        except (UserError, WorkError) as error:
+            if not networks:
+                raise
+            if backbone == networks[-1]:
+                raise UserError(f'{error}{BESIDE_HINT.format(name)}') from None
     if other_args.num_channels != args.num_channels:
         raise UserError(
             f'--beside={name} has --channels={other_args.channels}, and the checkpoint {args.channels}: leave it out'
@@ -134,13 +150,15 @@ def load_row(args, name, checkpoint):
     return other_args, other
 
 
-def network_of_file(args, name):
-    """Return the network to read a file of another tool with: the checkpoint's; '' for other names, and for ResNets,
-    whose architecture is in the file."""
+def networks_of_file(args, name):
+    """Return the networks to try to read a file of another tool with: the checkpoint's, and '' for files that tell
+    their architecture (ResNets); [] for other names."""
     path = resolve_path(name)
-    if is_off_the_shelf(name) or args.backbone in RESNET_BLOCKS or not path.is_file():
-        return ''
-    return '' if is_ours(load_file(path)) else args.backbone
+    content = load_file(path) if path.is_file() and not is_off_the_shelf(name) else {}
+    if not content or is_ours(content):
+        return []
+    tells = args.backbone in RESNET_BLOCKS or convert_state_dict(content)
+    return [args.backbone] * (args.backbone not in RESNET_BLOCKS) + [''] * bool(tells)
 
 
 def row_title(name, other_args, args):

@@ -225,7 +225,9 @@ class Monitor:
     def save_start(self, right):
         """Save what the gains over the start depend on: which images of val the initial weights classify correctly
         (`right`, from measure_labels, or None), and by which images, labels and options."""
-        values = {'right': [] if right is None else right.int().tolist(), 'measured_with': self.measured_with}
+        val = self.splits['val'].digest() if right is not None else ''
+        right = [] if right is None else right.int().tolist()
+        values = {'right': right, 'val': val, 'measured_with': self.measured_with}
         path = self.run.folder / START_FILE
         atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
 

@@ -17,7 +17,7 @@ from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.saved_options import PREPROCESSING
-from runtime.console import print_message
+from runtime.console import print_message, printable
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import dumps_nan_safe, is_number, read_in_order, sanitize_name, utc_timestamp, written_time
@@ -44,6 +44,8 @@ def eval_spec(args, splits, checkpoint):
         for name, option in OPTIONS.items()
         if name not in NOT_IN_SPEC and 'evaluate' in option.metadata['used_by'] and has_effect(args, name)
     }
+    if args.knn_raw_pixels and has_effect(args, 'knn_raw_pixels'):
+        settings['knn_raw_pixels'] = True  # a further number
     if args.subset_list:
         settings['subset_digest'] = hash_lines([os.fsdecode(resolve_path(args.subset_list).read_bytes())])
     path_of_images = find_protocol(args.protocol).path
@@ -151,6 +153,21 @@ def find_classifier(args, checkpoint, images_path):
         where = chosen['question']['images']['path']
         log(f'{where}: {chosen["outdated"]} older classifiers of other images or classes of it are not used')
     return chosen
+
+
+def warn_outdated(args, classifier, root, train):
+    """Warn if the images or classes of the dataset at `root` are not those that the classifier was trained on. train:
+    its labeled images."""
+    then, settings = classifier['question']['images'], classifier['question']['settings']
+    as_then = all(settings.get(name) in (None, getattr(args, name)) for name in ('val_fraction', 'on_unreadable'))
+    if not as_then or not same_path(Path(then['path']), root):
+        return
+    if 'train' in then and then['train'] != dataset_fingerprint(train) and not rank():
+        print_message(
+            'warning',
+            f'{printable(root)} has other images or classes than when the classifier was trained '
+            f'({classifier["when"][:19]}): evaluate trains one on those that are there now',
+        )
 
 
 def read_as_classifier_was_trained(args, classifier):

@@ -1,7 +1,10 @@
 """To and from other tools: their checkpoints here, our backbone there, features as files, neighbors as a picture."""
 
 import csv
+import json
 import pickle
+import re
+import shlex
 import shutil
 from collections import OrderedDict
 
@@ -21,9 +24,11 @@ from metric.knn import topk_neighbors
 from model.foreign_checkpoints import to_detectron2
 from optimizer.sgd import make_sgd
 from protocols import compare
+from runtime.checkpoints.best_epoch import FEW_LABELS
 from runtime.checkpoints.load_state import build_model
 from runtime.errors import UserError, WorkError
-from runtime.options import get_config
+from runtime.files import read_metrics
+from runtime.options import get_config, replace_args
 
 RUN = 'model_name_simsiam_ckpt_0'
 
@@ -281,6 +286,31 @@ def test_export_safetensors_loads_there(ours, tmp_path):
     assert all(torch.equal(there[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize('backbone', ['resnet18', 'small', 'mobilenet_v3_small'])
+def test_exported_safetensors_are_read_with_their_options(backbone, tmp_path):
+    """Its metadata has the network and its preprocessing; --image_size is stronger."""
+    args = get_config(preset='imagenet', backbone=backbone, image_size=64, mean='0.1,0.2,0.3', std='0.5')
+    args = replace_args(args, interpolation='bicubic', crop_ratio=0.9)
+    model = randomised(build_model(args), 5)
+    export(saved(tmp_path, args, model), 'safetensors', tmp_path / 'b.safetensors')
+    back_args, back, _ = load(tmp_path / 'b.safetensors')
+    assert (back_args.backbone, back_args.image_size, back_args.crop_ratio) == (backbone, 64, 0.9)
+    assert (back_args.mean, back_args.std, back_args.interpolation) == ('0.1,0.2,0.3', '0.5,0.5,0.5', 'bicubic')
+    torch.testing.assert_close(features(back), features(model))
+    assert load(tmp_path / 'b.safetensors', image_size=96)[0].image_size == 96
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'onnx'])
+def test_export_has_numbers_for_words(form, tmp_path, capsys):
+    """Of weights in torchvision's layout, which state no mean and std."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'w.pth')
+    export(tmp_path / 'w.pth', form, tmp_path / f'b.{form}')
+    assert 'mean 0.485,0.456,0.406, std 0.229,0.224,0.225' in capsys.readouterr().out
+    content = (tmp_path / f'b.{form}').read_bytes()
+    assert b'0.485,0.456,0.406' in content
+    assert not re.search(rb'(mean|std|channels|white_level)[^a-z]{1,5}auto', content)
+
+
 @pytest.mark.parametrize('kind', ['resnet18', 'small'])
 def test_export_onnx_runs_for_any_batch_size(kind, ours, tmp_path):
     """For any number of images, not only the example's."""
@@ -452,6 +482,26 @@ def save_text(folder):
     return folder / 'text'
 
 
+@pytest.mark.parametrize('change', ['nothing', 'a class is gone', 'an image is in another class'])
+def test_infer_warns_of_classifier_of_another_state_of_the_dataset(change, ours, drawn, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / 'set')
+    shutil.copytree(ours[0].parent, tmp_path / 'ckpt/run')
+    given = [f'--ckpt_name=run/{ours[0].name}', f'--image_path={tmp_path}/set', '--num_workers=0', '--image_size=32']
+    given += own_paths(tmp_path)
+    assert cli.main(['evaluate', *given, '--probe_optimizer=lbfgs', '--device=cpu']) == 0
+    folders = sorted((tmp_path / 'set/train').iterdir())
+    if change == 'a class is gone':
+        for part in ('train', 'val'):
+            shutil.rmtree(tmp_path / 'set' / part / folders[0].name)
+    elif change == 'an image is in another class':
+        moved = next(folders[0].iterdir())
+        moved.rename(folders[1] / 'moved.png')
+    capsys.readouterr()
+    output = f'--output={tmp_path}/o.csv'
+    assert cli.main(['infer', *[one for one in given if '--log_path' not in one], output, '--device=cpu']) == 0
+    assert ('other images or classes than when the classifier' in capsys.readouterr().err) == (change != 'nothing')
+
+
 @pytest.mark.parametrize('shares', [(0.5, 0.5), (0.5, 0.0)])
 def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path, capsys):
     """Of other images than the run's, and of another average with the start than is exported."""
@@ -483,6 +533,42 @@ def test_model_card_names_images_and_options_of_results(shares, drawn, tmp_path,
     else:
         assert '2 results with another --start_share are not listed' in card
         assert 'Not evaluated' in card
+
+
+@pytest.mark.parametrize(
+    ('option', 'trained'), [('--quiet=False', True), ('--start_share=1', False), ('--image_size=48', True)]
+)
+def test_model_card_tells_what_the_weights_are(option, trained, drawn, tmp_path):
+    """Weights that are the start again are not trained, and results at another image size have it."""
+    pytest.importorskip('timm')
+    given = [*own_paths(tmp_path), '--num_workers=0']
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'start.pth')
+    train = [f'--init_from={tmp_path}/start.pth', '--image_size=32', '--batch_size=24', '--amp=off', '--knn_every=1']
+    train += ['--preset=imagenet', '--proj_dim=32', '--pred_dim=8', '--max_epochs=1', f'--image_path={drawn}']
+    assert cli.main(['train', *train, '--heads_epochs=0', '--distill_size=32', *given]) == 0
+    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    lines = read_metrics(last.parent / 'metrics.jsonl')
+    lines[1] |= {FEW_LABELS.gain: 20.0, FEW_LABELS.error: 1.0}
+    (last.parent / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert cli.main(['evaluate', f'--ckpt_name={last}', '--protocol=knn', *given]) == 0
+    name = f'--ckpt_name={RUN}/{last.name}'
+    assert cli.main(['export', name, '--format=timm', f'--output={tmp_path}/x', option, *own_paths(tmp_path)]) == 0
+    card = (tmp_path / 'x/README.md').read_text()
+    assert ('trained without labels by SimSiam' in card) == trained
+    assert ('better than the start' in card) == trained
+    assert ('- knn (--image_size=32): ' in card) == (option == '--image_size=48')
+    assert ('- knn: ' in card) == (option == '--quiet=False')
+
+
+def test_command_of_model_card_writes_its_table(drawn, tmp_path, capsys):
+    pytest.importorskip('timm')
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'w.pth')
+    given = [f'--ckpt_name={tmp_path}/w.pth', *own_paths(tmp_path, 'ckpt')]
+    assert cli.main(['export', *given, '--format=timm', f'--output={tmp_path}/x']) == 0
+    (command,) = re.findall(r'`python3 cli.py (.*)` writes a table', (tmp_path / 'x/README.md').read_text())
+    more = [f'--image_path={drawn}', '--image_size=32', '--labels=1', '--draws=1', '--num_workers=0']
+    assert cli.main([*shlex.split(command), *more, *own_paths(tmp_path)]) == 0
+    assert 'untrained' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('error', [None, float('nan')])

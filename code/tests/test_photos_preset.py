@@ -171,6 +171,19 @@ def test_train_on_folder_uses_pretrained_weights_and_compares(photographs, tmp_p
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
 
 
+def test_view_size_of_a_run_to_start_from_is_not_promised(photographs, drawn, tmp_path, capsys):
+    given = ['--preset=imagenet', '--backbone=resnet18', '--image_size=64', '--batch_size=24', '--max_epochs=1']
+    given += ['--proj_dim=32', '--pred_dim=8', '--knn_every=0', '--num_workers=0', '--amp=off']
+    assert cli.main(['train', *given, f'--image_path={drawn}', *own_paths(tmp_path)]) == 0
+    capsys.readouterr()
+    run, short = 'model_name_simsiam_ckpt_0', ['--max_epochs=1', '--labels=1', '--num_workers=0', '--amp=off']
+    given = [f'--init_from={run}', f'--image_path={photographs}', *short]
+    assert cli.main(['train', *given, *own_paths(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f'view size      that of {run}' in said
+    assert '64 px views' in said
+
+
 def test_train_without_network_access_warns_and_uses_random_weights(photographs, tmp_path, monkeypatch, capsys):
     def offline(*given, **more):
         raise OSError('no network')
@@ -184,6 +197,11 @@ def test_train_without_network_access_warns_and_uses_random_weights(photographs,
     assert 'could not be downloaded: no network' in said.err
     assert 'training begins with random weights' in said.err
     assert 'untrained' in said.out
+    assert (
+        cli.main(['train', f'--image_path={photographs}', *short, '--amp=off', *own_paths(tmp_path), '--resume=auto'])
+        == 0
+    )
+    assert 'began with random weights, because the pretrained ones could not be had' in capsys.readouterr().err
     given = ['train', f'--image_path={photographs}', *short, '--init_from=imagenet', *own_paths(tmp_path)]
     assert cli.main(given) == 1  # asked for by name: nothing else is taken in their place
 

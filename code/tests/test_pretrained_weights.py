@@ -405,6 +405,52 @@ def test_weights_of_deeper_network_are_refused(backbone, tmp_path, capsys):
     assert 'it is of a deeper network: it has ' in one_line(capsys.readouterr().err)
 
 
+OTHERS = {  # tensors added to a file of the network, and whether the features without them would be others
+    'squeeze and excitation': ('timm/tf_efficientnet_lite0', {'blocks.0.0.se.conv_reduce.weight': torch.ones(8)}, True),
+    'layer scale': ('timm/vit_tiny_patch16_224', {'blocks.0.ls1.gamma': torch.ones(192)}, True),
+    'norm of queries': ('timm/vit_tiny_patch16_224', {'blocks.3.attn.q_norm.weight': torch.ones(64)}, True),
+    'registers': ('timm/vit_tiny_patch16_224', {'reg_token': torch.ones(1, 4, 192)}, True),
+    'mask token': ('timm/vit_tiny_patch16_224', {'mask_token': torch.ones(1, 192)}, False),
+    'decoder': ('timm/vit_tiny_patch16_224', {'decoder_blocks.0.norm1.weight': torch.ones(8)}, False),
+    'buffers': (
+        'timm/resnet10t',
+        {'layer1.0.index': torch.ones(4, dtype=torch.int64), 'layer1.0.attn_mask': torch.ones(4)},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize('case', OTHERS)
+def test_file_of_other_network_with_the_same_names_is_refused(case, tmp_path, capsys):
+    backbone, added, refused = OTHERS[case]
+    network = timm.create_model(backbone.removeprefix('timm/'))
+    torch.save({**network.state_dict(), **added}, tmp_path / 'file.pth')
+    given = [f'--ckpt_name={tmp_path}/file.pth', f'--backbone={backbone}', f'--output={tmp_path}/x', '--format=timm']
+    assert cli.main(['export', *given]) == (2 if refused else 0)
+    if refused:
+        assert f'it is of another network: it has {[*added][0]}' in one_line(capsys.readouterr().err)
+
+
+def wrap_as_training_script(state):
+    return {'model': state, 'optimizer': {'state': {}}, 'epoch': 3, 'loss': 0.5, 'args': {'lr': 0.1, 'seed': 1}}
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        wrap_as_training_script,
+        *(lambda state, key=key: {key: state, 'epoch': 1} for key in ('module', 'params', 'params_ema')),
+        lambda state: {'online_encoder': state, 'target_encoder': state},
+    ],
+)
+def test_files_of_training_scripts_are_read(wrap, tmp_path):
+    network = torchvision.models.resnet18()
+    torch.save(wrap(network.state_dict()), tmp_path / 'file.pth')
+    _, model, _ = get_model_ckpt(get_config(ckpt_name=f'{tmp_path}/file.pth', device='cpu'))
+    own = model.backbone.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items() if 'fc.' not in name)
+
+
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'vgg11', 'mobilenet_v3_small', 'convnext_tiny', 'swin_t'])
 def test_classifier_is_no_block_of_a_deeper_network(name):
     network = torchvision.models.get_model(name)

@@ -20,7 +20,7 @@ from engine.auto_preset import choose_preset
 from engine.run_dir import args_from_run
 from protocols import monitor
 from protocols.collapse_verdict import judge_run, judge_run_metrics
-from runtime.checkpoints.best_epoch import FEW_LABELS, find_best_epoch, find_best_epoch_in_metrics
+from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.files import read_json, read_metrics
 from runtime.options import channel_numbers, channel_values, get_config
@@ -162,6 +162,47 @@ def test_best_epoch_before_a_change_of_val_keeps_its_checkpoint(drawn, pretraine
     assert cli.main(resume) == 0
     assert find_best_epoch(folder) == 1
     assert [finished_epoch(path) for path in checkpoints(folder)] == [0, 1, 3]
+
+
+def test_run_without_labels_is_judged_by_labels_once_there_are_some(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    (tmp_path / 'flat/train').mkdir(parents=True)
+    for number, path in enumerate(sorted((drawn / 'train').glob('*/*'))):
+        shutil.copy(path, tmp_path / f'flat/train/{number}.png')
+    folder, given = tmp_path / 'ckpt' / RUN, ('--max_epochs=2', '--heads_epochs=0', '--save_every_epochs=1')
+    assert train(tmp_path, tmp_path / 'flat', pretrained, *given) == 0
+    lines = read_metrics(folder / 'metrics.jsonl')
+    lines[1] |= {SIMILARITY.gain: 0.5, SIMILARITY.error: 0.01}  # as if epoch 1 were the best
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert find_best_epoch(folder) == 1
+    resume = ['train', f'--resume={RUN}', '--max_epochs=3', f'--image_path={drawn}', *own_paths(tmp_path)]
+    assert cli.main(resume) == 0
+    said, lines = capsys.readouterr().out, read_metrics(folder / 'metrics.jsonl')
+    assert 'the start and the best epoch, 1, are measured again' in said
+    assert [FEW_LABELS.gain in line for line in lines] == [False, True, False, True]
+    assert FEW_LABELS.value in lines[0]
+    assert '10 labels per class: ' in ' '.join(line for line in said.splitlines() if line.startswith('verdict'))
+
+
+def test_copy_of_a_checkpoint_has_gains_over_its_start(drawn, pretrained, tmp_path):  # noqa: F811
+    """A checkpoint of a distilled run keeps its initial weights."""
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=9') == 0
+    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    (tmp_path / 'elsewhere').mkdir()
+    shutil.copy(last, tmp_path / 'elsewhere')
+    shutil.rmtree(tmp_path / 'ckpt')
+    resume = ['train', f'--resume={tmp_path}/elsewhere/{last.name}', '--max_epochs=2', *own_paths(tmp_path)]
+    assert cli.main(resume) == 0
+    new = tmp_path / 'ckpt' / RUN.replace('_0', '_1')
+    lines = read_metrics(new / 'metrics.jsonl')
+    assert [line['epoch'] for line in lines] == [0, 1, 2]
+    assert lines[2][FEW_LABELS.gain] == 0
+    assert [finished_epoch(path) for path in checkpoints(new)] == [0, 2]
+    start, kept = (torch.load(path, weights_only=True) for path in checkpoints(new))
+    assert all(torch.equal(start['model'][f'backbone.{name}'], value) for name, value in kept['start'].items())
+    given = [f'--ckpt_name={tmp_path}/elsewhere/{last.name}', '--beside=start', '--labels=1', '--num_workers=0']
+    assert cli.main(['evaluate', *given, *own_paths(tmp_path)]) == 0
+    (path,) = (tmp_path / 'elsewhere').glob('evaluate_compare_*')
+    assert read_json(path)['rows'][1]['columns']['1 per class']['gain'] == 0
 
 
 def test_epochs_without_gain_are_not_judged():

@@ -277,6 +277,13 @@ def test_best_checkpoint_without_labels_is_most_similar_to_targets(gains, best, 
     assert ('by similarity to the targets' in capsys.readouterr().out) == (best in (1, 2))
 
 
+@pytest.mark.parametrize(('gain', 'error', 'unchanged'), [(0.0, 0.0, True), (0.0, 11.0, False), (-0.5, 1.0, False)])
+def test_verdict_says_that_val_did_not_change_only_if_so(gain, error, unchanged):
+    _, sentence = collapse_verdict.judge_run_metrics(metrics_lines([gain, gain], error), 'at the start')
+    assert ('no image of val is classified otherwise' in sentence) == unchanged
+    assert ('try fewer epochs' in sentence) != unchanged
+
+
 def test_collapsed_run_from_weights_has_collapsed_verdict():
     """If no epoch was better; else the best one counts, which is used and exported, and the collapse is said."""
     lines = metrics_lines([-1.0, -30.0])
@@ -560,6 +567,34 @@ def test_val_that_selected_the_epoch_is_said(drawn, pretrained, tmp_path, monkey
     given = [f'--ckpt_name={last}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
     assert cli.main(['evaluate', *given]) == 0
     assert 'images of val, which also selected the epoch' in capsys.readouterr().out
+
+
+def test_val_of_other_images_did_not_select_the_epoch(drawn, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('protocols.compare.find_best_epoch', lambda folder: 1)
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0') == 0
+    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    shutil.copytree(drawn, tmp_path / 'other')
+    next((tmp_path / 'other/val').glob('*/*')).unlink()
+    for images, selected in ((drawn, True), (tmp_path / 'other', False)):
+        capsys.readouterr()
+        given = [f'--ckpt_name={last}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
+        assert cli.main(['evaluate', *given, f'--image_path={images}']) == 0
+        assert ('which also selected the epoch' in capsys.readouterr().out) == selected
+
+
+@pytest.mark.parametrize('own', ['resnet18', 'mobilenet_v3_small'])
+@pytest.mark.parametrize('other', ['resnet18', 'mobilenet_v3_small', 'densenet121'])
+def test_beside_reads_files_of_the_same_network_and_of_resnets(own, other, drawn, tmp_path, capsys):
+    import torchvision
+
+    for name in {own, other}:
+        torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / f'{name}.pth')
+    given = [f'--ckpt_name={tmp_path}/{own}.pth', f'--backbone={own}', f'--beside={tmp_path}/{other}.pth']
+    given += [f'--image_path={drawn}', '--labels=1', '--draws=1', '--image_size=32', '--num_workers=0', '--device=cpu']
+    read = other in (own, 'resnet18')
+    assert cli.main(['evaluate', *given, *own_paths(tmp_path)]) == (0 if read else 2)
+    said = capsys.readouterr()
+    assert read or f'--ckpt_name={tmp_path}/{other}.pth --backbone=<its network>' in said.err
 
 
 def test_ablation_from_weights_evaluates_last_checkpoints(drawn, pretrained, tmp_path, monkeypatch):

@@ -32,8 +32,10 @@ REQUIRED_TYPES = {
 
 def is_ours(content):
     """Whether the content of a file is a checkpoint of this project, of any format."""
-    keys = ('model', 'optimizer', 'args', 'epoch', 'loss')
-    return isinstance(content, dict) and all(key in content for key in keys) and isinstance(content['args'], dict)
+    keys = ('model', 'optimizer', 'args', 'epoch', 'loss')  # other training scripts write these too
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        return False
+    return isinstance(content['args'], dict) and ('format' in content or 'proj_dim' in content['args'])
 
 
 def upgrade(content):

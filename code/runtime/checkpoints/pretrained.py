@@ -25,15 +25,15 @@ from model.weights import (
     preprocessing_from_timm_folder,
 )
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
-from runtime.checkpoints.read_file import load_file
+from runtime.checkpoints.read_file import load_file, read_metadata
 from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
-from runtime.checkpoints.saved_options import apply_preset, leave_demo_preset, merge_saved_options
+from runtime.checkpoints.saved_options import PREPROCESSING, apply_preset, leave_demo_preset, merge_saved_options
 from runtime.console import first_line, join_first
 from runtime.distributed import local_main_first
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.files import read_json, sanitize_name
 from runtime.messages import log
-from runtime.options import channel_values, replace_args
+from runtime.options import channel_values, parse, replace_args
 
 
 def check_off_the_shelf(args, name):
@@ -43,7 +43,8 @@ def check_off_the_shelf(args, name):
     if name == 'timm/':
         raise UserError(f'{name} names no network: timm/<name>, or timm for the weights of --backbone=timm/<name>')
     if timm_name and 'backbone' in args.explicit and args.backbone != f'timm/{timm_name.split(".")[0]}':
-        raise UserError(f'--backbone={args.backbone} and {name} name two networks: leave --backbone out')
+        hint = f'--backbone=timm/{timm_name.split(".")[0]}' if args.from_run else 'leave --backbone out'
+        raise UserError(f'--backbone={args.backbone} and {name} name two networks: {hint}')
     if timm_name:
         args = replace_args(args, backbone=f'timm/{timm_name.split(".")[0]}')
     if name == 'timm' and not args.backbone.startswith('timm/'):
@@ -107,10 +108,12 @@ def fetch_weights(args, name, timm_name):
                 f'the downloaded weights {name} of {args.backbone} are damaged: {first_line(error)}; delete their file '
                 f'in {torch.hub.get_dir()}/checkpoints'
             ) from None
-        option = 'ckpt_name' if args.ckpt_name else 'init_from'
+        beside = args.ckpt_name in args.beside.split(',')
+        option = 'beside' if beside else 'ckpt_name' if args.ckpt_name else 'init_from'
+        network = '' if beside else f' --backbone={args.backbone}'
         raise WorkError(
             f'the weights {name} of {args.backbone} could not be downloaded: {first_line(error)}; download them '
-            f'elsewhere and name the file: --{option}=FILE --backbone={args.backbone}'
+            f'elsewhere and name the file: --{option}=FILE{network}'
         ) from None
 
 
@@ -149,6 +152,7 @@ def load_foreign(args, path, content):
 
     Without --preset the options are those of imagenet, or of cifar10 if the stem is for small images.
     """
+    args = apply_export_options(args, path)
     named = 'backbone' in args.explicit and args.backbone not in RESNET_BLOCKS
     converted = None if named else convert_state_dict(content)
     if named or not converted and 'backbone' in args.explicit:
@@ -193,6 +197,20 @@ def load_foreign(args, path, content):
     # The hash: other tools' files often have the same name.
     run = resolve_path(args.ckpt_path) / f'{source}_{path.name}_{content_hash(path)}'
     return merged, model, make_foreign_checkpoint(source, path, run)
+
+
+def apply_export_options(args, path):
+    """Set the options that `export --format=safetensors` writes into its file, except explicit ones. Returns args."""
+    saved = read_metadata(path)
+    if not {'backbone', 'stem', *PREPROCESSING} <= saved.keys():
+        return args
+    names = ('backbone', 'stem', 'channels', 'white_level')
+    options = {name: saved[name] for name in names if name in saved and name not in args.explicit}
+    args = replace_args(leave_demo_preset(args), **options)
+    preprocessing = {name: parse(name, saved[name]) for name in PREPROCESSING}
+    args = apply_preprocessing(args, preprocessing)
+    args.explicit = args.explicit | {'backbone', *preprocessing}
+    return args
 
 
 def missing_stages(state):

@@ -82,6 +82,14 @@ def load_file(path):
             raise WorkError(describe_unreadable(path)) from None
 
 
+def read_metadata(path):
+    """Return the metadata of a file of safetensors, {name: text}; {} for other files."""
+    if not is_safetensors(path):
+        return {}
+    with require_package('safetensors', path.name).safe_open(path, 'pt') as file:
+        return file.metadata() or {}
+
+
 def describe_unreadable(path):
     """Return the error message for a file that torch.load cannot read: what it is, by its first bytes, or damaged."""
     with open(path, 'rb') as file:

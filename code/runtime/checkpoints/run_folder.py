@@ -95,6 +95,10 @@ def find_checkpoint(args, training=False):
             files = sorted(
                 file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt')
             )
+            if any('-of-' in name for name in files):
+                raise UserError(
+                    f'{path} holds weights in several files: merge their tensors into one file, and name it'
+                )
             if files:
                 raise UserError(f'{path} is not a run; name the file: --ckpt_name={path / files[0]}')
             raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
