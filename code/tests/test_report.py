@@ -329,7 +329,9 @@ def test_report_skips_missing_sections(folder, tmp_path, show):
     for path in (folder / 'set/train/checks').iterdir():
         shutil.copy(path, images)
         names.append(path.name)
-    page, paths = tmp_path / 'mine.html', (f'--log_path={tmp_path}/log', f'--ckpt_path={folder}/ckpt')
+    shutil.copytree(folder / 'ckpt', tmp_path / 'ckpt')
+    (tmp_path / 'ckpt' / RUN / 'metrics.jsonl').unlink()
+    page, paths = tmp_path / 'mine.html', own_paths(tmp_path, 'ckpt', 'log')
     assert cli.main(['report', f'--ckpt_name={RUN}', f'--image_path={images}', f'--output={page}', *paths]) == 0
     text = page.read_text()
     data = data_of(text)
@@ -340,6 +342,13 @@ def test_report_skips_missing_sections(folder, tmp_path, show):
     assert sorted(name.split('/')[-1] for name in data['names']) == sorted(names)
     tab = show(page)
     assert 'no class (24)' in tab.locator('#classes').inner_text()
+
+
+def test_report_of_renamed_run_has_its_curves(folder, tmp_path):
+    shutil.copytree(folder / 'ckpt' / RUN, tmp_path / 'ckpt/renamed')
+    page, paths = tmp_path / 'mine.html', own_paths(tmp_path, 'ckpt', 'log')
+    assert cli.main(['report', '--ckpt_name=renamed', f'--image_path={folder}/set', f'--output={page}', *paths]) == 0
+    assert {'loss', 'std', 'knn'} <= data_of(page.read_text())['charts'].keys()
 
 
 DAMAGED = (b'', b'{"protocol"', b'\xff', b'[]', b'{"a": 1}', b'{"protocol": "linear", "epoch": 1, "top1": "x"}')
