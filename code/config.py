@@ -276,7 +276,7 @@ class OptimizationOptions:
 @theme('Metrics and checkpoints', used_by=TRAIN)
 class MonitorOptions:
     knn_every: int = option(5, between=(0, 100000))
-    """epochs between two evaluations of the metrics (kNN, few labels, label-free); 0: never"""
+    """epochs between two evaluations of the metrics (kNN, few labels, label-free); 0: label-free, at start and end"""
     knn_k: int = option(200, between=(1, 100000), used_by=KNN_COMMANDS, aliases='k')
     """neighbors in kNN; at most the mean number of images per class"""
     knn_temperature: float = option(0.1, between=(0.001, 100.0), used_by=KNN_COMMANDS, aliases='temp')

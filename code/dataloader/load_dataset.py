@@ -204,7 +204,7 @@ def find_split_sources(args):
         hint = 'or run `preset=demo` without `image_path`'
         if root.name in DATASET_FOLDERS:
             hint = f'or fetch it: `download=True`; {hint}'
-        if args.ckpt_name:
+        if args.ckpt_name and 'image_path' not in args.explicit:
             raise UserError(f'{printable(root)} is not there: `image_path=FOLDER` names the images of this run anew')
         raise UserError(
             f'no images for `preset={args.preset}`: {printable(root)} is not there; lay it out as train/<class>/*.jpg '

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ import ckpt
 import cli
 from ckpt import get_model_ckpt
 from conftest import TINY, own_paths
+from engine.run_dir import run_display_name
 from protocols.results import find_classifier
 from runtime import files
 from runtime.checkpoints.run_folder import WRITTEN, checkpoints, record_checkpoint, was_written_by_run
@@ -264,3 +266,30 @@ def test_infer_reads_images_as_those_of_its_classifier(options, judged, drawn, t
     capsys.readouterr()
     assert cli.main([*given, '--crop_ratio=0.2']) == 0
     assert ', --crop_ratio=0.2' in capsys.readouterr().out
+
+
+def test_run_of_moved_images_says_which_option_names_them(drawn, tmp_path, capsys):
+    """Also if its folder was renamed, with a space: printed commands quote it."""
+    shutil.copytree(drawn, tmp_path / 'set')
+    assert train(tmp_path, tmp_path / 'set', '--max_epochs=1') == 0
+    renamed = (tmp_path / 'ckpt' / RUN).rename(tmp_path / 'ckpt/two words')
+    (tmp_path / 'set').rename(tmp_path / 'moved')
+    name = run_display_name(get_config(ckpt_path=str(tmp_path / 'ckpt')), renamed)
+    command = ['evaluate', *shlex.split(f'--ckpt_name={name}'), '--protocol=knn', *own_paths(tmp_path)]
+    assert cli.main(command) == 2
+    assert 'is not there: --image_path=FOLDER names the images of this run anew' in capsys.readouterr().err
+    assert cli.main([*command, f'--image_path={tmp_path}/moved']) == 0
+
+
+def test_accuracy_of_raw_pixels_has_a_result_of_its_own(drawn, tmp_path):
+    assert train(tmp_path, drawn, '--max_epochs=1') == 0
+    for option in ('--knn_raw_pixels=True', '--knn_raw_pixels=False'):
+        assert cli.main(['evaluate', f'--ckpt_name={RUN}', '--protocol=knn', option, *own_paths(tmp_path)]) == 0
+    results = [read_json(path) for path in (tmp_path / 'ckpt' / RUN).glob('evaluate_knn_*')]
+    assert sorted('knn_top1_pixels' in result for result in results) == [False, True]
+
+
+def test_weights_in_several_files_are_named(tmp_path, capsys):
+    (tmp_path / 'model-00001-of-00002.safetensors').write_bytes(b'')
+    assert cli.main(['export', f'--ckpt_name={tmp_path}', '--format=timm', f'--output={tmp_path}/x']) == 2
+    assert 'holds weights in several files' in capsys.readouterr().err
