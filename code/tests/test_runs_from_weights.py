@@ -309,17 +309,6 @@ def with_collapse_measures(line):
     return {**line, 'pretraining/rank': 5.0, 'pretraining/area': 0.5, 'pretraining/std': 1.0}
 
 
-def test_verdict_on_untrained_backbone_says_so():
-    """In the epochs of --heads_epochs, and with --start_share=1."""
-    lines = [
-        {'epoch': 0, FEW_LABELS.value: 50.0},
-        {'epoch': 1, FEW_LABELS.value: 50.0, FEW_LABELS.gain: 0.0, FEW_LABELS.error: 0.0},
-    ]
-    _, sentence = judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')
-    assert 'the backbone is still the start' in sentence
-    assert 'fewer epochs' not in sentence
-
-
 def test_run_averaged_with_start_begins_another_of_other_channels(drawn, pretrained, tmp_path, capsys):  # noqa: F811
     """The initial weights within the checkpoint are adapted too."""
     assert train(tmp_path / 'rgb', drawn, pretrained, *QUICK, '--heads_epochs=0', '--start_share=0.5') == 0
