@@ -23,8 +23,7 @@ from runtime.tensors import evenly_spaced
 
 SIZE_SAMPLE = 64  # images whose size is read
 MAX_SMALL_SIDE = 64  # px: images of one size up to this get --preset=cifar10
-# Training steps of a run from pretrained weights. Twice as many gained two to three points more, and take two hours on
-# a CPU.
+# Training steps of a run from pretrained weights. Twice as many gained two to three points more (results/LOG.md).
 STEPS, STEPS_ON_GPU = 600, 1200
 MIN_EPOCHS, MAX_EPOCHS = 6, 100  # of such a run
 FROM_SCRATCH = 1_000_000  # images from which a run starts from random weights

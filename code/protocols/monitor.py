@@ -69,7 +69,7 @@ class Monitor:
         self.knn_train_loader = eval_loader(args, labeled_subset(train))
         self.knn_val_loader = eval_loader(args, labeled_subset(val)) if val else None
         self.knn_off = '--knn_every=0' if args.knn_every == 0 else missing_labels_reason(self.splits)
-        self.measured_with = describe_measurement(args, train, val)
+        self.measured_with = describe_measurement(args, train, val) if args.init_from else ''
         # A finished run keeps all that was written.
         after = state.epoch + 1 if run.resumed and state.epoch < args.max_epochs else 0
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
@@ -85,7 +85,8 @@ class Monitor:
         else:
             log_missing_labels('few labels', self.splits['train'].labels, [WATCHED])
         if self.run.resumed:
-            if state.epoch < self.args.max_epochs and (state.epoch or self.logger.has_epoch(0)):
+            begun = state.epoch or self.logger.has_epoch(0)
+            if self.args.init_from and begun and state.epoch < self.args.max_epochs:
                 self.measure_again(state, teacher)
             if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
                 self.after_epoch(state, teacher)
@@ -243,7 +244,7 @@ class Monitor:
             return not (self.knn_off and known_by_labels), find_best_epoch(folder) or 0
 
         changed, best = broadcast_from_rank0(find_change)
-        if not self.args.init_from or not changed:
+        if not changed:
             return
         epochs = f'the start and the best epoch, {best}, are' if best else 'the start is'
         log(
