@@ -14,7 +14,7 @@ from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.format import is_ours, upgrade
 from runtime.checkpoints.load_state import adapt_state_to_channels, build_model, load_state_strictly
-from runtime.checkpoints.pretrained import load_foreign, load_off_the_shelf, load_timm_folder
+from runtime.checkpoints.pretrained import describe_preprocessing, load_foreign, load_off_the_shelf, load_timm_folder
 from runtime.checkpoints.read_file import load_file, verify_crc
 from runtime.checkpoints.run_folder import (
     checkpoints,
@@ -66,8 +66,7 @@ def load_model(args, training):
     if args.ckpt_name and is_off_the_shelf(args.ckpt_name):
         return load_off_the_shelf(args, args.ckpt_name)
     if args.ckpt_name:
-        locked_options = (*ARCHITECTURE, 'preset', 'channels')
-        locked_options += PIXEL_OPTIONS if training else ()
+        locked_options = (*ARCHITECTURE, 'preset', *(PIXEL_OPTIONS if training else ('channels',)))
         return load_checkpoint(args, find_checkpoint(args, training), locked_options, training)
     if args.init_from:
         return start_from_weights(args)
@@ -87,13 +86,16 @@ def start_from_weights(args):
             if path.exists() and not checkpoints_in(path)
             else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         )
-        loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE)
+        loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE, initial=True)
     model.has_heads = True  # new ones if the file has none
     weight_options = {name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)}
-    if len(channel_values('mean', weight_options['mean'])) not in (1, args.num_channels):  # for other channels
-        weight_options |= {'mean': args.mean, 'std': args.std}
+    lengths = {len(channel_values(name, weight_options[name])) for name in ('mean', 'std')}
+    if not lengths <= {1, args.num_channels}:  # they are for other channels
+        weight_options |= {name: getattr(args, name) for name in ('mean', 'std', 'white_level')}
     args = replace_args(args, **weight_options)
-    if checkpoint['layout'] != 'ours':
+    if checkpoint['layout'] == 'ours':
+        log(f'weights {checkpoint["path"].parent.name}/{checkpoint["path"].name}: {describe_preprocessing(args)}')
+    else:
         args, names = set_init_from_defaults(args)
         log('from pretrained weights: ' + ' '.join(f'--{name}={getattr(args, name)}' for name in names))
     return args, model, None
@@ -103,8 +105,9 @@ def checkpoints_in(path):
     return checkpoints(path) if path.is_dir() else []
 
 
-def load_checkpoint(args, path, locked_options, training=False):
-    """get_model_ckpt for this file. locked_options: options that must not contradict the checkpoint."""
+def load_checkpoint(args, path, locked_options, training=False, initial=False):
+    """get_model_ckpt for this file. locked_options: options that must not contradict the checkpoint. initial: load the
+    initial weights of a new run, which may have other channels, and whose --start_share is its own."""
     if path.is_dir():
         return load_timm_folder(args, path)
     content = load_file(path)
@@ -116,7 +119,7 @@ def load_checkpoint(args, path, locked_options, training=False):
     log_missing_options(path, saved['preset'], unsaid)
     merged = merge_saved_options(args, saved, path, locked_options)
     model = build_model(merged)
-    if args.init_from:
+    if initial:
         state = adapt_state_to_channels(model, state)
         if saved['channels'] not in ('rgb', 'auto', merged.channels) and merged.num_channels != len(
             channel_numbers(saved['channels'])
@@ -136,7 +139,7 @@ def load_checkpoint(args, path, locked_options, training=False):
             'option out'
         ) from None
     if content.get('start') and not training:
-        share = saved['start_share'] if args.init_from else merged.start_share  # --start_share is of the new run
+        share = saved['start_share'] if initial else merged.start_share
         if share:
             trained = model.backbone.state_dict()
             copy_weights(model.backbone, average_weights(adapt_channels(trained, content['start']), trained, share))

@@ -166,8 +166,8 @@ class DataOptions:
 @theme('Views', used_by=AUGMENT_COMMANDS)  # Augmentation (paper section 3; MoCo v2)
 class ViewOptions:
     augmentation: str = option('moco', ('moco', 'simclr', 'mild'), aliases='aug', often=9)
-    """augmentation of the views: moco, the stronger simclr, or the weaker mild, which --init_from sets, like
-    --freeze_bn"""
+    """augmentation of the views: moco, the stronger simclr, or the weaker mild, which --init_from sets for weights that
+    are not from a run of this code"""
     warmup_augmentation: str = option('moco', ('moco', 'simclr', 'mild'), used_by=TRAIN)
     """augmentation during the warmup_epochs"""
     augment_backend: str = option('device', ('device', 'worker'))
@@ -194,21 +194,22 @@ class ModelOptions:
     """with --freeze_bn: do not train the scale and shift of the backbone's BN either"""
     heads_epochs: int = option(0, between=(-1, 1000))
     """first epochs, in which only projector and predictor are trained (and, without --freeze_bn, the backbone's BN
-    statistics move); -1: the epochs of 80 steps; --init_from sets it, like --freeze_bn"""
+    statistics move); -1: the epochs of 80 steps; --init_from may set it: see --freeze_bn"""
     trained_share: float = option(1.0, between=(0.001, 1.0))
     """share of the backbone's weights that are trained, from the last layer on; the first layers stay as they are (but
     for BN statistics without --freeze_bn)"""
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
-    """learning rate of the backbone divided by the projector's; --init_from sets it, like --freeze_bn"""
+    """learning rate of the backbone divided by the projector's; --init_from may set it: see --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
     """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
-    (WiSE-FT, arXiv 2109.01903); --init_from sets it, like --freeze_bn"""
+    (WiSE-FT, arXiv 2109.01903); --init_from may set it: see --freeze_bn"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
     weights give to the center crop of the image at --distill_size (engine/teacher.py). This loss is logged beside
-    SimSiam's, without the weight. --init_from sets it, like --freeze_bn"""
+    SimSiam's, without the weight. --init_from may set it: see --freeze_bn"""
     distill_size: int = option(0, between=(0, 1024))
-    """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger"""
+    """side of the images for --distill_weight, in pixels; 0: 224, or image_size if that is larger, or if the network
+    accepts no other size or has the stem cifar"""
     distill_neighbors: int = option(10, between=(0, 1000))
     """nearest training images whose features are averaged with those of the image, for --distill_weight; 0: none"""
     stem: str = option('imagenet', ('imagenet', 'cifar'), used_by=NETWORK)
@@ -290,7 +291,8 @@ class MonitorOptions:
     save_every_minutes: float = option(15.0, between=(0.0, 1e6), local=True)
     """minutes between two checkpoints within an epoch; 0: never"""
     keep_checkpoints: int = option(0, between=(0, 100000), local=True)
-    """number of checkpoints of a run to keep; older ones are deleted; 0: keep all"""
+    """number of checkpoints of a run to keep; older ones are deleted; 0: keep all. A run from pretrained weights keeps
+    its start and its best epoch besides"""
     resume: str = option('', often=10, local=True)
     """resume a run, or one of its checkpoints; auto: the newest run with these options, or start one"""
     from_run: str = option('', local=True)

@@ -1,6 +1,7 @@
 """evaluate: measure a pretrained backbone by a protocol of protocols/.
 
-Results are of the last epoch of the evaluation, never of its best one, on all images of val.
+Results are of the last epoch of the evaluation, never of its best one, on all labeled images of val. compare takes
+test if there is one; label_free takes train; transfer and detection have datasets of their own.
 """
 
 import torch

@@ -51,7 +51,8 @@ def train(args):
         with signals.defer_signals(distributed.world_size() > 1):  # all ranks stop together: signals.sync_should_save
             if args.init_from and not run.resumed:
                 run.save(state, start=True)  # training may make the weights worse
-            if args.distill_weight and state.start and max(state.epoch, args.heads_epochs) < args.max_epochs:
+            trains_backbone = max(state.epoch, args.heads_epochs) < args.max_epochs
+            if args.distill_weight and state.start and (trains_backbone or monitor.lacks_metrics(state)):
                 teacher = Teacher(args, state.model.backbone, state.start, iterators['train'].dataset, run.folder)
             monitor.start(state, teacher)
             train_epochs(args, state, iterators['train'], monitor, run, teacher)
@@ -65,12 +66,14 @@ def train(args):
             (run.folder / TARGETS_FILE).unlink(missing_ok=True)
         log(f'pretraining done in {format_duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
-    log(format_summary(args, run, result, ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''))
+    if not distributed.rank():  # other machines may not have the files
+        protocol = ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''
+        log(format_summary(args, run, result, protocol))
     return run.path
 
 
 def train_epochs(args, state, loader, monitor, run, teacher):
-    """Train the remaining epochs; save a checkpoint and compute the metrics after each."""
+    """Train the remaining epochs. After an epoch, a checkpoint is saved and metrics are computed if they are due."""
     step = None
     while state.epoch < args.max_epochs:
         if step is None or state.epoch == args.heads_epochs:  # the set of trained parameters changes
@@ -131,7 +134,7 @@ def train_epoch(args, step, state, loader, monitor, run):
 
 def draw_views(args, images, augmentation, state, dataset):
     """Make the views of a batch from the images of the loader. Returns a tuple of N x C x S x S tensors. The random
-    numbers depend on the seed, the epoch and the step only."""
+    numbers depend on the seed, the epoch and the step only; on a CPU dataloader workers draw them, by the batch."""
     generator = generator_for(args.random_seed, 'views', state.epoch, state.images // args.batch_size)
     shard = distributed.shard_range(len(images))
     views = dataset.make_views(images, augmentation, generator, shard, use_compile(args))

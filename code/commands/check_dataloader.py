@@ -6,6 +6,7 @@ import time
 import numpy as np
 import torch
 
+from ckpt import get_model_ckpt
 from dataloader import vision
 from dataloader.cache.decoded import map_images
 from dataloader.load_dataset import find_split_sources, get_iterator
@@ -20,14 +21,15 @@ from dataloader.loading.pixel_settings import (
 )
 from engine.auto_preset import choose_preset
 from logger import save_view_grid
-from runtime.checkpoints.pretrained import starts_from_foreign_weights
+from model.weights import is_off_the_shelf
+from runtime.checkpoints.pretrained import set_off_the_shelf_options
 from runtime.checkpoints.saved_options import set_init_from_defaults
 from runtime.console import print_message, printable
 from runtime.device import init_device
 from runtime.errors import WorkError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import channel_numbers
+from runtime.options import channel_numbers, replace_args
 from runtime.seeding import generator_for
 from utils import prepare_batch
 
@@ -45,9 +47,8 @@ def check_dataloader(args):
     try_writing(path)
     sources = find_split_sources(args)
     args = choose_preset(args, sources)
-    if starts_from_foreign_weights(args):  # train sets them when it loads the weights
-        args, _ = set_init_from_defaults(args)
-    args = resolve_mean_std(resolve_pixels(args, sources['train'].store), sources['train'].store)
+    args = set_options_of_weights(resolve_pixels(args, sources['train'].store))
+    args = resolve_mean_std(args, sources['train'].store)
     unreadable, read = read_and_hash_all(args, sources)
     if unreadable and args.on_unreadable == 'error':
         raise WorkError(
@@ -79,6 +80,15 @@ def check_dataloader(args):
     views = make_views(args, iterators['train'].dataset, images[:16])
     save_view_grid([vision.to_picture(view, args) for view in views], path)
     log(f'the two views of {len(views[0])} images: {printable(path)}')
+
+
+def set_options_of_weights(args):
+    """Set the options that the weights of --init_from set in train. Weights off the shelf are not downloaded. Returns
+    args."""
+    if not is_off_the_shelf(args.init_from):
+        return get_model_ckpt(replace_args(args, ckpt_name=''))[0] if args.init_from else args
+    args, _ = set_off_the_shelf_options(args, args.init_from)
+    return set_init_from_defaults(args)[0]
 
 
 def read_and_hash_all(args, sources):

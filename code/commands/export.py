@@ -151,7 +151,7 @@ def is_supported(backbone, stem, tool):
 
 def file_metadata(args):
     """Return the options that a user of the exported network needs, as texts."""
-    names = ('backbone', 'stem', *PREPROCESSING, 'channels', 'white_level')
+    names = ('backbone', 'stem', *PREPROCESSING, 'channels')
     return {name: str(getattr(args, name)) for name in names}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from config import INIT_FROM_DEFAULTS
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
-from protocols.compare import format_cell, format_gain, selection_note
+from protocols.compare import format_cell, format_gain
 from protocols.protocol import find_protocol
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.pretrained import describe_preprocessing
@@ -50,7 +50,7 @@ def render_model_card(args, checkpoint, name, features):
     lines += ['## Evaluation', '', *describe_results(args, checkpoint), '']
     lines += ['## Use', '', '```python', 'import timm', '']
     lines += ["backbone = timm.create_model('local-dir:<this folder>', pretrained=True).eval()"]
-    if args.num_channels == 3:
+    if not channel_numbers(args.channels):  # RGB
         lines += ['transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))']
         call = f'features = backbone(transform(image).unsqueeze(0))    # 1 x {features}; image: PIL, RGB'
     else:
@@ -80,7 +80,9 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         f'- initial weights: {describe_start(args)}'
         + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
         *([describe_start_options(args)] if args.init_from else []),
-        f'- epoch {checkpoint["epoch"]} of {args.max_epochs}, batch {args.batch_size}, learning rate '
+        f'- epoch {checkpoint["epoch"]} of {args.max_epochs}'
+        + (f' and {checkpoint["images"]} images of the next' if checkpoint.get('images') else '')
+        + f', batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
         f'- preprocessing: {describe_preprocessing(args)}',
     ]
@@ -136,9 +138,12 @@ def describe_results(args, checkpoint):
         lines += ['**{}**: {}'.format(*verdict), '']
     of_checkpoint = results.load_results(run, checkpoint=checkpoint['path'].name)
     own_results = [result for result in of_checkpoint if results.is_of_weights(result, args)]
-    for result in own_results:
-        lines += [*format_compare_table(result, args), ''] if result.get('rows') else describe_result(result, args)
-    if not own_results:
+    tables = [
+        [*format_compare_table(result, args), ''] if result.get('rows') else describe_result(result, args)
+        for result in own_results
+    ]
+    lines += [line for table in tables for line in table]
+    if not any(tables):
         name = f'{run.name}/{checkpoint["path"].name}' if checkpoint['layout'] == 'ours' else args.ckpt_name
         beside = 'untrained,start' if args.init_from else 'untrained'
         command = f'evaluate --protocol=compare --ckpt_name={shlex.quote(name)} --beside={beside}'
@@ -178,6 +183,7 @@ def describe_dataset(result):
     images = result.get('images', {})  # not in early versions
     split = next((name for name in images if name in ('val', 'test')), '')
     digest = f', digest {images[split]["digest"]}' if split else ''
+    digest += results.selection_note(result)
     return f'{result["num_val"]} images of {Path(images.get("path", "an unnamed dataset")).name} {split}{digest}'
 
 
@@ -186,7 +192,7 @@ def format_compare_table(result, args):
     columns = [*result['rows'][0]['columns']]
     lines = [
         f'{describe_settings(result, args)}: top-1 in percent ± standard error, in brackets the gain of this '
-        f'backbone over the row, paired by image; {describe_dataset(result)}{selection_note(result)}.',
+        f'backbone over the row, paired by image; {describe_dataset(result)}.',
         '',
     ]
     lines += [f'| backbone | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']

@@ -27,10 +27,10 @@ from metric.accuracy import confusion_matrix
 from metric.knn import clip_k, knn_scores, topk_neighbors
 from metric.projection_2d import tsne_2d
 from protocols import collapse_verdict
-from protocols.compare import describe_images, format_cell, format_gain
+from protocols.compare import format_cell, format_gain
 from protocols.features import extract_features
 from protocols.protocol import find_protocol
-from protocols.results import load_results
+from protocols.results import load_results, selection_note
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
@@ -133,11 +133,9 @@ def load_scalars(args, run):
 
 def extract_run_features(run, first):
     """Compute the features of train and val. first: the options of the first run, whose images are used."""
-    shared = {
-        name: getattr(first, name)
-        for name in ('preset', 'image_path', 'val_fraction', 'white_level', 'exif', 'on_unreadable')
-    }
-    run_args = replace_args(run.args, **shared)
+    names = ['preset', 'image_path', 'val_fraction', 'exif', 'on_unreadable']
+    names += ['white_level'] if run.checkpoint['layout'] != 'ours' else []  # a run has that of its mean and std
+    run_args = replace_args(run.args, **{name: getattr(first, name) for name in names})
     run.splits = {name: images for name, images in load_splits(run_args).items() if images and name in ('train', 'val')}
     for name, images in run.splits.items():
         title = f'{run.name}: features of {name}'
@@ -171,7 +169,7 @@ def curves_section(runs, page):
         if name == 'std':
             mark = 'collapse is warned of', runs[0].args.collapse_threshold
         elif name in ('knn', 'few', 'similarity', 'rank') and lines[0][1][0][0] == 0 and len(runs) == 1:
-            mark = collapse_verdict.baseline_label(runs[0].args), lines[0][1][0][1]
+            mark = collapse_verdict.baseline_label(runs[0].args.init_from), lines[0][1][0][1]
         figure = plots.draw_curves([plots.LineChart(title, lines, bounds, mark)], (440, 290))
         charts.append((name, title, save_figure(figure, page, name)))
         places[name] = {**get_axes_geometry(figure), 'lines': lines}
@@ -358,7 +356,7 @@ def render_page(runs, content, data):
         runs=[{'name': run.name, 'verdict': find_verdict(run), 'numbers': collect_numbers(run)} for run in runs],
         colors=plots.COLORS,
         compared=[row for run in runs for row in collect_compare_rows(run, judged_by[run.name])],
-        results=[(run.name, *row) for run in runs for row in collect_result_rows(run, judged_by[run.name])],
+        results=[(run.name, *row) for run in runs for row in collect_result_rows(judged_by[run.name])],
         varied=[(name, [each[name] for each in options], OPTIONS[name].metadata['meaning']) for name in options_table],
         options=[(name, options[0][name], OPTIONS[name].metadata['meaning']) for name in OPTIONS],
         **content,
@@ -403,12 +401,13 @@ def collect_compare_rows(run, results):
             rows.append((printable(row['name']), [(format_cell(cell), format_gain(cell)) for cell in cells]))
         caption = (
             f'{run.name}, epoch {result["epoch"]}: top-1 in percent ± standard error, and below it the gain of the run '
-            f'over that row, paired by image; on {describe_images(result)}.'
+            f'over that row, paired by image; on the {result["num_val"]} images of '
+            f'{result["judged_on"]}{selection_note(result)}.'
         )
         yield run.name, caption, columns, rows
 
 
-def collect_result_rows(run, results):
+def collect_result_rows(results):
     """Yield the results of evaluate: (protocol and epoch, dataset, name and value of the first number, the others)."""
     for result in results:
         numbers = find_protocol(result['protocol']).numbers
@@ -416,6 +415,6 @@ def collect_result_rows(run, results):
         if not shown:  # label-free measures: they are in the verdict
             continue
         first, *further = shown
-        rest = ', '.join(' '.join(pair) for pair in further)
+        rest = ', '.join(' '.join(pair) for pair in further) + selection_note(result)
         dataset = Path(result['images']['path']).name if 'images' in result else ''
         yield f'{result["protocol"]}, epoch {result["epoch"]}', dataset, *first, rest

@@ -177,7 +177,7 @@ def build_datasets(args, sources):
     if len(train.classes) == 1 and not rank():
         print_message(
             'warning',
-            f'{printable(train.location)} has one class, {printable(classes[0])!r}: accuracies are meaningless',
+            f'{printable(train.location)} has one class, {printable(classes[0])!r}: no accuracy can be measured',
         )
     dataset_warnings.warn_ignored_data_options(args, sources, splits['train'])
     return splits
@@ -282,6 +282,11 @@ def place_on_device(args, folder, store, labels, classes, pixel_format=RGB8):
         pixel_format=pixel_format,
         workers_only_crop=device.type != 'cpu' and args.augment_backend == 'device',
     )
+
+
+def num_labeled_classes(labels):
+    """Return the number of classes that have a label in `labels`, where -1 is none."""
+    return len(labels[labels >= 0].unique())
 
 
 def labeled_subset(images):

@@ -10,7 +10,7 @@ from engine.run_dir import NonFiniteLoss, run_display_name
 from protocols import collapse_verdict
 from protocols.run_protocol import run_protocol
 from runtime import distributed, signals
-from runtime.checkpoints.run_folder import checkpoints, pick_checkpoint
+from runtime.checkpoints.run_folder import best_checkpoint, checkpoints, pick_checkpoint
 from runtime.device import get_device
 from runtime.errors import ROOT, resolve_path
 from runtime.messages import log
@@ -49,7 +49,8 @@ def evaluate_after(args, state, splits, run):
     started from pretrained weights; None without the option or after --max_minutes."""
     if not args.evaluate_after:
         return None
-    if run.deadline and time.monotonic() > run.deadline:
+    # All ranks take the same branch: their clocks started at different times.
+    if distributed.broadcast_from_rank0(lambda: bool(run.deadline) and time.monotonic() > run.deadline):
         log(f'--max_minutes={args.max_minutes:g} have passed: --evaluate_after is skipped')
         return None
     if not args.init_from:
@@ -74,7 +75,7 @@ def format_summary(args, run, result, protocol):
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
     if args.init_from and run.path:
-        best = pick_checkpoint(run.folder, checkpoints(run.folder))
+        best = best_checkpoint(run.folder, checkpoints(run.folder))
         name = f'{called}/{best.name}'
         lines.append(f'best         {best}')
     if judged := collapse_verdict.judge_run(run.folder, run.position[0], args):

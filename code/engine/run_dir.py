@@ -28,7 +28,7 @@ from runtime.checkpoints.run_folder import (
     record_checkpoint,
     was_written_by_run,
 )
-from runtime.checkpoints.saved_options import ARCHITECTURE, PREPROCESSING, set_init_from_defaults
+from runtime.checkpoints.saved_options import ARCHITECTURE, PIXEL_OPTIONS, PREPROCESSING, set_init_from_defaults
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
@@ -38,6 +38,9 @@ from runtime.options import UNRESOLVED, parse, preset_options, rename_options, r
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
 from runtime.versions import library_versions
+
+# Values that a new run resolves by its images and network; the resolved ones are saved.
+AUTOMATIC = {'heads_epochs': -1, 'distill_size': 0}
 
 
 class NonFiniteLoss(WorkError):
@@ -255,7 +258,8 @@ def args_from_run(args):
     """Return args with the options of the run --from_run instead of the defaults; explicit options take precedence.
 
     Of a run from pretrained weights, network, preprocessing and config.INIT_FROM_DEFAULTS count as explicit, because
-    the weights would set them anew. With other weights than the run's, these bring their own preprocessing.
+    the weights would set them anew. With other weights than the run's, these bring their own preprocessing. AUTOMATIC
+    values are resolved anew.
     """
     path = find_run(args, args.from_run) / 'run.json'
     try:
@@ -269,9 +273,11 @@ def args_from_run(args):
             'leave one out'
         )
     explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
-    args = replace_args(args, **{**saved, **explicit})
+    chosen = read_json(path).get('explicit')  # not in runs of early versions
+    resolved = {name for name in AUTOMATIC if chosen is not None and name not in chosen and saved.get(name)}
+    args = replace_args(args, **{**saved, **{name: AUTOMATIC[name] for name in resolved}, **explicit})
     if saved.get('init_from') and not args.init_from:
-        args = reset_init_from_defaults(args, read_json(path).get('explicit', ()))
+        args = reset_init_from_defaults(args, chosen or ())
     elif weights := saved.get('init_from'):
         preprocessing = PREPROCESSING if args.init_from == weights else ()
         args.explicit = args.explicit | {*ARCHITECTURE, *INIT_FROM_DEFAULTS, *preprocessing}
@@ -304,10 +310,8 @@ def resolve_resume(args):
     now = set_init_from_defaults(args)[0] if starts_from_foreign_weights(args) else args
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
     resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
-    resolved_later |= {name for name in ('channels', 'white_level', 'mean', 'std') if is_unresolved(args, name)}
-    resolved_later |= {
-        name for name, value in (('heads_epochs', -1), ('distill_size', 0)) if getattr(now, name) == value
-    }
+    resolved_later |= {name for name in PIXEL_OPTIONS if is_unresolved(args, name)}
+    resolved_later |= {name for name, value in AUTOMATIC.items() if getattr(now, name) == value}
     for run in reversed(list_run_dirs(args)):
         paths = checkpoints(run)
         if not paths:

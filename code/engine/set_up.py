@@ -48,7 +48,7 @@ def setup_run(args):
     check_batch_and_warmup(args)
     args = set_distill_size(args, model)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
-    if (args.init_from or args.preset == 'photos') and 'protocol' not in args.explicit:
+    if not checkpoint and (args.init_from or args.preset == 'photos') and 'protocol' not in args.explicit:
         args = replace_args(args, protocol='compare')  # compares the run with its start
     import_tracker(args)  # raises before anything is written, like the following checks
     should_use_graph(args)

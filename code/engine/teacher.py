@@ -101,7 +101,7 @@ def describe_targets(args, dataset):
 
 def compute_targets(args, initial, dataset):
     """Compute the targets of Teacher, N x d, float16, on the CPU. initial: the initial backbone."""
-    # On a CPU bfloat16 would be benchmarked anew for the larger images.
+    # On a CPU --amp=auto would benchmark bfloat16 once more, for the larger images.
     amp = 'off' if get_device(args).type == 'cpu' else args.amp
     teacher_args = replace_args(args, image_size=args.distill_size, amp=amp)
     images = copy.copy(dataset)

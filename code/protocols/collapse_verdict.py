@@ -1,7 +1,5 @@
 """Names of the label-free measures, and the verdict on a run that follows from them."""
 
-import math
-
 from runtime.checkpoints.best_epoch import (
     FEW_LABELS,
     SIMILARITY,
@@ -54,36 +52,34 @@ FOR_UNCHANGED = (
 FOR_PARTLY = 'Try a lower --learning_rate, --fix_pred_lr=True, a weight decay above 0, a milder augmentation'
 
 
-def baseline_label(args):
-    """Return the name of the network at epoch 0, for messages."""
-    return 'at the start' if args.init_from else 'untrained'
+def baseline_label(from_weights):
+    """Return the name of the network at epoch 0, for messages. from_weights: of a run from pretrained weights."""
+    return 'at the start' if from_weights else 'untrained'
 
 
-def judge_collapse(now, untrained, baseline_label='untrained'):
+def judge_collapse(now, untrained, from_weights=False):
     """Judge whether a network has collapsed. Returns (word, sentence); the word is healthy, partly collapsed, collapsed
     or nothing learned, the sentence has the numbers and what to try.
 
     now, untrained: measures by name (std, rank, area, perhaps correlation) of the network and of its initial state.
-    baseline_label: the name of the latter in the sentence. The largest of the measured std counts: with the running
+    from_weights: whether these are pretrained weights. The largest of the measured std counts: with the running
     statistics of BN it can be too small after few steps, or on other images.
     """
     std, rank, before = max(now[name] for name in STD_KEYS if name in now), now['rank'], untrained['rank']
+    label = baseline_label(from_weights)
     numbers = (
-        f'std of z {std:.2f} (healthy is near 1), retrieval rank of the positive view {rank:.1f} '
-        f'({baseline_label} {before:.1f})'
+        f'std of z {std:.2f} (healthy is near 1), retrieval rank of the positive view {rank:.1f} ({label} {before:.1f})'
     )
     if std < STD_COLLAPSED:
         return 'collapsed', f'{numbers}: images get nearly the same z, whatever the loss says. {FOR_COLLAPSED}'
     if rank > RANK_RATIO_LEARNED * before:
-        hint = FOR_NOTHING if baseline_label == 'untrained' else FOR_NO_MORE
+        hint = FOR_NO_MORE if from_weights else FOR_NOTHING
         return 'nothing learned', f'{numbers}, and no collapse. {hint}'
     symptoms = []
     if now.get('correlation', 0) > MAX_CORRELATION:
         symptoms.append(f'channels of z correlated by {now["correlation"]:.2f}')
     if now['area'] > untrained['area']:
-        symptoms.append(
-            f'fewer directions used than {baseline_label} (area {now["area"]:.2f}, {untrained["area"]:.2f})'
-        )
+        symptoms.append(f'fewer directions used than {label} (area {now["area"]:.2f}, {untrained["area"]:.2f})')
     if symptoms or std < STD_PARTIAL:
         return 'partly collapsed', '; '.join([numbers, *symptoms]) + f'. Something was learned. {FOR_PARTLY}'
     return 'healthy', f'{numbers}. More epochs help as long as the rank falls'
@@ -125,9 +121,8 @@ def judge_against_start(lines):
 
 
 def gain_error(line):
-    """Return the standard error of the gain in a line of metrics.jsonl: nan of a val of one image, null in the file."""
-    error = line.get(FEW_LABELS.error, 0.0)
-    return math.nan if error is None else error
+    """Return the standard error of the gain in a line of metrics.jsonl: nan of a val of one image."""
+    return line.get(FEW_LABELS.error, 0.0)
 
 
 def judge_without_labels(lines, best):
@@ -153,14 +148,14 @@ def judge_run(folder, epoch, args):
     run's options. A run from pretrained weights is judged as a whole: `epoch` was selected among all of its epochs."""
     lines = read_metrics(folder / 'metrics.jsonl')
     lines = lines if args.init_from else [line for line in lines if line['epoch'] <= epoch]
-    return judge_run_metrics(lines, baseline_label(args))
+    return judge_run_metrics(lines, bool(args.init_from))
 
 
-def judge_run_metrics(lines, baseline_label='untrained'):
+def judge_run_metrics(lines, from_weights=False):
     """Return the verdict on a run from its metrics (read_metrics): the last measured epoch compared with epoch 0; None
     if either is missing. With few images only gains over the start are measured (label_free.MIN_IMAGES)."""
     measured = [line for line in lines if {'pretraining/rank', 'pretraining/area'} <= line.keys()]
-    verdict = judge_against_start(lines) if baseline_label != 'untrained' and lines else None
+    verdict = judge_against_start(lines) if from_weights and lines else None
     if len(measured) < 2 or measured[0]['epoch'] or 'pretraining/std' not in measured[-1]:
         return verdict if any(FEW_LABELS.gain in line for line in lines) else None
     collapsed = max(measured[-1].get(f'pretraining/{name}', 0) for name in STD_KEYS) < STD_COLLAPSED
@@ -171,4 +166,4 @@ def judge_run_metrics(lines, baseline_label='untrained'):
     untrained, now = (
         {key.removeprefix('pretraining/'): value for key, value in line.items()} for line in (measured[0], measured[-1])
     )
-    return judge_collapse(now, untrained, baseline_label)
+    return judge_collapse(now, untrained, from_weights)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from ckpt import get_model_ckpt
-from dataloader.load_dataset import eval_loader, labeled_subset
+from dataloader.load_dataset import eval_loader, labeled_subset, num_labeled_classes
 from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict
 from model.weights import adapt_channels, copy_weights, is_off_the_shelf
@@ -24,7 +24,6 @@ from protocols.few_labels import (
     score_few_labels,
 )
 from protocols.protocol import Outcome, Protocol, labeled_splits, leave_out_unlabeled
-from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.pretrained import are_foreign
@@ -34,13 +33,13 @@ from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import format_columns
 from runtime.device import get_device
 from runtime.errors import UserError, WorkError, resolve_path
-from runtime.files import is_number, read_json
+from runtime.files import is_number
 from runtime.messages import log
 from runtime.options import replace_args
 
 ALL_LABELS = 'all labels'  # the column of the classifier on all of train
 # Options that all rows take from the call, also PREPROCESSING if it is given; the others come with the weights.
-SHARED_OPTIONS = ('image_path', 'val_fraction', 'channels', 'white_level', 'exif', 'npy_axes', 'on_unreadable')
+SHARED_OPTIONS = ('image_path', 'val_fraction', 'channels', 'exif', 'npy_axes', 'on_unreadable')
 SHARED_OPTIONS += ('batch_size', 'image_size', 'knn_k', 'knn_temperature')
 BESIDE_HINT = '; evaluate --protocol=compare --ckpt_name={} --backbone=<its network> measures a file of another network'
 
@@ -70,16 +69,7 @@ def compare_backbones(args, model, splits, checkpoint):
         for cell in row['columns'].values():
             cell['draws'] = len(cell.pop('right'))
     result = {'rows': rows, 'judged_on': judged_on, 'num_train': len(train), 'num_val': len(judged)}
-    result['selected_on_val'] = judged_on == 'val' and selected_checkpoint(judged, checkpoint)
-    log(f'compare: evaluated on {describe_images(result)}')
     return Outcome(result)
-
-
-def selected_checkpoint(val, checkpoint):
-    """Whether the checkpoint is its run's best epoch, selected on these images."""
-    run, epoch = checkpoint['run'], checkpoint['epoch']
-    digest = read_json(run / START_FILE).get('val')
-    return bool(epoch) and epoch == find_best_epoch(run) and digest in (None, val.digest())
 
 
 def splits_to_compare(args, own_splits):
@@ -88,7 +78,7 @@ def splits_to_compare(args, own_splits):
     parse_label_counts(args.labels)
     parse_beside(args.beside)
     train, test = own_splits['train'], own_splits.get('test')
-    if test is None or not (test.labels >= 0).any() or not (train.labels >= 0).any():
+    if test is None or not num_labeled_classes(test.labels) or num_labeled_classes(train.labels) < 2:
         return labeled_splits(args, own_splits)
     return leave_out_unlabeled({'train': train, 'test': test})
 
@@ -190,8 +180,10 @@ def row_args(args, name, backbone=''):
     """Return options for loading the weights `name`: SHARED_OPTIONS and explicit preprocessing from args, and defaults
     for the others. backbone: the network of the weights, if the name does not tell."""
     given = {*SHARED_OPTIONS} | ({*PREPROCESSING} & args.explicit)
-    adapted = args.num_channels != 3 and are_foreign(args, name)
+    foreign = are_foreign(args, name)
+    adapted = args.num_channels != 3 and foreign
     given |= {'mean', 'std'} if adapted else set()  # theirs are for three channels
+    given |= {'white_level'} if foreign else set()  # of the images; a run has its own, that of its mean and std
     shared = {option: getattr(args, option) for option in given}
     same_network = (
         is_off_the_shelf(name) and (not backbone) and not args.backbone.startswith('timm/') and args.backbone != 'small'
@@ -234,18 +226,6 @@ def compute_columns(args, bank, judged, classes, labels, draws):
         right = score_few_labels(few_features, y.cpu(), rows, queries, query_labels, classes)
         columns[f'{count} per class'] = {'right': right}
     return columns
-
-
-def describe_images(result):
-    """Describe the images of a result: number, split, and whether they selected the checkpoint."""
-    return f'the {result["num_val"]} images of {result["judged_on"]}{selection_note(result)}'
-
-
-def selection_note(result):
-    """Say that the images also selected the checkpoint; '' if they did not."""
-    if not result.get('selected_on_val'):
-        return ''
-    return ', which also selected the epoch: gains are a little too high; images in a test split would tell'
 
 
 def format_cell(cell, name='top1', sign=''):

@@ -1,5 +1,5 @@
-"""The monitor of a run: progress bar, collapse warning, kNN, label-free metrics, TensorBoard and metrics.jsonl. It does
-not change the training."""
+"""The monitor of a run: progress bar, collapse warning, kNN, few labels, label-free metrics, TensorBoard and
+metrics.jsonl. It does not change the weights; it ends a run whose loss is not finite."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def gradient_norm(model):
 
 def describe_measurement(args, train, val):
     """Describe what the measures of an epoch depend on besides the weights, as text: options and images."""
-    names = (*PREPROCESSING, 'channels', 'white_level', 'exif', 'npy_axes', 'cache_short_side', 'start_share')
+    names = (*PREPROCESSING, 'channels', 'exif', 'npy_axes', 'cache_short_side', 'start_share')
     options = {name: getattr(args, name) for name in (*names, 'knn_every', 'distill_size', 'distill_neighbors')}
     options['knn_every'] = options['knn_every'] > 0  # without it no accuracy is measured
     return f'{options} {train.digest()} {val.digest() if val else ""}'
@@ -88,7 +88,7 @@ class Monitor:
             begun = state.epoch or self.logger.has_epoch(0)
             if self.args.init_from and begun and state.epoch < self.args.max_epochs:
                 self.measure_again(state, teacher)
-            if state.epoch and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch):
+            if self.lacks_metrics(state):
                 self.after_epoch(state, teacher)
             # The start was saved, and the run stopped before its metrics were written.
             if state.epoch or state.images or self.logger.has_epoch(0):
@@ -96,7 +96,11 @@ class Monitor:
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.compute_metrics(state, teacher)
         self.logger.scalars(0, values)
-        log(f'epoch 0/{self.args.max_epochs}{line} ({baseline_label(self.args)})')
+        log(f'epoch 0/{self.args.max_epochs}{line} ({baseline_label(self.args.init_from)})')
+
+    def lacks_metrics(self, state):
+        """Whether the metrics of the last epoch are missing, because the run stopped after its checkpoint."""
+        return bool(state.epoch) and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch)
 
     def begin_epoch(self, state, total):
         """Start the progress bar of an epoch of `total` images, at image state.images."""
@@ -226,7 +230,7 @@ class Monitor:
     def save_start(self, right):
         """Save what the gains over the start depend on: which images of val the initial weights classify correctly
         (`right`, from measure_labels, or None), and by which images, labels and options."""
-        val = self.splits['val'].digest() if right is not None else ''
+        val = labeled_subset(self.splits['val']).digest() if right is not None else ''
         right = [] if right is None else right.int().tolist()
         values = {'right': right, 'val': val, 'measured_with': self.measured_with}
         path = self.run.folder / START_FILE
@@ -276,7 +280,7 @@ class Monitor:
         paths = [path for path in checkpoints(self.run.folder) if finished_epoch(path) == epoch]
         if not paths:
             return None
-        _, model, _ = get_model_ckpt(replace_args(self.args, ckpt_name=str(paths[-1]), init_from=''))
+        _, model, _ = get_model_ckpt(replace_args(self.args, ckpt_name=str(paths[-1])))
         return model.backbone.to(get_device(self.args), memory_format=torch.channels_last)
 
     def warn_collapse(self, state, loss, std):

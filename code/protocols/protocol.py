@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from config import OPTIONS
-from dataloader.load_dataset import labeled_subset
+from dataloader.load_dataset import labeled_subset, num_labeled_classes
 from runtime.console import printable
 from runtime.errors import UserError
 from runtime.messages import log
@@ -91,12 +91,14 @@ def leave_out_unlabeled(splits):
 def missing_labels_reason(splits):
     """Return why accuracy cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
-    if not len(labeled_subset(train)):
+    if num_labeled_classes(train.labels) == 1:
+        return f'all labels of {printable(train.folder)} are one class'
+    if not num_labeled_classes(train.labels):
         return f'{printable(train.folder)} has no classes'
     if val is None:
         fraction = f'--val_fraction={train.args.val_fraction:g} holds none out'
         why = 'no class has two images, one of which could be held out' if train.args.val_fraction else fraction
         return f'{printable(train.folder)} has no val: {why}'
-    if not (val.labels >= 0).any():
+    if not num_labeled_classes(val.labels):
         return f'{printable(val.folder)} has no classes'
     return None

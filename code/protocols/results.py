@@ -15,18 +15,27 @@ import torch
 from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
+from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import print_message, printable
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
-from runtime.files import dumps_nan_safe, is_number, read_in_order, sanitize_name, utc_timestamp, written_time
+from runtime.files import (
+    dumps_nan_safe,
+    is_number,
+    read_in_order,
+    read_json,
+    sanitize_name,
+    utc_timestamp,
+    written_time,
+)
 from runtime.messages import log
 from runtime.options import rename_options, replace_args
 from runtime.versions import library_versions
 
 # Options of reading images that must be those of the classifier.
-READING = (*PREPROCESSING, 'white_level', 'exif')
+READING = (*PREPROCESSING, 'exif')
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
 NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)
 
@@ -71,6 +80,20 @@ def dataset_fingerprint(images):
         'number': len(images),
         'digest': hash_lines(f'{name}\t{label}' for name, label in zip(names, images.labels.tolist(), strict=True)),
     }
+
+
+def selected_checkpoint(val, checkpoint):
+    """Whether the checkpoint is its run's best epoch, selected on these images of val, those with labels."""
+    run, epoch = checkpoint['run'], checkpoint['epoch']
+    digest = read_json(run / START_FILE).get('val')
+    return bool(epoch) and epoch == find_best_epoch(run) and digest in (None, val.digest())
+
+
+def selection_note(result):
+    """Say that the images of a result also selected the checkpoint; '' if they did not."""
+    if not result.get('selected_on_val'):
+        return ''
+    return ' (they also selected the epoch: accuracy is a little too high; --protocol=compare takes a test split)'
 
 
 def hash_lines(lines):

@@ -40,6 +40,8 @@ def run_protocol(args, model, splits, checkpoint):
     if scores is not None:
         result |= accuracies_by_class(args, outcome)
     classifier = outcome.classifier and {**outcome.classifier, 'classes': outcome.classes}
+    if protocol.path is None and 'val' in splits:
+        result['selected_on_val'] = results.selected_checkpoint(splits['val'], checkpoint)
     eval_spec = results.eval_spec(args, splits, checkpoint)
     result['seconds'] = round(time.monotonic() - started, 2)
     log(format_result({**eval_spec, **result}))  # before anything can fail
@@ -98,7 +100,7 @@ def format_result(result):
     held_out = 'test' if result.get('judged_on') == 'test' else 'validation'
     lines = [
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
-        f'{held_out} images, {format_duration(result["seconds"])}',
+        f'{held_out} images{results.selection_note(result)}, {format_duration(result["seconds"])}',
         f'images {result["images"]["path"]}, {side} px, preset {result["preset"]}'
         + ''.join(f', {option}' for option in results.list_explicit_options(result)),
         *(

@@ -1,6 +1,6 @@
 """Transfer to another labeled dataset: logistic regression on frozen features, or fine-tuning."""
 
-from dataloader.load_dataset import eval_loader, labeled_subset, load_splits
+from dataloader.load_dataset import eval_loader, labeled_subset, load_splits, num_labeled_classes
 from metric.accuracy import topk_accuracy
 from protocols.features import extract_features
 from protocols.finetune import FINETUNE_NAMES, finetune
@@ -32,8 +32,8 @@ def target_splits(args, _):
         raise UserError(f'--transfer_path: {printable(path)} is not there')
     splits = load_splits(target_args(args))
     train, val = labeled_subset(splits['train']), splits['val']
-    if val is None or not len(train) or not (val.labels >= 0).any():
-        raise UserError(f'--transfer_path: {printable(path)} needs images with a class in train and in val')
+    if val is None or num_labeled_classes(train.labels) < 2 or not num_labeled_classes(val.labels):
+        raise UserError(f'--transfer_path: {printable(path)} needs images of two classes in train, and labels in val')
     if args.transfer == 'finetune' and len(train) < 2:
         raise UserError(f'--transfer_path: {printable(path)} has one image to train on; fine-tuning needs two')
     return leave_out_unlabeled({'train': splits['train'], 'val': val})

@@ -1,6 +1,7 @@
 """Distributed training with the processes (ranks) that torchrun starts. With one process every function is trivial.
 
-All ranks train the same model on their share of every batch; only rank 0 writes and prints.
+All ranks train the same model on their share of every batch; only rank 0 prints, and rank 0, or the first
+rank of each machine, writes.
 """
 
 import contextlib

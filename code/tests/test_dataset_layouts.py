@@ -644,7 +644,7 @@ def test_dataset_with_one_class_warns(tmp_path, capsys):
     for number in range(4):
         picture(tmp_path / f'set/train/dogs/{number}.png')
     load_splits(options(tmp_path / 'set'))
-    assert "set/train has one class, 'dogs': accuracies are meaningless" in capsys.readouterr().err
+    assert "set/train has one class, 'dogs': no accuracy can be measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['train.txt', 'train.tar', 'val.tar', 'mine.tar', 'mine.txt'])

@@ -38,7 +38,7 @@ def test_verdict_uses_largest_measured_std(more, word):
 
 def test_verdict_of_run_from_weights_names_start():
     now, before = {'std': 0.99, 'rank': 11.0, 'area': 0.8}, {'std': 0.9, 'rank': 11.6, 'area': 0.9}
-    word, said = judge_collapse(now, before, 'at the start')
+    word, said = judge_collapse(now, before, True)
     assert word == 'nothing learned'
     assert 'It is no better than at the start' in said
     assert 'ten times as much' not in said

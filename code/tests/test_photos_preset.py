@@ -66,6 +66,12 @@ def test_preset_photos_keeps_explicit_options(given, photographs):
         assert args.init_from == 'imagenet'
 
 
+@pytest.mark.parametrize(('epochs', 'every'), [(1, 1), (3, 1), (12, 2), (100, 16)])
+def test_metrics_of_preset_photos_are_computed_six_times(epochs, every, photographs):
+    """Also if --max_epochs is given: with 100 they were computed 50 times."""
+    assert choose(photographs, max_epochs=epochs).knn_every == every
+
+
 def test_preset_photos_works_for_small_images(drawn):
     args = choose(drawn, preset='photos')
     assert (args.preset, args.image_size) == ('photos', 64)

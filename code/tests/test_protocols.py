@@ -438,7 +438,7 @@ def test_unlabeled_images_are_counted(drawn, tmp_path, trained, capsys):
     assert '12 of the 24 images of val have no class, and are left out' in capsys.readouterr().out
     (tmp_path / 'val.txt').write_text('\n'.join(line.split('\t')[0] for line in half))
     assert cli.main([*given[:-1], '--protocol=transfer', f'--transfer_path={tmp_path}']) == 2
-    assert 'needs images with a class in train and in val' in one_line(capsys.readouterr().err)
+    assert 'needs images of two classes in train, and labels in val' in one_line(capsys.readouterr().err)
 
 
 def test_knn_in_training_counts_labeled_images_of_val(drawn, tmp_path):

@@ -16,12 +16,17 @@ from commands.ablate import plan_variants
 from config import NOT_RESTORED_OPTIONS
 from conftest import own_paths
 from dataloader.load_dataset import find_split_sources
+from engine import set_up
 from engine.auto_preset import choose_preset
 from engine.run_dir import args_from_run
-from protocols import monitor
+from engine.teacher import TARGETS_FILE
+from protocols import features, monitor
 from protocols.collapse_verdict import judge_run, judge_run_metrics
+from protocols.monitor import Monitor
 from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, find_best_epoch, find_best_epoch_in_metrics
+from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
+from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.files import read_json, read_metrics
 from runtime.options import channel_numbers, channel_values, get_config
 from test_training_from_weights import RUN, SMALL, pretrained, state_of, train  # noqa: F401
@@ -276,13 +281,52 @@ def test_check_dataloader_shows_views_of_training(drawn, tmp_path, monkeypatch, 
     assert 'backbone' not in said
 
 
+PREPARED = (*PREPROCESSING, 'channels', 'augmentation')
+
+
+@pytest.mark.parametrize('kind', ['run', 'renamed checkpoint', 'file of lite0', 'export'])
+def test_check_dataloader_has_preprocessing_of_training(kind, drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    """It showed ImageNet's mean and std, and bilinear crops of another size."""
+    prepared = ('--mean=0.3', '--std=0.2', '--interpolation=bicubic', '--image_size=40')
+    if kind != 'file of lite0':
+        assert train(tmp_path / 'first', drawn, pretrained, *QUICK, *prepared) == 0
+    (checkpoint,) = (tmp_path / 'first' / 'ckpt' / RUN).glob('loss_*_epoch_1') if kind != 'file of lite0' else [None]
+    weights, more = tmp_path / 'weights.pth', []
+    if kind == 'run':
+        weights = checkpoint
+    elif kind == 'renamed checkpoint':
+        shutil.copy(checkpoint, weights)
+    elif kind == 'export':
+        weights = tmp_path / 'weights.safetensors'
+        given = [f'--ckpt_name={checkpoint}', f'--output={weights}', '--format=safetensors']
+        assert cli.main(['export', *given, *own_paths(tmp_path)]) == 0
+    else:
+        torch.save(
+            build_model(get_config(preset='imagenet', backbone='timm/tf_efficientnet_lite0')).backbone.state_dict(),
+            weights,
+        )
+        more = ['--backbone=timm/tf_efficientnet_lite0']
+    given = [f'--image_path={drawn}', f'--init_from={weights}', *more, '--num_workers=0', '--device=cpu']
+    given += ['--preset=photos', '--distill_size=64', *own_paths(tmp_path / 'second')]
+    seen = []
+    for command, module in (('check_dataloader', check_dataloader), ('train', set_up)):
+        with monkeypatch.context() as patched:
+            get = module.get_iterator
+            patched.setattr(
+                module, 'get_iterator', lambda args, sources, get=get: seen.append(args) or get(args, sources)
+            )
+            assert cli.main([command, *given, *(['--max_epochs=1'] if command == 'train' else [])]) == 0
+    checked, trained = ({name: getattr(args, name) for name in PREPARED} for args in seen)
+    assert checked == trained
+
+
 @pytest.mark.parametrize(('weights', 'preset'), [('imagenet', 'photos'), ('none', 'cifar10')])
 def test_small_images_from_weights_get_preset_photos(weights, preset, drawn, tmp_path):
     args = get_config(image_path=str(drawn), device='cpu', init_from=weights)
     assert choose_preset(args, find_split_sources(args)).preset == preset
 
 
-@pytest.mark.parametrize('error', [None, float('nan')])
+@pytest.mark.parametrize('error', [float('nan'), 1e9])
 def test_gain_without_standard_error_is_no_gain(error):
     """Of a val of one image."""
     lines = [
@@ -290,7 +334,7 @@ def test_gain_without_standard_error_is_no_gain(error):
         {'epoch': 1, FEW_LABELS.value: 100.0, FEW_LABELS.gain: 100.0, FEW_LABELS.error: error},
     ]
     assert find_best_epoch_in_metrics(lines) == 0
-    assert judge_run_metrics([*map(with_collapse_measures, lines)], 'at the start')[0] == 'no better than the start'
+    assert judge_run_metrics([*map(with_collapse_measures, lines)], True)[0] == 'no better than the start'
 
 
 def test_gains_are_judged_without_measures_of_collapse():
@@ -299,10 +343,10 @@ def test_gains_are_judged_without_measures_of_collapse():
         {'epoch': 0, FEW_LABELS.value: 50.0},
         {'epoch': 1, FEW_LABELS.value: 60.0, FEW_LABELS.gain: 10.0, FEW_LABELS.error: 2.0},
     ]
-    assert judge_run_metrics(lines, 'at the start')[0] == 'better than the start'
+    assert judge_run_metrics(lines, True)[0] == 'better than the start'
     assert judge_run_metrics(lines) is None
-    assert judge_run_metrics(lines[:1], 'at the start') is None
-    assert judge_run_metrics([], 'at the start') is None
+    assert judge_run_metrics(lines[:1], True) is None
+    assert judge_run_metrics([], True) is None
 
 
 def with_collapse_measures(line):
@@ -431,3 +475,168 @@ def test_file_beside_a_run_of_other_channels_has_its_mean(bands, pretrained, tmp
     (path,) = (tmp_path / 'ckpt' / RUN).glob('evaluate_compare*.json')
     _, start, file = read_json(path)['rows']
     assert start['columns'] == file['columns']
+
+
+LEVELS = ('--white_level=4095', '--mean=0.4', '--std=0.3')
+
+
+def test_white_level_comes_with_mean_and_std_of_a_run(bands, pretrained, tmp_path):  # noqa: F811
+    """They are relative to it: without it the images were nearly constant."""
+    given = (*QUICK, *LEVELS, '--batch_size=16', '--distill_weight=0', '--start_share=0')
+    assert train(tmp_path, bands, pretrained, *given) == 0
+    new = ['train', f'--init_from={RUN}', f'--image_path={bands}', '--preset=imagenet', '--batch_size=16', '--amp=off']
+    new += ['--image_size=32', '--max_epochs=1', '--num_workers=0', *own_paths(tmp_path), '--resume=auto']
+    for options, level in ((['--knn_every=1'], '4095'), (['--white_level=65535', '--model_name=other'], '65535')):
+        assert cli.main([*new, *options]) == 0
+        names = [path.name for path in (tmp_path / 'ckpt').iterdir()]
+        args = saved_args(tmp_path, next(name for name in names if name != RUN and 'other' in name or level == '4095'))
+        assert (args['white_level'], args['mean'], args['std']) == (level, '0.4', '0.3')
+    assert cli.main([*new, '--knn_every=1']) == 0  # the same command resumes the same run
+
+
+def test_runs_of_other_white_levels_are_measured_with_their_own(bands, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    given = (*QUICK, '--batch_size=16', '--distill_weight=0', '--start_share=0')
+    assert train(tmp_path, bands, pretrained, *given, *LEVELS) == 0
+    assert train(tmp_path, bands, pretrained, *given, '--model_name=two', '--white_level=30000') == 0
+    two = RUN.replace('simsiam', 'two')
+    seen, extract = [], features.extract_features
+
+    def extract_and_note(args, *more):
+        seen.append(args.white_level)
+        return extract(args, *more)
+
+    monkeypatch.setattr('protocols.compare.extract_features', extract_and_note)
+    monkeypatch.setattr('commands.report.extract_features', extract_and_note)
+    compared = ['evaluate', f'--ckpt_name={RUN}', f'--beside={two},{pretrained}', '--labels=2', '--num_workers=0']
+    assert cli.main([*compared, *own_paths(tmp_path)]) == 0
+    assert seen == ['4095'] * 2 + ['30000'] * 2 + ['4095'] * 2
+    seen.clear()
+    assert cli.main(['report', f'--ckpt_name={RUN},{two}', '--num_workers=0', *own_paths(tmp_path)]) == 0
+    assert seen == ['4095'] * 2 + ['30000'] * 2
+
+
+@pytest.mark.parametrize('channels', ['1-5', '1-3', '4,2,3'])
+def test_exported_weights_keep_channels_and_white_level(channels, bands, pretrained, tmp_path):  # noqa: F811
+    given = (*QUICK, *LEVELS, f'--channels={channels}', '--batch_size=16', '--distill_weight=0', '--start_share=0')
+    folder = tmp_path / 'set'
+    shutil.copytree(bands, folder)
+    if channels == '1-3':
+        for path in folder.rglob('*.npy'):
+            np.save(path, np.load(path)[..., :3])
+    assert train(tmp_path, folder, pretrained, *given) == 0
+    weights = tmp_path / 'weights.safetensors'
+    out = [f'--output={weights}', '--format=safetensors']
+    assert cli.main(['export', f'--ckpt_name={RUN}', *out, *own_paths(tmp_path)]) == 0
+    args, model, _ = get_model_ckpt(get_config(ckpt_name=str(weights)))
+    assert (args.channels, args.white_level, args.mean) == (channels, '4095', ','.join(['0.4'] * args.num_channels))
+    x = torch.rand(2, args.num_channels, 32, 32)
+    _, own, _ = get_model_ckpt(get_config(ckpt_name=str(tmp_path / 'ckpt' / RUN)))
+    assert torch.equal(model.eval().backbone(x), own.eval().backbone(x))
+    export = [f'--output={tmp_path}/folder', '--format=timm']
+    assert cli.main(['export', f'--ckpt_name={RUN}', *export, *own_paths(tmp_path)]) == 0
+    assert 'PIL, RGB' not in (tmp_path / 'folder/README.md').read_text()
+
+
+def test_automatic_channels_resume_and_evaluate_a_run(bands, pretrained, tmp_path):  # noqa: F811
+    given = (*QUICK, '--channels=auto', '--batch_size=16', '--resume=auto')
+    for minutes in ('0.00001', '0'):
+        assert train(tmp_path, bands, pretrained, *given, f'--max_minutes={minutes}') == 0
+    (run,) = (tmp_path / 'ckpt').iterdir()
+    assert checkpoints(run)[-1].name.endswith('_epoch_1')
+    evaluated = [f'--ckpt_name={RUN}', '--channels=auto', '--protocol=knn', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', *evaluated]) == 0
+
+
+def one_class(drawn, folder):  # noqa: F811
+    """A common layout of images without labels: train/images."""
+    for split in ('train', 'val'):
+        (folder / split / 'images').mkdir(parents=True)
+        for number, path in enumerate(sorted(drawn.glob(f'{split}/*/*.png'))):
+            shutil.copy(path, folder / split / 'images' / f'{number}.png')
+    return folder
+
+
+def test_one_class_is_no_label(drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """Accuracy was 100 % at each epoch, so the start was the best, whatever had been gained."""
+    folder = one_class(drawn, tmp_path / 'set')
+    given = ('--max_epochs=3', '--heads_epochs=0', '--distill_weight=8', '--learning_rate=0.1', '--start_share=0')
+    assert train(tmp_path, folder, pretrained, *given) == 0
+    assert f'all labels of {folder}/train are one class' in capsys.readouterr().out
+    lines = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    assert not any(FEW_LABELS.value in line for line in lines)
+    assert find_best_epoch(tmp_path / 'ckpt' / RUN) == max(lines, key=lambda line: line[SIMILARITY.gain])['epoch']
+    for protocol in ('knn', 'linear', 'semi', 'compare'):
+        evaluated = [f'--ckpt_name={RUN}', f'--protocol={protocol}', '--num_workers=0', *own_paths(tmp_path)]
+        assert cli.main(['evaluate', *evaluated]) == 2, protocol
+        assert 'are one class' in capsys.readouterr().err
+    transfer = [f'--ckpt_name={RUN}', '--protocol=transfer', f'--transfer_path={folder}', *own_paths(tmp_path)]
+    assert cli.main(['evaluate', *transfer]) == 2
+    assert 'two classes' in capsys.readouterr().err
+    args = get_config(image_path=str(folder), device='cpu', init_from=str(pretrained), preset='photos')
+    assert not choose_preset(args, find_split_sources(args)).evaluate_after
+
+
+def test_resumed_run_keeps_its_protocol(drawn, pretrained, tmp_path):  # noqa: F811
+    given = ('--protocol=knn', '--evaluate_after=True', '--heads_epochs=0', '--knn_every=0')
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', *given) == 0
+    resumed = ['train', f'--resume={RUN}', '--max_epochs=2', '--num_workers=0', *own_paths(tmp_path)]
+    assert cli.main(resumed) == 0
+    assert saved_args(tmp_path)['protocol'] == 'knn'
+    results = [read_json(path) for path in (tmp_path / 'ckpt' / RUN).glob('evaluate_*.json')]
+    assert {result['protocol'] for result in results} == {'knn'}
+
+
+def test_evaluated_checkpoint_has_given_start_share(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    """An epoch that was saved with another share was evaluated with that, and recorded with this."""
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0', '--save_every_epochs=1') == 0
+    monkeypatch.setattr('runtime.checkpoints.run_folder.find_best_epoch', lambda folder: 1)
+    seen = []
+    monkeypatch.setattr('engine.conclude.run_protocol', lambda args, model, *more: seen.append(model.backbone))
+    resumed = ['train', f'--resume={RUN}', '--max_epochs=2', '--start_share=0.5', '--evaluate_after=True']
+    assert cli.main([*resumed, '--num_workers=0', *own_paths(tmp_path)]) == 0
+    content = state_of(tmp_path, 1)
+    trained = {name.removeprefix('backbone.'): value for name, value in content['model'].items()}
+    for name, value in seen[0].named_parameters():
+        expected = (content['start'][name] + trained[name]) / 2
+        assert torch.allclose(value, expected, atol=1e-6)
+
+
+def test_stop_in_the_last_metrics_keeps_similarity(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
+    """The resumed run had no targets any more: without labels its last epoch could not be the best."""
+    folder = one_class(drawn, tmp_path / 'set')
+    given = ('--max_epochs=2', '--heads_epochs=0', '--distill_weight=8', '--learning_rate=0.1', '--start_share=0')
+    after_epoch = Monitor.after_epoch
+
+    def stop(self, state, teacher):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+        after_epoch(self, state, teacher)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, 'after_epoch', stop)
+        assert train(tmp_path, folder, pretrained, *given) != 0
+    assert train(tmp_path, folder, pretrained, *given, '--resume=auto') == 0
+    lines = read_metrics(tmp_path / 'ckpt' / RUN / 'metrics.jsonl')
+    assert [line['epoch'] for line in lines if SIMILARITY.gain in line] == [0, 1, 2]
+    assert not (tmp_path / 'ckpt' / RUN / TARGETS_FILE).exists()
+
+
+def test_from_run_resolves_automatic_values_anew(drawn, pretrained, tmp_path):  # noqa: F811
+    """80 steps are 27 epochs of the first set, and 80 of half of it."""
+    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--knn_every=0') == 0
+    assert saved_args(tmp_path)['heads_epochs'] == 27
+    few = tmp_path / 'few'
+    shutil.copytree(drawn, few)
+    for path in sorted(few.glob('train/*/*.png'))[::2]:
+        path.unlink()
+    given = ['train', f'--from_run={RUN}', f'--image_path={few}', '--image_size=48', *own_paths(tmp_path)]
+    assert cli.main(given) == 0
+    after = saved_args(tmp_path, RUN.replace('_0', '_1'))
+    assert after['heads_epochs'] == 80
+
+
+def test_best_checkpoint_is_named_once(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr('runtime.checkpoints.run_folder.find_best_epoch', lambda folder: 1)
+    given = ('--max_epochs=2', '--heads_epochs=0', '--save_every_epochs=1', '--evaluate_after=True', '--labels=1')
+    assert train(tmp_path, drawn, pretrained, *given) == 0
+    assert capsys.readouterr().out.count('epoch 1 is its best on val') == 1

@@ -279,7 +279,7 @@ def test_best_checkpoint_without_labels_is_most_similar_to_targets(gains, best, 
 
 @pytest.mark.parametrize(('gain', 'error', 'unchanged'), [(0.0, 0.0, True), (0.0, 11.0, False), (-0.5, 1.0, False)])
 def test_verdict_says_that_val_did_not_change_only_if_so(gain, error, unchanged):
-    _, sentence = collapse_verdict.judge_run_metrics(metrics_lines([gain, gain], error), 'at the start')
+    _, sentence = collapse_verdict.judge_run_metrics(metrics_lines([gain, gain], error), True)
     assert ('no image of val is classified otherwise' in sentence) == unchanged
     assert ('try fewer epochs' in sentence) != unchanged
 
@@ -288,10 +288,10 @@ def test_collapsed_run_from_weights_has_collapsed_verdict():
     """If no epoch was better; else the best one counts, which is used and exported, and the collapse is said."""
     lines = metrics_lines([-1.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    assert collapse_verdict.judge_run_metrics(lines, 'at the start')[0] == 'collapsed'
+    assert collapse_verdict.judge_run_metrics(lines, True)[0] == 'collapsed'
     lines = metrics_lines([10.0, -30.0])
     lines[-1]['pretraining/std'] = 0.1
-    word, sentence = collapse_verdict.judge_run_metrics(lines, 'at the start')
+    word, sentence = collapse_verdict.judge_run_metrics(lines, True)
     assert word == 'better than the start'
     assert 'After epoch 2 z is collapsed' in sentence
 
@@ -560,17 +560,30 @@ def test_reduced_draws_are_logged(drawn, tmp_path, monkeypatch, capsys):
     assert '1 per class: 2 of 5 draws' in capsys.readouterr().out
 
 
-def test_val_that_selected_the_epoch_is_said(drawn, pretrained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('protocols.compare.find_best_epoch', lambda folder: 2)
-    assert train(tmp_path, drawn, pretrained, '--max_epochs=2', '--heads_epochs=1') == 0
-    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_2')
-    given = [f'--ckpt_name={last}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
-    assert cli.main(['evaluate', *given]) == 0
-    assert 'images of val, which also selected the epoch' in capsys.readouterr().out
+SELECTED = 'they also selected the epoch'
+
+
+@pytest.mark.parametrize('unlabeled', [0, 1])
+@pytest.mark.parametrize(
+    'more', [('--beside=start', '--labels=1'), ('--protocol=knn',), ('--protocol=linear', '--probe_optimizer=lbfgs')]
+)
+def test_val_that_selected_the_epoch_is_said(more, unlabeled, drawn, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('protocols.results.find_best_epoch', lambda folder: 1)
+    for split in ('train', 'val'):
+        lines = [f'{path}\t{path.parent.name}' for path in sorted((drawn / split).rglob('*.png'))]
+        lines[0] = lines[0].partition('\t')[0] if unlabeled else lines[0]
+        (tmp_path / 'set').mkdir(exist_ok=True)
+        (tmp_path / f'set/{split}.txt').write_text('\n'.join(lines))
+    assert train(tmp_path, tmp_path / 'set', pretrained, '--max_epochs=1', '--heads_epochs=0') == 0
+    (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    assert cli.main(['evaluate', f'--ckpt_name={last}', *more, '--num_workers=0', *own_paths(tmp_path)]) == 0
+    assert f'{24 - unlabeled} validation images ({SELECTED}' in capsys.readouterr().out
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('evaluate_*.json')
+    assert read_json(path)['selected_on_val']
 
 
 def test_val_of_other_images_did_not_select_the_epoch(drawn, pretrained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('protocols.compare.find_best_epoch', lambda folder: 1)
+    monkeypatch.setattr('protocols.results.find_best_epoch', lambda folder: 1)
     assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0') == 0
     (last,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
     shutil.copytree(drawn, tmp_path / 'other')
@@ -579,7 +592,7 @@ def test_val_of_other_images_did_not_select_the_epoch(drawn, pretrained, tmp_pat
         capsys.readouterr()
         given = [f'--ckpt_name={last}', '--beside=start', '--labels=1', '--num_workers=0', *own_paths(tmp_path)]
         assert cli.main(['evaluate', *given, f'--image_path={images}']) == 0
-        assert ('which also selected the epoch' in capsys.readouterr().out) == selected
+        assert (SELECTED in capsys.readouterr().out) == selected
 
 
 @pytest.mark.parametrize('own', ['resnet18', 'mobilenet_v3_small'])

@@ -32,9 +32,9 @@ def find_best_epoch(folder):
     """Return the best epoch of a run from pretrained weights, 0 for the initial weights; None for other runs, or if it
     was not measured (metrics.jsonl).
 
-    With labels: the epoch with the highest few-label accuracy, if its gain over the start (paired by image) is more
-    than its standard error, else 0. Without labels: the same with the similarity to the targets of the distillation,
-    and two standard errors. With neither 0.
+    With labels: of the epochs whose few-label accuracy has a gain over the start (paired by image) of more than its
+    standard error and 0.01 points, the one with the largest; 0 if there is none. Without labels: the same with the
+    similarity to the targets of the distillation, two standard errors and 0.001. With neither 0.
     """
     saved = read_json(folder / 'run.json').get('args')
     if not isinstance(saved, dict) or not saved.get('init_from'):
@@ -47,9 +47,8 @@ def find_best_epoch_in_metrics(lines):
     tags, factor, least = (FEW_LABELS, 1, 0.01) if is_judged_by_labels(lines) else (SIMILARITY, 2, 0.001)
     gains = {}
     for line in lines:
-        gain, error = line.get(tags.gain), line.get(tags.error)
-        # Of one image the error is nan, which the file has as null.
-        if gain is not None and error is not None and gain > max(least, factor * error) and not math.isnan(error):
+        gain, error = line.get(tags.gain, math.nan), line.get(tags.error, math.nan)  # of one image the error is nan
+        if gain > least and gain > factor * error:
             gains[line['epoch']] = gain
     return max(gains, key=gains.get, default=0 if lines else None)
 

@@ -24,6 +24,7 @@ from model.weights import (
     match_keys,
     preprocessing_from_timm_folder,
 )
+from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.read_file import load_file, read_metadata
 from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
@@ -59,7 +60,7 @@ def check_off_the_shelf(args, name):
 
 
 def starts_from_foreign_weights(args):
-    """Whether --init_from names weights that are not from a run of this code, judged by names, not by content."""
+    """Whether --init_from names weights that are not from a run of this code."""
     return are_foreign(args, args.init_from)
 
 
@@ -67,15 +68,29 @@ def are_foreign(args, name):
     """Whether `name`, of --init_from, --ckpt_name or --beside, is of weights that are not from a run of this code."""
     if not name or is_off_the_shelf(name):
         return bool(name)
-    paths = (resolve_path(name), resolve_path(args.ckpt_path) / name)
-    return not any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths)
+    paths = (resolve_path(args.ckpt_path) / name, resolve_path(name))
+    if any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths):
+        return False
+    file = next((path for path in paths if path.is_file()), None)  # perhaps a renamed checkpoint
+    return file is None or not is_ours(load_file(file))
+
+
+def set_off_the_shelf_options(args, name):
+    """Set network and preprocessing of the weights `name`, without downloading them. Returns (args, name in timm or
+    ''). Raises UserError."""
+    args, timm_name = check_off_the_shelf(leave_demo_preset(args), name)
+    try:
+        return apply_preprocessing(
+            args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone)
+        ), timm_name
+    except ValueError as error:
+        raise UserError(f'{name}: {error}') from None
 
 
 def load_off_the_shelf(args, name):
     """get_model_ckpt for the weights of torchvision (imagenet) or timm (timm, timm/<name>.<tag>)."""
-    args, timm_name = check_off_the_shelf(leave_demo_preset(args), name)
+    args, timm_name = set_off_the_shelf_options(args, name)
     try:
-        args = apply_preprocessing(args, find_preprocessing(timm_name and f'timm/{timm_name}' or args.backbone))
         model = build_model(args)
         weights = fetch_weights(args, name, timm_name)
         state, unused_keys = match_keys(model.backbone.state_dict(), weights.state)
@@ -144,7 +159,8 @@ def apply_preprocessing(args, preprocessing):
 
 
 def describe_preprocessing(args):
-    return f'{args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, crop {args.crop_ratio:g}'
+    text = f'{args.image_size} px, mean {args.mean}, std {args.std}, {args.interpolation}, crop {args.crop_ratio:g}'
+    return text if args.white_level == 'type' else f'{text}, white level {args.white_level}'
 
 
 def load_foreign(args, path, content):
@@ -202,14 +218,13 @@ def load_foreign(args, path, content):
 def apply_export_options(args, path):
     """Set the options that `export --format=safetensors` writes into its file, except explicit ones. Returns args."""
     saved = read_metadata(path)
-    if not {'backbone', 'stem', *PREPROCESSING} <= saved.keys():
+    if not {'backbone', 'stem', 'mean', 'std'} <= saved.keys():
         return args
-    names = ('backbone', 'stem', 'channels', 'white_level')
-    options = {name: saved[name] for name in names if name in saved and name not in args.explicit}
-    args = replace_args(leave_demo_preset(args), **options)
-    preprocessing = {name: parse(name, saved[name]) for name in PREPROCESSING}
+    names = [name for name in ('backbone', 'stem', 'channels') if name in saved and name not in args.explicit]
+    args = replace_args(leave_demo_preset(args), **{name: saved[name] for name in names})
+    preprocessing = {name: parse(name, saved[name]) for name in PREPROCESSING if name in saved}
     args = apply_preprocessing(args, preprocessing)
-    args.explicit = args.explicit | {'backbone', *preprocessing}
+    args.explicit = args.explicit | {*names, *preprocessing}
     return args
 
 

@@ -50,24 +50,29 @@ def finished_epoch(path):
     return None if found[3] else int(found[2])
 
 
-def pick_checkpoint(folder, paths):
+def best_checkpoint(folder, paths):
     """Return the best checkpoint of a measured run from pretrained weights (find_best_epoch), else the newest. paths:
     the run's checkpoints."""
-    best = find_best_epoch(folder)
     by_epoch = {finished_epoch(path): path for path in paths if finished_epoch(path) is not None}
-    if best is not None and best not in by_epoch:
+    return by_epoch.get(find_best_epoch(folder), paths[-1])
+
+
+def pick_checkpoint(folder, paths):
+    """Return best_checkpoint. Logs why it is not the newest, and warns if that of the best epoch is missing."""
+    best, picked = find_best_epoch(folder), best_checkpoint(folder, paths)
+    if best is not None and finished_epoch(picked) != best:
         print_message(
             'warning', f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used'
         )
-    if best is None or best not in by_epoch or by_epoch[best] == paths[-1]:
-        return paths[-1]
+    if best is None or picked == paths[-1]:
+        return picked
     labeled = is_judged_by_labels(read_metrics(folder / 'metrics.jsonl'))
     reason = f'epoch {best} is its best {"on val" if labeled else "by similarity to the targets, without labels"}'
     if not best:
         why = 'no epoch was better on val' if labeled else 'no accuracy on val shows that training helped'
         reason = f'epoch 0, the start, is used: {why}'
     log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
-    return by_epoch[best]
+    return picked
 
 
 def list_checkpoints(args):

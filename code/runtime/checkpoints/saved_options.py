@@ -8,8 +8,9 @@ from runtime.messages import log
 from runtime.options import UNRESOLVED, get_config, replace_args
 
 ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
-PIXEL_OPTIONS = ('white_level', 'mean', 'std')  # may be measured on the images of a new run
-PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_ratio', 'image_size')  # options that weights bring
+PIXEL_OPTIONS = ('channels', 'white_level', 'mean', 'std')  # may be measured on the images of a new run
+# Options that weights bring. mean and std are relative to white_level.
+PREPROCESSING = ('mean', 'std', 'white_level', 'interpolation', 'crop_ratio', 'image_size')
 
 
 def set_init_from_defaults(args):
