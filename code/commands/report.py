@@ -32,6 +32,7 @@ from protocols.features import extract_features
 from protocols.protocol import find_protocol
 from protocols.results import load_results, selection_note
 from runtime.atomic_write import atomic_write_on_main, save_png
+from runtime.checkpoints.best_epoch import WATCHED
 from runtime.console import print_message, printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
@@ -47,7 +48,7 @@ CHARTS = (  # file name, title, y limits, {tag: name of the line}
     ('loss', 'loss', None, {'pretraining/loss': ''}),
     ('std', 'std of z / |z|, times sqrt(d)', (0, 1.1), {'pretraining/std': ''}),
     ('knn', 'kNN top-1 on val, %', None, {'pretraining/knn_top1': ''}),
-    ('few', 'top-1 on val with 10 labels per class, %', None, {'pretraining/few_labels_top1': ''}),
+    ('few', f'top-1 on val with {WATCHED} labels per class, %', None, {'pretraining/few_labels_top1': ''}),
     ('similarity', 'similarity to the targets of the distillation', None, {'pretraining/target_similarity': ''}),
     ('rank', 'retrieval rank of the positive view', None, {'pretraining/rank': ''}),
     (

@@ -192,8 +192,8 @@ def copy_run_up_to(args, path, is_own, epoch):
     checkpoint, the best one before `path`, the metrics and the TensorBoard log of its run."""
     new, folder = new_run(args), path.parent
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
-    kept = [f'{number}' for number in {0, find_best_epoch_in_metrics(lines)}]
-    earlier = [one.name for one in checkpoints(folder) if one != path and one.name.partition('_epoch_')[2] in kept]
+    kept = {0, find_best_epoch_in_metrics(lines)} - {None}
+    earlier = [one.name for one in checkpoints(folder) if one != path and finished_epoch(one) in kept]
     for name in (*(*earlier, 'metrics.jsonl', START_FILE) * is_own, path.name):
         if (folder / name).is_file():
             if CHECKPOINT_RE.fullmatch(name):

@@ -28,7 +28,7 @@ from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.read_file import load_file
-from runtime.checkpoints.run_folder import checkpoints
+from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import format_columns
 from runtime.device import get_device
@@ -166,7 +166,7 @@ def load_start_weights(args, checkpoint):
         copy_weights(model.backbone, adapt_channels(model.backbone.state_dict(), checkpoint['start']))
         return args, model
     folder = checkpoint['run']
-    first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if path.name.endswith('_epoch_0')]
+    first = [path for path in (checkpoints(folder) if folder.is_dir() else []) if finished_epoch(path) == 0]
     if first:
         start_args, model, _ = get_model_ckpt(row_args(args, str(first[0])))
         return start_args, model
