@@ -73,13 +73,17 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         ]
     lines = [
         f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566)'
-        + (f' and distillation from its initial weights at {args.distill_size} px.' if is_distilled(args) else '.'),
+        + (
+            f' and distillation from its initial weights at {args.distill_size} px.'
+            if is_distilled(args, checkpoint)
+            else '.'
+        ),
         '',
         f'- images: {images.get("number", "unknown")}, whose names and classes have the digest '
         f'{images.get("digest", "unknown")}; they are not part of this folder',
         f'- initial weights: {describe_start(args)}'
         + (f', license {license_name}' if license_name else ', whose license is unknown' if args.init_from else ''),
-        *([describe_start_options(args)] if args.init_from else []),
+        *([describe_start_options(args, checkpoint)] if args.init_from else []),
         f'- epoch {checkpoint["epoch"]} of {args.max_epochs}'
         + (f' and {checkpoint["images"]} images of the next' if checkpoint.get('images') else '')
         + f', batch {args.batch_size}, learning rate '
@@ -95,15 +99,16 @@ def describe_model(args, checkpoint, run_info, features, license_name):
     return lines
 
 
-def describe_start_options(args):
+def describe_start_options(args, checkpoint):
     """Describe how a run trained its initial weights: a line of Markdown."""
-    names = (*INIT_FROM_DEFAULTS, *(['distill_size', 'distill_neighbors'] if is_distilled(args) else []))
+    names = (*INIT_FROM_DEFAULTS, *(['distill_size', 'distill_neighbors'] if is_distilled(args, checkpoint) else []))
     options = ' '.join(f'--{name}={getattr(args, name)}' for name in names)
     return f'- options of training from them: `{options}`; start_share is the share of the initial weights in these'
 
 
-def is_distilled(args):
-    return bool(args.init_from and args.distill_weight)
+def is_distilled(args, checkpoint):
+    """Whether the run had the distillation loss, for which its checkpoints keep the initial weights."""
+    return bool(args.distill_weight and checkpoint.get('start'))
 
 
 def was_trained(args, checkpoint):
