@@ -50,7 +50,7 @@ COMMANDS = {
     ),
     'embed': (
         'commands.embed',
-        'write the features of the images of a folder, as .npz, .csv or .parquet',
+        'write the features of the images of a folder (test or val, if it has splits), as .npz, .csv or .parquet',
     ),
     'export': ('commands.export', 'write the backbone for torchvision, timm, detectron2, ONNX or safetensors'),
 }

@@ -440,6 +440,7 @@ DISTILLED_ROWS = [
     ('the same, targets of the image alone (`--distill_neighbors=0`)', 'neighbors_nn0_s0', None),
     ('the same with EfficientNet-Lite2', 'neighbors_lite2_s0', None),
     ('the same, only the last layers trained (`--trained_share=0.79`)', 'neighbors_last_s0', None),
+    ("SimSiam alone, MoCo's augmentation (`--distill_weight=0 --start_share=0`)", 'neighbors_w0_s0', None),
     ('an earlier distillation: targets of the image alone, MoCo', 'distilled_s0', None),
     ('the earlier one, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
 ]
@@ -456,6 +457,14 @@ PRETRAINED_SETS = {
     'grocery_224': 'groceries at 224 px',
     'cifar50': 'CIFAR-10 at 96 px, 50 per class',
 }
+CHANGED_SETS = {
+    'clothing': 'clothing',
+    'grocery': 'groceries',
+    'grocery_160': 'groceries, 160 px',
+    'cifar50': 'CIFAR-10, 50 per class',
+}
+# Runs on another selection of the set than those in its column.
+OTHER_IMAGES = {('cifar50', 'lr04_e12_s0'), ('cifar50', 'distilled_s0')}
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
 PRETRAINED_SEEDS = {
     'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
@@ -539,13 +548,13 @@ def pretrained_changes():
     runs, lines = pretrained_runs(), []
     for title, end, share in DISTILLED_ROWS + SIMSIAM_ROWS:
         cells = []
-        for kind in ('clothing', 'grocery'):
-            found = runs.get(f'{kind}_{end}')
+        for kind in CHANGED_SETS:
+            found = runs.get(f'{kind}_{end}') if (kind, end) not in OTHER_IMAGES else None
             cell = found and pretrained_row(found, share)['10 per class']
             cells.append(f'{cell["gain"]:+.1f} ± {cell["gain_error"]:.1f}' if cell else '')
         if any(cells):
             lines.append([title, *cells])
-    return markdown(['top-1 with ten labels per class, test: change in points', 'clothing', 'groceries'], lines)
+    return markdown(['top-1 with ten labels per class, test: change in points', *CHANGED_SETS.values()], lines)
 
 
 def draw_pretrained():

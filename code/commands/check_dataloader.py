@@ -24,7 +24,7 @@ from logger import save_view_grid
 from model.weights import is_off_the_shelf
 from runtime.checkpoints.pretrained import set_off_the_shelf_options
 from runtime.checkpoints.saved_options import set_init_from_defaults
-from runtime.console import print_message, printable
+from runtime.console import join_first, print_message, printable
 from runtime.device import init_device
 from runtime.errors import WorkError, resolve_path
 from runtime.files import try_writing
@@ -139,7 +139,7 @@ def describe_loader(args, batches):
         torch.cuda.synchronize(batch.device)
     speed = num_images / (time.time() - started)
     batch, views = first
-    classes = f'{len(images.classes)} classes' if (images.labels >= 0).any() else 'no classes'
+    classes = describe_classes(images)
     unlabeled = int((images.labels < 0).sum())
     if 0 < unlabeled < len(images):
         classes += f' ({unlabeled} images without)'
@@ -150,6 +150,16 @@ def describe_loader(args, batches):
         f'{len(views)} view{"s" * (len(views) - 1)} of {describe_shape(views[0])} float32 in '
         f'[{views[0].min():.2f}, {views[0].max():.2f}]; {speed:.0f} images/s'
     )
+
+
+def describe_classes(images):
+    """Describe the classes of a split, and name those without images."""
+    numbers = {*images.labels.tolist()} - {-1}
+    if not numbers:
+        return 'no classes'
+    if missing := [printable(name) for number, name in enumerate(images.classes) if number not in numbers]:
+        return f'{len(numbers)} of {len(images.classes)} classes (none of {join_first(missing)})'
+    return f'{len(numbers)} classes'
 
 
 def describe_channels(args, images):

@@ -57,6 +57,12 @@ def render_model_card(args, checkpoint, name, features):
         shape = f'1 x {args.num_channels} x {args.image_size} x {args.image_size}'
         call = f'features = backbone(image)    # 1 x {features}; image: {shape}, normalized as above'
     lines += [call, '```']
+    if not channel_numbers(args.channels):
+        lines += [
+            '',
+            'timm resizes to whole pixels, then crops. The features of the table were computed from crops that are',
+        ]
+        lines += ['resized once, so these differ from them a little.']
     return '\n'.join(lines) + '\n'
 
 

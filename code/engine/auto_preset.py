@@ -15,7 +15,7 @@ from dataloader.load_dataset import num_labeled_classes
 from model.weights import find_preprocessing, timm_config
 from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.console import print_message, silence_stderr
-from runtime.device import get_device
+from runtime.device import get_device, main_memory
 from runtime.distributed import rank
 from runtime.errors import UserError
 from runtime.messages import log
@@ -26,9 +26,11 @@ SIZE_SAMPLE = 64  # images whose size is read
 MAX_SMALL_SIDE = 64  # px: images of one size up to this get --preset=cifar10
 # Training steps of a run from pretrained weights. 2.5 times as many gained two to three points more (results/LOG.md).
 STEPS, STEPS_ON_GPU = 600, 1200
+MEMORY_FOR_64 = 11 * 2**30  # bytes: 64 images of 160 px take 6.5 GiB of main memory, measured on a CPU
 MIN_EPOCHS, MAX_EPOCHS = 6, 100  # of such a run
 FROM_SCRATCH = 1_000_000  # images from which a run starts from random weights
 LARS_FROM = 100_000  # images from which linear evaluation takes the paper's LARS: fewer give it too few steps
+CPU_NETWORK = 'timm/tf_efficientnet_lite0'
 SCRATCH = {'learning_rate': 0.05, 'proj_layers': 3}  # of runs from random weights: the paper's
 
 
@@ -108,6 +110,8 @@ def choose_photo_options(args, train, sizes, val, network):
 
 def choose_network(args, count, device):
     """Choose the network and its weights. Returns {'backbone', 'init_from'}."""
+    if args.init_from == 'timm' and 'backbone' not in args.explicit:
+        return {'init_from': 'timm', 'backbone': 'timm/resnet50' if device.type == 'cuda' else CPU_NETWORK}
     if args.init_from:
         return {'init_from': args.init_from}
     if 'backbone' in args.explicit:
@@ -119,7 +123,7 @@ def choose_network(args, count, device):
     if device.type == 'cuda':
         return {'init_from': 'imagenet', 'backbone': 'resnet50'}
     if importlib.util.find_spec('timm'):
-        return {'init_from': 'timm', 'backbone': 'timm/tf_efficientnet_lite0'}
+        return {'init_from': 'timm', 'backbone': CPU_NETWORK}
     return {'init_from': 'imagenet', 'backbone': 'resnet18'}
 
 
@@ -139,8 +143,9 @@ def usual_weights(args):
 
 
 def choose_batch_size(device, count):
-    """Choose the batch size: 64, more for many images on a GPU with enough memory; at most a quarter of the images."""
-    batch = 64
+    """Choose the batch size: 64, more for many images on a GPU with enough memory, 32 in a small main memory; at most a
+    quarter of the images."""
+    batch = 64 if device.type != 'cpu' or main_memory() >= MEMORY_FOR_64 else 32
     if device.type == 'cuda':
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         batch = 256 if count >= 20_000 and gigabytes >= 20 else 128 if count >= 5_000 and gigabytes >= 10 else 64
@@ -166,16 +171,18 @@ def log_choices(args, train, sizes):
     size = f'{args.image_size} px'
     if args.init_from and not starts_from_foreign_weights(args) and 'image_size' not in args.explicit:
         size = f'that of {args.init_from}'
+    small = get_device(args).type == 'cpu' and args.batch_size == 32 and main_memory() < MEMORY_FOR_64
+    little_memory = f', for {main_memory() / 2**30:.0f} GiB of memory' if small else ''
     rows = [
         ('backbone', backbone, '--backbone, --init_from (none: random weights)'),
         ('view size', size, '--image_size'),
-        ('batch size', f'{args.batch_size} images', '--batch_size'),
+        ('batch size', f'{args.batch_size} images{little_memory}', '--batch_size'),
         ('epochs', f'{args.max_epochs} of {steps} steps', '--max_epochs'),
         ('learning rate', f'{args.learning_rate:g} x batch / 256', '--learning_rate'),
     ]
     log(f'photos           {len(train.labels)} images of about {width} x {height} px, {classes}, on {get_device(args)}')
     for name, value, option in rows:
-        log(f'  {name:15}{value:56}{option}')
+        log(f'  {name:15}{value:55} {option}')
 
 
 def switch_to_random_weights(args, sources, error):

@@ -23,7 +23,7 @@ def save_on_exit(run, state, end):
     signals.mark_handled()
     if isinstance(end, NonFiniteLoss):
         raise end
-    command = f'python3 cli.py train --resume={run_display_name(run.args, run.folder)}{repeat_options(run.args)}'
+    command = resume_command(run)
     try:
         if isinstance(end, signals.Interrupted) and state.position != run.position:  # the same step in all processes
             state.all_reduce_sums()
@@ -44,6 +44,11 @@ def save_on_exit(run, state, end):
     raise signals.Interrupted(end.number, f'{name}: saved {run.describe_position(state)}; {command} resumes it')
 
 
+def resume_command(run):
+    """Return the command that resumes a run."""
+    return f'python3 cli.py train --resume={run_display_name(run.args, run.folder)}{repeat_options(run.args)}'
+
+
 def evaluate_after(args, state, splits, run):
     """Run --evaluate_after. Returns the result of --protocol on the last checkpoint, or on the best one of a run that
     started from pretrained weights; None without the option or after --max_minutes."""
@@ -53,11 +58,16 @@ def evaluate_after(args, state, splits, run):
     if distributed.broadcast_from_rank0(lambda: bool(run.deadline) and time.monotonic() > run.deadline):
         log(f'--max_minutes={args.max_minutes:g} have passed: --evaluate_after is skipped')
         return None
-    if not args.init_from:
-        checkpoint_info = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
-        return run_protocol(args, state.model, splits, checkpoint_info)
-    best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(run.folder, checkpoints(run.folder))))
-    return evaluate_checkpoint(args, best, splits)
+    try:
+        if not args.init_from:
+            checkpoint_info = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
+            return run_protocol(args, state.model, splits, checkpoint_info)
+        best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(run.folder, checkpoints(run.folder))))
+        return evaluate_checkpoint(args, best, splits)
+    except signals.Interrupted as end:
+        name = signals.signal_name(end.number)
+        text = f'{name}: the training is finished and saved; {resume_command(run)} evaluates it'
+        raise signals.Interrupted(end.number, text) from None
 
 
 def evaluate_checkpoint(args, path, splits=None):

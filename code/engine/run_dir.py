@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ckpt import save_checkpoint
-from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS
+from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS, RESUMED_OPTIONS
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
@@ -272,7 +272,8 @@ def args_from_run(args):
             f'--preset={args.preset} contradicts --from_run={args.from_run}, which has --preset={saved["preset"]}: '
             'leave one out'
         )
-    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
+    of_call = {*NOT_RESTORED_OPTIONS} - {*RESUMED_OPTIONS} | args.explicit
+    explicit = {name: getattr(args, name) for name in of_call}
     chosen = read_json(path).get('explicit')  # not in runs of early versions
     resolved = {name for name in AUTOMATIC if chosen is not None and name not in chosen and saved.get(name)}
     args = replace_args(args, **{**saved, **{name: AUTOMATIC[name] for name in resolved}, **explicit})
@@ -321,7 +322,7 @@ def resolve_resume(args):
         saved, unknown = content['args'], {*BEFORE} - {*rename_options(raw['args'])} - args.explicit
         # A run saves resolved values. They are compared if an earlier command gave them and this one leaves them out.
         left_out = {*read_json(run / 'run.json').get('explicit', ())} - args.explicit
-        not_compared = resolved_later - left_out | unknown
+        not_compared = resolved_later - left_out | unknown | {'on_unreadable'}  # skip: what the error advises
         differing = [
             f
             for f in OPTIONS.values()
@@ -329,10 +330,11 @@ def resolve_resume(args):
             and f.metadata['used_by'] != EVAL_COMMANDS
             and not same_value(f.name, saved[f.name], getattr(now, f.name))
         ]
+        differences = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(now, f.name)})' for f in differing)
         if differing and content['epoch'] >= saved['max_epochs']:
-            continue  # a finished run with other options
+            log(f'--resume=auto: {run.name} is finished and has {differences}; --resume={run.name} continues it')
+            continue
         if differing:
-            differences = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(now, f.name)})' for f in differing)
             raise UserError(
                 f'--resume=auto: the unfinished run {run.name} has {differences}; --resume={run.name} resumes it, '
                 'without --resume a new run starts'

@@ -206,7 +206,10 @@ def make_train_state(args, model):
 def print_run_header(args, state, run, batches, compile_skip_reason):
     """Log the first lines of a run: device, precision, images, memory. compile_skip_reason: from why_not_compile."""
     if run.path and state.epoch >= args.max_epochs:
-        log(f'{run.folder.name} has all of its {state.epoch} epochs; --max_epochs=<more> continues it')
+        log(
+            f'{run.folder.name} has all of its {state.epoch} epochs; --resume={run.folder.name} --max_epochs=<more> '
+            'continues it'
+        )
     elif run.path:
         log(f'resuming {run.folder.name} {run.describe_position(state)} (of {args.max_epochs} epochs)')
     device, world = get_device(args), distributed.world_size()

@@ -93,20 +93,23 @@ def find_state_dict_key(content):
     """Return the key of a file's content, or of a part of it, under which the state dict is; None if there is none."""
     if not isinstance(content, dict):
         return None
-    return next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
+    known = [key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]]
+    if known or any(is_weight(value) and value.ndim > 1 for value in content.values()):
+        return known[0] if known else None
+    only = [key for key, value in content.items() if is_state_dict(value)]  # under another name, such as ema
+    return only[0] if len(only) == 1 else None
+
+
+def is_state_dict(value):
+    """Whether a value is a dict with weights of more than one dimension."""
+    return isinstance(value, dict) and any(is_weight(each) and each.ndim > 1 for each in value.values())
 
 
 def list_other_networks(content):
     """Return the keys of other state dicts in a file, such as an average of the weights (state_dict_ema, student)."""
     others = []
     while key := find_state_dict_key(content):
-        others += [
-            str(other)
-            for other, value in content.items()
-            if other != key
-            and isinstance(value, dict)
-            and any(is_weight(each) and each.ndim > 1 for each in value.values())
-        ]
+        others += [str(other) for other, value in content.items() if other != key and is_state_dict(value)]
         content = content[key]
     return others
 

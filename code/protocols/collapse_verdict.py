@@ -6,6 +6,7 @@ from runtime.checkpoints.best_epoch import (
     WATCHED,
     find_best_epoch_in_metrics,
     is_judged_by_labels,
+    is_measured_with_labels,
 )
 from runtime.files import read_metrics
 
@@ -43,9 +44,10 @@ RANK_AFTER_WEIGHTS = 'the retrieval rank of the positive view falls whether feat
 FOR_COLLAPSED = (
     'Is the stop-gradient there, is the predictor trained, has the projector BN? results/README.md, What goes wrong'
 )
-FOR_NOTHING = 'Train longer, or try --augmentation=moco or another --learning_rate: ten times as much, a tenth'
+FOR_NOTHING = 'Train longer, or try a milder --augmentation, or another --learning_rate: ten times as much, a tenth'
 FOR_NO_MORE = 'It is no better than at the start; evaluate --protocol=label_free compares it with an untrained network'
 FOR_WORSE = 'try fewer epochs, a lower --learning_rate, a milder augmentation, or more images'
+FOR_UNSURE = 'the gain is within its standard error: more labeled images in val would tell, or more epochs'
 FOR_UNCHANGED = (
     'no image of val is classified otherwise: is the backbone trained (--heads_epochs, --start_share), is val too easy?'
 )
@@ -96,7 +98,7 @@ def judge_against_start(lines):
     }
     if best is None or len(judged) < 2 and FEW_LABELS.value in lines[0]:
         return None
-    if not is_judged_by_labels(lines):
+    if not is_measured_with_labels(lines):
         return judge_without_labels(lines, best)
     last = judged[max(judged)]
     top1, gain, error = last[FEW_LABELS.value], last.get(FEW_LABELS.gain, 0.0), gain_error(last)
@@ -104,10 +106,16 @@ def judge_against_start(lines):
         f'{WATCHED} labels per class: {top1:.1f} % of val after epoch {last["epoch"]}, {gain:+.1f} ± {error:.1f} '
         f'beside the start ({top1 - gain:.1f} %)'
     )
+    if best and not is_judged_by_labels(lines):
+        similarity = describe_similarity(lines, best)
+        return 'probably better than the start', (
+            f'{gain_text}: no epoch differs from it by more than the error; {similarity}. More labeled images in val '
+            'would show it'
+        )
     if best:
         most = judged[best]
         more = (
-            f'The best of {len(judged) - 1} epochs is epoch {best}: {most[FEW_LABELS.value]:.1f} %, '
+            f'The best of {len(judged) - 1} measured epochs is epoch {best}: {most[FEW_LABELS.value]:.1f} %, '
             f'{most[FEW_LABELS.gain]:+.1f} ± {gain_error(most):.1f}'
         )
         # The best of several epochs is above one standard error by chance in one run of three or so.
@@ -116,7 +124,7 @@ def judge_against_start(lines):
     if gain < -error:
         return 'worse than the start', f'{gain_text}. Keep the start, epoch 0; {FOR_WORSE}'
     changed = any(line.get(FEW_LABELS.gain) or gain_error(line) for line in judged.values())
-    hint = FOR_WORSE if changed else FOR_UNCHANGED
+    hint = (FOR_UNSURE if gain > 0 else FOR_WORSE) if changed else FOR_UNCHANGED
     return 'no better than the start', f'{gain_text}. Keep the start, epoch 0; {hint}'
 
 
@@ -125,17 +133,24 @@ def gain_error(line):
     return line.get(FEW_LABELS.error, 0.0)
 
 
+def describe_similarity(lines, best):
+    """Describe the similarity to the targets after an epoch, or the last one if `best` is 0; '' if it is not known."""
+    judged = {line['epoch']: line for line in lines if SIMILARITY.gain in line}
+    if not judged:
+        return ''
+    shown = judged[best or max(judged)]
+    value, gain = shown[SIMILARITY.value], shown[SIMILARITY.gain]
+    return (
+        f'similarity to the targets {value:.3f} after epoch {shown["epoch"]}, {gain:+.3f} ± '
+        f'{shown[SIMILARITY.error]:.3f} beside the start ({value - gain:.3f})'
+    )
+
+
 def judge_without_labels(lines, best):
     """judge_against_start without labels: by the similarity to the targets of the distillation. best: epoch."""
-    judged = {line['epoch']: line for line in lines if SIMILARITY.gain in line}
     numbers = 'no accuracy on val was measured (it needs labels, and --knn_every of 1 or more)'
-    if judged:
-        shown = judged[best or max(judged)]
-        value, gain = shown[SIMILARITY.value], shown[SIMILARITY.gain]
-        numbers += (
-            f'; similarity to the targets {value:.3f} after epoch {shown["epoch"]}, {gain:+.3f} ± '
-            f'{shown[SIMILARITY.error]:.3f} beside the start ({value - gain:.3f})'
-        )
+    if similarity := describe_similarity(lines, best):
+        numbers += f'; {similarity}'
     if best:
         return 'probably better than the start', f'{numbers}. A few labels per class would show it'
     return 'not known to be better than the start', (

@@ -17,6 +17,7 @@ from model.weights import adapt_channels, copy_weights, is_off_the_shelf
 from protocols.features import extract_features
 from protocols.few_labels import (
     MAX_ROWS,
+    accuracy_and_error,
     classify,
     draw_label_subsets,
     log_missing_labels,
@@ -53,7 +54,7 @@ def compare_backbones(args, model, splits, checkpoint):
     """
     judged_on = next(name for name in splits if name != 'train')
     train, judged = labeled_subset(splits['train']), splits[judged_on]
-    rows, counts = [], parse_label_counts(args.labels)
+    rows, counts = [], available_label_counts(parse_label_counts(args.labels), train.labels)
     log_missing_labels('compare', train.labels, counts)
     for name, backbone_args, backbone in iter_backbones(args, model, checkpoint):
         log(f'compare: {name}')
@@ -62,7 +63,7 @@ def compare_backbones(args, model, splits, checkpoint):
     for row in rows:
         for column, cell in row['columns'].items():
             right, first = cell['right'], rows[0]['columns'][column]['right']
-            cell['top1'], cell['error'] = mean_and_error(right)
+            cell['top1'], cell['error'] = accuracy_and_error(right)
             if row is not rows[0]:
                 cell['gain'], cell['gain_error'] = mean_and_error(first - right)
     for row in rows:
@@ -92,6 +93,16 @@ def parse_label_counts(text):
     if min(numbers) < 1:
         raise UserError(f'--labels has numbers of labels per class, such as 1,5,10,30, not {text!r}')
     return numbers
+
+
+def available_label_counts(counts, labels):
+    """Leave out, with a line, the numbers of labels per class that no class has: all labels are a column of their own.
+    labels: N, >= 0."""
+    most = int(labels.unique(return_counts=True)[1].max())
+    for count in counts:
+        if count > most:
+            log(f'compare: no class has {count} labeled images, so there is no column of them')
+    return [count for count in counts if count <= most]
 
 
 def iter_backbones(args, model, checkpoint):

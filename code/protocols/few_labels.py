@@ -73,7 +73,8 @@ def mean_and_error(right):
     1, or the difference of two backbones.
 
     Images and subsets are both samples, so the squared error is var(means of the images) / N + var(means of the
-    subsets) / D. One subset (kNN, all labels) adds nothing; the error of one image is nan.
+    subsets) / D. One subset (kNN, all labels) adds nothing. It is at least one image, as val may have three, unless all
+    values are 0. The error of one image is nan.
     """
     num_draws, num_images = right.shape
     if num_images < 2:
@@ -81,7 +82,14 @@ def mean_and_error(right):
     variance = right.mean(0).var() / num_images
     if num_draws > 1:
         variance = variance + right.mean(1).var() / num_draws
-    return 100 * right.mean().item(), 100 * variance.sqrt().item()
+    least = 1 / num_images if right.any() else 0.0
+    return 100 * right.mean().item(), 100 * max(variance.sqrt().item(), least)
+
+
+def accuracy_and_error(right):
+    """mean_and_error of an accuracy, whose error is at least one image also if all images are wrong."""
+    top1, error = mean_and_error(right)
+    return top1, max(error, 100 / right.shape[1])
 
 
 class Sample:

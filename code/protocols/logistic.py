@@ -28,9 +28,11 @@ def select_l2(args, x, labels, num_classes):
     warm_start, tried = None, {}
     for l2 in progress(L2, 'l2 strength', 'fits'):
         warm_start = logistic_regression(x[~holdout], labels[~holdout], num_classes, l2, warm_start)
-        tried[l2] = topk_accuracy(x[holdout] @ warm_start[0].T + warm_start[1], labels[holdout], 1)
-    best = max(tried, key=tried.get)  # the strongest of equals
-    return best, tried[best]
+        scores = x[holdout] @ warm_start[0].T + warm_start[1]
+        loss = cross_entropy(scores, labels[holdout]).item()
+        tried[l2] = topk_accuracy(scores, labels[holdout], 1), -loss  # of equal accuracies the surer one
+    best = max(tried, key=tried.get)
+    return best, tried[best][0]
 
 
 def holdout_mask(labels, seed):

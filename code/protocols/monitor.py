@@ -25,7 +25,7 @@ from runtime.checkpoints.best_epoch import (
     START_FILE,
     WATCHED,
     find_best_epoch,
-    is_judged_by_labels,
+    is_measured_with_labels,
 )
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.checkpoints.saved_options import PREPROCESSING
@@ -221,9 +221,7 @@ class Monitor:
             return results, words
         before = torch.tensor(read_json(self.run.folder / START_FILE).get('right', []), dtype=torch.float64)
         if before.shape == right.shape:
-            gain, error = mean_and_error(right - before)
-            error = max(error, 100 / right.shape[1]) if gain else error  # at least one image: val may have three
-            results[FEW_LABELS.gain], results[FEW_LABELS.error] = gain, error
+            gain, error = results[FEW_LABELS.gain], results[FEW_LABELS.error] = mean_and_error(right - before)
             words += f' ({gain:+.2f} ± {error:.2f} over the start)'
         return results, words
 
@@ -244,7 +242,7 @@ class Monitor:
         def find_change():
             if read_json(folder / START_FILE).get('measured_with') == self.measured_with:
                 return False, 0
-            known_by_labels = is_judged_by_labels(read_metrics(self.logger.metrics))
+            known_by_labels = is_measured_with_labels(read_metrics(self.logger.metrics))
             return not (self.knn_off and known_by_labels), find_best_epoch(folder) or 0
 
         changed, best = broadcast_from_rank0(find_change)

@@ -100,5 +100,5 @@ def missing_labels_reason(splits):
         why = 'no class has two images, one of which could be held out' if train.args.val_fraction else fraction
         return f'{printable(train.folder)} has no val: {why}'
     if not num_labeled_classes(val.labels):
-        return f'{printable(val.folder)} has no classes'
+        return f'{printable(val.folder)} has no classes; without it a part of train would be held out'
     return None

@@ -15,7 +15,7 @@ import torch
 from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch
+from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, is_judged_by_labels
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import print_message, printable
@@ -26,6 +26,7 @@ from runtime.files import (
     is_number,
     read_in_order,
     read_json,
+    read_metrics,
     sanitize_name,
     utc_timestamp,
     written_time,
@@ -86,7 +87,9 @@ def selected_checkpoint(val, checkpoint):
     """Whether the checkpoint is its run's best epoch, selected on these images of val, those with labels."""
     run, epoch = checkpoint['run'], checkpoint['epoch']
     digest = read_json(run / START_FILE).get('val')
-    return bool(epoch) and epoch == find_best_epoch(run) and digest in (None, val.digest())
+    if not epoch or epoch != find_best_epoch(run) or not is_judged_by_labels(read_metrics(run / 'metrics.jsonl')):
+        return False
+    return digest in (None, val.digest())
 
 
 def selection_note(result):

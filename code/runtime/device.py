@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -138,3 +140,14 @@ def explain_oom(what, helps):
         if place := is_oom(error):
             raise WorkError(f'{place} is out of memory for {what}: {helps}') from None
         raise
+
+
+def main_memory():
+    """Return the bytes of main memory that this process may use: of the machine, or of its container (cgroup v2)."""
+    try:
+        total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
+    with contextlib.suppress(OSError, ValueError):  # 'max' is no number
+        total = min(total, int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    return total

@@ -147,7 +147,7 @@ def test_resumed_run_equals_unbroken_run(trained, drawn, tmp_path):
     events = EventAccumulator(str(tmp_path / 'log' / f'{RUN}0')).Reload()
     assert [event.step for event in events.Scalars('pretraining/loss')] == [2]
     again = run('train', f'--ckpt_name={RUN}0', *own_paths(tmp_path))
-    assert 'has all of its 2 epochs; --max_epochs=<more> continues it' in again.stdout
+    assert '_ckpt_0 --max_epochs=<more> continues it' in again.stdout
 
 
 def test_train_on_large_images_uses_workers(drawn_large, tmp_path):

@@ -34,7 +34,8 @@ def find_best_epoch(folder):
 
     With labels: of the epochs whose few-label accuracy has a gain over the start (paired by image) of more than its
     standard error and 0.01 points, the one with the largest; 0 if there is none. Without labels: the same with the
-    similarity to the targets of the distillation, two standard errors and 0.001. With neither 0.
+    similarity to the targets of the distillation, two standard errors and 0.001; also if val has so few labels that no
+    epoch differs from the start by more than the error (is_judged_by_labels). With neither 0.
     """
     saved = read_json(folder / 'run.json').get('args')
     if not isinstance(saved, dict) or not saved.get('init_from'):
@@ -53,6 +54,14 @@ def find_best_epoch_in_metrics(lines):
     return max(gains, key=gains.get, default=0 if lines else None)
 
 
-def is_judged_by_labels(lines):
+def is_measured_with_labels(lines):
     """Whether the start was measured with labels: the lines of a metrics.jsonl."""
     return any(FEW_LABELS.value in line and not line['epoch'] for line in lines)
+
+
+def is_judged_by_labels(lines):
+    """Whether the few-label accuracy selects the epoch: it was measured, and the gain of some epoch is larger than its
+    standard error, or there is no similarity to the targets to judge by."""
+    told = any(abs(line.get(FEW_LABELS.gain, 0.0)) > line.get(FEW_LABELS.error, math.inf) for line in lines)
+    has_similarity = any(SIMILARITY.gain in line and line['epoch'] for line in lines)
+    return is_measured_with_labels(lines) and (told or not has_similarity)

@@ -66,10 +66,13 @@ def pick_checkpoint(folder, paths):
         )
     if best is None or picked == paths[-1]:
         return picked
-    labeled = is_judged_by_labels(read_metrics(folder / 'metrics.jsonl'))
-    reason = f'epoch {best} is its best {"on val" if labeled else "by similarity to the targets, without labels"}'
+    lines = read_metrics(folder / 'metrics.jsonl')
+    labeled = is_judged_by_labels(lines)
+    reason = f'epoch {best} is its best {"on val" if labeled else "by similarity to the targets: no labels tell"}'
     if not best:
-        why = 'no epoch was better on val' if labeled else 'no accuracy on val shows that training helped'
+        why = 'no accuracy on val shows that training helped'
+        why = 'no epoch was better on val by more than its standard error' if labeled else why
+        why = why if any(line['epoch'] for line in lines) else 'no later epoch was measured'
         reason = f'epoch 0, the start, is used: {why}'
     log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
     return picked
@@ -111,4 +114,8 @@ def find_checkpoint(args, training=False):
     option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
     option = 'beside' if args.ckpt_name in args.beside.split(',') else option
     hint = f'the newest there is --{option}={names[-1]}' if names else 'there is none yet: run python3 cli.py train'
+    if '/' in args.ckpt_name or '.' in args.ckpt_name:
+        hint = f'nor a file {resolve_path(args.ckpt_name)}; {hint}'
+    if option == 'beside':
+        hint += '; --beside has untrained, start, imagenet, timm/<name>, runs and files'
     raise UserError(f'no checkpoint {args.ckpt_name} in {resolve_path(args.ckpt_path)}; {hint}')
