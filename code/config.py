@@ -416,7 +416,7 @@ class CommandOptions:
     or a folder, select selected.csv; report: an HTML page; runs: a CSV file; pack: a folder"""
     sort: str = option(
         'run',
-        ('run', 'state', 'epoch', 'loss', 'std', 'knn', 'rank', 'linear'),
+        ('run', 'state', 'epoch', 'loss', 'std', 'rank', 'best', 'knn', 'linear'),
         used_by=('runs',),
         often=14,
         local=True,

@@ -19,7 +19,6 @@ from loss.negative_cosine import simsiam_loss
 from metric.feature_std import feature_std
 from optimizer.sgd import lr_schedule, set_learning_rates
 from protocols.monitor import Monitor, is_measured
-from protocols.protocol import missing_labels_reason
 from runtime import distributed, signals
 from runtime.device import explain_oom, get_device, init_device, use_compile
 from runtime.errors import UserError
@@ -67,8 +66,7 @@ def train(args):
         log(f'pretraining done in {format_duration(time.monotonic() - started)}')
     result = evaluate_after(args, state, monitor.splits, run)
     if not distributed.rank():  # other machines may not have the files
-        protocol = ' --protocol=label_free' if missing_labels_reason(monitor.splits) else ''
-        log(format_summary(args, run, result, protocol))
+        log(format_summary(args, run, result, monitor.splits))
     return run.path
 
 

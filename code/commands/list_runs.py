@@ -1,5 +1,5 @@
-"""runs: a table of all runs in --ckpt_path: state, epoch, loss, std, kNN, rank, linear accuracy, and options that
-differ.
+"""runs: a table of all runs in --ckpt_path: state, epoch, loss, std, rank, best epoch, kNN and linear accuracy, and
+options that differ.
 
 It reads only small files and does not import torch: a thousand runs take about a second.
 """
@@ -23,8 +23,9 @@ COLUMNS = {
     'epoch': True,
     'loss': False,
     'std': True,
-    'knn': True,
     'rank': False,
+    'best': True,
+    'knn': True,
     'linear': True,
 }
 # Allowed types of each option's value in JSON.
@@ -78,7 +79,8 @@ def write_table(path, rows):
 
 
 def run_row(folder, options):
-    """Return the row of a run: {column: text}; '' for missing values."""
+    """Return the row of a run: {column: text}; '' for missing values. best: the best epoch of a run from pretrained
+    weights, to which knn and linear belong; the other columns, and all of other runs, belong to the last epoch."""
     lines, last = read_metrics(folder / 'metrics.jsonl'), {}
     for line in lines:
         if line['epoch'] or not lines[-1]['epoch']:  # skip epoch 0, the untrained network
@@ -106,7 +108,11 @@ def run_row(folder, options):
         'run': folder.name,
         'state': run_status(folder, epoch, epochs),
         'epoch': f'{epoch}/{epochs or "?"}',
-        **{name: '' if value is None else format(value, number[name]) for name, value in at_end.items()},
+        **{
+            name: '' if at_end[name] is None else format(at_end[name], number[name]) for name in ('loss', 'std', 'rank')
+        },
+        'best': '' if best is None else f'{best}',
+        'knn': '' if at_end['knn'] is None else format(at_end['knn'], number['knn']),
         'linear': f'{linear[-1]["top1"]:.2f}' if linear else '',
     }
 

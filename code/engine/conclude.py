@@ -8,6 +8,8 @@ from ckpt import get_model_ckpt
 from dataloader.load_dataset import load_splits
 from engine.run_dir import NonFiniteLoss, run_display_name
 from protocols import collapse_verdict
+from protocols.label_free import MIN_IMAGES
+from protocols.protocol import missing_labels_reason
 from protocols.run_protocol import run_protocol
 from runtime import distributed, signals
 from runtime.checkpoints.run_folder import best_checkpoint, checkpoints, pick_checkpoint
@@ -78,8 +80,8 @@ def evaluate_checkpoint(args, path, splits=None):
     return run_protocol(saved_args, model, splits or load_splits(saved_args), checkpoint)
 
 
-def format_summary(args, run, result, protocol):
-    """Format the summary of a run: its files, the verdict, the next command. protocol: an option for it, or ''."""
+def format_summary(args, run, result, splits):
+    """Format the summary of a run: its files, the verdict, the next command."""
     called, logs = run_display_name(args, run.folder), resolve_path(args.log_path) / run.folder.name
     name = f'{called}/{run.path.name if run.path else ""}'
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
@@ -92,8 +94,13 @@ def format_summary(args, run, result, protocol):
         lines.append('verdict      {}: {}'.format(*judged))
     if result:
         lines.append(f'result       {run.folder / result["file"]}')
-    if not result:
-        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{repeat_options(args)}{protocol}')
+    if not result and not missing_labels_reason(splits):
+        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{repeat_options(args)}')
+    elif not result and len(splits['train']) >= MIN_IMAGES:
+        label_free = '--protocol=label_free'
+        lines.append(f'next         python3 cli.py evaluate --ckpt_name={name}{repeat_options(args)} {label_free}')
+    elif not result:
+        lines.append(f'next         python3 cli.py embed --ckpt_name={name}{repeat_options(args, command="embed")}')
     elif args.preset != 'demo':
         lines.append(f'next         python3 cli.py infer --ckpt_name={name}{repeat_options(args, command="infer")}')
     else:
