@@ -313,6 +313,7 @@ def resolve_resume(args):
     resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     resolved_later |= {name for name in PIXEL_OPTIONS if is_unresolved(args, name)}
     resolved_later |= {name for name, value in AUTOMATIC.items() if getattr(now, name) == value}
+    finished = None
     for run in reversed(list_run_dirs(args)):
         paths = checkpoints(run)
         if not paths:
@@ -332,7 +333,7 @@ def resolve_resume(args):
         ]
         differences = ', '.join(f'{f.name}={saved[f.name]} (not {getattr(now, f.name)})' for f in differing)
         if differing and content['epoch'] >= saved['max_epochs']:
-            log(f'--resume=auto: {run.name} is finished and has {differences}; --resume={run.name} continues it')
+            finished = finished or (run.name, differences)
             continue
         if differing:
             raise UserError(
@@ -346,6 +347,12 @@ def resolve_resume(args):
                 f'tries again: --model_name=<another name>, or without --resume',
             )
         return replace_args(args, ckpt_name=run.name if path == paths[-1] else f'{run.name}/{path.name}')
+    if finished:
+        name, differences = finished
+        log(
+            f'--resume=auto: {name} is finished and has {differences}: a new run begins; --resume={name} '
+            '--max_epochs=<more> continues that one'
+        )
     return args
 
 

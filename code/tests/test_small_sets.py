@@ -182,7 +182,9 @@ def test_resume_auto_says_why_a_finished_run_is_not_continued(drawn, tmp_path, c
         capsys.readouterr()
         assert cli.main([*given, f'--max_epochs={epochs}', *own_paths(tmp_path)]) == 0
         assert len([*(tmp_path / 'ckpt').iterdir()]) == runs
-    assert f'{RUN} is finished and has max_epochs=1 (not 2); --resume={RUN} continues it' in capsys.readouterr().out
+    assert (
+        f'{RUN} is finished and has max_epochs=1 (not 2): a new run begins; --resume={RUN} ' in capsys.readouterr().out
+    )
 
 
 def test_advice_for_unreadable_images_works_with_resume_auto(drawn, tmp_path, capsys):
