@@ -93,11 +93,7 @@ def find_state_dict_key(content):
     """Return the key of a file's content, or of a part of it, under which the state dict is; None if there is none."""
     if not isinstance(content, dict):
         return None
-    known = [key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]]
-    if known or any(is_weight(value) and value.ndim > 1 for value in content.values()):
-        return known[0] if known else None
-    only = [key for key, value in content.items() if is_state_dict(value)]  # under another name, such as ema
-    return only[0] if len(only) == 1 else None
+    return next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
 
 
 def is_state_dict(value):

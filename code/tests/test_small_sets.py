@@ -14,7 +14,6 @@ from protocols.collapse_verdict import FOR_UNSURE, judge_run_metrics
 from protocols.few_labels import accuracy_and_error, mean_and_error
 from protocols.logistic import select_l2
 from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, find_best_epoch, find_best_epoch_in_metrics
-from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.files import read_json
 from runtime.options import get_config
@@ -134,26 +133,6 @@ def test_unlabeled_val_says_what_helps(drawn, pretrained, tmp_path, capsys):  # 
         shutil.copy(path, tmp_path / f'set/val/{number}.png')
     assert train(tmp_path, tmp_path / 'set', pretrained, '--max_epochs=1') == 0
     assert 'val has no classes; without it a part of train would be held out' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('key', ['ema', 'state_dict_ema', 'weights', 'net'])
-def test_only_state_dict_of_a_file_is_read_under_any_name(key, pretrained, tmp_path, capsys):  # noqa: F811
-    state = torch.load(pretrained, weights_only=True)
-    torch.save({key: state, 'epoch': 3, 'config': {'lr': 0.1}}, tmp_path / 'file.pth')
-    given = [f'--ckpt_name={tmp_path}/file.pth', f'--output={tmp_path}/out.pth', '--format=torchvision']
-    assert cli.main(['export', *given, *own_paths(tmp_path)]) == 0
-    written = torch.load(tmp_path / 'out.pth', weights_only=True)
-    assert all(torch.equal(value, state[name]) for name, value in written.items())
-
-
-def test_weights_without_a_network_name_the_option(drawn, tmp_path, capsys):
-    state = build_model(get_config(preset='imagenet', backbone='mobilenet_v3_small')).backbone.state_dict()
-    torch.save(state, tmp_path / 'file.pth')
-    given = [f'--init_from={tmp_path}/file.pth', f'--image_path={drawn}', *own_paths(tmp_path)]
-    assert cli.main(['train', *given]) == 2
-    said = one_line(capsys.readouterr().err)
-    assert '--backbone=' in said
-    assert 'damaged' not in said
 
 
 @pytest.mark.parametrize(

@@ -176,11 +176,6 @@ def load_foreign(args, path, content):
     if not converted:
         keys = [str(key) for key in (find_tensors(content) or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:MAX_LISTED_KEYS]) or 'none'
-        if find_tensors(content):
-            raise UserError(
-                f'{path} holds weights, not of a ResNet in a known layout: name their network, --backbone=timm/<name> '
-                f'or one of torchvision; their first keys: {first}'
-            )
         raise WorkError(
             f'{path} is damaged or was not written by this project, nor is it a ResNet in a known layout (the '
             'official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, torchvision, timm); its first '
