@@ -145,11 +145,16 @@ def usual_weights(args):
 def choose_batch_size(device, count):
     """Choose the batch size: 64, more for many images on a GPU with enough memory, 32 in a small main memory; at most a
     quarter of the images."""
-    batch = 64 if device.type != 'cpu' or main_memory() >= MEMORY_FOR_64 else 32
+    batch = 32 if has_little_memory(device) else 64
     if device.type == 'cuda':
         gigabytes = torch.cuda.get_device_properties(device).total_memory / 2**30
         batch = 256 if count >= 20_000 and gigabytes >= 20 else 128 if count >= 5_000 and gigabytes >= 10 else 64
     return limit_batch_size(batch, count)
+
+
+def has_little_memory(device):
+    """Whether the device is a CPU whose main memory is too small for a batch of 64 images."""
+    return device.type == 'cpu' and main_memory() < MEMORY_FOR_64
 
 
 def limit_batch_size(batch, count):
@@ -171,8 +176,8 @@ def log_choices(args, train, sizes):
     size = f'{args.image_size} px'
     if args.init_from and not starts_from_foreign_weights(args) and 'image_size' not in args.explicit:
         size = f'that of {args.init_from}'
-    small = get_device(args).type == 'cpu' and args.batch_size == 32 and main_memory() < MEMORY_FOR_64
-    little_memory = f', for {main_memory() / 2**30:.0f} GiB of memory' if small else ''
+    halved = args.batch_size == 32 and has_little_memory(get_device(args))
+    little_memory = f', for {main_memory() / 2**30:.0f} GiB of memory' if halved else ''
     rows = [
         ('backbone', backbone, '--backbone, --init_from (none: random weights)'),
         ('view size', size, '--image_size'),

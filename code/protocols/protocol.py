@@ -91,10 +91,10 @@ def leave_out_unlabeled(splits):
 def missing_labels_reason(splits):
     """Return why accuracy cannot be measured on these splits, or None."""
     train, val = splits['train'], splits['val']
-    if num_labeled_classes(train.labels) == 1:
-        return f'all labels of {printable(train.folder)} are one class'
-    if not num_labeled_classes(train.labels):
-        return f'{printable(train.folder)} has no classes'
+    num_classes = num_labeled_classes(train.labels)
+    if num_classes < 2:
+        folder = printable(train.folder)
+        return f'all labels of {folder} are one class' if num_classes else f'{folder} has no classes'
     if val is None:
         fraction = f'--val_fraction={train.args.val_fraction:g} holds none out'
         why = 'no class has two images, one of which could be held out' if train.args.val_fraction else fraction
