@@ -114,10 +114,10 @@ def train_epoch(args, step, state, loader, monitor, run):
         with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
             seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
             rows = loader.batch_sampler.rank_part(order, state.images)
-            (loss, std, *distill_loss), (p, z) = step(views, rows)
-            state.add(loss, std, batch_size)
+            scalars, (p, z) = step(views, rows)
+            state.add(scalars, batch_size)
         # metrics
-        monitor.after_step(state, (loss, std, *distill_loss), learning_rates, p, z)
+        monitor.after_step(state, scalars, learning_rates, p, z)
         # stop or save a checkpoint
         is_last_step = state.images >= total
         steps = state.images // batch_size

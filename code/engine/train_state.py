@@ -14,27 +14,28 @@ class TrainState:
     """model: SimSiam; optimizer: SGD or AdamW; scaler: GradScaler for float16, or None; start: the initial weights of
     the backbone, on the CPU, for --start_share and --distill_weight, or None.
 
-    epoch: finished epochs. images: images seen in the current epoch; sums: 2, on the device, the sums of loss and std
-    over them (of this rank, or of all after all_reduce_sums). last_epoch_means: (loss, std) of the last finished epoch.
+    epoch: finished epochs. images: images seen in the current epoch; sums: 3, on the device, the sums of loss, std and
+    distillation loss (0 without a teacher) over them, of this rank, or of all after all_reduce_sums. last_epoch_means:
+    their means in the last finished epoch.
     """
 
     def __init__(self, model, optimizer, scaler=None, start=None):
         self.model, self.optimizer, self.scaler, self.start = model, optimizer, scaler, start
         self.epoch = self.images = 0
-        self.sums = zeros_f64(2, device=next(model.parameters()).device)
-        self.last_epoch_means = (0.0, 0.0)
+        self.sums = zeros_f64(3, device=next(model.parameters()).device)
+        self.last_epoch_means = (0.0, 0.0, 0.0)
 
     @property
     def position(self):
         return self.epoch, self.images
 
-    def add(self, loss, std, images):
-        """Add the loss and std of a step, on the device, and its number of images."""
-        self.sums += images * torch.stack((loss.detach(), std)).to(self.sums)
+    def add(self, scalars, images):
+        """Add a step of `images` images. scalars, on the device: loss, std and, with a teacher, distillation loss."""
+        self.sums[: len(scalars)] += images * torch.stack(scalars).detach().to(self.sums)
         self.images += images
 
     def means(self):
-        """Return the mean (loss, std) of the current epoch so far, else of the last. Synchronizes with the device."""
+        """Return the means of the current epoch so far, else of the last. Synchronizes with the device."""
         return tuple((self.sums / self.images).tolist()) if self.images else self.last_epoch_means
 
     def all_reduce_sums(self):
@@ -44,7 +45,7 @@ class TrainState:
             self.sums.copy_(self.sums.new_tensor(means))
 
     def finish_epoch(self, means):
-        """Finish the epoch. means: (loss, std) over all ranks."""
+        """Finish the epoch. means: of loss, std and distillation loss over all ranks."""
         self.epoch, self.images, self.last_epoch_means = self.epoch + 1, 0, means
         self.sums.zero_()
 

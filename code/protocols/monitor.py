@@ -30,7 +30,7 @@ from runtime.checkpoints.best_epoch import (
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.device import get_device, peak_memory
-from runtime.distributed import all_gather_rows, all_reduce_mean, broadcast_from_rank0
+from runtime.distributed import all_gather_rows, broadcast_from_rank0
 from runtime.errors import resolve_path
 from runtime.files import read_json, read_metrics
 from runtime.messages import format_duration, log, progress
@@ -75,7 +75,7 @@ class Monitor:
         logs, metrics = resolve_path(args.log_path) / run.folder.name, run.folder / 'metrics.jsonl'
         self.logger = Logger(logs, after, metrics, make_tracker(args, run.folder))
         self.started, self.began = None, state.epoch + state.images / max(1, len(train))
-        self.bar, self.last_logged, self.outputs, self.norms, self.distill_losses = None, {}, None, [], []
+        self.bar, self.last_logged, self.outputs, self.norms = None, {}, None, []
 
     def start(self, state, teacher):
         """Log the options and the metrics of epoch 0. For a resumed run, compute the metrics of its last epoch if they
@@ -108,7 +108,7 @@ class Monitor:
         self.bar, self.total = progress(title=title, unit='images', total=total, first=state.images), total
         self.from_image, self.epoch_started, self.read = state.images, time.monotonic(), None
         self.started = self.started or self.epoch_started
-        self.norms, self.distill_losses = [], []
+        self.norms = []
 
     def show_views(self, views):
         """Save a picture of the views of the first 16 images."""
@@ -118,8 +118,6 @@ class Monitor:
         """Record a step. scalars: loss, std and perhaps the distillation loss, on the device; rates: of backbone,
         projector and predictor; p, z: lists over views."""
         self.outputs = p[0], z[0]
-        loss, std, *distill_loss = scalars
-        self.distill_losses += [value.clone() for value in distill_loss]  # a CUDA graph overwrites it
         elapsed = time.monotonic() - self.epoch_started
         self.last_logged = {
             'speed/images_per_second': (state.images - self.from_image) / elapsed,
@@ -133,7 +131,7 @@ class Monitor:
             self.check_step(state)
             norm = gradient_norm(state.model)
             retrieval = representation.view_retrieval_top1(z[0], z[1])
-            self.read = async_tolist(torch.stack((loss, std, retrieval, norm)))
+            self.read = async_tolist(torch.stack((*scalars[:2], retrieval, norm)))
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
@@ -158,17 +156,16 @@ class Monitor:
 
     def after_epoch(self, state, teacher):
         """Log the scalars of a finished epoch, its metrics if they are due, and a line."""
-        args, (loss, std) = self.args, state.last_epoch_means
+        args, (loss, std, distill_loss) = self.args, state.last_epoch_means
         if std < args.collapse_threshold:
             self.warn_collapse(state, loss, std)
         values = {'pretraining/loss': loss, 'pretraining/std': std, **self.last_logged, **peak_memory(get_device(args))}
         if self.norms:
             values['pretraining/gradient_norm'] = sum(self.norms) / len(self.norms)
         line = f'epoch {state.epoch}/{args.max_epochs}  loss {loss:.4f}  std {std:.3f}'
-        if self.distill_losses:
-            mean = torch.stack(self.distill_losses).mean().item()
-            (values['pretraining/distillation'],) = all_reduce_mean([mean], get_device(args))
-            line += f'  distillation {values["pretraining/distillation"]:.3f}'
+        if distill_loss:
+            values['pretraining/distillation'] = distill_loss
+            line += f'  distillation {distill_loss:.3f}'
         if self.last_logged:
             line += f'  {self.last_logged["speed/images_per_second"]:.0f} images/s'
         last = state.epoch == args.max_epochs

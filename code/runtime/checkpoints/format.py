@@ -1,8 +1,9 @@
 """Conversion of checkpoints of earlier versions to the current format (train_state.TrainState.state_dict).
 
-Format 3 has three parameter groups in the optimizer: backbone, projector, predictor. Format 2 had backbone and
-projector in one group, and introduced positions in images. Format 1 (without a number in the file) had positions in
-steps, and the loss and std of each step; its first files had no step, scaler, random states or versions.
+Format 4 has the mean distillation loss beside loss and std. Format 3 introduced three parameter groups in the
+optimizer: backbone, projector, predictor. Format 2 had backbone and projector in one group, and introduced positions in
+images. Format 1 (without a number in the file) had positions in steps, and the loss and std of each step; its first
+files had no step, scaler, random states or versions.
 """
 
 import torch
@@ -13,7 +14,7 @@ from runtime.options import parse, preset_options, rename_options
 
 # The behavior of runs from before these options existed.
 BEFORE = {'channels': 'rgb', 'exif': 'ignore', 'npy_axes': 'auto', 'jitter': 'image'}
-FORMAT = 3
+FORMAT = 4
 
 
 DAMAGED = 'the checkpoint is damaged: its {} is missing or invalid; use another one'
@@ -51,6 +52,8 @@ def upgrade(content):
     validate(content)
     if content['format'] == 2:
         content = split_param_groups(content)
+    if content['format'] < FORMAT:
+        content = add_distill_loss(content)
     saved = rename_options(content['args'])
     options = {name: parse(name, value) for name, value in saved.items() if name in OPTIONS}
     preset = (
@@ -71,7 +74,7 @@ def validate(content):
     for name, kind in REQUIRED_TYPES.items():
         if name not in content or not isinstance(content[name], kind):
             raise WorkError(DAMAGED.format(name))
-    sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) == 2}
+    sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) in (2, 3)}
     sizes['model'] = all(isinstance(value, torch.Tensor) for value in content['model'].values())
     groups = content['optimizer'].get('param_groups')
     sizes['optimizer'] = isinstance(groups, list) and len(groups) in (2, 3) and 'state' in content['optimizer']
@@ -89,6 +92,16 @@ def split_param_groups(content):
     cut = len(first['params']) - len(ours)
     groups = [{**first, 'params': first['params'][:cut]}, {**first, 'params': first['params'][cut:]}, last]
     return {**content, 'format': 3, 'optimizer': {**content['optimizer'], 'param_groups': groups}}
+
+
+def add_distill_loss(content):
+    """Convert format 3 to 4, whose `sums` and `last` have a third number."""
+    return {
+        **content,
+        'format': 4,
+        'sums': torch.cat((content['sums'], content['sums'].new_zeros(1))),
+        'last': (*content['last'], 0.0),
+    }
 
 
 def upgrade_v1(content):
