@@ -176,7 +176,7 @@ def log_choices(args, train, sizes):
     size = f'{args.image_size} px'
     if args.init_from and not starts_from_foreign_weights(args) and 'image_size' not in args.explicit:
         size = f'that of {args.init_from}'
-    halved = args.batch_size == 32 and has_little_memory(get_device(args))
+    halved = 'batch_size' not in args.explicit and args.batch_size == 32 and has_little_memory(get_device(args))
     little_memory = f', for {main_memory() / 2**30:.0f} GiB of memory' if halved else ''
     rows = [
         ('backbone', backbone, '--backbone, --init_from (none: random weights)'),

@@ -17,7 +17,8 @@ RESNET_BLOCKS = {  # residual blocks of the four stages, and whether they are bo
     'resnet152': ((3, 8, 36, 3), True),
 }
 WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.|_forward_module\.)+')  # DDP's, torch.compile's, Fabric's
-# Keys under which files store a state dict, in order of preference: DINO evaluates the teacher, not the student.
+# Keys under which files store a state dict, in order of preference: DINO evaluates the teacher, not the student. Those
+# of averaged weights (ema) come last.
 STATE_DICT_KEYS = (
     'state_dict',
     'model_state_dict',
@@ -34,6 +35,11 @@ STATE_DICT_KEYS = (
     'module',
     'params_ema',
     'params',
+    'model_ema',
+    'state_dict_ema',
+    'ema_state_dict',
+    'ema_model',
+    'ema',
 )
 # Prefix of the encoder in each layout. Momentum encoders have other prefixes and are not used. backbone: lightly,
 # solo-learn, DINO, Barlow Twins, SimCLR; official: SimSiam's release; torchvision: timm as well.

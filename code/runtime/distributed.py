@@ -185,13 +185,13 @@ def dead_ranks():
         ended = [
             f'{number} (process {pid})'
             for number, (place, pid) in enumerate(STORE['places'])
-            if place == host and not is_alive(pid)
+            if place == host and not is_process_running(pid)
         ]
         time.sleep(0.1)
     return f'rank {", ".join(ended)} of {world_size()} has died' if ended else ''
 
 
-def is_alive(pid):
+def is_process_running(pid):
     """Whether a process of this machine runs and is no zombie; True if the system has no /proc."""
     return not proc_stat('self') or proc_stat(pid)[:1] not in ([], ['Z'])
 

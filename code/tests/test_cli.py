@@ -361,7 +361,7 @@ def test_evaluate_of_invalid_checkpoint_fails_in_one_line(copied, tmp_path, caps
         (f'{RUN}0/{path.name}', ['--backbone=resnet18'], 2, 'resnet18 contradicts the checkpoint .*has backbone=small'),
         (f'{RUN}0/{path.name}', ['--proj_dim=7'], 2, '--proj_dim=7 contradicts'),
         (f'{RUN}0/loss_-0.1000_epoch_3', [], 2, 'weights that do not match its options.*size mismatch'),
-        (f'{RUN}0/loss_-0.1000_epoch_4', [], 1, 'is damaged or was not written by this project'),
+        (f'{RUN}0/loss_-0.1000_epoch_4', [], 1, 'epoch_4 was not written by this project, nor is it a ResNet'),
         (f'{RUN}0/loss_-0.1000_epoch_5', [], 1, 'is damaged or was not written by this project'),
         (f'{RUN}0/loss_-0.1000_epoch_6', [], 1, 'is damaged or was not written by this project'),
         ('empty', [], 2, 'holds no checkpoint yet'),

@@ -629,6 +629,15 @@ def test_unusable_test_folder_is_ignored_with_message(kind, drawn, tmp_path, cap
         assert 'set/test holds no images that Pillow can open (nothing else either); test is ignored' in said
 
 
+def test_empty_val_folder_says_what_happens_without_it(drawn, tmp_path):
+    folder = shutil.copytree(drawn / 'train', tmp_path / 'set' / 'train').parent
+    (folder / 'val').mkdir()
+    with pytest.raises(UserError, match=r'set/val holds no images .*; without this folder a tenth of train is val'):
+        load_splits(options(folder))
+    (folder / 'val').rmdir()
+    assert load_splits(options(folder))['val']
+
+
 def test_reason_for_no_classes_is_logged(tmp_path, capsys):
     for name in ('cat/1.png', 'cat/2.png', 'dog/1.png', 'cover.png'):
         picture(tmp_path / 'set' / name)

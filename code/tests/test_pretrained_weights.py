@@ -439,7 +439,8 @@ def wrap_as_training_script(state):
     'wrap',
     [
         wrap_as_training_script,
-        *(lambda state, key=key: {key: state, 'epoch': 1} for key in ('module', 'params', 'params_ema')),
+        *(lambda state, key=key: {key: state, 'epoch': 1} for key in ('module', 'params', 'params_ema', 'ema')),
+        lambda state: {'model_ema': {'module': state}, 'epoch': 1},
         lambda state: {'online_encoder': state, 'target_encoder': state},
     ],
 )

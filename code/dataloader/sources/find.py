@@ -86,11 +86,15 @@ def find_splits(root, cache_path, progress):
         return {'train': source_guess_classes(root, scanned, Files(root, scanned.names))}
     require_train(root, {name: paths[0].name for name, paths in places.items()})
     check_train_is_not_a_class(root, places)
-    sources = {name: load_location(paths, cache_path, progress) for name, paths in places.items() if name != 'test'}
-    if 'test' in places:
+    sources = {}
+    for name, paths in places.items():
         try:
-            sources['test'] = load_location(places['test'], cache_path, progress)
-        except UserError as error:  # test is optional
+            sources[name] = load_location(paths, cache_path, progress)
+        except UserError as error:
+            if name == 'train':
+                raise
+            if name == 'val':
+                raise UserError(f'{error}; without this folder a tenth of train is val') from None
             log(f'{error}; test is ignored')
     return sources
 

@@ -174,10 +174,12 @@ def load_foreign(args, path, content):
     if named or not converted and 'backbone' in args.explicit:
         return load_network(args, path, content)
     if not converted:
-        keys = [str(key) for key in (find_tensors(content) or (content if isinstance(content, dict) else ()))]
+        tensors = find_tensors(content)
+        keys = [str(key) for key in (tensors or (content if isinstance(content, dict) else ()))]
         first = ', '.join(keys[:MAX_LISTED_KEYS]) or 'none'
+        damaged = '' if tensors else 'is damaged or '
         raise WorkError(
-            f'{path} is damaged or was not written by this project, nor is it a ResNet in a known layout (the '
+            f'{path} {damaged}was not written by this project, nor is it a ResNet in a known layout (the '
             'official release, MoCo, lightly, solo-learn, SimCLR, Barlow Twins, DINO, torchvision, timm); its first '
             f'keys: {first}; weights of another network are read with its name: --backbone=timm/<name>, or one of '
             'torchvision'
