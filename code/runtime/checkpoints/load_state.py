@@ -17,10 +17,9 @@ def adapt_state_to_channels(model, state):
     valid = {name: value for name, value in state.items() if not unsupported_kind(value, value.is_floating_point())}
     adapted = {**state, **adapt_channels(model.state_dict(), valid)}
     if changed := [name for name, value in adapted.items() if value is not state[name]]:
-        log(
-            f'{changed[0]} of 3 channels is adapted to {adapted[changed[0]].shape[1]}: repeated and scaled, or summed '
-            "(timm's rule)"
-        )
+        channels = adapted[changed[0]].shape[1]
+        how = 'summed' if channels == 1 else f'repeated and multiplied by 3 / {channels}'
+        log(f"{changed[0]} of 3 channels is adapted to {channels}: {how} (timm's rule)")
     return adapted
 
 
