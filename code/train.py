@@ -96,7 +96,6 @@ def train_epoch(args, step, state, loader, monitor, run):
     augmentation = args.warmup_augmentation if state.epoch < args.warmup_epochs else args.augmentation
     loader.batch_sampler.start_epoch(state.epoch, augmentation, state.images)
     total = state.images + len(loader) * batch_size
-    order, _ = loader.batch_sampler.permutation_and_seeds()
     state.model.train()
     monitor.begin_epoch(state, total)
     # With one rank a signal interrupts the wait for a batch. With several, `train` defers it, and all ranks stop at the
@@ -113,7 +112,7 @@ def train_epoch(args, step, state, loader, monitor, run):
         # forward and loss, backward and update
         with signals.defer_signals(), explain_oom('a training step', run.oom_hint):
             seed_step(args.random_seed, 'step', state.epoch, state.images // batch_size)
-            rows = loader.batch_sampler.rank_part(order, state.images)
+            rows = loader.batch_sampler.rank_part(loader.batch_sampler.order, state.images)
             scalars, (p, z) = step(views, rows)
             state.add(scalars, batch_size)
         # metrics

@@ -162,10 +162,8 @@ def fixed_view_params(count, views, augmentation, sides):
     (height, width) of whole images, whose crops are sampled as workers sample those of files (crops.random_crops)."""
     table = vision.sample(views * count, augmentation, generator_for(SEED, 'fixed views')).view(views, count, -1)
     if sides:
-        _, seeds = EpochBatchSampler(
-            count, count, SEED, 'moco', shuffled=False, drop_last=False
-        ).permutation_and_seeds()
-        for index, seed in enumerate(seeds.tolist()):
+        sampler = EpochBatchSampler(count, count, SEED, 'moco', shuffled=False, drop_last=False)
+        for index, seed in enumerate(sampler.seeds.tolist()):
             crops = augmentation.crop.sample(views, *sides, torch.Generator().manual_seed(seed))
             table[:, index, : augmentation.crop.columns] = crops
     return table

@@ -9,9 +9,10 @@ from runtime.seeding import generator_for
 class EpochBatchSampler:
     """A batch sampler. A batch is a list of (index, seed of its views, augmentation name), one per image.
 
-    An epoch depends only on `seed`, its number and the augmentation. drop_last: skip the last, smaller batch, whose BN
-    statistics would differ. With several ranks each gets its part of every batch if shuffled (at least one image, which
-    another rank may have too), else its part of the whole.
+    order, seeds: N int64, for all ranks: the row numbers of the epoch's images, and a seed for each. They depend only
+    on `seed` and the number of the epoch. drop_last: skip the last, smaller batch, whose BN statistics would differ.
+    With several ranks each gets its part of every batch if shuffled (at least one image, which another rank may have
+    too), else its part of the whole.
     """
 
     def __init__(self, count, batch_size, seed, augmentation, shuffled, drop_last):
@@ -21,7 +22,10 @@ class EpochBatchSampler:
 
     def start_epoch(self, epoch, augmentation, first=0):
         """Set the epoch of the next iteration, and how many of its images (if shuffled) are done already."""
-        self.epoch, self.augmentation, self.start_index = epoch, augmentation, first
+        self.augmentation, self.start_index = augmentation, first
+        generator = generator_for(self.seed, 'order', epoch)
+        self.order = torch.randperm(self.count, generator=generator) if self.shuffled else torch.arange(self.count)
+        self.seeds = torch.randint(2**62, (self.count,), generator=generator)
 
     def __len__(self):
         """Number of remaining batches of the epoch."""
@@ -32,20 +36,14 @@ class EpochBatchSampler:
         """Return the size of each batch over all ranks, if shuffled."""
         return [min(self.batch_size, self.count - self.start_index - i * self.batch_size) for i in range(len(self))]
 
-    def permutation_and_seeds(self):
-        """Return the order of the epoch's images and a seed for each, both N int64, for all ranks."""
-        generator = generator_for(self.seed, 'order', self.epoch)
-        order = torch.randperm(self.count, generator=generator) if self.shuffled else torch.arange(self.count)
-        return order, torch.randint(2**62, (self.count,), generator=generator)
-
     def rank_part(self, values, first):
-        """Return this rank's part of the shuffled batch that begins at image `first` of an epoch. values: N, of all its
-        images in order (permutation_and_seeds)."""
+        """Return this rank's part of the shuffled batch that begins at image `first` of the epoch. values: order, or
+        seeds."""
         batch = values[first : first + self.batch_size]
         return rank_slice(batch) if len(rank_slice(batch)) else batch[:1]
 
     def __iter__(self):
-        order, seeds = self.permutation_and_seeds()
+        order, seeds = self.order, self.seeds
         if not self.shuffled:
             order, seeds = rank_slice(order), rank_slice(seeds)
         for start in range(self.start_index, self.start_index + len(self) * self.batch_size, self.batch_size):
