@@ -102,16 +102,13 @@ def find_state_dict_key(content):
     return next((key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
 
 
-def is_state_dict(value):
-    """Whether a value is a dict with weights of more than one dimension."""
-    return isinstance(value, dict) and any(is_weight(each) and each.ndim > 1 for each in value.values())
-
-
 def list_other_networks(content):
     """Return the keys of other state dicts in a file, such as an average of the weights (state_dict_ema, student)."""
     others = []
     while key := find_state_dict_key(content):
-        others += [str(other) for other, value in content.items() if other != key and is_state_dict(value)]
+        for other, value in content.items():
+            if other != key and any(weight.ndim > 1 for weight in find_tensors(value).values()):
+                others.append(str(other))
         content = content[key]
     return others
 

@@ -461,9 +461,11 @@ def test_classifier_is_no_block_of_a_deeper_network(name):
     assert len(unused) <= 1
 
 
-def test_other_state_dict_of_file_is_said(tmp_path, capsys):
+@pytest.mark.parametrize('wrap', [dict, lambda state: {'module': state, 'updates': 7}])
+def test_other_state_dict_of_file_is_said(wrap, tmp_path, capsys):
     state = timm.create_model('resnet10t').state_dict()
-    torch.save({'state_dict': state, 'state_dict_ema': state, 'optimizer': {'state': {}}}, tmp_path / 'file.pth')
+    optimizer = {'state': {0: {'momentum_buffer': torch.ones(2, 2)}}, 'param_groups': [{'params': [0]}]}
+    torch.save({'state_dict': state, 'state_dict_ema': wrap(state), 'optimizer': optimizer}, tmp_path / 'file.pth')
     get_model_ckpt(get_config(ckpt_name=f'{tmp_path}/file.pth', backbone='timm/resnet10t', device='cpu'))
     assert 'not used: state_dict_ema, fc' in capsys.readouterr().out
 
