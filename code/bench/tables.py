@@ -440,12 +440,12 @@ DISTILLED_ROWS = [
     ('the same, targets of the image alone (`--distill_neighbors=0`)', 'neighbors_nn0_s0', None),
     ('the same with EfficientNet-Lite2', 'neighbors_lite2_s0', None),
     ('the same, only the last layers trained (`--trained_share=0.79`)', 'neighbors_last_s0', None),
-    ("SimSiam alone, MoCo's augmentation (`--distill_weight=0 --start_share=0`)", 'neighbors_w0_s0', None),
     ('an earlier distillation: targets of the image alone, MoCo', 'distilled_s0', None),
     ('the earlier one, targets of 160 px, without the loss of SimSiam', 'distilled_160_only_s0', None),
 ]
 SIMSIAM_ROWS = [  # without distillation
-    ('SimSiam alone, half averaged with the start', 'lr04_e12_s0', 0.5),
+    ("SimSiam alone, MoCo's augmentation (`--distill_weight=0`)", 'lr04_e12_s0', None),
+    ('the same, half averaged with the start (`--start_share=0.5`)', 'lr04_e12_s0', 0.5),
     ('BN trained (`--freeze_bn=False`)', 'lr04_e12_s0_bnfree', 0.5),
     ('BN trained, from the first step, at the full learning rate', 'lr04_e12_s0_asbefore', 0.5),
 ]
@@ -464,7 +464,7 @@ CHANGED_SETS = {
     'cifar50': 'CIFAR-10, 50 per class',
 }
 # Runs on another selection of the set than those in its column.
-OTHER_IMAGES = {('cifar50', 'lr04_e12_s0'), ('cifar50', 'distilled_s0')}
+OTHER_IMAGES = {('cifar50', 'distilled_s0')}
 # Runs with seeds 0, 1 and 2: {title: (name, with set and seed, share of the start)}.
 PRETRAINED_SEEDS = {
     'SimSiam alone': ('{}_lr04_e12_s{}', 0.5),
@@ -475,8 +475,7 @@ PRETRAINED_SEEDS = {
 def pretrained_runs():
     """{run: its rows} of bench/from_pretrained.py."""
     files = sorted(RESULTS.glob('pretrained*.json'))
-    runs = {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
-    return {name.replace('cifar50_r85', 'cifar50_lr04_e12'): rows for name, rows in runs.items()}
+    return {name: run['rows'] for file in files for name, run in json.loads(file.read_text()).items()}
 
 
 def pretrained_row(rows, share):
@@ -496,16 +495,11 @@ def pretrained():
     """Gain over ImageNet's weights on test, with three seeds."""
     runs, lines = pretrained_runs(), []
     for kind, name in PRETRAINED_SETS.items():
-        shown = 0.0
-        for title in PRETRAINED_SEEDS:
-            found = runs_with_seeds(runs, kind, title)
-            if not found:
-                continue
-            columns = [*found[0][2]]
-            start = [found[0][1][column]['top1'] for column in columns]
-            if abs(start[0] - shown) > 0.2:  # of other images; CPUs differ by less
-                lines.append([f"{name}: ImageNet's weights", *map(percent, start)])
-                shown = start[0]
+        by_title = {title: found for title in PRETRAINED_SEEDS if (found := runs_with_seeds(runs, kind, title))}
+        _, start, _ = [*by_title.values()][0][0]  # the same for each run of a set
+        columns = [*start]
+        lines.append([f"{name}: ImageNet's weights", *(percent(start[column]['top1']) for column in columns)])
+        for title, found in by_title.items():
             cells = [gain_cell([end[column] for _, _, end in found]) for column in columns]
             seeds = ', '.join(str(seed) for seed, _, _ in found)
             lines.append([f'{title}, seed{"s" * (len(found) > 1)} {seeds}', *cells])
