@@ -79,7 +79,10 @@ def test_old_checkpoint_resumes(name, drawn, tmp_path, capsys):
         ('epoch', '2'),
         ('epoch', -3),
         ('images', 1.5),
+        ('last', (1.0, 1.0)),
         ('sums', [0.0, 0.0]),
+        ('sums', torch.zeros(2)),
+        ('sums', torch.tensor(0.0)),
         ('loss', None),
         ('model', [1]),
         ('model', {'a': None}),
@@ -93,6 +96,14 @@ def test_checkpoint_with_missing_part_is_damaged(part, value):
     content = {name: kept for name, kept in {**content, part: value}.items() if value != 'GONE' or name != part}
     with pytest.raises(WorkError, match=f'the checkpoint is damaged: its {part} is missing or invalid'):
         upgrade(content)
+
+
+def test_checkpoint_of_format_3_has_no_distillation_loss():
+    now, _ = upgrade(old('6693c8e'))
+    before = {**now, 'format': 3, 'images': 16, 'sums': torch.tensor([-8.0, 16.0]), 'last': (-0.25, 0.5)}
+    upgraded, _ = upgrade(before)
+    assert upgraded['format'] == FORMAT
+    assert (upgraded['sums'].tolist(), upgraded['last']) == ([-8.0, 16.0, 0.0], (-0.25, 0.5, 0.0))
 
 
 def test_checkpoint_with_changed_bytes_is_damaged(tmp_path):

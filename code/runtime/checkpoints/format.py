@@ -74,7 +74,9 @@ def validate(content):
     for name, kind in REQUIRED_TYPES.items():
         if name not in content or not isinstance(content[name], kind):
             raise WorkError(DAMAGED.format(name))
-    sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0, 'last': len(content['last']) in (2, 3)}
+    sizes = {'epoch': content['epoch'] >= 0, 'images': content['images'] >= 0}
+    means = 2 if content['format'] < 4 else 3
+    sizes |= {'last': len(content['last']) == means, 'sums': content['sums'].numel() == means}
     sizes['model'] = all(isinstance(value, torch.Tensor) for value in content['model'].values())
     groups = content['optimizer'].get('param_groups')
     sizes['optimizer'] = isinstance(groups, list) and len(groups) in (2, 3) and 'state' in content['optimizer']
