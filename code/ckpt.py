@@ -17,6 +17,7 @@ from runtime.checkpoints.load_state import adapt_state_to_channels, build_model,
 from runtime.checkpoints.pretrained import describe_preprocessing, load_foreign, load_off_the_shelf, load_timm_folder
 from runtime.checkpoints.read_file import load_file, verify_crc
 from runtime.checkpoints.run_folder import (
+    checkpoint_name,
     checkpoints,
     find_checkpoint,
     finished_epoch,
@@ -152,8 +153,7 @@ def save_checkpoint(run, args, state):
     Earlier checkpoints within an epoch are deleted, and the oldest beyond --keep_checkpoints.
     """
     content = {**state.state_dict(), 'args': asdict(args), 'versions': library_versions()}
-    suffix = f'_images_{state.images}' if state.images else ''
-    path = run / f'loss_{content["loss"]:.4f}_epoch_{state.epoch}{suffix}'
+    path = run / checkpoint_name(content['loss'], state.epoch, state.images)
     if not rank():
         record_checkpoint(run, path)  # first, so that a kill cannot leave an unrecorded checkpoint
         atomic_write_on_main(path, lambda aside: torch.save(content, aside))

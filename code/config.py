@@ -201,8 +201,8 @@ class ModelOptions:
     backbone_lr_scale: float = option(1.0, between=(0.0, 10.0))
     """learning rate of the backbone divided by the projector's; --init_from may set it: see --freeze_bn"""
     start_share: float = option(0.0, between=(0.0, 1.0), used_by=NETWORK)
-    """weight of the initial weights in their average with the trained ones, which is measured, evaluated and exported
-    (WiSE-FT, arXiv 2109.01903); --init_from may set it: see --freeze_bn"""
+    """weight of the initial weights in their average with the trained ones, which is evaluated and exported;
+    training measures kNN and few labels of it (WiSE-FT, arXiv 2109.01903); --init_from may set it: see --freeze_bn"""
     distill_weight: float = option(0.0, between=(0.0, 1000.0))
     """weight of the distillation loss, 1 - cosine similarity of the features of a view and those that the initial
     weights give to the center crop of the image at --distill_size (engine/teacher.py). This loss is logged beside

@@ -164,7 +164,7 @@ def neighbors_picture(args, images, rows, train, cosine, neighbor_rows):
 
 
 def same_class(images, row, other_images, other_row):
-    """Whether image `row` of `images` and image `other` of `others` have the same class; None if one has no label."""
+    """Whether image `row` of `images` and `other_row` of `other_images` have one class; None if one has no label."""
     label, other_label = int(images.labels[row]), int(other_images.labels[other_row])
     return None if label < 0 or other_label < 0 else images.classes[label] == other_images.classes[other_label]
 

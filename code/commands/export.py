@@ -17,6 +17,7 @@ from runtime.messages import log
 from runtime.options import channel_numbers, expand_channel_values, replace_args
 
 SUFFIX = {'torchvision': '.pth', 'timm': '_timm', 'detectron2': '.pkl', 'onnx': '.onnx', 'safetensors': '.safetensors'}
+PACKAGES = {'timm': ('safetensors.torch', 'timm'), 'safetensors': ('safetensors.torch',), 'onnx': ('onnxscript',)}
 
 
 def export(args):
@@ -56,7 +57,6 @@ def export(args):
         save_file = require_package('safetensors.torch', '--format=safetensors').save_file
         atomic_write_on_main(output, lambda aside: save_file(state, aside, metadata=file_metadata(args)))
     else:
-        require_package('onnxscript', '--format=onnx')
         atomic_write_on_main(output, lambda aside: to_onnx(args, backbone, aside))
     if args.format == 'detectron2' and not RESNET_BLOCKS[args.backbone][1]:
         how += (
@@ -80,12 +80,14 @@ def resolve_words(args):
 
 
 def check_format(args):
-    """Raise UserError if --format does not support this backbone."""
+    """Raise UserError if --format does not support this backbone, or needs a package that is not installed."""
     if not is_supported(args.backbone, args.stem, args.format):
         raise UserError(
             f'--format={args.format} does not support --backbone={args.backbone} --stem={args.stem}: '
             f'--format={"timm, " * args.backbone.startswith("timm/")}onnx or safetensors'
         )
+    for package in PACKAGES.get(args.format, ()):
+        require_package(package, f'--format={args.format}')
     if args.format in ('torchvision', 'detectron2') and args.num_channels != 3:
         raise UserError(
             f'--format={args.format} is for three channels, and this backbone takes --channels={args.channels}; '
@@ -114,7 +116,6 @@ def constructor_args(args, state):
 def to_timm_folder(args, checkpoint, backbone, state, folder):
     """Write a timm folder: config.json, model.safetensors and README.md, the model card."""
     save_file = require_package('safetensors.torch', '--format=timm').save_file
-    require_package('timm', '--format=timm')
     name = args.backbone.removeprefix('timm/')
     features = feature_dim(backbone, args.image_size, args.num_channels)
     config = model_card.make_timm_config(args, name, features)

@@ -13,7 +13,7 @@ from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.pretrained import describe_preprocessing
 from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.files import is_number, read_json
-from runtime.options import channel_numbers, expand_channel_values
+from runtime.options import channel_numbers, expand_channel_values, repeat_options
 
 
 def find_license(source, backbone):
@@ -158,6 +158,7 @@ def describe_results(args, checkpoint):
         name = f'{run.name}/{checkpoint["path"].name}' if checkpoint['layout'] == 'ours' else args.ckpt_name
         beside = 'untrained,start' if args.init_from else 'untrained'
         command = f'evaluate --protocol=compare --ckpt_name={shlex.quote(name)} --beside={beside}'
+        command += repeat_options(args, command='evaluate')
         lines.append(f'Not evaluated: `python3 cli.py {command}` writes a table.')
     if len(own_results) < len(of_checkpoint):
         lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']

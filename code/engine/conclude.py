@@ -75,7 +75,6 @@ def evaluate_after(args, state, splits, run):
 def evaluate_checkpoint(args, path, splits=None):
     """Run --protocol on the checkpoint at `path`. splits: of its dataset, loaded if None. Returns the result."""
     saved_args, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=str(path)))
-    saved_args = replace_args(saved_args, protocol=args.protocol)
     model = model.to(get_device(args), memory_format=torch.channels_last)
     return run_protocol(saved_args, model, splits or load_splits(saved_args), checkpoint)
 

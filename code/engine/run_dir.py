@@ -23,6 +23,7 @@ from runtime.checkpoints.read_file import read_checkpoint, verify_crc
 from runtime.checkpoints.run_folder import (
     CHECKPOINT_RE,
     WRITTEN,
+    checkpoint_name,
     checkpoints,
     finished_epoch,
     record_checkpoint,
@@ -177,32 +178,41 @@ def continue_run(args, checkpoint, state):
         if not rank() and not (folder / 'run.json').is_file():  # a run of an early version
             record_checkpoint(folder, path)
         return RunDir(args, folder, path, state.position)
-    new = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, path, is_own, state.epoch))))
+    copy = Path(broadcast_from_rank0(lambda: str(copy_run_up_to(args, checkpoint, is_own))))
+    new = copy.parent
     if not is_own and checkpoint.get('start') and state.epoch and not rank():
         write_start(new, checkpoint)
     why = f'{folder.name} has newer checkpoints than {path.name} and stays unchanged'
     if not is_own:
         why = f'{printable(path)} is not in the folder of its run, which stays unchanged'
     log(f'{why}: this continues as the new run {new.name}')
-    return RunDir(args, new, new / path.name, state.position)
+    return RunDir(args, new, copy, state.position)
 
 
-def copy_run_up_to(args, path, is_own, epoch):
-    """Create a run folder with a copy of the checkpoint at `path`, after `epoch` epochs; with is_own also of the start
-    checkpoint, the best one before `path`, the metrics and the TensorBoard log of its run."""
+def copy_run_up_to(args, checkpoint, is_own):
+    """Create a run folder with a copy of the checkpoint; with is_own also of the start checkpoint, the best one before
+    it, the metrics and the TensorBoard log of its run. Returns the path of the copy, whose name is a checkpoint's if
+    the file was renamed."""
+    path, epoch = checkpoint['path'], checkpoint['epoch']
     new, folder = new_run(args), path.parent
+    name = (
+        path.name
+        if CHECKPOINT_RE.fullmatch(path.name)
+        else checkpoint_name(checkpoint['loss'], epoch, checkpoint['images'])
+    )
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
     kept = {0, find_best_epoch_in_metrics(lines)} - {None}
     earlier = [one.name for one in checkpoints(folder) if one != path and finished_epoch(one) in kept]
-    for name in (*(*earlier, 'metrics.jsonl', START_FILE) * is_own, path.name):
-        if (folder / name).is_file():
-            if CHECKPOINT_RE.fullmatch(name):
-                record_checkpoint(new, new / name)
-            atomic_write(new / name, lambda aside, name=name: shutil.copyfile(folder / name, aside))
+    for file in (*(folder / one for one in (*earlier, 'metrics.jsonl', START_FILE) if is_own), path):
+        target = new / (name if file == path else file.name)
+        if file.is_file():
+            if CHECKPOINT_RE.fullmatch(target.name):
+                record_checkpoint(new, target)
+            atomic_write(target, lambda aside, file=file: shutil.copyfile(file, aside))
     logs = resolve_path(args.log_path)
     if is_own and (logs / folder.name).is_dir():
         shutil.copytree(logs / folder.name, logs / new.name, dirs_exist_ok=True)
-    return new
+    return new / name
 
 
 def write_start(run, checkpoint):
@@ -211,7 +221,8 @@ def write_start(run, checkpoint):
     content = {name: value for name, value in checkpoint.items() if name not in ('layout', 'run', 'path')}
     backbone = {f'backbone.{name}': value for name, value in checkpoint['start'].items()}
     content |= {'model': {**checkpoint['model'], **backbone}, 'epoch': 0, 'images': 0, 'loss': 0.0}
-    path = run / 'loss_0.0000_epoch_0'
+    content |= {'sums': torch.zeros_like(content['sums']), 'last': (0.0, 0.0, 0.0)}
+    path = run / checkpoint_name(0.0, 0, 0)
     record_checkpoint(run, path)
     atomic_write(path, lambda aside: torch.save(content, aside))
 
@@ -309,7 +320,8 @@ def resolve_resume(args):
     if args.resume != 'auto':
         return replace_args(args, ckpt_name=args.resume)
     now = set_init_from_defaults(args)[0] if starts_from_foreign_weights(args) else args
-    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS}  # set by the weights, not by the defaults
+    # Set by the weights, not by the defaults; warmup_augmentation follows augmentation.
+    weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'warmup_augmentation'}
     resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
     resolved_later |= {name for name in PIXEL_OPTIONS if is_unresolved(args, name)}
     resolved_later |= {name for name, value in AUTOMATIC.items() if getattr(now, name) == value}

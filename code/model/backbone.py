@@ -190,7 +190,7 @@ def use_cifar_stem(backbone, channels=3):
 
 
 def tiny_resnet(stride, channels=3):
-    """Build a residual network of three BasicBlocks for 32-pixel images, with 78 thousand parameters."""
+    """Build a residual network of three BasicBlocks for 32-pixel images, with 77 thousand parameters."""
     layers = [
         nn.Conv2d(channels, WIDTHS[0], 3, stride, 1, bias=False),
         nn.BatchNorm2d(WIDTHS[0]),

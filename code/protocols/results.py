@@ -87,7 +87,9 @@ def selected_checkpoint(val, checkpoint):
     """Whether the checkpoint is its run's best epoch, selected on these images of val, those with labels."""
     run, epoch = checkpoint['run'], checkpoint['epoch']
     digest = read_json(run / START_FILE).get('val')
-    if not epoch or epoch != find_best_epoch(run) or not is_judged_by_labels(read_metrics(run / 'metrics.jsonl')):
+    if not epoch or checkpoint.get('images') or epoch != find_best_epoch(run):  # images: of the next epoch
+        return False
+    if not is_judged_by_labels(read_metrics(run / 'metrics.jsonl')):
         return False
     return digest in (None, val.digest())
 

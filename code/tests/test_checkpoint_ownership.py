@@ -59,6 +59,23 @@ def test_resume_of_copied_checkpoint_starts_new_run(options, two_runs, drawn, tm
     assert checkpoints(run)[-1].name.endswith('_epoch_3')
 
 
+@pytest.mark.parametrize(('end', 'epochs'), [('_epoch_2', 2), ('_epoch_2', 3), ('_images_8', 2)])
+def test_renamed_checkpoint_is_resumed_under_a_checkpoints_name(end, epochs, two_runs, drawn, tmp_path, capsys):
+    """A finished one, which is only copied, one that goes on, and one from within an epoch."""
+    found = [
+        path
+        for path in two_runs.iterdir()
+        if path.name.endswith(end) or ('_images_' in path.name and '_images_' in end)
+    ]
+    path = shutil.copy(found[0], tmp_path / 'final.pt')
+    given = [f'--resume={path}', f'--max_epochs={epochs}', '--knn_every=0', *own_paths(tmp_path)]
+    assert cli.main(['train', *given]) == 0
+    run = tmp_path / 'ckpt' / RUN
+    assert not (run / 'final.pt').exists()
+    assert checkpoints(run)[-1].name.endswith(f'_epoch_{epochs}')
+    assert f'checkpoint   {checkpoints(run)[-1]}' in capsys.readouterr().out
+
+
 def test_pruning_keeps_copied_in_checkpoints(two_runs, drawn, tmp_path):
     """--keep_checkpoints, and the rule that a newer checkpoint replaces one from within an epoch, know whose it is."""
     assert train(tmp_path, drawn, '--max_epochs=1', '--random_seed=3') == 0

@@ -116,8 +116,9 @@ def fetch_weights(args, name, timm_name):
     except (ValueError, UserError):
         raise
     except Exception as error:  # network errors of the libraries and their download backends
-        # Of torch.load, not of the network.
+        # Of torch.load, not of the network. A download with another hash is not kept.
         damaged = isinstance(error, RuntimeError | EOFError) or getattr(error, 'errno', None) == errno.EINVAL
+        damaged = damaged and 'invalid hash value' not in str(error)
         if name == 'imagenet' and damaged:
             raise WorkError(
                 f'the downloaded weights {name} of {args.backbone} are damaged: {first_line(error)}; delete their file '

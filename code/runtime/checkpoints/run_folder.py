@@ -44,6 +44,11 @@ def checkpoints(folder):
     return [path for *_, path in sorted(entries)]
 
 
+def checkpoint_name(loss, epoch, images):
+    """Return the file name of a checkpoint after `epoch` epochs and `images` images of the next."""
+    return f'loss_{loss:.4f}_epoch_{epoch}' + (f'_images_{images}' if images else '')
+
+
 def finished_epoch(path):
     """Return the number of finished epochs of a checkpoint after an epoch, None for one within an epoch."""
     found = CHECKPOINT_RE.fullmatch(path.name)
