@@ -85,7 +85,7 @@ def supervised(args, epochs, output, deadline):
         a_epoch = (time.time() - started) / (epoch + 1 - done)
         out_of_time = time.time() + 2 * a_epoch > deadline
         if out_of_time or epoch + 1 == epochs:
-            state.finish_epoch((loss.item(), 0.0))
+            state.finish_epoch((loss.item(), 0.0, 0.0))
             save_checkpoint(run, args, state)
         if out_of_time and epoch + 1 < epochs:
             print(f'supervised: {epoch + 1} of {epochs} epochs', flush=True)

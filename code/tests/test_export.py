@@ -244,7 +244,7 @@ def ours(tmp_path_factory):
 def saved(folder, args, model):
     """The path of a checkpoint of `model` after an epoch."""
     state = TrainState(model, make_sgd(model, 0.9, 0))
-    state.finish_epoch((-0.5, 1.0))
+    state.finish_epoch((-0.5, 1.0, 0.0))
     return save_checkpoint(folder, args, state)
 
 
