@@ -18,6 +18,7 @@ from protocols.collapse_verdict import baseline_label
 from protocols.few_labels import log_missing_labels, mean_and_error, measure_labels
 from protocols.label_free import MIN_IMAGES, RETRIEVAL_POOL, monitor_metrics
 from protocols.protocol import missing_labels_reason
+from runtime import signals
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import (
     FEW_LABELS,
@@ -250,20 +251,21 @@ class Monitor:
             f'the images, labels or preprocessing are not known to be those of the earlier epochs: {epochs} measured '
             'again, and gains of the others no longer count'
         )
-        self.logger.rename_tags({tag: f'{tag}_earlier' for tag in tags})
-        self.save_start(None)
+        right, similarity = {}, {}
         for epoch in sorted({0, best}):
-            values, right = {}, None
             if not (backbone := self.backbone_of_epoch(state, epoch)):
                 continue
             if not self.knn_off:
-                _, right = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
-                values, _ = self.few_labels(epoch, right)
-            if not epoch:
-                self.save_start(right)
+                _, right[epoch] = measure_labels(self.args, backbone, self.knn_train_loader, self.knn_val_loader)
             if teacher:
-                values |= zip(SIMILARITY, teacher.measure(self.args, backbone), strict=True)
-            self.logger.add_to_epoch(epoch, values)
+                similarity[epoch] = dict(zip(SIMILARITY, teacher.measure(self.args, backbone), strict=True))
+        # Only now: a run that is stopped before measures again when it is resumed.
+        with signals.defer_signals():
+            self.logger.rename_tags({tag: f'{tag}_earlier' for tag in tags})
+            self.save_start(right.get(0))
+            for epoch in sorted({*right, *similarity}):
+                values, _ = self.few_labels(epoch, right[epoch]) if epoch in right else ({}, '')
+                self.logger.add_to_epoch(epoch, values | similarity.get(epoch, {}))
 
     def backbone_of_epoch(self, state, epoch):
         """Load the backbone after an earlier epoch of this run, on the device, averaged with the start by
