@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -152,6 +153,24 @@ def test_gain_is_measured_as_the_start_was(change, option, drawn, pretrained, tm
     assert last[FEW_LABELS.value] == pytest.approx(100 * torch.tensor(saved['right']).double().mean().item())
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=4', *own_paths(tmp_path)]) == 0
     assert 'measured again' not in capsys.readouterr().out
+
+
+def test_run_stopped_while_it_measures_again_does_so_when_resumed(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    shutil.copytree(drawn, tmp_path / 'set')
+    assert train(tmp_path, tmp_path / 'set', pretrained, *UNTOUCHED, '--max_epochs=2') == 0
+    folder = tmp_path / 'ckpt' / RUN
+    lines = read_metrics(folder / 'metrics.jsonl')
+    lines[1] |= {FEW_LABELS.gain: 50.0, FEW_LABELS.error: 1.0}
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    change_val(tmp_path / 'set')
+    resume = ['train', f'--resume={RUN}', '--max_epochs=3', *own_paths(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(monitor, 'measure_labels', lambda *given: signal.raise_signal(signal.SIGTERM))
+        assert cli.main(resume) == 128 + signal.SIGTERM
+    assert find_best_epoch(folder) == 1
+    capsys.readouterr()
+    assert cli.main(resume) == 0
+    assert 'the start and the best epoch, 1, are measured again' in capsys.readouterr().out
 
 
 def test_best_epoch_before_a_change_of_val_keeps_its_checkpoint(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
