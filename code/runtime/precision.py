@@ -7,6 +7,7 @@ machine, network and batch size.
     python3 -m runtime.precision '{"options": {...}, "threads": 2}'    the benchmark; prints a line of JSON
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -160,9 +161,10 @@ def cached_benchmark(path, options):
     key = f'{cpu_fingerprint()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}'
     try:
         saved = json.loads(path.read_text(encoding='utf-8'))
-        return {'ratio': float(saved[key]['ratio']), 'failed': str(saved[key]['failed'])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         saved = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return {'ratio': float(saved[key]['ratio']), 'failed': str(saved[key]['failed'])}
     log('benchmarking bfloat16 on this CPU, once for this network and batch')
     result = run_in_subprocess(options)
     with_it = {**saved, key: result} if isinstance(saved, dict) else {key: result}

@@ -77,9 +77,12 @@ def test_bf16_benchmark_is_cached_per_network_batch_and_machine(child, monkeypat
     for changes, count in (({}, 1), ({'random_seed': 1}, 1), ({'batch_size': 32}, 2), ({'proj_dim': 64}, 3)):
         precision.precision(get_config(**known, **changes))
         assert times() == count
+    precision.precision(get_config(**known))
+    assert times() == 3  # the results of other batches and networks stay in the file
     monkeypatch.setattr(precision, 'cpu_fingerprint', lambda: 'another')
     precision.precision(get_config(**known))
     assert times() == 4
+    assert len(json.loads((tmp_path / 'precision.json').read_text())) == 4
     (tmp_path / 'precision.json').write_text('{"damaged"')
     assert precision.precision(get_config(**known)) == torch.bfloat16
     assert len(json.loads((tmp_path / 'precision.json').read_text())) == 1
