@@ -5,7 +5,7 @@ import math
 import torch
 
 from ckpt import get_model_ckpt
-from config import RESUMED_OPTIONS
+from config import NOT_RESTORED_OPTIONS, OPTIONS, RESUMED_OPTIONS
 from dataloader.load_dataset import find_split_sources, get_iterator, splits_of_loaders
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
@@ -20,6 +20,7 @@ from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
 from runtime.checkpoints.pretrained import check_off_the_shelf
+from runtime.checkpoints.saved_options import READING
 from runtime.console import print_message
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError, WorkError, resolve_path
@@ -117,18 +118,41 @@ def load_start(args, sources):
             f'{checkpoint["path"]} is not a run of this project and cannot be resumed; start a new run from its '
             f'weights: --init_from={args.ckpt_name}'
         )
-    before = checkpoint['args']
-    if before['model_name'] != args.model_name:
+    check_resumed_options(args, checkpoint)
+    kept = {name: checkpoint['args'][name] for name in RESUMED_OPTIONS if name not in args.explicit}
+    return replace_args(args, **kept), model, checkpoint
+
+
+def check_resumed_options(args, checkpoint):
+    """Raise UserError for an option that a resumed run cannot change; warn of those without effect on a finished
+    run."""
+    before, epochs = checkpoint['args'], checkpoint['epoch']
+    changed = [name for name in OPTIONS if name in args.explicit and getattr(args, name) != before[name]]
+    if 'model_name' in changed:
         raise UserError(
             f'--model_name={args.model_name}: the resumed run is called {before["model_name"]}; leave the option out'
         )
-    if before['optimizer'] != args.optimizer:
+    if 'optimizer' in changed:
         raise UserError(
             f'--optimizer={args.optimizer}: the resumed run uses {before["optimizer"]}; for a new run from its '
             f'weights use --init_from={args.ckpt_name}'
         )
-    kept = {name: before[name] for name in RESUMED_OPTIONS if name not in args.explicit}
-    return replace_args(args, **kept), model, checkpoint
+    if args.max_epochs < epochs:
+        raise UserError(
+            f'--max_epochs={args.max_epochs}: the resumed run has finished {epochs} epochs; leave the option out, or '
+            f'resume an earlier checkpoint: --resume={checkpoint["run"].name}/<checkpoint>'
+        )
+    if args.init_from and (fixed := [name for name in changed if name in (*READING, 'start_share')]):
+        name = fixed[0]
+        raise UserError(
+            f'--{name}={getattr(args, name)}: the epochs of this run from pretrained weights were measured with '
+            f'{before[name]}, to find the best of them; leave the option out, or begin a new run from its weights: '
+            f'--init_from={args.ckpt_name} --{name}={getattr(args, name)}'
+        )
+    of_training = [name for name in changed if 'evaluate' not in OPTIONS[name].metadata['used_by']]
+    for name in of_training if epochs == args.max_epochs and not distributed.rank() else ():
+        if name not in (*NOT_RESTORED_OPTIONS, 'max_epochs'):
+            print_message('warning', f'--{name} has no effect: all {epochs} epochs are finished')
 
 
 def check_batch_and_warmup(args):

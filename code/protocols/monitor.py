@@ -29,7 +29,6 @@ from runtime.checkpoints.best_epoch import (
     is_measured_with_labels,
 )
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
-from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.device import get_device, peak_memory
 from runtime.distributed import all_gather_rows, broadcast_from_rank0
 from runtime.errors import resolve_path
@@ -53,10 +52,10 @@ def gradient_norm(model):
 
 
 def describe_measurement(args, train, val):
-    """Describe what the measures of an epoch depend on besides the weights, as text: options and images."""
-    names = (*PREPROCESSING, 'channels', 'exif', 'npy_axes', 'cache_short_side', 'start_share')
-    options = {name: getattr(args, name) for name in (*names, 'knn_every', 'distill_size', 'distill_neighbors')}
-    options['knn_every'] = options['knn_every'] > 0  # without it no accuracy is measured
+    """Describe what the measures of an epoch depend on besides the weights, as text: the images, and options that a
+    resumed run may change."""
+    options = {name: getattr(args, name) for name in ('cache_short_side', 'distill_size', 'distill_neighbors')}
+    options['has_accuracy'] = args.knn_every > 0
     return f'{options} {train.digest()} {val.digest() if val else ""}'
 
 
@@ -233,8 +232,8 @@ class Monitor:
         atomic_write_on_main(path, lambda aside: aside.write_text(json.dumps(values)))
 
     def measure_again(self, state, teacher):
-        """If a resumed run has other images, labels or preprocessing than before, measure the start and the best epoch
-        so far again: a gain is paired by image. Gains of the other epochs no longer count."""
+        """If a resumed run has other images, labels or targets than before, measure the start and the best epoch so
+        far again: a gain is paired by image. Gains of the other epochs no longer count."""
         folder, tags = self.run.folder, (FEW_LABELS.gain, FEW_LABELS.error, SIMILARITY.gain, SIMILARITY.error)
 
         def find_change():
@@ -248,7 +247,7 @@ class Monitor:
             return
         epochs = f'the start and the best epoch, {best}, are' if best else 'the start is'
         log(
-            f'the images, labels or preprocessing are not known to be those of the earlier epochs: {epochs} measured '
+            f'the images, labels or targets are not known to be those of the earlier epochs: {epochs} measured '
             'again, and gains of the others no longer count'
         )
         right, similarity = {}, {}

@@ -17,7 +17,7 @@ from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, is_judged_by_labels
 from runtime.checkpoints.read_file import load_file
-from runtime.checkpoints.saved_options import PREPROCESSING
+from runtime.checkpoints.saved_options import READING
 from runtime.console import print_message, printable
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
@@ -35,8 +35,6 @@ from runtime.messages import log
 from runtime.options import rename_options, replace_args
 from runtime.versions import library_versions
 
-# Options of reading images that must be those of the classifier.
-READING = (*PREPROCESSING, 'exif')
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
 NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)
 

@@ -318,6 +318,16 @@ def test_resume_with_other_model_name_exits_2(drawn, tmp_path, capsys):
     assert '--model_name=other: the resumed run is called simsiam' in one_line(capsys.readouterr().err)
 
 
+def test_options_of_training_have_no_effect_on_a_finished_run(drawn, tmp_path, capsys):
+    assert short(tmp_path, drawn, '--max_epochs=2') == 0
+    capsys.readouterr()
+    given = ['train', f'--resume={RUN}', *own_paths(tmp_path)]
+    assert cli.main([*given, '--learning_rate=0.1', '--batch_size=32', '--weight_decay=0.0005']) == 0
+    assert capsys.readouterr().err == 'warning: --learning_rate has no effect: all 2 epochs are finished\n'
+    assert cli.main([*given, '--max_epochs=1']) == 2
+    assert '--max_epochs=1: the resumed run has finished 2 epochs' in one_line(capsys.readouterr().err)
+
+
 def test_checkpoints_ignores_files_deleted_meanwhile(tmp_path):
     """Its run keeps the last ones alone, or it was a link to what is gone."""
     (tmp_path / 'loss_-0.5000_epoch_1').touch()

@@ -126,13 +126,11 @@ UNTOUCHED = ('--heads_epochs=9', '--save_every_epochs=1', '--batch_size=16')
         (change_val, '--quiet=False'),
         (change_labels, '--quiet=False'),
         (remove_images, '--quiet=False'),
-        (lambda folder: None, '--image_size=64'),
-        (lambda folder: None, '--crop_ratio=0.5'),
-        (lambda folder: None, '--start_share=1'),
+        (lambda folder: None, '--distill_size=64'),
     ],
 )
 def test_gain_is_measured_as_the_start_was(change, option, drawn, pretrained, tmp_path, capsys):  # noqa: F811
-    """A resumed run with other images, labels or preprocessing measures its start and its best epoch again, so that a
+    """A resumed run with other images, labels or targets measures its start and its best epoch again, so that a
     backbone that is not trained gains nothing, and the best checkpoint stays."""
     shutil.copytree(drawn, tmp_path / 'set')
     folder = tmp_path / 'ckpt' / RUN
@@ -153,6 +151,24 @@ def test_gain_is_measured_as_the_start_was(change, option, drawn, pretrained, tm
     assert last[FEW_LABELS.value] == pytest.approx(100 * torch.tensor(saved['right']).double().mean().item())
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=4', *own_paths(tmp_path)]) == 0
     assert 'measured again' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'option', ['--image_size=64', '--crop_ratio=0.5', '--interpolation=bicubic', '--exif=ignore', '--start_share=1']
+)
+def test_resumed_run_cannot_be_measured_otherwise(option, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    """The best epoch of a run is chosen among measures of one kind, and its file has the options of all."""
+    assert train(tmp_path, drawn, pretrained, *QUICK) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'ckpt').rglob('*') if path.is_file()}
+    for epochs in (1, 2):
+        capsys.readouterr()
+        given = ['train', f'--resume={RUN}', f'--max_epochs={epochs}', option, *own_paths(tmp_path)]
+        assert cli.main(given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option in line
+        assert f'--init_from={RUN} {option}' in line
+    assert {path: path.read_bytes() for path in before} == before
+    assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', '--image_size=32', *own_paths(tmp_path)]) == 0
 
 
 def test_run_stopped_while_it_measures_again_does_so_when_resumed(drawn, pretrained, tmp_path, monkeypatch, capsys):  # noqa: F811

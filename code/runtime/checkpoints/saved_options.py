@@ -11,6 +11,7 @@ ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'pred
 PIXEL_OPTIONS = ('channels', 'white_level', 'mean', 'std')  # may be measured on the images of a new run
 # Options that weights bring. mean and std are relative to white_level.
 PREPROCESSING = ('mean', 'std', 'white_level', 'interpolation', 'crop_ratio', 'image_size')
+READING = (*PREPROCESSING, 'exif', 'npy_axes')  # what the pixels of an image depend on
 
 
 def set_init_from_defaults(args):
