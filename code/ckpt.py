@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import torch
 
+from config import ARCHITECTURE, PIXEL_OPTIONS, PREPROCESSING
 from model.weights import adapt_channels, average_weights, copy_weights, is_off_the_shelf
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch
@@ -24,14 +25,7 @@ from runtime.checkpoints.run_folder import (
     record_checkpoint,
     was_written_by_run,
 )
-from runtime.checkpoints.saved_options import (
-    ARCHITECTURE,
-    PIXEL_OPTIONS,
-    PREPROCESSING,
-    log_missing_options,
-    merge_saved_options,
-    set_init_from_defaults,
-)
+from runtime.checkpoints.saved_options import log_missing_options, merge_saved_options, set_init_from_defaults
 from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError, resolve_path

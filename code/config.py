@@ -140,7 +140,7 @@ class DataOptions:
     """standard deviation of each channel, by which pixels are divided; values as for --mean"""
     interpolation: str = option('bilinear', ('bilinear', 'bicubic'), used_by=MODEL_COMMANDS)
     """interpolation of resized crops, antialiased; pretrained weights set it"""
-    crop_ratio: float = option(0.875, between=(0.1, 1.0))
+    crop_ratio: float = option(0.875, between=(0.1, 1.0), used_by=MODEL_COMMANDS)
     """share of the shorter side in the center crop of evaluation"""
     num_workers: int = option(-1, between=(-1, 1024), aliases='j', often=21, local=True)
     """dataloader workers of each rank; -1: the CPU cores divided by the ranks of the machine"""
@@ -488,6 +488,12 @@ RESUMED_OPTIONS = (
     *('evaluate_after', 'protocol', 'knn_raw_pixels'),
     *('tracker', 'save_every_minutes', 'keep_checkpoints'),
 )
+# Groups of options that commands treat alike.
+ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
+PIXEL_OPTIONS = ('channels', 'white_level', 'mean', 'std')  # may be measured on the images of a new run
+# Options that weights bring. mean and std are relative to white_level.
+PREPROCESSING = ('mean', 'std', 'white_level', 'interpolation', 'crop_ratio', 'image_size')
+READING = (*PREPROCESSING, 'exif', 'npy_axes')  # what the pixels of an image depend on
 
 
 # Options that a preset changes, as on a command line.

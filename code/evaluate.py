@@ -7,6 +7,7 @@ test if there is one; label_free takes train; transfer and detection have datase
 import torch
 
 from ckpt import get_model_ckpt, iter_valid_checkpoints
+from config import READING
 from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels
 from engine.run_dir import run_display_name
@@ -20,7 +21,7 @@ from runtime.console import print_message
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log
-from runtime.options import repeat_options
+from runtime.options import repeat_ckpt_name, repeat_options
 from runtime.trackers import import_tracker
 
 
@@ -53,8 +54,7 @@ def evaluate(args):
     log(f'result     {checkpoint["run"] / result["file"]}')
     log(f'pictures   tensorboard --logdir {resolve_path(args.log_path) / checkpoint["run"].name}')
     if args.protocol == 'linear':
-        options = repeat_options(args, 'image_path', 'start_share', command='infer')
-        log(f'next       python3 cli.py infer --ckpt_name={args.ckpt_name}{options}')
+        log(f'next       python3 cli.py infer {repeat_ckpt_name(args, "infer", "image_path", "start_share", *READING)}')
     return result
 
 

@@ -23,7 +23,7 @@ from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
-from runtime.options import repeat_options, replace_args
+from runtime.options import repeat_ckpt_name, replace_args
 from runtime.tensors import evenly_spaced
 from utils import prepare_batch
 
@@ -48,7 +48,7 @@ def infer(args):
     classifier = find_classifier(args, checkpoint, requested_path or resolve_path(args.image_path))
     args = read_as_classifier_was_trained(args, classifier)
     images = images_to_predict(args, requested_path, classifier)
-    train = load_splits(replace_dataset(args, classifier))['train'] if args.neighbors else None
+    train = load_splits(replace_dataset(args, checkpoint, classifier))['train'] if args.neighbors else None
     features, _ = extract_features(args, backbone, eval_loader(args, images), 'features')
 
     scores, classes, method_text = predict(args, checkpoint, classifier, backbone, images, features)
@@ -76,10 +76,11 @@ def infer(args):
     return output
 
 
-def replace_dataset(args, classifier):
+def replace_dataset(args, checkpoint, classifier):
     """Return args for the training images to search for neighbors: the checkpoint's dataset, or the classifier's if
-    that does not exist."""
-    if not classifier or args.preset == 'demo' or resolve_path(args.image_path).exists():
+    that does not exist, or for weights of other origin."""
+    has_own = args.preset == 'demo' or resolve_path(args.image_path).exists()
+    if not classifier or has_own and checkpoint['layout'] == 'ours':
         return args
     return replace_args(args, image_path=classifier['question']['images']['path'])
 
@@ -100,19 +101,7 @@ def predict(args, checkpoint, classifier, backbone, images, features):
         classifier_text = describe_classifier(classifier)
         scores, method_text = logits.softmax(1), f'the linear classifier that evaluate trained on {classifier_text}'
     else:
-        train_path = resolve_path(args.image_path)
-        if not train_path.exists() and args.preset != 'demo':
-            raise UserError(
-                f'{checkpoint["path"].name} has no classifier, and the training images for kNN, '
-                f'{printable(train_path)}, do not exist: python3 cli.py evaluate '
-                f'--ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labeled images> trains one'
-            )
-        train = labeled_subset(load_splits(args)['train'])
-        if not len(train):
-            raise UserError(
-                f'{checkpoint["path"].name} has no classifier, and {train.folder} no labels for kNN: python3 cli.py '
-                f'evaluate --ckpt_name={args.ckpt_name}{repeat_options(args)} --image_path=<labeled images> trains one'
-            )
+        train = load_bank(args, checkpoint)
         classes = train.classes
         check_not_in_bank(args, images, train)
         scores = knn_scores_from_loader(args, backbone, eval_loader(args, train), features, len(classes))
@@ -122,6 +111,21 @@ def predict(args, checkpoint, classifier, backbone, images, features):
             'evaluate)'
         )
     return scores, classes, method_text
+
+
+def load_bank(args, checkpoint):
+    """Load the labeled training images for kNN. Raises UserError if there are none."""
+    train_path, name = resolve_path(args.image_path), checkpoint['path'].name
+    evaluate = f'python3 cli.py evaluate {repeat_ckpt_name(args, "evaluate")} --image_path=<labeled images> trains one'
+    if not train_path.exists() and args.preset != 'demo':
+        raise UserError(
+            f'{name} has no classifier, and the training images for kNN, {printable(train_path)}, do not exist: '
+            f'{evaluate}'
+        )
+    train = labeled_subset(load_splits(args)['train'])
+    if not len(train):
+        raise UserError(f'{name} has no classifier, and {train.folder} no labels for kNN: {evaluate}')
+    return train
 
 
 def check_not_in_bank(args, images, train):
@@ -135,7 +139,7 @@ def check_not_in_bank(args, images, train):
         f'{known} of the {len(images)} images are labeled images that kNN predicts from, each its own nearest neighbor'
     )
     if known == len(images) and not args.neighbors:
-        raise UserError(f'{text}: python3 cli.py evaluate --ckpt_name={args.ckpt_name} measures the accuracy')
+        raise UserError(f'{text}: python3 cli.py evaluate {repeat_ckpt_name(args, "evaluate")} measures the accuracy')
     if known:
         print_message('warning', text)
 

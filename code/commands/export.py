@@ -6,10 +6,10 @@ import torch
 
 from ckpt import get_model_ckpt
 from commands import model_card
+from config import PREPROCESSING
 from model.backbone import constructor_kwargs, feature_dim
 from model.foreign_checkpoints import RESNET_BLOCKS, to_detectron2
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing

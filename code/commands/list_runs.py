@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 
-from config import OPTIONS
+from config import OPTIONS, READING
 from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.console import format_columns, truncate
 from runtime.errors import UserError, resolve_path
@@ -80,7 +80,8 @@ def write_table(path, rows):
 
 def run_row(folder, options):
     """Return the row of a run: {column: text}; '' for missing values. best: the best epoch of a run from pretrained
-    weights, to which knn and linear belong; the other columns, and all of other runs, belong to the last epoch."""
+    weights, to which knn and linear belong; the other columns, and all of other runs, belong to the last epoch. linear:
+    the newest result with the preprocessing of the run."""
     lines, last = read_metrics(folder / 'metrics.jsonl'), {}
     for line in lines:
         if line['epoch'] or not lines[-1]['epoch']:  # skip epoch 0, the untrained network
@@ -102,6 +103,7 @@ def run_row(folder, options):
         if is_number(result.get('top1'))
         and result.get('epoch', evaluated) == evaluated
         and is_result_for(result, options.get('image_path'))
+        and is_read_as_in_run(result, options)
     ]
     number = {'loss': '.4f', 'std': '.3f', 'knn': '.2f', 'rank': '.1f'}
     return {
@@ -115,6 +117,12 @@ def run_row(folder, options):
         'knn': '' if at_end['knn'] is None else format(at_end['knn'], number['knn']),
         'linear': f'{linear[-1]["top1"]:.2f}' if linear else '',
     }
+
+
+def is_read_as_in_run(result, options):
+    """Whether a result is of images that were read with the options of its run, and of its average with the start."""
+    settings, names = result.get('settings', {}), (*READING, 'start_share')  # early versions have no settings
+    return all(settings.get(name, options.get(name)) == options.get(name) for name in names)
 
 
 def run_status(folder, epoch, epochs):

@@ -4,16 +4,14 @@ import json
 import shlex
 from pathlib import Path
 
-from config import INIT_FROM_DEFAULTS
+from config import INIT_FROM_DEFAULTS, PREPROCESSING
 from model.weights import is_off_the_shelf, timm_config
 from protocols import collapse_verdict, results
 from protocols.compare import format_cell, format_gain
 from protocols.protocol import find_protocol
-from runtime.checkpoints.best_epoch import find_best_epoch
 from runtime.checkpoints.pretrained import describe_preprocessing
-from runtime.checkpoints.saved_options import PREPROCESSING
-from runtime.files import is_number, read_json
-from runtime.options import channel_numbers, expand_channel_values, repeat_options
+from runtime.files import is_number, read_json, read_metrics
+from runtime.options import channel_numbers, expand_channel_values, repeat_ckpt_name, replace_args
 
 
 def find_license(source, backbone):
@@ -62,7 +60,7 @@ def render_model_card(args, checkpoint, name, features):
             '',
             'timm resizes to whole pixels, then crops. The features of the table were computed from crops that are',
         ]
-        lines += ['resized once, so these differ from them a little.']
+        lines += ['resized once, so these differ from them, the more the smaller the images are.']
     return '\n'.join(lines) + '\n'
 
 
@@ -75,7 +73,7 @@ def describe_model(args, checkpoint, run_info, features, license_name):
             f'{describe_origin(args, checkpoint)}, not trained further'
             + (f'; license {license_name}.' if license_name else '; their license is unknown.'),
             '',
-            f'- preprocessing: {describe_preprocessing(args)}',
+            *describe_pixels(args),
         ]
     lines = [
         f'A backbone with {features} features per image, trained without labels by SimSiam (arXiv 2011.10566)'
@@ -94,12 +92,19 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         + (f' and {checkpoint["images"]} images of the next' if checkpoint.get('images') else '')
         + f', batch {args.batch_size}, learning rate '
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
-        f'- preprocessing: {describe_preprocessing(args)}',
+        *describe_pixels(args),
     ]
-    if run_info.get('command'):
-        lines.append(f'- command: `python3 {shlex.join(run_info["command"])}`')
+    for name, title in (('command', 'command'), ('resume_command', 'resumed last by')):
+        if run_info.get(name):
+            lines.append(f'- {title}: `python3 {shlex.join(run_info[name])}`')
     if commit := run_info.get('versions', {}).get('commit'):
         lines.append(f'- code: commit {commit}, torch {run_info["versions"].get("torch")}')
+    return lines
+
+
+def describe_pixels(args):
+    """Describe preprocessing and channels: a list of lines of Markdown."""
+    lines = [f'- preprocessing: {describe_preprocessing(args)}']
     if channel_numbers(args.channels):
         lines.append(f'- channels {args.channels}, each from black to white at white_level {args.white_level}')
     return lines
@@ -144,25 +149,34 @@ def describe_start(args):
 def describe_results(args, checkpoint):
     """Describe the verdict and the results of evaluate: a list of lines."""
     run, lines = checkpoint['run'], []
-    is_of_weights = run.is_dir() and (was_trained(args, checkpoint) or not find_best_epoch(run))
-    if is_of_weights and (verdict := collapse_verdict.judge_run(run, checkpoint['epoch'], args)):
-        lines += ['**{}**: {}'.format(*verdict), '']
+    if run.is_dir() and (verdict := collapse_verdict.judge_checkpoint(checkpoint, args)):
+        word = verdict[0] if was_trained(args, checkpoint) else f'a training from these weights was {verdict[0]}'
+        lines += [f'**{word}**: {verdict[1]}', '']
     of_checkpoint = results.load_results(run, checkpoint=checkpoint['path'].name)
-    own_results = [result for result in of_checkpoint if results.is_of_weights(result, args)]
+    own_results = [result for result in of_checkpoint if results.is_of_weights(result, args, checkpoint)]
     tables = [
         [*format_compare_table(result, args), ''] if result.get('rows') else describe_result(result, args)
         for result in own_results
     ]
     lines += [line for table in tables for line in table]
     if not any(tables):
-        name = f'{run.name}/{checkpoint["path"].name}' if checkpoint['layout'] == 'ours' else args.ckpt_name
-        beside = 'untrained,start' if args.init_from else 'untrained'
-        command = f'evaluate --protocol=compare --ckpt_name={shlex.quote(name)} --beside={beside}'
-        command += repeat_options(args, command='evaluate')
-        lines.append(f'Not evaluated: `python3 cli.py {command}` writes a table.')
-    if len(own_results) < len(of_checkpoint):
-        lines += ['', f'{len(of_checkpoint) - len(own_results)} results with another --start_share are not listed.']
+        lines += [f'Not evaluated: `python3 cli.py {evaluate_command(args, checkpoint)}` writes a table.', '']
+    if others := len(of_checkpoint) - len(own_results):
+        lines += [''] * bool(lines and lines[-1]) + [f'Not listed: results with another --start_share ({others}).']
     return lines[:-1] if lines and not lines[-1] else lines
+
+
+def evaluate_command(args, checkpoint):
+    """Return the command that evaluates the exported weights: by labels, unless training found none."""
+    run, is_ours = checkpoint['run'], checkpoint['layout'] == 'ours'
+    measured = [line for line in read_metrics(run / 'metrics.jsonl') if args.knn_every] if is_ours else []
+    named = replace_args(args, ckpt_name=f'{run.name}/{checkpoint["path"].name}') if is_ours else args
+    command = f'evaluate {repeat_ckpt_name(named, "evaluate")}'
+    if measured and not any('pretraining/knn_top1' in line for line in measured):
+        return f'{command} --protocol=label_free'
+    beside = 'untrained,start' if args.init_from else 'untrained'
+    images = '' if is_ours else ' --image_path=<labeled images>'
+    return f'{command} --protocol=compare --beside={beside}{images}'
 
 
 def describe_result(result, args):

@@ -356,6 +356,7 @@ def render_page(runs, content, data):
         data=data,
         runs=[{'name': run.name, 'verdict': find_verdict(run), 'numbers': collect_numbers(run)} for run in runs],
         colors=plots.COLORS,
+        good_verdicts=collapse_verdict.GOOD,
         compared=[row for run in runs for row in collect_compare_rows(run, judged_by[run.name])],
         results=[(run.name, *row) for run in runs for row in collect_result_rows(judged_by[run.name])],
         varied=[(name, [each[name] for each in options], OPTIONS[name].metadata['meaning']) for name in options_table],
@@ -366,7 +367,7 @@ def render_page(runs, content, data):
 
 def find_verdict(run):
     """Return the verdict on a run, (word, sentence), or None."""
-    return collapse_verdict.judge_run(run.checkpoint['run'], run.checkpoint['epoch'], run.args)
+    return collapse_verdict.judge_checkpoint(run.checkpoint, run.args)
 
 
 def collect_numbers(run):

@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from ckpt import save_checkpoint
-from config import EVAL_COMMANDS, INIT_FROM_DEFAULTS, NOT_RESTORED_OPTIONS, OPTIONS, RESUMED_OPTIONS
+from config import (
+    ARCHITECTURE,
+    EVAL_COMMANDS,
+    INIT_FROM_DEFAULTS,
+    NOT_RESTORED_OPTIONS,
+    OPTIONS,
+    PIXEL_OPTIONS,
+    PREPROCESSING,
+    RESUMED_OPTIONS,
+)
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.format import BEFORE, upgrade
@@ -29,7 +38,7 @@ from runtime.checkpoints.run_folder import (
     record_checkpoint,
     was_written_by_run,
 )
-from runtime.checkpoints.saved_options import ARCHITECTURE, PIXEL_OPTIONS, PREPROCESSING, set_init_from_defaults
+from runtime.checkpoints.saved_options import set_init_from_defaults
 from runtime.console import print_message, printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path

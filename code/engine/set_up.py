@@ -5,7 +5,7 @@ import math
 import torch
 
 from ckpt import get_model_ckpt
-from config import NOT_RESTORED_OPTIONS, OPTIONS, RESUMED_OPTIONS
+from config import NOT_RESTORED_OPTIONS, OPTIONS, READING, RESUMED_OPTIONS
 from dataloader.load_dataset import find_split_sources, get_iterator, splits_of_loaders
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, warn_pixel_range
 from engine import memory_estimate
@@ -20,7 +20,6 @@ from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
 from runtime.checkpoints.pretrained import check_off_the_shelf
-from runtime.checkpoints.saved_options import READING
 from runtime.console import print_message
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError, WorkError, resolve_path

@@ -13,7 +13,7 @@ import copy
 import torch
 from torch.nn.functional import cosine_similarity, normalize, softmax
 
-from config import OPTIONS
+from config import OPTIONS, PREPROCESSING
 from dataloader.cache import cache_file
 from dataloader.load_dataset import eval_loader, select
 from dataloader.loading.sampler import rank_slice
@@ -21,7 +21,6 @@ from loss.negative_cosine import negative_cosine
 from metric.knn import topk_neighbors
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
-from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import first_line, print_message
 from runtime.device import explain_oom, get_device, is_oom
 from runtime.distributed import all_gather_rows, convert_sync_batchnorm, first_failure, rank, world_size

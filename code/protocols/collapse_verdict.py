@@ -4,6 +4,7 @@ from runtime.checkpoints.best_epoch import (
     FEW_LABELS,
     SIMILARITY,
     WATCHED,
+    find_best_epoch,
     find_best_epoch_in_metrics,
     is_judged_by_labels,
     is_measured_with_labels,
@@ -38,6 +39,8 @@ STD_KEYS = 'std', 'std_judged', 'std_batch'  # in training; with BN in eval mode
 SELECTION_METRIC = 'rank'  # smaller is better; code/results/README.md compares the measures
 # Thresholds from the runs of bench/evidence.py with seeds 0 to 2; they were tested on other seeds.
 STD_COLLAPSED, STD_PARTIAL, MAX_CORRELATION, RANK_RATIO_LEARNED = 0.5, 0.9, 0.8, 0.7
+
+GOOD = ('healthy', 'better than the start', 'perhaps better than the start', 'probably better than the start')
 
 # Of runs from pretrained weights (results/LOG.md).
 RANK_AFTER_WEIGHTS = 'the retrieval rank of the positive view falls whether features become better or worse'
@@ -164,6 +167,20 @@ def judge_run(folder, epoch, args):
     lines = read_metrics(folder / 'metrics.jsonl')
     lines = lines if args.init_from else [line for line in lines if line['epoch'] <= epoch]
     return judge_run_metrics(lines, bool(args.init_from))
+
+
+def judge_checkpoint(checkpoint, args):
+    """Return the verdict on the weights of a checkpoint (a dict with run, epoch and args), or None.
+
+    The verdict on a run from pretrained weights is of its best epoch, which may be the start, and of the average with
+    the start that the training measured. args: options, perhaps with another start_share.
+    """
+    run, epoch = checkpoint['run'], checkpoint['epoch']
+    if args.init_from and (checkpoint.get('images') or epoch != find_best_epoch(run)):
+        return None
+    if checkpoint.get('start') and args.start_share != checkpoint['args']['start_share']:
+        return None
+    return judge_run(run, epoch, args)
 
 
 def judge_run_metrics(lines, from_weights=False):

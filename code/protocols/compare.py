@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ckpt import get_model_ckpt
+from config import PREPROCESSING
 from dataloader.load_dataset import eval_loader, labeled_subset, num_labeled_classes
 from metric.knn import clip_k, knn_scores
 from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict
@@ -30,7 +31,6 @@ from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
-from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.console import format_columns
 from runtime.device import get_device
 from runtime.errors import UserError, WorkError, resolve_path

@@ -17,7 +17,7 @@ from dataloader.loading.sampler import EpochBatchSampler
 from metric import representation as measures
 from metric.accuracy import topk_accuracy
 from metric.feature_std import feature_std
-from protocols.collapse_verdict import OF_FEATURES, judge_collapse, judge_run
+from protocols.collapse_verdict import OF_FEATURES, judge_checkpoint, judge_collapse
 from protocols.features import check_finite, concat_into_buffer, eval_mode, extract_features
 from protocols.logistic import logistic_regression
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
@@ -100,7 +100,7 @@ def evaluate_label_free(args, model, splits, checkpoint):
         result = {'measures': now, 'untrained': untrained_metrics}
         verdict = judge_collapse(now, untrained_metrics)
         if args.init_from and verdict[0] != 'collapsed':  # an untrained network says nothing of training from weights
-            verdict = judge_run(checkpoint['run'], checkpoint['epoch'], args)
+            verdict = judge_checkpoint(checkpoint, args)
         result |= {'verdict': verdict} if verdict else {}
     else:
         log('the file has only a backbone: there is no z, and no verdict')

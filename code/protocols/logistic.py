@@ -8,6 +8,7 @@ from protocols.finetune import rows_per_class
 from runtime.messages import progress
 
 L2 = torch.logspace(5, -6, 45).tolist()  # l2 strengths to try, strong to weak (Kornblith et al., arXiv 1805.08974)
+MAX_PENALTY = 1e8  # on weights of scaled features: it makes them 0, and float32 does not overflow
 HELD_OUT = 0.2  # share of train that is held out to choose the strength
 
 
@@ -52,7 +53,7 @@ def logistic_regression(x, labels, num_classes, l2, warm_start=None, iterations=
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().item() or 1.0
     x = (x - mean) / scale  # does not change the minimum; converges faster, and the tolerances fit any feature scale
-    penalty = l2 / (2 * len(x) * scale**2)
+    penalty = min(l2 / (2 * len(x) * scale**2), MAX_PENALTY)
     shares = torch.bincount(labels, minlength=num_classes).to(x) / len(x)  # log: the optimal biases for weight 0
     weight, bias = warm_start or (x.new_zeros(num_classes, x.shape[1]), shares.clamp(min=1e-6).log())
     weight, bias = (weight * scale).requires_grad_(), (bias + weight @ mean).requires_grad_()

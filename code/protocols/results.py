@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, RENAMED_VALUES
+from config import NOT_RESTORED_OPTIONS, OPTIONS, PROTOCOLS, READING, RENAMED_VALUES
 from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, is_judged_by_labels
 from runtime.checkpoints.read_file import load_file
-from runtime.checkpoints.saved_options import READING
 from runtime.console import print_message, printable
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
@@ -33,6 +32,7 @@ from runtime.files import (
 )
 from runtime.messages import log
 from runtime.options import rename_options, replace_args
+from runtime.precision import NAMES, precision
 from runtime.versions import library_versions
 
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
@@ -67,6 +67,7 @@ def eval_spec(args, splits, checkpoint):
             **{name: dataset_fingerprint(images) for name, images in splits.items()},
         },
         'preset': args.preset,
+        'precision': NAMES[precision(args)],
         'settings': settings,
         'given': sorted(name for name in args.explicit if name in settings),
     }
@@ -152,29 +153,24 @@ def find_classifier(args, checkpoint, images_path):
 
     In order: the one of --classifier (its file, or the folder of its dataset); of the dataset that contains the images;
     of the checkpoint's dataset; the only one there is, unless the images belong to the checkpoint's dataset. Of several
-    for one dataset: those that were trained with the explicit options of reading, if any were, then best_classifier.
-    Raises UserError if --classifier names none, WorkError for a damaged file.
+    for one dataset: those of select_by_reading, then best_classifier. Raises UserError if --classifier names none, or
+    nothing tells which of several is meant, WorkError for a damaged file.
     """
-    by_folder = {}  # {folder of a dataset: its classifiers}
-    named = None
+    by_folder, named = {}, None  # {folder of a dataset: its classifiers}
     for path in checkpoint['run'].glob('classifier_*'):
         content = load_file(path)
         if not isinstance(content, dict) or content.get('question', {}).get('checkpoint') != checkpoint['path'].name:
             continue
-        if not is_of_weights(content['question'], args):
+        if not is_of_weights(content['question'], args, checkpoint):
             continue
         content = {**content, 'file': path.name, 'when': written_time(content, path)}
         if args.classifier and same_path(resolve_path(args.classifier), path) or args.classifier == path.name:
             named = content
         folder = Path(os.path.realpath(content['question']['images']['path']))
         by_folder.setdefault(folder, []).append(content)
-    given = {name: getattr(args, name) for name in READING if name in args.explicit}
-    for folder, classifiers in by_folder.items():
-        same = [one for one in classifiers if given.items() <= one['question']['settings'].items()]
-        by_folder[folder] = best_classifier(same or classifiers)
-    chosen = named or pick_classifier(
-        args, by_folder, Path(os.path.realpath(resolve_path(args.image_path))), images_path.resolve()
-    )
+    own_folder = Path(os.path.realpath(resolve_path(args.image_path))) if checkpoint['layout'] == 'ours' else None
+    folder = None if named else pick_folder(args, by_folder, own_folder, images_path.resolve())
+    chosen = best_classifier(select_by_reading(args, by_folder[folder])) if folder else named
     if chosen and chosen.get('outdated'):
         where = chosen['question']['images']['path']
         log(f'{where}: {chosen["outdated"]} older classifiers of other images or classes of it are not used')
@@ -214,9 +210,24 @@ def read_as_classifier_was_trained(args, classifier):
     return replace_args(args, **changed)
 
 
-def is_of_weights(spec, args):
-    """Whether a result, or a classifier's spec, is of the weights of `args`: of the same average with the start."""
+def is_of_weights(spec, args, checkpoint):
+    """Whether a result, or a classifier's spec, of a checkpoint is of the average with the start that `args` has. That
+    of the start itself is always the same."""
+    if not checkpoint.get('start') or not (checkpoint['epoch'] or checkpoint['images']):
+        return True
     return spec.get('settings', {}).get('start_share', args.start_share) == args.start_share
+
+
+def select_by_reading(args, classifiers):
+    """Of the classifiers for one dataset, return those whose images were read with the options of args, else those with
+    the explicit ones, else all."""
+    for names in (READING, args.explicit & {*READING}):
+        options = {name: getattr(args, name) for name in names}
+        if same := [
+            one for one in classifiers if {**options, **one['question']['settings']}.items() >= options.items()
+        ]:
+            return same
+    return classifiers
 
 
 def best_classifier(classifiers):
@@ -250,21 +261,22 @@ def describe_classifier(classifier):
     return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{options_text}; {classifier["file"]})'
 
 
-def pick_classifier(args, by_folder, own_folder, images_path):
-    """find_classifier among `by_folder`, {folder of a dataset: its classifier}. own_folder: the checkpoint's
-    dataset."""
+def pick_folder(args, by_folder, own_folder, images_path):
+    """Pick the dataset whose classifier find_classifier takes, from `by_folder`, {folder: its classifiers}. own_folder:
+    the checkpoint's dataset, None for weights of other origin. Returns a folder, or None."""
+    listed = ', '.join(f'{folder} ({one["file"]})' for folder, group in by_folder.items() for one in group)
     if args.classifier:
         folder_given = Path(os.path.realpath(resolve_path(args.classifier)))
         if folder_given not in by_folder:
-            listed = ', '.join(f'{folder} ({content["file"]})' for folder, content in by_folder.items())
             listed = listed or 'none: run evaluate first'
             raise UserError(f'--classifier={args.classifier}: this checkpoint has classifiers for {listed}')
-        return by_folder[folder_given]
+        return folder_given
     inside = [folder for folder in by_folder if images_path.is_relative_to(folder)]
     if inside:
-        return by_folder[max(inside, key=lambda folder: len(folder.parts))]
+        return max(inside, key=lambda folder: len(folder.parts))
     if own_folder in by_folder:
-        return by_folder[own_folder]
-    return (
-        next(iter(by_folder.values())) if len(by_folder) == 1 and not images_path.is_relative_to(own_folder) else None
-    )
+        return own_folder
+    if not own_folder and len(by_folder) > 1:
+        raise UserError(f'--classifier=FOLDER selects one of these classifiers: {listed}')
+    is_elsewhere = not (own_folder and images_path.is_relative_to(own_folder))
+    return next(iter(by_folder)) if len(by_folder) == 1 and is_elsewhere else None

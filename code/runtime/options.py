@@ -230,6 +230,14 @@ def repeat_options(args, *more, command='train'):
     return ''.join(f' {shlex.quote(f"--{name}={getattr(args, name)}")}' for name in named)
 
 
+def repeat_ckpt_name(args, command, *more):
+    """Return --ckpt_name and the explicit options that a printed `command` must repeat to load the same weights, and
+    `more` of them."""
+    return shlex.quote(f'--ckpt_name={args.ckpt_name}') + repeat_options(
+        args, 'backbone', 'channels', *more, command=command
+    )
+
+
 def same_value(name, one, other):
     """Whether two values of an option are equal; paths are equal if they are the same place."""
     return one == other or (

@@ -100,7 +100,7 @@ def test_option_without_effect_warns(capsys, tmp_path):
 @pytest.mark.parametrize(
     ('command', 'idle'),
     [
-        ('export', 'batch_size num_workers crop_ratio knn_k image_path on_unreadable device log_path cache_short_side'),
+        ('export', 'batch_size num_workers knn_k image_path on_unreadable device log_path cache_short_side'),
         ('check_dataloader', 'proj_dim predictor knn_k learning_rate amp'),
         ('select', 'knn_temperature log_path augmentation'),
         ('embed', 'val_fraction download knn_k num_select'),

@@ -24,7 +24,7 @@ from dataloader.sources.path_array import PathArray
 from optimizer.lars import Lars
 from protocols import finetune
 from protocols.linear import cache_features, rebatch, train_probe, warn_of_options
-from protocols.logistic import holdout_mask, logistic_regression
+from protocols.logistic import L2, holdout_mask, logistic_regression
 from protocols.results import load_results
 from protocols.semi import class_balanced_rows, rows_from_list, select_labeled_fraction
 from protocols.transfer import logistic_eval
@@ -97,6 +97,15 @@ def test_logistic_regression_equals_scikit_learn(l2):
     theirs = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=5000).fit(x.double(), labels)
     ours = x.double() @ weight.T + bias
     np.testing.assert_allclose(ours.softmax(1), theirs.predict_proba(x.double()), atol=2e-3)
+
+
+def test_logistic_regression_of_tiny_features_is_finite():
+    """As those of a network of random weights in eval mode: the penalty must not overflow."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = 1e-12 * torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    for l2 in L2:
+        weight, bias = logistic_regression(x, labels, 3, l2)
+        assert (x @ weight.T + bias).isfinite().all()
 
 
 @pytest.mark.parametrize('scale', [100.0, 0.1, 0.003, 0.0003])

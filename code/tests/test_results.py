@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import pytest
@@ -12,8 +13,10 @@ from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from dataloader.load_dataset import load_splits
 from dataloader.sources.path_array import PathArray
+from protocols import results
 from protocols.protocol import has_effect
 from protocols.results import NOT_IN_SPEC, eval_spec, load_results, write_result
+from runtime.checkpoints.load_state import build_model
 from runtime.options import get_config
 
 RUN = 'model_name_simsiam_ckpt_0'
@@ -78,6 +81,53 @@ def test_classifier_is_used_for_its_dataset_only(copied, drawn, other, tmp_path,
     assert sorted(files) == sorted(map(str, (drawn, other)))  # asked again, a question has its file again
 
 
+def test_classifier_with_the_preprocessing_of_the_run_goes_first(copied, drawn, tmp_path, capsys):
+    """Of several for one dataset; `runs` shows the accuracy of the same one. A named option selects another."""
+    evaluate(copied, '--probe_epochs=1', '--probe_learning_rate=1e-9')
+    evaluate(copied, '--image_size=40', '--probe_epochs=30')
+    (command,) = (
+        line for line in capsys.readouterr().out.splitlines() if 'infer' in line and '--image_size=40' in line
+    )
+    ours, larger = load_results(copied / 'ckpt' / RUN, protocol='linear')
+    assert larger['top1'] > ours['top1']
+    infer(copied, tmp_path / 'o.csv')
+    assert f'top-1 {ours["top1"]:.2f} %' in capsys.readouterr().out
+    assert cli.main(['runs', f'--ckpt_path={copied}/ckpt']) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f'{ours["top1"]:.2f}')
+    shown = shlex.split(command.partition('cli.py ')[2])
+    assert cli.main([*shown, f'--output={tmp_path}/o.csv', *own_paths(copied, 'cache')]) == 0
+    assert f'top-1 {larger["top1"]:.2f} %' in capsys.readouterr().out
+    argv = ['infer', f'--ckpt_name={RUN}', f'--classifier={tmp_path}', *own_paths(copied, 'ckpt', 'cache')]
+    assert cli.main(argv) == 2
+    assert one_line(capsys.readouterr().err).count('(classifier_') == 2
+
+
+def test_weights_without_run_are_used_with_their_classifier(drawn, other, tmp_path, capsys):
+    """They have no images of their own: the classifier's are those that neighbors are searched in."""
+    model = build_model(get_config(preset='imagenet', backbone='mobilenet_v3_small', image_size=32))
+    torch.save(model.backbone.state_dict(), tmp_path / 'w.pth')
+    paths = own_paths(tmp_path)
+    given = [f'--ckpt_name={tmp_path}/w.pth', '--backbone=mobilenet_v3_small', '--num_workers=0']
+    options = ['--image_size=32', '--probe_optimizer=lbfgs', f'--image_path={drawn}']
+    elsewhere = shutil.copytree(next((drawn / 'val').iterdir()), tmp_path / 'elsewhere')
+    infer_elsewhere = ['infer', *given, f'--image_path={elsewhere}', f'--output={tmp_path}/o.csv', '--neighbors=1']
+    infer_elsewhere += own_paths(tmp_path, 'ckpt', 'cache')
+    capsys.readouterr()
+    assert cli.main(infer_elsewhere) == 2
+    assert '--backbone=mobilenet_v3_small' in one_line(capsys.readouterr().err)
+    assert cli.main(['evaluate', *given, *options, *paths]) == 0
+    assert '--backbone=mobilenet_v3_small' in capsys.readouterr().out.splitlines()[-1]
+    assert cli.main(infer_elsewhere) == 0
+    said = capsys.readouterr().out
+    assert f'the linear classifier that evaluate trained on {drawn}' in said
+    assert 'their nearest training images' in said
+    assert cli.main(['evaluate', *given, *options[:2], f'--image_path={other}', *paths]) == 0
+    capsys.readouterr()
+    assert cli.main(infer_elsewhere) == 2
+    assert one_line(capsys.readouterr().err).startswith('error: --classifier=FOLDER selects one of these classifiers: ')
+    assert cli.main([*infer_elsewhere, f'--classifier={other}']) == 0
+
+
 def test_result_has_spec_versions_and_time(copied, drawn, capsys):
     evaluate(copied, '--protocol=knn', '--knn_k=7')
     (result,) = load_results(copied / 'ckpt' / RUN)
@@ -99,7 +149,7 @@ def test_different_subset_lists_have_different_files(copied, drawn, tmp_path):
     assert sorted(result['num_train'] for result in load_results(copied / 'ckpt' / RUN)) == [3, 9]
 
 
-def test_different_specs_have_different_files(drawn, tmp_path):
+def test_different_specs_have_different_files(drawn, tmp_path, monkeypatch):
     """Whatever is asked otherwise: each setting, the images, the weights."""
     cache = f'{tmp_path}/cache'
     args = get_config(preset='demo', image_path=str(drawn), cache_path=cache)
@@ -122,6 +172,8 @@ def test_different_specs_have_different_files(drawn, tmp_path):
         setattr(changed, name, not now if isinstance(now, bool) else f'{now}x' if isinstance(now, str) else now + 1)
         ask(changed)
     ask(args, checkpoint={**checkpoint, 'path': tmp_path / 'loss_0.0000_epoch_2'})
+    monkeypatch.setattr(results, 'precision', lambda args: torch.bfloat16)
+    ask(args)
     fewer = load_splits(args)
     fewer['val'].labels = fewer['val'].labels.roll(1)
     ask(args, {'train': splits['train'], 'val': fewer['val']})

@@ -14,7 +14,7 @@ import cli
 from ckpt import get_model_ckpt
 from commands import check_dataloader
 from commands.ablate import plan_variants
-from config import NOT_RESTORED_OPTIONS
+from config import NOT_RESTORED_OPTIONS, PREPROCESSING
 from conftest import own_paths
 from dataloader.load_dataset import find_split_sources
 from engine import set_up
@@ -27,7 +27,6 @@ from protocols.monitor import Monitor
 from runtime.checkpoints.best_epoch import FEW_LABELS, SIMILARITY, find_best_epoch, find_best_epoch_in_metrics
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
-from runtime.checkpoints.saved_options import PREPROCESSING
 from runtime.files import read_json, read_metrics
 from runtime.options import channel_numbers, channel_values, get_config
 from test_training_from_weights import RUN, SMALL, pretrained, state_of, train  # noqa: F401

@@ -238,6 +238,21 @@ def test_best_checkpoint_is_never_below_start(end, run, tmp_path, capsys):
     assert named['epoch'] == 1
 
 
+@pytest.mark.parametrize('end', ENDS)
+def test_verdict_is_of_the_best_epoch_only(end, run, tmp_path):
+    """A run is judged by its best epoch: reports and model cards of its other checkpoints have no verdict."""
+    gains, best, word = ENDS[end]
+    shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')
+    folder = tmp_path / 'ckpt' / RUN
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in metrics_lines(gains)))
+    for path in checkpoints(folder):
+        args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(path), device='cpu'))
+        found = collapse_verdict.judge_checkpoint(checkpoint, args)
+        assert (found and found[0]) == (word if checkpoint['epoch'] == best else None)
+    args, _, checkpoint = get_model_ckpt(get_config(ckpt_name=str(folder), start_share=0.9, device='cpu'))
+    assert collapse_verdict.judge_checkpoint(checkpoint, args) is None  # of an average that was not measured
+
+
 def test_best_checkpoint_without_labels_is_start(run, tmp_path):
     """The rank falls in runs that become better and in runs that become worse."""
     shutil.copytree(run / 'ckpt', tmp_path / 'ckpt')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from config import PREPROCESSING
 from model.foreign_checkpoints import (
     RESNET_BLOCKS,
     convert_state_dict,
@@ -28,7 +29,7 @@ from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.read_file import load_file, read_metadata
 from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
-from runtime.checkpoints.saved_options import PREPROCESSING, apply_preset, leave_demo_preset, merge_saved_options
+from runtime.checkpoints.saved_options import apply_preset, leave_demo_preset, merge_saved_options
 from runtime.console import first_line, join_first
 from runtime.distributed import local_main_first
 from runtime.errors import UserError, WorkError, resolve_path

@@ -1,17 +1,11 @@
 """The options of a checkpoint, merged with those of the command."""
 
-from config import NOT_RESTORED_OPTIONS, OPTIONS, Config, init_from_defaults
+from config import NOT_RESTORED_OPTIONS, OPTIONS, PIXEL_OPTIONS, Config, init_from_defaults
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS
 from runtime.console import join_first
 from runtime.errors import UserError
 from runtime.messages import log
 from runtime.options import UNRESOLVED, get_config, replace_args
-
-ARCHITECTURE = ('backbone', 'stem', 'proj_layers', 'proj_dim', 'pred_dim', 'predictor', 'proj_bn')
-PIXEL_OPTIONS = ('channels', 'white_level', 'mean', 'std')  # may be measured on the images of a new run
-# Options that weights bring. mean and std are relative to white_level.
-PREPROCESSING = ('mean', 'std', 'white_level', 'interpolation', 'crop_ratio', 'image_size')
-READING = (*PREPROCESSING, 'exif', 'npy_axes')  # what the pixels of an image depend on
 
 
 def set_init_from_defaults(args):
