@@ -169,23 +169,24 @@ def preprocessing_options(mean, std, size, ratio, interpolation):
     }
 
 
-def match_keys(network, tensors):
+def match_keys(network, tensors, resize=None):
     """Match the tensors of a file to a network under any common prefix. network: its state dict; tensors: {name:
-    tensor}. Returns (state, unused); unused: first parts of the unused names, sorted.
+    tensor}; resize: function that converts a state dict with the network's names to its shapes (timm's interpolation of
+    position embeddings), or None. Returns (state, unused); unused: first parts of the unused names, sorted.
 
     The counters num_batches_tracked may be missing. Raises ValueError, with the first keys of both sides, if no prefix
     gives every weight of the network in its shape.
     """
     needed = [name for name in network if not name.endswith('num_batches_tracked')]
     prefixes = {key.removesuffix(needed[0]) for key in tensors if key.endswith(needed[0])}
+    named = [prefix for prefix in prefixes if all(prefix + name in tensors for name in needed)]
     fitting = [
-        prefix
-        for prefix in prefixes
-        if all(prefix + name in tensors and has_fitting_shape(tensors[prefix + name], network[name]) for name in needed)
+        prefix for prefix in named if all(has_fitting_shape(tensors[prefix + name], network[name]) for name in needed)
     ]
-    if not fitting:
+    if not (fitting or named and resize):
         raise ValueError(describe_mismatch(network, needed, tensors))
-    prefix = min(fitting, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
+    order = [*PREFERRED, *sorted(prefixes - {*PREFERRED})]
+    prefix = min(fitting or named, key=order.index)
     state = {name: tensors.get(prefix + name, value) for name, value in network.items()}
     used = {prefix + name for name in network}
     unused = [key.removeprefix(prefix) for key in tensors if key not in used]
@@ -193,7 +194,19 @@ def match_keys(network, tensors):
         raise ValueError(f'it is of a deeper network: it has {join_first_keys(blocks)}, which this network has not')
     if parts := find_parts_of_other_network(network, tensors, prefix):
         raise ValueError(f'it is of another network: it has {join_first_keys(parts)}, which this network has not')
-    return state, sorted({key.split('.')[0] for key in unused})
+    if not fitting:
+        try:
+            state = resize(state)
+        except ValueError:
+            raise ValueError(describe_mismatch(network, needed, tensors)) from None
+    return state, sorted({shorten_key(key, network) for key in unused})
+
+
+def shorten_key(key, network):
+    """Shorten a key to its first part that no key of the network begins with: head.fc if the network has head.norm."""
+    parts = key.split('.')
+    starts = ('.'.join(parts[:count]) for count in range(1, len(parts)))
+    return next((start for start in starts if not any(name.startswith(f'{start}.') for name in network)), key)
 
 
 def find_missing_blocks(network, unused):

@@ -5,7 +5,6 @@ same, so differences are paired by image.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -214,7 +213,7 @@ def row_args(args, name, backbone=''):
 def measure_backbone(args, backbone, train, judged, labels, draws):
     """Measure one backbone. Returns {column: {'right': which images are classified correctly, D x N float64, of D draws
     of labels}}."""
-    train, judged = replace(train, args=args), replace(judged, args=args)
+    train, judged = train.with_options(args), judged.with_options(args)
     x, y = extract_features(args, backbone, eval_loader(args, train), 'features of train')
     queries, query_labels = extract_features(args, backbone, eval_loader(args, judged), 'features to classify')
     return compute_columns(args, (x, y), (queries, query_labels), len(train.classes), labels, draws)

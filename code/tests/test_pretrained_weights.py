@@ -97,9 +97,11 @@ def test_match_keys_accepts_any_prefix(backbone, tmp_path):
         assert (args.mean, args.std, args.interpolation) == tuple(expected[n] for n in ('mean', 'std', 'interpolation'))
 
 
-def test_position_embeddings_are_interpolated_by_timm(tmp_path):
+@pytest.mark.parametrize('holder', [*HOLDERS, 'decoder'])
+def test_position_embeddings_are_interpolated_by_timm(holder, tmp_path, capsys):
     network, _, _ = network_of('timm/vit_tiny_patch16_224', 224)
-    torch.save(network.state_dict(), tmp_path / 'file.pth')
+    state, added = network.state_dict(), {'decoder_blocks.0.norm1.weight': torch.ones(8), 'mask_token': torch.ones(8)}
+    torch.save(HOLDERS.get(holder, lambda state: state | added)(state), tmp_path / 'file.pth')
     args = get_config(backbone='timm/vit_tiny_patch16_224', ckpt_name=f'{tmp_path}/file.pth', image_size=96)
     _, model, _ = get_model_ckpt(args)
     wanted = timm.create_model(
@@ -112,6 +114,15 @@ def test_position_embeddings_are_interpolated_by_timm(tmp_path):
     x = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model.backbone.eval()(x), wanted.eval()(x))
+    unused = capsys.readouterr().out.partition('not used: ')[2].partition(';')[0].split(', ')
+    assert 'head' in unused
+    assert ('decoder_blocks' in unused) == ('mask_token' in unused) == (holder == 'decoder')
+
+
+def test_unused_part_of_a_used_layer_is_named(tmp_path, capsys):
+    torch.save(timm.create_model('convnext_atto').state_dict(), tmp_path / 'file.pth')
+    get_model_ckpt(get_config(ckpt_name=f'{tmp_path}/file.pth', backbone='timm/convnext_atto', device='cpu'))
+    assert 'not used: head.fc;' in capsys.readouterr().out
 
 
 MISFITS = {
@@ -420,13 +431,14 @@ OTHERS = {  # tensors added to a file of the network, and whether the features w
 }
 
 
+@pytest.mark.parametrize('size', [224, 96])  # a ViT's position embedding is interpolated
 @pytest.mark.parametrize('case', OTHERS)
-def test_file_of_other_network_with_the_same_names_is_refused(case, tmp_path, capsys):
+def test_file_of_other_network_with_the_same_names_is_refused(case, size, tmp_path, capsys):
     backbone, added, refused = OTHERS[case]
     network = timm.create_model(backbone.removeprefix('timm/'))
     torch.save({**network.state_dict(), **added}, tmp_path / 'file.pth')
     given = [f'--ckpt_name={tmp_path}/file.pth', f'--backbone={backbone}', f'--output={tmp_path}/x', '--format=timm']
-    assert cli.main(['export', *given]) == (2 if refused else 0)
+    assert cli.main(['export', *given, f'--image_size={size}']) == (2 if refused else 0)
     if refused:
         assert f'it is of another network: it has {[*added][0]}' in one_line(capsys.readouterr().err)
 
@@ -539,7 +551,7 @@ def test_key_outside_the_prefix_is_unused_though_the_network_has_its_name():
     first = next(iter(state))
     tensors = {**{f'backbone.{name}': value for name, value in state.items()}, first: torch.zeros(1)}
     matched, unused = match_keys(state, tensors)
-    assert unused == [first.split('.')[0]]
+    assert unused == [first]
     assert torch.equal(matched[first], state[first])
 
 

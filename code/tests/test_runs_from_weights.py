@@ -535,9 +535,10 @@ def test_runs_of_other_white_levels_are_measured_with_their_own(bands, pretraine
     two = RUN.replace('simsiam', 'two')
     seen, extract = [], features.extract_features
 
-    def extract_and_note(args, *more):
+    def extract_and_note(args, backbone, loader, *more):
+        assert loader.dataset.pixel_format.levels == (0, float(args.white_level))
         seen.append(args.white_level)
-        return extract(args, *more)
+        return extract(args, backbone, loader, *more)
 
     monkeypatch.setattr('protocols.compare.extract_features', extract_and_note)
     monkeypatch.setattr('commands.report.extract_features', extract_and_note)

@@ -1,6 +1,6 @@
 """ImageDataset: the images of a split, and how a dataloader worker reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from dataloader.loading.loader import catch_as_value, collate
 from dataloader.loading.pixel_format import PixelFormat, to_array
 from dataloader.readers.memory import Memory
 from runtime.errors import WorkError
+from runtime.options import pixel_levels
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
@@ -45,6 +46,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def digest(self):
         """Return a digest of the names, labels and order of the images."""
         return self.names.digest(self.labels.numpy().tobytes())
+
+    def with_options(self, args):
+        """Return the same images, read with other options: size, crop, interpolation, white level."""
+        levels = pixel_levels(args.white_level)
+        return replace(self, args=args, pixel_format=replace(self.pixel_format, levels=levels))
 
     def __len__(self):
         return len(self.labels)

@@ -1,6 +1,7 @@
 """Weights of other origin: of torchvision and timm, and files of other tools."""
 
 import errno
+import functools
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -252,15 +253,16 @@ def load_network(args, path, content):
     tensors, others = find_tensors(content), list_other_networks(content)
     args = leave_demo_preset(args)
     args = apply_preprocessing(args, find_preprocessing(args.backbone))
-    model = build_model(args)
+    model, is_timm = build_model(args), args.backbone.startswith('timm/')
+    convert = functools.partial(convert_with_timm, args.backbone.removeprefix('timm/'), args.image_size)
     try:
         tensors = convert_with_torchvision(args.backbone, args.image_size, tensors)
-        state, unused_keys = match_keys(model.backbone.state_dict(), tensors)
+        state, unused_keys = match_keys(model.backbone.state_dict(), tensors, convert if is_timm else None)
     except ValueError as error:
-        if not args.backbone.startswith('timm/') or not tensors:
+        if not is_timm or not tensors:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}') from None
         try:
-            state, unused_keys = convert_with_timm(args.backbone.removeprefix('timm/'), args.image_size, tensors), []
+            state, unused_keys = convert(tensors), []  # the layout of the authors' release
         except ValueError as other:
             raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
     state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
