@@ -71,7 +71,7 @@ def load_model(args, training):
 def start_from_weights(args):
     """get_model_ckpt of --init_from."""
     ours = replace_args(args)
-    ours.explicit = args.explicit | {'preset', 'channels'}  # another tool's weights set only the architecture
+    ours.fixed = args.fixed | {'preset', 'channels'}  # another tool's weights set only the architecture
     if is_off_the_shelf(args.init_from):
         loaded, model, checkpoint = load_off_the_shelf(ours, args.init_from)
     else:
@@ -112,7 +112,7 @@ def load_checkpoint(args, path, locked_options, training=False, initial=False):
     content, unsaid = upgrade(content)
     state, saved = content['model'], content['args']
     log_missing_options(path, saved['preset'], unsaid)
-    merged = merge_saved_options(args, saved, path, locked_options)
+    merged = merge_saved_options(args, saved, path, locked_options, initial)
     model = build_model(merged)
     if initial:
         state = adapt_state_to_channels(model, state)

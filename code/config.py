@@ -466,11 +466,17 @@ class Config(
 ):
     """All options, one attribute each. (A dataclass takes its fields from the last base to the first.)
 
-    Three attributes are no options. explicit: names of the options of the call; preset_from_images: whether the preset
-    is still to be chosen from the images (engine/auto_preset.py); set_from_images: names of options that were.
+    Four attributes are no options. explicit: names of the options of the call; fixed: names of others that neither a
+    preset nor weights set any more, because --from_run or the file of the weights has; preset_from_images: whether the
+    preset is still to be chosen from the images (engine/auto_preset.py); set_from_images: names of options that were.
     """
 
-    explicit, preset_from_images, set_from_images = frozenset(), False, frozenset()
+    explicit, fixed, preset_from_images, set_from_images = frozenset(), frozenset(), False, frozenset()
+
+    @property
+    def settled(self):
+        """Names of the options that neither a preset nor weights set."""
+        return self.explicit | self.fixed
 
     @property
     def num_channels(self):

@@ -81,7 +81,7 @@ def plan_variants(args, given):
         name = f'{args.model_name}_{args.ablation}_{number}'
         # A teacher, or an average with the start, would hold the backbone in place, whatever is varied.
         alone = {'distill_weight': 0.0, 'start_share': 0.0} if args.init_from else {}
-        fixed = {name: value for name, value in alone.items() if name not in args.explicit}
+        fixed = {name: value for name, value in alone.items() if name not in args.settled}
         fixed |= {'model_name': name, 'evaluate_after': not args.init_from, 'protocol': 'linear', 'resume': 'auto'}
         variant_args = replace_args(args, **options, **fixed)
         variant_args.explicit = args.explicit | {*options, *fixed}

@@ -200,8 +200,8 @@ def continue_run(args, checkpoint, state):
 
 def copy_run_up_to(args, checkpoint, is_own):
     """Create a run folder with a copy of the checkpoint; with is_own also of the start checkpoint, the best one before
-    it, the metrics and the TensorBoard log of its run. Returns the path of the copy, whose name is a checkpoint's if
-    the file was renamed."""
+    it, run.json, the metrics and the TensorBoard log of its run. Returns the path of the copy, whose name is a
+    checkpoint's if the file was renamed."""
     path, epoch = checkpoint['path'], checkpoint['epoch']
     new, folder = new_run(args), path.parent
     name = (
@@ -212,7 +212,7 @@ def copy_run_up_to(args, checkpoint, is_own):
     lines = [line for line in read_metrics(folder / 'metrics.jsonl') if line['epoch'] <= epoch]
     kept = {0, find_best_epoch_in_metrics(lines)} - {None}
     earlier = [one.name for one in checkpoints(folder) if one != path and finished_epoch(one) in kept]
-    for file in (*(folder / one for one in (*earlier, 'metrics.jsonl', START_FILE) if is_own), path):
+    for file in (*(folder / one for one in (*earlier, 'metrics.jsonl', START_FILE, 'run.json') if is_own), path):
         target = new / (name if file == path else file.name)
         if file.is_file():
             if CHECKPOINT_RE.fullmatch(target.name):
@@ -255,7 +255,9 @@ def write_run_json(run, args, images):
         'versions': library_versions(),
         'started': before.get('started', date),
     }
-    record['explicit'] = sorted({*before.get('explicit', ()), *args.explicit} & {*OPTIONS})
+    repeated = {} if before or not args.from_run else read_json(find_run(args, args.from_run) / 'run.json')
+    chosen = (*before.get('explicit', ()), *repeated.get('explicit', ()), *args.explicit)
+    record['explicit'] = sorted({*chosen} & {*OPTIONS} - {'from_run'})
     record['when'] = utc_timestamp()
     record['images'] = {'number': len(images), 'digest': images.digest()}
     if before:
@@ -277,8 +279,8 @@ def write_run_json(run, args, images):
 def args_from_run(args):
     """Return args with the options of the run --from_run instead of the defaults; explicit options take precedence.
 
-    Of a run from pretrained weights, network, preprocessing and config.INIT_FROM_DEFAULTS count as explicit, because
-    the weights would set them anew. With other weights than the run's, these bring their own preprocessing. AUTOMATIC
+    Of a run from pretrained weights, network, preprocessing and config.INIT_FROM_DEFAULTS are fixed, because the
+    weights would set them anew. With other weights than the run's, these bring their own preprocessing. AUTOMATIC
     values are resolved anew.
     """
     path = find_run(args, args.from_run) / 'run.json'
@@ -301,7 +303,7 @@ def args_from_run(args):
         args = reset_init_from_defaults(args, chosen or ())
     elif weights := saved.get('init_from'):
         preprocessing = PREPROCESSING if args.init_from == weights else ()
-        args.explicit = args.explicit | {*ARCHITECTURE, *INIT_FROM_DEFAULTS, *preprocessing}
+        args.fixed = args.fixed | {*ARCHITECTURE, *INIT_FROM_DEFAULTS, *preprocessing}
     return args
 
 
@@ -331,7 +333,7 @@ def resolve_resume(args):
     now = set_init_from_defaults(args)[0] if starts_from_foreign_weights(args) else args
     # Set by the weights, not by the defaults; warmup_augmentation follows augmentation.
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'warmup_augmentation'}
-    resolved_later = (weight_options - args.explicit if args.init_from else set()) | {*args.set_from_images}
+    resolved_later = (weight_options - args.settled if args.init_from else set()) | {*args.set_from_images}
     resolved_later |= {name for name in PIXEL_OPTIONS if is_unresolved(args, name)}
     resolved_later |= {name for name, value in AUTOMATIC.items() if getattr(now, name) == value}
     finished = None

@@ -206,6 +206,7 @@ def row_args(args, name, backbone=''):
     if args.num_channels == 3:
         shared = {'mean': 'imagenet', 'std': 'imagenet', **shared}
     loaded = replace_args(args, **shared, ckpt_name=name, stem='imagenet')
+    loaded.fixed = frozenset()
     loaded.explicit = given - (set() if adapted else {'channels'}) | ({'backbone'} if backbone else set())
     return loaded
 

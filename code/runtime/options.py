@@ -20,7 +20,7 @@ IMAGENET_PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 def get_config(**options):
     """Resolve the options: defaults, then the preset, then `options` (strings as typed, or values). Returns a Config.
 
-    It has one attribute per option, and `explicit`, `preset_from_images` and `set_from_images` (see Config).
+    It has one attribute per option, and some more (see Config).
     Raises UserError for an unknown name (with the nearest one), a wrong type or a value out of range.
     """
     renamed = [name for name in options if RENAMED_OPTIONS.get(name) in options]
@@ -68,7 +68,7 @@ def describe_renames(options):
 def replace_args(args, **changes):
     """Return a copy of args with changed values. Its attributes that are no options stay."""
     copy = replace(args, **changes)
-    for name in ('explicit', 'preset_from_images', 'set_from_images'):
+    for name in ('explicit', 'fixed', 'preset_from_images', 'set_from_images'):
         setattr(copy, name, getattr(args, name))
     return copy
 

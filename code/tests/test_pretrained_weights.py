@@ -431,6 +431,23 @@ OTHERS = {  # tensors added to a file of the network, and whether the features w
 }
 
 
+@pytest.mark.parametrize('form', ['timm', 'safetensors'])
+def test_options_of_exported_weights_are_not_said_to_be_given(form, drawn, tmp_path, capsys):
+    """Their preprocessing is used, but nobody gave it: no warnings about it, and results do not name it."""
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path / 'file.pth')
+    given = [f'--ckpt_name={tmp_path}/file.pth', '--backbone=timm/resnet10t', '--image_size=40', '--mean=0.3']
+    output = tmp_path / ('w' if form == 'timm' else 'w.safetensors')
+    assert cli.main(['export', *given, f'--format={form}', f'--output={output}']) == 0
+    capsys.readouterr()
+    evaluated = ['evaluate', f'--ckpt_name={output}', '--protocol=knn', f'--image_path={drawn}', '--num_workers=0']
+    assert cli.main([*evaluated, *own_paths(tmp_path)]) == 0
+    assert 'has no effect' not in capsys.readouterr().err
+    (path,) = (tmp_path / 'ckpt').glob('*/evaluate_knn_*.json')
+    result = json.loads(path.read_text())
+    assert result['given'] == []
+    assert (result['settings']['image_size'], result['settings']['mean'][:3]) == (40, '0.3')
+
+
 @pytest.mark.parametrize('size', [224, 96])  # a ViT's position embedding is interpolated
 @pytest.mark.parametrize('case', OTHERS)
 def test_file_of_other_network_with_the_same_names_is_refused(case, size, tmp_path, capsys):

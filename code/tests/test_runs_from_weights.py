@@ -58,6 +58,26 @@ def test_from_run_repeats_options_of_run_from_weights(told):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_explicit_options_of_a_repeated_run_are_those_that_somebody_gave(told):
+    """What --from_run fixes is not said to be given; what was given to the first run stays so in a third."""
+    given = {
+        'image_path',
+        'ckpt_path',
+        'cache_path',
+        'log_path',
+        'init_from',
+        *(one[2:].partition('=')[0] for one in TOLD),
+    }
+    first = {*read_json(told / 'ckpt' / RUN / 'run.json')['explicit']}
+    assert first >= given
+    for number in (1, 2):
+        name = RUN.replace('_0', f'_{number}')
+        source = RUN.replace('_0', f'_{number - 1}')
+        if not (told / 'ckpt' / name).is_dir():
+            assert cli.main(['train', f'--from_run={source}', *own_paths(told)]) == 0
+        assert {*read_json(told / 'ckpt' / name / 'run.json')['explicit']} == first
+
+
 def test_ablations_of_run_from_weights_have_its_options(told):
     args = get_config(from_run=RUN, ckpt_path=str(told / 'ckpt'), ablation='similarity')
     args.explicit = {'from_run', 'ckpt_path', 'ablation'}
@@ -528,6 +548,20 @@ def test_white_level_comes_with_mean_and_std_of_a_run(bands, pretrained, tmp_pat
     assert cli.main([*new, '--knn_every=1']) == 0  # the same command resumes the same run
 
 
+@pytest.mark.parametrize('word', ['dataset', 'weights', 'auto'])
+def test_mean_of_a_run_that_starts_from_another_can_be_measured(word, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+    assert train(tmp_path, drawn, pretrained, *QUICK, '--mean=0.4', '--std=0.3') == 0
+    new = ['train', f'--init_from={RUN}', f'--image_path={drawn}', '--preset=imagenet', '--batch_size=16', '--amp=off']
+    new += ['--image_size=32', '--max_epochs=1', '--num_workers=0', f'--mean={word}', *own_paths(tmp_path)]
+    capsys.readouterr()
+    assert cli.main(new) == 0
+    assert 'applies to new runs' not in capsys.readouterr().out
+    saved = saved_args(tmp_path, RUN.replace('_0', '_1'))
+    assert (saved['mean'] == '0.4') == (word != 'dataset')
+    assert len(channel_values('mean', saved['mean'])) == (3 if word == 'dataset' else 1)
+    assert saved['std'] == '0.3'
+
+
 def test_runs_of_other_white_levels_are_measured_with_their_own(bands, pretrained, tmp_path, monkeypatch):  # noqa: F811
     given = (*QUICK, '--batch_size=16', '--distill_weight=0', '--start_share=0')
     assert train(tmp_path, bands, pretrained, *given, *LEVELS) == 0
@@ -619,21 +653,6 @@ def test_resumed_run_keeps_its_protocol(drawn, pretrained, tmp_path):  # noqa: F
     assert saved_args(tmp_path)['protocol'] == 'knn'
     results = [read_json(path) for path in (tmp_path / 'ckpt' / RUN).glob('evaluate_*.json')]
     assert {result['protocol'] for result in results} == {'knn'}
-
-
-def test_evaluated_checkpoint_has_given_start_share(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811
-    """An epoch that was saved with another share was evaluated with that, and recorded with this."""
-    assert train(tmp_path, drawn, pretrained, '--max_epochs=1', '--heads_epochs=0', '--save_every_epochs=1') == 0
-    monkeypatch.setattr('runtime.checkpoints.run_folder.find_best_epoch', lambda folder: 1)
-    seen = []
-    monkeypatch.setattr('engine.conclude.run_protocol', lambda args, model, *more: seen.append(model.backbone))
-    resumed = ['train', f'--resume={RUN}', '--max_epochs=2', '--start_share=0.5', '--evaluate_after=True']
-    assert cli.main([*resumed, '--num_workers=0', *own_paths(tmp_path)]) == 0
-    content = state_of(tmp_path, 1)
-    trained = {name.removeprefix('backbone.'): value for name, value in content['model'].items()}
-    for name, value in seen[0].named_parameters():
-        expected = (content['start'][name] + trained[name]) / 2
-        assert torch.allclose(value, expected, atol=1e-6)
 
 
 def test_stop_in_the_last_metrics_keeps_similarity(drawn, pretrained, tmp_path, monkeypatch):  # noqa: F811

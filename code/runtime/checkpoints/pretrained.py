@@ -45,7 +45,7 @@ def check_off_the_shelf(args, name):
     timm_name = name.removeprefix('timm').removeprefix('/') if name != 'imagenet' else ''
     if name == 'timm/':
         raise UserError(f'{name} names no network: timm/<name>, or timm for the weights of --backbone=timm/<name>')
-    if timm_name and 'backbone' in args.explicit and args.backbone != f'timm/{timm_name.split(".")[0]}':
+    if timm_name and 'backbone' in args.settled and args.backbone != f'timm/{timm_name.split(".")[0]}':
         hint = f'--backbone=timm/{timm_name.split(".")[0]}' if args.from_run else 'leave --backbone out'
         raise UserError(f'--backbone={args.backbone} and {name} name two networks: {hint}')
     if timm_name:
@@ -148,7 +148,7 @@ def make_foreign_checkpoint(source, path, run):
 def apply_preprocessing(args, preprocessing):
     """Set the preprocessing of weights, except explicit options. Their image size is only used with --preset=imagenet.
     Returns args."""
-    keep = {*args.explicit} | ({'image_size'} if args.preset != 'imagenet' else set())
+    keep = {*args.settled} | ({'image_size'} if args.preset != 'imagenet' else set())
     keep -= {name for name in ('mean', 'std') if getattr(args, name) == 'weights'}
     preprocessing = {name: value for name, value in preprocessing.items() if name not in keep}
     for name in ('mean', 'std'):
@@ -172,9 +172,9 @@ def load_foreign(args, path, content):
     Without --preset the options are those of imagenet, or of cifar10 if the stem is for small images.
     """
     args = apply_export_options(args, path)
-    named = 'backbone' in args.explicit and args.backbone not in RESNET_BLOCKS
+    named = 'backbone' in args.settled and args.backbone not in RESNET_BLOCKS
     converted = None if named else convert_state_dict(content)
-    if named or not converted and 'backbone' in args.explicit:
+    if named or not converted and 'backbone' in args.settled:
         return load_network(args, path, content)
     if not converted:
         tensors = find_tensors(content)
@@ -198,7 +198,7 @@ def load_foreign(args, path, content):
         )
     if 'stem' not in shapes:
         raise UserError(f'{path} holds a ResNet with an unknown stem (a deep stem?)')
-    if 'preset' not in args.explicit:
+    if 'preset' not in args.settled:
         args = apply_preset(args, 'cifar10' if shapes['stem'] == 'cifar' else 'imagenet')
     of_backbone = {name: shapes[name] for name in ('backbone', 'stem')}
     merged = merge_saved_options(args, {**asdict(args), **shapes}, path, of_backbone)
@@ -225,11 +225,11 @@ def apply_export_options(args, path):
     saved = read_metadata(path)
     if not {'backbone', 'stem', 'mean', 'std'} <= saved.keys():
         return args
-    names = [name for name in ('backbone', 'stem', 'channels') if name in saved and name not in args.explicit]
+    names = [name for name in ('backbone', 'stem', 'channels') if name in saved and name not in args.settled]
     args = replace_args(leave_demo_preset(args), **{name: saved[name] for name in names})
     preprocessing = {name: parse(name, saved[name]) for name in PREPROCESSING if name in saved}
     args = apply_preprocessing(args, preprocessing)
-    args.explicit = args.explicit | {*names, *preprocessing}
+    args.fixed = args.fixed | {*names, *preprocessing}
     return args
 
 
@@ -282,7 +282,7 @@ def load_timm_folder(args, path):
         raise UserError(
             f'{path} is not a folder of weights: it needs config.json, with "architecture", and model.safetensors'
         )
-    if 'backbone' in args.explicit and args.backbone != f'timm/{name}':
+    if 'backbone' in args.settled and args.backbone != f'timm/{name}':
         raise UserError(f'--backbone={args.backbone}: {path} holds timm/{name}; leave the option out')
     cfg = config.get('pretrained_cfg')
     args = replace_args(leave_demo_preset(args), backbone=f'timm/{name}')
@@ -291,7 +291,7 @@ def load_timm_folder(args, path):
     if 'crop_ratio' in config.get('simsiam', {}):
         preprocessing['crop_ratio'] = config['simsiam']['crop_ratio']  # exactly; crop_pct is rounded for timm
     args = apply_preprocessing(args, preprocessing)
-    args.explicit = args.explicit | {*preprocessing}
+    args.fixed = args.fixed | {*preprocessing}
     return load_network(args, weights, load_file(weights))
 
 
@@ -299,7 +299,7 @@ def apply_folder_channels(args, config):
     """Set the channels and white level of a timm folder's config.json, except explicit options. Returns args."""
     count = (config.get('model_args') or {}).get('in_chans', 3)
     options = config.get('simsiam', {'channels': '1' if count == 1 else f'1-{count}'} if count != 3 else {})
-    names = [name for name in ('channels', 'white_level') if name in options and name not in args.explicit]
+    names = [name for name in ('channels', 'white_level') if name in options and name not in args.settled]
     return replace_args(args, **{name: options[name] for name in names})
 
 

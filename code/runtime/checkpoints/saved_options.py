@@ -9,46 +9,50 @@ from runtime.options import UNRESOLVED, get_config, replace_args
 
 
 def set_init_from_defaults(args):
-    """Set config.init_from_defaults, except explicit options. A mild augmentation is mild during warm-up too, unless
+    """Set config.init_from_defaults, except settled options. A mild augmentation is mild during warm-up too, unless
     given. Returns (args, names of the options)."""
-    distilled = args.distill_weight > 0 if 'distill_weight' in args.explicit else args.stem != 'cifar'
+    distilled = args.distill_weight > 0 if 'distill_weight' in args.settled else args.stem != 'cifar'
     defaults = init_from_defaults(distilled)
-    augmentation = args.augmentation if 'augmentation' in args.explicit else defaults['augmentation']
+    augmentation = args.augmentation if 'augmentation' in args.settled else defaults['augmentation']
     if args.warmup_epochs and augmentation == 'mild':
         defaults |= {'warmup_augmentation': 'mild'}
-    return replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.explicit}), [*defaults]
+    return replace_args(args, **{name: defaults[name] for name in defaults.keys() - args.settled}), [*defaults]
 
 
 def apply_preset(args, preset):
     """Return args with the defaults of another preset."""
-    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
+    explicit = {name: getattr(args, name) for name in (*args.settled, *NOT_RESTORED_OPTIONS)}
     new_args = replace_args(get_config(preset=preset), **explicit)
-    new_args.explicit = args.explicit
+    new_args.explicit, new_args.fixed = args.explicit, args.fixed
     return new_args
 
 
 def leave_demo_preset(args):
     """Return args with the preset imagenet in place of demo, which was only taken for want of images: weights of other
     networks have nothing of it."""
-    return apply_preset(args, 'imagenet') if args.preset == 'demo' and 'preset' not in args.explicit else args
+    return apply_preset(args, 'imagenet') if args.preset == 'demo' and 'preset' not in args.settled else args
 
 
-def merge_saved_options(args, saved, path, locked_options):
-    """Merge the options of a checkpoint with args: explicit options and local ones are from args. Returns a Config.
-    Raises UserError if one of `locked_options` is given with another value."""
+def merge_saved_options(args, saved, path, locked_options, initial=False):
+    """Merge the options of a checkpoint with args: settled options and local ones are from args. initial: for a new run
+    from the weights, whose mean and std may be measured. Returns a Config. Raises UserError if one of `locked_options`
+    is given with another value."""
     for name in locked_options:
         unresolved = name in PIXEL_OPTIONS and getattr(args, name) in UNRESOLVED
-        if name in args.explicit and getattr(args, name) != saved.get(name) and not unresolved:
+        if name in args.settled and getattr(args, name) != saved.get(name) and not unresolved:
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
                 f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
             )
-    explicit = {name: getattr(args, name) for name in (*args.explicit, *NOT_RESTORED_OPTIONS)}
+    explicit = {name: getattr(args, name) for name in (*args.settled, *NOT_RESTORED_OPTIONS)}
     for name in PIXEL_OPTIONS:
-        if explicit.get(name) in UNRESOLVED:
-            log(f'--{name}={explicit.pop(name)} applies to new runs; this one has --{name}={saved[name]}')
+        word = explicit.get(name)
+        if word in UNRESOLVED and not (initial and word == 'dataset'):
+            explicit.pop(name)
+            if not initial:
+                log(f'--{name}={word} applies to new runs; this one has --{name}={saved[name]}')
     merged = Config(**{**saved, **explicit})
-    merged.explicit = args.explicit
+    merged.explicit, merged.fixed = args.explicit, args.fixed
     return merged
 
 
