@@ -26,10 +26,9 @@ from runtime.checkpoints.run_folder import (
     was_written_by_run,
 )
 from runtime.checkpoints.saved_options import log_missing_options, merge_saved_options, set_init_from_defaults
-from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError, resolve_path
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import channel_numbers, channel_values, check_mean_std, replace_args
 from runtime.versions import library_versions
 
@@ -49,10 +48,10 @@ def get_model_ckpt(args, training=False):
     """
     loaded_args, model, checkpoint = load_model(args, training)
     check_mean_std(loaded_args)
-    asked = 'start_share' in args.explicit and args.start_share and not training and not rank()
+    asked = 'start_share' in args.explicit and args.start_share and not training
     if asked and checkpoint and not checkpoint.get('start'):
         name = checkpoint['path'].name
-        print_message('warning', f'--start_share={args.start_share:g} has no effect: {name} keeps no initial weights')
+        warn(f'--start_share={args.start_share:g} has no effect: {name} keeps no initial weights')
     return loaded_args, model, checkpoint
 
 
@@ -172,7 +171,7 @@ def iter_valid_checkpoints(args, names):
         except (WorkError, UserError) as error:  # damaged, or deleted meanwhile by its run
             if name == names[-1] and not any_valid:
                 raise
-            print_message('warning', f'{error}; left out')
+            warn(f'{error}; left out')
             continue
         any_valid = True
         yield one

@@ -17,10 +17,9 @@ from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.run_folder import checkpoints, list_checkpoints
-from runtime.console import print_message
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import repeat_ckpt_name, repeat_options
 from runtime.trackers import import_tracker
 
@@ -75,11 +74,11 @@ def resolve_channels(args):
 def warn_ignored_options(args):
     """Warn of explicit options that the protocol does not use."""
     for name in ignored_by_protocol(args):
-        print_message('warning', f'--{name} has no effect on --protocol={args.protocol}')
+        warn(f'--{name} has no effect on --protocol={args.protocol}')
     if args.subset_list and 'label_fraction' in args.explicit and args.protocol == 'semi':
-        print_message('warning', '--label_fraction has no effect beside --subset_list')
+        warn('--label_fraction has no effect beside --subset_list')
     if 'baseline_learning_rate' in args.explicit and not args.baseline and has_effect(args, 'baseline'):
-        print_message('warning', '--baseline_learning_rate has no effect without --baseline=True')
+        warn('--baseline_learning_rate has no effect without --baseline=True')
 
 
 def run_checkpoints(args, name):

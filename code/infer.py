@@ -18,11 +18,11 @@ from protocols.results import describe_classifier, find_classifier, read_as_clas
 from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
 from runtime.checkpoints.run_folder import list_checkpoints
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import repeat_ckpt_name, replace_args
 from runtime.tensors import evenly_spaced
 from utils import prepare_batch
@@ -141,7 +141,7 @@ def check_not_in_bank(args, images, train):
     if known == len(images) and not args.neighbors:
         raise UserError(f'{text}: python3 cli.py evaluate {repeat_ckpt_name(args, "evaluate")} measures the accuracy')
     if known:
-        print_message('warning', text)
+        warn(text)
 
 
 def sample_rows(images):

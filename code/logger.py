@@ -7,13 +7,13 @@ import time
 import torch
 from torch.nn.functional import pad
 from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
 
 from runtime.atomic_write import atomic_write_on_main, save_png
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.distributed import rank
 from runtime.errors import UserError
 from runtime.files import dumps_nan_safe, read_metrics
+from runtime.messages import warn
 
 
 class Logger:
@@ -45,9 +45,7 @@ class Logger:
         except Exception as error:  # OSError, and TensorBoard's own types
             self.writer = None
             reason = getattr(error, 'strerror', None) or error
-            print_message(
-                'warning', f'TensorBoard is turned off for this run, {self.folder} cannot be written: {reason}'
-            )
+            warn(f'TensorBoard is turned off for this run, {self.folder} cannot be written: {reason}')
 
     def rename_tags(self, names):
         """Rename tags in the lines of metrics.jsonl. names: {old: new}."""
@@ -72,10 +70,9 @@ class Logger:
 
     def warn_once(self, subject, line):
         """Print a warning, once per subject."""
-        if subject not in self.warned_subjects and not rank():
+        if subject not in self.warned_subjects:
             self.warned_subjects.add(subject)
-            with tqdm.external_write_mode():
-                print_message('warning', line)
+            warn(line)
 
     def scalars(self, step, values):
         """Log {tag: number} for an epoch. step: finished epochs. TensorBoard groups tags by the part before '/'."""

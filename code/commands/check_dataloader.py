@@ -24,11 +24,11 @@ from logger import save_view_grid
 from model.weights import is_off_the_shelf
 from runtime.checkpoints.pretrained import set_off_the_shelf_options
 from runtime.checkpoints.saved_options import set_init_from_defaults
-from runtime.console import join_first, print_message, printable
+from runtime.console import join_first, printable
 from runtime.device import init_device
 from runtime.errors import WorkError, resolve_path
 from runtime.files import try_writing
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import channel_numbers, replace_args
 from runtime.seeding import generator_for
 from utils import prepare_batch
@@ -110,8 +110,7 @@ def read_and_hash_all(args, sources):
                 log(f'train  {twice} images have the same pixels as another one of train; select lists near-duplicates')
         elif same := [row for row, known in enumerate(digests) if known in trained_on]:
             other = sources['train'].store.names[trained_on[digests[same[0]]]]
-            print_message(
-                'warning',
+            warn(
                 f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: accuracy on '
                 f'them is overestimated. The first is {printable(source.store.names[same[0]])}, in train '
                 f'{printable(other)}',

@@ -14,10 +14,10 @@ from dataloader.loading.pixel_settings import find_pixel_format, resolve_pixels,
 from dataloader.readers.memory import Memory
 from dataloader.sources.folder import SYSTEM_NAMES
 from runtime.atomic_write import atomic_write_on_main
-from runtime.console import print_message, printable, silence_stderr
+from runtime.console import printable, silence_stderr
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import try_writing
-from runtime.messages import log, progress
+from runtime.messages import log, progress, warn
 
 ARRAY_ENDINGS = {'NPY': b'.npy', 'array': b'.npy', 'DICOM': b'.dcm'}
 JPEG_QUALITY = 95  # of resized images
@@ -92,7 +92,7 @@ def write_split(args, output, name, source):
         atomic_write_on_main(path, write)
         number += 1
     for line in left_out:
-        print_message('warning', f'{line}; left out')
+        warn(f'{line}; left out')
     return number, len(left_out)
 
 

@@ -33,11 +33,11 @@ from protocols.protocol import find_protocol
 from protocols.results import list_explicit_options, load_results, selection_note
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoints.best_epoch import WATCHED
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.files import is_number, read_metrics, try_writing
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import replace_args
 from runtime.tensors import evenly_spaced
 
@@ -281,7 +281,7 @@ def gallery_section(runs, page):
             with Image.open(path) as image:
                 views = image.width, image.height, data_uri(image.convert('RGB'), 'PNG')
         except OSError as error:
-            print_message('warning', f'{path} is damaged, and left out: {error}')
+            warn(f'{path} is damaged, and left out: {error}')
     x = map_features(first, first)
     rows, groups, *nearest_of = subset_selection.near_groups(x, first.args.duplicates)
     pairs = subset_selection.nearest_pairs(rows, *nearest_of)

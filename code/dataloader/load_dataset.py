@@ -34,12 +34,12 @@ from dataloader.sources import dataset_warnings, demo, find
 from dataloader.sources.split_source import stratified_holdout
 from dataloader.sources.tar_splits import expand_braces
 from dataloader.sources.torchvision_datasets import DATASET_FOLDERS, detect_dataset, download, torchvision_splits
-from runtime.console import join_first, print_message, printable
+from runtime.console import join_first, printable
 from runtime.device import get_device
-from runtime.distributed import local_main_first, rank, world_size
+from runtime.distributed import local_main_first, world_size
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 from runtime.files import clear_parts
-from runtime.messages import log, progress
+from runtime.messages import log, progress, warn
 from runtime.options import channel_numbers
 
 EVAL_PIXELS_PER_FORWARD = 64 * 224**2  # pixels of a batch in evaluation: activations take less than a gigabyte
@@ -174,9 +174,8 @@ def build_datasets(args, sources):
             [*(class_to_idx.get(normalize_unicode(class_name), -1) for class_name in part_classes), -1]
         )
         splits[name] = build_dataset(args, source, table[source.labels], classes)
-    if len(train.classes) == 1 and not rank():
-        print_message(
-            'warning',
+    if len(train.classes) == 1:
+        warn(
             f'{printable(train.location)} has one class, {printable(classes[0])!r}: no accuracy can be measured',
         )
     dataset_warnings.warn_ignored_data_options(args, sources, splits['train'])
@@ -245,11 +244,9 @@ def build_dataset(args, source, labels, classes):
     if args.on_unreadable == 'skip' and not isinstance(store, Memory):
         rows = decoded.readable_rows(store, location, cache_dir, pixel_format)
         empty_classes = {*labels.tolist()} - {*labels[rows].tolist()} - {-1}
-        if empty_classes and not rank():
+        if empty_classes:
             names = join_first([printable(classes[label]) for label in sorted(empty_classes)])
-            print_message(
-                'warning', f'{printable(location)}: no image of the class {names} can be read: it stays empty'
-            )
+            warn(f'{printable(location)}: no image of the class {names} can be read: it stays empty')
         store, labels = store.select(rows) if len(rows) < len(labels) else store, labels[rows]
     if isinstance(store, Memory) and picked:  # torchvision's datasets have red, green and blue
         if max(picked) > 3:

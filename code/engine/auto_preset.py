@@ -14,11 +14,10 @@ from config import OPTIONS
 from dataloader.load_dataset import num_labeled_classes
 from model.weights import find_preprocessing, timm_config
 from runtime.checkpoints.pretrained import starts_from_foreign_weights
-from runtime.console import print_message, silence_stderr
+from runtime.console import silence_stderr
 from runtime.device import get_device, main_memory
-from runtime.distributed import rank
 from runtime.errors import UserError
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import preset_options, replace_args
 from runtime.tensors import evenly_spaced
 
@@ -193,11 +192,9 @@ def log_choices(args, train, sizes):
 def switch_to_random_weights(args, sources, error):
     """Warn that the preset's pretrained weights are not available (`error`), and choose the options for random weights.
     Returns new args."""
-    if not rank():
-        print_message(
-            'warning',
-            f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
-            "ImageNet's: results/LOG.md",
-        )
+    warn(
+        f'{error}; training begins with random weights, which on fewer than {FROM_SCRATCH:,} images ends far below '
+        "ImageNet's: results/LOG.md"
+    )
     network = {'init_from': '', 'backbone': 'resnet18'}
     return choose_photos_preset(args, sources, sample_image_sizes(sources['train'].store), network)

@@ -8,10 +8,10 @@ import time
 import torch
 
 from runtime import distributed
-from runtime.console import first_line, print_message
+from runtime.console import first_line
 from runtime.device import get_device
 from runtime.errors import UserError
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.precision import precision
 
 WARMUP_STEPS = 5  # eager steps before timing: torch.compile, cuDNN's choice of kernels
@@ -109,7 +109,7 @@ class CudaGraphStep:
             reason = first_line(error)[:200]
         if reason:
             self.disabled = True
-            print_message('warning', f'the step cannot be captured as a CUDA graph, and runs as before: {reason}')
+            warn(f'the step cannot be captured as a CUDA graph, and runs as before: {reason}')
             return False
         self.graph = graph
         return True

@@ -39,11 +39,11 @@ from runtime.checkpoints.run_folder import (
     was_written_by_run,
 )
 from runtime.checkpoints.saved_options import set_init_from_defaults
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError, WorkError, resolve_path, same_path
 from runtime.files import atomic_write, clear_parts, newest_run, read_json, read_metrics, utc_timestamp
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import UNRESOLVED, parse, preset_options, rename_options, replace_args, same_value
 from runtime.run_lock import LOCK_FILE, lock_content, running_pid
 from runtime.signals import defer_signals
@@ -266,9 +266,8 @@ def write_run_json(run, args, images):
             for path in checkpoints(run):
                 record_checkpoint(run, path)
     earlier = before.get('images')
-    if not rank() and isinstance(earlier, dict) and earlier != record['images']:
-        print_message(
-            'warning',
+    if isinstance(earlier, dict) and earlier != record['images']:
+        warn(
             f'the {len(images)} training images of {printable(images.folder)} differ in names or classes from the '
             f'{earlier.get("number")} of {run.name}: it continues with the new ones',
         )
@@ -363,9 +362,8 @@ def resolve_resume(args):
                 f'--resume=auto: the unfinished run {run.name} has {differences}; --resume={run.name} resumes it, '
                 'without --resume a new run starts'
             )
-        if args.init_from and not saved['init_from'] and not rank():
-            print_message(
-                'warning',
+        if args.init_from and not saved['init_from']:
+            warn(
                 f'{run.name} began with random weights, because the pretrained ones could not be had then; a new run '
                 f'tries again: --model_name=<another name>, or without --resume',
             )
@@ -389,6 +387,5 @@ def read_newest(paths):
     except WorkError as error:
         if not earlier:
             raise
-        if not rank():
-            print_message('warning', f'{error}: the one before it is resumed')
+        warn(f'{error}: the one before it is resumed')
         return read_newest(earlier)

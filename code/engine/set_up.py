@@ -20,10 +20,9 @@ from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
 from runtime.checkpoints.pretrained import check_off_the_shelf
-from runtime.console import print_message
 from runtime.device import compile_unavailable_reason, get_device, use_compile
 from runtime.errors import UserError, WorkError, resolve_path
-from runtime.messages import log, set_log_file
+from runtime.messages import log, set_log_file, warn
 from runtime.options import ignored_in_train, replace_args
 from runtime.precision import describe_precision, inherit_amp, precision, resolve_amp
 from runtime.trackers import import_tracker
@@ -63,9 +62,9 @@ def setup_run(args):
     state = make_train_state(args, model)
     if checkpoint:
         state.load_state_dict(checkpoint)
-        for name in ('start_share', 'distill_weight') if not state.start and not distributed.rank() else ():
+        for name in ('start_share', 'distill_weight') if not state.start else ():
             if name in args.explicit and getattr(args, name):
-                print_message('warning', f'--{name} has no effect: this run does not keep its initial weights')
+                warn(f'--{name} has no effect: this run does not keep its initial weights')
         run = continue_run(args, checkpoint, state)
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
@@ -149,9 +148,9 @@ def check_resumed_options(args, checkpoint):
             f'--init_from={args.ckpt_name} --{name}={getattr(args, name)}'
         )
     of_training = [name for name in changed if 'evaluate' not in OPTIONS[name].metadata['used_by']]
-    for name in of_training if epochs == args.max_epochs and not distributed.rank() else ():
+    for name in of_training if epochs == args.max_epochs else ():
         if name not in (*NOT_RESTORED_OPTIONS, 'max_epochs'):
-            print_message('warning', f'--{name} has no effect: all {epochs} epochs are finished')
+            warn(f'--{name} has no effect: all {epochs} epochs are finished')
 
 
 def check_batch_and_warmup(args):
@@ -164,9 +163,8 @@ def check_batch_and_warmup(args):
             f'--grad_accum_steps={args.grad_accum_steps}: take a multiple of {micro_batches}, at least '
             f'{2 * micro_batches}'
         )
-    if args.warmup_epochs >= args.max_epochs and not distributed.rank():
-        print_message(
-            'warning',
+    if args.warmup_epochs >= args.max_epochs:
+        warn(
             f'--warmup_epochs={args.warmup_epochs} of --max_epochs={args.max_epochs}: the learning rate rises to the '
             'end and never falls, and --augmentation is never used',
         )
@@ -178,9 +176,8 @@ def set_heads_epochs(args, steps):
     if args.heads_epochs == -1:
         args = replace_args(args, heads_epochs=math.ceil(HEADS_STEPS / steps))
         log(f'only projector and predictor are trained for {args.heads_epochs} epochs of {steps} steps')
-    if args.heads_epochs >= args.max_epochs and not distributed.rank():
-        print_message(
-            'warning',
+    if args.heads_epochs >= args.max_epochs:
+        warn(
             f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which only '
             'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs',
         )
@@ -189,13 +186,13 @@ def set_heads_epochs(args, steps):
 
 def warn_ignored_options(args, model):
     """Warn of explicit options that have no effect with the others, or on this network."""
-    if args.init_from and args.start_share == 1 and not distributed.rank():
-        print_message('warning', '--start_share=1: what is measured and exported stays the initial weights')
+    if args.init_from and args.start_share == 1:
+        warn('--start_share=1: what is measured and exported stays the initial weights')
     ignored = ignored_in_train(args)
     if 'zero_init' in args.explicit and not any(find_last_bn_layers(model.backbone)):
         ignored.append(('zero_init', f'--backbone={args.backbone}'))
-    for name, beside in ignored if not distributed.rank() else ():
-        print_message('warning', f'--{name} has no effect with {beside}')
+    for name, beside in ignored:
+        warn(f'--{name} has no effect with {beside}')
 
 
 def why_not_compile(args, steps):
@@ -213,8 +210,8 @@ def make_train_state(args, model):
     model = model.to(device, memory_format=torch.channels_last)
     if args.freeze_bn:
         model.freeze_bn()
-        if 'freeze_bn' in args.explicit and not model.frozen and not distributed.rank():
-            print_message('warning', f'--freeze_bn has no effect with --backbone={args.backbone}, which has no BN')
+        if 'freeze_bn' in args.explicit and not model.frozen:
+            warn(f'--freeze_bn has no effect with --backbone={args.backbone}, which has no BN')
     if use_compile(args):
         model.compile()
     scaler = torch.amp.GradScaler('cuda') if precision(args) == torch.float16 else None

@@ -21,11 +21,11 @@ from loss.negative_cosine import negative_cosine
 from metric.knn import topk_neighbors
 from model.weights import copy_weights
 from protocols.features import eval_mode, extract_features
-from runtime.console import first_line, print_message
+from runtime.console import first_line
 from runtime.device import explain_oom, get_device, is_oom
 from runtime.distributed import all_gather_rows, convert_sync_batchnorm, first_failure, rank, world_size
 from runtime.errors import UserError, WorkError
-from runtime.messages import log, progress
+from runtime.messages import log, progress, warn
 from runtime.options import replace_args
 from runtime.tensors import channels_last, evenly_spaced, to_device
 
@@ -174,13 +174,10 @@ def warn_small_targets(args, size):
         raise UserError(
             f'--distill_size={size} is too small: 0, or at least {OPTIONS["image_size"].metadata["low"]} px'
         )
-    if rank():
-        return
     if size < args.image_size:
-        print_message('warning', f'--distill_size={size}: the targets are of smaller images than the views')
+        warn(f'--distill_size={size}: the targets are of smaller images than the views')
     if 0 < args.cache_short_side < size:
-        print_message(
-            'warning',
+        warn(
             f'--cache_short_side={args.cache_short_side}: the targets, of {size} px, are of smaller images, enlarged; '
             f'--cache_short_side={size} or more, or 0, keeps what they show',
         )

@@ -11,10 +11,9 @@ from protocols.features import augmented_features, concat_into_buffer, extract_f
 from protocols.knn import REFERENCES, knn_scores_from_loader, log_clipped_k, untrained_baselines
 from protocols.logistic import fit_logistic_regression
 from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
-from runtime.console import print_message
 from runtime.device import get_device
 from runtime.distributed import rank
-from runtime.messages import progress
+from runtime.messages import progress, warn
 from runtime.seeding import generator_for
 from runtime.tensors import to_device
 
@@ -70,13 +69,12 @@ def warn_of_options(args, count):
     weights. count: images of train."""
     if args.probe_optimizer == 'lbfgs':
         for name in sorted({*PROBE_OPTIONS} & args.explicit):
-            print_message('warning', f'--{name} has no effect with --probe_optimizer=lbfgs')
+            warn(f'--{name} has no effect with --probe_optimizer=lbfgs')
     elif not args.cache_features and 'cache_epochs' in args.explicit:
-        print_message('warning', '--cache_epochs has no effect without --cache_features=True')
+        warn('--cache_epochs has no effect without --cache_features=True')
     steps = args.probe_epochs * -(-count // (args.probe_batch_size or PROBE_DEFAULTS['lars'][1]))
     if args.probe_optimizer == 'lars' and steps < MIN_LARS_STEPS:
-        print_message(
-            'warning',
+        warn(
             f'--probe_optimizer=lars takes {steps} steps on {count} images, and needs thousands (28,170 on ImageNet): '
             'its top-1 will be far too low; --probe_optimizer=lbfgs',
         )

@@ -17,7 +17,7 @@ from protocols.protocol import find_protocol, has_effect
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import START_FILE, find_best_epoch, is_judged_by_labels
 from runtime.checkpoints.read_file import load_file
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.distributed import rank
 from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import (
@@ -30,7 +30,7 @@ from runtime.files import (
     utc_timestamp,
     written_time,
 )
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import rename_options, replace_args
 from runtime.precision import NAMES, precision
 from runtime.versions import library_versions
@@ -144,7 +144,7 @@ def load_results(run, **entries):
         if result['protocol'] in (*PROTOCOLS,) and is_number(result.get('epoch')):
             results.append(result)
         else:
-            print_message('warning', f'{path} is damaged, or no result of evaluate: left out')
+            warn(f'{path} is damaged, or no result of evaluate: left out')
     return [result for result in results if all(result.get(key) == value for key, value in entries.items())]
 
 
@@ -184,9 +184,8 @@ def warn_outdated(args, classifier, root, train):
     as_then = all(settings.get(name) in (None, getattr(args, name)) for name in ('val_fraction', 'on_unreadable'))
     if not as_then or not same_path(Path(then['path']), root):
         return
-    if 'train' in then and then['train'] != dataset_fingerprint(train) and not rank():
-        print_message(
-            'warning',
+    if 'train' in then and then['train'] != dataset_fingerprint(train):
+        warn(
             f'{printable(root)} has other images or classes than when the classifier was trained '
             f'({classifier["when"][:19]}): evaluate trains one on those that are there now',
         )
@@ -199,8 +198,7 @@ def read_as_classifier_was_trained(args, classifier):
         name: settings[name] for name in READING if settings.get(name, getattr(args, name)) != getattr(args, name)
     }
     for name in sorted(changed.keys() & args.explicit):
-        print_message(
-            'warning',
+        warn(
             f'--{name}={getattr(args, name)}: the classifier was trained with {changed.pop(name)}; evaluate with this '
             'option trains another, and --classifier selects it',
         )

@@ -7,8 +7,9 @@ import torch
 from dataloader.load_dataset import labeled_subset, select
 from protocols.finetune import FINETUNE_NAMES, finetune, rows_per_class
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol, labeled_splits
-from runtime.console import print_message, printable
+from runtime.console import printable
 from runtime.errors import UserError, resolve_path
+from runtime.messages import warn
 
 
 def evaluate_semi_supervised(args, model, splits, _):
@@ -82,13 +83,11 @@ def rows_from_list(args, images):
         )
     rows = torch.tensor(sorted({by_name[name][0] for name in listed}))
     if len(rows) < len(listed):
-        print_message('warning', f'--subset_list: {len(listed) - len(rows)} of its {len(listed)} names occur twice')
+        warn(f'--subset_list: {len(listed) - len(rows)} of its {len(listed)} names occur twice')
     missing = sorted({*range(len(images.classes))} - {*images.labels[rows].tolist()})
     if missing:
         first = printable(images.classes[missing[0]])
-        print_message(
-            'warning', f'--subset_list: {len(missing)} of {len(images.classes)} classes have no image, such as {first}'
-        )
+        warn(f'--subset_list: {len(missing)} of {len(images.classes)} classes have no image, such as {first}')
     return rows
 
 

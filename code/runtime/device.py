@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from runtime.console import first_line, print_message
-from runtime.distributed import init_process_group, rank, world_size
+from runtime.console import first_line
+from runtime.distributed import init_process_group, world_size
 from runtime.errors import UserError, WorkError
+from runtime.messages import warn
 
 
 def get_device(args):
@@ -75,8 +76,8 @@ def has_kernels(major, minor, architectures):
 def init_device(args):
     """Initialize the device of --device and the process group. Returns the device."""
     device = get_device(args)
-    if args.device == 'auto' and (reason := unsupported_gpu(local_gpu())) and not rank():
-        print_message('warning', f'{reason}: running on the CPU')
+    if args.device == 'auto' and (reason := unsupported_gpu(local_gpu())):
+        warn(f'{reason}: running on the CPU')
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)  # also for threads and pinned memory
         torch.set_float32_matmul_precision('high')  # TF32

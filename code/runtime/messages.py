@@ -50,6 +50,13 @@ def log(line):
         LOGGER.info(with_options(line))
 
 
+def warn(line):
+    """Print a warning on standard error, above a progress bar, on rank 0."""
+    if not rank():
+        with tqdm.external_write_mode():
+            print_message('warning', line)
+
+
 def progress(items=None, title='', unit='batches', total=None, first=0):
     """Return a progress bar around `items`, with rate and time left, which disappears at the end.
 

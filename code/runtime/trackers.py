@@ -5,11 +5,11 @@ import os
 from dataclasses import asdict
 
 from config import NOT_RESTORED_OPTIONS
-from runtime.console import print_message
 from runtime.distributed import rank
 from runtime.environment import require_package
 from runtime.errors import UserError, resolve_path
 from runtime.files import read_json
+from runtime.messages import warn
 
 PROJECT = 'simsiam'
 
@@ -25,14 +25,14 @@ class Tracker:
         try:
             self.log_fn(values, epoch)
         except Exception as error:
-            print_message('warning', f'--tracker={self.name} is turned off for this run: {one_line(error)}')
+            warn(f'--tracker={self.name} is turned off for this run: {one_line(error)}')
             self.log_fn = lambda *_: None
 
     def close(self):
         try:
             self.finish()
         except Exception as error:
-            print_message('warning', f'--tracker={self.name} failed to close: {one_line(error)}')
+            warn(f'--tracker={self.name} failed to close: {one_line(error)}')
 
 
 def one_line(error):

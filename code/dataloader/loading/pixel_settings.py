@@ -11,10 +11,10 @@ from dataloader.augment.augmentations import describe_augmentation
 from dataloader.loading.decode import level_range
 from dataloader.loading.pixel_format import PixelFormat, find_dtype, format_from_options, image_kind, to_array
 from dataloader.readers.memory import Memory
-from runtime.console import join_first, print_message, silence_stderr
+from runtime.console import join_first, silence_stderr
 from runtime.distributed import rank
 from runtime.errors import UserError, WorkError
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.options import UNRESOLVED, channel_numbers, check_mean_std, pixel_levels, replace_args
 from runtime.tensors import evenly_spaced
 
@@ -169,10 +169,8 @@ def measure_mean_std(store, pixel_format):
     values = ((np.concatenate(parts, 1) - black) / (white - black)).clip(0, 1)
     mean, std = values.mean(1), values.std(1)
     constant = [number + 1 for number, value in enumerate(std) if value < 1e-4]
-    if constant and not rank():
-        print_message(
-            'warning', f'constant in the images of train: channel {join_first([*map(str, constant)])}; its std is 1'
-        )
+    if constant:
+        warn(f'constant in the images of train: channel {join_first([*map(str, constant)])}; its std is 1')
     numbers = {'mean': mean, 'std': np.where(std < 1e-4, 1.0, std)}
     texts = {name: ','.join(f'{value:.6g}' for value in each) for name, each in numbers.items()}
     return {**texts, 'images': len(parts)}
@@ -186,7 +184,7 @@ def warn_pixel_range(args, store, pixel_format):
     tops, lows = ([np.quantile(part, end) for part in parts] for end in (QUANTILE, 1 - QUANTILE))
     levels = pixel_levels(args.white_level)
     if parts and (line := range_warning(pixel_format.dtype, min(lows), max(tops), levels)):
-        print_message('warning', line)
+        warn(line)
 
 
 def range_warning(dtype, low, top, levels):

@@ -10,9 +10,9 @@ from dataloader.readers.tar import Tar
 from dataloader.sources.folder import list_folder
 from dataloader.sources.split_names import split_from_folder_name
 from dataloader.sources.split_source import COMPRESSED_SUFFIXES
-from runtime.console import join_first, print_message, printable
+from runtime.console import join_first, printable
 from runtime.distributed import rank
-from runtime.messages import log
+from runtime.messages import log, warn
 from runtime.tensors import evenly_spaced
 
 LINK_SAMPLE = 1000  # images of a split that are checked for links
@@ -21,10 +21,10 @@ LISTS = ('.txt', '.tar', *COMPRESSED_SUFFIXES)
 
 def log_dataset_notes(root, sources):
     """Log notes on the splits, {split: SplitSource}, of the dataset at `root`."""
-    if (unread := unread_entries(root, sources)) and not rank():
+    if unread := unread_entries(root, sources):
         names = ', '.join(printable(name) for name in unread[:5]) + (' ...' if len(unread) > 5 else '')
         train = sources['train'].location
-        print_message('warning', f'not read: {names}, beside {printable(train.name)} in {printable(train.parent)}')
+        warn(f'not read: {names}, beside {printable(train.name)} in {printable(train.parent)}')
     for name, source in sources.items():
         if not source.cache_subdir:
             log_split_notes(name, source)
@@ -56,8 +56,8 @@ def warn_ignored_data_options(args, sources, train):
         and f'{printable(sources["val"].location)} is val',
     }
     for name, reason in reasons.items():
-        if reason and name in args.explicit and not rank():
-            print_message('warning', f'`{name}` has no effect: {reason}')
+        if reason and name in args.explicit:
+            warn(f'`{name}` has no effect: {reason}')
 
 
 def unread_entries(root, sources):
@@ -93,8 +93,7 @@ def warn_train_test_overlap(train, other):
     other_set = {file_id for _, file_id in other_ids}
     train_ids = {file_id for _, file_id in file_ids(train) if file_id in other_set}
     if shared_rows := [row for row, file_id in other_ids if file_id in train_ids]:
-        print_message(
-            'warning',
+        warn(
             f'{len(shared_rows)} of the {len(other.labels)} images of {printable(other.location)} are files of '
             f'{printable(train.location)} too, the first {printable(other.store.names[shared_rows[0]])}: accuracy on '
             'them is overestimated',

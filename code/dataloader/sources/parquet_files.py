@@ -13,10 +13,9 @@ from dataloader.readers.parquet import Parquet
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.split_names import SPLIT_ALIASES
 from dataloader.sources.split_source import SplitSource
-from runtime.console import join_first, print_message, printable
-from runtime.distributed import rank
+from runtime.console import join_first, printable
 from runtime.errors import UserError, WorkError
-from runtime.messages import log
+from runtime.messages import log, warn
 
 # train.parquet, train-00000-of-00005.parquet, train-00000-of-00005-0123456789abcdef.parquet
 SHARD = re.compile(r'([a-z]+)(-\d+-of-\d+)?(-[0-9a-f]+)?\.parquet')
@@ -57,10 +56,8 @@ def only_subfolder(root):
 def warn_missing_shards(paths):
     """Warn if files of a split are missing: their names state how many there are."""
     match = re.search(r'-of-(\d+)', paths[0].name)
-    if match and len(paths) < int(match[1]) and not rank():
-        print_message(
-            'warning', f'{printable(paths[0].parent)} has {len(paths)} of {int(match[1])} files of this split'
-        )
+    if match and len(paths) < int(match[1]):
+        warn(f'{printable(paths[0].parent)} has {len(paths)} of {int(match[1])} files of this split')
 
 
 def source_from_parquet(paths):
@@ -153,9 +150,8 @@ def number_labels(labels, classes):
     if classes:
         numbers = [-1 if label is None or not 0 <= label < len(classes) else label for label in labels]
         beyond = [label for label in labels if label is not None and not -1 <= label < len(classes)]
-        if beyond and not rank():
-            print_message(
-                'warning',
+        if beyond:
+            warn(
                 f'{len(beyond)} images have a class that the {len(classes)} names of the Parquet schema do not cover, '
                 f'such as {beyond[0]}: they count as without a class',
             )

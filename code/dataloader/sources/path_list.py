@@ -9,9 +9,9 @@ import torch
 from dataloader.readers.files import Files
 from dataloader.sources.path_array import PathArray
 from dataloader.sources.split_source import COMPRESSED_SUFFIXES, SplitSource
-from runtime.console import print_message, printable
-from runtime.distributed import rank
+from runtime.console import printable
 from runtime.errors import UserError
+from runtime.messages import warn
 
 
 def read_path_list(path):
@@ -34,8 +34,8 @@ def read_path_list(path):
             )
     if not paths:
         raise UserError(f'{printable(path)} names no image')
-    if count > len(paths) and not rank():
-        print_message('warning', f'{count - len(paths)} lines of {printable(path)} repeat an image, which counts once')
+    if count > len(paths):
+        warn(f'{count - len(paths)} lines of {printable(path)} repeat an image, which counts once')
     classes = sorted({*path_to_class.values()})
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor(

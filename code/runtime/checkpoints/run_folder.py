@@ -6,10 +6,9 @@ import re
 
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import find_best_epoch, is_judged_by_labels
-from runtime.console import print_message
 from runtime.errors import UserError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
-from runtime.messages import log
+from runtime.messages import log, warn
 
 CHECKPOINT_RE = re.compile(r'loss_(-?\d+\.\d{4})_epoch_(\d+)(?:_(?:images|step)_(\d+))?')
 WRITTEN = 'checkpoints.json'  # file in a run folder: names of the checkpoints that the run wrote, in order
@@ -66,9 +65,7 @@ def pick_checkpoint(folder, paths):
     """Return best_checkpoint. Logs why it is not the newest, and warns if that of the best epoch is missing."""
     best, picked = find_best_epoch(folder), best_checkpoint(folder, paths)
     if best is not None and finished_epoch(picked) != best:
-        print_message(
-            'warning', f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used'
-        )
+        warn(f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used')
     if best is None or picked == paths[-1]:
         return picked
     lines = read_metrics(folder / 'metrics.jsonl')
