@@ -27,7 +27,7 @@ from runtime.checkpoints.run_folder import (
 )
 from runtime.checkpoints.saved_options import log_missing_options, merge_saved_options, set_init_from_defaults
 from runtime.distributed import rank
-from runtime.errors import UserError, WorkError, resolve_path
+from runtime.errors import UserError, WorkError
 from runtime.messages import log, warn
 from runtime.options import channel_numbers, channel_values, check_mean_std, replace_args
 from runtime.versions import library_versions
@@ -74,12 +74,7 @@ def start_from_weights(args):
     if is_off_the_shelf(args.init_from):
         loaded, model, checkpoint = load_off_the_shelf(ours, args.init_from)
     else:
-        path = resolve_path(args.init_from)
-        path = (
-            path
-            if path.exists() and not checkpoints_in(path)
-            else find_checkpoint(replace_args(args, ckpt_name=args.init_from))
-        )
+        path = find_checkpoint(replace_args(args, ckpt_name=args.init_from))
         loaded, model, checkpoint = load_checkpoint(ours, path, ARCHITECTURE, initial=True)
     model.has_heads = True  # new ones if the file has none
     weight_options = {name: getattr(loaded, name) for name in (*ARCHITECTURE, *PREPROCESSING)}
@@ -93,10 +88,6 @@ def start_from_weights(args):
         args, names = set_init_from_defaults(args)
         log('from pretrained weights: ' + ' '.join(f'--{name}={getattr(args, name)}' for name in names))
     return args, model, None
-
-
-def checkpoints_in(path):
-    return checkpoints(path) if path.is_dir() else []
 
 
 def load_checkpoint(args, path, locked_options, training=False, initial=False):

@@ -16,7 +16,7 @@ from protocols.collapse_verdict import RANK_AFTER_WEIGHTS, SELECTION_METRIC, SUM
 from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.checkpoints.pretrained import are_foreign
-from runtime.checkpoints.run_folder import checkpoints, list_checkpoints
+from runtime.checkpoints.run_folder import checkpoints, find_named, list_checkpoints
 from runtime.device import get_device, init_device
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log, warn
@@ -62,7 +62,7 @@ def resolve_channels(args):
     and are adapted to them. Returns (args, result of find_split_sources), or (args, None) if there is nothing to
     resolve."""
     name, has_own_images = args.ckpt_name, find_protocol(args.protocol).path
-    there = is_off_the_shelf(name) or resolve_path(name).exists()
+    there = is_off_the_shelf(name) or find_named(args, name)
     if 'image_path' not in args.explicit or has_own_images or not (there and are_foreign(args, name)):
         return args, None
     sources = find_split_sources(args)
@@ -83,8 +83,8 @@ def warn_ignored_options(args):
 
 def run_checkpoints(args, name):
     """Return the checkpoints of a run, the oldest first; [] if `name` is a checkpoint or a file."""
-    folder = next((path for path in (resolve_path(args.ckpt_path) / name, resolve_path(name)) if path.is_dir()), None)
-    return checkpoints(folder) if folder else []
+    folder = find_named(args, name)
+    return checkpoints(folder) if folder and folder.is_dir() else []
 
 
 def select_checkpoint(args, paths):

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_tensor
 
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.console import printable
-from runtime.distributed import rank
+from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import UserError
 from runtime.files import dumps_nan_safe, read_metrics
 from runtime.messages import warn
@@ -64,9 +64,9 @@ class Logger:
             text = ''.join(dumps_nan_safe(line) + '\n' for line in lines)
             atomic_write_on_main(self.metrics, lambda aside: aside.write_text(text))
 
-    def has_epoch(self, epoch):
-        """Whether metrics.jsonl has this epoch."""
-        return self.metrics.is_file() and epoch in {line['epoch'] for line in read_metrics(self.metrics)}
+    def read_epochs(self):
+        """Return the epochs in metrics.jsonl, on all ranks as on rank 0."""
+        return broadcast_from_rank0(lambda: [line['epoch'] for line in read_metrics(self.metrics)])
 
     def warn_once(self, subject, line):
         """Print a warning, once per subject."""

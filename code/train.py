@@ -21,7 +21,6 @@ from optimizer.sgd import lr_schedule, set_learning_rates
 from protocols.monitor import Monitor, is_measured
 from runtime import distributed, signals
 from runtime.device import explain_oom, get_device, init_device, use_compile
-from runtime.errors import UserError
 from runtime.messages import format_duration, log
 from runtime.precision import FLOAT32, MixedPrecision, precision
 from runtime.seeding import generator_for, seed_step
@@ -42,10 +41,10 @@ def train(args):
     run.deadline = started + 60 * args.max_minutes if args.max_minutes else 0.0
     try:
         monitor = Monitor(args, run, iterators, state)
-    except UserError:  # the tracker does not start
+    except BaseException:  # the tracker does not start, or --log_path cannot be written
+        run.unlock()
         run.remove_if_empty()
         raise
-    run.lock()
     try:
         with signals.defer_signals(distributed.world_size() > 1):  # all ranks stop together: signals.sync_should_save
             if args.init_from and not run.resumed:

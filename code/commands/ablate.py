@@ -13,6 +13,7 @@ from runtime.checkpoints.format import upgrade
 from runtime.checkpoints.read_file import read_checkpoint
 from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import init_device
+from runtime.distributed import broadcast_from_rank0
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log
 from runtime.options import replace_args
@@ -42,7 +43,8 @@ def ablate(args):
         if not result:
             log(f'{args.ablation}: not all variants are trained; the same command continues')
             return rows
-        rows.append({'variant': variant, 'options': options, **result_row(args, *result), 'paper': paper})
+        numbers = broadcast_from_rank0(lambda result=result: result_row(args, *result))
+        rows.append({'variant': variant, 'options': options, **numbers, 'paper': paper})
     named = 'model_name' in args.explicit
     base = resolve_path(args.log_path) / (f'{args.model_name}_{args.ablation}' if named else args.ablation)
     save_table(base, rows)

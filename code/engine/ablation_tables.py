@@ -1,9 +1,12 @@
 """The variants of the paper's ablations (section 4), and of a table of causes of collapse: the options of each."""
 
+from pathlib import Path
+
 from config import OPTIONS
 from engine.run_dir import resolve_resume
 from protocols import results
 from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
+from runtime.distributed import broadcast_from_rank0
 from runtime.errors import resolve_path
 from runtime.files import is_result_for
 
@@ -62,12 +65,18 @@ TABLES = {
 
 def finished_checkpoint(variant_args):
     """Return the last checkpoint of a finished run with exactly these options, or None."""
-    run = resolve_path(variant_args.ckpt_path) / resolve_resume(variant_args).ckpt_name
-    if run == resolve_path(variant_args.ckpt_path) or not run.is_dir():  # no run; a run whose newest file is damaged
-        return None
-    path = checkpoints(run)[-1]
-    last = CHECKPOINT_RE.fullmatch(path.name)
-    return None if int(last[2]) < variant_args.max_epochs or last[3] else path
+    name = resolve_resume(variant_args).ckpt_name
+
+    def find_path():
+        run = resolve_path(variant_args.ckpt_path) / name
+        if not name or not run.is_dir():  # no run; a run whose newest file is damaged
+            return ''
+        path = checkpoints(run)[-1]
+        last = CHECKPOINT_RE.fullmatch(path.name)
+        return '' if int(last[2]) < variant_args.max_epochs or last[3] else str(path)
+
+    path = broadcast_from_rank0(find_path)
+    return Path(path) if path else None
 
 
 def finished_result(variant_args):
@@ -76,14 +85,17 @@ def finished_result(variant_args):
     if not (path := finished_checkpoint(variant_args)):
         return None
     run = path.parent
-    matching = results.load_results(run, protocol='linear', checkpoint=path.name, preset=variant_args.preset)
     linear_options = {
         name: getattr(variant_args, name) for name, f in OPTIONS.items() if 'linear' in f.metadata['only']
     }
-    matching = [
-        result
-        for result in matching
-        if linear_options.items() <= result.get('settings', {}).items()
-        and is_result_for(result, variant_args.image_path)
-    ]
+
+    def find_matching():  # rank 0 writes results
+        return [
+            result
+            for result in results.load_results(run, protocol='linear', checkpoint=path.name, preset=variant_args.preset)
+            if linear_options.items() <= result.get('settings', {}).items()
+            and is_result_for(result, variant_args.image_path)
+        ][-1:]
+
+    matching = broadcast_from_rank0(find_matching)
     return (run, matching[-1]) if matching else None

@@ -16,6 +16,7 @@ from model.weights import find_preprocessing, timm_config
 from runtime.checkpoints.pretrained import starts_from_foreign_weights
 from runtime.console import silence_stderr
 from runtime.device import get_device, main_memory
+from runtime.distributed import broadcast_from_rank0
 from runtime.errors import UserError
 from runtime.messages import log, warn
 from runtime.options import preset_options, replace_args
@@ -61,8 +62,8 @@ def choose_photos_preset(args, sources, sizes, network):
 
 def apply_options(args, options):
     """Set the options that were not given explicitly. Returns new args, whose `set_from_images` has their names, for
-    --resume=auto."""
-    options = {name: value for name, value in options.items() if name not in args.explicit}
+    --resume=auto. The memory of other machines may be another: all ranks take the options of rank 0."""
+    options = broadcast_from_rank0(lambda: {name: options[name] for name in options if name not in args.explicit})
     new_args = replace_args(args, **options)
     new_args.preset_from_images, new_args.set_from_images = False, {*options}
     return new_args

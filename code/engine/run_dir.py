@@ -34,6 +34,7 @@ from runtime.checkpoints.run_folder import (
     WRITTEN,
     checkpoint_name,
     checkpoints,
+    find_named,
     finished_epoch,
     record_checkpoint,
     was_written_by_run,
@@ -54,7 +55,7 @@ AUTOMATIC = {'heads_epochs': -1, 'distill_size': 0}
 
 
 class NonFiniteLoss(WorkError):
-    """The loss is nan or infinite. No checkpoint is saved."""
+    """The loss, or a weight, is nan or infinite. No checkpoint is saved."""
 
 
 class RunDir:
@@ -91,6 +92,7 @@ class RunDir:
         if state.position == self.position and not start:
             return
         self.check_finite(state, state.means()[0])
+        self.check_weights(state)
         with defer_signals():
             self.path = save_checkpoint(self.folder, self.args, state)
             self.position, self.saved_at = state.position, time.monotonic()
@@ -120,6 +122,16 @@ class RunDir:
                 f'{f"the last good checkpoint is {self.path}" if self.path else "there is no checkpoint yet"}'
             )
 
+    def check_weights(self, state):
+        """Raise NonFiniteLoss if a weight is nan or infinite: the last update can make it so after a finite loss."""
+        weights = [weight.detach().isfinite().all() for weight in state.model.parameters()]
+        if not torch.stack(weights).all():
+            raise NonFiniteLoss(
+                f'weights are nan or infinite {self.describe_position(state)}: try a lower --learning_rate (now '
+                f'{self.args.learning_rate}); '
+                f'{f"the last good checkpoint is {self.path}" if self.path else "there is no checkpoint yet"}'
+            )
+
     @staticmethod
     def describe_position(state):
         """Describe the position of a training in words."""
@@ -142,9 +154,9 @@ def list_run_dirs(args):
 def find_run(args, name):
     """Return the folder of a run, from its name under --ckpt_path or its path. Raises UserError if it does not
     exist."""
-    for path in (resolve_path(args.ckpt_path) / name, resolve_path(name)):
-        if path.is_dir():
-            return path
+    path = find_named(args, name)
+    if path and path.is_dir():
+        return path
     newest = newest_run([path.parent for path in resolve_path(args.ckpt_path).glob('*/run.json')])
     raise UserError(
         f'there is no run {name} in {resolve_path(args.ckpt_path)}; '
@@ -178,8 +190,9 @@ def continue_run(args, checkpoint, state):
     unchanged, and a new run starts from a copy of the checkpoint, its metrics and its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
     is_own = was_written_by_run(folder, path)
-    names_run = any((resolve_path(root) / args.ckpt_name).is_dir() for root in (args.ckpt_path, '.'))
-    if is_own and (names_run or args.resume == 'auto'):  # its process may have saved a newer checkpoint meanwhile
+    if is_own and (
+        find_named(args, args.ckpt_name).is_dir() or args.resume == 'auto'
+    ):  # its process may have saved a newer checkpoint meanwhile
         ensure_not_running(folder)
     has_newer_checkpoint = checkpoints(folder)[-1:] not in ([], [path]) and CHECKPOINT_RE.fullmatch(path.name)
     if is_own and (not has_newer_checkpoint or state.epoch >= args.max_epochs):
@@ -322,13 +335,16 @@ def is_unresolved(args, name):
 
 
 def resolve_resume(args):
-    """Set --ckpt_name to the run that --resume means. Returns new args.
+    """Set --ckpt_name to the run that --resume means. Returns new args. Raises the errors of find_run_to_resume."""
+    found = args.resume if args.resume != 'auto' else broadcast_from_rank0(lambda: find_run_to_resume(args))
+    return replace_args(args, ckpt_name=found) if found else args
 
-    auto: the newest run of this --model_name with the same options, finished or not; a new run if there is none. Raises
-    UserError if a newer run is unfinished and has other options.
+
+def find_run_to_resume(args):
+    """Find the run that --resume=auto means: the newest of this --model_name with the same options, finished or not.
+    Returns its name, or that of its newest undamaged checkpoint; '' if a new run begins. Raises UserError if a newer
+    run is unfinished and has other options.
     """
-    if args.resume != 'auto':
-        return replace_args(args, ckpt_name=args.resume)
     now = set_init_from_defaults(args)[0] if starts_from_foreign_weights(args) else args
     # Set by the weights, not by the defaults; warmup_augmentation follows augmentation.
     weight_options = {*ARCHITECTURE, *PREPROCESSING, *INIT_FROM_DEFAULTS, 'warmup_augmentation'}
@@ -367,14 +383,14 @@ def resolve_resume(args):
                 f'{run.name} began with random weights, because the pretrained ones could not be had then; a new run '
                 f'tries again: --model_name=<another name>, or without --resume',
             )
-        return replace_args(args, ckpt_name=run.name if path == paths[-1] else f'{run.name}/{path.name}')
+        return run.name if path == paths[-1] else f'{run.name}/{path.name}'
     if finished:
         name, differences = finished
         log(
             f'--resume=auto: {name} is finished and has {differences}: a new run begins; --resume={name} '
             '--max_epochs=<more> continues that one'
         )
-    return args
+    return ''
 
 
 def read_newest(paths):

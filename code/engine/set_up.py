@@ -32,8 +32,8 @@ MIN_STEPS_TO_COMPILE = 5000  # on an H200, compiling ResNet-18 took 35 s and sav
 
 
 def setup_run(args):
-    """Prepare a training. Returns (args, state, iterators, run). Raises UserError or WorkError for anything that cannot
-    work, before anything is written and before the first batch.
+    """Prepare a training. Returns (args, state, iterators, run); the run is locked. Raises UserError or WorkError for
+    anything that cannot work, before anything is written and before the first batch.
     """
     args, sources = choose_options(args)
     if not args.ckpt_name:
@@ -68,6 +68,7 @@ def setup_run(args):
         run = continue_run(args, checkpoint, state)
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
+    run.lock()
     if state.epoch < args.max_epochs:  # a finished run is not changed
         write_run_json(run.folder, args, iterators['train'].dataset)
     set_log_file(run.folder / 'log.txt')

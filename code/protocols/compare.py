@@ -29,10 +29,10 @@ from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import build_model
 from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.read_file import load_file
-from runtime.checkpoints.run_folder import checkpoints, finished_epoch
+from runtime.checkpoints.run_folder import checkpoints, find_named, finished_epoch
 from runtime.console import format_columns
 from runtime.device import get_device
-from runtime.errors import UserError, WorkError, resolve_path
+from runtime.errors import UserError, WorkError
 from runtime.files import is_number
 from runtime.messages import log
 from runtime.options import replace_args
@@ -153,8 +153,8 @@ def load_row(args, name, checkpoint):
 def networks_of_file(args, name):
     """Return the networks to try to read a file of another tool with: the checkpoint's, and '' for files that tell
     their architecture (ResNets); [] for other names."""
-    path = resolve_path(name)
-    content = load_file(path) if path.is_file() and not is_off_the_shelf(name) else {}
+    path = None if is_off_the_shelf(name) else find_named(args, name)
+    content = load_file(path) if path and path.is_file() else {}
     if not content or is_ours(content):
         return []
     tells = args.backbone in RESNET_BLOCKS or convert_state_dict(content)

@@ -85,13 +85,13 @@ class Monitor:
         else:
             log_missing_labels('few labels', self.splits['train'].labels, [WATCHED])
         if self.run.resumed:
-            begun = state.epoch or self.logger.has_epoch(0)
+            begun = state.epoch or 0 in self.logger.read_epochs()
             if self.args.init_from and begun and state.epoch < self.args.max_epochs:
                 self.measure_again(state, teacher)
             if self.lacks_metrics(state):
                 self.after_epoch(state, teacher)
             # The start was saved, and the run stopped before its metrics were written.
-            if state.epoch or state.images or self.logger.has_epoch(0):
+            if state.epoch or state.images or 0 in self.logger.read_epochs():
                 return
         self.logger.text('options', [f'--{name}={value}' for name, value in asdict(self.args).items()])
         values, line = self.compute_metrics(state, teacher)
@@ -100,7 +100,8 @@ class Monitor:
 
     def lacks_metrics(self, state):
         """Whether the metrics of the last epoch are missing, because the run stopped after its checkpoint."""
-        return bool(state.epoch) and self.logger.metrics.is_file() and not self.logger.has_epoch(state.epoch)
+        epochs = self.logger.read_epochs()
+        return bool(state.epoch and epochs) and state.epoch not in epochs
 
     def begin_epoch(self, state, total):
         """Start the progress bar of an epoch of `total` images, at image state.images."""

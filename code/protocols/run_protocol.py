@@ -77,8 +77,9 @@ def accuracies_by_class(args, outcome):
 def compare_scalars(rows):
     """Return the TensorBoard scalars of --protocol=compare: accuracies of the checkpoint, and its gains."""
     scalars = {}
+    names = [results.shorten_name(row['name'].split(':')[0]) for row in rows]
     for i, row in enumerate(rows):
-        name = results.shorten_name(row['name'].split(':')[0])
+        name = names[i] if names.count(names[i]) == 1 else f'{names[i]}_{i}'
         for column, numbers in row['columns'].items():
             key = 'gain' if i else 'top1'
             scalars[f'{column.replace(" ", "_")}_{key}' + f'_over_{name}' * bool(i)] = numbers[key]

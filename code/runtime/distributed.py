@@ -351,10 +351,18 @@ def first_failure(text):
 
 
 def broadcast_from_rank0(make):
-    """Call make() on rank 0 and return its result, JSON data, on all ranks."""
+    """Call make() on rank 0 and return its result, JSON data, on all ranks. A UserError or WorkError of it is raised on
+    all."""
     if world_size() == 1:
         return make()
-    key = f'same_{next(SEQUENCE)}'
+    key, errors = f'same_{next(SEQUENCE)}', (UserError, WorkError)
     if not rank():
-        STORE['store'].set(key, json.dumps(make()))
-    return json.loads(wait_for_key(key))
+        try:
+            answer = {'result': make()}
+        except errors as error:
+            answer = {'error': str(error), 'kind': next(i for i, kind in enumerate(errors) if isinstance(error, kind))}
+        STORE['store'].set(key, json.dumps(answer))
+    answer = json.loads(wait_for_key(key))
+    if 'error' in answer:
+        raise errors[answer['kind']](answer['error'])
+    return answer['result']

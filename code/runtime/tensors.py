@@ -17,7 +17,7 @@ def zeros_f64(*shape, device):
 
 def evenly_spaced(total, count):
     """Return up to `count` evenly spaced row numbers of `total`, int64."""
-    return torch.linspace(0, total - 1, min(count, total)).round().long()
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
 
 
 def channels_last(x):

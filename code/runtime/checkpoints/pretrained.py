@@ -29,7 +29,7 @@ from model.weights import (
 from runtime.checkpoints.format import is_ours
 from runtime.checkpoints.load_state import MAX_LISTED_KEYS, adapt_state_to_channels, build_model, load_state_strictly
 from runtime.checkpoints.read_file import load_file, read_metadata
-from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints
+from runtime.checkpoints.run_folder import CHECKPOINT_RE, checkpoints, find_named
 from runtime.checkpoints.saved_options import apply_preset, leave_demo_preset, merge_saved_options
 from runtime.console import first_line, join_first
 from runtime.distributed import local_main_first
@@ -70,11 +70,10 @@ def are_foreign(args, name):
     """Whether `name`, of --init_from, --ckpt_name or --beside, is of weights that are not from a run of this code."""
     if not name or is_off_the_shelf(name):
         return bool(name)
-    paths = (resolve_path(args.ckpt_path) / name, resolve_path(name))
-    if any(CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path) for path in paths):
+    path = find_named(args, name) or resolve_path(name)
+    if CHECKPOINT_RE.fullmatch(path.name) or path.is_dir() and checkpoints(path):
         return False
-    file = next((path for path in paths if path.is_file()), None)  # perhaps a renamed checkpoint
-    return file is None or not is_ours(load_file(file))
+    return not path.is_file() or not is_ours(load_file(path))  # perhaps a renamed checkpoint
 
 
 def set_off_the_shelf_options(args, name):

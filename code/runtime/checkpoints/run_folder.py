@@ -80,6 +80,13 @@ def pick_checkpoint(folder, paths):
     return picked
 
 
+def find_named(args, name):
+    """Return the path of a run, checkpoint or file that an option names: under --ckpt_path, else as a path; None if there
+    is neither."""
+    places = (resolve_path(args.ckpt_path) / name, resolve_path(name))
+    return next((path for path in places if path.exists()), None)
+
+
 def list_checkpoints(args):
     """List all checkpoints under --ckpt_path as values for --ckpt_name, sorted by run, with the newest run last."""
     root = resolve_path(args.ckpt_path)
@@ -93,25 +100,20 @@ def list_checkpoints(args):
 def find_checkpoint(args, training=False):
     """Return the file of --ckpt_name: relative to --ckpt_path, or a path. For a run folder it is the newest checkpoint,
     or, unless `training`, the best one of a run from pretrained weights (find_best_epoch). Raises UserError."""
-    for path in (resolve_path(args.ckpt_path) / args.ckpt_name, resolve_path(args.ckpt_name)):
+    if path := find_named(args, args.ckpt_name):
         path = path.resolve()  # results are written beside the checkpoint, not beside a link to it
         if path.is_file():
             return path
-        if path.is_dir():
-            if paths := checkpoints(path):
-                return paths[-1] if training else pick_checkpoint(path, paths)
-            if (path / 'config.json').is_file():
-                return path
-            files = sorted(
-                file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt')
-            )
-            if any('-of-' in name for name in files):
-                raise UserError(
-                    f'{path} holds weights in several files: merge their tensors into one file, and name it'
-                )
-            if files:
-                raise UserError(f'{path} is not a run; name the file: --ckpt_name={path / files[0]}')
-            raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
+        if paths := checkpoints(path):
+            return paths[-1] if training else pick_checkpoint(path, paths)
+        if (path / 'config.json').is_file():
+            return path
+        files = sorted(file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt'))
+        if any('-of-' in name for name in files):
+            raise UserError(f'{path} holds weights in several files: merge their tensors into one file, and name it')
+        if files:
+            raise UserError(f'{path} is not a run; name the file: --ckpt_name={path / files[0]}')
+        raise UserError(f'the run {path} holds no checkpoint yet (they are named loss_<loss>_epoch_<n>)')
     names = list_checkpoints(args)
     option = next((name for name in ('resume', 'init_from') if getattr(args, name) == args.ckpt_name), 'ckpt_name')
     option = 'beside' if args.ckpt_name in args.beside.split(',') else option
