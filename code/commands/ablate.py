@@ -30,6 +30,7 @@ def ablate(args):
     for name in ('ckpt_name', 'resume', 'protocol', 'evaluate_after'):
         if name in args.explicit:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
+    init_device(args)
     given = args.explicit
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
     rows, planned = [], plan_variants(args, given)
@@ -74,7 +75,6 @@ def plan_variants(args, given):
     message."""
     planned, images = [], 0
     if any('batch_size' in options for _, options, _ in TABLES[args.ablation]):
-        init_device(args)
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
         if varied := sorted(given & {name for name, value in options.items() if not callable(value)}):

@@ -190,9 +190,8 @@ def continue_run(args, checkpoint, state):
     unchanged, and a new run starts from a copy of the checkpoint, its metrics and its TensorBoard log."""
     folder, path = checkpoint['run'], checkpoint['path']
     is_own = was_written_by_run(folder, path)
-    if is_own and (
-        find_named(args, args.ckpt_name).is_dir() or args.resume == 'auto'
-    ):  # its process may have saved a newer checkpoint meanwhile
+    # Its process may have saved a newer checkpoint meanwhile.
+    if is_own and (args.resume == 'auto' or find_named(args, args.ckpt_name).is_dir()):
         ensure_not_running(folder)
     has_newer_checkpoint = checkpoints(folder)[-1:] not in ([], [path]) and CHECKPOINT_RE.fullmatch(path.name)
     if is_own and (not has_newer_checkpoint or state.epoch >= args.max_epochs):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -243,6 +244,22 @@ def test_checkpoint_within_epoch_has_loss_of_all_ranks(drawn, tmp_path):
     assert len(found['whole']) == 8
     assert found['stopped'] == pytest.approx(found['whole'], abs=1e-6)
     assert found['killed'] == pytest.approx(found['whole'], abs=1e-6)
+
+
+def test_ranks_take_what_rank_0_finds(drawn, tmp_path):
+    """The run to resume, the results of an ablation, errors and warnings: said once, and no rank waits for another."""
+    given = [*TINY, '--batch_size=8', '--max_epochs=2', '--knn_every=0', f'--image_path={drawn}', *own_paths(tmp_path)]
+    train = [*TORCHRUN, 'cli.py', 'train', *given, '--resume=auto', '--start_share=0.5']
+    done = run(*train, '--max_minutes=0.00001')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('--start_share has no effect with random weights') == 1
+    done = run(*train, '--learning_rate=0.123')
+    assert done.returncode
+    assert done.stderr.count('error: --resume=auto: the unfinished run') == 1
+    done = run(*TORCHRUN, 'cli.py', 'ablate', *given, '--ablation=similarity', '--probe_epochs=2')
+    assert done.returncode == 0, done.stderr
+    assert 'not all variants are trained' not in done.stdout
+    assert len(json.loads((tmp_path / 'log/similarity.json').read_text())) == 2
 
 
 def test_local_main_first_prepares_files_once(drawn_large, tmp_path):

@@ -18,7 +18,7 @@ import cli
 from conftest import CODE, TINY, Python, one_line, own_paths, run
 from engine import set_up
 from engine.run_dir import new_run
-from engine.train_state import restore_rng, rng_states
+from engine.train_state import TrainState, restore_rng, rng_states
 from loss.negative_cosine import simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
@@ -316,6 +316,32 @@ def test_resume_with_other_model_name_exits_2(drawn, tmp_path, capsys):
     capsys.readouterr()
     assert short(tmp_path, drawn, f'--resume={RUN}', '--model_name=other') == 2
     assert '--model_name=other: the resumed run is called simsiam' in one_line(capsys.readouterr().err)
+
+
+def test_weights_that_are_nan_are_not_saved(drawn, tmp_path, monkeypatch, capsys):
+    """The last update of an epoch can break them, after a loss that was finite."""
+    assert short(tmp_path, drawn, '--max_epochs=2', '--save_every_epochs=1', '--max_minutes=0.0001') == 0
+    finish = TrainState.finish_epoch
+
+    def break_and_finish(state, means):
+        with torch.no_grad():
+            next(state.model.parameters()).fill_(float('nan'))
+        finish(state, means)
+
+    monkeypatch.setattr(TrainState, 'finish_epoch', break_and_finish)
+    capsys.readouterr()
+    assert cli.main(['train', f'--resume={RUN}', *own_paths(tmp_path)]) == 1
+    error = one_line(capsys.readouterr().err)
+    assert 'weights are nan or infinite after epoch 1: try a lower --learning_rate' in error
+    assert 'the last good checkpoint is' in error
+    for path in (tmp_path / 'ckpt' / RUN).glob('loss_*'):
+        assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)['model'].values())
+
+
+def test_unwritable_log_path_leaves_no_run(drawn, tmp_path, capsys):
+    (tmp_path / 'log').write_text('a file')
+    assert short(tmp_path, drawn) in (1, 2)
+    assert not (tmp_path / 'ckpt' / RUN).exists()
 
 
 def test_options_of_training_have_no_effect_on_a_finished_run(drawn, tmp_path, capsys):

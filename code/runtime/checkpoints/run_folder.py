@@ -81,8 +81,8 @@ def pick_checkpoint(folder, paths):
 
 
 def find_named(args, name):
-    """Return the path of a run, checkpoint or file that an option names: under --ckpt_path, else as a path; None if there
-    is neither."""
+    """Return the path of a run, checkpoint or file that an option names: under --ckpt_path, else as a path; None if
+    there is neither."""
     places = (resolve_path(args.ckpt_path) / name, resolve_path(name))
     return next((path for path in places if path.exists()), None)
 
