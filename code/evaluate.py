@@ -4,8 +4,6 @@ Results are of the last epoch of the evaluation, never of its best one, on all l
 test if there is one; label_free takes train; transfer and detection have datasets of their own.
 """
 
-import torch
-
 from ckpt import get_model_ckpt, iter_valid_checkpoints
 from config import READING
 from dataloader.load_dataset import find_split_sources, load_splits
@@ -17,7 +15,7 @@ from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.run_folder import checkpoints, find_named, list_checkpoints
-from runtime.device import get_device, init_device
+from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log, warn
 from runtime.options import repeat_ckpt_name, repeat_options
@@ -48,7 +46,7 @@ def evaluate(args):
     args = resolve_mean_std(args, sources['train'].store) if sources else args
     warn_ignored_options(args)
     splits = None if find_protocol(args.protocol).path else load_splits(args, sources)
-    model = model.to(get_device(args), memory_format=torch.channels_last)
+    model = move_network(args, model)
     result = run_protocol(args, model, splits, checkpoint)
     log(f'result     {checkpoint["run"] / result["file"]}')
     log(f'pictures   tensorboard --logdir {resolve_path(args.log_path) / checkpoint["run"].name}')
@@ -93,7 +91,7 @@ def select_checkpoint(args, paths):
     results, splits = [], None
     for own_args, model, checkpoint in iter_valid_checkpoints(args, paths):
         splits = splits or load_splits(own_args)
-        model = model.to(get_device(own_args), memory_format=torch.channels_last)
+        model = move_network(own_args, model)
         if results:
             checkpoint['untrained'] = results[-1]['untrained']  # measured once
         results.append(run_protocol(own_args, model, splits, checkpoint))

@@ -19,7 +19,7 @@ from runtime import distributed
 from runtime.atomic_write import save_png, write_csv
 from runtime.checkpoints.run_folder import list_checkpoints
 from runtime.console import printable
-from runtime.device import get_device, init_device
+from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log, warn
@@ -190,7 +190,7 @@ def load_backbone(args, output):
     args, model, checkpoint = get_model_ckpt(args)
     if not distributed.rank():
         try_writing(output)
-    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
+    backbone = move_network(args, model.backbone)
     return args, backbone, checkpoint
 
 

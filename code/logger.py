@@ -15,6 +15,8 @@ from runtime.errors import UserError
 from runtime.files import dumps_nan_safe, read_metrics
 from runtime.messages import warn
 
+VIEW_SIDE = 64  # pixels of a view in the grid of views
+
 
 class Logger:
     """Writes scalars, text and pictures of one run."""
@@ -144,13 +146,13 @@ def read_scalars(folder):
     }
 
 
-def save_view_grid(rows, path, zoom_to=64):
-    """Save views as a grid, a row per tensor of `rows` (N x 3 x S x S in [0, 1]), enlarged to about `zoom_to` pixels
+def save_view_grid(rows, path):
+    """Save views as a grid, a row per tensor of `rows` (N x 3 x S x S in [0, 1]), enlarged to about VIEW_SIDE pixels
     each. Returns the grid, 3 x height x width in [0, 1].
     """
     from torchvision.utils import make_grid, save_image
 
-    zoom = max(1, round(zoom_to / rows[0].shape[-1]))
+    zoom = max(1, round(VIEW_SIDE / rows[0].shape[-1]))
     grid = make_grid(torch.cat(rows).cpu(), nrow=len(rows[0]), padding=1, pad_value=1)
     grid = pad(grid, (1, 1, 1, 1), value=1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     save_image(grid, path)

@@ -170,9 +170,9 @@ def class_label(name):
     return name if len(name) <= MAX_LABEL_CHARS else f'{name[:MAX_LABEL_CHARS]}…'
 
 
-def draw_scatter(points, labels, classes, side=640):
+def draw_scatter(points, labels, classes):
     """Draw points, N x 2, with a color and a marker per class. labels: N, -1 for no label. Returns a figure."""
-    figure = make_figure(side + 160, side)
+    figure = make_figure(800, 640)
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_aspect('equal', adjustable='datalim')

@@ -229,7 +229,7 @@ def format_compare_table(result, args):
     return lines
 
 
-def make_timm_config(args, name, features, tag='simsiam'):
+def make_timm_config(args, name, features):
     """Return the content of config.json for timm."""
     config = timm_config(name)
     traits = config.to_dict() if config else {}
@@ -238,7 +238,7 @@ def make_timm_config(args, name, features, tag='simsiam'):
     }
     cfg = {
         **copied,
-        'tag': tag,
+        'tag': 'simsiam',
         'custom_load': False,
         'input_size': [args.num_channels, args.image_size, args.image_size],
         'interpolation': args.interpolation,

@@ -34,7 +34,7 @@ from protocols.results import list_explicit_options, load_results, selection_not
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoints.best_epoch import WATCHED
 from runtime.console import printable
-from runtime.device import get_device, init_device
+from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
 from runtime.files import is_number, read_metrics, try_writing
 from runtime.messages import log, warn
@@ -118,7 +118,7 @@ def report(args):
 
 
 def load_run(args, model, checkpoint):
-    backbone = model.backbone.to(get_device(args), memory_format=torch.channels_last)
+    backbone = move_network(args, model.backbone)
     return ReportRun(args, checkpoint, backbone, load_scalars(args, checkpoint['run']))
 
 
@@ -155,13 +155,11 @@ def curves_section(runs, page):
     """Build the section of training curves. Returns ({'charts'} for the template, {'charts'} for the script)."""
     charts, places = [], {}
     for name, title, bounds, tags in CHARTS:
-        # Only a rate of its own is logged for the backbone.
-        tags = {tag: line for tag, line in tags.items() if any(tag in run.logged for run in runs)}
-        tags = tags if len(runs) == 1 else dict([*tags.items()][:1])
         lines = [
-            (run.name if len(runs) > 1 else line, points)
+            (run.name if len(runs) > 1 else tags[tag], points)
             for run in runs
-            for tag, line in tags.items()
+            # Of several runs the first line each: only a rate of its own is logged for the backbone.
+            for tag in [tag for tag in tags if tag in run.logged][: None if len(runs) == 1 else 1]
             if (points := [point for point in run.logged.get(tag, []) if math.isfinite(point[1])])
         ]
         if not lines:

@@ -11,7 +11,7 @@ from protocols.features import extract_features
 from runtime.atomic_write import save_png, write_csv
 from runtime.checkpoints.run_folder import list_checkpoints
 from runtime.console import printable
-from runtime.device import init_device
+from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
 from runtime.files import try_writing
 from runtime.messages import log
@@ -34,10 +34,10 @@ def select(args):
     output = resolve_path(args.output or 'data/selected.csv')
     if output.suffix.lower() != '.csv':
         raise UserError(f'--output={args.output}: the list is a .csv, its pictures lie beside it')
-    device = init_device(args)
+    init_device(args)
     args, model, _ = get_model_ckpt(args)
     try_writing(output)
-    backbone = model.backbone.to(device, memory_format=torch.channels_last)
+    backbone = move_network(args, model.backbone)
     splits = {name: images for name, images in load_splits(args).items() if images}
     train = splits['train']
     labeled = (train.labels >= 0).nonzero()[:, 0].tolist()

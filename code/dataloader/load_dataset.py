@@ -36,7 +36,7 @@ from dataloader.sources.tar_splits import expand_braces
 from dataloader.sources.torchvision_datasets import DATASET_FOLDERS, detect_dataset, download, torchvision_splits
 from runtime.console import join_first, printable
 from runtime.device import get_device
-from runtime.distributed import local_main_first, world_size
+from runtime.distributed import local_main_first, rows_per_rank, world_size
 from runtime.errors import ROOT, UserError, resolve_path, same_path
 from runtime.files import clear_parts
 from runtime.messages import log, progress, warn
@@ -104,7 +104,7 @@ def make_loader(args, images, shuffled, drop_last=None):
     """Build a DataLoader of an ImageDataset. drop_last: None is True if shuffled (EpochBatchSampler)."""
     drop_last, size = shuffled if drop_last is None else drop_last, args.batch_size
     workers = 0 if images.is_in_memory() else resolve_num_workers(args.num_workers)
-    size = size if shuffled else max(-(-size // world_size()), gpu_eval_batch(images))  # each rank has its own batches
+    size = size if shuffled else max(rows_per_rank(size), gpu_eval_batch(images))  # each rank has its own batches
     return WatchedDataLoader(
         images,
         workers,

@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-
 from ckpt import get_model_ckpt
 from dataloader.load_dataset import load_splits
 from engine.run_dir import NonFiniteLoss, run_display_name
@@ -13,7 +11,7 @@ from protocols.protocol import missing_labels_reason
 from protocols.run_protocol import run_protocol
 from runtime import distributed, signals
 from runtime.checkpoints.run_folder import best_checkpoint, checkpoints, pick_checkpoint
-from runtime.device import get_device
+from runtime.device import move_network
 from runtime.errors import ROOT, resolve_path
 from runtime.messages import log
 from runtime.options import repeat_options, replace_args
@@ -75,7 +73,7 @@ def evaluate_after(args, state, splits, run):
 def evaluate_checkpoint(args, path, splits=None):
     """Run --protocol on the checkpoint at `path`. splits: of its dataset, loaded if None. Returns the result."""
     saved_args, model, checkpoint = get_model_ckpt(replace_args(args, ckpt_name=str(path)))
-    model = model.to(get_device(args), memory_format=torch.channels_last)
+    model = move_network(args, model)
     return run_protocol(saved_args, model, splits or load_splits(saved_args), checkpoint)
 
 

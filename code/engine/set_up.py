@@ -20,7 +20,7 @@ from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
 from runtime.checkpoints.pretrained import check_off_the_shelf
-from runtime.device import compile_unavailable_reason, get_device, use_compile
+from runtime.device import compile_unavailable_reason, get_device, move_network, use_compile
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log, set_log_file, warn
 from runtime.options import ignored_in_train, replace_args
@@ -207,8 +207,7 @@ def why_not_compile(args, steps):
 
 def make_train_state(args, model):
     """Move the model to the device and build its optimizer and GradScaler. Returns a TrainState."""
-    device = get_device(args)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = move_network(args, model)
     if args.freeze_bn:
         model.freeze_bn()
         if 'freeze_bn' in args.explicit and not model.frozen:

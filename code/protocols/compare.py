@@ -12,6 +12,7 @@ from ckpt import get_model_ckpt
 from config import PREPROCESSING
 from dataloader.load_dataset import eval_loader, labeled_subset, num_labeled_classes
 from metric.knn import clip_k, knn_scores
+from metric.standardization import mean_and_std
 from model.foreign_checkpoints import RESNET_BLOCKS, convert_state_dict
 from model.weights import adapt_channels, copy_weights, is_off_the_shelf
 from protocols.features import extract_features
@@ -31,7 +32,7 @@ from runtime.checkpoints.pretrained import are_foreign
 from runtime.checkpoints.read_file import load_file
 from runtime.checkpoints.run_folder import checkpoints, find_named, finished_epoch
 from runtime.console import format_columns
-from runtime.device import get_device
+from runtime.device import move_network
 from runtime.errors import UserError, WorkError
 from runtime.files import is_number
 from runtime.messages import log
@@ -106,12 +107,11 @@ def available_label_counts(counts, labels):
 
 def iter_backbones(args, model, checkpoint):
     """Yield (name, args, backbone on the device) of the checkpoint and of each backbone of --beside."""
-    device = get_device(args)
     others = [(name, *load_row(args, name, checkpoint)) for name in parse_beside(args.beside)]  # errors come first
     yield f'{checkpoint["path"].name}', args, model.backbone
     for name, other_args, other in others:
         if other is not None:
-            backbone = other.backbone.to(device, memory_format=torch.channels_last)
+            backbone = move_network(args, other.backbone)
             yield row_title(name, other_args, args), other_args, backbone
 
 
@@ -226,8 +226,8 @@ def compute_columns(args, bank, judged, classes, labels, draws):
     (x, y), (queries, query_labels), k = bank, judged, clip_k(args.knn_k, bank[1])
     scores = knn_scores(queries, x, y, classes, k, args.knn_temperature)
     columns = {f'kNN {k}': {'right': (scores.argmax(1) == query_labels)[None].cpu().double()}}
-    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, queries = (x - mean) / deviation, (queries - mean) / deviation
+    mean, std = mean_and_std(x)
+    x, queries = (x - mean) / std, (queries - mean) / std
     columns[ALL_LABELS] = {'right': (classify(x, y, queries, classes) == query_labels)[None].cpu().double()}
     for count in labels:
         rows = draw_label_subsets(y.cpu(), count, draws)

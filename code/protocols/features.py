@@ -7,7 +7,7 @@ import torch
 from dataloader import vision
 from dataloader.load_dataset import max_eval_batch
 from runtime.device import get_device
-from runtime.distributed import all_gather_rows, shard_range, world_size
+from runtime.distributed import all_gather_rows, rows_per_rank, shard_range
 from runtime.errors import WorkError
 from runtime.messages import progress
 from runtime.precision import autocast
@@ -20,7 +20,7 @@ def extract_features(args, backbone, batches, title):
     """Compute the features of the center crops of a loader. Returns (N x d float, N int64 labels) on the device, of all
     ranks. title: of the progress bar. Raises WorkError if features are not finite."""
     count = len(batches.dataset)
-    features, labels = concat_into_buffer(iter_features(args, backbone, batches, title), -(-count // world_size()))
+    features, labels = concat_into_buffer(iter_features(args, backbone, batches, title), rows_per_rank(count))
     return all_gather_rows(check_finite(features), count), all_gather_rows(labels, count)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from metric.accuracy import topk_accuracy
 from metric.knn import clip_k, weighted_vote
+from metric.standardization import MIN_STD
 from protocols.features import extract_features
 from protocols.knn import nearest_in_bank
 from protocols.logistic import logistic_regression
@@ -118,7 +119,7 @@ class Sample:
         if world_size() > 1:
             self.x, self.sums = all_reduce_sum(self.x), all_reduce_sum(self.sums)
         mean = self.sums[0] / count
-        deviation = (self.sums[1] / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
+        deviation = (self.sums[1] / count - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_STD)
         mean, deviation = mean.to(self.x), deviation.to(self.x)
         self.x = (self.x - mean) / deviation
         return mean, deviation

@@ -12,7 +12,7 @@ from metric.accuracy import topk_accuracy
 from optimizer.sgd import lr_schedule
 from protocols.features import augmented_batches
 from runtime.checkpoints.load_state import build_model
-from runtime.device import get_device
+from runtime.device import get_device, move_network
 from runtime.errors import WorkError
 from runtime.messages import progress
 from runtime.options import replace_args
@@ -37,7 +37,7 @@ def finetune(args, backbone, train, val):
     scores, labels = finetune_and_score(args, copy.deepcopy(backbone), train, val, rates, 'fine-tuning')
     result = {'top1': topk_accuracy(scores, labels, 1), 'top5': topk_accuracy(scores, labels, 5)}
     if args.baseline:
-        fresh = build_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
+        fresh = move_network(args, build_model(args).backbone)
         rates = args.baseline_learning_rate, args.baseline_learning_rate
         scratch_scores, _ = finetune_and_score(args, fresh, train, val, rates, 'from scratch')
         result |= {

@@ -12,8 +12,8 @@ from metric.knn import TopKSearch, clip_k, weighted_vote
 from protocols.features import extract_features, iter_features
 from protocols.protocol import TOP, Outcome, Protocol, labeled_splits
 from runtime.checkpoints.load_state import build_model
-from runtime.device import get_device
-from runtime.distributed import all_gather_rows, rank, world_size
+from runtime.device import move_network
+from runtime.distributed import all_gather_rows, rank, rows_per_rank, world_size
 from runtime.messages import log
 
 
@@ -44,7 +44,7 @@ def log_clipped_k(args, labels):
 def untrained_baselines(args, bank, val):
     """Return the kNN accuracies without training: {'knn_top1_untrained': percent, and with --knn_raw_pixels
     'knn_top1_pixels'}."""
-    untrained = build_model(args).backbone.to(get_device(args), memory_format=torch.channels_last)
+    untrained = move_network(args, build_model(args).backbone)
     accuracies = {'knn_top1_untrained': knn_accuracy(args, untrained, bank, val)}
     if args.knn_raw_pixels:
         accuracies['knn_top1_pixels'] = knn_accuracy(args, torch.nn.Flatten(), bank, val)
@@ -73,7 +73,7 @@ def nearest_in_bank(args, backbone, bank, queries, k, sample=None):
     """Search the k nearest images of bank, a loader, for each query, Q x d. Returns (cosine, row numbers in bank), Q x
     k. sample: a few_labels.Sample that gets the same features, or None."""
     count = len(bank.dataset)
-    search, row = TopKSearch(queries, min(k, count)), rank() * -(-count // world_size())
+    search, row = TopKSearch(queries, min(k, count)), rank() * rows_per_rank(count)
     for features, _ in iter_features(args, backbone, bank, 'kNN: features of train'):
         search.update(features, row)
         if sample:

@@ -17,14 +17,15 @@ from dataloader.loading.sampler import EpochBatchSampler
 from metric import representation as measures
 from metric.accuracy import topk_accuracy
 from metric.feature_std import feature_std
+from metric.standardization import mean_and_std
 from protocols.collapse_verdict import OF_FEATURES, judge_checkpoint, judge_collapse
 from protocols.features import check_finite, concat_into_buffer, eval_mode, extract_features
 from protocols.logistic import logistic_regression
 from protocols.protocol import KNN_OPTIONS, Outcome, Protocol
 from runtime.checkpoints.load_state import build_model
 from runtime.console import printable
-from runtime.device import explain_oom, get_device
-from runtime.distributed import all_gather_rows, rank, world_size
+from runtime.device import explain_oom, get_device, move_network
+from runtime.distributed import all_gather_rows, rank, rows_per_rank
 from runtime.errors import UserError
 from runtime.messages import log, progress
 from runtime.precision import autocast
@@ -94,7 +95,7 @@ def evaluate_label_free(args, model, splits, checkpoint):
     images = splits['train']
     now, untrained_metrics = all_metrics(args, model, images), checkpoint.get('untrained')
     if untrained_metrics is None:
-        untrained = build_model(args).to(get_device(args), memory_format=torch.channels_last)
+        untrained = move_network(args, build_model(args))
         untrained_metrics = all_metrics(args, untrained, images)
     if model.has_heads:
         result = {'measures': now, 'untrained': untrained_metrics}
@@ -132,7 +133,7 @@ def view_features(args, model, images, views):
     loader = make_loader(args, replace(images, args=args, views=views, workers_only_crop=True), shuffled=False)
     transform = get_augmentation(args, 'moco')
     count = len(images)
-    first = rank() * -(-count // world_size())  # this rank's first image
+    first = rank() * rows_per_rank(count)  # this rank's first image
 
     def parts():
         row = first
@@ -152,7 +153,7 @@ def view_features(args, model, images, views):
         return torch.stack(features, 1).float(), torch.stack(z, 1).float()
 
     with eval_mode(model):
-        features, z = concat_into_buffer(parts(), -(-count // world_size()))
+        features, z = concat_into_buffer(parts(), rows_per_rank(count))
     return all_gather_rows(check_finite(features), count), all_gather_rows(z, count)
 
 
@@ -187,10 +188,10 @@ def rotation_probe(rotated):
     images and tested on the fifth. rotated: N x 4 x d. Reed et al., arXiv 2009.07724."""
     held_out = torch.arange(len(rotated), device=rotated.device) % 5 == 0
     x, y = (rotated[part].flatten(0, 1) for part in (~held_out, held_out))
-    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    mean, std = mean_and_std(x)
     rotations = torch.arange(4, device=x.device)
-    weight, bias = logistic_regression((x - mean) / deviation, rotations.repeat(len(x) // 4), 4, 1.0)
-    scores = ((y - mean) / deviation) @ weight.T + bias
+    weight, bias = logistic_regression((x - mean) / std, rotations.repeat(len(x) // 4), 4, 1.0)
+    scores = ((y - mean) / std) @ weight.T + bias
     return topk_accuracy(scores, rotations.repeat(len(y) // 4), 1)
 
 

@@ -29,7 +29,7 @@ from runtime.checkpoints.best_epoch import (
     is_measured_with_labels,
 )
 from runtime.checkpoints.run_folder import checkpoints, finished_epoch
-from runtime.device import get_device, peak_memory
+from runtime.device import get_device, move_network, peak_memory
 from runtime.distributed import all_gather_rows, broadcast_from_rank0
 from runtime.errors import resolve_path
 from runtime.files import read_json, read_metrics
@@ -136,7 +136,7 @@ class Monitor:
         self.bar.update(self.args.batch_size)
 
     def end_epoch(self, state):
-        """Finish the progress bar of an epoch."""
+        """Read the last values of an epoch, and finish its progress bar. Raises NonFiniteLoss."""
         self.check_step(state)
         self.bar.close()
 
@@ -278,7 +278,7 @@ class Monitor:
         if not paths:
             return None
         _, model, _ = get_model_ckpt(replace_args(self.args, ckpt_name=str(paths[-1])))
-        return model.backbone.to(get_device(self.args), memory_format=torch.channels_last)
+        return move_network(self.args, model.backbone)
 
     def warn_collapse(self, state, loss, std):
         """Warn once that the model collapses, with remedies."""

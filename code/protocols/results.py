@@ -82,7 +82,7 @@ def dataset_fingerprint(images):
     }
 
 
-def selected_checkpoint(val, checkpoint):
+def was_selected_on(val, checkpoint):
     """Whether the checkpoint is its run's best epoch, selected on these images of val, those with labels."""
     run, epoch = checkpoint['run'], checkpoint['epoch']
     digest = read_json(run / START_FILE).get('val')

@@ -41,7 +41,7 @@ def run_protocol(args, model, splits, checkpoint):
         result |= accuracies_by_class(args, outcome)
     classifier = outcome.classifier and {**outcome.classifier, 'classes': outcome.classes}
     if protocol.path is None and 'val' in splits:
-        result['selected_on_val'] = results.selected_checkpoint(splits['val'], checkpoint)
+        result['selected_on_val'] = results.was_selected_on(splits['val'], checkpoint)
     eval_spec = results.eval_spec(args, splits, checkpoint)
     result['seconds'] = round(time.monotonic() - started, 2)
     log(format_result({**eval_spec, **result}))  # before anything can fail

@@ -86,6 +86,11 @@ def init_device(args):
     return device
 
 
+def move_network(args, network):
+    """Move a network to the device, in channels_last memory format. Returns it."""
+    return network.to(get_device(args), memory_format=torch.channels_last)
+
+
 def use_compile(args):
     """Whether --compile asks for torch.compile and it works. Raises UserError if it is True and does not work."""
     device = get_device(args)

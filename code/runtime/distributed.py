@@ -319,12 +319,17 @@ def all_reduce_max(number, device):
     return value
 
 
+def rows_per_rank(count):
+    """Return the most rows of `count` that a rank has, if they are split by sampler.rank_slice."""
+    return -(-count // world_size())
+
+
 def all_gather_rows(x, count=None):
     """Concatenate the rows of x of all ranks. count: total number of rows, split by sampler.rank_slice; None if all
     ranks have equally many."""
     if world_size() == 1:
         return x
-    most = len(x) if count is None else -(-count // world_size())
+    most = len(x) if count is None else rows_per_rank(count)
     padded = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:]))).contiguous()
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
@@ -336,7 +341,7 @@ def shard_range(count, whole=None):
     split by sampler.rank_slice; None if all ranks have equally many."""
     if whole is None:
         return rank() * count, world_size() * count
-    return min(rank() * -(-whole // world_size()), whole - count), whole
+    return min(rank() * rows_per_rank(whole), whole - count), whole
 
 
 def first_failure(text):

@@ -24,6 +24,7 @@ from runtime.environment import cpu_count
 from runtime.errors import UserError, WorkError
 from runtime.messages import log, progress
 
+AHEAD = 256  # images that are decoded before they are asked for
 SMALL_SIDE, MEMORY_BYTES = 96, 4 * 2**30  # `cache_images=auto` decodes images up to this side (px) and total size
 
 
@@ -229,10 +230,10 @@ def map_rows(count, title, read):
         yield from progress(ordered_map(pool, attempt, range(count)), title, 'images', count)
 
 
-def ordered_map(pool, function, items, ahead=256):
-    """Yield function(item) in the order of the items, with at most `ahead` results in memory."""
-    for start in range(0, len(items), ahead):
-        yield from pool.map(function, items[start : start + ahead])
+def ordered_map(pool, function, items):
+    """Yield function(item) in the order of the items, with at most AHEAD results in memory."""
+    for start in range(0, len(items), AHEAD):
+        yield from pool.map(function, items[start : start + AHEAD])
 
 
 def cache_title(path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from runtime.distributed import rank, world_size
+from runtime.distributed import rank, rows_per_rank
 from runtime.seeding import generator_for
 
 
@@ -58,5 +58,5 @@ class EpochBatchSampler:
 
 def rank_slice(rows):
     """Return this rank's part of the rows: a contiguous slice."""
-    each = -(-len(rows) // world_size())
+    each = rows_per_rank(len(rows))
     return rows[rank() * each : (rank() + 1) * each]
