@@ -146,6 +146,16 @@ def read_scalars(folder):
     }
 
 
+def load_scalars(run, logs):
+    """Load the scalars of a run, {tag: [(epoch, value), ...]}: of its metrics.jsonl, which moves with the run, or, for
+    runs of early versions, of TensorBoard's folder in `logs`."""
+    scalars = {}
+    for line in read_metrics(run / 'metrics.jsonl'):
+        for tag in line.keys() - {'epoch', 'time'}:
+            scalars.setdefault(tag, []).append((line['epoch'], line[tag]))
+    return scalars or read_scalars(logs / run.name)
+
+
 def save_view_grid(rows, path):
     """Save views as a grid, a row per tensor of `rows` (N x 3 x S x S in [0, 1]), enlarged to about VIEW_SIDE pixels
     each. Returns the grid, 3 x height x width in [0, 1].

@@ -7,7 +7,7 @@ from dataloader.load_dataset import load_splits, num_views
 from engine.ablation_tables import TABLES, finished_checkpoint, finished_result
 from engine.conclude import evaluate_checkpoint
 from engine.run_dir import args_from_run
-from logger import read_scalars
+from logger import load_scalars
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoints.format import upgrade
 from runtime.checkpoints.read_file import read_checkpoint
@@ -98,7 +98,7 @@ def plan_variants(args, given):
 def result_row(args, run, result):
     """Return the results of a run: accuracies, last loss and std, and curves as lists of (epoch, value)."""
     content, _ = upgrade(read_checkpoint(checkpoints(run)[-1]))
-    logged = read_scalars(resolve_path(args.log_path) / run.name)
+    logged = load_scalars(run, resolve_path(args.log_path))
     curves = {
         f'{short}_curve': logged.get(f'pretraining/{tag}', [])
         for short, tag in (('std', 'std'), ('loss', 'loss'), ('knn', 'knn_top1'))

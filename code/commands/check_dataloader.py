@@ -113,7 +113,7 @@ def read_and_hash_all(args, sources):
             warn(
                 f'{len(same)} of the {len(digests)} images of {name} are in train too, pixel by pixel: accuracy on '
                 f'them is overestimated. The first is {printable(source.store.names[same[0]])}, in train '
-                f'{printable(other)}',
+                f'{printable(other)}'
             )
     return unreadable, read
 

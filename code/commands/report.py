@@ -21,7 +21,7 @@ from commands.list_runs import varying_options
 from config import OPTIONS
 from dataloader.load_dataset import eval_loader, load_splits
 from infer import load_crops, same_class, sample_rows
-from logger import read_scalars
+from logger import load_scalars
 from metric import subset_selection
 from metric.accuracy import confusion_matrix
 from metric.knn import clip_k, knn_scores, topk_neighbors
@@ -36,9 +36,9 @@ from runtime.checkpoints.best_epoch import WATCHED
 from runtime.console import printable
 from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
-from runtime.files import is_number, read_metrics, try_writing
+from runtime.files import is_number, try_writing
 from runtime.messages import log, warn
-from runtime.options import replace_args
+from runtime.options import channel_numbers, replace_args
 from runtime.tensors import evenly_spaced
 
 PAGE = Path(__file__).resolve().parent / 'report_page'
@@ -106,6 +106,11 @@ def report(args):
     )
     try_writing(page)
     for run in runs:
+        if channel_numbers(run.args.channels) != channel_numbers(runs[0].args.channels):
+            raise UserError(
+                f'{run.name} has --channels={run.args.channels}, and {runs[0].name} {runs[0].args.channels}: runs on '
+                'one page see the same images'
+            )
         extract_run_features(run, runs[0].args)
     content, data = {}, {}
     for part in (curves_section, map_section, gallery_section, confusion_section):
@@ -119,17 +124,7 @@ def report(args):
 
 def load_run(args, model, checkpoint):
     backbone = move_network(args, model.backbone)
-    return ReportRun(args, checkpoint, backbone, load_scalars(args, checkpoint['run']))
-
-
-def load_scalars(args, run):
-    """Load the scalars of a run, {tag: [(epoch, value), ...]}: of its metrics.jsonl, which moves with the run, or, for
-    runs of early versions, of TensorBoard's folder."""
-    scalars = {}
-    for line in read_metrics(run / 'metrics.jsonl'):
-        for tag in line.keys() - {'epoch', 'time'}:
-            scalars.setdefault(tag, []).append((line['epoch'], line[tag]))
-    return scalars or read_scalars(resolve_path(args.log_path) / run.name)
+    return ReportRun(args, checkpoint, backbone, load_scalars(checkpoint['run'], resolve_path(args.log_path)))
 
 
 def extract_run_features(run, first):

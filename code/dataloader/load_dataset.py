@@ -175,9 +175,7 @@ def build_datasets(args, sources):
         )
         splits[name] = build_dataset(args, source, table[source.labels], classes)
     if len(train.classes) == 1:
-        warn(
-            f'{printable(train.location)} has one class, {printable(classes[0])!r}: no accuracy can be measured',
-        )
+        warn(f'{printable(train.location)} has one class, {printable(classes[0])!r}: no accuracy can be measured')
     dataset_warnings.warn_ignored_data_options(args, sources, splits['train'])
     return splits
 

@@ -281,7 +281,7 @@ def write_run_json(run, args, images):
     if isinstance(earlier, dict) and earlier != record['images']:
         warn(
             f'the {len(images)} training images of {printable(images.folder)} differ in names or classes from the '
-            f'{earlier.get("number")} of {run.name}: it continues with the new ones',
+            f'{earlier.get("number")} of {run.name}: it continues with the new ones'
         )
     if not rank():
         atomic_write_on_main(run / 'run.json', lambda aside: aside.write_text(json.dumps(record, indent=2) + '\n'))
@@ -380,7 +380,7 @@ def find_run_to_resume(args):
         if args.init_from and not saved['init_from']:
             warn(
                 f'{run.name} began with random weights, because the pretrained ones could not be had then; a new run '
-                f'tries again: --model_name=<another name>, or without --resume',
+                f'tries again: --model_name=<another name>, or without --resume'
             )
         return run.name if path == paths[-1] else f'{run.name}/{path.name}'
     if finished:

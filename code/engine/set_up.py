@@ -23,7 +23,7 @@ from runtime.checkpoints.pretrained import check_off_the_shelf
 from runtime.device import compile_unavailable_reason, get_device, move_network, use_compile
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log, set_log_file, warn
-from runtime.options import ignored_in_train, replace_args
+from runtime.options import ignored_in_train, replace_args, same_value
 from runtime.precision import describe_precision, inherit_amp, precision, resolve_amp
 from runtime.trackers import import_tracker
 
@@ -126,7 +126,8 @@ def check_resumed_options(args, checkpoint):
     """Raise UserError for an option that a resumed run cannot change; warn of those without effect on a finished
     run."""
     before, epochs = checkpoint['args'], checkpoint['epoch']
-    changed = [name for name in OPTIONS if name in args.explicit and getattr(args, name) != before[name]]
+    changed = [name for name in OPTIONS if name in args.explicit]
+    changed = [name for name in changed if not same_value(name, getattr(args, name), before[name])]
     if 'model_name' in changed:
         raise UserError(
             f'--model_name={args.model_name}: the resumed run is called {before["model_name"]}; leave the option out'
@@ -167,7 +168,7 @@ def check_batch_and_warmup(args):
     if args.warmup_epochs >= args.max_epochs:
         warn(
             f'--warmup_epochs={args.warmup_epochs} of --max_epochs={args.max_epochs}: the learning rate rises to the '
-            'end and never falls, and --augmentation is never used',
+            'end and never falls, and --augmentation is never used'
         )
 
 
@@ -180,7 +181,7 @@ def set_heads_epochs(args, steps):
     if args.heads_epochs >= args.max_epochs:
         warn(
             f'--max_epochs={args.max_epochs} is not more than --heads_epochs={args.heads_epochs}, in which only '
-            'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs',
+            'projector and predictor are trained: the backbone stays as it is; try a larger --max_epochs'
         )
     return args
 

@@ -179,5 +179,5 @@ def warn_small_targets(args, size):
     if 0 < args.cache_short_side < size:
         warn(
             f'--cache_short_side={args.cache_short_side}: the targets, of {size} px, are of smaller images, enlarged; '
-            f'--cache_short_side={size} or more, or 0, keeps what they show',
+            f'--cache_short_side={size} or more, or 0, keeps what they show'
         )

@@ -1,7 +1,7 @@
 """Conversion of other tools' state dicts to our names and back, and the architecture that their shapes imply.
 
 Every key of a file is accounted for: it is converted, or reported as unused (a classifier, a momentum encoder, a queue,
-the heads of another method), or kept as it is, in which case the strict load_state_dict that follows rejects it.
+the heads of another method).
 """
 
 import re

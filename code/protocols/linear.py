@@ -76,7 +76,7 @@ def warn_of_options(args, count):
     if args.probe_optimizer == 'lars' and steps < MIN_LARS_STEPS:
         warn(
             f'--probe_optimizer=lars takes {steps} steps on {count} images, and needs thousands (28,170 on ImageNet): '
-            'its top-1 will be far too low; --probe_optimizer=lbfgs',
+            'its top-1 will be far too low; --probe_optimizer=lbfgs'
         )
 
 

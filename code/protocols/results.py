@@ -153,7 +153,7 @@ def find_classifier(args, checkpoint, images_path):
 
     In order: the one of --classifier (its file, or the folder of its dataset); of the dataset that contains the images;
     of the checkpoint's dataset; the only one there is, unless the images belong to the checkpoint's dataset. Of several
-    for one dataset: those of select_by_reading, then best_classifier. Raises UserError if --classifier names none, or
+    for one dataset: best_classifier. Raises UserError if --classifier names none, or
     nothing tells which of several is meant, WorkError for a damaged file.
     """
     by_folder, named = {}, None  # {folder of a dataset: its classifiers}
@@ -170,7 +170,7 @@ def find_classifier(args, checkpoint, images_path):
         by_folder.setdefault(folder, []).append(content)
     own_folder = Path(os.path.realpath(resolve_path(args.image_path))) if checkpoint['layout'] == 'ours' else None
     folder = None if named else pick_folder(args, by_folder, own_folder, images_path.resolve())
-    chosen = best_classifier(select_by_reading(args, by_folder[folder])) if folder else named
+    chosen = best_classifier(args, by_folder[folder]) if folder else named
     if chosen and chosen.get('outdated'):
         where = chosen['question']['images']['path']
         log(f'{where}: {chosen["outdated"]} older classifiers of other images or classes of it are not used')
@@ -187,7 +187,7 @@ def warn_outdated(args, classifier, root, train):
     if 'train' in then and then['train'] != dataset_fingerprint(train):
         warn(
             f'{printable(root)} has other images or classes than when the classifier was trained '
-            f'({classifier["when"][:19]}): evaluate trains one on those that are there now',
+            f'({classifier["when"][:19]}): evaluate trains one on those that are there now'
         )
 
 
@@ -200,7 +200,7 @@ def read_as_classifier_was_trained(args, classifier):
     for name in sorted(changed.keys() & args.explicit):
         warn(
             f'--{name}={getattr(args, name)}: the classifier was trained with {changed.pop(name)}; evaluate with this '
-            'option trains another, and --classifier selects it',
+            'option trains another, and --classifier selects it'
         )
     if changed:
         options = ' '.join(f'--{name}={value}' for name, value in changed.items())
@@ -228,9 +228,10 @@ def select_by_reading(args, classifiers):
     return classifiers
 
 
-def best_classifier(classifiers):
+def best_classifier(args, classifiers):
     """Return the classifier of a dataset to use, of those for one folder: of the ones for the newest state of its
-    images (number, names and labels) the most accurate, then the newest. `outdated` is the number of the others."""
+    images (number, names and labels) those of select_by_reading, of them the most accurate, then the newest. `outdated`
+    is the number of those for other states."""
 
     def state(content):
         return {name: value for name, value in content['question']['images'].items() if name != 'path'}
@@ -241,7 +242,7 @@ def best_classifier(classifiers):
 
     newest = state(max(classifiers, key=lambda content: content['when']))
     current = [content for content in classifiers if state(content) == newest]
-    return {**max(current, key=sort_key), 'outdated': len(classifiers) - len(current)}
+    return {**max(select_by_reading(args, current), key=sort_key), 'outdated': len(classifiers) - len(current)}
 
 
 def list_explicit_options(spec):

@@ -224,8 +224,10 @@ def test_newest_checkpoint_of_epoch_is_last_written(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)][-1] == 'loss_-0.9000_epoch_2'
 
 
-def test_classifier_of_changed_dataset_is_not_used(drawn, tmp_path, capsys):
-    """A class was added and evaluate run again: the older classifier is more accurate, and cannot name the class."""
+@pytest.mark.parametrize('option', ['--probe_epochs=1', '--image_size=40'])
+def test_classifier_of_changed_dataset_is_not_used(option, drawn, tmp_path, capsys):
+    """A class was added and evaluate run again: the older classifier is more accurate, or has the preprocessing of the
+    run, and cannot name the class."""
     shutil.copytree(drawn, tmp_path / 'set')
     for split in ('train', 'val'):
         (tmp_path / f'set/{split}/dots').rename(tmp_path / f'{split}_dots')
@@ -234,12 +236,12 @@ def test_classifier_of_changed_dataset_is_not_used(drawn, tmp_path, capsys):
     assert cli.main(['evaluate', *given, '--probe_epochs=30']) == 0
     for split in ('train', 'val'):
         (tmp_path / f'{split}_dots').rename(tmp_path / f'set/{split}/dots')
-    assert cli.main(['evaluate', *given, '--probe_epochs=1']) == 0
+    assert cli.main(['evaluate', *given, *dict.fromkeys(('--probe_epochs=1', option))]) == 0
     capsys.readouterr()
     assert cli.main(['infer', *given[:2], f'--output={tmp_path}/out.csv', *own_paths(tmp_path, 'ckpt', 'cache')]) == 0
     said = capsys.readouterr().out
     assert '1 older classifiers of other images or classes of it are not used' in said
-    assert '--probe_epochs=1;' in said.replace(',', ';')
+    assert f'{option};' in said.replace(',', ';')
 
 
 READ_OTHERWISE = [

@@ -96,7 +96,7 @@ def warn_train_test_overlap(train, other):
         warn(
             f'{len(shared_rows)} of the {len(other.labels)} images of {printable(other.location)} are files of '
             f'{printable(train.location)} too, the first {printable(other.store.names[shared_rows[0]])}: accuracy on '
-            'them is overestimated',
+            'them is overestimated'
         )
 
 

@@ -153,7 +153,7 @@ def number_labels(labels, classes):
         if beyond:
             warn(
                 f'{len(beyond)} images have a class that the {len(classes)} names of the Parquet schema do not cover, '
-                f'such as {beyond[0]}: they count as without a class',
+                f'such as {beyond[0]}: they count as without a class'
             )
         return torch.tensor(numbers, dtype=torch.int64), [str(name) for name in classes]
     known = sorted(

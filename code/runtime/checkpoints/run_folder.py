@@ -5,7 +5,7 @@ import json
 import re
 
 from runtime.atomic_write import atomic_write_on_main
-from runtime.checkpoints.best_epoch import find_best_epoch, is_judged_by_labels
+from runtime.checkpoints.best_epoch import SIMILARITY, find_best_epoch, is_judged_by_labels
 from runtime.errors import UserError, resolve_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log, warn
@@ -72,9 +72,13 @@ def pick_checkpoint(folder, paths):
     labeled = is_judged_by_labels(lines)
     reason = f'epoch {best} is its best {"on val" if labeled else "by similarity to the targets: no labels tell"}'
     if not best:
-        why = 'no accuracy on val shows that training helped'
-        why = 'no epoch was better on val by more than its standard error' if labeled else why
-        why = why if any(line['epoch'] for line in lines) else 'no later epoch was measured'
+        why = 'neither labels nor a similarity to the targets tell whether training helped'
+        if not any(line['epoch'] for line in lines):
+            why = 'no later epoch was measured'
+        elif labeled:
+            why = 'no epoch was better on val by more than its standard error'
+        elif any(SIMILARITY.gain in line for line in lines):
+            why = 'no labels tell whether training helped, and the similarity to the targets did not rise'
         reason = f'epoch 0, the start, is used: {why}'
     log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
     return picked
