@@ -8,13 +8,12 @@ from ckpt import get_model_ckpt, iter_valid_checkpoints
 from config import READING
 from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels
-from engine.run_dir import run_display_name
 from model.weights import is_off_the_shelf
 from protocols.collapse_verdict import RANK_AFTER_WEIGHTS, SELECTION_METRIC, SUMMARY_METRICS
 from protocols.protocol import find_protocol, has_effect, ignored_by_protocol
 from protocols.run_protocol import run_protocol
 from runtime.checkpoints.pretrained import are_foreign
-from runtime.checkpoints.run_folder import checkpoints, find_named, list_checkpoints
+from runtime.checkpoints.run_folder import checkpoints, find_named, list_checkpoints, run_display_name
 from runtime.device import init_device, move_network
 from runtime.errors import UserError, resolve_path
 from runtime.messages import log, warn

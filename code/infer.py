@@ -103,7 +103,7 @@ def predict(args, checkpoint, classifier, backbone, images, features):
     else:
         train = load_bank(args, checkpoint)
         classes = train.classes
-        check_not_in_bank(args, images, train)
+        check_not_in_bank(args, checkpoint, images, train)
         scores = knn_scores_from_loader(args, backbone, eval_loader(args, train), features, len(classes))
         k = clip_k(args.knn_k, train.labels)
         method_text = (
@@ -128,9 +128,9 @@ def load_bank(args, checkpoint):
     return train
 
 
-def check_not_in_bank(args, images, train):
+def check_not_in_bank(args, checkpoint, images, train):
     """Warn of images to predict that are labeled training images: each is its own nearest neighbor. Raises UserError if
-    all are."""
+    all are, or for weights of other origin, which have no training images."""
     if not (images.folder.is_relative_to(train.folder) or train.folder.is_relative_to(images.folder)):
         return
     bank = {f'{train.folder}/{name}' for name in train.names}
@@ -138,7 +138,7 @@ def check_not_in_bank(args, images, train):
     text = (
         f'{known} of the {len(images)} images are labeled images that kNN predicts from, each its own nearest neighbor'
     )
-    if known == len(images) and not args.neighbors:
+    if known and (known == len(images) or checkpoint['layout'] != 'ours') and not args.neighbors:
         raise UserError(f'{text}: python3 cli.py evaluate {repeat_ckpt_name(args, "evaluate")} measures the accuracy')
     if known:
         warn(text)

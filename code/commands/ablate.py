@@ -6,7 +6,7 @@ import plots
 from dataloader.load_dataset import load_splits, num_views
 from engine.ablation_tables import TABLES, finished_checkpoint, finished_result
 from engine.conclude import evaluate_checkpoint
-from engine.run_dir import args_from_run
+from engine.run_dir import args_from_run, find_run
 from logger import load_scalars
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoints.format import upgrade
@@ -15,6 +15,7 @@ from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import init_device
 from runtime.distributed import broadcast_from_rank0
 from runtime.errors import UserError, resolve_path
+from runtime.files import read_json
 from runtime.messages import log
 from runtime.options import replace_args
 from train import train
@@ -31,9 +32,9 @@ def ablate(args):
         if name in args.explicit:
             raise UserError(f'--{name} is not for ablate, which trains and evaluates runs of its own: leave it out')
     init_device(args)
-    given = args.explicit
+    chosen = read_json(find_run(args, args.from_run) / 'run.json').get('explicit', ()) if args.from_run else ()
     args = replace_args(args_from_run(args), from_run='') if args.from_run else args
-    rows, planned = [], plan_variants(args, given)
+    rows, planned = [], plan_variants(args, {*chosen})
     for number, (variant, options, paper, variant_args) in enumerate(planned):
         log(f'\n{args.ablation}: {variant}, {number + 1} of {len(planned)}')
         if not (result := finished_result(variant_args)):
@@ -69,24 +70,24 @@ def save_table(base, rows):
     save_png(plots.figure_to_pil(figure), image)
 
 
-def plan_variants(args, given):
-    """Return [(variant, options, the paper's top-1, args)] of --ablation. given: names of the options of the command.
-    Raises UserError for variants that cannot be trained; those with a batch larger than the dataset are skipped, with a
-    message."""
+def plan_variants(args, chosen=frozenset()):
+    """Return [(variant, options, the paper's top-1, args)] of --ablation. chosen: names of the options that were
+    explicit in the run of --from_run. Raises UserError for variants that cannot be trained; those with a batch larger
+    than the dataset are skipped, with a message."""
     planned, images = [], 0
     if any('batch_size' in options for _, options, _ in TABLES[args.ablation]):
         images = len(load_splits(args)['train'])
     for number, (variant, options, paper) in enumerate(TABLES[args.ablation]):
-        if varied := sorted(given & {name for name, value in options.items() if not callable(value)}):
+        if varied := sorted(args.explicit & {name for name, value in options.items() if not callable(value)}):
             raise UserError(f'--{varied[0]} is what --ablation={args.ablation} varies: leave it out')
         options = {option: value(args) if callable(value) else value for option, value in options.items()}
         name = f'{args.model_name}_{args.ablation}_{number}'
         # A teacher, or an average with the start, would hold the backbone in place, whatever is varied.
         alone = {'distill_weight': 0.0, 'start_share': 0.0} if args.init_from else {}
-        fixed = {name: value for name, value in alone.items() if name not in args.settled}
+        fixed = {name: value for name, value in alone.items() if name not in args.explicit | chosen}
         fixed |= {'model_name': name, 'evaluate_after': not args.init_from, 'protocol': 'linear', 'resume': 'auto'}
         variant_args = replace_args(args, **options, **fixed)
-        variant_args.explicit = args.explicit | {*options, *fixed}
+        variant_args.fixed = args.fixed | {*options, *fixed}
         num_views(variant_args)
         if 'batch_size' in options and variant_args.batch_size > images:
             log(f'{args.ablation}: {variant} is left out: there are only {images} images')

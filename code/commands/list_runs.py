@@ -121,8 +121,9 @@ def run_row(folder, options):
 
 def is_read_as_in_run(result, options):
     """Whether a result is of images that were read with the options of its run, and of its average with the start."""
-    settings, names = result.get('settings', {}), (*READING, 'start_share')  # early versions have no settings
-    return all(settings.get(name, options.get(name)) == options.get(name) for name in names)
+    settings = result.get('settings', {})  # early versions have none, and fewer options
+    names = (*READING, 'start_share') if result.get('epoch') else READING  # of the start any average is the start
+    return all(settings.get(name, options[name]) == options[name] for name in names if name in options)
 
 
 def run_status(folder, epoch, epochs):

@@ -10,6 +10,7 @@ from protocols import collapse_verdict, results
 from protocols.compare import format_cell, format_gain
 from protocols.protocol import find_protocol
 from runtime.checkpoints.pretrained import describe_preprocessing
+from runtime.checkpoints.run_folder import checkpoints, name_run
 from runtime.files import is_number, read_json, read_metrics
 from runtime.options import channel_numbers, expand_channel_values, repeat_ckpt_name, replace_args
 
@@ -94,8 +95,11 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
         *describe_pixels(args),
     ]
+    newest = checkpoints(checkpoint['run'])[-1:] == [
+        checkpoint['path']
+    ]  # the resumed training may have come after the others
     for name, title in (('command', 'command'), ('resume_command', 'resumed last by')):
-        if run_info.get(name):
+        if run_info.get(name) and (newest or name == 'command'):
             lines.append(f'- {title}: `python3 {shlex.join(run_info[name])}`')
     if commit := run_info.get('versions', {}).get('commit'):
         lines.append(f'- code: commit {commit}, torch {run_info["versions"].get("torch")}')
@@ -154,15 +158,13 @@ def describe_results(args, checkpoint):
         lines += [f'**{word}**: {verdict[1]}', '']
     of_checkpoint = results.load_results(run, checkpoint=checkpoint['path'].name)
     own_results = [result for result in of_checkpoint if results.is_of_weights(result, args, checkpoint)]
-    tables = [
-        [*format_compare_table(result, args), ''] if result.get('rows') else describe_result(result, args)
-        for result in own_results
-    ]
-    lines += [line for table in tables for line in table]
-    if not any(tables):
+    single = [line for result in own_results if not result.get('rows') for line in describe_result(result, args)]
+    tables = [format_compare_table(result, args) for result in own_results if result.get('rows')]
+    lines += [line for part in (single, *tables) if part for line in (*part, '')]
+    if not (single or tables):
         lines += [f'Not evaluated: `python3 cli.py {evaluate_command(args, checkpoint)}` writes a table.', '']
     if others := len(of_checkpoint) - len(own_results):
-        lines += [''] * bool(lines and lines[-1]) + [f'Not listed: results with another --start_share ({others}).']
+        lines += [f'Not listed: results with another --start_share ({others}).']
     return lines[:-1] if lines and not lines[-1] else lines
 
 
@@ -170,8 +172,8 @@ def evaluate_command(args, checkpoint):
     """Return the command that evaluates the exported weights: by labels, unless training found none."""
     run, is_ours = checkpoint['run'], checkpoint['layout'] == 'ours'
     measured = [line for line in read_metrics(run / 'metrics.jsonl') if args.knn_every] if is_ours else []
-    named = replace_args(args, ckpt_name=f'{run.name}/{checkpoint["path"].name}') if is_ours else args
-    command = f'evaluate {repeat_ckpt_name(named, "evaluate")}'
+    name = f'{name_run(args, run)}/{checkpoint["path"].name}' if is_ours else args.ckpt_name
+    command = f'evaluate {repeat_ckpt_name(replace_args(args, ckpt_name=name), "evaluate")}'
     if measured and not any('pretraining/knn_top1' in line for line in measured):
         return f'{command} --protocol=label_free'
     beside = 'untrained,start' if args.init_from else 'untrained'
@@ -190,7 +192,7 @@ def describe_result(result, args):
 def describe_settings(result, args):
     """Name the protocol of a result, its explicit options, and the preprocessing that is not the exported one."""
     settings = result.get('settings', {})  # not in early versions
-    options = results.list_explicit_options(result) if settings else []
+    options = results.list_options(result)
     others = [name for name in PREPROCESSING if name in settings and differs(name, settings[name], args)]
     options += [option for name in others if (option := f'--{name}={settings[name]}') not in options]
     return f'{result["protocol"]}{f" ({shlex.join(options)})" if options else ""}'

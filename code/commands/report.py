@@ -30,7 +30,7 @@ from protocols import collapse_verdict
 from protocols.compare import format_cell, format_gain
 from protocols.features import extract_features
 from protocols.protocol import find_protocol
-from protocols.results import list_explicit_options, load_results, selection_note
+from protocols.results import list_options, load_results, selection_note
 from runtime.atomic_write import atomic_write_on_main, save_png
 from runtime.checkpoints.best_epoch import WATCHED
 from runtime.console import printable
@@ -394,7 +394,7 @@ def collect_compare_rows(run, results):
         for row in result['rows']:
             cells = [row['columns'][column] for column in columns]
             rows.append((printable(row['name']), [(format_cell(cell), format_gain(cell)) for cell in cells]))
-        options = ''.join(f', {option}' for option in (list_explicit_options(result) if 'settings' in result else ()))
+        options = ''.join(f', {option}' for option in list_options(result))
         caption = (
             f'{run.name}, epoch {result["epoch"]}{options}: top-1 in percent ± standard error, and below it the gain '
             f'of the run over that row, paired by image; on the {result["num_val"]} images of '

@@ -4,13 +4,14 @@ import time
 
 from ckpt import get_model_ckpt
 from dataloader.load_dataset import load_splits
-from engine.run_dir import NonFiniteLoss, run_display_name
+from engine.run_dir import NonFiniteLoss
 from protocols import collapse_verdict
 from protocols.label_free import MIN_IMAGES
 from protocols.protocol import missing_labels_reason
 from protocols.run_protocol import run_protocol
 from runtime import distributed, signals
-from runtime.checkpoints.run_folder import best_checkpoint, checkpoints, pick_checkpoint
+from runtime.checkpoints.best_epoch import find_best_epoch
+from runtime.checkpoints.run_folder import best_checkpoint, checkpoints, pick_checkpoint, run_display_name
 from runtime.device import move_network
 from runtime.errors import ROOT, resolve_path
 from runtime.messages import log
@@ -62,7 +63,7 @@ def evaluate_after(args, state, splits, run):
         if not args.init_from:
             checkpoint_info = {'path': run.path, 'run': run.folder, 'epoch': state.epoch}
             return run_protocol(args, state.model, splits, checkpoint_info)
-        best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(run.folder, checkpoints(run.folder))))
+        best = distributed.broadcast_from_rank0(lambda: str(pick_checkpoint(args, run.folder)))
         return evaluate_checkpoint(args, best, splits)
     except signals.Interrupted as end:
         name = signals.signal_name(end.number)
@@ -83,7 +84,7 @@ def format_summary(args, run, result, splits):
     name = f'{called}/{run.path.name if run.path else ""}'
     lines = ['', f'checkpoint   {run.path}', f'TensorBoard  tensorboard --logdir {logs}']
     lines.append(f'two views    {logs / "two_views.png"}')
-    if args.init_from and run.path:
+    if find_best_epoch(run.folder) is not None and run.path:
         best = best_checkpoint(run.folder, checkpoints(run.folder))
         name = f'{called}/{best.name}'
         lines.append(f'best         {best}')

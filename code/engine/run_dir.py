@@ -4,7 +4,6 @@ run.json, log.txt and results."""
 import contextlib
 import json
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -42,7 +41,7 @@ from runtime.checkpoints.run_folder import (
 from runtime.checkpoints.saved_options import set_init_from_defaults
 from runtime.console import printable
 from runtime.distributed import broadcast_from_rank0, rank
-from runtime.errors import UserError, WorkError, resolve_path, same_path
+from runtime.errors import UserError, WorkError, resolve_path
 from runtime.files import atomic_write, clear_parts, newest_run, read_json, read_metrics, utc_timestamp
 from runtime.messages import log, warn
 from runtime.options import UNRESOLVED, parse, preset_options, rename_options, replace_args, same_value
@@ -162,11 +161,6 @@ def find_run(args, name):
         f'there is no run {name} in {resolve_path(args.ckpt_path)}; '
         + (f'the newest is {newest.name}' if newest else 'there is none yet')
     )
-
-
-def run_display_name(args, folder):
-    """Return the name of a run for printed commands: its name if it is in --ckpt_path, else its path."""
-    return shlex.quote(folder.name if same_path(folder.parent, resolve_path(args.ckpt_path)) else str(folder))
 
 
 def new_run(args):

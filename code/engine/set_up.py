@@ -11,7 +11,7 @@ from dataloader.loading.pixel_settings import resolve_mean_std, resolve_pixels, 
 from engine import memory_estimate
 from engine.auto_preset import choose_preset, switch_to_random_weights
 from engine.cuda_graph import should_use_graph
-from engine.run_dir import RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
+from engine.run_dir import AUTOMATIC, RunDir, args_from_run, continue_run, new_run, resolve_resume, write_run_json
 from engine.teacher import set_distill_size
 from engine.train_state import TrainState
 from model.backbone import find_last_bn_layers
@@ -20,6 +20,7 @@ from optimizer.sgd import make_adamw, make_sgd
 from protocols.run_protocol import protocol_splits
 from runtime import distributed
 from runtime.checkpoints.pretrained import check_off_the_shelf
+from runtime.checkpoints.run_folder import checkpoints
 from runtime.device import compile_unavailable_reason, get_device, move_network, use_compile
 from runtime.errors import UserError, WorkError, resolve_path
 from runtime.messages import log, set_log_file, warn
@@ -47,12 +48,13 @@ def setup_run(args):
     check_batch_and_warmup(args)
     args = set_distill_size(args, model)
     args = resolve_amp(inherit_amp(args, checkpoint['args']['amp']) if checkpoint else args)
-    if not checkpoint and (args.init_from or args.preset == 'photos') and 'protocol' not in args.explicit:
+    if not checkpoint and (args.init_from or args.preset == 'photos') and 'protocol' not in args.settled:
         args = replace_args(args, protocol='compare')  # compares the run with its start
     import_tracker(args)  # raises before anything is written, like the following checks
     should_use_graph(args)
     iterators = get_iterator(args, sources)
-    args = set_heads_epochs(args, len(iterators['train']))
+    if not (checkpoint and checkpoint['epoch'] >= args.max_epochs):
+        args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         protocol_splits(args, splits_of_loaders(iterators))
     warn_pixel_range(args, iterators['train'].dataset.store, iterators['train'].dataset.pixel_format)
@@ -69,7 +71,7 @@ def setup_run(args):
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
     run.lock()
-    if state.epoch < args.max_epochs:  # a finished run is not changed
+    if state.epoch < args.max_epochs or not (run.folder / 'run.json').is_file():  # a finished run is not changed
         write_run_json(run.folder, args, iterators['train'].dataset)
     set_log_file(run.folder / 'log.txt')
     print_run_header(args, state, run, iterators['train'], compile_skip_reason)
@@ -117,15 +119,19 @@ def load_start(args, sources):
             f'{checkpoint["path"]} is not a run of this project and cannot be resumed; start a new run from its '
             f'weights: --init_from={args.ckpt_name}'
         )
+    before = checkpoint['args']
+    kept = {name: before[name] for name in RESUMED_OPTIONS if name not in args.explicit}
+    kept |= {name: before[name] for name, value in AUTOMATIC.items() if getattr(args, name) == value}
+    args = replace_args(args, **kept)
     check_resumed_options(args, checkpoint)
-    kept = {name: checkpoint['args'][name] for name in RESUMED_OPTIONS if name not in args.explicit}
-    return replace_args(args, **kept), model, checkpoint
+    return args, model, checkpoint
 
 
 def check_resumed_options(args, checkpoint):
     """Raise UserError for an option that a resumed run cannot change; warn of those without effect on a finished
     run."""
-    before, epochs = checkpoint['args'], checkpoint['epoch']
+    before, epochs, begun = checkpoint['args'], checkpoint['epoch'], bool(checkpoint['images'])
+    new_run = f'--init_from={args.ckpt_name}' + ('' if args.preset == 'demo' else f' --image_path={args.image_path}')
     changed = [name for name in OPTIONS if name in args.explicit]
     changed = [name for name in changed if not same_value(name, getattr(args, name), before[name])]
     if 'model_name' in changed:
@@ -135,19 +141,19 @@ def check_resumed_options(args, checkpoint):
     if 'optimizer' in changed:
         raise UserError(
             f'--optimizer={args.optimizer}: the resumed run uses {before["optimizer"]}; for a new run from its '
-            f'weights use --init_from={args.ckpt_name}'
+            f'weights use {new_run}'
         )
-    if args.max_epochs < epochs:
+    if args.max_epochs < epochs + begun:
         raise UserError(
-            f'--max_epochs={args.max_epochs}: the resumed run has finished {epochs} epochs; leave the option out, or '
-            f'resume an earlier checkpoint: --resume={checkpoint["run"].name}/<checkpoint>'
+            f'--max_epochs={args.max_epochs}: {checkpoint["path"].name} is of epoch {epochs + begun}; give more, or '
+            'leave the option out'
         )
     if args.init_from and (fixed := [name for name in changed if name in (*READING, 'start_share')]):
         name = fixed[0]
         raise UserError(
             f'--{name}={getattr(args, name)}: the epochs of this run from pretrained weights were measured with '
             f'{before[name]}, to find the best of them; leave the option out, or begin a new run from its weights: '
-            f'--init_from={args.ckpt_name} --{name}={getattr(args, name)}'
+            f'{new_run} --{name}={getattr(args, name)}'
         )
     of_training = [name for name in changed if 'evaluate' not in OPTIONS[name].metadata['used_by']]
     for name in of_training if epochs == args.max_epochs else ():
@@ -226,7 +232,9 @@ def make_train_state(args, model):
 
 def print_run_header(args, state, run, batches, compile_skip_reason):
     """Log the first lines of a run: device, precision, images, memory. compile_skip_reason: from why_not_compile."""
-    if run.path and state.epoch >= args.max_epochs:
+    if run.path and state.epoch >= args.max_epochs and checkpoints(run.folder)[-1] != run.path:
+        log(f'{run.path.name} has all of --max_epochs={args.max_epochs}: nothing is trained')
+    elif run.path and state.epoch >= args.max_epochs:
         log(
             f'{run.folder.name} has all of its {state.epoch} epochs; --resume={run.folder.name} --max_epochs=<more> '
             'continues it'

@@ -1,5 +1,6 @@
 """Names of the label-free measures, and the verdict on a run that follows from them."""
 
+from config import READING
 from runtime.checkpoints.best_epoch import (
     FEW_LABELS,
     SIMILARITY,
@@ -40,6 +41,7 @@ SELECTION_METRIC = 'rank'  # smaller is better; code/results/README.md compares 
 # Thresholds from the runs of bench/evidence.py with seeds 0 to 2; they were tested on other seeds.
 STD_COLLAPSED, STD_PARTIAL, MAX_CORRELATION, RANK_RATIO_LEARNED = 0.5, 0.9, 0.8, 0.7
 
+MEASURED_WITH = {*READING, 'start_share'}
 GOOD = ('healthy', 'better than the start', 'perhaps better than the start', 'probably better than the start')
 
 # Of runs from pretrained weights (results/LOG.md).
@@ -172,13 +174,15 @@ def judge_run(folder, epoch, args):
 def judge_checkpoint(checkpoint, args):
     """Return the verdict on the weights of a checkpoint (a dict with run, epoch and args), or None.
 
-    The verdict on a run from pretrained weights is of its best epoch, which may be the start, and of the average with
-    the start that the training measured. args: options, perhaps with another start_share.
+    The verdict on a run from pretrained weights is of its best epoch, which may be the start, and of the preprocessing
+    and the average with the start that the training measured. args: options, perhaps with others.
     """
     run, epoch = checkpoint['run'], checkpoint['epoch']
     if args.init_from and (checkpoint.get('images') or epoch != find_best_epoch(run)):
         return None
-    if checkpoint.get('start') and args.start_share != checkpoint['args']['start_share']:
+    if args.init_from and any(
+        getattr(args, name) != checkpoint['args'][name] for name in args.explicit & MEASURED_WITH
+    ):
         return None
     return judge_run(run, epoch, args)
 

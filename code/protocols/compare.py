@@ -42,7 +42,7 @@ ALL_LABELS = 'all labels'  # the column of the classifier on all of train
 # Options that all rows take from the call, also PREPROCESSING if it is given; the others come with the weights.
 SHARED_OPTIONS = ('image_path', 'val_fraction', 'channels', 'exif', 'npy_axes', 'on_unreadable')
 SHARED_OPTIONS += ('batch_size', 'image_size', 'knn_k', 'knn_temperature')
-BESIDE_HINT = '; evaluate --protocol=compare --ckpt_name={} --backbone=<its network> measures a file of another network'
+BESIDE_HINT = '; evaluate --protocol=compare --ckpt_name={} --backbone=<its network> --image_path={} measures another'
 
 
 def compare_backbones(args, model, splits, checkpoint):
@@ -142,7 +142,7 @@ def load_row(args, name, checkpoint):
             if not networks:
                 raise
             if backbone == networks[-1]:
-                raise UserError(f'{error}{BESIDE_HINT.format(name)}') from None
+                raise UserError(f'{error}{BESIDE_HINT.format(name, args.image_path)}') from None
     if other_args.num_channels != args.num_channels:
         raise UserError(
             f'--beside={name} has --channels={other_args.channels}, and the checkpoint {args.channels}: leave it out'

@@ -35,6 +35,7 @@ from runtime.options import rename_options, replace_args
 from runtime.precision import NAMES, precision
 from runtime.versions import library_versions
 
+AMP_OPTIONS = {'bfloat16': 'bf16', 'float16': 'fp16'}  # {precision of a spec: value of --amp}
 # Options that are not among the settings of a spec: they are separate entries, or do not matter.
 NOT_IN_SPEC = ('image_path', 'protocol', 'preset', *NOT_RESTORED_OPTIONS)
 
@@ -245,16 +246,18 @@ def best_classifier(args, classifiers):
     return {**max(select_by_reading(args, current), key=sort_key), 'outdated': len(classifiers) - len(current)}
 
 
-def list_explicit_options(spec):
-    """Return the explicit settings of an evaluation as options, such as --knn_k=20."""
-    settings = spec['settings']
-    return [f'--{name}={settings[name]}' for name in spec.get('given', ()) if name in settings]
+def list_options(spec):
+    """Return the explicit settings of an evaluation as options, such as --knn_k=20, and --amp of another precision than
+    float32."""
+    settings, amp = spec.get('settings', {}), AMP_OPTIONS.get(spec.get('precision'))  # early versions have neither
+    given = [f'--{name}={settings[name]}' for name in spec.get('given', ()) if name in settings]
+    return given + ([f'--amp={amp}'] if amp else [])
 
 
 def describe_classifier(classifier):
     """Describe a classifier: its dataset, accuracy, time and explicit settings."""
     spec = classifier['question']
-    options_text = ''.join(f', {option}' for option in list_explicit_options(spec))
+    options_text = ''.join(f', {option}' for option in list_options(spec))
     top1 = classifier.get('top1')
     accuracy = f', top-1 {top1:.2f} % on val' if isinstance(top1, float) else ''
     return f'{spec["images"]["path"]} ({classifier["when"][:19]}{accuracy}{options_text}; {classifier["file"]})'

@@ -103,7 +103,7 @@ def format_result(result):
         f'{result["protocol"]} of {result["checkpoint"]}: {result["num_train"]} training and {result["num_val"]} '
         f'{held_out} images{results.selection_note(result)}, {format_duration(result["seconds"])}',
         f'images {result["images"]["path"]}, {side} px, preset {result["preset"]}'
-        + ''.join(f', {option}' for option in results.list_explicit_options(result)),
+        + ''.join(f', {option}' for option in results.list_options(result)),
         *(
             f'{name:22}{result[key]:6.2f} %'
             for key, name in find_protocol(result['protocol']).numbers.items()

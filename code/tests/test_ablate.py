@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from unittest import mock
 
 import numpy as np
@@ -15,11 +16,12 @@ from commands.ablate import plan_variants
 from config import OPTIONS
 from conftest import TINY, draw_folder, one_line, own_paths
 from engine.ablation_tables import TABLES
+from engine.run_dir import args_from_run
 from loss.negative_cosine import cross_entropy, negative_cosine, simsiam_loss
 from model.simsiam import SimSiam
 from optimizer.sgd import make_sgd, set_learning_rates
 from runtime.errors import UserError
-from runtime.options import get_config, replace_args
+from runtime.options import get_config, ignored_in_train, replace_args
 from train import train_step
 
 SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
@@ -28,6 +30,19 @@ SMALL = {'preset': 'demo', 'proj_dim': 12, 'pred_dim': 5}
 def outputs():
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(7, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+
+def test_ablation_of_a_run_from_weights_has_no_teacher_unless_given(tmp_path):
+    """--from_run fixes what the weights had set, which nobody gave; and no variant warns of options of the table."""
+    saved = asdict(get_config(preset='demo', init_from='weights.pth', distill_weight=8.0, start_share=0.25))
+    (tmp_path / 'run').mkdir()
+    for explicit, weight in ((['init_from'], 0.0), (['init_from', 'distill_weight'], 8.0)):
+        (tmp_path / 'run/run.json').write_text(json.dumps({'args': saved, 'explicit': explicit}))
+        args = args_from_run(get_config(from_run='run', ckpt_path=str(tmp_path), ablation='predictor'))
+        variants = [variant for *_, variant in plan_variants(args, {*explicit})]
+        assert {variant.distill_weight for variant in variants} == {weight}
+        assert {variant.start_share for variant in variants} == {0.0}
+        assert not [name for variant in variants for name, _ in ignored_in_train(variant)]
 
 
 def test_loss_variants_equal_their_formulas():
@@ -249,12 +264,12 @@ def test_ablate_with_varied_option_given_exits_2(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='collapse')
     args = replace_args(args, learning_rate=0.01, batch_size=64)
     args.explicit |= {'learning_rate', 'batch_size', 'image_path', 'preset', 'ablation', 'cache_path'}
-    assert [own.learning_rate for _, _, _, own in plan_variants(args, args.explicit)][:6] == [0.01] * 4 + [0.1, 0.001]
+    assert [own.learning_rate for _, _, _, own in plan_variants(args)][:6] == [0.01] * 4 + [0.1, 0.001]
 
 
 def test_ablate_checks_all_variants_before_training(drawn, tmp_path, capsys):
     args = get_config(preset='demo', image_path=str(drawn), cache_path=str(tmp_path), ablation='batch_size')
-    assert [own.batch_size for _, _, _, own in plan_variants(args, args.explicit)] == [64]  # of 72 images
+    assert [own.batch_size for _, _, _, own in plan_variants(args)] == [64]  # of 72 images
     assert capsys.readouterr().out.count('is left out: there are only 72 images') == 6
     options = ['--ablation=symmetric', '--num_views=3', '--preset=demo', f'--image_path={drawn}', *own_paths(tmp_path)]
     assert cli.main(['ablate', *options]) == 2

@@ -15,10 +15,9 @@ import ckpt
 import cli
 from ckpt import get_model_ckpt
 from conftest import TINY, own_paths
-from engine.run_dir import run_display_name
 from protocols.results import find_classifier
 from runtime import files
-from runtime.checkpoints.run_folder import WRITTEN, checkpoints, record_checkpoint, was_written_by_run
+from runtime.checkpoints.run_folder import WRITTEN, checkpoints, record_checkpoint, run_display_name, was_written_by_run
 from runtime.errors import same_path
 from runtime.files import read_json
 from runtime.options import get_config, same_value

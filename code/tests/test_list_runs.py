@@ -44,6 +44,16 @@ def rows(root, *options):
     return {row['run']: row for row in list_runs.runs(get_config(ckpt_path=str(root / 'ckpt'), **dict(options)))}
 
 
+def test_linear_of_runs_of_early_versions_and_of_starts(tmp_path):
+    """Options that run.json does not have yet hide no result; any average of the start with itself is the start."""
+    folder = made(tmp_path, 'run', init_from='weights.pth', image_size=32, start_share=0.5)
+    settings = {'image_size': 32, 'npy_axes': 'auto', 'start_share': 0.0}
+    for epoch, changed, shown in ((0, {}, '50.00'), (0, {'image_size': 64}, ''), (2, {}, '')):
+        result = {'protocol': 'linear', 'epoch': epoch, 'top1': 50.0, 'settings': settings | changed}
+        (folder / 'evaluate_linear_1.json').write_text(json.dumps(result))
+        assert rows(tmp_path)['run']['linear'] == shown
+
+
 def test_runs_table_has_state_and_metrics(tmp_path, capsys):
     here = run_lock.lock_content()
     made(tmp_path, 'a')

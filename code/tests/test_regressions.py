@@ -14,9 +14,9 @@ import cli
 from conftest import TINY, own_paths
 from dataloader.load_dataset import find_split_sources, load_splits
 from dataloader.loading import loader
-from engine.run_dir import run_display_name
 from metric.accuracy import class_accuracies, confusion_matrix
 from runtime import environment
+from runtime.checkpoints.run_folder import run_display_name
 from runtime.errors import ROOT, UserError
 from runtime.files import clear_parts
 from runtime.options import get_config

@@ -115,6 +115,9 @@ def test_weights_without_run_are_used_with_their_classifier(drawn, other, tmp_pa
     capsys.readouterr()
     assert cli.main(infer_elsewhere) == 2
     assert '--backbone=mobilenet_v3_small' in one_line(capsys.readouterr().err)
+    itself = [f'--image_path={drawn}/val' if 'image_path' in option else option for option in infer_elsewhere]
+    assert cli.main([option for option in itself if 'neighbors' not in option]) == 2
+    assert 'are labeled images that kNN predicts from' in one_line(capsys.readouterr().err)
     assert cli.main(['evaluate', *given, *options, *paths]) == 0
     assert '--backbone=mobilenet_v3_small' in capsys.readouterr().out.splitlines()[-1]
     assert cli.main(infer_elsewhere) == 0
@@ -174,6 +177,7 @@ def test_different_specs_have_different_files(drawn, tmp_path, monkeypatch):
     ask(args, checkpoint={**checkpoint, 'path': tmp_path / 'loss_0.0000_epoch_2'})
     monkeypatch.setattr(results, 'precision', lambda args: torch.bfloat16)
     ask(args)
+    assert '--amp=bf16' in results.list_options(eval_spec(args, splits, checkpoint))
     fewer = load_splits(args)
     fewer['val'].labels = fewer['val'].labels.roll(1)
     ask(args, {'train': splits['train'], 'val': fewer['val']})

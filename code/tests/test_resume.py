@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import cli
 from conftest import CODE, TINY, Python, one_line, own_paths, run
@@ -259,9 +260,36 @@ def test_resume_from_older_finished_checkpoint_changes_nothing(drawn, tmp_path):
     older = next(folder.glob('*_epoch_1'))
     before = (folder / 'metrics.jsonl').read_bytes()
     options = (*TINY, f'--ckpt_name={older}', '--max_epochs=1', f'--image_path={drawn}', *own_paths(tmp_path))
-    assert 'has all of its 1 epochs' in run('train', *options).stdout
+    assert re.search(r'loss_\S+_epoch_1 has all of --max_epochs=1: nothing is trained', run('train', *options).stdout)
     assert (folder / 'metrics.jsonl').read_bytes() == before
     assert len([*(tmp_path / 'ckpt').iterdir()]) == 1
+
+
+def test_copy_of_a_finished_checkpoint_is_a_run(drawn, tmp_path, capsys):
+    """Its folder has the options, and names no best epoch, which was not measured there."""
+    given = ['--backbone=resnet18', '--stem=imagenet', '--heads_epochs=0', '--distill_weight=0']
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'w.pth')
+    assert short(tmp_path, drawn, *given, f'--init_from={tmp_path}/w.pth', '--max_epochs=1') == 0
+    (path,) = (tmp_path / 'ckpt' / RUN).glob('loss_*_epoch_1')
+    shutil.copy(path, tmp_path / path.name)
+    capsys.readouterr()
+    assert cli.main(['train', f'--resume={tmp_path}/{path.name}', *own_paths(tmp_path)]) == 0
+    assert '\nbest ' not in capsys.readouterr().out
+    new = tmp_path / 'ckpt' / RUN.replace('_0', '_1')
+    assert json.loads((new / 'run.json').read_text())['args']['max_epochs'] == 1
+    assert cli.main(['runs', *own_paths(tmp_path, 'ckpt')]) == 0
+    assert 'unknown' not in capsys.readouterr().out
+
+
+def test_automatic_values_are_not_said_to_have_no_effect(drawn, tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'w.pth')
+    given = ['--backbone=resnet18', '--stem=imagenet', '--distill_size=0', '--heads_epochs=-1', '--resume=auto']
+    for _ in range(2):
+        capsys.readouterr()
+        assert short(tmp_path, drawn, *given, f'--init_from={tmp_path}/w.pth', '--max_epochs=1', '--image_size=32') == 0
+    printed = capsys.readouterr()
+    assert 'has all of its 1 epochs' in printed.out
+    assert printed.err == ''
 
 
 def test_resume_of_running_run_exits_2(drawn, tmp_path, capsys):
@@ -351,7 +379,7 @@ def test_options_of_training_have_no_effect_on_a_finished_run(drawn, tmp_path, c
     assert cli.main([*given, '--learning_rate=0.1', '--batch_size=32', '--weight_decay=0.0005']) == 0
     assert capsys.readouterr().err == 'warning: --learning_rate has no effect: all 2 epochs are finished\n'
     assert cli.main([*given, '--max_epochs=1']) == 2
-    assert '--max_epochs=1: the resumed run has finished 2 epochs' in one_line(capsys.readouterr().err)
+    assert re.search(r'--max_epochs=1: loss_\S+_epoch_2 is of epoch 2; give more', one_line(capsys.readouterr().err))
 
 
 def test_checkpoints_ignores_files_deleted_meanwhile(tmp_path):

@@ -81,7 +81,8 @@ def test_explicit_options_of_a_repeated_run_are_those_that_somebody_gave(told):
 def test_ablations_of_run_from_weights_have_its_options(told):
     args = get_config(from_run=RUN, ckpt_path=str(told / 'ckpt'), ablation='similarity')
     args.explicit = {'from_run', 'ckpt_path', 'ablation'}
-    planned = plan_variants(args_from_run(args), args.explicit)
+    chosen = {*read_json(told / 'ckpt' / RUN / 'run.json')['explicit']}
+    planned = plan_variants(args_from_run(args), chosen)
     loaded = [get_model_ckpt(variant)[0] for *_, variant in planned]
     for option in (one.strip('-').partition('=')[0] for one in TOLD):
         assert {getattr(one, option) for one in loaded} == {saved_args(told)[option]}, option
@@ -185,7 +186,7 @@ def test_resumed_run_cannot_be_measured_otherwise(option, drawn, pretrained, tmp
         assert cli.main(given) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert option in line
-        assert f'--init_from={RUN} {option}' in line
+        assert f'--init_from={RUN} --image_path={drawn} {option}' in line
     assert {path: path.read_bytes() for path in before} == before
     assert cli.main(['train', f'--resume={RUN}', '--max_epochs=2', '--image_size=32', *own_paths(tmp_path)]) == 0
 

@@ -213,7 +213,9 @@ def test_docker_image_files_work_for_unknown_user(drawn, tmp_path):
         for name in source.split():
             path = ROOT / name
             if path.is_dir():
-                shutil.copytree(path, f'{home}{target}', ignore=shutil.ignore_patterns('tests', '__pycache__'))
+                shutil.copytree(
+                    path, f'{home}{target}', ignore=shutil.ignore_patterns('tests', 'results', 'bench', '__pycache__')
+                )
             else:
                 shutil.copy(path, f'{home}{target}')
     (home / 'data/photos').parent.mkdir()
@@ -255,13 +257,14 @@ def test_docker_image_files_work_for_unknown_user(drawn, tmp_path):
 def test_docker_context_is_small_and_complete():
     kept = [line[1:] for line in (ROOT / '.dockerignore').read_text().splitlines() if line.startswith('!')]
     assert kept == ['requirements.txt', 'code']
-    assert {'code/tests', 'code/results'} <= {*(ROOT / '.dockerignore').read_text().splitlines()}
+    left_out = ('code/tests', 'code/results', 'code/bench')
+    assert {*left_out} <= {*(ROOT / '.dockerignore').read_text().splitlines()}
     for source, _ in re.findall(r'^COPY (.*) (/home\S*)$', (ROOT / 'Dockerfile').read_text(), re.M):
         for name in source.split():
             assert name.split('/')[0] in kept
             assert (ROOT / name).exists()
     listed = subprocess.run(['git', 'ls-files', *kept], cwd=ROOT, capture_output=True, text=True, check=False)
-    copied = [path for path in listed.stdout.split() if not path.startswith(('code/tests/', 'code/results/'))]
+    copied = [path for path in listed.stdout.split() if not path.startswith(tuple(f'{folder}/' for folder in left_out))]
     assert sum((ROOT / path).stat().st_size for path in copied) < 1e6
 
 

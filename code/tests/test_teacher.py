@@ -387,8 +387,8 @@ def test_bfloat16_is_not_benchmarked_for_larger_images(drawn, pretrained, tmp_pa
 def test_ablations_from_weights_have_no_teacher_unless_told(given, weight):
     args = get_config(preset='demo', init_from='x', **dict(option.strip('-').split('=') for option in given))
     args.explicit = {'init_from', *(['distill_weight'] if given else [])}
-    assert {planned[3].distill_weight for planned in plan_variants(args, args.explicit)} == {weight}
-    assert {planned[3].start_share for planned in plan_variants(args, args.explicit)} == {0}
+    assert {planned[3].distill_weight for planned in plan_variants(args)} == {weight}
+    assert {planned[3].start_share for planned in plan_variants(args)} == {0}
 
 
 def test_state_keeps_start_for_distillation(pretrained):  # noqa: F811

@@ -253,17 +253,20 @@ def load_network(args, path, content):
     args = leave_demo_preset(args)
     args = apply_preprocessing(args, find_preprocessing(args.backbone))
     model, is_timm = build_model(args), args.backbone.startswith('timm/')
+    repeated = args.from_run and 'backbone' not in args.explicit
+    hint = '; this network is that of --from_run: --backbone=<that of the file> replaces it' if repeated else ''
     convert = functools.partial(convert_with_timm, args.backbone.removeprefix('timm/'), args.image_size)
     try:
         tensors = convert_with_torchvision(args.backbone, args.image_size, tensors)
         state, unused_keys = match_keys(model.backbone.state_dict(), tensors, convert if is_timm else None)
     except ValueError as error:
         if not is_timm or not tensors:
-            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}') from None
+            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error}{hint}') from None
         try:
             state, unused_keys = convert(tensors), []  # the layout of the authors' release
         except ValueError as other:
-            raise UserError(f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other})') from None
+            text = f'{path} has no weights of --backbone={args.backbone}: {error} (timm: {other}){hint}'
+            raise UserError(text) from None
     state = adapt_state_to_channels(model, {f'backbone.{name}': value for name, value in state.items()})
     load_state_strictly(model, state, path)
     model.has_heads = False

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import re
+import shlex
 
 from runtime.atomic_write import atomic_write_on_main
 from runtime.checkpoints.best_epoch import SIMILARITY, find_best_epoch, is_judged_by_labels
-from runtime.errors import UserError, resolve_path
+from runtime.errors import UserError, resolve_path, same_path
 from runtime.files import newest_run, read_json, read_metrics
 from runtime.messages import log, warn
 
@@ -61,8 +62,19 @@ def best_checkpoint(folder, paths):
     return by_epoch.get(find_best_epoch(folder), paths[-1])
 
 
-def pick_checkpoint(folder, paths):
-    """Return best_checkpoint. Logs why it is not the newest, and warns if that of the best epoch is missing."""
+def name_run(args, folder):
+    """Return the name of a run for --ckpt_name: its name if it is in --ckpt_path, else its path."""
+    return folder.name if same_path(folder.parent, resolve_path(args.ckpt_path)) else str(folder)
+
+
+def run_display_name(args, folder):
+    """Return name_run, quoted for printed commands."""
+    return shlex.quote(name_run(args, folder))
+
+
+def pick_checkpoint(args, folder):
+    """Return best_checkpoint of a run. Logs why it is not the newest; warns if that of the best epoch is missing."""
+    paths = checkpoints(folder)
     best, picked = find_best_epoch(folder), best_checkpoint(folder, paths)
     if best is not None and finished_epoch(picked) != best:
         warn(f'{folder.name}: the checkpoint of its best epoch, {best}, is missing: the newest is used')
@@ -80,7 +92,7 @@ def pick_checkpoint(folder, paths):
         elif any(SIMILARITY.gain in line for line in lines):
             why = 'no labels tell whether training helped, and the similarity to the targets did not rise'
         reason = f'epoch 0, the start, is used: {why}'
-    log(f'{folder.name}: {reason}; --ckpt_name={folder.name}/<checkpoint> selects another')
+    log(f'{folder.name}: {reason}; --ckpt_name={run_display_name(args, folder)}/<checkpoint> selects another')
     return picked
 
 
@@ -109,7 +121,7 @@ def find_checkpoint(args, training=False):
         if path.is_file():
             return path
         if paths := checkpoints(path):
-            return paths[-1] if training else pick_checkpoint(path, paths)
+            return paths[-1] if training else pick_checkpoint(args, path)
         if (path / 'config.json').is_file():
             return path
         files = sorted(file.name for file in path.iterdir() if file.suffix in ('.bin', '.safetensors', '.pth', '.pt'))

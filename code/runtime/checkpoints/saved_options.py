@@ -40,9 +40,12 @@ def merge_saved_options(args, saved, path, locked_options, initial=False):
     for name in locked_options:
         unresolved = name in PIXEL_OPTIONS and getattr(args, name) in UNRESOLVED
         if name in args.settled and getattr(args, name) != saved.get(name) and not unresolved:
+            hint = 'leave the option out, or name another checkpoint'
+            if name not in args.explicit:  # of the run that is repeated
+                hint = f'--{name}={saved.get(name)} in place of that of --from_run helps'
             raise UserError(
                 f'--{name}={getattr(args, name)} contradicts the checkpoint {path.parent.name}/{path.name}, '
-                f'which has {name}={saved.get(name)}: leave the option out, or name another checkpoint'
+                f'which has {name}={saved.get(name)}: {hint}'
             )
     explicit = {name: getattr(args, name) for name in (*args.settled, *NOT_RESTORED_OPTIONS)}
     for name in PIXEL_OPTIONS:
