@@ -53,8 +53,7 @@ def setup_run(args):
     import_tracker(args)  # raises before anything is written, like the following checks
     should_use_graph(args)
     iterators = get_iterator(args, sources)
-    if not (checkpoint and checkpoint['epoch'] >= args.max_epochs):
-        args = set_heads_epochs(args, len(iterators['train']))
+    args = set_heads_epochs(args, len(iterators['train']))
     if args.evaluate_after:
         protocol_splits(args, splits_of_loaders(iterators))
     warn_pixel_range(args, iterators['train'].dataset.store, iterators['train'].dataset.pixel_format)
@@ -71,7 +70,8 @@ def setup_run(args):
     else:
         run = RunDir(args, resolve_path(args.ckpt_path) / distributed.broadcast_from_rank0(lambda: new_run(args).name))
     run.lock()
-    if state.epoch < args.max_epochs or not (run.folder / 'run.json').is_file():  # a finished run is not changed
+    is_copy = bool(checkpoint) and run.folder != checkpoint['run']
+    if state.epoch < args.max_epochs or is_copy:  # a finished run is not changed
         write_run_json(run.folder, args, iterators['train'].dataset)
     set_log_file(run.folder / 'log.txt')
     print_run_header(args, state, run, iterators['train'], compile_skip_reason)

@@ -1,5 +1,6 @@
 """Runs from pretrained weights, repeated, resumed and continued: which options and which val count."""
 
+import itertools
 import json
 import os
 import re
@@ -173,14 +174,12 @@ def test_gain_is_measured_as_the_start_was(change, option, drawn, pretrained, tm
     assert 'measured again' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    'option', ['--image_size=64', '--crop_ratio=0.5', '--interpolation=bicubic', '--exif=ignore', '--start_share=1']
-)
-def test_resumed_run_cannot_be_measured_otherwise(option, drawn, pretrained, tmp_path, capsys):  # noqa: F811
+def test_resumed_run_cannot_be_measured_otherwise(drawn, pretrained, tmp_path, capsys):  # noqa: F811
     """The best epoch of a run is chosen among measures of one kind, and its file has the options of all."""
     assert train(tmp_path, drawn, pretrained, *QUICK) == 0
     before = {path: path.read_bytes() for path in (tmp_path / 'ckpt').rglob('*') if path.is_file()}
-    for epochs in (1, 2):
+    options = ('--image_size=64', '--crop_ratio=0.5', '--interpolation=bicubic', '--exif=ignore', '--start_share=1')
+    for option, epochs in itertools.product(options, (1, 2)):
         capsys.readouterr()
         given = ['train', f'--resume={RUN}', f'--max_epochs={epochs}', option, *own_paths(tmp_path)]
         assert cli.main(given) == 2
@@ -549,7 +548,7 @@ def test_white_level_comes_with_mean_and_std_of_a_run(bands, pretrained, tmp_pat
     assert cli.main([*new, '--knn_every=1']) == 0  # the same command resumes the same run
 
 
-@pytest.mark.parametrize('word', ['dataset', 'weights', 'auto'])
+@pytest.mark.parametrize('word', ['dataset', 'weights'])
 def test_mean_of_a_run_that_starts_from_another_can_be_measured(word, drawn, pretrained, tmp_path, capsys):  # noqa: F811
     assert train(tmp_path, drawn, pretrained, *QUICK, '--mean=0.4', '--std=0.3') == 0
     new = ['train', f'--init_from={RUN}', f'--image_path={drawn}', '--preset=imagenet', '--batch_size=16', '--amp=off']
