@@ -41,8 +41,10 @@ TINY = (
 LONGEST = (
     'readme',
     'signals',
+    'runs_from_weights',
     'distributed',
     'training_from_weights',
+    'teacher',
     'detection',
     'cli',
     'resume',
