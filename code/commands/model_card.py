@@ -95,11 +95,10 @@ def describe_model(args, checkpoint, run_info, features, license_name):
         f'{args.learning_rate:g} x batch / 256, augmentation {args.augmentation}',
         *describe_pixels(args),
     ]
-    newest = checkpoints(checkpoint['run'])[-1:] == [
-        checkpoint['path']
-    ]  # the resumed training may have come after the others
+    # The last resumption may have come after an earlier checkpoint.
+    is_newest = checkpoints(checkpoint['run'])[-1:] == [checkpoint['path']]
     for name, title in (('command', 'command'), ('resume_command', 'resumed last by')):
-        if run_info.get(name) and (newest or name == 'command'):
+        if run_info.get(name) and (is_newest or name == 'command'):
             lines.append(f'- {title}: `python3 {shlex.join(run_info[name])}`')
     if commit := run_info.get('versions', {}).get('commit'):
         lines.append(f'- code: commit {commit}, torch {run_info["versions"].get("torch")}')

@@ -117,8 +117,7 @@ class RunDir:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f'the loss is {loss} in epoch {state.epoch + (state.images > 0)}: try a lower --learning_rate (now '
-                f'{self.args.learning_rate}); detected {self.describe_position(state)}; '
-                f'{f"the last good checkpoint is {self.path}" if self.path else "there is no checkpoint yet"}'
+                f'{self.args.learning_rate}); detected {self.describe_position(state)}; {self.describe_last_good()}'
             )
 
     def check_weights(self, state):
@@ -127,9 +126,12 @@ class RunDir:
         if not torch.stack(weights).all():
             raise NonFiniteLoss(
                 f'weights are nan or infinite {self.describe_position(state)}: try a lower --learning_rate (now '
-                f'{self.args.learning_rate}); '
-                f'{f"the last good checkpoint is {self.path}" if self.path else "there is no checkpoint yet"}'
+                f'{self.args.learning_rate}); {self.describe_last_good()}'
             )
+
+    def describe_last_good(self):
+        """Name the last checkpoint for a message."""
+        return f'the last good checkpoint is {self.path}' if self.path else 'there is no checkpoint yet'
 
     @staticmethod
     def describe_position(state):
